@@ -1,0 +1,47 @@
+# Every target sets itself up: it makes .venv, installs the pinned, tested versions, builds and runs.
+# `make test-gpu` and `make bench-gpu` use the Python of the GPU machine instead (PYTHON=...).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo results test test-gpu gate lint bench bench-gpu clean
+
+help: ## what the targets do
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+$(STAMP): requirements/pinned.txt pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements/pinned.txt
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(STAMP) ## train a ViT end to end and block by block on handwritten digits, print one table
+	$(BIN)/python -m dblocks.experiments demo
+
+results: $(STAMP) ## the full recipe with 3 seeds; finished runs are kept; rewrites the README's table
+	$(BIN)/python -m dblocks.experiments results
+
+test: $(STAMP) ## the whole default test suite, in Triton's interpreter where there is no GPU
+	$(BIN)/python -m pytest -q
+
+test-gpu: ## the same tests on a GPU, with the packages of PYTHON
+	PYTHONPATH=. $(PYTHON) -m pytest -q tests/ops tests/kernels tests/models tests/test_train.py
+
+gate: $(STAMP) ## compile every kernel for four GPU architectures and read registers, stack and widths
+	$(BIN)/python -m benchmarks.compile_gate
+
+lint: $(STAMP) ## formatting, lint, types and spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/codespell $$(git ls-files '*.py' '*.md' '*.toml' Makefile)
+
+bench: $(STAMP) ## every op beside its peers on this machine, each checked before it is timed
+	$(BIN)/python -m benchmarks.run
+
+bench-gpu: ## the same at 64M elements on a GPU, with the packages of PYTHON
+	PYTHONPATH=. $(PYTHON) -m benchmarks.run --device cuda --out benchmarks/results
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .hypothesis .ruff_cache

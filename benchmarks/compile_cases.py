@@ -1,0 +1,50 @@
+"""The launches that the compile gate looks at: every kernel, as a large model calls it.
+
+Tensors are on the meta device, so nothing is allocated; a data pointer of 0 counts as aligned.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+N, T = 8, 4096
+
+
+def cases(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and launch of every case at width `D`; modulations are float32 chunks of [N, 6 D]."""
+    x, branch, d1, d2 = (torch.empty(N, T, D, dtype=dtype, device="meta") for _ in range(4))
+    per_sample = torch.empty(N, 6 * D, device="meta").chunk(6, -1)[:3]
+    per_segment = torch.empty(N, 2, 6 * D, device="meta").chunk(6, -1)[:3]
+    per_token = torch.empty(N, T, 6 * D, device="meta", dtype=dtype).chunk(6, -1)[:3]
+    affine = torch.empty(2, D, device="meta").unbind(0)
+    none = (None, None)
+    yield "adaln", lambda: norm(x, None, per_sample, none, (None, d2), rms=False)
+    yield "adaln rms affine", lambda: norm(x, None, per_segment, affine, (None, d2), rms=True)
+    yield "adaln per token", lambda: norm(x, None, per_token, none, (None, d2), rms=False)
+    yield "residual_adaln", lambda: norm(x, branch, per_sample, none, (d1, d2), rms=False)
+    yield "residual_adaln affine", lambda: norm(x, branch, per_sample, affine, (d1, d2), rms=False)
+    yield "gated_residual", lambda: norm(x, branch, per_sample, none, (d1, None), rms=False)
+
+
+def norm(
+    x: Tensor,
+    branch: Tensor | None,
+    modulation: tuple[Tensor, ...],
+    affine: tuple[Tensor | None, ...],
+    upstream: tuple[Tensor | None, Tensor | None],
+    *,
+    rms: bool,
+) -> None:
+    """Forward and backward of adaln, residual_adaln or gated_residual."""
+    from dblocks.kernels.adaln_bwd import Grads, adaln_bwd
+    from dblocks.kernels.adaln_fwd import adaln_fwd
+
+    dx_new, dy = upstream
+    gate = modulation[0] if branch is not None else None
+    shift, scale = modulation[1:] if dy is not None else (None, None)
+    inputs = (branch, gate, shift, scale, *affine)
+    normalise = dy is not None
+    _, _, mean, rstd = adaln_fwd(x, *inputs, normalise, rms, 1e-6, x.dtype)
+    needs = Grads(*(True for _ in Grads._fields))
+    adaln_bwd(dy, dx_new, x, *inputs, mean, rstd, rms, needs)

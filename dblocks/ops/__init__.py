@@ -1,0 +1,1 @@
+"""One file an op: schema, fake kernel, device implementations, autograd, checks and docstring."""

@@ -1,0 +1,115 @@
+"""The Triton implementation of adaln, residual_adaln and gated_residual: schema, fake, autograd.
+
+One pair of ops serves all three: `branch` is absent for adaln, `normalise` is false for
+gated_residual. An output that was not asked for has no elements.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_lib = torch.library.Library("dblocks", "FRAGMENT")
+_INPUTS = (
+    "Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, "
+    "Tensor? weight, Tensor? bias"
+)
+_lib.define(
+    f"adaln_fwd_triton({_INPUTS}, bool normalise, bool rms, float eps, ScalarType out_dtype)"
+    " -> (Tensor x_new, Tensor y, Tensor mean, Tensor rstd)"
+)
+_lib.define(
+    f"adaln_bwd_triton(Tensor? dy, Tensor? dx_new, {_INPUTS}, Tensor mean, Tensor rstd, bool rms,"
+    " bool[] needs) -> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale,"
+    " Tensor dweight, Tensor dbias)"
+)
+
+
+@torch.library.impl(_lib, "adaln_fwd_triton", "CompositeExplicitAutograd")
+def _fwd_triton(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype):
+    from dblocks.kernels.adaln_fwd import adaln_fwd
+
+    return adaln_fwd(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype)
+
+
+@torch.library.impl(_lib, "adaln_bwd_triton", "CompositeExplicitAutograd")
+def _bwd_triton(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, needs):
+    from dblocks.kernels.adaln_bwd import Grads, adaln_bwd
+
+    grads = adaln_bwd(
+        dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, Grads(*needs)
+    )
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+@torch.library.register_fake("dblocks::adaln_fwd_triton", lib=_lib)
+def _fwd_fake(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype):
+    N, T, D = x.shape
+    return (
+        x.new_empty((N, T, D) if branch is not None else 0),
+        x.new_empty((N, T, D) if normalise else 0, dtype=out_dtype),
+        x.new_empty((N, T) if normalise and not rms else 0, dtype=torch.float32),
+        x.new_empty((N, T) if normalise else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("dblocks::adaln_bwd_triton", lib=_lib)
+def _bwd_fake(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, needs):
+    inputs = (x, branch, gate, shift, scale, weight, bias)
+    return tuple(
+        torch.empty(a.shape, dtype=a.dtype, device=a.device)
+        if n and a is not None
+        else x.new_empty(0)
+        for a, n in zip(inputs, needs, strict=True)
+    )
+
+
+_fwd = torch.ops.dblocks.adaln_fwd_triton.default
+_bwd = torch.ops.dblocks.adaln_bwd_triton.default
+
+
+class AdaLN(torch.autograd.Function):
+    """(x_new, y), y without a branch, or x_new without a norm; see the public functions."""
+
+    @staticmethod
+    def forward(ctx, x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype):
+        x_new, y, mean, rstd = _fwd(
+            x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype
+        )
+        ctx.set_materialize_grads(False)
+        ctx.rms, ctx.normalise, ctx.has_branch = rms, normalise, branch is not None
+        normalised = None if not normalise else x if branch is None else x_new
+        # The values of the branch are needed for dgate only, its dtype is x's or must be kept.
+        keeps_branch = ctx.needs_input_grad[2] or (branch is not None and branch.dtype != x.dtype)
+        ctx.save_for_backward(
+            normalised, branch if keeps_branch else None, gate, shift, scale, weight, bias,
+            mean, rstd,
+        )  # fmt: skip
+        if branch is None:
+            return y
+        return (x_new, y) if normalise else x_new
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        dx_new = upstream[0] if ctx.has_branch else None
+        dy = upstream[-1] if ctx.normalise else None
+        if dx_new is None and dy is None:
+            return (None,) * 11
+        x, branch, gate, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
+        x = dx_new if x is None else x
+        if ctx.has_branch and branch is None:
+            branch = x  # stands in for its shape and dtype
+        needs = list(ctx.needs_input_grad[:7])
+        if dy is None:
+            # x_new passes its gradient on unchanged, and the norm has none.
+            needs[0] = False
+            needs[3:] = [False] * 4
+        grads = [None] * 7
+        if any(needs):
+            outputs = _bwd(
+                dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, ctx.rms, needs
+            )
+            grads = [g if n else None for g, n in zip(outputs, needs, strict=True)]
+        if dy is None and ctx.needs_input_grad[0]:
+            grads[0] = dx_new
+        return (*grads, None, None, None, None)

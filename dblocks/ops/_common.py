@@ -1,0 +1,165 @@
+"""What the ops share: the choice of an implementation and the checks of arguments.
+
+Nothing here looks at the values of a tensor on an accelerator, so no check synchronises.
+"""
+
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "reference", "triton", "cpp"]
+Norm = Literal["layer", "rms"]
+
+IMPLS = ("auto", "reference", "triton", "cpp")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+GPUS = ("cuda",)  # ROCm devices are called cuda too
+
+MAX_TRITON_WIDTH = 16384  # kernels/_launch.py; that module needs no triton but is not imported here
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Read when dblocks is imported, as triton itself reads it when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def has_cpp() -> bool:
+    """Whether the C++ extension for CPUs is built: its ops are registered when dblocks loads."""
+    return hasattr(torch.ops.dblocks, "adaln_fwd_cpp")
+
+
+def resolve_impl(impl: str, x: Tensor, op: str) -> str:
+    """The implementation that `op` uses for the tensor `x`; a named one that cannot run raises."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        impl = _auto(x)
+    if impl == "triton":
+        _check_triton(x, op)
+    if impl == "cpp":
+        raise RuntimeError(
+            f"{op}: impl='cpp' needs the C++ extension, which this build of dblocks does not have; "
+            "use impl='reference' or impl='auto'"
+        )
+    return impl
+
+
+def _auto(x: Tensor) -> str:
+    if x.device.type in GPUS and x.dtype != torch.float64:
+        return "triton"
+    return "reference"
+
+
+def _check_triton(x: Tensor, op: str) -> None:
+    if not HAS_TRITON:
+        raise ImportError(
+            f"{op}: impl='triton' needs the package triton, which is not installed; "
+            "`pip install triton` (Linux), or pass impl='reference'"
+        )
+    if x.dtype == torch.float64:
+        raise TypeError(
+            f"{op}: impl='triton' takes float32, bfloat16 and float16, got float64; "
+            "use impl='reference'"
+        )
+    if x.device.type not in GPUS and not INTERPRETED:
+        raise RuntimeError(
+            f"{op}: impl='triton' needs tensors on a GPU, got device {x.device}; move them, use "
+            "impl='reference', or set TRITON_INTERPRET=1 before the import to run interpreted"
+        )
+
+
+def check_float(**tensors: Tensor | None) -> None:
+    """Every given tensor is of one of the four floating dtypes."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
+                "convert it first"
+            )
+
+
+def check_device(like: Tensor, **tensors: Tensor | None) -> None:
+    """Every given tensor is on the device of `like`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != like.device:
+            raise RuntimeError(
+                f"{name} must be on {like.device} as the other tensors are, "
+                f"got {tensor.device}; move it there"
+            )
+
+
+def check_tokens(name: str, x: Tensor) -> None:
+    """`x` is [N, T, D]."""
+    if x.ndim != 3:
+        raise ValueError(
+            f"{name} must have shape [N, T, D], got {list(x.shape)}; add or merge dimensions"
+        )
+
+
+def check_same_shape(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """`tensor` has the shape of `like`."""
+    if tensor.shape != like.shape:
+        raise ValueError(
+            f"{name} must have the shape of {like_name}, {list(like.shape)}, "
+            f"got {list(tensor.shape)}"
+        )
+
+
+def check_modulation(x: Tensor, **modulation: Tensor | None) -> None:
+    """Each modulation is [N, D] or [N, S, D] with S dividing T, and all have one S."""
+    N, T, D = x.shape
+    first: tuple[str, int] | None = None
+    for name, m in modulation.items():
+        if m is None:
+            continue
+        if m.ndim not in (2, 3) or m.shape[0] != N or m.shape[-1] != D:
+            raise ValueError(
+                f"{name} must have shape [N, D] = [{N}, {D}] or [N, S, D] = [{N}, S, {D}], "
+                f"got {list(m.shape)}"
+            )
+        S = m.shape[1] if m.ndim == 3 else 1
+        if S == 0 or T % S != 0:
+            raise ValueError(
+                f"{name} must have a number of segments S that divides T = {T}, got S = {S}"
+            )
+        if first is not None and first[1] != S:
+            raise ValueError(
+                f"{name} must have as many segments as {first[0]}, {first[1]}, got {S}; "
+                "expand one of them"
+            )
+        first = first or (name, S)
+
+
+def check_channels(x: Tensor, **parameters: Tensor | None) -> None:
+    """Each parameter (weight, bias) is [D]."""
+    D = x.shape[-1]
+    for name, p in parameters.items():
+        if p is not None and p.shape != (D,):
+            raise ValueError(f"{name} must have shape [D] = [{D}], got {list(p.shape)}")
+
+
+def check_norm(norm: str, eps: float) -> None:
+    """`norm` is known and `eps` is a number that cannot make the root negative."""
+    if norm not in ("layer", "rms"):
+        raise ValueError(f"norm must be 'layer' or 'rms', got {norm!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be a number >= 0, got {eps}")
+
+
+def check_out_dtype(dtype: torch.dtype | None) -> None:
+    """`dtype` is absent or one of the four floating dtypes."""
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(
+            f"out_dtype must be float64, float32, bfloat16 or float16, got {dtype}; leave it out "
+            "to keep the dtype of x"
+        )
+
+
+def check_width(x: Tensor, op: str) -> None:
+    """The Triton kernels hold a row in registers, which bounds its width."""
+    if x.shape[-1] > MAX_TRITON_WIDTH:
+        raise ValueError(
+            f"{op}: impl='triton' takes D <= {MAX_TRITON_WIDTH}, got D = {x.shape[-1]}; "
+            "use impl='reference'"
+        )

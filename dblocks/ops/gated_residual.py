@@ -1,0 +1,42 @@
+"""gated_residual: add a gated branch to the residual stream."""
+
+from torch import Tensor
+
+from dblocks.kernels import reference
+from dblocks.ops import _common
+from dblocks.ops._adaln_triton import AdaLN
+from dblocks.ops._common import Impl
+
+
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor | None, *, impl: Impl = "auto"
+) -> Tensor:
+    """Gated residual sum: `x_new = x + gate * branch`.
+
+    Args:
+        x: `[N, T, D]`, strides as in `adaln`.
+        branch: `[N, T, D]`; may differ from `x` in dtype.
+        gate: `[N, D]`, or `[N, S, D]` per segment of T/S consecutive tokens; `None` is 1.
+        impl: "reference", "triton" or "auto", which chooses as in `adaln`.
+
+    Returns:
+        x_new `[N, T, D]` in the dtype of `x`, contiguous. Arithmetic is float32 (float64 for
+        float64 `x`), rounded once.
+
+    Raises:
+        ValueError: for a shape that does not fit.
+        TypeError: for a dtype that is not floating.
+        RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
+        ImportError: for impl="triton" without the package triton.
+
+    Source: Peebles and Xie 2023 (DiT), adaLN-Zero block.
+    """
+    _common.check_tokens("x", x)
+    _common.check_same_shape("branch", branch, "x", x)
+    _common.check_float(x=x, branch=branch, gate=gate)
+    _common.check_device(x, branch=branch, gate=gate)
+    _common.check_modulation(x, gate=gate)
+    if _common.resolve_impl(impl, x, "gated_residual") == "triton":
+        _common.check_width(x, "gated_residual")
+        return AdaLN.apply(x, branch, gate, None, None, None, None, False, False, 0.0, x.dtype)
+    return reference.gated_residual(x, branch, gate)

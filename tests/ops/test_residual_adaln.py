@@ -1,0 +1,175 @@
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from dblocks.functional import adaln, gated_residual, residual_adaln
+from dblocks.kernels import _launch
+from dblocks.testing import check_against_reference, token_problems
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IMPLS = ("reference", "triton")
+NORMS = st.sampled_from(["layer", "rms"])
+
+
+# Where the norm leaves no direction free, dx is rounding error alone, and no budget fits it.
+DEGENERATE_WIDTH = {"layer": 2, "rms": 1}
+
+
+def problems(max_rows=64):
+    return token_problems(
+        ("x", "branch"), ("gate", "shift", "scale"), ("weight", "bias"),
+        required=("x", "branch"), outputs=2, max_rows=max_rows, device=DEVICE,
+    )  # fmt: skip
+
+
+def call(*, impl, x, branch, gate=None, shift=None, scale=None, **options):
+    return residual_adaln(x, branch, gate, shift, scale, impl=impl, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@given(problem=problems(), norm=NORMS, data=st.data())
+def test_forward_and_gradients_are_within_budget(impl, problem, norm, data):
+    inputs, upstream = problem
+    assume(inputs["x"].shape[-1] != DEGENERATE_WIDTH[norm])
+    needed = data.draw(st.lists(st.sampled_from(list(inputs)), unique=True))
+    if upstream[0] is None and set(needed) <= {"x", "branch", "gate"}:
+        upstream = [upstream[1], upstream[1]]
+    if upstream[1] is None:
+        needed = [n for n in needed if n in ("x", "branch", "gate")]
+    check_against_reference(
+        lambda **k: call(norm=norm, **k), inputs, upstream, impl=impl, needs_grad=needed
+    )
+
+
+@given(problem=problems(), norm=NORMS)
+def test_every_gradient_at_once(problem, norm):
+    inputs, upstream = problem
+    assume(inputs["x"].shape[-1] != DEGENERATE_WIDTH[norm])
+    check_against_reference(lambda **k: call(norm=norm, **k), inputs, upstream, impl="triton")
+
+
+@given(problem=problems(max_rows=24), norm=NORMS, data=st.data())
+def test_second_form_for_wide_rows(problem, norm, data):
+    inputs, upstream = problem
+    assume(inputs["x"].shape[-1] != DEGENERATE_WIDTH[norm])
+    needed = [name for name in inputs if data.draw(st.booleans()) or name == "branch"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_launch, "MAX_ONE_PASS_WIDTH", 0)
+        check_against_reference(
+            lambda **k: call(norm=norm, **k), inputs, upstream, impl="triton", needs_grad=needed
+        )
+
+
+@given(problem=problems(), norm=NORMS)
+def test_two_runs_agree_bit_for_bit(problem, norm):
+    inputs, _ = problem
+
+    def run():
+        leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+        out = call(impl="triton", norm=norm, **leaves)
+        return [*out, *torch.autograd.grad([o.float().sum() for o in out], list(leaves.values()))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_the_gated_residual_and_its_adaln(impl, dtype):
+    x, branch = (torch.randn(2, 6, 10, device=DEVICE).to(dtype) for _ in range(2))
+    gate, shift, scale = torch.randn(2, 30, device=DEVICE).chunk(3, dim=-1)
+    x_new, y = residual_adaln(x, branch, gate, shift, scale, impl=impl)
+    assert torch.equal(x_new, gated_residual(x, branch, gate, impl=impl))
+    assert torch.equal(y, adaln(x_new, shift, scale, impl=impl))
+
+
+def test_saves_no_more_than_x_new_and_two_numbers_a_row():
+    x, branch = (torch.randn(2, 6, 10, device=DEVICE, requires_grad=True) for _ in range(2))
+    modulation = torch.randn(2, 30, device=DEVICE, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda s: s):
+        out = residual_adaln(x, branch, *modulation.detach().chunk(3, dim=-1), impl="triton")
+    assert sum(t.numel() for t in saved if t.shape == x.shape) == x.numel()
+    assert any(t.data_ptr() == out.x_new.data_ptr() for t in saved)
+    assert sum(t.numel() for t in saved if t.shape == x.shape[:2]) == 2 * 2 * 6
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_gradcheck_of_the_reference(norm):
+    shapes = ((2, 4, 5), (2, 4, 5), (2, 2, 5), (2, 2, 5), (2, 2, 5), (5,), (5,))
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+    def f(x, branch, gate, shift, scale, weight, bias):
+        return tuple(
+            residual_adaln(x, branch, gate, shift, scale, weight=weight, bias=bias, norm=norm)
+        )
+
+    assert torch.autograd.gradcheck(f, tensors)
+
+
+@pytest.mark.parametrize("needs", [[True] * 7, [False, True, False, True, False, False, True]])
+def test_opcheck(needs):
+    x, branch = (torch.randn(2, 4, 8, device=DEVICE) for _ in range(2))
+    gate, shift, scale, weight, bias = (
+        *torch.randn(2, 24, device=DEVICE).chunk(3, dim=-1),
+        *torch.randn(2, 8, device=DEVICE).unbind(0),
+    )
+    inputs = (branch, gate, shift, scale, weight, bias)
+    forward = (x, *inputs, True, True, 1e-6, torch.float32)
+    torch.library.opcheck(torch.ops.dblocks.adaln_fwd_triton.default, forward)
+    x_new, y, mean, rstd = torch.ops.dblocks.adaln_fwd_triton(*forward)
+    backward = (y, x_new.clone(), x_new, *inputs, mean, rstd, True, needs)
+    torch.library.opcheck(torch.ops.dblocks.adaln_bwd_triton.default, backward)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("used", [0, 1])
+def test_compiles_to_one_graph(impl, used):
+    leaves = [
+        torch.randn(s, device=DEVICE, requires_grad=True) for s in ((2, 4, 8), (2, 4, 8), (2, 24))
+    ]
+
+    def f(x, branch, modulation):
+        return residual_adaln(x, branch, *modulation.chunk(3, -1), impl=impl)[used].square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(f(*leaves), leaves)
+    for g, e in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
+def test_empty(impl, shape):
+    x, branch = (torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2))
+    gate = torch.randn(shape[0], shape[2], device=DEVICE, requires_grad=True)
+    x_new, y = residual_adaln(x, branch, gate, None, None, impl=impl)
+    (x_new.sum() + y.sum()).backward()
+    assert x_new.shape == y.shape == branch.grad.shape == shape
+    assert torch.equal(gate.grad, torch.zeros_like(gate))
+
+
+X = torch.randn(2, 6, 4)
+M = torch.randn(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, r"x must have shape \[N, T, D\], got \[6, 4\]", {"x": X[0]}),
+        (ValueError, r"branch must have the shape of x, \[2, 6, 4\], got", {"branch": X[:, :3]}),
+        (ValueError, r"gate must have shape \[N, D\] = \[2, 4\]", {"gate": M[0]}),
+        (ValueError, r"scale must have as many segments as gate", {"scale": X}),
+        (ValueError, r"norm must be", {"norm": None}),
+        (TypeError, r"branch must be .* got torch.int64", {"branch": X.long()}),
+        (TypeError, r"out_dtype must be", {"out_dtype": torch.int32}),
+        (RuntimeError, r"branch must be on cpu .* got meta", {"branch": X.to("meta")}),
+    ],
+)
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the same checks, with tensors on the CPU")
+def test_bad_arguments(error, message, arguments):
+    given = {"x": X, "branch": X, "gate": M, "shift": None, "scale": None} | arguments
+    positional = [given.pop(name) for name in ("x", "branch", "gate", "shift", "scale")]
+    with pytest.raises(error, match=message):
+        residual_adaln(*positional, **given)
