@@ -6,6 +6,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -34,3 +35,8 @@ def _round_like_hardware() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_like_hardware()
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

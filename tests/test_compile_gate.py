@@ -1,0 +1,47 @@
+"""The compile gate in a process of its own: the tests' interpreter must not be on in it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def gate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.compile_gate", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_slice_compiles_without_spills_and_with_wide_accesses():
+    done = gate("--slice")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = {line.split("|")[2].strip() for line in done.stdout.splitlines() if "sm_90" in line}
+    assert kernels >= {"adaln_fwd_kernel", "adaln_bwd_kernel", "group_grads_kernel"}
+    assert ", 0 failed" in done.stdout
+
+
+def test_nothing_compiled_is_a_failure():
+    assert gate("--slice", "--case", "no such case").returncode == 1
+
+
+def test_failures_are_found():
+    code = """
+from benchmarks.compile_gate import Launch, failures
+good = dict(case="c", kernel="adaln_fwd_kernel", target="sm_90", D=4096, dtype="bf16", warps=8,
+            registers=64, stack=0, shared=0, widths="L128x2 S128x2", error="")
+assert failures(Launch(**good)) == []
+assert failures(Launch(**good | {"stack": 8})) == ["8 bytes of stack"]
+assert failures(Launch(**good | {"stack": 8, "D": 8192})) == []
+assert failures(Launch(**good | {"widths": "L64x4 S128x2"})) == ["no 16-byte global load"]
+assert failures(Launch(**good | {"widths": "L128x4 S32x2"})) == ["no 16-byte global store"]
+assert failures(Launch(**good | {"error": "CompilationError"})) == ["CompilationError"]
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
