@@ -5,6 +5,7 @@ docstrings of the public functions (`dblocks.functional`); arguments are taken a
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PHILOX_ROUND_A = 0xD2511F53  # Salmon et al. 2011, table 2 (multipliers and Weyl increments)
@@ -47,13 +48,12 @@ def adaln(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     h = x.to(compute_dtype(x))
+    weight, bias = (None if p is None else p.to(h.dtype) for p in (weight, bias))
     if norm == "layer":
-        h = h - h.mean(-1, keepdim=True)
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        h = h * weight.to(h.dtype)
-    if bias is not None:
-        h = h + bias.to(h.dtype)
+        h = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
+    else:
+        h = F.rms_norm(h, h.shape[-1:], weight, eps)
+        h = h if bias is None else h + bias
     if scale is not None:
         h = h * (1 + _segments(h, scale))
     if shift is not None:
@@ -63,9 +63,9 @@ def adaln(
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     h = branch.to(compute_dtype(x))
-    if gate is not None:
-        h = h * _segments(h, gate)
-    return (x.to(h.dtype) + h).to(x.dtype)
+    if gate is None:
+        return (x.to(h.dtype) + h).to(x.dtype)
+    return torch.addcmul(x.to(h.dtype), _segments(h, gate), h).to(x.dtype)
 
 
 def residual_adaln(
@@ -124,7 +124,7 @@ def normals(count: int, seed: int | Tensor, offset: int = 0, device=None) -> Ten
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
-    """sigma [N] or [N, S] shaped to broadcast against `x` [N, ...], in the dtype of the arithmetic."""
+    """sigma [N] or [N, S] shaped to broadcast against `x` [N, ...], in `x`'s arithmetic."""
     value = value.to(compute_dtype(x))
     if value.ndim == 0:
         return value

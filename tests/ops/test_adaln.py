@@ -86,11 +86,12 @@ def test_variance_survives_a_large_mean(impl, ratio):
     assert (y - expected).abs().max() < 4 * ratio * 2**-23
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_width_one_has_no_gradient_to_x(impl):
+def test_width_one_has_no_gradient_to_x():
     x = torch.randn(3, 5, 1, device=DEVICE, requires_grad=True)
     scale = torch.randn(3, 1, device=DEVICE)
-    adaln(x, None, scale, weight=torch.full((1,), 0.3, device=DEVICE), impl=impl).sum().backward()
+    adaln(
+        x, None, scale, weight=torch.full((1,), 0.3, device=DEVICE), impl="triton"
+    ).sum().backward()
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
