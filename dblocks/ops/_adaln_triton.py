@@ -5,7 +5,6 @@ gated_residual. An output that was not asked for has no elements.
 """
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _lib = torch.library.Library("dblocks", "FRAGMENT")

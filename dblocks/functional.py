@@ -1,0 +1,21 @@
+"""The public functions: every op of dblocks, each with its reference and its kernels."""
+
+from dblocks.ops.adaln import adaln
+from dblocks.ops.edm_denoise import edm_denoise
+from dblocks.ops.edm_loss import edm_loss
+from dblocks.ops.euler_step import euler_step
+from dblocks.ops.gated_residual import gated_residual
+from dblocks.ops.noise_inject import Noised, noise_inject
+from dblocks.ops.residual_adaln import Residual, residual_adaln
+
+__all__ = [
+    "Noised",
+    "Residual",
+    "adaln",
+    "edm_denoise",
+    "edm_loss",
+    "euler_step",
+    "gated_residual",
+    "noise_inject",
+    "residual_adaln",
+]

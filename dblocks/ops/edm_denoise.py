@@ -1,0 +1,117 @@
+"""edm_denoise: the estimate of the clean target from the network's output."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dblocks.kernels import reference
+from dblocks.ops import _common
+from dblocks.ops._common import Impl
+from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, widest
+
+_lib = torch.library.Library("dblocks", "FRAGMENT")
+_lib.define("edm_denoise_fwd_triton(Tensor f, Tensor z, Tensor sigma, float sigma_data) -> Tensor")
+_lib.define(
+    "edm_denoise_bwd_triton(Tensor grad, Tensor sigma, float sigma_data, ScalarType? f_dtype, "
+    "ScalarType? z_dtype) -> (Tensor df, Tensor dz)"
+)
+
+
+def empty_grads(grad: Tensor, *dtypes: torch.dtype | None) -> tuple[Tensor, ...]:
+    """A tensor like `grad` in each dtype, without elements for an absent one."""
+    return tuple(
+        grad.new_empty(0) if d is None else torch.empty(grad.shape, dtype=d, device=grad.device)
+        for d in dtypes
+    )
+
+
+@torch.library.impl(_lib, "edm_denoise_fwd_triton", "CompositeExplicitAutograd")
+def _fwd_triton(f, z, sigma, sigma_data):
+    if z.numel() == 0:
+        return torch.empty(z.shape, dtype=torch.float32, device=z.device)
+    from dblocks.kernels.edm import edm_denoise_fwd
+
+    return edm_denoise_fwd(f, z, sigma, sigma_data)
+
+
+@torch.library.impl(_lib, "edm_denoise_bwd_triton", "CompositeExplicitAutograd")
+def _bwd_triton(grad, sigma, sigma_data, f_dtype, z_dtype):
+    if grad.numel() == 0:
+        return empty_grads(grad, f_dtype, z_dtype)
+    from dblocks.kernels.edm import edm_denoise_bwd
+
+    return edm_denoise_bwd(grad, sigma, sigma_data, f_dtype, z_dtype)
+
+
+@torch.library.register_fake("dblocks::edm_denoise_fwd_triton", lib=_lib)
+def _fwd_fake(f, z, sigma, sigma_data):
+    return torch.empty(z.shape, dtype=torch.float32, device=z.device)
+
+
+@torch.library.register_fake("dblocks::edm_denoise_bwd_triton", lib=_lib)
+def _bwd_fake(grad, sigma, sigma_data, f_dtype, z_dtype):
+    return empty_grads(grad, f_dtype, z_dtype)
+
+
+_fwd = torch.ops.dblocks.edm_denoise_fwd_triton.default
+_bwd = torch.ops.dblocks.edm_denoise_bwd_triton.default
+
+
+class _Denoise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, f, z, sigma, sigma_data):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(sigma)
+        ctx.sigma_data, ctx.f_dtype, ctx.z_dtype = sigma_data, f.dtype, z.dtype
+        return _fwd(f, z, sigma, sigma_data)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        need_f, need_z = ctx.needs_input_grad[:2]
+        if grad is None or not (need_f or need_z):
+            return None, None, None, None
+        (sigma,) = ctx.saved_tensors
+        df, dz = _bwd(
+            grad, sigma, ctx.sigma_data,
+            ctx.f_dtype if need_f else None, ctx.z_dtype if need_z else None,
+        )  # fmt: skip
+        return df if need_f else None, dz if need_z else None, None, None
+
+
+def edm_denoise(
+    f: Tensor, z: Tensor, sigma: Tensor, *, sigma_data: float = 0.5, impl: Impl = "auto"
+) -> Tensor:
+    """Denoised estimate from the network's output: `denoised = c_skip * z + c_out * f`.
+
+        c_skip = sigma_data^2 / (sigma^2 + sigma_data^2)
+        c_out  = sigma * sigma_data / sqrt(sigma^2 + sigma_data^2)
+
+    Args:
+        f: Network output `[N, ...]`, strides as `y` of `noise_inject`.
+        z: Noised target of the shape of `f`; may differ in dtype.
+        sigma: Noise levels > 0, 0-d, `[N]` or `[N, S]`. No gradient.
+        sigma_data: Standard deviation of the data.
+        impl: "reference", "triton" or "auto", which chooses as in `noise_inject`.
+
+    Returns:
+        denoised of the shape of `f`, float32 (float64 if `f` or `z` is), contiguous. Arithmetic is
+        in that dtype; `f` and `z` get gradients in their own dtypes.
+
+    Raises:
+        ValueError: for a shape or value that does not fit.
+        TypeError: for a dtype that does not fit.
+        RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
+        ImportError: for impl="triton" without the package triton.
+
+    Source: Karras et al. 2022, eq. 7 and table 1.
+    """
+    check_samples("f", f)
+    _common.check_same_shape("z", z, "f", f)
+    _common.check_float(f=f, z=z)
+    _common.check_device(f, z=z)
+    check_sigma("sigma", sigma, "f", f)
+    check_sigma_data(sigma_data)
+    if _common.resolve_impl(impl, widest(f, z), "edm_denoise") == "triton":
+        return _Denoise.apply(f, z, sigma.detach(), float(sigma_data))
+    return reference.edm_denoise(f, z, sigma.detach(), sigma_data=sigma_data)

@@ -1,0 +1,138 @@
+"""edm_loss: the L2 denoising loss in the space of the network's output."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dblocks.kernels import reference
+from dblocks.ops import _common
+from dblocks.ops._common import Impl
+from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, split_seed, widest
+
+_lib = torch.library.Library("dblocks", "FRAGMENT")
+_INPUTS = (
+    "Tensor f, Tensor y, Tensor sigma, Tensor? seed_tensor, SymInt seed, SymInt offset, "
+    "float sigma_data, Tensor? row_weight"
+)
+_lib.define(f"edm_loss_fwd_triton({_INPUTS}) -> Tensor")
+_lib.define(f"edm_loss_bwd_triton(Tensor grad, {_INPUTS}) -> Tensor")
+
+
+@torch.library.impl(_lib, "edm_loss_fwd_triton", "CompositeExplicitAutograd")
+def _fwd_triton(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
+    if y.numel() == 0:
+        return torch.zeros(y.shape[0], dtype=torch.float32, device=y.device)
+    from dblocks.kernels.edm import edm_loss_fwd
+
+    return edm_loss_fwd(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
+
+
+@torch.library.impl(_lib, "edm_loss_bwd_triton", "CompositeExplicitAutograd")
+def _bwd_triton(grad, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
+    if y.numel() == 0:
+        return torch.empty(f.shape, dtype=f.dtype, device=f.device)
+    from dblocks.kernels.edm import edm_loss_bwd
+
+    return edm_loss_bwd(grad, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
+
+
+@torch.library.register_fake("dblocks::edm_loss_fwd_triton", lib=_lib)
+def _fwd_fake(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
+    return torch.empty(y.shape[0], dtype=torch.float32, device=y.device)
+
+
+@torch.library.register_fake("dblocks::edm_loss_bwd_triton", lib=_lib)
+def _bwd_fake(grad, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
+    return torch.empty(f.shape, dtype=f.dtype, device=f.device)
+
+
+_fwd = torch.ops.dblocks.edm_loss_fwd_triton.default
+_bwd = torch.ops.dblocks.edm_loss_bwd_triton.default
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(f, y, sigma, seed_tensor, row_weight)
+        ctx.seed, ctx.offset, ctx.sigma_data = seed, offset, sigma_data
+        return _fwd(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if grad is None or not ctx.needs_input_grad[0]:
+            return (None,) * 8
+        f, y, sigma, seed_tensor, row_weight = ctx.saved_tensors
+        df = _bwd(grad, f, y, sigma, seed_tensor, ctx.seed, ctx.offset, ctx.sigma_data, row_weight)
+        return (df, *(None,) * 7)
+
+
+def _check_row_weight(row_weight: Tensor | None, y: Tensor) -> None:
+    if row_weight is None or row_weight.shape == y.shape[:1]:
+        return
+    if y.ndim != 3 or row_weight.shape != y.shape[:2]:
+        tokens = f" or [N, T] = {list(y.shape[:2])}" if y.ndim == 3 else ""
+        raise ValueError(
+            f"row_weight must have shape [N] = [{y.shape[0]}]{tokens}, "
+            f"got {list(row_weight.shape)}; reshape or expand it"
+        )
+
+
+def edm_loss(
+    f: Tensor,
+    y: Tensor,
+    sigma: Tensor,
+    seed: int | Tensor,
+    *,
+    offset: int = 0,
+    sigma_data: float = 0.5,
+    row_weight: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """L2 loss of a network output against the clean target: `mean(row_weight * (f - target)^2)`.
+
+        target = c_in * (sigma / sigma_data * y - sigma_data * eps),   c_in as in noise_inject
+
+    This is the EDM-weighted `w * mean((denoised - y)^2)` without its cancellation at small sigma
+    and without its weight, up to 250,004. eps is not stored: `seed`, `offset` and `y` that
+    `noise_inject` had give it again, in backward too.
+
+    Args:
+        f: Network output `[N, ...]`, strides as `y` of `noise_inject`. Alone gets a gradient.
+        y: Clean target of the shape of `f`; may differ in dtype.
+        sigma: Noise levels > 0, 0-d, `[N]` or `[N, S]`.
+        seed: As in `noise_inject`.
+        offset: As in `noise_inject`.
+        sigma_data: Standard deviation of the data.
+        row_weight: Factors `[N]`, or `[N, T]` for y `[N, T, D]`: other weightings, or 0 for
+            padding (the mean divides by all elements).
+        impl: "reference", "triton" or "auto", which chooses as in `noise_inject`.
+
+    Returns:
+        loss `[N]`, float32 (float64 if `f` or `y` is), the mean over each sample. Arithmetic is in
+        that dtype, sums have a fixed order: two runs are equal bit for bit.
+
+    Raises:
+        ValueError: for a shape or value that does not fit.
+        TypeError: for a dtype that does not fit.
+        RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
+        ImportError: for impl="triton" without the package triton.
+
+    Source: Karras et al. 2022, eq. 8; Salmon et al. 2011 (Philox).
+    """
+    check_samples("f", f)
+    _common.check_same_shape("y", y, "f", f)
+    _common.check_float(f=f, y=y, row_weight=row_weight)
+    _common.check_device(f, y=y, row_weight=row_weight)
+    check_sigma("sigma", sigma, "f", f)
+    check_sigma_data(sigma_data)
+    _check_row_weight(row_weight, y)
+    seed_tensor, number = split_seed(seed, offset, f)
+    y, sigma = y.detach(), sigma.detach()
+    row_weight = None if row_weight is None else row_weight.detach()
+    if _common.resolve_impl(impl, widest(f, y), "edm_loss") == "triton":
+        return _Loss.apply(f, y, sigma, seed_tensor, number, offset, float(sigma_data), row_weight)
+    return reference.edm_loss(
+        f, y, sigma, seed, offset=offset, sigma_data=sigma_data, row_weight=row_weight
+    )

@@ -1,0 +1,142 @@
+"""euler_step: one step of the probability flow ODE towards the denoised estimate."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dblocks.kernels import reference
+from dblocks.ops import _common
+from dblocks.ops._common import Impl
+from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_value, widest
+from dblocks.ops.edm_denoise import empty_grads
+
+_lib = torch.library.Library("dblocks", "FRAGMENT")
+_LEVELS = "Tensor? sigma, Tensor? sigma_next, float sigma_value, float sigma_next_value"
+_lib.define(f"euler_step_fwd_triton(Tensor z, Tensor denoised, {_LEVELS}) -> Tensor")
+_lib.define(
+    f"euler_step_bwd_triton(Tensor grad, {_LEVELS}, ScalarType? z_dtype, "
+    "ScalarType? denoised_dtype) -> (Tensor dz, Tensor ddenoised)"
+)
+
+
+@torch.library.impl(_lib, "euler_step_fwd_triton", "CompositeExplicitAutograd")
+def _fwd_triton(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
+    if z.numel() == 0:
+        return torch.empty(z.shape, dtype=torch.float32, device=z.device)
+    from dblocks.kernels.edm import euler_step_fwd
+
+    return euler_step_fwd(z, denoised, [sigma, sigma_next], [sigma_value, sigma_next_value])
+
+
+@torch.library.impl(_lib, "euler_step_bwd_triton", "CompositeExplicitAutograd")
+def _bwd_triton(grad, sigma, sigma_next, sigma_value, sigma_next_value, z_dtype, denoised_dtype):
+    if grad.numel() == 0:
+        return empty_grads(grad, z_dtype, denoised_dtype)
+    from dblocks.kernels.edm import euler_step_bwd
+
+    sigmas, values = [sigma, sigma_next], [sigma_value, sigma_next_value]
+    return euler_step_bwd(grad, sigmas, values, z_dtype, denoised_dtype)
+
+
+@torch.library.register_fake("dblocks::euler_step_fwd_triton", lib=_lib)
+def _fwd_fake(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
+    return torch.empty(z.shape, dtype=torch.float32, device=z.device)
+
+
+@torch.library.register_fake("dblocks::euler_step_bwd_triton", lib=_lib)
+def _bwd_fake(grad, sigma, sigma_next, sigma_value, sigma_next_value, z_dtype, denoised_dtype):
+    return empty_grads(grad, z_dtype, denoised_dtype)
+
+
+_fwd = torch.ops.dblocks.euler_step_fwd_triton.default
+_bwd = torch.ops.dblocks.euler_step_bwd_triton.default
+
+
+class _EulerStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(sigma, sigma_next)
+        ctx.values = sigma_value, sigma_next_value
+        ctx.dtypes = z.dtype, denoised.dtype
+        return _fwd(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad[:2]
+        if grad is None or not any(needs):
+            return (None,) * 6
+        dtypes = [d if n else None for d, n in zip(ctx.dtypes, needs, strict=True)]
+        grads = _bwd(grad, *ctx.saved_tensors, *ctx.values, *dtypes)
+        return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 4)
+
+
+def _level(sigma: Tensor | float) -> tuple[Tensor | None, float]:
+    """A noise level as the tensor or the number that the op takes."""
+    return (sigma.detach(), 1.0) if isinstance(sigma, Tensor) else (None, float(sigma))
+
+
+def _check_level(name: str, sigma: Tensor | float, z: Tensor, *, zero: bool) -> None:
+    if isinstance(sigma, Tensor):
+        check_sigma(name, sigma, "z", z, zero=zero)
+    else:
+        check_sigma_value(name, sigma, zero=zero)
+
+
+def euler_step(
+    z: Tensor,
+    denoised: Tensor,
+    sigma: Tensor | float,
+    sigma_next: Tensor | float,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Euler step from sigma to sigma_next: `z_next = a * z + (1 - a) * denoised`.
+
+        a = sigma_next / sigma
+
+    A perfect denoiser lands on `y + sigma_next * eps`; sigma_next = 0 gives `denoised`.
+
+    Args:
+        z: State at `sigma`, `[N, ...]`, strides as `y` of `noise_inject`.
+        denoised: Estimate of the clean target, of the shape of `z`; may differ in dtype.
+        sigma: Noise level > 0: a float, or a tensor, 0-d, `[N]` or `[N, S]`. No gradient.
+        sigma_next: Noise level >= 0, likewise; two `[N, S]` have one S.
+        impl: "reference", "triton" or "auto", which chooses as in `noise_inject`. Two floats are
+            divided on the host in float64.
+
+    Returns:
+        z_next of the shape of `z`, float32 (float64 if `z` or `denoised` is), contiguous.
+        Arithmetic is in that dtype; `z` and `denoised` get gradients in their own dtypes.
+
+    Raises:
+        ValueError: for a shape or value that does not fit.
+        TypeError: for a dtype that does not fit.
+        RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
+        ImportError: for impl="triton" without the package triton.
+
+    Source: Karras et al. 2022, algorithm 1 with dx/dt = (x - D(x; t)) / t.
+    """
+    check_samples("z", z)
+    _common.check_same_shape("denoised", denoised, "z", z)
+    _common.check_float(z=z, denoised=denoised)
+    _common.check_device(z, denoised=denoised)
+    _check_level("sigma", sigma, z, zero=False)
+    _check_level("sigma_next", sigma_next, z, zero=True)
+    (level, value), (level_next, value_next) = _level(sigma), _level(sigma_next)
+    if level is not None and level_next is not None and level.ndim == level_next.ndim == 2:
+        segments, given = level.shape[1], level_next.shape[1]
+        if segments != given and 1 not in (segments, given):
+            raise ValueError(
+                f"sigma_next must have as many segments as sigma, {segments}, got {given}; "
+                "expand one of them"
+            )
+    if _common.resolve_impl(impl, widest(z, denoised), "euler_step") == "triton":
+        return _EulerStep.apply(z, denoised, level, level_next, value, value_next)
+    return reference.euler_step(
+        z,
+        denoised,
+        value if level is None else level,
+        value_next if level_next is None else level_next,
+    )

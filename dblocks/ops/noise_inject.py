@@ -1,0 +1,154 @@
+"""noise_inject: add reproducible noise, and scale for the network."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dblocks.kernels import reference
+from dblocks.ops import _common
+from dblocks.ops._common import Impl
+from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, split_seed
+
+_lib = torch.library.Library("dblocks", "FRAGMENT")
+_lib.define(
+    "noise_inject_fwd_triton(Tensor y, Tensor sigma, Tensor? seed_tensor, SymInt seed, "
+    "SymInt offset, float sigma_data, ScalarType dtype, bool need_z) -> (Tensor z, Tensor z_in)"
+)
+_lib.define(
+    "noise_inject_bwd_triton(Tensor? dz, Tensor dz_in, Tensor sigma, float sigma_data, "
+    "ScalarType dtype) -> Tensor"
+)
+
+
+class Noised(NamedTuple):
+    """The noised target and the input of the network."""
+
+    z: Tensor | None
+    z_in: Tensor
+
+
+def _empty_outputs(y: Tensor, dtype: torch.dtype, need_z: bool) -> tuple[Tensor, Tensor]:
+    z = y.new_empty(y.shape if need_z else (0,), dtype=torch.float32)
+    return z, torch.empty(y.shape, dtype=dtype, device=y.device)
+
+
+@torch.library.impl(_lib, "noise_inject_fwd_triton", "CompositeExplicitAutograd")
+def _fwd_triton(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z):
+    if y.numel() == 0:
+        return _empty_outputs(y, dtype, need_z)
+    from dblocks.kernels.noise import noise_inject_fwd
+
+    return noise_inject_fwd(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)
+
+
+@torch.library.impl(_lib, "noise_inject_bwd_triton", "CompositeExplicitAutograd")
+def _bwd_triton(dz, dz_in, sigma, sigma_data, dtype):
+    if dz_in.numel() == 0:
+        return torch.empty(dz_in.shape, dtype=dtype, device=dz_in.device)
+    from dblocks.kernels.noise import noise_inject_bwd
+
+    return noise_inject_bwd(dz, dz_in, sigma, sigma_data, dtype)
+
+
+@torch.library.register_fake("dblocks::noise_inject_fwd_triton", lib=_lib)
+def _fwd_fake(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z):
+    return _empty_outputs(y, dtype, need_z)
+
+
+@torch.library.register_fake("dblocks::noise_inject_bwd_triton", lib=_lib)
+def _bwd_fake(dz, dz_in, sigma, sigma_data, dtype):
+    return torch.empty(dz_in.shape, dtype=dtype, device=dz_in.device)
+
+
+_fwd = torch.ops.dblocks.noise_inject_fwd_triton.default
+_bwd = torch.ops.dblocks.noise_inject_bwd_triton.default
+
+
+class _NoiseInject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(sigma)
+        ctx.sigma_data, ctx.dtype, ctx.need_z = sigma_data, y.dtype, need_z
+        z, z_in = _fwd(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)
+        if not need_z:
+            ctx.mark_non_differentiable(z)
+        return z, z_in
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz, dz_in):
+        dz = dz if ctx.need_z else None
+        if dz_in is None:
+            return (None if dz is None else dz.to(ctx.dtype), *(None,) * 7)
+        (sigma,) = ctx.saved_tensors
+        return (_bwd(dz, dz_in, sigma, ctx.sigma_data, ctx.dtype), *(None,) * 7)
+
+
+def noise_inject(
+    y: Tensor,
+    sigma: Tensor,
+    seed: int | Tensor,
+    *,
+    offset: int = 0,
+    sigma_data: float = 0.5,
+    dtype: torch.dtype | None = None,
+    need_z: bool = True,
+    impl: Impl = "auto",
+) -> Noised:
+    """Noised target and network input: `z = y + sigma * eps` and `z_in = c_in * z`.
+
+        c_in = 1 / sqrt(sigma^2 + sigma_data^2)
+
+    eps is standard normal and a function of `seed` and of the element's number alone, `offset` plus
+    the row-major index in the shape of `y`: the same in every implementation, layout and dtype
+    (Philox 4x32-10 and Box-Muller, |eps| <= 5.678). The gradient reaches `y` from both outputs.
+
+    Args:
+        y: Clean target `[N, ...]`, `[N, T, D]` where `sigma` is `[N, S]`. `[N, T, D]` may have any
+            strides of samples and tokens, zero and chunk views included; a last stride other than
+            1, and other shapes whose samples are not contiguous, cost a copy.
+        sigma: Noise levels > 0, 0-d, `[N]` or `[N, S]`: segment s covers T/S consecutive tokens. No
+            gradient. On the CPU its values are checked.
+        seed: An int of 64 bits (two's complement), or a 0-d int64 tensor on the device.
+        offset: The number of the first element, >= 0.
+        sigma_data: Standard deviation of the data.
+        dtype: Of `z_in`; that of `y` by default.
+        need_z: Whether `z` is written.
+        impl: "reference" (plain PyTorch), "triton" (one kernel; on the CPU under
+            TRITON_INTERPRET=1) or "auto": Triton on a GPU, the reference elsewhere and for float64.
+
+    Returns:
+        `Noised(z, z_in)`, both of the shape of `y` and contiguous: `z` float32 (float64 for
+        float64), or `None`; `z_in` rounded once to `dtype`. Arithmetic is float32 (float64 for
+        float64 `y`; eps is float32 always).
+
+    Raises:
+        ValueError: for a shape or value that does not fit.
+        TypeError: for a dtype that does not fit.
+        RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
+        ImportError: for impl="triton" without the package triton.
+
+    Source: Karras et al. 2022, table 1 and eq. 7; Salmon et al. 2011 (Philox).
+    """
+    check_samples("y", y)
+    _common.check_float(y=y)
+    check_sigma("sigma", sigma, "y", y)
+    check_sigma_data(sigma_data)
+    if dtype is not None and dtype not in _common.FLOATS:
+        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+    seed_tensor, number = split_seed(seed, offset, y)
+    sigma = sigma.detach()
+    if _common.resolve_impl(impl, y, "noise_inject") == "triton":
+        z, z_in = _NoiseInject.apply(
+            y, sigma, seed_tensor, number, offset, float(sigma_data), dtype or y.dtype, need_z
+        )
+        return Noised(z if need_z else None, z_in)
+    return Noised(
+        *reference.noise_inject(
+            y, sigma, seed, offset=offset, sigma_data=sigma_data, dtype=dtype,
+            need_z=need_z,
+        )
+    )  # fmt: skip

@@ -1,0 +1,351 @@
+"""EDM preconditioning: the denoised estimate, the L2 loss in F space, and the Euler step."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dblocks.kernels._launch import device_guard
+from dblocks.kernels._runs import (
+    INTEGERS,
+    as_tokens,
+    chunk_start,
+    empty_like_runs,
+    load_sigma,
+    plan_runs,
+    run_normals,
+    run_numbers,
+    sigma_table,
+)
+
+# How the coefficients of a linear combination come about.
+DENOISE = tl.constexpr(0)  # c_skip and c_out of sigma
+EULER = tl.constexpr(1)  # sigma_next / sigma and the rest to 1
+GIVEN = tl.constexpr(2)  # the two numbers themselves
+
+_SIGMA = ("sigma_stride_n", "sigma_stride_s")
+_MIX = (*INTEGERS, *_SIGMA, "next_stride_n", "next_stride_s", "x_stride_n", "x_stride_r")
+_LOSS = (
+    *INTEGERS, *_SIGMA, "seed", "offset", "f_stride_n", "f_stride_r", "y_stride_n", "y_stride_r",
+    "weight_stride_n", "weight_stride_r",
+)  # fmt: skip
+
+
+@triton.jit
+def coefficients(b_s, b_next, first, second, KIND: tl.constexpr):
+    """The factors [BLOCK_U] of the two tensors of a combination; b_s is sigma of each run."""
+    first = tl.cast(first, tl.float32)
+    if KIND == DENOISE:
+        total = b_s * b_s + first * first
+        return first * first / total, b_s * first / tl.sqrt(total)
+    elif KIND == EULER:
+        # Fast quotients may miss 1 by a rounding, and sigma_next = 0 must give exactly 0 and 1.
+        return b_next / b_s, tl.where(b_next == 0.0, 1.0, (b_s - b_next) / b_s)
+    else:
+        return b_s * 0.0 + first, b_s * 0.0 + tl.cast(second, tl.float32)
+
+
+@triton.jit
+def target_factors(b_s, sigma_data):
+    """Factors of y and eps in the target c_in ((sigma / sigma_data) y - sigma_data eps)."""
+    sd = tl.cast(sigma_data, tl.float32)
+    c_in = 1.0 / tl.sqrt(b_s * b_s + sd * sd)
+    return b_s / sd * c_in, sd * c_in
+
+
+@triton.jit(do_not_specialize=[*_MIX, "w_stride_n", "w_stride_r"])
+def mix_fwd_kernel(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    sigma_ptr,
+    next_ptr,
+    first,
+    second,
+    x_stride_n: tl.int64,
+    x_stride_r: tl.int64,
+    w_stride_n: tl.int64,
+    w_stride_r: tl.int64,
+    sigma_stride_n: tl.int64,
+    sigma_stride_s: tl.int64,
+    next_stride_n: tl.int64,
+    next_stride_s: tl.int64,
+    U: tl.int64,
+    R: tl.int64,
+    L: tl.int64,
+    segment: tl.int64,
+    chunks: tl.int32,
+    BLOCK_U: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    VEC: tl.constexpr,
+    ONE_RUN: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    o_u, o_n, o_r = run_numbers(chunks, R, BLOCK_U, ONE_RUN)
+    m_u = o_u < U
+    b_s = tl.full((BLOCK_U,), 1.0, tl.float32)
+    b_next = b_s
+    if KIND != GIVEN:
+        b_s = load_sigma(sigma_ptr, sigma_stride_n, sigma_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
+    if KIND == EULER:
+        b_next = load_sigma(next_ptr, next_stride_n, next_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
+    a, b = coefficients(b_s, b_next, first, second, KIND)
+    o_l = chunk_start(chunks, BLOCK_L) + tl.arange(0, BLOCK_L)[None, :]
+    m_l = m_u[:, None] & (o_l < L * VEC)
+    o_x = (o_n * x_stride_n + o_r * x_stride_r) * VEC
+    o_w = (o_n * w_stride_n + o_r * w_stride_r) * VEC
+    b_x = tl.cast(tl.load(x_ptr + o_x[:, None] + o_l, mask=m_l, other=0.0), tl.float32)
+    b_w = tl.cast(tl.load(w_ptr + o_w[:, None] + o_l, mask=m_l, other=0.0), tl.float32)
+    b_out = a[:, None] * b_x + b[:, None] * b_w
+    tl.store(out_ptr + (o_u * (L * VEC))[:, None] + o_l, b_out, mask=m_l)
+
+
+@triton.jit(do_not_specialize=[*_MIX])
+def mix_bwd_kernel(
+    g_ptr,
+    dx_ptr,
+    dw_ptr,
+    sigma_ptr,
+    next_ptr,
+    first,
+    second,
+    x_stride_n: tl.int64,
+    x_stride_r: tl.int64,
+    sigma_stride_n: tl.int64,
+    sigma_stride_s: tl.int64,
+    next_stride_n: tl.int64,
+    next_stride_s: tl.int64,
+    U: tl.int64,
+    R: tl.int64,
+    L: tl.int64,
+    segment: tl.int64,
+    chunks: tl.int32,
+    BLOCK_U: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    VEC: tl.constexpr,
+    ONE_RUN: tl.constexpr,
+    KIND: tl.constexpr,
+    HAS_DX: tl.constexpr,
+    HAS_DW: tl.constexpr,
+):
+    o_u, o_n, o_r = run_numbers(chunks, R, BLOCK_U, ONE_RUN)
+    m_u = o_u < U
+    b_s = tl.full((BLOCK_U,), 1.0, tl.float32)
+    b_next = b_s
+    if KIND != GIVEN:
+        b_s = load_sigma(sigma_ptr, sigma_stride_n, sigma_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
+    if KIND == EULER:
+        b_next = load_sigma(next_ptr, next_stride_n, next_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
+    a, b = coefficients(b_s, b_next, first, second, KIND)
+    o_l = chunk_start(chunks, BLOCK_L) + tl.arange(0, BLOCK_L)[None, :]
+    m_l = m_u[:, None] & (o_l < L * VEC)
+    o_g = (o_n * x_stride_n + o_r * x_stride_r) * VEC
+    b_g = tl.cast(tl.load(g_ptr + o_g[:, None] + o_l, mask=m_l, other=0.0), tl.float32)
+    o_d = (o_u * (L * VEC))[:, None] + o_l
+    if HAS_DX:
+        tl.store(dx_ptr + o_d, a[:, None] * b_g, mask=m_l)
+    if HAS_DW:
+        tl.store(dw_ptr + o_d, b[:, None] * b_g, mask=m_l)
+
+
+@triton.jit(do_not_specialize=[*_LOSS, "grad_stride"])
+def edm_loss_kernel(
+    f_ptr,
+    y_ptr,
+    sigma_ptr,
+    seed_ptr,
+    weight_ptr,
+    grad_ptr,
+    out_ptr,
+    seed: tl.int64,
+    offset: tl.int64,
+    sigma_data,
+    inverse_count,
+    grad_stride: tl.int64,
+    f_stride_n: tl.int64,
+    f_stride_r: tl.int64,
+    y_stride_n: tl.int64,
+    y_stride_r: tl.int64,
+    weight_stride_n: tl.int64,
+    weight_stride_r: tl.int64,
+    sigma_stride_n: tl.int64,
+    sigma_stride_s: tl.int64,
+    U: tl.int64,
+    R: tl.int64,
+    L: tl.int64,
+    segment: tl.int64,
+    chunks: tl.int32,
+    BLOCK_U: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    VEC: tl.constexpr,
+    ONE_RUN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SEED_PTR: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    o_u, o_n, o_r = run_numbers(chunks, R, BLOCK_U, ONE_RUN)
+    L = L * VEC
+    m_u = o_u < U
+    b_s = load_sigma(sigma_ptr, sigma_stride_n, sigma_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
+    of_y, of_eps = target_factors(b_s, sigma_data)
+    b_scale = b_s * 0.0 + tl.cast(inverse_count, tl.float32)
+    if HAS_WEIGHT:
+        o_w = o_n * weight_stride_n + o_r * weight_stride_r
+        b_scale *= tl.cast(tl.load(weight_ptr + o_w, mask=m_u, other=0.0), tl.float32)
+    if SEED_PTR:
+        seed = tl.load(seed_ptr)
+    start = chunk_start(chunks, BLOCK_L)
+    WIDE: tl.constexpr = ALIGNED and f_ptr.dtype.element_ty.primitive_bitwidth == 16
+    b_eps, o_l = run_normals(seed, offset, o_u, start, L, BLOCK_L, ALIGNED, WIDE)
+    m_l = m_u[:, None] & (o_l >= 0) & (o_l < L)
+    o_f = (o_n * f_stride_n + o_r * f_stride_r) * VEC
+    o_y = (o_n * y_stride_n + o_r * y_stride_r) * VEC
+    b_f = tl.cast(tl.load(f_ptr + o_f[:, None] + o_l, mask=m_l, other=0.0), tl.float32)
+    b_y = tl.cast(tl.load(y_ptr + o_y[:, None] + o_l, mask=m_l, other=0.0), tl.float32)
+    b_rest = b_f - tl.fma(b_y, of_y[:, None], -(b_eps * of_eps[:, None]))
+    if BACKWARD:
+        b_g = tl.cast(tl.load(grad_ptr + o_n * grad_stride, mask=m_u, other=0.0), tl.float32)
+        b_df = b_rest * (2.0 * b_scale * b_g)[:, None]
+        tl.store(out_ptr + (o_u * L)[:, None] + o_l, b_df, mask=m_l)
+    else:
+        b_rest = tl.where(m_l, b_rest, 0.0)
+        partial = tl.sum(b_rest * b_rest, 1) * b_scale
+        tl.store(out_ptr + o_u * chunks + tl.program_id(0) % chunks, partial, mask=m_u)
+
+
+def _segments(*sigmas: Tensor) -> list[Tensor]:
+    """Tables of sigma widened to one number of segments."""
+    S = max(s.shape[1] for s in sigmas)
+    return [s.expand(s.shape[0], S) for s in sigmas]
+
+
+def _mix(z: Tensor, f: Tensor, sigmas: list[Tensor], first: float, second: float, kind) -> Tensor:
+    """a z + b f in float32; `kind` says what a and b are made of."""
+    x, w = as_tokens(z), as_tokens(f)
+    tables = _segments(*(sigma_table(s, z.shape[0]) for s in sigmas)) if sigmas else []
+    runs = plan_runs([x, w], tables[0].shape[1] if tables else 1)
+    out = empty_like_runs(z, torch.float32)
+    sigma, after = (*tables, None, None)[:2]
+    with device_guard(z):
+        mix_fwd_kernel[runs.grid](
+            x, w, out, sigma, after, first, second, *runs.strides(x), *runs.strides(w),
+            *(sigma.stride() if sigma is not None else (0, 0)),
+            *(after.stride() if after is not None else (0, 0)),
+            *runs.sizes, **runs.blocks, KIND=kind.value,
+        )  # fmt: skip
+    return out
+
+
+def _mix_bwd(
+    grad: Tensor, sigmas: list[Tensor], first: float, second: float, kind,
+    z_dtype: torch.dtype | None, f_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients to z and f, empty where no dtype is given."""
+    g = as_tokens(grad)
+    tables = _segments(*(sigma_table(s, grad.shape[0]) for s in sigmas)) if sigmas else []
+    runs = plan_runs([g], tables[0].shape[1] if tables else 1)
+    dz, df = (
+        empty_like_runs(grad, dtype) if dtype is not None else grad.new_empty(0)
+        for dtype in (z_dtype, f_dtype)
+    )
+    sigma, after = (*tables, None, None)[:2]
+    with device_guard(grad):
+        mix_bwd_kernel[runs.grid](
+            g, dz, df, sigma, after, first, second, *runs.strides(g),
+            *(sigma.stride() if sigma is not None else (0, 0)),
+            *(after.stride() if after is not None else (0, 0)),
+            *runs.sizes, **runs.blocks, KIND=kind.value,
+            HAS_DX=z_dtype is not None, HAS_DW=f_dtype is not None,
+        )  # fmt: skip
+    return dz, df
+
+
+def edm_denoise_fwd(f: Tensor, z: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """c_skip z + c_out f of non-empty tensors."""
+    return _mix(z, f, [sigma], sigma_data, 0.0, DENOISE)
+
+
+def edm_denoise_bwd(
+    grad: Tensor, sigma: Tensor, sigma_data: float,
+    f_dtype: torch.dtype | None, z_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients to f and z, empty where no dtype is given."""
+    dz, df = _mix_bwd(grad, [sigma], sigma_data, 0.0, DENOISE, z_dtype, f_dtype)
+    return df, dz
+
+
+def _euler(sigmas: list[Tensor | None], values: list[float]):
+    """Tensors, numbers and kind for `_mix`: two numbers are divided here, in double."""
+    given = [s for s in sigmas if s is not None]
+    if not given:
+        s, after = values
+        return [], after / s, (s - after) / s, GIVEN
+    tensors = [
+        torch.full_like(given[0], v) if s is None else s
+        for s, v in zip(sigmas, values, strict=True)
+    ]
+    return tensors, 0.0, 0.0, EULER
+
+
+def euler_step_fwd(
+    z: Tensor, denoised: Tensor, sigmas: list[Tensor | None], values: list[float]
+) -> Tensor:
+    """a z + (1 - a) denoised of non-empty tensors; an absent sigma is the value beside it."""
+    return _mix(z, denoised, *_euler(sigmas, values))
+
+
+def euler_step_bwd(
+    grad: Tensor, sigmas: list[Tensor | None], values: list[float],
+    z_dtype: torch.dtype | None, denoised_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients to z and denoised, empty where no dtype is given."""
+    return _mix_bwd(grad, *_euler(sigmas, values), z_dtype, denoised_dtype)
+
+
+def _loss(
+    f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, grad, BACKWARD: bool
+) -> Tensor:
+    """Partial sums [N, chunks] of the loss, or the gradient to f."""
+    N = y.shape[0]
+    x, x_f, sigma = as_tokens(y), as_tokens(f), sigma_table(sigma, N)
+    by_token = row_weight is not None and row_weight.ndim == 2
+    runs = plan_runs([x_f, x], sigma.shape[1], by_token=by_token, offset=offset)
+    weight_strides = (0, 0)
+    if row_weight is not None:
+        weight_strides = row_weight.stride() if by_token else (row_weight.stride(0), 0)
+    if BACKWARD:
+        out = empty_like_runs(f, f.dtype)
+    else:
+        out = torch.empty((N, runs.R * runs.chunks), dtype=torch.float32, device=y.device)
+    with device_guard(y):
+        edm_loss_kernel[runs.grid](
+            x_f, x, sigma, seed_tensor, row_weight, grad, out, seed, offset, sigma_data,
+            N / y.numel(), 0 if grad is None else grad.stride(0),
+            *runs.strides(x_f), *runs.strides(x), *weight_strides, *sigma.stride(), *runs.sizes,
+            **runs.blocks, ALIGNED=offset % 4 == 0 and runs.L % 4 == 0,
+            SEED_PTR=seed_tensor is not None, HAS_WEIGHT=row_weight is not None,
+            BACKWARD=BACKWARD,
+        )  # fmt: skip
+    return out
+
+
+def edm_loss_fwd(
+    f: Tensor, y: Tensor, sigma: Tensor, seed_tensor: Tensor | None, seed: int, offset: int,
+    sigma_data: float, row_weight: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The loss [N] of non-empty tensors: partial sums, then their sum in a fixed order."""
+    partial = _loss(
+        f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, None, BACKWARD=False
+    )
+    return partial.sum(1) if partial.shape[1] > 1 else partial.view(-1)
+
+
+def edm_loss_bwd(
+    grad: Tensor, f: Tensor, y: Tensor, sigma: Tensor, seed_tensor: Tensor | None, seed: int,
+    offset: int, sigma_data: float, row_weight: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The gradient to f; the noise is drawn again."""
+    return _loss(
+        f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, grad, BACKWARD=True
+    )

@@ -1,0 +1,173 @@
+"""Noise injection: z = y + sigma eps and c_in z in one pass, and its backward."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dblocks.kernels._launch import device_guard
+from dblocks.kernels._runs import (
+    INTEGERS,
+    as_tokens,
+    chunk_start,
+    empty_like_runs,
+    load_sigma,
+    plan_runs,
+    run_normals,
+    run_numbers,
+    sigma_table,
+)
+
+_FIXED = (*INTEGERS, "seed", "offset", "y_stride_n", "y_stride_r", "sigma_stride_n")
+_FIXED_BWD = (*INTEGERS, "dz_stride_n", "dz_stride_r", "dz_in_stride_n", "dz_in_stride_r")
+
+
+@triton.jit(do_not_specialize=[*_FIXED, "sigma_stride_s"])
+def noise_inject_fwd_kernel(
+    y_ptr,
+    sigma_ptr,
+    z_ptr,
+    z_in_ptr,
+    seed_ptr,
+    seed: tl.int64,
+    offset: tl.int64,
+    sigma_data,
+    y_stride_n: tl.int64,
+    y_stride_r: tl.int64,
+    sigma_stride_n: tl.int64,
+    sigma_stride_s: tl.int64,
+    U: tl.int64,
+    R: tl.int64,
+    L: tl.int64,
+    segment: tl.int64,
+    chunks: tl.int32,
+    BLOCK_U: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    VEC: tl.constexpr,
+    ONE_RUN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SEED_PTR: tl.constexpr,
+    HAS_Z: tl.constexpr,
+):
+    o_u, o_n, o_r = run_numbers(chunks, R, BLOCK_U, ONE_RUN)
+    L = L * VEC
+    m_u = o_u < U
+    b_s = load_sigma(sigma_ptr, sigma_stride_n, sigma_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
+    sd = tl.cast(sigma_data, tl.float32)
+    c_in = 1.0 / tl.sqrt(b_s * b_s + sd * sd)
+    if SEED_PTR:
+        seed = tl.load(seed_ptr)
+    start = chunk_start(chunks, BLOCK_L)
+    WIDE: tl.constexpr = ALIGNED and y_ptr.dtype.element_ty.primitive_bitwidth == 16
+    b_eps, o_l = run_normals(seed, offset, o_u, start, L, BLOCK_L, ALIGNED, WIDE)
+    m_l = m_u[:, None] & (o_l >= 0) & (o_l < L)
+    o_y = (o_n * y_stride_n + o_r * y_stride_r) * VEC
+    b_y = tl.load(y_ptr + o_y[:, None] + o_l, mask=m_l, other=0.0)
+    b_z = tl.fma(b_eps, b_s[:, None], tl.cast(b_y, tl.float32))
+    o_z = (o_u * L)[:, None] + o_l
+    if HAS_Z:
+        tl.store(z_ptr + o_z, b_z, mask=m_l)
+    tl.store(z_in_ptr + o_z, b_z * c_in[:, None], mask=m_l)
+
+
+@triton.jit(do_not_specialize=[*_FIXED_BWD, "sigma_stride_n", "sigma_stride_s"])
+def noise_inject_bwd_kernel(
+    dz_ptr,
+    dz_in_ptr,
+    sigma_ptr,
+    dy_ptr,
+    sigma_data,
+    dz_stride_n: tl.int64,
+    dz_stride_r: tl.int64,
+    dz_in_stride_n: tl.int64,
+    dz_in_stride_r: tl.int64,
+    sigma_stride_n: tl.int64,
+    sigma_stride_s: tl.int64,
+    U: tl.int64,
+    R: tl.int64,
+    L: tl.int64,
+    segment: tl.int64,
+    chunks: tl.int32,
+    BLOCK_U: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    VEC: tl.constexpr,
+    ONE_RUN: tl.constexpr,
+    HAS_DZ: tl.constexpr,
+):
+    o_u, o_n, o_r = run_numbers(chunks, R, BLOCK_U, ONE_RUN)
+    m_u = o_u < U
+    b_s = load_sigma(sigma_ptr, sigma_stride_n, sigma_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
+    sd = tl.cast(sigma_data, tl.float32)
+    c_in = 1.0 / tl.sqrt(b_s * b_s + sd * sd)
+    o_l = chunk_start(chunks, BLOCK_L) + tl.arange(0, BLOCK_L)[None, :]
+    m_l = m_u[:, None] & (o_l < L * VEC)
+    o_g = (o_n * dz_in_stride_n + o_r * dz_in_stride_r) * VEC
+    b_g = tl.load(dz_in_ptr + o_g[:, None] + o_l, mask=m_l, other=0.0)
+    b_dy = tl.cast(b_g, tl.float32) * c_in[:, None]
+    if HAS_DZ:
+        o_dz = (o_n * dz_stride_n + o_r * dz_stride_r) * VEC
+        b_dz = tl.load(dz_ptr + o_dz[:, None] + o_l, mask=m_l, other=0.0)
+        b_dy += tl.cast(b_dz, tl.float32)
+    tl.store(dy_ptr + (o_u * (L * VEC))[:, None] + o_l, b_dy, mask=m_l)
+
+
+def noise_inject_fwd(
+    y: Tensor,
+    sigma: Tensor,
+    seed_tensor: Tensor | None,
+    seed: int,
+    offset: int,
+    sigma_data: float,
+    dtype: torch.dtype,
+    need_z: bool,
+) -> tuple[Tensor, Tensor]:
+    """z (empty unless needed) and z_in of a non-empty y."""
+    x, sigma = as_tokens(y), sigma_table(sigma, y.shape[0])
+    runs = plan_runs([x], sigma.shape[1], offset=offset)
+    z = empty_like_runs(y, torch.float32) if need_z else y.new_empty(0, dtype=torch.float32)
+    z_in = empty_like_runs(y, dtype)
+    with device_guard(y):
+        noise_inject_fwd_kernel[runs.grid](
+            x,
+            sigma,
+            z,
+            z_in,
+            seed_tensor,
+            seed,
+            offset,
+            sigma_data,
+            *runs.strides(x),
+            *sigma.stride(),
+            *runs.sizes,
+            **runs.blocks,
+            ALIGNED=offset % 4 == 0 and runs.L % 4 == 0,
+            SEED_PTR=seed_tensor is not None,
+            HAS_Z=need_z,
+        )
+    return z, z_in
+
+
+def noise_inject_bwd(
+    dz: Tensor | None, dz_in: Tensor, sigma: Tensor, sigma_data: float, dtype: torch.dtype
+) -> Tensor:
+    """The gradient to y from those to z and z_in, all of one shape."""
+    sigma = sigma_table(sigma, dz_in.shape[0])
+    g_in = as_tokens(dz_in)
+    g = g_in if dz is None else as_tokens(dz)
+    runs = plan_runs([g, g_in], sigma.shape[1])
+    dy = empty_like_runs(dz_in, dtype)
+    with device_guard(dz_in):
+        noise_inject_bwd_kernel[runs.grid](
+            g,
+            g_in,
+            sigma,
+            dy,
+            sigma_data,
+            *runs.strides(g),
+            *runs.strides(g_in),
+            *sigma.stride(),
+            *runs.sizes,
+            **runs.blocks,
+            HAS_DZ=dz is not None,
+        )
+    return dy

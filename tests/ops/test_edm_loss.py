@@ -1,0 +1,208 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dblocks.kernels import reference
+from dblocks.ops.edm_loss import edm_loss
+from dblocks.testing import DTYPES, LAYOUTS, check_against_reference, make, segment_counts
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IMPLS = ("reference", "triton")
+SEEDS = st.sampled_from([0, 1, -1, 2**40 + 3, -(2**63), 2**63 - 1])
+OFFSETS = st.sampled_from([0, 1, 3, 4, 2**32 - 2, 2**33 + 5])
+
+
+@st.composite
+def problems(draw):
+    """Inputs f, y, sigma and perhaps row_weight; the upstream gradient; the other arguments."""
+    N, D = draw(st.sampled_from([1, 2, 3, 5])), draw(st.sampled_from([1, 3, 4, 7, 8, 16, 40]))
+    T = draw(st.sampled_from([1, 2, 6, 12]))
+    image = draw(st.booleans())
+    shape = (N, 2, 3, D) if image else (N, T, D)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    S = 0 if image else draw(st.one_of(st.just(0), segment_counts(T)))
+    sigma = torch.exp(2 * torch.randn((N, S) if S else (N,), generator=generator)).to(DEVICE)
+
+    def tensor():
+        layout, dtype = draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(DTYPES))
+        return make(shape, layout, dtype, generator, device=DEVICE)
+
+    inputs = {"f": tensor(), "y": tensor(), "sigma": sigma}
+    weight = draw(st.sampled_from([None, (N,), None if image else (N, T)]))
+    if weight is not None:
+        inputs["row_weight"] = torch.rand(weight, generator=generator).to(DEVICE)
+    upstream = [torch.randn(N, generator=generator).to(DEVICE)]
+    seed = draw(SEEDS)
+    options = {
+        "seed": torch.tensor(seed, device=DEVICE) if draw(st.booleans()) else seed,
+        "offset": draw(OFFSETS),
+        "sigma_data": draw(st.sampled_from([0.5, 1.0])),
+    }
+    return inputs, upstream, options
+
+
+def perfect_network(y, sigma, seed):
+    """The output whose loss is 0, in float64."""
+    eps = reference.normals(y.numel(), seed, 0, y.device).view(y.shape).double()
+    s = sigma.double().view(-1, *(1,) * (y.ndim - 1))
+    return (s / 0.5 * y.double() - 0.5 * eps) * torch.rsqrt(s**2 + 0.25)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@given(problem=problems())
+def test_forward_and_gradient_are_within_budget(impl, problem):
+    inputs, upstream, options = problem
+    call = lambda impl, f, y, sigma, row_weight=None: [
+        edm_loss(f, y, sigma, **options, row_weight=row_weight, impl=impl)
+    ]
+    check_against_reference(call, inputs, upstream, impl=impl, needs_grad=["f"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sigma", [0.002, 0.02, 80.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_perfect_network_has_no_loss(impl, sigma, dtype):
+    y = torch.randn(3, 5, 8, device=DEVICE)
+    level = torch.full((3,), sigma, device=DEVICE)
+    f = perfect_network(y, level, 4).to(dtype).requires_grad_()
+    loss = edm_loss(f, y, level, 4, impl=impl)
+    # What is left is the rounding of f: half an eps of values up to 6.
+    assert (loss.sqrt() <= 3 * torch.finfo(dtype).eps + 2e-6).all()
+    (grad,) = torch.autograd.grad(loss.sum(), f)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_is_the_weighted_error_of_denoised(impl):
+    y, f = torch.randn(2, 3, 5, 8, device=DEVICE, dtype=torch.float64).unbind()
+    sigma = torch.tensor([0.1, 1.0, 20.0], device=DEVICE)
+    s = sigma.double()[:, None, None]
+    eps = reference.normals(y.numel(), 6, 0, DEVICE).view(y.shape)
+    denoised = reference.edm_denoise(f, y + s * eps, sigma)
+    weight = (s**2 + 0.25) / (s * 0.5) ** 2
+    expected = (weight * (denoised - y) ** 2).mean((1, 2))
+    got = edm_loss(f.float(), y.float(), sigma, 6, impl=impl)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("length", [4096, 5001])
+def test_long_samples_repeat_bit_for_bit(impl, length):
+    f, y = torch.randn(2, 2, length, device=DEVICE).unbind()
+    sigma = torch.tensor([0.3, 3.0], device=DEVICE)
+    inputs = {"f": f, "y": y, "sigma": sigma}
+    call = lambda impl, f, y, sigma: [edm_loss(f, y, sigma, 2, impl=impl)]
+    check_against_reference(call, inputs, [torch.ones(2, device=DEVICE)], impl=impl)
+    assert torch.equal(call(impl, **inputs)[0], call(impl, **inputs)[0])
+    alone = edm_loss(f[:1], y[:1], sigma[:1], 2, impl=impl)
+    assert torch.equal(alone, call(impl, **inputs)[0][:1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_f_gets_a_gradient(impl):
+    f, y = (torch.randn(2, 4, 6, device=DEVICE, requires_grad=True) for _ in range(2))
+    sigma, weight = (torch.rand(2, device=DEVICE, requires_grad=True) for _ in range(2))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = edm_loss(f, y, sigma, 1, row_weight=weight, impl=impl)
+    loss.sum().backward()  # an expanded upstream gradient
+    assert f.grad is not None
+    assert y.grad is sigma.grad is weight.grad is None
+    if impl == "triton":
+        assert [t.shape for t in saved] == [f.shape, y.shape, (2,), (2,)]
+    f.grad = None
+    assert not edm_loss(f.detach(), y, sigma, 1, impl=impl).requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_zero_weight_removes_a_row_even_of_huge_values(impl):
+    f, y = torch.randn(2, 2, 4, 8, device=DEVICE).unbind()
+    weight = torch.ones(2, 4, device=DEVICE)
+    weight[:, 3] = 0
+    sigma = torch.ones(2, device=DEVICE)
+    first = edm_loss(f, y, sigma, 1, row_weight=weight, impl=impl)
+    f[:, 3] = 1e10
+    assert torch.equal(first, edm_loss(f, y, sigma, 1, row_weight=weight, impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
+def test_empty(impl, shape):
+    f = torch.zeros(shape, device=DEVICE, requires_grad=True)
+    loss = edm_loss(f, f.detach(), torch.ones(shape[0], device=DEVICE), 1, impl=impl)
+    assert torch.equal(loss, torch.zeros(shape[0], device=DEVICE))
+    loss.sum().backward()
+    assert f.grad.shape == shape
+
+
+def test_autocast_has_no_effect():
+    f, y = torch.randn(2, 2, 4, 8, device=DEVICE).unbind()
+    for impl in IMPLS:
+        plain = edm_loss(f, y, torch.ones(2, device=DEVICE), 1, impl=impl)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            cast = edm_loss(f, y, torch.ones(2, device=DEVICE), 1, impl=impl)
+        assert torch.equal(plain, cast)
+
+
+def test_gradcheck_of_the_reference():
+    f, y = torch.randn(2, 2, 4, 3, dtype=torch.float64).unbind()
+    f.requires_grad_()
+    sigma, weight = torch.rand(2, 2, dtype=torch.float64) + 0.1, torch.rand(2, 4)
+    assert torch.autograd.gradcheck(lambda f: edm_loss(f, y, sigma, 1, row_weight=weight), f)
+
+
+@pytest.mark.parametrize("seed_tensor", [None, torch.tensor(-4, device=DEVICE)])
+@pytest.mark.parametrize("weight", [None, torch.ones(2, 4, device=DEVICE)])
+def test_opcheck(seed_tensor, weight):
+    f, y = torch.randn(2, 2, 4, 6, device=DEVICE).unbind()
+    args = (f.bfloat16(), y, torch.rand(2, 2, device=DEVICE), seed_tensor, -5, 2**33, 0.5, weight)
+    torch.library.opcheck(torch.ops.dblocks.edm_loss_fwd_triton.default, args)
+    grad = torch.ones(2, device=DEVICE)
+    torch.library.opcheck(torch.ops.dblocks.edm_loss_bwd_triton.default, (grad, *args))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("tensor_seed", [False, True])
+def test_compiles_to_one_graph(impl, tensor_seed):
+    torch._dynamo.reset()
+    f = torch.randn(2, 4, 6, device=DEVICE, requires_grad=True)
+    y, sigma = torch.randn(2, 4, 6, device=DEVICE), torch.rand(2, device=DEVICE) + 0.1
+    call = lambda f, y, sigma, seed: edm_loss(f, y, sigma, seed, impl=impl)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for number in (3, -(2**40), 2**62):
+        seed = torch.tensor(number, device=DEVICE) if tensor_seed else number
+        got, expected = compiled(f, y, sigma, seed), call(f, y, sigma, seed)
+        torch.testing.assert_close(got, expected)
+        grads = (torch.autograd.grad(loss.sum(), f)[0] for loss in (got, expected))
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"f": torch.ones(2, 4, 5)}, ValueError, "y must have the shape of f"),
+        ({"y": torch.ones(2, 4, 6).int()}, TypeError, "y must be float64, float32"),
+        ({"y": torch.ones(2, 4, 6, device="meta")}, RuntimeError, "y must be on"),
+        ({"sigma": torch.ones(2, 3)}, ValueError, "S that divides T = 4, got S = 3"),
+        ({"sigma_data": -1.0}, ValueError, "sigma_data must be a number > 0"),
+        ({"seed": -(2**63) - 1}, ValueError, "seed must fit in 64 bits"),
+        ({"offset": -1}, ValueError, "offset must be >= 0, got -1"),
+        (
+            {"row_weight": torch.ones(2, 3)},
+            ValueError,
+            r"row_weight must have shape \[N\] = \[2\] or \[N, T\] = \[2, 4\], got \[2, 3\]",
+        ),
+        ({"row_weight": torch.ones(2).int()}, TypeError, "row_weight must be float64"),
+        ({"y": torch.ones(2, 4, 6).double(), "impl": "triton"}, TypeError, "got float64"),
+    ],
+)
+def test_errors(change, error, message):
+    ones = torch.ones(2, 4, 6)
+    arguments = {"f": ones, "y": ones, "sigma": torch.ones(2), "seed": 1} | change
+    arguments = {
+        k: v.to(DEVICE) if isinstance(v, torch.Tensor) and not v.is_meta else v
+        for k, v in arguments.items()
+    }
+    with pytest.raises(error, match=message):
+        edm_loss(**arguments)

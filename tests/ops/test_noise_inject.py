@@ -1,0 +1,223 @@
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dblocks.kernels import reference
+from dblocks.ops.noise_inject import noise_inject
+from dblocks.testing import DTYPES, LAYOUTS, check_against_reference, make, segment_counts
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IMPLS = ("reference", "triton")
+SEEDS = st.sampled_from([0, 1, -1, 2**40 + 3, -(2**63), 2**63 - 1])
+OFFSETS = st.sampled_from([0, 1, 3, 4, 2**32 - 2, 2**33 + 5])
+
+
+@st.composite
+def problems(draw):
+    """Inputs y, sigma; upstream gradients for z and z_in; the other arguments."""
+    N, D = draw(st.sampled_from([1, 2, 3, 5])), draw(st.sampled_from([1, 3, 4, 7, 8, 16, 40]))
+    T = draw(st.sampled_from([1, 2, 6, 12]))
+    image = draw(st.booleans())
+    shape = (N, 2, 3, D) if image else (N, T, D)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    S = 0 if image else draw(st.one_of(st.just(0), segment_counts(T)))
+    sigma = torch.rand((N, S) if S else (N,), generator=generator).to(DEVICE) * 4 + 0.002
+
+    def tensor():
+        layout, dtype = draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(DTYPES))
+        return make(shape, layout, dtype, generator, device=DEVICE)
+
+    upstream = [tensor(), tensor()]
+    if draw(st.booleans()):
+        upstream[draw(st.integers(0, 1))] = None
+    seed = draw(SEEDS)
+    options = {
+        "seed": torch.tensor(seed, device=DEVICE) if draw(st.booleans()) else seed,
+        "offset": draw(OFFSETS),
+        "sigma_data": draw(st.sampled_from([0.5, 1.0])),
+    }
+    return {"y": tensor(), "sigma": sigma}, upstream, options
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@given(problem=problems())
+def test_forward_and_gradient_are_within_budget(impl, problem):
+    inputs, upstream, options = problem
+    call = lambda impl, y, sigma: noise_inject(y, sigma, **options, impl=impl)
+    check_against_reference(call, inputs, upstream, impl=impl, needs_grad=["y"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sigma", [0.002, 80.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ends_of_the_noise_range(impl, sigma, dtype):
+    y = torch.randn(3, 5, 8).to(DEVICE, dtype)
+    call = lambda impl, y, sigma: noise_inject(y, sigma, 1, impl=impl)
+    inputs = {"y": y, "sigma": torch.full((3,), sigma, device=DEVICE)}
+    check_against_reference(call, inputs, [y, y], impl=impl, needs_grad=["y"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_options(impl):
+    y, sigma = torch.randn(2, 6, 8, device=DEVICE), torch.tensor(0.7, device=DEVICE)
+    full = noise_inject(y, sigma, 5, impl=impl)
+    short = noise_inject(y, sigma, 5, need_z=False, dtype=torch.bfloat16, impl=impl)
+    assert short.z is None
+    assert torch.equal(short.z_in, full.z_in.bfloat16())
+    wide = noise_inject(y.bfloat16(), sigma, 5, impl=impl)
+    assert wide.z.dtype == torch.float32
+    assert wide.z_in.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_noise_does_not_depend_on_layout_or_dtype(impl, layout):
+    sigma = torch.tensor(1.0, device=DEVICE)
+    y = make((3, 5, 7), layout, torch.float32, torch.Generator().manual_seed(0), device=DEVICE)
+    eps = reference.normals(y.numel(), -9, 6, DEVICE).view(y.shape)
+    zero = noise_inject(y * 0, sigma, -9, offset=6, impl=impl).z
+    torch.testing.assert_close(zero, eps, rtol=1e-6, atol=1e-6)
+    assert torch.equal(
+        noise_inject(y, sigma, -9, offset=6, impl=impl).z,
+        noise_inject(y.contiguous(), sigma, -9, offset=6, impl=impl).z,
+    )
+    half = noise_inject((y * 0).half(), sigma, -9, offset=6, impl=impl).z
+    assert torch.equal(half, zero)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@settings(max_examples=10)
+@given(offset=OFFSETS, start=st.integers(0, 3), D=st.sampled_from([5, 8]))
+def test_a_part_with_its_offset_is_a_slice_of_the_whole(impl, offset, start, D):
+    y, sigma = torch.randn(4, 3, D, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+    whole = noise_inject(y, sigma, 3, offset=offset, impl=impl).z
+    part = noise_inject(y[start:], sigma, 3, offset=offset + start * 3 * D, impl=impl).z
+    torch.testing.assert_close(part, whole[start:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_runs_repeat_and_saves_sigma_only(impl):
+    y = torch.randn(3, 5, 9, device=DEVICE, requires_grad=True)
+    sigma = torch.rand(3, device=DEVICE, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        first = noise_inject(y, sigma, 2, impl=impl)
+    again = noise_inject(y, sigma, torch.tensor(2, device=DEVICE), impl=impl)
+    assert torch.equal(first.z, again.z)
+    assert torch.equal(first.z_in, again.z_in)
+    if impl == "triton":
+        assert [t.shape for t in saved] == [(3,)]
+    first.z_in.sum().backward()
+    assert sigma.grad is None
+    assert y.grad is not None
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0), (0,)])
+def test_empty(impl, shape):
+    y = torch.zeros(shape, device=DEVICE, requires_grad=True)
+    z, z_in = noise_inject(y, torch.ones(shape[0], device=DEVICE), 1, impl=impl)
+    assert z.shape == z_in.shape == shape
+    (z.sum() + z_in.sum()).backward()
+    assert y.grad.shape == shape
+
+
+def test_autocast_has_no_effect():
+    y, sigma = torch.randn(2, 4, 8, device=DEVICE), torch.ones(2, device=DEVICE)
+    for impl in IMPLS:
+        plain = noise_inject(y, sigma, 1, impl=impl)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            cast = noise_inject(y, sigma, 1, impl=impl)
+        assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_gradcheck_of_the_reference():
+    y = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    sigma = torch.rand(2, 2, dtype=torch.float64) + 0.1
+    assert torch.autograd.gradcheck(lambda y: noise_inject(y, sigma, 1), y)
+
+
+@pytest.mark.parametrize("seed_tensor", [None, torch.tensor(-4, device=DEVICE)])
+def test_opcheck(seed_tensor):
+    y, sigma = torch.randn(2, 4, 6, device=DEVICE).bfloat16(), torch.rand(2, 2, device=DEVICE)
+    forward = torch.ops.dblocks.noise_inject_fwd_triton.default
+    for need_z in (True, False):
+        args = (y, sigma, seed_tensor, -5, 2**33, 0.5, torch.float16, need_z)
+        torch.library.opcheck(forward, args)
+    backward = torch.ops.dblocks.noise_inject_bwd_triton.default
+    for dz in (y.float(), None):
+        torch.library.opcheck(backward, (dz, y, sigma, 0.5, torch.bfloat16))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_to_one_graph_and_seeds_do_not_recompile(impl):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    call = lambda y, sigma, seed, offset: noise_inject(y, sigma, seed, offset=offset, impl=impl)
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    sigma = torch.rand(2, device=DEVICE) + 0.1
+    for seed, offset in ((5, 0), (2**40, 8), (-7, 2**34), (99, 12), (-(2**63), 3)):
+        y = torch.randn(2, 4, 6, device=DEVICE, requires_grad=True)
+        got, expected = compiled(y, sigma, seed, offset), call(y, sigma, seed, offset)
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-6)
+        (got.z_in + got.z).sum().backward()
+        assert y.grad.isfinite().all()
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    call = lambda y, sigma, seed: noise_inject(y, sigma, seed, impl="triton")
+    y, sigma = torch.randn(2, 4, 6, device=DEVICE), torch.rand(2, device=DEVICE) + 0.1
+    for seed in (3, -(2**40)):
+        got = torch.compile(call, fullgraph=True)(y, sigma, seed)
+        assert torch.equal(got.z, call(y, sigma, seed).z)
+
+
+ERRORS = [
+    ({"y": torch.tensor(1.0)}, ValueError, r"y must have shape \[N, \.\.\.\]"),
+    ({"y": torch.ones(2, 4, 6).int()}, TypeError, "y must be float64, float32"),
+    ({"sigma": 1.0}, TypeError, "sigma must be a floating tensor, got float"),
+    ({"sigma": torch.ones(2).int()}, TypeError, "sigma must be float64, float32"),
+    ({"sigma": torch.ones(3)}, ValueError, r"sigma must be 0-d or have shape \[N\] = \[2\]"),
+    ({"sigma": torch.ones(2, 3)}, ValueError, "S that divides T = 4, got S = 3"),
+    (
+        {"y": torch.ones(2, 4), "sigma": torch.ones(2, 2)},
+        ValueError,
+        r"y must have shape \[N, T, D\] where sigma is \[N, S\]",
+    ),
+    ({"sigma_data": 0.0}, ValueError, "sigma_data must be a number > 0, got 0.0"),
+    ({"seed": 2**63}, ValueError, "seed must fit in 64 bits"),
+    ({"seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
+    ({"seed": torch.tensor([1])}, ValueError, r"seed must be 0-d, got shape \[1\]"),
+    ({"seed": torch.tensor(1.0)}, TypeError, "seed must be an int64 tensor"),
+    ({"offset": -1}, ValueError, "offset must be >= 0, got -1"),
+    ({"offset": 1.0}, TypeError, "offset must be an int, got float"),
+    ({"dtype": torch.int32}, TypeError, "dtype must be float64"),
+    ({"impl": "fast"}, ValueError, "impl must be one of"),
+    ({"y": torch.ones(2, 4, 6).double(), "impl": "triton"}, TypeError, "got float64"),
+    ({"sigma": torch.ones(2, device="meta")}, RuntimeError, "sigma must be on"),
+    ({"seed": torch.tensor(1, device="meta")}, RuntimeError, "seed must be on"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), ERRORS)
+def test_errors(change, error, message):
+    arguments = {"y": torch.ones(2, 4, 6), "sigma": torch.ones(2), "seed": 1} | change
+    arguments = {
+        k: v.to(DEVICE) if isinstance(v, torch.Tensor) and not v.is_meta else v
+        for k, v in arguments.items()
+    }
+    with pytest.raises(error, match=message):
+        noise_inject(**arguments)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_levels_on_the_cpu_are_checked(value):
+    with pytest.raises(ValueError, match="sigma must be > 0 everywhere"):
+        noise_inject(torch.ones(2, 4, 6), torch.tensor([1.0, value]), 1)
