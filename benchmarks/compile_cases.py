@@ -25,6 +25,7 @@ def cases(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object
     yield "residual_adaln", lambda: norm(x, branch, per_sample, none, (d1, d2), rms=False)
     yield "residual_adaln affine", lambda: norm(x, branch, per_sample, affine, (d1, d2), rms=False)
     yield "gated_residual", lambda: norm(x, branch, per_sample, none, (d1, None), rms=False)
+    yield from diffusion(D, dtype)
 
 
 def norm(
@@ -48,3 +49,35 @@ def norm(
     _, _, mean, rstd = adaln_fwd(x, *inputs, normalise, rms, 1e-6, x.dtype)
     needs = Grads(*(True for _ in Grads._fields))
     adaln_bwd(dy, dx_new, x, *inputs, mean, rstd, rms, needs)
+
+
+def diffusion(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The elementwise ops, with one sigma a sample and one a token."""
+    from dblocks.kernels import edm, noise
+
+    y, f = (torch.empty(N, T, D, dtype=dtype, device="meta") for _ in range(2))
+    z = torch.empty(N, T, D, device="meta")
+    sample, token = torch.empty(N, device="meta"), torch.empty(N, T, device="meta")
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    yield "noise_inject", lambda: noise.noise_inject_fwd(y, sample, None, 1, 0, 0.5, dtype, True)
+    yield (
+        "noise_inject per token",
+        lambda: noise.noise_inject_fwd(y, token, seed, 0, 0, 0.5, dtype, False),
+    )
+    yield "noise_inject backward", lambda: noise.noise_inject_bwd(z, y, sample, 0.5, dtype)
+    yield "edm_denoise", lambda: edm.edm_denoise_fwd(f, z, sample, 0.5)
+    yield (
+        "edm_denoise backward",
+        lambda: edm.edm_denoise_bwd(z, sample, 0.5, dtype, torch.float32),
+    )
+    yield "edm_loss", lambda: edm.edm_loss_fwd(f, y, sample, None, 1, 0, 0.5, None)
+    yield (
+        "edm_loss backward",
+        lambda: edm.edm_loss_bwd(sample, f, y, token, seed, 0, 0, 0.5, token),
+    )
+    yield "euler_step", lambda: edm.euler_step_fwd(z, z, [None, None], [1.0, 0.5])
+    yield "euler_step per token", lambda: edm.euler_step_fwd(z, z, [token, token], [1.0, 0.5])
+    yield (
+        "euler_step backward",
+        lambda: edm.euler_step_bwd(z, [None, None], [1.0, 0.5], torch.float32, torch.float32),
+    )
