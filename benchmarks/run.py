@@ -69,6 +69,11 @@ def compiled(function: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequenc
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def peers_of(op: Op) -> dict[str, Callable[..., Sequence[Tensor]]]:
+    """Who takes part: ours, the best plain form, and that form compiled."""
+    return {"dblocks": op.ours, "eager": op.eager, "torch.compile": compiled(op.eager)}
+
+
 def gradients(op: Op, outputs: Sequence[Tensor], leaves: dict[str, Tensor]) -> list[Tensor]:
     wanted = [leaves[name] for name in op.needs_grad]
     upstream = [torch.ones_like(o) if o.ndim == 1 else _upstream(o) for o in outputs]
@@ -113,7 +118,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each peer, forward and backward."""
     inputs = op.make(shape, dtype, device)
-    peers = {"dblocks": op.ours, "eager": op.eager, "torch.compile": compiled(op.eager)}
+    peers = peers_of(op)
     notes = {}
     with torch.no_grad():
         for name, peer in peers.items():
@@ -210,11 +215,14 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--op", default=None, choices=[op.name for op in OPS])
     parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "T", "D"), default=None)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, help="folder for the JSON and the table")
     args = parser.parse_args()
     device = torch.device(args.device)
     shapes = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+    if args.shape:
+        shapes = (tuple(args.shape),)
     names = [args.dtype] if args.dtype else ["bfloat16"] if device.type == "cuda" else ["float32"]
     torch._functorch.config.donated_buffer = False  # the backward is timed again and again
     rows: list[dict[str, Any]] = []

@@ -1,3 +1,12 @@
 """dblocks: fused noise-conditioned layers, and residual networks trained one block at a time."""
 
+from dblocks import functional as functional
 from dblocks._version import __version__ as __version__
+from dblocks.blocks import BlocksConfig as BlocksConfig
+from dblocks.blocks import DiffusionBlocks as DiffusionBlocks
+from dblocks.sample import initial_noise as initial_noise
+from dblocks.sample import sample_euler as sample_euler
+from dblocks.sample import sample_logits as sample_logits
+from dblocks.schedule import NoiseSchedule as NoiseSchedule
+from dblocks.train import make_optimizers as make_optimizers
+from dblocks.train import train_step as train_step
