@@ -1,0 +1,203 @@
+"""One block as a denoiser: its training loss, and its prediction under a condition."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from dblocks import functional as F
+from dblocks._parts import Batch, BlockModel, BlocksConfig, Weighting
+from dblocks.schedule import NoiseLevel
+
+CLAMPED_WEIGHT_MAX = 20.0  # keeps the lowest noise, where w reaches 250,000, from outweighing all else
+MAX_SEED = 2**63 - 1
+
+
+class Loss(NamedTuple):
+    """The loss of one block on one batch."""
+
+    loss: Tensor
+    """The number to minimise: the mean of `weight * losses`; 0-d float32."""
+    losses: Tensor
+    """The model's own losses, of the shape of sigma (L2: in F space)."""
+    weight: Tensor
+    """What each was multiplied with."""
+    sigma: Tensor
+    """The noise levels drawn."""
+
+
+class Draw(NamedTuple):
+    """The random numbers of one training step, on the device."""
+
+    sigma: Tensor
+    """float32 noise levels [N] (or [N, T])."""
+    seed: Tensor
+    """0-d int64: seed of the noise."""
+    drop: Tensor | None
+    """bool [N]: whose condition is dropped; None where the model never drops."""
+
+
+class Denoiser(nn.Module):
+    """What `DiffusionBlocks` and the view of one block have in common: loss and prediction.
+
+    Subclasses say which model and which layers belong to a block.
+    """
+
+    config: BlocksConfig
+
+    def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
+        """The model that embeds and reads out for a block, and the block's layers."""
+        raise NotImplementedError
+
+    def bind(self, *, guidance_scale: float = 1.0, **cond: Any) -> Bound:
+        """The denoiser with its condition, which is embedded once for all calls."""
+        return Bound(self, cond, guidance_scale)
+
+    def draw(self, batch: Batch, block: int, *, generator: torch.Generator | None = None) -> Draw:
+        """Draws a training step's seed on the CPU, and from it sigma on the device.
+
+        Args:
+            batch: what the model's parts read.
+            block: the block to train.
+            generator: a CPU generator, of which one number is drawn.
+        """
+        model, _ = self.parts(block)
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
+        seed = int(torch.randint(MAX_SEED, (), generator=generator))
+        device = next(cast(nn.Module, model).parameters()).device
+        on_device = torch.Generator(device).manual_seed(seed)
+        shape = model.sigma_shape(batch)
+        sigma = self.config.schedule.sample(
+            block, self.config.num_blocks, shape,
+            overlap=self.config.overlap, generator=on_device, device=device,
+        )  # fmt: skip
+        drop = None
+        if model.condition_drop > 0:
+            uniform = torch.rand(shape[0], generator=on_device, device=device)
+            drop = uniform < model.condition_drop
+        return Draw(sigma, torch.full((), seed, dtype=torch.int64, device=device), drop)
+
+    def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
+        """The loss of a block at given random numbers; compiles as one graph."""
+        model, layers = self.parts(block)
+        schedule = self.config.schedule
+        level = schedule.level(draw.sigma)
+        y = model.embed_target(batch)
+        noised = F.noise_inject(y, level.sigma, draw.seed, sigma_data=schedule.sigma_data)
+        condition = model.embed_condition(batch, draw.drop)
+        hidden = model.run_layers(layers, noised.z_in, level, condition)
+        losses = model.score(hidden, cast(Tensor, noised.z), level, y, draw.seed, batch)
+        weight = loss_factors(
+            self.config.weighting, model.loss_kind, schedule.loss_weight(level.sigma)
+        )
+        return Loss((weight * losses).mean(), losses, weight, draw.sigma)
+
+
+class Bound:
+    """A denoiser with its condition: `bound(z, sigma) -> denoised`, for any k-diffusion sampler.
+
+    The condition is embedded at the first call and kept for the following ones. With a
+    `guidance_scale` g other than 1, the prediction is `uncond + g*(cond - uncond)`: of denoised
+    estimates for the call itself, of logits for `logits`.
+    """
+
+    def __init__(self, denoiser: Denoiser, cond: Batch, guidance_scale: float = 1.0) -> None:
+        self.denoiser = denoiser
+        self.cond = cond
+        self.guidance_scale = guidance_scale
+        self._embedded: dict[tuple[int, bool], Any] = {}
+
+    def __call__(self, z: Tensor, sigma: Tensor, *, block: int | None = None) -> Tensor:
+        """The estimate of y from z [N, ...] at sigma [N] or 0-d; float32."""
+        return self._guided(z, sigma, block, logits=False)
+
+    def logits(self, z: Tensor, sigma: Tensor, *, block: int | None = None) -> Tensor:
+        """The model's prediction itself: logits, or F for a model with an L2 loss."""
+        return self._guided(z, sigma, block, logits=True)
+
+    def _guided(self, z: Tensor, sigma: Tensor, block: int | None, *, logits: bool) -> Tensor:
+        z = z if z.dtype == torch.float64 else z.float()
+        sigma = _sigma_of(z, sigma)
+        if block is None:
+            block = self._owner(sigma)
+        level = self.denoiser.config.schedule.level(sigma)
+        given = self._predict(z, level, block, logits=logits, drop=False)
+        if self.guidance_scale == 1:
+            return given
+        null = self._predict(z, level, block, logits=logits, drop=True)
+        return null + self.guidance_scale * (given - null)
+
+    def _predict(
+        self, z: Tensor, level: NoiseLevel, block: int, *, logits: bool, drop: bool
+    ) -> Tensor:
+        model, layers = self.denoiser.parts(block)
+        z_in = z * _trailing(level.c_in, z)
+        condition = self._condition(model, len(z), drop)
+        hidden = model.run_layers(layers, z_in, level, condition)
+        prediction = model.read_out(hidden, z, level)
+        return prediction if logits else model.denoise(prediction, z, level)
+
+    def _condition(self, model: BlockModel, batch_size: int, drop: bool) -> Any:
+        # With private parameters each block embeds the condition itself.
+        key = (id(model), drop)
+        if key not in self._embedded:
+            mask = None
+            if drop:
+                device = next(cast(nn.Module, model).parameters()).device
+                mask = torch.ones(batch_size, dtype=torch.bool, device=device)
+            self._embedded[key] = model.embed_condition(self.cond, mask)
+        return self._embedded[key]
+
+    def _owner(self, sigma: Tensor) -> int:
+        config = self.denoiser.config
+        if sigma.numel() == 0:
+            return 0
+        first, last = torch.aminmax(config.schedule.block_of(sigma, config.num_blocks))
+        if first != last:
+            raise ValueError(
+                f"sigma must lie in one block, got levels of blocks {int(first)} to {int(last)}; "
+                "make one call per block"
+            )
+        return int(first)
+
+
+def loss_factors(weighting: Weighting, loss_kind: str, w: Tensor) -> Tensor:
+    """What each sample's loss is multiplied with.
+
+    `edm` is w_i, `clamped` min(w_i, 20), `none` 1 and `batch_mean` the mean of w, each on the loss
+    of the denoised estimate. An L2 loss in F space already carries w_i, which is divided out.
+
+    Args:
+        weighting: the rule; `auto` is `edm` for "l2" and `batch_mean` for "cross_entropy".
+        loss_kind: "l2" or "cross_entropy".
+        w: EDM loss weights, of the shape of sigma.
+    """
+    if weighting == "auto":
+        weighting = "edm" if loss_kind == "l2" else "batch_mean"
+    if weighting == "edm":
+        return torch.ones_like(w) if loss_kind == "l2" else w
+    if weighting == "clamped":
+        factor = w.clamp(max=CLAMPED_WEIGHT_MAX)
+    elif weighting == "batch_mean":
+        factor = w.mean().expand_as(w)
+    else:
+        factor = torch.ones_like(w)
+    return factor / w if loss_kind == "l2" else factor
+
+
+def _sigma_of(z: Tensor, sigma: Tensor) -> Tensor:
+    sigma = torch.as_tensor(sigma, device=z.device).to(z.dtype)
+    if sigma.ndim == 0:
+        return sigma.expand(z.shape[0])
+    if sigma.shape != z.shape[: sigma.ndim]:
+        raise ValueError(
+            f"sigma must be a number or have shape [N] = [{z.shape[0]}], got {list(sigma.shape)}"
+        )
+    return sigma
+
+
+def _trailing(value: Tensor, z: Tensor) -> Tensor:
+    return value.reshape(value.shape + (1,) * (z.ndim - value.ndim))

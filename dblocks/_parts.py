@@ -1,0 +1,140 @@
+"""What a network offers to be cut into blocks, and how it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from dblocks._config import JsonConfig
+from dblocks.schedule import OVERLAP, NoiseLevel, NoiseSchedule
+
+Batch = Mapping[str, Any]
+Weighting = Literal["auto", "edm", "clamped", "none", "batch_mean"]
+Shared = Literal["train", "frozen", "private", "reduce"]
+WEIGHTINGS = ("auto", "edm", "clamped", "none", "batch_mean")
+SHARED = ("train", "frozen", "private", "reduce")
+
+
+class BlockModel(Protocol):
+    """What a network offers to be trained in blocks; it is also an `nn.Module`.
+
+    Four parts: embed the target, embed the condition, run some of the layers, read out and score.
+    Parameters outside `layers` are shared by all blocks. A batch is a mapping; sampling passes the
+    keys that `embed_condition` reads. `N...` stands for the shape of sigma: [N], or [N, T] where
+    every token has its own.
+    """
+
+    layers: nn.ModuleList
+    """The residual layers, first to last."""
+    loss_kind: Literal["cross_entropy", "l2"]
+    """What `score` returns: cross-entropy, or the L2 loss in F space (which carries the weight)."""
+    condition_drop: float
+    """Probability with which training drops a sample's condition."""
+    target_embedding: nn.Module | None
+    """What holds the parameters of `embed_target`, if it has any."""
+
+    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
+        """The shape of sigma for this batch, `N...`."""
+        ...
+
+    def embed_target(self, batch: Batch) -> Tensor:
+        """The clean target y, [N..., ...]."""
+        ...
+
+    def embed_condition(self, batch: Batch, drop: Tensor | None) -> Any:
+        """What the target is predicted from; the same for every noise level.
+
+        `drop` [N] is true where the condition gives way to the null condition.
+        """
+        ...
+
+    def run_layers(
+        self, layers: Sequence[nn.Module], z_in: Tensor, level: NoiseLevel, condition: Any
+    ) -> Any:
+        """Runs some of the layers on the scaled noisy target `z_in = c_in*z`."""
+        ...
+
+    def read_out(self, hidden: Any, z: Tensor, level: NoiseLevel) -> Tensor:
+        """The prediction from the layers' result: logits, or F for the L2 loss."""
+        ...
+
+    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        """The estimate of y from a prediction, of the shape of z."""
+        ...
+
+    def score(
+        self, hidden: Any, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
+    ) -> Tensor:
+        """The losses `N...`; noise regenerated from `seed` is that of z."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlocksConfig(JsonConfig):
+    """How a network is cut into blocks and how each is trained."""
+
+    num_blocks: int
+    """Number of blocks."""
+    layers_per_block: tuple[int, ...] | None = None
+    """Layers of each block, first to last; evenly by default, extra layers to the first blocks."""
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+    """Noise levels and their partition."""
+    overlap: float = OVERLAP
+    """Widening of each block's range in training, as a fraction of its length in log space."""
+    weighting: Weighting = "auto"
+    """Weight of a sample's loss; auto is edm for L2 and batch_mean for cross-entropy."""
+    shared: Shared = "train"
+    """What happens to parameters outside the layers: train, frozen, private or reduce."""
+
+    def __post_init__(self) -> None:
+        if self.layers_per_block is not None:
+            object.__setattr__(self, "layers_per_block", tuple(self.layers_per_block))
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
+        if self.shared not in SHARED:
+            raise ValueError(f"shared must be one of {SHARED}, got {self.shared!r}")
+        if self.shared == "reduce":
+            raise ValueError(
+                "shared='reduce' needs block-parallel training, which comes with "
+                "dblocks.distributed; use 'train', 'frozen' or 'private'"
+            )
+        # The schedule checks the number of blocks and the overlap.
+        self.schedule.range_of(0, self.num_blocks, overlap=self.overlap)
+        self._check_layers()
+
+    def layer_ranges(self, num_layers: int) -> tuple[tuple[int, int], ...]:
+        """The layers [first, last) of each block, which cover every layer once.
+
+        Raises:
+            ValueError: there are fewer layers than blocks, or `layers_per_block` does not sum to
+                `num_layers`.
+        """
+        if num_layers < self.num_blocks:
+            raise ValueError(
+                f"num_blocks must be at most the number of layers, {num_layers}, "
+                f"got {self.num_blocks}"
+            )
+        counts = self.layers_per_block
+        if counts is None:
+            each, extra = divmod(num_layers, self.num_blocks)
+            counts = tuple(each + (b < extra) for b in range(self.num_blocks))
+        if sum(counts) != num_layers:
+            raise ValueError(
+                f"layers_per_block must sum to the number of layers, {num_layers}, got {counts}"
+            )
+        ends = [sum(counts[: b + 1]) for b in range(self.num_blocks)]
+        return tuple((end - count, end) for end, count in zip(ends, counts, strict=True))
+
+    def _check_layers(self) -> None:
+        counts = self.layers_per_block
+        if counts is None:
+            return
+        if len(counts) != self.num_blocks:
+            raise ValueError(
+                f"layers_per_block must have num_blocks={self.num_blocks} entries, got {counts}"
+            )
+        if min(counts) < 1:
+            raise ValueError(f"layers_per_block must be positive, got {counts}")

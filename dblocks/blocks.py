@@ -1,0 +1,223 @@
+"""Cutting a residual network into blocks that are trained one at a time.
+
+A block is a run of layers together with a range of noise levels: block b denoises the levels that
+it owns, so training it runs, and keeps gradients for, its own layers only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dblocks._denoiser import Bound as Bound
+from dblocks._denoiser import Denoiser as Denoiser
+from dblocks._denoiser import Draw as Draw
+from dblocks._denoiser import Loss as Loss
+from dblocks._denoiser import loss_factors as loss_factors
+from dblocks._parts import Batch as Batch
+from dblocks._parts import BlockModel as BlockModel
+from dblocks._parts import BlocksConfig as BlocksConfig
+from dblocks.schedule import check_block
+
+
+class DiffusionBlocks(Denoiser):
+    """A residual network as `num_blocks` denoisers, each of its own layers and noise levels.
+
+    Called as k-diffusion calls a model, `model(z, sigma, **cond) -> denoised`; each call runs the
+    layers of one block.
+
+    Shared parameters (all outside `layers`) follow `config.shared`: "train" trains them with every
+    block's step; "frozen" keeps them as they are, which suits a pretrained network only; "private"
+    gives every block its own copy, except that the target embedding is common and frozen, since
+    all blocks must mean the same target.
+
+    Args:
+        model: a network with the four parts of `BlockModel`; its parameters are used, not copied.
+        config: how it is cut.
+
+    Source: Shing, Koyama and Akiba 2026, arXiv 2506.14202.
+    """
+
+    def __init__(self, model: BlockModel, config: BlocksConfig) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        if not isinstance(getattr(model, "layers", None), nn.ModuleList):
+            raise TypeError(
+                f"{type(model).__name__} must hold its residual layers in an nn.ModuleList "
+                "`layers`; see dblocks.blocks.BlockModel"
+            )
+        self.config = config
+        self.layer_ranges = config.layer_ranges(len(model.layers))
+        self.base_model = model
+        self.copies = nn.ModuleList()
+        if config.shared == "private":
+            if model.target_embedding is not None:
+                model.target_embedding.requires_grad_(False)
+            self.copies.extend(_without_layers(model) for _ in range(1, config.num_blocks))
+        if config.shared == "frozen":
+            for parameter in self.shared_parameters():
+                parameter.requires_grad_(False)
+
+    def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
+        """The model that embeds and reads out for a block, and the block's layers."""
+        check_block(block, self.config.num_blocks)
+        first, last = self.layer_ranges[block]
+        return self._model_of(block), list(self.base_model.layers)[first:last]
+
+    def loss(self, batch: Batch, block: int, *, generator: torch.Generator | None = None) -> Loss:
+        """The training loss of one block; runs that block's layers only.
+
+        Args:
+            batch: what the model's parts read, such as {"images": ..., "labels": ...}.
+            block: the block.
+            generator: a CPU generator; one number drawn from it seeds sigma and the noise.
+
+        Raises:
+            ValueError: `block` is out of range.
+        """
+        return self.loss_at(batch, block, self.draw(batch, block, generator=generator))
+
+    def forward(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        *,
+        block: int | None = None,
+        guidance_scale: float = 1.0,
+        **cond: Any,
+    ) -> Tensor:
+        """The estimate of the clean target from a noisy one.
+
+        Args:
+            z: noisy target [N, ...].
+            sigma: its noise level, [N] or 0-d.
+            block: the block to run; by default the one that owns sigma, which is looked up on the
+                host and so synchronises.
+            guidance_scale: 1 is no guidance; see `Bound`.
+            **cond: what the model's `embed_condition` reads, such as `images=`.
+
+        Returns:
+            denoised [N, ...], float32.
+
+        Raises:
+            ValueError: the levels belong to several blocks, or `block` is out of range.
+        """
+        return self.bind(guidance_scale=guidance_scale, **cond)(z, sigma, block=block)
+
+    def logits(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        *,
+        block: int | None = None,
+        guidance_scale: float = 1.0,
+        **cond: Any,
+    ) -> Tensor:
+        """As `forward`, but the model's prediction itself: logits, or F for an L2 model."""
+        return self.bind(guidance_scale=guidance_scale, **cond).logits(z, sigma, block=block)
+
+    def block(self, block: int) -> Block:
+        """The view of one block: what one worker trains and saves."""
+        return Block(self, block)
+
+    def block_parameters(self, block: int) -> Iterator[nn.Parameter]:
+        """The parameters that belong to one block alone."""
+        model, layers = self.parts(block)
+        yield from (p for layer in layers for p in layer.parameters())
+        if self.config.shared == "private":
+            frozen = _parameters_of(model.target_embedding)
+            yield from (p for p in _outside_layers(model) if id(p) not in frozen)
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that all blocks use."""
+        if self.config.shared == "private":
+            if self.base_model.target_embedding is not None:
+                yield from self.base_model.target_embedding.parameters()
+        else:
+            yield from _outside_layers(self.base_model)
+
+    def print_blocks(self) -> None:
+        """Prints each block's layers, noise levels and parameters."""
+        print(f"{'block':>5} {'layers':>8} {'sigma':>20} {'parameters':>12}")
+        for b, (first, last) in enumerate(self.layer_ranges):
+            lo, hi = self.config.schedule.range_of(b, self.config.num_blocks)
+            count = sum(p.numel() for p in self.block_parameters(b))
+            print(f"{b:>5} {f'{first}-{last - 1}':>8} {f'{hi:.4g} to {lo:.4g}':>20} {count:>12,}")
+        print(
+            f"{'all':>5} {'':>8} {'':>20} {sum(p.numel() for p in self.shared_parameters()):>12,}"
+        )
+
+    def _model_of(self, block: int) -> BlockModel:
+        if block == 0 or self.config.shared != "private":
+            return self.base_model
+        return cast(BlockModel, self.copies[block - 1])
+
+
+class Block(Denoiser):
+    """One block of a `DiffusionBlocks`: the same tensors, without the other blocks' layers.
+
+    Its state_dict keys are those of the whole network, so that a worker's checkpoint loads there
+    with `strict=False`.
+
+    Args:
+        whole: the network.
+        block: which of its blocks.
+    """
+
+    def __init__(self, whole: DiffusionBlocks, block: int) -> None:
+        super().__init__()
+        self.config = whole.config
+        self.index = block
+        model, layers = whole.parts(block)
+        first = whole.layer_ranges[block][0]
+        named = {str(first + k): layer for k, layer in enumerate(layers)}
+        self.base_model = nn.Module()
+        self.base_model.layers = nn.ModuleDict(named)
+        self.copies = nn.ModuleDict()
+        if model is whole.base_model:
+            self.base_model = _with_layers(model, named)
+        else:
+            self.copies[str(block - 1)] = cast(nn.Module, model)
+
+    def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
+        """The model that embeds and reads out, and the layers; of this block only."""
+        if block != self.index:
+            raise ValueError(f"block must be {self.index}, the only one held here, got {block}")
+        model = next(iter(self.copies.values()), self.base_model)
+        return cast(BlockModel, model), list(cast(nn.Module, self.base_model.layers).children())
+
+    def loss(self, batch: Batch, *, generator: torch.Generator | None = None) -> Loss:
+        """The training loss of this block; see `DiffusionBlocks.loss`."""
+        return self.loss_at(batch, self.index, self.draw(batch, self.index, generator=generator))
+
+    def forward(
+        self, z: Tensor, sigma: Tensor, *, guidance_scale: float = 1.0, **cond: Any
+    ) -> Tensor:
+        """The estimate of the clean target; see `DiffusionBlocks.forward`."""
+        return self.bind(guidance_scale=guidance_scale, **cond)(z, sigma, block=self.index)
+
+
+def _without_layers(model: BlockModel) -> nn.Module:
+    return copy.deepcopy(cast(nn.Module, model), {id(model.layers): nn.ModuleList()})
+
+
+def _with_layers(model: BlockModel, layers: dict[str, nn.Module]) -> nn.Module:
+    """A shallow copy of `model` that holds these layers only, and the same other tensors."""
+    view = copy.copy(cast(nn.Module, model))
+    view._modules = dict(view._modules)
+    view.layers = nn.ModuleDict(layers)
+    return view
+
+
+def _parameters_of(module: nn.Module | None) -> set[int]:
+    return set() if module is None else {id(p) for p in module.parameters()}
+
+
+def _outside_layers(model: BlockModel) -> Iterator[nn.Parameter]:
+    inside = _parameters_of(model.layers)
+    yield from (p for p in cast(nn.Module, model).parameters() if id(p) not in inside)

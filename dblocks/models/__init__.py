@@ -1,0 +1,1 @@
+"""Networks with the four parts of `dblocks.blocks.BlockModel`, one a file."""

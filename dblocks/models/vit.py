@@ -1,0 +1,318 @@
+"""A vision transformer that classifies by denoising a label embedding.
+
+The target is the embedding of the image's class; its noisy form takes the place of the class token.
+The same network runs end to end as a plain ViT, the baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from dblocks import functional as F
+from dblocks._config import JsonConfig
+from dblocks.blocks import Batch, DiffusionBlocks
+from dblocks.nn import (
+    ConditioningKind,
+    Modulation,
+    NoiseEmbedding,
+    Norm,
+    TransformerLayer,
+    conditioning_of,
+)
+from dblocks.sample import initial_noise, sample_logits
+from dblocks.schedule import NoiseLevel
+
+INIT_STD = 0.02  # class token and null image; Dosovitskiy et al. 2021
+# As large as the patch tokens that Xavier weights make of pixels: at .02 the layers hardly see
+# positions, and blocks learn digits much more slowly (tried).
+POSITION_STD = 1.0
+
+
+@dataclass(frozen=True)
+class ViTConfig(JsonConfig):
+    """Sizes of a `ViT`; the defaults are those for CIFAR-size images."""
+
+    image_size: int | tuple[int, int] = 32
+    """Height and width in pixels; one number for a square."""
+    channels: int = 3
+    """Channels of the image."""
+    patch_size: int = 4
+    """Side of a patch in pixels; divides height and width."""
+    width: int = 192
+    """Width D of the tokens."""
+    depth: int = 12
+    """Number of layers."""
+    heads: int = 3
+    """Attention heads; a divisor of the width."""
+    mlp_ratio: float = 4.0
+    """Width inside the MLP over D."""
+    num_classes: int = 10
+    """Number of classes."""
+    conditioning: ConditioningKind = "dit"
+    """How layers are conditioned on the noise: dit, official, or none for the classical ViT."""
+    image_drop: float = 0.0
+    """Probability of training without the image, for guidance."""
+    embed_scale: float = 1.0
+    """Norm of a label's embedding."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        conditioning_of(self.conditioning)
+        for name in ("channels", "patch_size", "width", "depth", "heads", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.mlp_ratio <= 0 or self.embed_scale <= 0:
+            raise ValueError(
+                "mlp_ratio and embed_scale must be positive, "
+                f"got {self.mlp_ratio} and {self.embed_scale}"
+            )
+        if not 0 <= self.image_drop < 1:
+            raise ValueError(f"image_drop must be in [0, 1), got {self.image_drop}")
+        size = self.height_width
+        if len(size) != 2 or any(s < 1 or s % self.patch_size for s in size):
+            raise ValueError(
+                f"image_size must be multiples of patch_size={self.patch_size}, got {size}"
+            )
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        height, width = self.height_width
+        return (height // self.patch_size) * (width // self.patch_size)
+
+
+class LabelEmbedding(nn.Module):
+    """A table of target embeddings whose rows are read at norm `embed_scale`.
+
+    Args:
+        num_classes: rows.
+        dim: width of a row.
+        embed_scale: norm of each row.
+    """
+
+    def __init__(self, num_classes: int, dim: int, embed_scale: float = 1.0) -> None:
+        super().__init__()
+        self.embed_scale = embed_scale
+        self.weight = nn.Parameter(torch.randn(num_classes, dim))
+
+    def rows(self) -> Tensor:
+        """All rows at their norm, float32 [V, D]: those that training and sampling use."""
+        return self.embed_scale * nnf.normalize(self.weight.float(), dim=-1)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Rows of `labels` [N], float32 [N, D]."""
+        return self.rows()[labels]
+
+
+class Hidden(NamedTuple):
+    """What the layers leave for the readout."""
+
+    x: Tensor
+    """Tokens [N, 1 + P, D]."""
+    cond: Tensor | None
+    """Conditioning vector [N, cond_dim]; None for the null conditioning."""
+
+
+class ViT(nn.Module):
+    """A vision transformer; `DiffusionBlocks(ViT(config), ...)` trains it in blocks.
+
+    As denoiser: the noisy label embedding, scaled by c_in, is the first token, the patches are the
+    others; `m = c_skip*z + c_out*LN(h)[:, 0]` and `logits = Linear(m*(1 + scale) + shift)`, with
+    shift and scale from the noise level; the loss is their cross-entropy. The denoised estimate is
+    the expectation of the label embedding under the logits.
+
+    End to end, `vit(images)` is the plain classifier with a learned class token and, where the
+    layers are conditioned on noise, the null conditioning.
+
+    Positions start from a normal of deviation 1, class token and null image of .02, linear layers
+    Xavier uniform, modulations and the classifier at zero.
+
+    Args:
+        config: the sizes.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, kind = config.width, config.conditioning
+        patch = config.patch_size
+        self.target_embedding = LabelEmbedding(config.num_classes, D, config.embed_scale)
+        self.patches = nn.Conv2d(config.channels, D, patch, stride=patch)
+        self.positions = nn.Parameter(torch.empty(1, 1 + config.num_patches, D))
+        self.class_token = nn.Parameter(torch.empty(1, D))
+        self.null_image = (
+            nn.Parameter(torch.empty(1, config.num_patches, D)) if config.image_drop else None
+        )
+        conditioned = kind != "none"
+        self.noise_embedding = (
+            NoiseEmbedding(conditioning_of(kind).width(D)) if conditioned else None
+        )
+        hidden_dim = int(D * config.mlp_ratio)
+        self.layers = nn.ModuleList(
+            TransformerLayer(D, config.heads, hidden_dim, kind=kind) for _ in range(config.depth)
+        )
+        self.norm = Norm(D, "none")
+        self.modulation = Modulation(D, 2, kind) if conditioned else None
+        self.classifier = nn.Linear(D, config.num_classes)
+        self.loss_kind: Literal["cross_entropy", "l2"] = "cross_entropy"
+        self.condition_drop = config.image_drop
+        self._init_weights()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The plain classifier: images [N, C, H, W] to logits [N, num_classes], float32."""
+        token = self.class_token.expand(images.shape[0], -1)
+        x = self._tokens(token, self.embed_condition({"images": images}))
+        for layer in self.layers:
+            x = layer(x, None)
+        return self._classify(self._normed_token(x), None)
+
+    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
+        """One noise level a sample: [N]."""
+        return (batch["labels"].shape[0],)
+
+    def embed_target(self, batch: Batch) -> Tensor:
+        """Embeddings of `batch["labels"]` [N], float32 [N, D]."""
+        self._check_labels(batch["labels"])
+        return self.target_embedding(batch["labels"])
+
+    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor:
+        """Patch tokens of `batch["images"]` [N, C, H, W], with positions: [N, P, D].
+
+        Samples with `drop` [N] get the learned null image instead.
+        """
+        images = batch["images"]
+        self._check_images(images)
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        if drop is not None:
+            if self.null_image is None:
+                raise ValueError(
+                    "guidance needs a model trained without some images; "
+                    "set ViTConfig.image_drop above 0"
+                )
+            tokens = torch.where(drop[:, None, None], self.null_image.to(tokens.dtype), tokens)
+        return tokens + self.positions[:, 1:]
+
+    def run_layers(
+        self,
+        layers: Iterable[nn.Module],
+        z_in: Tensor,
+        level: NoiseLevel,
+        condition: Tensor,
+    ) -> Hidden:
+        """Runs `layers` on the noisy label embedding [N, D] beside the patch tokens."""
+        cond = None if self.noise_embedding is None else self.noise_embedding(level.c_noise)
+        x = self._tokens(z_in, condition)
+        for layer in layers:
+            x = layer(x, cond)
+        return Hidden(x, cond)
+
+    def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
+        """Logits [N, num_classes], float32."""
+        f = self._normed_token(hidden.x)
+        m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
+        return self._classify(m, hidden.cond)
+
+    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        """The expected label embedding `softmax(logits) @ rows`, [N, D]."""
+        with torch.autocast(z.device.type, enabled=False):
+            return prediction.softmax(-1) @ self.target_embedding.rows().to(prediction.dtype)
+
+    def score(
+        self, hidden: Hidden, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
+    ) -> Tensor:
+        """Cross-entropy of each sample, [N]."""
+        logits = self.read_out(hidden, z, level)
+        return nnf.cross_entropy(logits, batch["labels"], reduction="none")
+
+    def _tokens(self, first: Tensor, patches: Tensor) -> Tensor:
+        first = first[:, None] + self.positions[:, :1]
+        return torch.cat([first.to(patches.dtype), patches], dim=1)
+
+    def _normed_token(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return F.adaln(x[:, :1], None, None, weight=norm.weight, bias=norm.bias, eps=norm.eps)[:, 0]
+
+    def _classify(self, m: Tensor, cond: Tensor | None) -> Tensor:
+        # The logits are float32 whatever the layers' dtype, and a matter of one row a sample.
+        with torch.autocast(m.device.type, enabled=False):
+            m = m.to(torch.promote_types(m.dtype, torch.float32))
+            if self.modulation is not None:
+                shift, scale = self.modulation(cond, m.shape[0])
+                m = m * (1 + scale) + shift
+            weight, bias = self.classifier.weight, self.classifier.bias
+            return nnf.linear(m, weight.to(m.dtype), bias.to(m.dtype))
+
+    def _init_weights(self) -> None:
+        nn.init.xavier_uniform_(self.patches.weight.view(self.patches.weight.shape[0], -1))
+        for tensor in (self.patches.bias, self.classifier.weight, self.classifier.bias):
+            if tensor is not None:
+                nn.init.zeros_(tensor)
+        nn.init.normal_(self.positions, std=POSITION_STD)
+        for tensor in (self.class_token, self.null_image):
+            if tensor is not None:
+                nn.init.trunc_normal_(tensor, std=INIT_STD)
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = (self.config.channels, *self.config.height_width)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images must have shape [N, C, H, W] = [N, {', '.join(map(str, expected))}], "
+                f"got {list(images.shape)}"
+            )
+
+    def _check_labels(self, labels: Tensor) -> None:
+        # On a GPU looking at the values would synchronise; there indexing itself asserts.
+        if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+            return
+        if labels.min() < 0 or labels.max() >= self.config.num_classes:
+            raise ValueError(
+                f"labels must be in 0..{self.config.num_classes - 1}, "
+                f"got {int(labels.min())}..{int(labels.max())}"
+            )
+
+
+def classify(
+    model: DiffusionBlocks,
+    images: Tensor,
+    *,
+    num_steps: int | None = None,
+    sigmas: Tensor | Sequence[float] | None = None,
+    noise: Literal["paper", "unit_variance"] = "paper",
+    generator: torch.Generator | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """Logits of a block-wise trained `ViT`: Euler steps from noise, the last call's logits.
+
+    Args:
+        model: the blocks of a `ViT`.
+        images: [N, C, H, W].
+        num_steps: steps of the equal-mass grid; the number of blocks by default.
+        sigmas: a grid to use instead.
+        noise: kind of the initial state, see `initial_noise`.
+        generator: source of the initial state, on any device.
+        guidance_scale: weight of the image against the null image; 1 is no guidance.
+
+    Returns:
+        float32 [N, num_classes].
+    """
+    schedule = model.config.schedule
+    if sigmas is None:
+        sigmas = schedule.steps(num_steps or model.config.num_blocks)
+    config: Any = model.base_model.config  # pyright: ignore[reportAttributeAccessIssue]
+    shape = (images.shape[0], config.width)
+    z = initial_noise(shape, schedule, kind=noise, generator=generator, device=None)
+    z = z.to(images.device)
+    return sample_logits(model, z, sigmas, images=images, guidance_scale=guidance_scale)

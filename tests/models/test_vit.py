@@ -1,0 +1,224 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from torch import nn
+
+from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.models.vit import LabelEmbedding, ViT, ViTConfig, classify
+from dblocks.sample import initial_noise, sample_logits
+from dblocks.train import make_optimizers, train_step
+
+KINDS = ("dit", "official", "none")
+SIZES = {
+    "image_size": 8,
+    "channels": 1,
+    "patch_size": 4,
+    "width": 24,
+    "depth": 6,
+    "heads": 2,
+    "num_classes": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # For operators this small a second thread only waits.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def vit_of(**options):
+    torch.manual_seed(0)
+    return ViT(ViTConfig(**{**SIZES, **options}))
+
+
+def randomized(model):
+    torch.manual_seed(1)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def easy_batch(n=32, seed=0):
+    """Four classes that differ in which quarter of the image is bright."""
+    labels = torch.arange(n) % 4
+    images = 0.3 * torch.randn(n, 1, 8, 8, generator=seeded(seed))
+    for i, label in enumerate(labels.tolist()):
+        row, column = divmod(label, 2)
+        images[i, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1
+    return {"images": images, "labels": labels}
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=3e-3)
+
+
+def test_rows_have_the_norm_that_was_asked_for():
+    table = LabelEmbedding(5, 16, embed_scale=3.0)
+    torch.testing.assert_close(table.rows().norm(dim=-1), torch.full((5,), 3.0))
+    labels = torch.tensor([4, 0])
+    assert torch.equal(table(labels), table.rows()[labels])
+    assert table.bfloat16()(labels).dtype == torch.float32
+
+
+def test_denoised_is_the_expectation_under_the_logits():
+    model = DiffusionBlocks(randomized(vit_of(embed_scale=2.0)), BlocksConfig(3))
+    data, z = easy_batch(4), torch.randn(4, 24, generator=seeded())
+    sigma = torch.full((4,), 0.3)
+    logits = model.logits(z, sigma, images=data["images"])
+    expected = logits.softmax(-1) @ model.base_model.embed_target({"labels": torch.arange(4)})
+    torch.testing.assert_close(model(z, sigma, images=data["images"]), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_is_its_formula(kind):
+    vit = randomized(vit_of(conditioning=kind))
+    model = DiffusionBlocks(vit, BlocksConfig(3))
+    data, z = easy_batch(4), torch.randn(4, 24, generator=seeded())
+    sigma = torch.tensor([0.2, 0.3, 0.4, 0.5])
+    level = model.config.schedule.level(sigma)
+    cond = None if kind == "none" else vit.noise_embedding(level.c_noise)
+    patches = vit.embed_condition(data)
+    x = torch.cat([(level.c_in[:, None] * z + vit.positions[:, 0])[:, None], patches], dim=1)
+    for layer in vit.layers[2:4]:
+        x = layer(x, cond)
+    f = nnf.layer_norm(x, (24,), vit.norm.weight, vit.norm.bias, vit.norm.eps)[:, 0]
+    m = level.c_skip[:, None] * z + level.c_out[:, None] * f
+    if kind != "none":
+        shift, scale = vit.modulation(cond, 4)
+        m = m * (1 + scale) + shift
+    got = model.logits(z, sigma, block=1, images=data["images"])
+    torch.testing.assert_close(got, vit.classifier(m), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_end_to_end_trains(kind):
+    vit = vit_of(conditioning=kind, depth=3)
+    assert torch.equal(vit(easy_batch(3)["images"]), torch.zeros(3, 4))
+    optimizer = adamw(vit.parameters())
+    for step in range(60):
+        data = easy_batch(seed=step)
+        optimizer.zero_grad()
+        nnf.cross_entropy(vit(data["images"]), data["labels"]).backward()
+        optimizer.step()
+    data = easy_batch(64, seed=1000)
+    loss = nnf.cross_entropy(vit(data["images"]), data["labels"])
+    assert loss < 1.0  # log 4 = 1.39 at the start
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_train_and_classify(kind):
+    vit = vit_of(conditioning=kind, depth=3)
+    model = DiffusionBlocks(vit, BlocksConfig(3))
+    optimizers = make_optimizers(model, adamw)
+    generator = seeded()
+    for step in range(150):
+        train_step(
+            model, easy_batch(seed=step), optimizers, generator=generator, clip_grad_norm=1.0
+        )
+    data = easy_batch(64, seed=1000)
+    for b in range(3):
+        losses = model.loss(data, b, generator=seeded(b)).losses
+        assert losses.mean() < 0.8  # log 4 = 1.39 at the start
+    logits = classify(model, data["images"], generator=seeded())
+    assert logits.dtype == torch.float32
+    assert (logits.argmax(-1) == data["labels"]).float().mean() > 0.4  # chance is 0.25
+
+
+def test_classify_is_euler_from_noise():
+    model = DiffusionBlocks(randomized(vit_of(image_drop=0.1)), BlocksConfig(3))
+    images, schedule = easy_batch(4)["images"], model.config.schedule
+    z = initial_noise((4, 24), schedule, generator=seeded())
+    for options, sigmas in (
+        ({}, schedule.steps(3)),
+        ({"num_steps": 5}, schedule.steps(5)),
+        ({"sigmas": [80.0, 0.4, 0.01]}, [80.0, 0.4, 0.01]),
+    ):
+        got = classify(model, images, generator=seeded(), guidance_scale=2.0, **options)
+        assert torch.equal(got, sample_logits(model, z, sigmas, images=images, guidance_scale=2.0))
+    other = classify(model, images, generator=seeded(), noise="unit_variance")
+    assert not torch.equal(other, classify(model, images, generator=seeded()))
+
+
+def test_dropped_images_leave_the_null_image():
+    vit = randomized(vit_of(image_drop=0.5))
+    images = easy_batch(4)["images"]
+    drop = torch.tensor([True, False, True, False])
+    tokens = vit.embed_condition({"images": images}, drop)
+    null = (vit.null_image + vit.positions[:, 1:])[0]
+    assert torch.equal(tokens[0], null)
+    assert torch.equal(tokens[2], null)
+    kept = vit.embed_condition({"images": images})
+    torch.testing.assert_close(tokens[~drop], kept[~drop])
+    model = DiffusionBlocks(vit, BlocksConfig(3))
+    dropped = torch.stack(
+        [model.draw(easy_batch(64), 0, generator=seeded(s)).drop for s in range(9)]
+    )
+    assert 0.4 < dropped.float().mean() < 0.6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_and_deepcopy(kind):
+    vit = randomized(vit_of(conditioning=kind, image_size=(8, 12), channels=2))
+    images = torch.randn(2, 2, 8, 12, generator=seeded())
+    fresh = vit_of(conditioning=kind, image_size=(8, 12), channels=2)
+    fresh.load_state_dict(vit.state_dict())
+    assert torch.equal(fresh(images), vit(images))
+    assert torch.equal(copy.deepcopy(vit)(images), vit(images))
+
+
+def test_the_classical_vit_has_no_modulation():
+    names = [name for name, _ in vit_of(conditioning="none").named_parameters()]
+    assert not [name for name in names if "modulation" in name or "noise" in name]
+    assert "layers.0.norm1.weight" in names
+    assert vit_of(conditioning="official").noise_embedding.fc2.out_features == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image_size": 9}, r"image_size must be multiples of patch_size=4, got \(9, 9\)"),
+        ({"image_size": (8, 6)}, r"image_size must be multiples of patch_size=4, got \(8, 6\)"),
+        ({"depth": 0}, "depth must be positive, got 0"),
+        ({"mlp_ratio": 0}, "mlp_ratio and embed_scale must be positive, got 0 and 1.0"),
+        ({"image_drop": 1.0}, r"image_drop must be in \[0, 1\), got 1.0"),
+        ({"heads": 5}, "dim must be a multiple of num_heads, got 24 and 5"),
+        ({"conditioning": "film"}, "conditioning must be one of .*, got 'film'"),
+    ],
+)
+def test_config_is_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        vit_of(**values)
+
+
+def test_config_json():
+    config = ViTConfig(**{**SIZES, "image_size": (8, 12)})
+    assert ViTConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match="ViTConfig has no field layers; its fields are"):
+        ViTConfig.from_json('{"layers": 3}')
+
+
+def test_inputs_are_checked():
+    vit = vit_of()
+    with pytest.raises(ValueError, match=r"images must have shape .* = \[N, 1, 8, 8\], got \[2, 3"):
+        vit(torch.randn(2, 3, 8, 8))
+    model = DiffusionBlocks(vit, BlocksConfig(3))
+    for label in (4, -1):
+        data = {"images": torch.randn(1, 1, 8, 8), "labels": torch.tensor([label])}
+        with pytest.raises(ValueError, match=rf"labels must be in 0\.\.3, got {label}\.\.{label}"):
+            model.loss(data, 0)
+
+
+def test_end_to_end_compiles_as_one_graph():
+    vit = randomized(vit_of())
+    images = easy_batch(4)["images"]
+    compiled = torch.compile(vit, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), vit(images))

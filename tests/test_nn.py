@@ -1,0 +1,140 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from torch import nn
+
+from dblocks.nn import AdaLayerNorm, Attention, Modulation, NoiseEmbedding, TransformerLayer
+
+KINDS = ("dit", "official", "none")
+
+
+def randomized(module):
+    """Every parameter random, so that no zero initialisation hides a branch."""
+    torch.manual_seed(0)
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.3)
+    return module
+
+
+def test_noise_embedding_is_cosines_then_sines():
+    embedding = NoiseEmbedding(16)
+    seen = []
+    embedding.fc1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    c_noise = torch.tensor([math.log(80) / 4, math.log(0.002) / 4])
+    assert embedding(c_noise).shape == (2, 16)
+    frequencies = [math.exp(-math.log(1e4) * k / 128) for k in range(128)]
+    angle = c_noise.double()[:, None] * torch.tensor(frequencies).double()
+    expected = torch.cat([angle.cos(), angle.sin()], dim=1).float()
+    torch.testing.assert_close(seen[0], expected, atol=1e-6, rtol=0)
+    assert embedding(torch.zeros(2, 5)).shape == (2, 5, 16)
+
+
+def test_noise_embedding_is_float32_under_autocast():
+    embedding = NoiseEmbedding(16)
+    c_noise = torch.linspace(-1.5, 1.1, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = embedding(c_noise)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, embedding(c_noise))
+    assert embedding.bfloat16()(c_noise).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["dit", "official"])
+def test_modulation_is_views_of_one_tensor(kind):
+    modulation = randomized(Modulation(12, 6, kind))
+    width = modulation.linear.in_features
+    assert width == (12 if kind == "dit" else 2)
+    chunks = modulation(torch.randn(3, width), 3)
+    assert all(c.shape == (3, 12) and c.stride() == (72, 1) for c in chunks)
+    assert len({c.untyped_storage().data_ptr() for c in chunks}) == 1
+    assert modulation(torch.randn(3, 5, width), 3)[0].shape == (3, 5, 12)
+
+
+@pytest.mark.parametrize("kind", ["dit", "official"])
+def test_null_conditioning_is_that_of_a_zero_vector(kind):
+    modulation = randomized(Modulation(12, 2, kind))
+    zeros = torch.zeros(3, modulation.linear.in_features)
+    for null, zero in zip(modulation(None, 3), modulation(zeros, 3), strict=True):
+        torch.testing.assert_close(null, zero)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ada_layer_norm(kind):
+    norm = randomized(AdaLayerNorm(12, kind))
+    x = torch.randn(2, 5, 12)
+    expected = nnf.layer_norm(x, (12,), norm.weight, norm.bias, norm.eps)
+    cond = None
+    if kind != "none":
+        cond = torch.randn(2, norm.modulation.linear.in_features)
+        shift, scale = norm.modulation(cond, 2)
+        expected = expected * (1 + scale[:, None]) + shift[:, None]
+    torch.testing.assert_close(norm(x, cond), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_that_of_torch(causal):
+    attention = randomized(Attention(12, 3, causal=causal))
+    theirs = nn.MultiheadAttention(12, 3, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(attention.qkv.weight)
+        theirs.in_proj_bias.copy_(attention.qkv.bias)
+        theirs.out_proj.weight.copy_(attention.out.weight)
+        theirs.out_proj.bias.copy_(attention.out.bias)
+    x = torch.randn(2, 5, 12)
+    mask = nn.Transformer.generate_square_subsequent_mask(5) if causal else None
+    expected = theirs(x, x, x, attn_mask=mask, need_weights=False)[0]
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="dim must be a multiple of num_heads, got 12 and 5"):
+        Attention(12, 5)
+    with pytest.raises(ValueError, match=r"conditioning must be one of \['dit', .*got 'film'"):
+        TransformerLayer(12, 3, 24, kind="film")
+
+
+def slow_layer(layer, x, cond):
+    def norm(h, n):
+        return nnf.layer_norm(h, (h.shape[-1],), n.weight, n.bias, n.eps)
+
+    if layer.modulation is None:
+        x = x + layer.attention(norm(x, layer.norm1))
+        return x + layer.mlp(norm(x, layer.norm2))
+    m = [c[:, None] for c in layer.modulation(cond, len(x))]
+    x = x + m[2] * layer.attention(norm(x, layer.norm1) * (1 + m[1]) + m[0])
+    return x + m[5] * layer.mlp(norm(x, layer.norm2) * (1 + m[4]) + m[3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_is_its_formula(kind):
+    layer = randomized(TransformerLayer(12, 3, 24, kind=kind)).double()
+    x = torch.randn(2, 5, 12).double().requires_grad_()
+    cond = None
+    if kind != "none":
+        cond = torch.randn(2, layer.modulation.linear.in_features).double()
+    got, expected = layer(x, cond), slow_layer(layer, x, cond)
+    torch.testing.assert_close(got, expected)
+    inputs = [x, *layer.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(got.sin().sum(), inputs),
+        torch.autograd.grad(expected.sin().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["dit", "official"])
+def test_a_new_conditioned_layer_is_the_identity(kind):
+    layer = TransformerLayer(12, 3, 24, kind=kind)
+    x = torch.randn(2, 5, 12)
+    assert torch.equal(layer(x, torch.randn(2, layer.modulation.linear.in_features)), x)
+    assert torch.equal(layer(x), x)
+
+
+def test_layer_compiles_as_one_graph():
+    layer = randomized(TransformerLayer(12, 3, 24))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, cond = torch.randn(2, 5, 12), torch.randn(2, 12)
+    torch.testing.assert_close(compiled(x, cond), layer(x, cond))
