@@ -11,7 +11,8 @@ from dblocks import functional as F
 from dblocks._parts import Batch, BlockModel, BlocksConfig, Weighting
 from dblocks.schedule import NoiseLevel
 
-CLAMPED_WEIGHT_MAX = 20.0  # keeps the lowest noise, where w reaches 250,000, from outweighing all else
+# Weighting "clamped": w reaches 250,000 at the lowest noise, which would outweigh all else.
+CLAMPED_WEIGHT_MAX = 20.0
 MAX_SEED = 2**63 - 1
 
 
