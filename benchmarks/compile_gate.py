@@ -115,7 +115,8 @@ def read_nvidia(cubin: bytes) -> tuple[int, int, int, str]:
     for op, width in accesses:
         key = f"{op[0]}{width.lstrip('U') or '32'}"
         counts[key] = counts.get(key, 0) + 1
-    return *map(int, found.groups()), " ".join(f"{k}x{v}" for k, v in sorted(counts.items()))
+    registers, stack, shared = map(int, found.groups())
+    return registers, stack, shared, " ".join(f"{k}x{v}" for k, v in sorted(counts.items()))
 
 
 def read_amd(asm: str) -> tuple[int, int, int, str]:
@@ -186,7 +187,7 @@ def jobs(widths: tuple[int, ...], targets: tuple[str, ...]) -> list[tuple[int, s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--slice", action="store_true", help="the part that the tests run")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=None)
     parser.add_argument("--widths", nargs="+", type=int, default=None)

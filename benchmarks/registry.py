@@ -13,6 +13,8 @@ from torch import Tensor
 
 import dblocks.functional as D
 
+Peer = Callable[..., Sequence[Tensor | None]]
+
 SEED = 20_261_123
 EPS = 1e-6
 
@@ -23,8 +25,8 @@ class Op(NamedTuple):
     name: str
     make: Callable[[Sequence[int], torch.dtype, torch.device], dict[str, Tensor]]
     needs_grad: tuple[str, ...]
-    ours: Callable[..., Sequence[Tensor]]
-    eager: Callable[..., Sequence[Tensor]]
+    ours: Peer
+    eager: Peer
     bytes_forward: Callable[[int], int]
     bytes_backward: Callable[[int], int]
     random: bool = False  # the peers draw other noise, so only its size can be compared

@@ -24,12 +24,11 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from benchmarks.registry import OPS, Op
+from benchmarks.registry import OPS, Op, Peer
 from dblocks.testing import error_budget
 
 CPU_SHAPES = ((4, 64, 192), (2, 512, 768), (4, 1024, 1024))
 GPU_SHAPES = ((8, 4096, 2048),)
-Run = Callable[[], Sequence[Tensor]]
 
 
 def clock(run: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -63,13 +62,13 @@ def interleaved(
     return times
 
 
-def compiled(function: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:
+def compiled(function: Peer) -> Peer:
     """`function` through torch.compile; fullgraph makes a silent fall back to eager an error."""
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def peers_of(op: Op) -> dict[str, Callable[..., Sequence[Tensor]]]:
+def peers_of(op: Op) -> dict[str, Peer]:
     """Who takes part: ours, the best plain form, and that form compiled."""
     return {"dblocks": op.ours, "eager": op.eager, "torch.compile": compiled(op.eager)}
 
@@ -94,23 +93,27 @@ def _upstream(output: Tensor) -> Tensor:
     return _cached[key]
 
 
-def wrong(op: Op, peer: Callable[..., Sequence[Tensor]], inputs: dict[str, Tensor]) -> str:
+def wrong(op: Op, peer: Peer, inputs: dict[str, Tensor]) -> str:
     """Why the peer's result cannot be trusted; empty where it can."""
-    outputs = [o for o in peer(**inputs) if o is not None]
+    outputs = _tensors(peer(**inputs))
     if not all(torch.isfinite(o).all() for o in outputs):
         return "not finite"
-    eager = op.eager(**inputs)
+    eager = _tensors(op.eager(**inputs))
     if op.random:
         pairs = [(o.double().std(), e.double().std()) for o, e in zip(outputs, eager, strict=True)]
         bad = [f"standard deviation {o:.4f} != {e:.4f}" for o, e in pairs if abs(o / e - 1) > 0.05]
         return "; ".join(bad)
-    ref64 = op.eager(**{k: v.double() for k, v in inputs.items()})
+    ref64 = _tensors(op.eager(**{k: v.double() for k, v in inputs.items()}))
     for got, reference, own in zip(outputs, ref64, eager, strict=True):
         error = (got.double() - reference).abs().max().item()
         limit = error_budget(reference, own, got.dtype)
         if error > limit:
             return f"error {error:.2e} over the budget {limit:.2e}"
     return ""
+
+
+def _tensors(outputs: Sequence[Tensor | None]) -> list[Tensor]:
+    return [o for o in outputs if o is not None]
 
 
 def measure(
@@ -150,9 +153,7 @@ def measure(
     return rows
 
 
-def _run(
-    op: Op, peer: Callable[..., Sequence[Tensor]], inputs: dict[str, Tensor], direction: str
-) -> Callable[[], object]:
+def _run(op: Op, peer: Peer, inputs: dict[str, Tensor], direction: str) -> Callable[[], object]:
     if direction == "forward":
 
         def forward() -> object:
@@ -161,7 +162,7 @@ def _run(
 
         return forward
     leaves = {k: v.detach().requires_grad_(k in op.needs_grad) for k, v in inputs.items()}
-    outputs = [o for o in peer(**leaves) if o is not None and o.requires_grad]
+    outputs = [o for o in _tensors(peer(**leaves)) if o.requires_grad]
     return lambda: gradients(op, outputs, leaves)
 
 
@@ -211,7 +212,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--op", default=None, choices=[op.name for op in OPS])
     parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"))

@@ -33,8 +33,11 @@ class BlockModel(Protocol):
     """What `score` returns: cross-entropy, or the L2 loss in F space (which carries the weight)."""
     condition_drop: float
     """Probability with which training drops a sample's condition."""
-    target_embedding: nn.Module | None
-    """What holds the parameters of `embed_target`, if it has any."""
+
+    @property
+    def target_embedding(self) -> nn.Module | None:
+        """What holds the parameters of `embed_target`, if it has any; an attribute will do."""
+        ...
 
     def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
         """The shape of sigma for this batch, `N...`."""

@@ -21,6 +21,7 @@ from dblocks._denoiser import loss_factors as loss_factors
 from dblocks._parts import Batch as Batch
 from dblocks._parts import BlockModel as BlockModel
 from dblocks._parts import BlocksConfig as BlocksConfig
+from dblocks._parts import Weighting as Weighting
 from dblocks.schedule import check_block
 
 

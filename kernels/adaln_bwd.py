@@ -15,6 +15,7 @@ order. Above MAX_ONE_PASS_WIDTH they do not fit beside the row: a second kernel,
 the rows again.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -134,9 +135,9 @@ def adaln_bwd(
     mean: Tensor,
     rstd: Tensor,
     rms: bool,
-    needs: Grads,
+    needs: Sequence[bool],
 ) -> Grads:
-    """The gradients that `needs` asks for (a Grads of bools); `x` is what was normalised.
+    """The gradients that `needs` asks for, in the order of Grads; `x` is what was normalised.
 
     With a branch `x` is x_new. `dy` is None where only x_new was used, `dx_new` where only y was.
     """

@@ -131,7 +131,9 @@ def test_config_json():
 def test_a_model_needs_layers():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
         DiffusionBlocks(3, BlocksConfig(1))
-    with pytest.raises(TypeError, match=r"Linear must hold its residual layers in an nn\.Modul"):
+    with pytest.raises(
+        TypeError, match=r"Linear must hold its residual layers in an nn\.ModuleList"
+    ):
         DiffusionBlocks(nn.Linear(2, 2), BlocksConfig(1))
 
 

@@ -31,7 +31,7 @@ from dblocks.schedule import NoiseLevel
 INIT_STD = 0.02  # class token and null image; Dosovitskiy et al. 2021
 # As large as the patch tokens that Xavier weights make of pixels: at .02 the layers hardly see
 # positions, and blocks learn digits much more slowly (tried).
-POSITION_STD = 1.0
+POSITION_STD = 0.5
 
 
 @dataclass(frozen=True)

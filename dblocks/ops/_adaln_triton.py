@@ -32,10 +32,10 @@ def _fwd_triton(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps
 
 @torch.library.impl(_lib, "adaln_bwd_triton", "CompositeExplicitAutograd")
 def _bwd_triton(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, needs):
-    from dblocks.kernels.adaln_bwd import Grads, adaln_bwd
+    from dblocks.kernels.adaln_bwd import adaln_bwd
 
     grads = adaln_bwd(
-        dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, Grads(*needs)
+        dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, needs
     )
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 

@@ -1,0 +1,7 @@
+"""`python -m dblocks` is the command `dblocks`."""
+
+import sys
+
+from dblocks.cli import main
+
+sys.exit(main())

@@ -1,0 +1,131 @@
+"""What `dblocks info` prints: versions, devices, and which implementation computes each op here."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dblocks._version import __version__
+from dblocks.ops._common import HAS_TRITON, INTERPRETED, has_cpp, resolve_impl
+
+PACKAGES = ("torch", "triton", "numpy")
+OPS = (
+    "adaln",
+    "residual_adaln",
+    "gated_residual",
+    "noise_inject",
+    "edm_denoise",
+    "edm_loss",
+    "euler_step",
+)
+
+
+def versions() -> dict[str, str]:
+    """The versions of dblocks, Python and the packages it computes with."""
+    found = {"dblocks": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def devices() -> dict[str, str]:
+    """Every device that tensors can be on here, with a description."""
+    found = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        found[f"cuda:{i}"] = torch.cuda.get_device_name(i)
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's model name, or its architecture where the system does not tell."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def extension() -> str:
+    """Whether the C++ ops for CPUs are there, and what follows if not."""
+    if has_cpp():
+        return "built"
+    return "not built: on CPUs every op uses the reference"
+
+
+def implementation(op: str, device: str) -> tuple[str, str]:
+    """The implementation that `impl="auto"` picks for float32 tensors on `device`, and why."""
+    impl = resolve_impl("auto", torch.empty(1, 1, 1, device=device), op)
+    reasons = {
+        "triton": "the tensors are on a GPU",
+        "cpp": "the tensors are on a CPU and the C++ extension is built",
+        "reference": "plain PyTorch: the tensors are on a CPU and the C++ extension is not built",
+    }
+    if impl == "reference" and device != "cpu":
+        return impl, "plain PyTorch: no other implementation serves this device"
+    return impl, reasons[impl]
+
+
+def triton_state() -> str:
+    """Whether the Triton kernels can run here, and how."""
+    if not HAS_TRITON:
+        return "not installed: impl='triton' cannot run"
+    if INTERPRETED:
+        return "interpreted on the CPU (TRITON_INTERPRET is set): for tests, very slow"
+    if torch.cuda.is_available():
+        return "compiles for the GPU"
+    return "installed, but there is no GPU (TRITON_INTERPRET=1 would interpret the kernels)"
+
+
+def report() -> str:
+    """The whole answer of `dblocks info`, ready to print."""
+    parts = ["Versions", *_aligned(list(versions().items())), "", "Devices"]
+    parts += _aligned(list(devices().items()))
+    parts += ["", "Kernels", *_aligned([("C++", extension()), ("Triton", triton_state())])]
+    for device in devices():
+        parts += ["", f'Ops with impl="auto", float32 tensors on {device}']
+        parts += _aligned([(op, *implementation(op, device)) for op in OPS])
+    return "\n".join(parts)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Where a run took place, for its record."""
+    return {
+        **versions(),
+        "device": "cpu",
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The git commit of the checkout that dblocks runs from; None outside of one."""
+    folder = Path(__file__).parents[1]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,126 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dblocks.cli import main
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other make small steps slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def stdout(capsys, *argv):
+    assert main(argv) == 0
+    return capsys.readouterr().out
+
+
+def run_help(capsys, *argv):
+    with pytest.raises(SystemExit) as exit_info:
+        main([*argv, "--help"])
+    assert exit_info.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_shows_the_commands_and_an_example(capsys):
+    text = run_help(capsys)
+    assert "{train,eval,info}" in text
+    assert "dblocks train vit --data digits --blocks 3" in text
+
+
+def test_train_help_tells_a_newcomer_what_to_set(capsys):
+    text = run_help(capsys, "train")
+    for flag in ("--data", "--blocks", "--end-to-end", "--steps", "--lr", "--seed", "--out"):
+        assert flag in text
+    for word in ("learns to denoise", "held out", "noise", "less", "(default: 3)"):
+        assert word in text
+
+
+def test_eval_help(capsys):
+    text = run_help(capsys, "eval")
+    assert "--checkpoint" in text
+    assert "Denoising steps" in text
+
+
+def test_info_names_every_op_and_version(capsys):
+    text = stdout(capsys, "info")
+    for word in ("torch", "triton", "numpy", "python", "dblocks", "cpu", "C++"):
+        assert word in text
+    for op in ("adaln", "residual_adaln", "gated_residual", "noise_inject", "edm_denoise",
+               "edm_loss", "euler_step"):  # fmt: skip
+        assert f"\n  {op} " in text
+
+
+@pytest.mark.parametrize("flags", [("--blocks", "3"), ("--end-to-end",)])
+def test_train_writes_what_eval_reads(tmp_path, capsys, flags):
+    out = tmp_path / "run"
+    args = ("train", "vit", "--data", "digits", "--steps", "10", "--lr", "1e-3", "--seed", "1")
+    table = stdout(capsys, *args, *flags, "--batch-size", "16", "--out", str(out))
+    assert "held-out accuracy" in table
+    files = {p.name for p in out.iterdir()}
+    assert files == {"model.safetensors", "config.json", "run.json"}
+    record = json.loads((out / "run.json").read_text())
+    assert record["run"]["seed"] == 1
+    text = stdout(capsys, "eval", "vit", "--checkpoint", str(out))
+    assert f"held-out accuracy {100 * record['accuracy']:.1f} % on 539 images" in text
+
+
+def mistake(capsys, *argv):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    empty = ("eval", "vit", "--checkpoint", str(tmp_path))
+    assert "must hold a config.json" in mistake(capsys, *empty)
+    assert "--steps must be positive" in mistake(capsys, *empty, "--steps", "0")
+    assert "number of layers 12, got 13" in mistake(capsys, "train", "vit", "--blocks", "13")
+    assert "batch_size must be at most the number of training images" in mistake(
+        capsys, "train", "vit", "--batch-size", "2000"
+    )
+
+
+def test_an_unknown_flag_suggests_the_near_one(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "vit", "--block", "3"])
+    assert exit_info.value.code == 2
+    assert "--blocks" in capsys.readouterr().err
+
+
+def test_without_tyro_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert "dblocks[train]" in mistake(capsys, "info")
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "dblocks[eval]" in mistake(capsys, "train", "vit", "--steps", "1")
+
+
+MODULES = "cli data metrics plots recipe records report experiments checkpoint info"
+OPTIONAL = "tyro sklearn matplotlib safetensors"  # torch itself may import tqdm
+
+
+def test_importing_the_modules_imports_nothing_optional():
+    code = (
+        "import importlib, sys\n"
+        f"for name in {MODULES.split()!r}: importlib.import_module('dblocks.' + name)\n"
+        f"print(sorted(set({OPTIONAL.split()!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_python_m_dblocks_is_the_command():
+    command = [sys.executable, "-m", "dblocks", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "usage: dblocks" in done.stdout

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from dblocks.data import Images
+from dblocks.recipe import Learner, Run
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other make small steps slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+TINY = {"width": 12, "depth": 3, "heads": 2, "patch_size": 4, "batch_size": 8}
+
+
+def make_data(n=16):
+    generator = torch.Generator().manual_seed(0)
+    return Images(torch.randn(n, 1, 8, 8, generator=generator), torch.arange(n) % 10)
+
+
+def test_run_round_trips_and_refuses_unknown_keys():
+    run = Run(steps=7, lr=3e-4)
+    assert Run.from_json(run.to_json()) == run
+    with pytest.raises(ValueError, match="Run has no field epochs"):
+        Run.from_dict({"epochs": 3})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"blocks": 0}, "blocks must lie between 1 and the number of layers 12, got 0"),
+        ({"blocks": 13}, "got 13"),
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"lr": 0.0}, "lr must be positive"),
+    ],
+)
+def test_run_checks_its_numbers(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Run(**fields)
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    run = Run(steps=100, lr=1.0, warmup=0.1)
+    rates = [run.lr_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 1e-3
+    assert rates[55] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_runs_of_one_seed_are_bitwise_equal(end_to_end):
+    def losses(seed):
+        learner = Learner(Run(steps=4, seed=seed, end_to_end=end_to_end, **TINY), make_data())
+        return [learner.step(step) for step in range(4)]
+
+    assert losses(0) == losses(0)
+    assert losses(0) != losses(1)
+
+
+def test_a_step_leaves_other_blocks_alone():
+    learner = Learner(Run(steps=4, **TINY), make_data())
+    before = [[p.clone() for p in layer.parameters()] for layer in learner.vit.layers]
+    block, _ = learner.step(0)
+    for b, layer in enumerate(learner.vit.layers):
+        equal = [torch.equal(p, q) for p, q in zip(before[b], layer.parameters(), strict=True)]
+        assert all(equal) == (b != block)
+
+
+def test_only_the_blocked_network_carries_adaln():
+    assert Learner(Run(**TINY), make_data()).vit.layers[0].modulation is not None
+    assert Learner(Run(end_to_end=True, **TINY), make_data()).vit.layers[0].modulation is None
+
+
+def test_classifier_repeats_itself():
+    data = make_data()
+    learner = Learner(Run(**TINY), data)
+    torch.nn.init.normal_(learner.vit.classifier.weight)
+    first, again = (learner.classifier.logits(data.images, 3, seed=1) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, learner.classifier.logits(data.images, 3, seed=2))
