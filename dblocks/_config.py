@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 import typing
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import Self
 
 
 class JsonConfig:
-    """Base of frozen dataclass configs: JSON both ways, unknown keys are an error.
+    """Base of frozen dataclass configs: JSON both ways; keys and types must be the fields'.
 
     A nested config is written with its class name under "type", so that a field can hold one of
     several configs.
@@ -31,28 +32,37 @@ class JsonConfig:
         """The config with these fields; absent ones keep their defaults.
 
         Raises:
-            ValueError: a key is not a field.
+            ValueError: this is no dictionary, a key is not a field, a field without a default is
+                absent, or a value is not of its field's type.
         """
-        known = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+        if not isinstance(values, dict):
+            raise ValueError(f"{cls.__name__} must be a JSON object, got {values!r}")
+        fields = dataclasses.fields(typing.cast(Any, cls))
+        known = [field.name for field in fields]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(
                 f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {known}"
             )
+        if missing := [f.name for f in fields if _is_required(f) and f.name not in values]:
+            raise ValueError(f"{cls.__name__} lacks the field {', '.join(missing)}")
         hints = typing.get_type_hints(cls)
-        return cls(**{name: _decode(value, hints[name]) for name, value in values.items()})
+        decoded = {name: _decode(value, hints[name]) for name, value in values.items()}
+        for name, value in decoded.items():
+            if not _matches(value, hints[name]):
+                raise ValueError(
+                    f"{cls.__name__}.{name} must be {_described(hints[name])}, got {values[name]!r}"
+                )
+        return cls(**decoded)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """The config written by `to_json`.
 
         Raises:
-            ValueError: the text is not a JSON object, or a key is not a field.
+            ValueError: the text is not JSON, or not what `from_dict` takes.
         """
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"{cls.__name__} must be a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(json.loads(text))
 
 
 def _encode(value: Any) -> Any:
@@ -64,15 +74,49 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
-    if not isinstance(value, dict):
-        return value
     options = {kind.__name__: kind for kind in (*typing.get_args(hint), hint) if _is_config(kind)}
+    if not isinstance(value, dict) or not options:
+        return value
     fields = dict(value)
     name = fields.pop("type", next(iter(options), None))
-    if name not in options:
+    if not isinstance(name, str) or name not in options:
         raise ValueError(f"config type must be one of {sorted(options)}, got {name!r}")
     return options[name].from_dict(fields)
 
 
 def _is_config(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, JsonConfig)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a value is of the annotated type; an int is a float too, a bool is no number."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return len(value) == len(kinds) and all(map(_matches, value, kinds))
+    if not isinstance(hint, type):
+        return True
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _described(hint: Any) -> str:
+    """The annotation in words."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_described, args))
+    if typing.get_origin(hint) is Literal:
+        return f"one of {args}"
+    return hint.__name__ if isinstance(hint, type) and not args else str(hint)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +20,49 @@ FORMAT = 1
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config"}
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+LONGEST_REASON = 300  # characters of what a file has wrong; PyTorch lists every tensor
 
 
-def save_model(folder: Path, model: ViT, config: BlocksConfig | None) -> None:
+def make_folder(folder: str | Path) -> None:
+    """Make a folder if it is not there, and try that files can be written in it.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} must be a folder to write files in: {error}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes `path` if the `with` block succeeds."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def prepare(folder: str | Path) -> None:
+    """Find out, before a long training, whether `save_model` can write to this folder.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: the folder cannot be made or written to.
+    """
+    _safetensors()
+    make_folder(folder)
+
+
+def save_model(folder: str | Path, model: ViT, config: BlocksConfig | None) -> None:
     """Write a network and how it is cut into blocks; the folder is made if it is not there.
+
+    An earlier save there stays whole until both files are written.
 
     Args:
         folder: where to write; files of an earlier save there are replaced.
@@ -34,7 +78,8 @@ def save_model(folder: Path, model: ViT, config: BlocksConfig | None) -> None:
             "save_model keeps one copy of the shared parameters, got shared='private'; "
             "save each block's state_dict instead"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, safetensors = Path(folder), _safetensors()
+    make_folder(folder)
     written = {
         "format": FORMAT,
         "dblocks": __version__,
@@ -42,29 +87,52 @@ def save_model(folder: Path, model: ViT, config: BlocksConfig | None) -> None:
         "model_config": model.config.to_dict(),
         "blocks_config": None if config is None else config.to_dict(),
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-    _safetensors().save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    # Left in reverse order: the weights get their name first, the config last.
+    with replacing(folder / CONFIG_FILE) as config_part, replacing(folder / WEIGHTS_FILE) as part:
+        safetensors.save_file(tensors, part, metadata={"format": "pt"})
+        config_part.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def load_model(folder: Path) -> tuple[ViT, BlocksConfig | None]:
+def load_model(folder: str | Path) -> tuple[ViT, BlocksConfig | None]:
     """The network that `save_model` wrote, on the CPU, and how it is cut into blocks.
 
     Raises:
-        ValueError: the folder holds no such network, or its config has unknown keys.
+        ValueError: the folder holds no such network, or a file of it is broken; the message names
+            the file.
     """
-    config = _read_config(folder)
-    model = ViT(ViTConfig.from_dict(config["model_config"]))
-    model.load_state_dict(_safetensors().load_file(folder / WEIGHTS_FILE))
-    blocks = config["blocks_config"]
-    return model, None if blocks is None else BlocksConfig.from_dict(blocks)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
+    folder, safetensors = Path(folder), _safetensors()
     path = folder / CONFIG_FILE
+    config = _read_config(path)
+    with _naming(path):
+        model = ViT(ViTConfig.from_dict(config["model_config"]))
+        blocks = config["blocks_config"]
+        blocks = None if blocks is None else BlocksConfig.from_dict(blocks)
+        if blocks is not None:
+            blocks.layer_ranges(model.config.depth)
+    with _naming(folder / WEIGHTS_FILE):
+        model.load_state_dict(safetensors.load_file(folder / WEIGHTS_FILE))
+    return model, blocks
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a file's contents into a ValueError of one line that names it."""
+    broken = importlib.import_module("safetensors").SafetensorError
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError, broken) as error:
+        reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
+        raise ValueError(f"{path} cannot be used: {reason}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise ValueError(f"{folder} must hold a {CONFIG_FILE} written by `dblocks train`")
-    config = json.loads(path.read_text(encoding="utf-8"))
+        raise ValueError(f"{path.parent} must hold a {CONFIG_FILE} written by `dblocks train`")
+    with _naming(path):
+        config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must be a JSON object, got {config!r}")
     if unknown := sorted(set(config) - KEYS):
         raise ValueError(f"{path} has unknown keys {unknown}; known are {sorted(KEYS)}")
     if missing := sorted(KEYS - set(config)):

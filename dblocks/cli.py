@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from dblocks.recipe import NOISE_SEED, check_seed
 
 DESCRIPTION = """DiffusionBlocks: train a residual network one block of layers at a time.
 
@@ -56,8 +59,8 @@ class Eval:
     """Folder that `dblocks train` wrote."""
     steps: int | None = None
     """Denoising steps from noise to a label, one block each; by default, one for each block."""
-    seed: int = 0
-    """Of the noise that denoising starts from."""
+    seed: int = NOISE_SEED
+    """Of the noise that denoising starts from; by default that of training's own measurement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and the exit code 2."""
     try:
         command = _parse(sys.argv[1:] if argv is None else argv)
-        {Train: train, Eval: evaluate, Info: info}[type(command)](command)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            {Train: train, Eval: evaluate, Info: info}[type(command)](command)
     except (ImportError, ValueError, OSError) as error:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """One line, without the path and the source line that Python prints."""
+    print(f"dblocks: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _parse(argv: Sequence[str]) -> Train | Eval | Info:
@@ -111,6 +121,7 @@ def train(command: Train) -> None:
         batch_size=command.batch_size,
         seed=command.seed,
     )
+    checkpoint.prepare(command.out)
     records.use_one_thread()
     trained = records.train(run, progress=True)
     checkpoint.save_model(command.out, trained.vit, trained.config)
@@ -125,7 +136,13 @@ def evaluate(command: Eval) -> None:
 
     if command.steps is not None and command.steps < 1:
         raise ValueError(f"--steps must be positive, got {command.steps}")
+    check_seed(command.seed)
     vit, config = checkpoint.load_model(command.checkpoint)
+    if config is None and command.steps is not None:
+        raise ValueError(
+            f"--steps counts denoising steps, and the network in {command.checkpoint} was trained "
+            "end to end: it runs all its layers once; leave --steps out"
+        )
     _, held_out = data.digits("final")
     if config is None:
         classifier, how = recipe.Classifier(vit, None), "all layers once (trained end to end)"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dblocks.blocks import BlocksConfig
+from dblocks.checkpoint import make_folder
 from dblocks.plots import Curve, comparison_figure, save_png
 from dblocks.recipe import Run
 from dblocks.records import (
@@ -27,7 +28,14 @@ from dblocks.records import (
     use_one_thread,
     write_record,
 )
-from dblocks.report import Row, markdown_table, summarize, text_table, write_between_markers
+from dblocks.report import (
+    Row,
+    markdown_table,
+    percent,
+    summarize,
+    text_table,
+    write_between_markers,
+)
 
 RECORDS = Path("benchmarks/results/vit_digits")
 FIGURE = Path("docs/images/vit_digits.png")
@@ -103,7 +111,12 @@ def run_missing(folder: Path, jobs: Mapping[Path, Run], workers: int) -> None:
 def _is_done(path: Path, run: Run) -> bool:
     if not path.exists():
         return False
-    if Run.from_dict(read_record(path)["run"]) != run:
+    record: Any = read_record(path)
+    try:
+        made = Run.from_dict(record.get("run"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}; delete it to run it again") from error
+    if made != run:
         raise ValueError(f"{path} was made by another recipe; delete it to run it again")
     return True
 
@@ -114,13 +127,15 @@ def results(
     """The full recipe, then the README's table and figure from the records."""
     selections = {row: selection_runs(row) for row in ROWS}
     run_missing(folder, _jobs(folder, selections), workers)
-    lrs = {row: chosen_lr(_read(folder, row, runs)) for row, runs in selections.items()}
+    tried = {row: _read(folder, row, runs) for row, runs in selections.items()}
+    lrs = {row: chosen_lr(records) for row, records in tried.items()}
     print("learning rates chosen on the validation split: " + str(lrs))
     finals = {row: final_runs(row, lrs[row]) for row in ROWS}
     run_missing(folder, _jobs(folder, finals), workers)
     records = {row: _read(folder, row, runs) for row, runs in finals.items()}
     rows = [summarize(ROWS[row][0], records[row]) for row in ROWS]
     print(text_table(rows))
+    print(provenance([r for many in (*tried.values(), *records.values()) for r in many]))
     draw({ROWS[row][0]: records[row] for row in ROWS}, figure)
     write_between_markers(readme, MARKER, f"{markdown_table(rows)}\n\n{caption(rows)}")
     print(f"wrote {figure} and the table in {readme}")
@@ -134,21 +149,37 @@ def _read(folder: Path, row: str, runs: Sequence[Run]) -> Records:
     return [read_record(record_path(folder, row, run)) for run in runs]
 
 
+def provenance(records: Records) -> str:
+    """The commits that made the records, and a warning where these may not be comparable."""
+    commits = sorted({r["environment"]["commit"] or "unknown" for r in records})
+    lines = [f"commits that made the {len(records)} records: {', '.join(commits)}"]
+    if len(commits) > 1:
+        lines.append("warning: the records are of several commits, which may differ in the recipe")
+    if any(c == "unknown" or c.endswith("-dirty") for c in commits):
+        lines.append("warning: not every record is of committed code (dirty, unknown)")
+    return "\n".join(lines)
+
+
 def caption(rows: Sequence[Row]) -> str:
     """How the table was made, in a paragraph for the README."""
     seeds = ", ".join(map(str, SEEDS))
     rates = ", ".join(f"{lr:g}" for lr in LRS)
+    alone = "".join(
+        f"; the first block alone, with 1 step, reaches {percent(r.first_block, r.first_block_std)}"
+        for r in rows
+        if r.first_block is not None
+    )
     return (
         "A ViT of 12 layers and width 64 on scikit-learn's digits: 1,258 for training, 539 held "
         "out (30 % of each class), batches of 128, AdamW with a cosine. Accuracy is the mean ± "
         f"sample standard deviation of seeds {seeds}. Each line's learning rate is the best of "
         f"{{{rates}}} on a validation split, a fifth of the training part that selection runs do "
         f"not train on; they take 1/{SELECTION_SHORTER} of the steps and another seed. Blocks "
-        "classify with 3 denoising steps. Memory is counted in tensors: what autograd saves for "
-        "one backward pass; and parameters, gradients and optimizer state of what one step trains "
-        "(all that a worker of one block holds), in brackets of the whole process, which holds "
-        "every block. Seconds are for one thread of a shared "
-        "CPU, two runs at a time. Every run's record is in `benchmarks/results/vit_digits/`; "
+        f"classify with 3 denoising steps{alone}. Memory is counted in tensors: what autograd "
+        "saves for one backward pass; and parameters, gradients and optimizer state of what one "
+        "step trains (all that a worker of one block holds), in brackets of the whole process, "
+        "which holds every block. Seconds are for one thread of a shared CPU, two runs at a time. "
+        "Every run's record is in `benchmarks/results/vit_digits/`; "
         "`make results` makes the table from them and runs those that are missing."
     )
 
@@ -177,6 +208,7 @@ def draw(records: Mapping[str, Records], path: Path) -> None:
 
 def demo(out: Path = DEMO, shorter: int = DEMO_SHORTER) -> None:
     """Train end to end and in 3 blocks with one seed and fewer steps; print what came of it."""
+    make_folder(out)
     use_one_thread()
     runs = [dataclasses.replace(run, steps=run.steps // shorter) for run in (END_TO_END, BLOCKS)]
     records = [train(run, progress=True).record for run in runs]

@@ -10,19 +10,13 @@ from typing import Any
 
 import torch
 
+from dblocks import functional
 from dblocks._version import __version__
 from dblocks.ops._common import HAS_TRITON, INTERPRETED, has_cpp, resolve_impl
 
 PACKAGES = ("torch", "triton", "numpy")
-OPS = (
-    "adaln",
-    "residual_adaln",
-    "gated_residual",
-    "noise_inject",
-    "edm_denoise",
-    "edm_loss",
-    "euler_step",
-)
+# The others are the types that some ops return.
+OPS = tuple(n for n in functional.__all__ if not isinstance(getattr(functional, n), type))
 
 
 def versions() -> dict[str, str]:
@@ -110,7 +104,7 @@ def environment() -> dict[str, Any]:
     """Where a run took place, for its record."""
     return {
         **versions(),
-        "device": "cpu",
+        "device": torch.get_default_device().type,  # the recipe names none
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
+LINE_STYLES = ("-", "--", ":")  # the next one where the colours start again
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 BLOCK_COLORS = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7")
 INK = "#333333"
+TEXT_SIZE = 12  # points: a README shows the figure at about half its pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +43,12 @@ class Curve:
 
 def accuracy_panel(ax: Axes, curves: Sequence[Curve]) -> None:
     """Accuracy in % against layer evaluations, one line per curve, a dot where each run ends."""
-    for color, curve in zip(LINE_COLORS, curves, strict=False):
+    for (style, color), curve in zip(_line_looks(), curves, strict=False):
         x = [n / 1000 for n in curve.layer_evaluations]
         y = 100 * torch.tensor([list(row) for row in curve.accuracies], dtype=torch.float64)
         mean = y.mean(0).tolist()
-        ax.plot(x, mean, color=color, linewidth=2, label=f"{curve.label}: {mean[-1]:.1f} %")
+        label = f"{curve.label}: {mean[-1]:.1f} %"
+        ax.plot(x, mean, color=color, linestyle=style, linewidth=2, label=label)
         ax.plot(x[-1:], mean[-1:], "o", color=color, markersize=6)
         if len(y) > 1:
             low, high = y.amin(0).tolist(), y.amax(0).tolist()
@@ -56,7 +59,11 @@ def accuracy_panel(ax: Axes, curves: Sequence[Curve]) -> None:
     ax.set_title("Accuracy against the layers run in training")
     ax.set_xlim(left=0)
     ax.grid(alpha=0.25)
-    ax.legend(loc="lower right", frameon=False)
+    ax.legend(loc="lower right", frameon=False, fontsize=TEXT_SIZE)
+
+
+def _line_looks() -> Iterator[tuple[str, str]]:
+    return itertools.cycle(itertools.product(LINE_STYLES, LINE_COLORS))
 
 
 def _zoom_on_the_top(ax: Axes, curves: Sequence[Curve]) -> None:
@@ -69,7 +76,10 @@ def _zoom_on_the_top(ax: Axes, curves: Sequence[Curve]) -> None:
 def noise_panel(
     ax: Axes, schedule: NoiseSchedule, num_blocks: int, layers: Sequence[tuple[int, int]]
 ) -> None:
-    """The density of ln sigma, split into the blocks' ranges, each named with its layers.
+    """The density of ln sigma in training, block by block, each named with its layers.
+
+    Every block is drawn equally often, so each area is 1/B, whatever the partition; the overlap
+    of the ranges is left out.
 
     Args:
         ax: the axes to draw on.
@@ -77,40 +87,40 @@ def noise_panel(
         num_blocks: B.
         layers: the first layer of each block and the one after its last.
     """
+    top = 0.0
     edges = schedule.boundaries(num_blocks).log().tolist()
     for b, (high, low) in enumerate(itertools.pairwise(edges)):
         color = BLOCK_COLORS[b % len(BLOCK_COLORS)]
-        t = torch.linspace(low, high, 200, dtype=torch.float64)
+        t = torch.linspace(low, high, 400, dtype=torch.float64)
         first, end = layers[b]
         label = f"block {b}: layers {first + 1}-{end}, $\\sigma$ {_short(low)}-{_short(high)}"
-        density = _density(schedule, t).tolist()
-        ax.fill_between(t.exp().tolist(), density, color=color, alpha=0.75, lw=0, label=label)
-        if b:
-            ax.vlines(math.exp(high), 0, density[0], color=INK, linewidth=1, linestyle=":")
-    t = torch.linspace(edges[-1], edges[0], 400, dtype=torch.float64)
-    ax.plot(t.exp().tolist(), _density(schedule, t).tolist(), color=INK, linewidth=1.5)
-    _dress_noise_axes(ax, schedule)
+        sigma, density = t.exp().tolist(), (_density(schedule, t) / num_blocks).tolist()
+        ax.fill_between(sigma, density, color=color, alpha=0.75, lw=0, label=label)
+        ax.plot(sigma, density, color=INK, linewidth=1.5)
+        ax.vlines([sigma[0], sigma[-1]], 0, [density[0], density[-1]], color=INK, lw=1, ls=":")
+        top = max(top, *density)
+    _dress_noise_axes(ax, schedule, top)
 
 
 def _density(schedule: NoiseSchedule, log_sigma: torch.Tensor) -> torch.Tensor:
-    """The normal density of ln sigma."""
-    score = (log_sigma - schedule.p_mean) / schedule.p_std
-    return (-0.5 * score.square()).exp() / (schedule.p_std * math.sqrt(2 * math.pi))
+    """The normal density of ln sigma, truncated to the range of these points."""
+    log_density = -0.5 * ((log_sigma - schedule.p_mean) / schedule.p_std).square()
+    density = (log_density - log_density.max()).exp()
+    return density / torch.trapezoid(density, log_sigma)
 
 
 def _short(log_sigma: float) -> str:
     return f"{math.exp(log_sigma):.2g}"
 
 
-def _dress_noise_axes(ax: Axes, schedule: NoiseSchedule) -> None:
+def _dress_noise_axes(ax: Axes, schedule: NoiseSchedule, top: float) -> None:
     ax.set_xscale("log")
     ax.set_xlim(schedule.sigma_min, schedule.sigma_max)
-    top = float(_density(schedule, torch.tensor(schedule.p_mean)))
     ax.set_ylim(0, 1.65 * top)  # room for the legend above the bell
     ax.set_xlabel(r"noise level $\sigma$ (log scale)")
-    ax.set_ylabel(r"density of ln $\sigma$ in training")
+    ax.set_ylabel(r"density of ln $\sigma$ in training, without overlap")
     ax.set_title("The noise range that each block learns to remove")
-    ax.legend(loc="upper right", frameon=False)
+    ax.legend(loc="upper right", frameon=False, fontsize=TEXT_SIZE)
 
 
 def comparison_figure(
@@ -122,13 +132,16 @@ def comparison_figure(
     title: str,
 ) -> Figure:
     """Both panels side by side; the caller saves it with `save_png`."""
-    figure = _matplotlib("matplotlib.figure").Figure(figsize=(12.5, 4.8), layout="constrained")
-    figure.suptitle(title, fontsize=13, color=INK)
+    figure = _matplotlib("matplotlib.figure").Figure(figsize=(12.5, 5.2), layout="constrained")
+    figure.suptitle(title, fontsize=TEXT_SIZE + 2, color=INK)
     left, right = figure.subplots(1, 2)
     accuracy_panel(left, curves)
     noise_panel(right, schedule, num_blocks, layers)
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=TEXT_SIZE)
+        for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+            text.set_fontsize(TEXT_SIZE)
     return figure
 
 

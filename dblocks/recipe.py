@@ -25,6 +25,13 @@ from dblocks.train import make_optimizers, train_step
 
 NOISE_SEED = 7  # of the noise that evaluation starts from
 BLOCK_SEED = 2**31  # added to a run's seed: of the blocks and noise levels drawn in training
+SEED_END = 2**63
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless PyTorch's generators take this seed, also with BLOCK_SEED added."""
+    if not 0 <= seed < SEED_END:
+        raise ValueError(f"seed must be at least 0 and less than 2**63, got {seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +79,9 @@ class Run(JsonConfig):
         for name in ("steps", "batch_size", "points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        check_seed(self.seed)
         if not self.end_to_end and not 1 <= self.blocks <= self.depth:
             raise ValueError(
                 f"blocks must lie between 1 and the number of layers {self.depth}, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterable
@@ -13,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from dblocks.blocks import BlocksConfig
+from dblocks.checkpoint import replacing
 from dblocks.data import Images, digits
 from dblocks.info import environment
 from dblocks.memory import SavedActivations, state_bytes
@@ -37,12 +38,23 @@ class Trained(NamedTuple):
 
 
 class LayerCounter:
-    """Counts the layers that training runs, by hooks: evaluation, without gradients, is free."""
+    """Counts the layers that training runs inside the `with` block.
+
+    It counts by hooks, which the end removes; evaluation, without gradients, is free.
+    """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self.count = 0
-        for layer in layers:
-            layer.register_forward_hook(self._add)
+        self._layers = list(layers)
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> LayerCounter:
+        self._handles = [layer.register_forward_hook(self._add) for layer in self._layers]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def _add(self, layer: nn.Module, args: Any, output: Any) -> None:
         self.count += torch.is_grad_enabled()
@@ -60,8 +72,8 @@ def train(run: Run, *, progress: bool = False) -> Trained:
     where = environment()  # of the code that runs, whatever is committed meanwhile
     data, evaluated = digits(run.part)
     learner = Learner(run, data)
-    counter = LayerCounter(learner.vit.layers)
-    curve, seconds = _fit(learner, evaluated, counter, progress=progress)
+    with LayerCounter(learner.vit.layers) as counter:
+        curve, seconds = _fit(learner, evaluated, counter, progress=progress)
     layer_evaluations = counter.count
     record = {
         "format": FORMAT,
@@ -172,9 +184,8 @@ def train_to_record(run: Run, path: Path) -> dict[str, Any]:
 def write_record(path: Path, record: Any) -> None:
     """Write JSON so that the file is there either whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -187,10 +198,10 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a record: {error}; delete it to run it again") from error
-    if record.get("format") != FORMAT:
+    found = record.get("format") if isinstance(record, dict) else None
+    if found != FORMAT:
         raise ValueError(
-            f"{path} must be a record of format {FORMAT}, got {record.get('format')!r}; "
-            "delete it to run it again"
+            f"{path} must be a record of format {FORMAT}, got {found!r}; delete it to run it again"
         )
     return record
 

@@ -1,6 +1,6 @@
 """Tables made from the records of finished runs: for a terminal, and for a README.
 
-A record is what `dblocks.recipe.train` returns: a dictionary of JSON values.
+A record is what `dblocks.records.train` makes: a dictionary of JSON values.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class Row:
     """Mean over the seeds, in [0, 1]."""
     accuracy_std: float
     """Sample standard deviation over the seeds; nan for one seed."""
+    first_block: float | None
+    """Mean accuracy with 1 denoising step, which runs the first block alone; None end to end."""
+    first_block_std: float
+    """Sample standard deviation of it; nan for one seed, and end to end."""
     num_seeds: int
     layers_per_step: int
     layer_evaluations: int
@@ -53,12 +57,16 @@ def summarize(name: str, records: Sequence[Record]) -> Row:
         raise ValueError(f"the runs of the row {name!r} differ in more than their seed")
     first, accuracies = records[0], [r["accuracy"] for r in records]
     mean, std = mean_std(accuracies)
+    by_steps = [r["accuracy_by_denoising_steps"] for r in records]
+    alone = (None, math.nan) if by_steps[0] is None else mean_std([b["1"] for b in by_steps])
     return Row(
         name=name,
         lr=first["run"]["lr"],
         adaln=first["adaln"],
         accuracy=mean,
         accuracy_std=std,
+        first_block=alone[0],
+        first_block_std=alone[1],
         num_seeds=len(records),
         layers_per_step=first["layers_per_step"],
         layer_evaluations=first["layer_evaluations"],
@@ -70,16 +78,23 @@ def summarize(name: str, records: Sequence[Record]) -> Row:
     )
 
 
-def _percent(row: Row) -> str:
-    spread = "" if math.isnan(row.accuracy_std) else f" ± {100 * row.accuracy_std:.1f}"
-    return f"{100 * row.accuracy:.1f}{spread} %"
+def percent(mean: float | None, std: float) -> str:
+    """A mean and its spread in percent; a dash for none."""
+    if mean is None:
+        return "-"
+    spread = "" if math.isnan(std) else f" ± {100 * std:.1f}"
+    return f"{100 * mean:.1f}{spread} %"
 
 
 def text_table(rows: Sequence[Row]) -> str:
     """What each run cost and reached, one run a column, for a terminal."""
     lines = [
         ("", [r.name for r in rows]),
-        ("held-out accuracy", [_percent(r) for r in rows]),
+        ("held-out accuracy", [percent(r.accuracy, r.accuracy_std) for r in rows]),
+        (
+            "  first block alone (1 denoising step)",
+            [percent(r.first_block, r.first_block_std) for r in rows],
+        ),
         ("layers run and kept per step", [f"{r.layers_per_step}" for r in rows]),
         ("layer evaluations", [f"{r.layer_evaluations:,}" for r in rows]),
         ("samples seen", [f"{r.samples:,}" for r in rows]),
@@ -114,7 +129,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
     )
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for r in rows:
-        cells = (r.name, "yes" if r.adaln else "no", f"{r.lr:g}", _percent(r))
+        cells = (r.name, "yes" if r.adaln else "no", f"{r.lr:g}")
+        cells += (percent(r.accuracy, r.accuracy_std),)
         cells += (f"{r.layer_evaluations:,} ({r.layers_per_step} a step)", f"{r.samples:,}")
         cells += (f"{r.activations_mib:.1f}", f"{r.state_mib:.1f} ({r.process_mib:.1f})")
         cells += (f"{r.seconds:.0f}",)

@@ -1,11 +1,13 @@
 import json
+import os
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.checkpoint import load_model, save_model
+from dblocks.checkpoint import load_model, prepare, save_model
 from dblocks.models.vit import ViT, ViTConfig, classify
 
 SIZES = {"image_size": 8, "channels": 1, "patch_size": 4, "width": 12, "depth": 3, "heads": 2}
@@ -59,6 +61,19 @@ def test_an_unknown_folder_is_an_error(tmp_path):
         (lambda c: c.update(format=99), "must be of format 1"),
         (lambda c: c["blocks_config"].update(gamma=1), "BlocksConfig has no field gamma"),
         (lambda c: c["model_config"].update(dim=1), "ViTConfig has no field dim"),
+        (lambda c: c["model_config"].update(width="64"), "width must be int, got '64'"),
+        (lambda c: c["model_config"].update(width=True), "width must be int, got True"),
+        (lambda c: c["model_config"].update(image_size={}), "image_size must be int or"),
+        (lambda c: c["model_config"].update(conditioning="x"), "conditioning must be one of"),
+        (lambda c: c["model_config"].update(heads=5), "5"),
+        (lambda c: c.update(model_config=None), "ViTConfig must be a JSON object, got None"),
+        (lambda c: c.update(blocks_config=3), "BlocksConfig must be a JSON object, got 3"),
+        (lambda c: c["blocks_config"].pop("num_blocks"), "lacks the field num_blocks"),
+        (lambda c: c["blocks_config"].update(schedule="x"), "schedule must be NoiseSchedule"),
+        (lambda c: c["blocks_config"].update(schedule={"type": []}), "config type must be"),
+        (lambda c: c["blocks_config"]["schedule"].update(p_std=None), "p_std must be float"),
+        (lambda c: c["blocks_config"].update(layers_per_block=[1, 1, "1"]), "layers_per_block"),
+        (lambda c: c["blocks_config"].update(layers_per_block=[1, 1, 2]), "layers_per_block must"),
     ],
 )
 def test_a_config_that_is_not_understood_is_an_error(tmp_path, change, message):
@@ -67,8 +82,86 @@ def test_a_config_that_is_not_understood_is_an_error(tmp_path, change, message):
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"config\.json .*{message}"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("3", "must be a JSON object, got 3"), ("[]", "must be a JSON object"), ("{", "Expecting")],
+)
+def test_a_config_that_is_no_json_object_is_an_error(tmp_path, text, message):
+    save_model(tmp_path, make_vit(), CONFIG)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json .*{message}"):
+        load_model(tmp_path)
+
+
+def lose_a_tensor(path):
+    tensors = load_file(path)
+    del tensors["classifier.weight"]
+    save_file(tensors, path)
+
+
+def of_another_depth(path):
+    deep = ViT(ViTConfig(**{**SIZES, "depth": 60}))
+    save_file(deep.state_dict(), path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-50]), ""),
+        (lambda path: path.write_bytes(b""), ""),
+        (lambda path: path.unlink(), ""),
+        (lose_a_tensor, r"classifier\.weight"),
+        (of_another_depth, r"layers\.10\."),
+    ],
+)
+def test_broken_weights_are_an_error_of_one_line(tmp_path, spoil, message):
+    save_model(tmp_path, make_vit(), CONFIG)
+    spoil(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"model\.safetensors cannot be used: .*{message}") as e:
+        load_model(tmp_path)
+    assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 600
+
+
+def test_a_path_may_be_a_string(tmp_path):
+    prepare(str(tmp_path))
+    save_model(str(tmp_path), make_vit(), CONFIG)
+    assert load_model(str(tmp_path))[1] == CONFIG
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="must be a folder to write files in"):
+        prepare(tmp_path / name)
+
+
+def test_a_save_that_fails_leaves_the_earlier_one_whole(tmp_path, monkeypatch):
+    vit = make_vit()
+    save_model(tmp_path, vit, None)
+
+    def write_half(tensors, path, **_):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", write_half)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(tmp_path, make_vit(image_drop=0.5), CONFIG)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    loaded, config = load_model(tmp_path)
+    assert config is None
+    assert loaded.config == vit.config
+
+
+def test_weights_get_their_name_before_the_config(tmp_path, monkeypatch):
+    names, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (names.append(b.name), replace(a, b)))
+    save_model(tmp_path, make_vit(), CONFIG)
+    assert names == ["model.safetensors", "config.json"]
 
 
 def test_private_copies_are_refused(tmp_path):

@@ -5,7 +5,12 @@ import sys
 import pytest
 import torch
 
+from dblocks import data, functional, info, records
+from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.checkpoint import save_model
 from dblocks.cli import main
+from dblocks.models.vit import ViT, ViTConfig
+from dblocks.recipe import Classifier
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +77,73 @@ def test_train_writes_what_eval_reads(tmp_path, capsys, flags):
     assert f"held-out accuracy {100 * record['accuracy']:.1f} % on 539 images" in text
 
 
+CONFIG = BlocksConfig(num_blocks=3)
+SIZES = {"image_size": 8, "channels": 1, "patch_size": 4, "width": 12, "depth": 3, "heads": 2}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A network whose answers depend on the noise that denoising starts from; its folder."""
+    vit = ViT(ViTConfig(**SIZES))
+    torch.nn.init.normal_(vit.classifier.weight)
+    save_model(tmp_path / "saved", vit, CONFIG)
+    return vit, tmp_path / "saved"
+
+
+def test_eval_measures_as_training_does(checkpoint, capsys):
+    vit, folder = checkpoint
+    classifier = Classifier(vit, DiffusionBlocks(vit, CONFIG))
+    _, held_out = data.digits("final")
+    # As in `dblocks.records.train`, without a seed.
+    measured, other = (
+        f"{100 * classifier.accuracy(held_out, **k):.1f} %" for k in ({}, {"seed": 0})
+    )
+    assert measured != other
+    assert f"accuracy {measured} on" in stdout(capsys, "eval", "vit", "--checkpoint", str(folder))
+    args = ("eval", "vit", "--checkpoint", str(folder), "--seed", "0")
+    assert f"accuracy {other} on" in stdout(capsys, *args)
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_warning_is_one_line(checkpoint, capsys):
+    assert main(["eval", "vit", "--checkpoint", str(checkpoint[1]), "--steps", "1"]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("dblocks: warning: ")
+    assert "blocks [1, 2]" in error
+    assert error.count("\n") == 1
+
+
+def test_steps_of_a_network_trained_end_to_end_are_a_mistake(tmp_path, capsys):
+    save_model(tmp_path, ViT(ViTConfig(**SIZES, conditioning="none")), None)
+    args = ("eval", "vit", "--checkpoint", str(tmp_path))
+    assert "was trained end to end" in mistake(capsys, *args, "--steps", "3")
+    assert "all layers once" in stdout(capsys, *args)
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(records, "train", None)
+    (tmp_path / "file").touch()
+    args = ("train", "vit", "--out", str(tmp_path / "file"))
+    assert "file must be a folder to write files in" in mistake(capsys, *args)
+
+
+def test_a_broken_checkpoint_is_one_line(checkpoint, capsys):
+    (checkpoint[1] / "model.safetensors").write_bytes(b"")
+    args = ("eval", "vit", "--checkpoint", str(checkpoint[1]))
+    assert "model.safetensors cannot be used" in mistake(capsys, *args)
+
+
+def test_info_lists_the_public_ops():
+    assert {*info.OPS} == {name for name in functional.__all__ if name.islower()}
+    assert len(info.OPS) == 7
+
+
+def test_a_record_names_the_device_that_the_recipe_computes_on():
+    assert info.environment()["device"] == "cpu"
+    with torch.device("meta"):
+        assert info.environment()["device"] == "meta"
+
+
 def mistake(capsys, *argv):
     assert main(argv) == 2
     error = capsys.readouterr().err
@@ -84,8 +156,14 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "must hold a config.json" in mistake(capsys, *empty)
     assert "--steps must be positive" in mistake(capsys, *empty, "--steps", "0")
     assert "number of layers 12, got 13" in mistake(capsys, "train", "vit", "--blocks", "13")
+    for lr in ("inf", "nan", "0"):
+        assert "lr must be positive and finite" in mistake(capsys, "train", "vit", "--lr", lr)
+    for seed in (10**20, 2**63, -1):
+        message = f"seed must be at least 0 and less than 2**63, got {seed}"
+        assert message in mistake(capsys, "train", "vit", "--seed", str(seed))
+        assert message in mistake(capsys, *empty, "--seed", str(seed))
     assert "batch_size must be at most the number of training images" in mistake(
-        capsys, "train", "vit", "--batch-size", "2000"
+        capsys, "train", "vit", "--batch-size", "2000", "--out", str(tmp_path)
     )
 
 
@@ -101,9 +179,17 @@ def test_without_tyro_the_extra_is_named(monkeypatch, capsys):
     assert "dblocks[train]" in mistake(capsys, "info")
 
 
-def test_without_scikit_learn_the_extra_is_named(monkeypatch, capsys):
+def test_without_scikit_learn_the_extra_is_named(tmp_path, monkeypatch, capsys):
+    out = ("--out", str(tmp_path))
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert "dblocks[eval]" in mistake(capsys, "train", "vit", "--steps", "1")
+    assert "dblocks[eval]" in mistake(capsys, "train", "vit", "--steps", "1", *out)
+
+
+def test_without_safetensors_nothing_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setattr(records, "train", None)
+    error = mistake(capsys, "train", "vit", "--out", str(tmp_path))
+    assert "safetensors, which is not installed" in error
 
 
 MODULES = "cli data metrics plots recipe records report experiments checkpoint info"

@@ -6,7 +6,7 @@ import torch
 
 from dblocks import experiments
 from dblocks.recipe import Run
-from dblocks.records import write_record
+from dblocks.records import read_record, write_record
 
 TINY = {"width": 12, "depth": 3, "heads": 2, "patch_size": 4, "batch_size": 16, "points": 2}
 MARKERS = "# Title\n<!-- results:vit-digits -->\n<!-- /results:vit-digits -->\nend\n"
@@ -41,7 +41,9 @@ def fake_record(run: Run, accuracy: float) -> dict:
         "run": run.to_dict(),
         "blocks": None if run.end_to_end else {"num_blocks": run.blocks},
         "adaln": not run.end_to_end,
+        "environment": {"commit": "0123456789ab"},
         "accuracy": accuracy,
+        "accuracy_by_denoising_steps": None if run.end_to_end else {"1": accuracy - 0.05},
         "layer_evaluations": evaluations[-1],
         "layers_per_step": per_step,
         "samples": run.steps * run.batch_size,
@@ -54,7 +56,7 @@ def fake_record(run: Run, accuracy: float) -> dict:
 
 
 def write_all(folder):
-    """Made-up records: the middle learning rate is the best; row i reaches (90 + i + seed) %."""
+    """Made-up records: the second learning rate is the best; row i reaches (90 + i + seed) %."""
     for i, row in enumerate(experiments.ROWS):
         for run in experiments.selection_runs(row):
             accuracy = 0.9 if run.lr == experiments.LRS[1] else 0.8
@@ -100,13 +102,40 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "ProcessPoolExecutor", refuse)
     experiments.results(tmp_path / "records", tmp_path / "figure.png", readme)
     text = readme.read_text()
-    lr = f"{experiments.LRS[1]:g}"
+    selections = [read_record(path) for path in (tmp_path / "records").glob("selection-*")]
+    lr = f"{experiments.chosen_lr(selections):g}"
     assert f"| 3 blocks, equal layer evaluations | yes | {lr} | 91.0 ± 1.0 % |" in text
-    assert "| end to end | no | 0.001 | 92.0 ± 1.0 % | 18,000 (12 a step) | 192,000 |" in text
+    assert f"| end to end | no | {lr} | 92.0 ± 1.0 % | 18,000 (12 a step) | 192,000 |" in text
     assert text.startswith("# Title\n")
     assert text.endswith("end\n")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert "9 of 9 runs are there, 0 to do" in capsys.readouterr().out
+    assert "the first block alone, with 1 step, reaches 86.0 ± 1.0 %" in text
+    out = capsys.readouterr().out
+    assert "9 of 9 runs are there, 0 to do" in out
+    records = len(experiments.ROWS) * (len(experiments.LRS) + len(experiments.SEEDS))
+    assert f"commits that made the {records} records: 0123456789ab\n" in out
+    assert "warning" not in out
+
+
+@pytest.mark.parametrize(
+    ("commit", "warning"),
+    [
+        ("ba9876543210", "the records are of several commits"),
+        ("0123456789ab-dirty", "not every record is of committed code"),
+        (None, "not every record is of committed code"),
+    ],
+)
+@pytest.mark.parametrize("part", ["selection", "final"])
+def test_records_of_other_commits_are_used_with_a_warning(tmp_path, capsys, part, commit, warning):
+    write_all(tmp_path)
+    path = sorted(tmp_path.glob(f"{part}-*"))[0]
+    write_record(path, {**read_record(path), "environment": {"commit": commit}})
+    readme = tmp_path / "README.md"
+    readme.write_text(MARKERS)
+    experiments.results(tmp_path, tmp_path / "figure.png", readme)
+    out = capsys.readouterr().out
+    assert f"0123456789ab, {commit or 'unknown'}" in out.replace("ba9876543210", str(commit))
+    assert f"warning: {warning}" in out
 
 
 def test_a_record_of_another_recipe_is_an_error(tmp_path):
@@ -115,6 +144,21 @@ def test_a_record_of_another_recipe_is_an_error(tmp_path):
     write_record(path, fake_record(dataclasses.replace(run, batch_size=64), 0.5))
     with pytest.raises(ValueError, match=r"a\.json was made by another recipe"):
         experiments.run_missing(tmp_path, {path: run}, workers=1)
+
+
+@pytest.mark.parametrize("run", [{}, {"run": {"blocks": "3"}}, {"run": {"epochs": 3}}])
+def test_a_record_without_a_run_is_an_error_that_names_it(tmp_path, run):
+    path = tmp_path / "a.json"
+    write_record(path, {"format": 1, **run})
+    with pytest.raises(ValueError, match=r"a\.json cannot be used: Run.* delete it"):
+        experiments.run_missing(tmp_path, {path: Run()}, workers=1)
+
+
+def test_the_demo_tries_its_folder_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "train", None)
+    (tmp_path / "file").touch()
+    assert experiments.main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert "file must be a folder to write files in" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
+import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from dblocks.plots import Curve, comparison_figure, save_png
 from dblocks.schedule import NoiseSchedule
@@ -48,6 +51,53 @@ def test_right_panel_names_every_block_on_a_log_axis():
     ]
     # Equal mass: the middle block owns 0.18 to 0.51.
     assert labels[1].endswith("0.18-0.51")
+
+
+def test_every_curve_is_drawn_and_looks_different():
+    curves = [
+        Curve(label=f"{i}", layer_evaluations=[1, 2], accuracies=[[0.1 * i, 0.9]]) for i in range(9)
+    ]
+    left, _ = figure(curves).axes
+    lines = [line for line in left.get_lines() if line.get_marker() == "None"]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 9
+    assert len(left.get_legend().get_texts()) == 9
+
+
+@pytest.mark.parametrize("partition", ["equal_mass", "uniform_log", "uniform", (5.0, 0.3)])
+@pytest.mark.parametrize("cut", [{}, {"sigma_min": 0.2, "sigma_max": 20.0}])
+def test_density_is_that_of_the_draws(partition, cut):
+    schedule = NoiseSchedule(partition=partition, **cut)
+    _, right = comparison_figure(CURVES, schedule, 3, LAYERS, title="Digits").axes
+    lines = right.get_lines()
+    assert len(lines) == 3
+    for b, line in enumerate(lines):
+        t = torch.tensor(list(line.get_xdata()), dtype=torch.float64).log()
+        density = torch.tensor(list(line.get_ydata()), dtype=torch.float64)
+        assert torch.trapezoid(density, t).item() == pytest.approx(1 / 3)
+        draws = schedule.sample(b, 3, (20_000,), overlap=0).double().log()
+        mean = 3 * torch.trapezoid(t * density, t).item()
+        assert mean == pytest.approx(draws.mean().item(), abs=0.05)
+        assert density.max() < right.get_ylim()[1]
+
+
+def test_equal_mass_draws_one_truncated_bell():
+    """The mass outside the range counts inside: the bell is higher than the normal density."""
+    schedule = NoiseSchedule(sigma_min=0.2, sigma_max=20.0)
+    _, right = comparison_figure(CURVES, schedule, 3, LAYERS, title="Digits").axes
+    lines = right.get_lines()
+    for upper, lower in pairwise(lines):
+        assert upper.get_ydata()[0] == pytest.approx(lower.get_ydata()[-1], rel=1e-3)
+    mass = schedule._tails(schedule.sigma_min, schedule.sigma_max)[2]
+    peak = 1 / (schedule.p_std * math.sqrt(2 * math.pi) * mass)
+    assert max(max(line.get_ydata()) for line in lines) == pytest.approx(peak, rel=1e-3)
+
+
+def test_text_is_legible_at_the_width_of_a_readme():
+    drawn = figure()
+    readme_inches = 880 / 96
+    for text in drawn.findobj(lambda artist: hasattr(artist, "get_fontsize")):
+        if text.get_text():
+            assert text.get_fontsize() * readme_inches / drawn.get_figwidth() > 8
 
 
 def test_pyplot_is_left_alone():

@@ -36,11 +36,36 @@ def test_run_round_trips_and_refuses_unknown_keys():
         ({"blocks": 13}, "got 13"),
         ({"steps": 0}, "steps must be positive, got 0"),
         ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": float("inf")}, "lr must be positive and finite, got inf"),
+        ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
+        ({"seed": -1}, r"seed must be at least 0 and less than 2\*\*63, got -1"),
+        ({"seed": 2**63}, "seed must be at least 0"),
     ],
 )
 def test_run_checks_its_numbers(fields, message):
     with pytest.raises(ValueError, match=message):
         Run(**fields)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], r"Run must be a JSON object, got \[\]"),
+        ({"blocks": 3.0}, r"Run\.blocks must be int, got 3\.0"),
+        ({"end_to_end": 1}, r"Run\.end_to_end must be bool, got 1"),
+        ({"lr": "1e-3"}, r"Run\.lr must be float, got '1e-3'"),
+        ({"part": "test"}, r"Run\.part must be one of \('final', 'selection'\), got 'test'"),
+        ({"steps": {}}, r"Run\.steps must be int, got {}"),
+    ],
+)
+def test_a_run_of_other_types_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Run.from_dict(values)
+
+
+def test_an_integer_is_a_rate_and_the_largest_seed_works():
+    assert Run.from_dict({"lr": 1}).lr == 1
+    Learner(Run(steps=1, seed=2**63 - 1, **TINY), make_data()).step(0)
 
 
 def test_learning_rate_rises_then_falls_to_zero():

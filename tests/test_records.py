@@ -70,6 +70,10 @@ def test_record_says_what_was_run_and_where(blocks, whole):
     assert whole.config is None
 
 
+def test_nothing_counts_on_the_network_that_is_returned(blocks):
+    assert not any(module._forward_hooks for module in blocks.vit.modules())
+
+
 def test_record_is_written_whole(tmp_path):
     path = tmp_path / "new" / "a.json"
     record = train_to_record(dataclasses.replace(TINY, steps=1, points=1), path)
@@ -77,7 +81,7 @@ def test_record_is_written_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
-@pytest.mark.parametrize("text", ["{", '{"format": 99}'])
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"format": 99}'])
 def test_a_broken_record_is_a_clear_error(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)

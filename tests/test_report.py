@@ -5,11 +5,12 @@ import pytest
 from dblocks.report import markdown_table, summarize, text_table, write_between_markers
 
 
-def record(seed=0, accuracy=0.9, **run):
+def record(seed=0, accuracy=0.9, first_block=None, **run):
     return {
         "run": {"seed": seed, "lr": 1e-3, **run},
         "adaln": True,
         "accuracy": accuracy,
+        "accuracy_by_denoising_steps": first_block and {"1": first_block, "3": accuracy},
         "layers_per_step": 4,
         "layer_evaluations": 18_000,
         "samples": 576_000,
@@ -36,6 +37,14 @@ def test_one_seed_has_no_deviation():
     assert math.isnan(row.accuracy_std)
     assert "90.0 %" in text_table([row])
     assert "±" not in text_table([row])
+
+
+def test_the_first_block_alone_stands_beside_all_blocks():
+    blocks = summarize("3 blocks", [record(0, 0.96, 0.94), record(1, 0.97, 0.96)])
+    assert blocks.first_block == pytest.approx(0.95)
+    text = text_table([summarize("end to end", THREE), blocks])
+    line = next(line for line in text.splitlines() if "1 denoising step" in line)
+    assert line.split()[-5:] == ["-", "95.0", "±", "1.4", "%"]
 
 
 def test_runs_of_two_recipes_are_not_averaged():
