@@ -4,9 +4,12 @@ from dblocks import functional as functional
 from dblocks._version import __version__ as __version__
 from dblocks.blocks import BlocksConfig as BlocksConfig
 from dblocks.blocks import DiffusionBlocks as DiffusionBlocks
+from dblocks.blocks import Loss as Loss
 from dblocks.sample import initial_noise as initial_noise
 from dblocks.sample import sample_euler as sample_euler
 from dblocks.sample import sample_logits as sample_logits
 from dblocks.schedule import NoiseSchedule as NoiseSchedule
+from dblocks.train import BlockOptimizers as BlockOptimizers
+from dblocks.train import StepResult as StepResult
 from dblocks.train import make_optimizers as make_optimizers
 from dblocks.train import train_step as train_step

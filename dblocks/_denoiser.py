@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -64,11 +66,11 @@ class Denoiser(nn.Module):
             block: the block to train.
             generator: a CPU generator, of which one number is drawn.
         """
-        model, _ = self.parts(block)
+        model, layers = self.parts(block)
         if generator is not None and generator.device.type != "cpu":
             raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
-        seed = int(torch.randint(MAX_SEED, (), generator=generator))
-        device = next(cast(nn.Module, model).parameters()).device
+        seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
+        device = _device_of((*layers, cast(nn.Module, model)), batch)
         on_device = torch.Generator(device).manual_seed(seed)
         shape = model.sigma_shape(batch)
         sigma = self.config.schedule.sample(
@@ -91,6 +93,12 @@ class Denoiser(nn.Module):
         condition = model.embed_condition(batch, draw.drop)
         hidden = model.run_layers(layers, noised.z_in, level, condition)
         losses = model.score(hidden, cast(Tensor, noised.z), level, y, draw.seed, batch)
+        if losses.shape != draw.sigma.shape:
+            raise ValueError(
+                f"score() of {type(model).__name__} must return one loss for each sigma, "
+                f"{list(draw.sigma.shape)}, got {list(losses.shape)}; "
+                "average over what shares a sigma, see dblocks.blocks.BlockModel"
+            )
         weight = loss_factors(
             self.config.weighting, model.loss_kind, schedule.loss_weight(level.sigma)
         )
@@ -112,7 +120,7 @@ class Bound:
         self._embedded: dict[tuple[int, bool], Any] = {}
 
     def __call__(self, z: Tensor, sigma: Tensor, *, block: int | None = None) -> Tensor:
-        """The estimate of y from z [N, ...] at sigma [N] or 0-d; float32."""
+        """The estimate of y from z [N, ...] at sigma, 0-d, [N] or [N, S]; float32."""
         return self._guided(z, sigma, block, logits=False)
 
     def logits(self, z: Tensor, sigma: Tensor, *, block: int | None = None) -> Tensor:
@@ -121,10 +129,13 @@ class Bound:
 
     def _guided(self, z: Tensor, sigma: Tensor, block: int | None, *, logits: bool) -> Tensor:
         z = z if z.dtype == torch.float64 else z.float()
-        sigma = _sigma_of(z, sigma)
+        if not isinstance(sigma, Tensor):
+            sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
+        _check_sigma(z, sigma)
+        # A level belongs to a block in its own dtype, before it is converted.
         if block is None:
             block = self._owner(sigma)
-        level = self.denoiser.config.schedule.level(sigma)
+        level = self.denoiser.config.schedule.level(_sigma_for(z, sigma))
         given = self._predict(z, level, block, logits=logits, drop=False)
         if self.guidance_scale == 1:
             return given
@@ -135,20 +146,17 @@ class Bound:
         self, z: Tensor, level: NoiseLevel, block: int, *, logits: bool, drop: bool
     ) -> Tensor:
         model, layers = self.denoiser.parts(block)
-        z_in = z * _trailing(level.c_in, z)
-        condition = self._condition(model, len(z), drop)
+        z_in = z * _over_rows(level.c_in, z)
+        condition = self._condition(model, z, drop)
         hidden = model.run_layers(layers, z_in, level, condition)
         prediction = model.read_out(hidden, z, level)
         return prediction if logits else model.denoise(prediction, z, level)
 
-    def _condition(self, model: BlockModel, batch_size: int, drop: bool) -> Any:
+    def _condition(self, model: BlockModel, z: Tensor, drop: bool) -> Any:
         # With private parameters each block embeds the condition itself.
         key = (id(model), drop)
         if key not in self._embedded:
-            mask = None
-            if drop:
-                device = next(cast(nn.Module, model).parameters()).device
-                mask = torch.ones(batch_size, dtype=torch.bool, device=device)
+            mask = torch.ones(len(z), dtype=torch.bool, device=z.device) if drop else None
             self._embedded[key] = model.embed_condition(self.cond, mask)
         return self._embedded[key]
 
@@ -189,16 +197,51 @@ def loss_factors(weighting: Weighting, loss_kind: str, w: Tensor) -> Tensor:
     return factor / w if loss_kind == "l2" else factor
 
 
-def _sigma_of(z: Tensor, sigma: Tensor) -> Tensor:
-    sigma = torch.as_tensor(sigma, device=z.device).to(z.dtype)
-    if sigma.ndim == 0:
-        return sigma.expand(z.shape[0])
-    if sigma.shape != z.shape[: sigma.ndim]:
+def unwrapped(model: Any) -> Any:
+    """The `Denoiser` inside torch.compile's, AveragedModel's or DDP's wrapper, else `model`."""
+    inner = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, Denoiser):
+        inner = getattr(inner, "_orig_mod", getattr(inner, "module", None))
+    return inner if isinstance(inner, Denoiser) else model
+
+
+def _device_of(modules: Iterable[nn.Module], batch: Batch) -> torch.device:
+    """Where the first parameter is, or else the first tensor of the batch, or else the CPU."""
+    parameters = chain.from_iterable(module.parameters() for module in modules)
+    given = (value for value in batch.values() if isinstance(value, Tensor))
+    first = next(chain(parameters, given), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _check_sigma(z: Tensor, sigma: Tensor) -> None:
+    if not sigma.is_floating_point():
+        raise TypeError(f"sigma must be floating point, got {sigma.dtype}; convert it first")
+    if sigma.ndim == 0 or sigma.shape == z.shape[:1]:
+        return
+    if sigma.ndim != 2 or len(sigma) != len(z):
         raise ValueError(
-            f"sigma must be a number or have shape [N] = [{z.shape[0]}], got {list(sigma.shape)}"
+            f"sigma must be a number or have shape [N] = [{len(z)}] or [N, S] = [{len(z)}, S], "
+            f"got {list(sigma.shape)}; give each sample its level"
         )
-    return sigma
+    S = sigma.shape[1]
+    if z.ndim != 3 or S == 0 or z.shape[1] % S:
+        raise ValueError(
+            "z must have shape [N, T, D] with T a multiple of S where sigma is [N, S] = "
+            f"{list(sigma.shape)}, got {list(z.shape)}; reshape z, or give sigma [N]"
+        )
 
 
-def _trailing(value: Tensor, z: Tensor) -> Tensor:
+def _sigma_for(z: Tensor, sigma: Tensor) -> Tensor:
+    if sigma.ndim == 0:
+        # Filling in a number from the host does not synchronise, copying it would.
+        if sigma.device.type == "cpu" and z.device.type != "cpu":
+            return torch.full((len(z),), sigma.item(), dtype=z.dtype, device=z.device)
+        sigma = sigma.expand(len(z))
+    return sigma.to(z.device, z.dtype)
+
+
+def _over_rows(value: Tensor, z: Tensor) -> Tensor:
+    """`value` [N] or [N, S], of the shape that multiplies z."""
+    if value.ndim == 2:
+        value = value.repeat_interleave(z.shape[1] // value.shape[1], dim=1)
     return value.reshape(value.shape + (1,) * (z.ndim - value.ndim))

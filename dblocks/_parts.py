@@ -9,13 +9,24 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from dblocks._config import JsonConfig
-from dblocks.schedule import OVERLAP, NoiseLevel, NoiseSchedule
+from dblocks.schedule import OVERLAP, NoiseLevel, NoiseSchedule, check_count
 
 Batch = Mapping[str, Any]
 Weighting = Literal["auto", "edm", "clamped", "none", "batch_mean"]
 Shared = Literal["train", "frozen", "private", "reduce"]
 WEIGHTINGS = ("auto", "edm", "clamped", "none", "batch_mean")
 SHARED = ("train", "frozen", "private", "reduce")
+LOSS_KINDS = ("cross_entropy", "l2")
+PARTS = (
+    "sigma_shape",
+    "embed_target",
+    "embed_condition",
+    "run_layers",
+    "read_out",
+    "denoise",
+    "score",
+)
+VALUES = ("loss_kind", "condition_drop", "target_embedding")
 
 
 class BlockModel(Protocol):
@@ -23,8 +34,17 @@ class BlockModel(Protocol):
 
     Four parts: embed the target, embed the condition, run some of the layers, read out and score.
     Parameters outside `layers` are shared by all blocks. A batch is a mapping; sampling passes the
-    keys that `embed_condition` reads. `N...` stands for the shape of sigma: [N], or [N, T] where
-    every token has its own.
+    keys that `embed_condition` reads. `N...` stands for the shape of sigma: [N], or for a target
+    [N, T, D] also [N, S], one level for each of S segments of T/S tokens.
+
+    `score` returns one loss for each sigma. `F.edm_loss` averages over all but the first dimension,
+    so an L2 model with a sigma for every segment hands it the segments as samples; noise depends on
+    the position of an element only, and stays that of z:
+
+        F.edm_loss(f.reshape(N*S, T//S, D), y.reshape(N*S, T//S, D), sigma.reshape(-1), seed,
+                   sigma_data=level.sigma_data).view(N, S)
+
+    Smallest examples: `ConvDenoiser` in `tests/test_blocks.py` (L2), `dblocks/models/vit.py`.
     """
 
     layers: nn.ModuleList
@@ -71,8 +91,38 @@ class BlockModel(Protocol):
     def score(
         self, hidden: Any, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
     ) -> Tensor:
-        """The losses `N...`; noise regenerated from `seed` is that of z."""
+        """The losses, exactly of the shape of sigma; noise regenerated from `seed` is that of z."""
         ...
+
+
+def check_model(model: object) -> None:
+    """Raises unless `model` is an `nn.Module` with the members of `BlockModel`."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {name}")
+    if not isinstance(getattr(model, "layers", None), nn.ModuleList):
+        raise TypeError(
+            f"{name} must hold its residual layers in an nn.ModuleList `layers`; "
+            "see dblocks.blocks.BlockModel"
+        )
+    missing = [f"{part}()" for part in PARTS if not callable(getattr(model, part, None))]
+    missing += [value for value in VALUES if not hasattr(model, value)]
+    if missing:
+        raise TypeError(
+            f"{name} must have all members of dblocks.blocks.BlockModel, "
+            f"got none of {', '.join(missing)}; add them to it or to a subclass"
+        )
+    if model.loss_kind not in LOSS_KINDS:
+        raise ValueError(
+            f"loss_kind of {name} must be one of {LOSS_KINDS}, got {model.loss_kind!r}; "
+            "it says what score() returns"
+        )
+    target = model.target_embedding
+    if not (target is None or isinstance(target, nn.Module)):
+        raise TypeError(
+            f"target_embedding of {name} must be an nn.Module or None, "
+            f"got {type(target).__name__}; wrap a parameter in a module"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,8 +143,10 @@ class BlocksConfig(JsonConfig):
     """What happens to parameters outside the layers: train, frozen, private or reduce."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "num_blocks", check_count("num_blocks", self.num_blocks))
         if self.layers_per_block is not None:
-            object.__setattr__(self, "layers_per_block", tuple(self.layers_per_block))
+            counts = (check_count("layers_per_block", n) for n in self.layers_per_block)
+            object.__setattr__(self, "layers_per_block", tuple(counts))
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
         if self.shared not in SHARED:
@@ -104,7 +156,7 @@ class BlocksConfig(JsonConfig):
                 "shared='reduce' needs block-parallel training, which comes with "
                 "dblocks.distributed; use 'train', 'frozen' or 'private'"
             )
-        # The schedule checks the number of blocks and the overlap.
+        # The schedule checks that its partition makes as many blocks, and the overlap.
         self.schedule.range_of(0, self.num_blocks, overlap=self.overlap)
         self._check_layers()
 
@@ -139,5 +191,3 @@ class BlocksConfig(JsonConfig):
             raise ValueError(
                 f"layers_per_block must have num_blocks={self.num_blocks} entries, got {counts}"
             )
-        if min(counts) < 1:
-            raise ValueError(f"layers_per_block must be positive, got {counts}")

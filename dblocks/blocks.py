@@ -7,6 +7,7 @@ it owns, so training it runs, and keeps gradients for, its own layers only.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -18,10 +19,12 @@ from dblocks._denoiser import Denoiser as Denoiser
 from dblocks._denoiser import Draw as Draw
 from dblocks._denoiser import Loss as Loss
 from dblocks._denoiser import loss_factors as loss_factors
+from dblocks._denoiser import unwrapped as unwrapped
 from dblocks._parts import Batch as Batch
 from dblocks._parts import BlockModel as BlockModel
 from dblocks._parts import BlocksConfig as BlocksConfig
 from dblocks._parts import Weighting as Weighting
+from dblocks._parts import check_model
 from dblocks.schedule import check_block
 
 
@@ -34,44 +37,44 @@ class DiffusionBlocks(Denoiser):
     Shared parameters (all outside `layers`) follow `config.shared`: "train" trains them with every
     block's step; "frozen" keeps them as they are, which suits a pretrained network only; "private"
     gives every block its own copy, except that the target embedding is common and frozen, since
-    all blocks must mean the same target.
+    all blocks must mean the same target. Freezing is `requires_grad_(False)` on the network itself
+    and lasts: for a second configuration give a `copy.deepcopy` of it, or `requires_grad_(True)`
+    first.
 
     Args:
         model: a network with the four parts of `BlockModel`; its parameters are used, not copied.
         config: how it is cut.
+
+    Warns:
+        UserWarning: parameters that an earlier `DiffusionBlocks` froze would train here.
 
     Source: Shing, Koyama and Akiba 2026, arXiv 2506.14202.
     """
 
     def __init__(self, model: BlockModel, config: BlocksConfig) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        if not isinstance(getattr(model, "layers", None), nn.ModuleList):
-            raise TypeError(
-                f"{type(model).__name__} must hold its residual layers in an nn.ModuleList "
-                "`layers`; see dblocks.blocks.BlockModel"
-            )
+        check_model(model)
         self.config = config
         self.layer_ranges = config.layer_ranges(len(model.layers))
         self.base_model = model
         self.copies = nn.ModuleList()
-        if config.shared == "private":
-            if model.target_embedding is not None:
-                model.target_embedding.requires_grad_(False)
-            self.copies.extend(_without_layers(model) for _ in range(1, config.num_blocks))
-        if config.shared == "frozen":
+        if config.shared != "train":
             for parameter in self.shared_parameters():
                 parameter.requires_grad_(False)
+        _check_frozen(model, config.shared, {id(p) for p in self.shared_parameters()})
+        if config.shared == "private":
+            self.copies.extend(_without_layers(model) for _ in range(1, config.num_blocks))
 
     def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
         """The model that embeds and reads out for a block, and the block's layers."""
-        check_block(block, self.config.num_blocks)
+        block = check_block(block, self.config.num_blocks)
         first, last = self.layer_ranges[block]
         return self._model_of(block), list(self.base_model.layers)[first:last]
 
     def loss(self, batch: Batch, block: int, *, generator: torch.Generator | None = None) -> Loss:
         """The training loss of one block; runs that block's layers only.
+
+        Only `loss_at` compiles as one graph; this draws on the host first.
 
         Args:
             batch: what the model's parts read, such as {"images": ..., "labels": ...}.
@@ -96,9 +99,10 @@ class DiffusionBlocks(Denoiser):
 
         Args:
             z: noisy target [N, ...].
-            sigma: its noise level, [N] or 0-d.
-            block: the block to run; by default the one that owns sigma, which is looked up on the
-                host and so synchronises.
+            sigma: its noise level: a number, 0-d, [N], or [N, S] for z [N, T, D], one for each of
+                S segments of T/S tokens.
+            block: the block to run; by default the one that owns sigma, compared in the dtype of
+                sigma; the host looks it up, which synchronises where sigma is on a GPU.
             guidance_scale: 1 is no guidance; see `Bound`.
             **cond: what the model's `embed_condition` reads, such as `images=`.
 
@@ -173,7 +177,7 @@ class Block(Denoiser):
     def __init__(self, whole: DiffusionBlocks, block: int) -> None:
         super().__init__()
         self.config = whole.config
-        self.index = block
+        self.index = block = check_block(block, whole.config.num_blocks)
         model, layers = whole.parts(block)
         first = whole.layer_ranges[block][0]
         named = {str(first + k): layer for k, layer in enumerate(layers)}
@@ -201,6 +205,24 @@ class Block(Denoiser):
     ) -> Tensor:
         """The estimate of the clean target; see `DiffusionBlocks.forward`."""
         return self.bind(guidance_scale=guidance_scale, **cond)(z, sigma, block=self.index)
+
+
+def _check_frozen(model: BlockModel, shared: str, shared_ids: set[int]) -> None:
+    """Warns of parameters that an earlier configuration froze and this one would train."""
+    if shared != "frozen" and getattr(model, "_frozen_by_blocks", False):
+        kept = shared_ids if shared == "private" else set()
+        outside = (p for p in _outside_layers(model) if id(p) not in kept)
+        count = sum(not p.requires_grad for p in outside)
+        if count:
+            warnings.warn(
+                f"shared={shared!r} trains all parameters, got {count} outside the layers that an "
+                "earlier DiffusionBlocks of this network froze; call requires_grad_(True) on it "
+                "first, or give each configuration a copy.deepcopy of it",
+                UserWarning,
+                stacklevel=3,
+            )
+    if shared != "train":
+        model._frozen_by_blocks = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _without_layers(model: BlockModel) -> nn.Module:

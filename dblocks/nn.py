@@ -139,30 +139,6 @@ class Modulation(nn.Module):
         return out.chunk(self.chunks, dim=-1)
 
 
-class AdaLayerNorm(nn.Module):
-    """Layer norm modulated by a conditioning vector: `norm(x)*(1 + scale) + shift`.
-
-    Args:
-        dim: width D.
-        kind: the convention; "none" is a plain affine layer norm.
-    """
-
-    def __init__(self, dim: int, kind: ConditioningKind = "dit") -> None:
-        super().__init__()
-        convention = conditioning_of(kind)
-        self.eps = convention.eps
-        self.weight = nn.Parameter(torch.ones(dim)) if convention.affine else None
-        self.bias = nn.Parameter(torch.zeros(dim)) if convention.affine else None
-        self.modulation = None if kind == "none" else Modulation(dim, 2, kind)
-
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Normalises `x` [N, T, D]; `cond` is [N, cond_dim], [N, S, cond_dim] or None (null)."""
-        shift = scale = None
-        if self.modulation is not None:
-            shift, scale = self.modulation(cond, x.shape[0])
-        return F.adaln(x, shift, scale, weight=self.weight, bias=self.bias, eps=self.eps)
-
-
 class Norm(nn.Module):
     """The weight and bias of a layer norm that an op applies, if the convention has them."""
 
@@ -172,6 +148,26 @@ class Norm(nn.Module):
         self.eps = convention.eps
         self.weight = nn.Parameter(torch.ones(dim)) if convention.affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if convention.affine else None
+
+
+class AdaLayerNorm(Norm):
+    """Layer norm modulated by a conditioning vector: `norm(x)*(1 + scale) + shift`.
+
+    Args:
+        dim: width D.
+        kind: the convention; "none" is a plain affine layer norm.
+    """
+
+    def __init__(self, dim: int, kind: ConditioningKind = "dit") -> None:
+        super().__init__(dim, kind)
+        self.modulation = None if kind == "none" else Modulation(dim, 2, kind)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Normalises `x` [N, T, D]; `cond` is [N, cond_dim], [N, S, cond_dim] or None (null)."""
+        shift = scale = None
+        if self.modulation is not None:
+            shift, scale = self.modulation(cond, x.shape[0])
+        return F.adaln(x, shift, scale, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 class Attention(nn.Module):
@@ -195,11 +191,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attends within `x` [N, T, D]; returns [N, T, D]."""
-        N, T, _ = x.shape
-        qkv = self.qkv(x).view(N, T, 3, self.num_heads, -1)
+        N, T, D = x.shape
+        # Every size is named: none can be inferred where the batch is empty.
+        qkv = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         o = nnf.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(o.transpose(1, 2).reshape(N, T, -1))
+        return self.out(o.transpose(1, 2).reshape(N, T, D))
 
 
 class MLP(nn.Module):

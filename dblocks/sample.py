@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dblocks import functional as F
-from dblocks.blocks import Bound, Denoiser
+from dblocks.blocks import Bound, Denoiser, unwrapped
 from dblocks.schedule import NoiseSchedule
 
 Callback = Callable[[dict[str, Any]], object]
@@ -63,9 +63,12 @@ def sample_euler(
     as k-diffusion appends it, is accepted and is not a call.
 
     Args:
-        model: a `DiffusionBlocks`, or any `model(z, sigma, **cond) -> denoised`.
+        model: a `DiffusionBlocks`, or any `model(z, sigma, **cond) -> denoised`. Wrappers of
+            torch.compile and AveragedModel around a `DiffusionBlocks` are looked through; to
+            sample compiled code, compile its layers or parts.
         z: state at the first level, [N, ...].
-        sigmas: descending levels, [n]; on the CPU nothing synchronises.
+        sigmas: descending levels, [n]; on the CPU nothing synchronises. Each belongs to a block in
+            its own dtype.
         callback: called after each model call with a dict of 'x', 'i', 'sigma', 'sigma_hat' and
             'denoised'.
         **cond: passed to the model; a `DiffusionBlocks` embeds it once, and takes
@@ -77,8 +80,9 @@ def sample_euler(
     Warns:
         UserWarning: the levels skip a block.
     """
-    grid = _grid(sigmas)
-    call, blocks = _bind(model, grid, cond)
+    levels = _levels(sigmas)
+    grid = levels.tolist()
+    call, blocks = _bind(model, levels, cond)
     z = _to_last_level(call, z, grid, blocks, callback)
     denoised = call(z, _full(z, grid[-1]), **blocks[-1])
     _report(callback, z, len(grid) - 1, grid[-1], denoised)
@@ -99,35 +103,42 @@ def sample_logits(
     The callback sees every call but the last. With guidance, the steps combine denoised estimates
     and the result combines logits.
     """
-    grid = _grid(sigmas)
-    bound, blocks = _bind(model, grid, cond)
+    levels = _levels(sigmas)
+    grid = levels.tolist()
+    bound, blocks = _bind(model, levels, cond)
     z = _to_last_level(bound, z, grid, blocks, callback)
     return bound.logits(z, _full(z, grid[-1]), **blocks[-1])
 
 
-def _grid(sigmas: Tensor | Sequence[float]) -> list[float]:
-    grid = torch.as_tensor(sigmas, dtype=torch.float64).flatten().tolist()
-    if grid and grid[-1] == 0:
-        grid.pop()
+def _levels(sigmas: Tensor | Sequence[float]) -> Tensor:
+    """The levels that are called, on the CPU, in their own dtype; float64 for numbers."""
+    if not (isinstance(sigmas, Tensor) and sigmas.is_floating_point()):
+        sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    levels = sigmas.detach().cpu().flatten()
+    if len(levels) and levels[-1] == 0:
+        levels = levels[:-1]
+    grid = levels.tolist()
     if not grid:
         raise ValueError("sigmas must hold at least one level above 0, got none")
     if not (grid[-1] > 0 and all(a > b for a, b in pairwise(grid))):
         raise ValueError(f"sigmas must be positive and descending, got {grid}")
-    return grid
+    return levels
 
 
-def _bind(model: Any, grid: list[float], cond: dict[str, Any]) -> tuple[Any, list[dict[str, int]]]:
+def _bind(model: Any, levels: Tensor, cond: dict[str, Any]) -> tuple[Any, list[dict[str, int]]]:
     """The model with its condition, and the keywords of each call."""
+    model = unwrapped(model)
     if not isinstance(model, Denoiser):
-        return (lambda z, sigma: model(z, sigma, **cond)), [{} for _ in grid]
+        return (lambda z, sigma: model(z, sigma, **cond)), [{} for _ in levels]
     num_blocks = model.config.num_blocks
-    levels = torch.tensor(grid, dtype=torch.float64)
     blocks = model.config.schedule.block_of(levels, num_blocks).tolist()
     skipped = sorted(set(range(num_blocks)) - set(blocks))
     if skipped:
+        few = len(levels) < num_blocks
+        advice = f"at least {num_blocks} steps" if few else "more steps or the equal_mass grid"
         warnings.warn(
-            f"the {len(grid)} sampling steps call no level of blocks {skipped} of {num_blocks}; "
-            "use more steps or the equal_mass grid",
+            f"the {len(levels)} sampling steps call no level of blocks {skipped} of {num_blocks}; "
+            f"use {advice}",
             UserWarning,
             stacklevel=4,
         )

@@ -1,12 +1,13 @@
 """Noise levels: their distribution, their partition into blocks, and sampling grids.
 
-Block 0 holds the highest noise. Boundaries are Python numbers in float64 on the CPU; only drawing
-touches a device, and it never synchronises.
+Block 0 holds the highest noise. Boundaries are Python numbers in float64 on the CPU, whatever
+torch's default device; only drawing touches a device, and it never synchronises.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -99,7 +100,8 @@ class NoiseSchedule(JsonConfig):
         Raises:
             ValueError: `num_blocks` is not positive, or not what the given boundaries make.
         """
-        return torch.tensor(_boundaries(self, num_blocks), dtype=torch.float64)
+        levels = _boundaries(self, check_count("num_blocks", num_blocks))
+        return torch.tensor(levels, dtype=torch.float64, device="cpu")
 
     def range_of(self, block: int, num_blocks: int, *, overlap: float = 0.0) -> tuple[float, float]:
         """The lowest and highest sigma that block `block` is trained on.
@@ -107,8 +109,8 @@ class NoiseSchedule(JsonConfig):
         The block's own range [lo, hi], widened at each end by the factor `(hi/lo)^overlap` and
         clamped to [sigma_min, sigma_max].
         """
-        _check_count("num_blocks", num_blocks)
-        check_block(block, num_blocks)
+        num_blocks = check_count("num_blocks", num_blocks)
+        block = check_block(block, num_blocks)
         _check_finite("overlap", overlap)
         if overlap < 0:
             raise ValueError(f"overlap must not be negative, got {overlap}")
@@ -129,7 +131,8 @@ class NoiseSchedule(JsonConfig):
         """Draws noise levels of one block: the log-normal, truncated to the widened range.
 
         Drawn in float64 on the device by inverting the distribution function, then rounded to
-        float32 and clamped to the float32 numbers inside the range.
+        float32 and clamped to the float32 numbers inside the range. The device must have float64:
+        a CPU, CUDA or ROCm device has, Apple's MPS has not; draw on the CPU there and move sigma.
 
         Args:
             block: the block.
@@ -192,11 +195,11 @@ class NoiseSchedule(JsonConfig):
         Returns:
             Descending float64 [n] on the CPU.
         """
-        _check_count("number of steps", n)
+        n = check_count("number of steps", n)
         if kind not in ("equal_mass", "karras"):
             raise ValueError(f"kind must be 'equal_mass' or 'karras', got {kind!r}")
         if n == 1:
-            return torch.tensor([self.sigma_max], dtype=torch.float64)
+            return torch.tensor([self.sigma_max], dtype=torch.float64, device="cpu")
         if kind == "equal_mass":
             levels = [self._quantile(i, n - 1) for i in range(n)]
         else:
@@ -206,7 +209,7 @@ class NoiseSchedule(JsonConfig):
             first, last = self.sigma_max ** (1 / rho), self.sigma_min ** (1 / rho)
             levels = [(first + i / (n - 1) * (last - first)) ** rho for i in range(n)]
         levels[0], levels[-1] = self.sigma_max, self.sigma_min
-        return torch.tensor(levels, dtype=torch.float64)
+        return torch.tensor(levels, dtype=torch.float64, device="cpu")
 
     def level(self, sigma: Tensor) -> NoiseLevel:
         """The coefficients of the preconditioning at sigma (Karras et al. 2022, table 1).
@@ -255,13 +258,13 @@ class NoiseSchedule(JsonConfig):
         """The sigma that has i/n of the truncated mass above it."""
         below, above, mass = self._tails(self.sigma_min, self.sigma_max)
         p, q = below + mass * (n - i) / n, above + mass * i / n
-        x = torch.special.ndtri(torch.tensor(min(p, q), dtype=torch.float64)).item()
+        tail = torch.tensor(min(p, q), dtype=torch.float64, device="cpu")
+        x = torch.special.ndtri(tail).item()
         return math.exp(self.p_mean + self.p_std * (x if p <= q else -x))
 
 
 @lru_cache(maxsize=256)
 def _boundaries(schedule: NoiseSchedule, num_blocks: int) -> tuple[float, ...]:
-    _check_count("num_blocks", num_blocks)
     hi, lo = schedule.sigma_max, schedule.sigma_min
     fractions = [i / num_blocks for i in range(1, num_blocks)]
     if schedule.partition == "equal_mass":
@@ -280,15 +283,40 @@ def _boundaries(schedule: NoiseSchedule, num_blocks: int) -> tuple[float, ...]:
     return (hi, *map(float, inner), lo)
 
 
-def check_block(block: int, num_blocks: int) -> None:
-    """Raises ValueError unless `block` is one of 0 .. num_blocks - 1."""
-    if not 0 <= block < num_blocks:
-        raise ValueError(f"block must be in 0..{num_blocks - 1}, got {block}")
+def check_block(block: int, num_blocks: int) -> int:
+    """`block` as an int, which must be one of 0 .. num_blocks - 1.
+
+    Integers of any library will do; a tensor on a GPU is read, which synchronises.
+    """
+    index = _integer(block)
+    if index is None:
+        raise TypeError(
+            f"block must be an integer, got {block!r} of type {type(block).__name__}; "
+            "convert it with int()"
+        )
+    if not 0 <= index < num_blocks:
+        raise ValueError(f"block must be in 0..{num_blocks - 1}, got {index}")
+    return index
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def check_count(name: str, value: int) -> int:
+    """`value` as an int, which must be positive; integers of any library will do."""
+    count = _integer(value)
+    if count is None or count < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return count
+
+
+def _integer(value: object) -> int | None:
+    # Not operator.index alone: a compiled graph need not know it.
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
 
 
 def _check_finite(name: str, value: float) -> None:
@@ -305,14 +333,18 @@ def _computed(sigma: Tensor) -> Tensor:
 
 
 def _float32_at_most(value: float) -> float:
-    rounded = torch.tensor(value, dtype=torch.float32)
+    rounded = _float32(value)
     if rounded.item() > value:
-        rounded = torch.nextafter(rounded, torch.zeros(()))
+        rounded = torch.nextafter(rounded, _float32(0.0))
     return rounded.item()
 
 
 def _float32_at_least(value: float) -> float:
-    rounded = torch.tensor(value, dtype=torch.float32)
+    rounded = _float32(value)
     if rounded.item() < value:
-        rounded = torch.nextafter(rounded, torch.tensor(math.inf))
+        rounded = torch.nextafter(rounded, _float32(math.inf))
     return rounded.item()
+
+
+def _float32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -12,52 +13,51 @@ from torch.optim import Optimizer
 from dblocks.blocks import Batch, DiffusionBlocks, Loss
 from dblocks.schedule import check_block
 
+Optimizers = Optimizer | Sequence[Optimizer] | None
+
 
 class BlockOptimizers:
-    """One optimizer per block, and one for what blocks share.
+    """The optimizers of each block, and of what blocks share: one, several, or None.
 
     Args:
-        blocks: the optimizers of the blocks, first to last.
-        shared: the optimizer of the shared parameters; None where they do not train.
+        blocks: the optimizers of the blocks, first to last; None where nothing trains.
+        shared: the optimizers of the shared parameters; None where they do not train.
     """
 
-    def __init__(self, blocks: Iterable[Optimizer], shared: Optimizer | None) -> None:
+    def __init__(self, blocks: Iterable[Optimizers], shared: Optimizers) -> None:
         self.blocks = tuple(blocks)
         self.shared = shared
 
     def __iter__(self) -> Iterator[Optimizer]:
-        """Every optimizer: the blocks', then the shared one if there is one."""
-        yield from self.blocks
-        if self.shared is not None:
-            yield self.shared
+        """Every optimizer: the blocks', then the shared ones."""
+        for held in (*self.blocks, self.shared):
+            yield from _several(held)
 
     def of_block(self, block: int) -> tuple[Optimizer, ...]:
         """The optimizers that a step on one block moves."""
-        own = self.blocks[block]
-        return (own,) if self.shared is None else (own, self.shared)
+        return (*_several(self.blocks[block]), *_several(self.shared))
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all optimizers."""
-        shared = None if self.shared is None else self.shared.state_dict()
-        return {"blocks": [o.state_dict() for o in self.blocks], "shared": shared}
+        blocks = [[o.state_dict() for o in _several(held)] for held in self.blocks]
+        return {"blocks": blocks, "shared": [o.state_dict() for o in _several(self.shared)]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned.
 
         Raises:
-            ValueError: the state is of another number of blocks, or shared otherwise.
+            ValueError: the state is of other numbers of optimizers.
         """
-        found = len(state["blocks"]), state["shared"] is not None
-        expected = len(self.blocks), self.shared is not None
+        groups = [*state["blocks"], state["shared"]]
+        found = [len(group) for group in groups]
+        expected = [len(_several(held)) for held in (*self.blocks, self.shared)]
         if found != expected:
             raise ValueError(
-                f"state must be of {expected[0]} blocks with shared={expected[1]}, "
-                f"got {found[0]} blocks with shared={found[1]}"
+                "state must have as many optimizers for each block, and last for the shared "
+                f"parameters, as there are here, {expected}, got {found}; make them alike"
             )
-        for optimizer, values in zip(self.blocks, state["blocks"], strict=True):
+        for optimizer, values in zip(self, chain(*groups), strict=True):
             optimizer.load_state_dict(values)
-        if self.shared is not None:
-            self.shared.load_state_dict(state["shared"])
 
 
 class StepResult(NamedTuple):
@@ -74,19 +74,20 @@ class StepResult(NamedTuple):
 
 
 def make_optimizers(
-    model: DiffusionBlocks, factory: Callable[[list[nn.Parameter]], Optimizer]
+    model: DiffusionBlocks, factory: Callable[[list[nn.Parameter]], Optimizers]
 ) -> BlockOptimizers:
-    """One optimizer per block and one for the shared parameters.
+    """The optimizers of each block and of the shared parameters.
 
     Args:
         model: the network.
         factory: makes an optimizer of a list of parameters, such as
-            `lambda params: torch.optim.AdamW(params, lr=1e-3)`.
+            `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or several that divide the list
+            among them, such as Muon for matrices and AdamW for the rest. It is called for each
+            block, and for what they share, where there is a parameter that requires gradients.
     """
-    blocks = [
-        factory(_trainable(model.block_parameters(b))) for b in range(model.config.num_blocks)
-    ]
+    groups = [_trainable(model.block_parameters(b)) for b in range(model.config.num_blocks)]
     shared = _trainable(model.shared_parameters())
+    blocks = [factory(group) if group else None for group in groups]
     return BlockOptimizers(blocks, factory(shared) if shared else None)
 
 
@@ -104,6 +105,10 @@ def train_step(
     Everything random follows from `generator`: it draws the block and one seed, from which sigma
     and the noise are made on the device. Nothing synchronises.
 
+    Gradients are cleared before the step and after it, so that none is held between steps. To
+    accumulate them over k batches, call for each `(model.loss(batch, block).loss / k).backward()`,
+    then `step()` of every optimizer in `optimizers.of_block(block)`, then `model.zero_grad()`.
+
     Args:
         model: the network.
         batch: what its parts read.
@@ -111,16 +116,30 @@ def train_step(
         block: the block to train; drawn uniformly by default.
         generator: a CPU generator.
         clip_grad_norm: largest norm of the gradients of the block and the shared parameters.
+
+    Raises:
+        TypeError: `optimizers` are not of `make_optimizers`, or `block` is no integer.
+        ValueError: `block` is out of range, or nothing in it trains.
     """
+    if not isinstance(optimizers, BlockOptimizers):
+        raise TypeError(
+            f"optimizers must be BlockOptimizers, got {type(optimizers).__name__}; "
+            "call make_optimizers(model, factory)"
+        )
     num_blocks = model.config.num_blocks
     if block is None:
-        block = int(torch.randint(num_blocks, (), generator=generator))
-    check_block(block, num_blocks)
+        block = int(torch.randint(num_blocks, (), generator=generator, device="cpu"))
+    block = check_block(block, num_blocks)
+    moved = optimizers.of_block(block)
+    if not moved:
+        raise ValueError(
+            f"block {block} must have an optimizer, got parameters that all are frozen; "
+            "unfreeze some of its layers, or train the other blocks by block="
+        )
     model.zero_grad(set_to_none=True)
     result = model.loss(batch, block, generator=generator)
     result.loss.backward()
     grad_norm = None
-    moved = optimizers.of_block(block)
     if clip_grad_norm is not None:
         parameters = [p for o in moved for group in o.param_groups for p in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
@@ -130,6 +149,12 @@ def train_step(
     model.zero_grad(set_to_none=True)
     details = Loss(*(value.detach() for value in result))
     return StepResult(block, details.loss, details, grad_norm)
+
+
+def _several(held: Optimizers) -> tuple[Optimizer, ...]:
+    if held is None:
+        return ()
+    return (held,) if isinstance(held, Optimizer) else tuple(held)
 
 
 def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

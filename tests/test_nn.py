@@ -138,3 +138,22 @@ def test_layer_compiles_as_one_graph():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, cond = torch.randn(2, 5, 12), torch.randn(2, 12)
     torch.testing.assert_close(compiled(x, cond), layer(x, cond))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch(kind):
+    layer = TransformerLayer(12, 3, 24, kind=kind)
+    x = torch.empty(0, 5, 12, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (0, 5, 12)
+    y.sum().backward()
+    assert x.grad.shape == (0, 5, 12)
+
+
+def test_names_of_the_norms_parameters():
+    assert list(AdaLayerNorm(12, "official").state_dict()) == [
+        "weight", "bias", "modulation.linear.weight", "modulation.linear.bias",
+    ]  # fmt: skip
+    assert list(AdaLayerNorm(12).state_dict()) == [
+        "modulation.linear.weight", "modulation.linear.bias",
+    ]  # fmt: skip

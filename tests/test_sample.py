@@ -7,6 +7,7 @@ from dblocks.models.vit import ViT, ViTConfig
 from dblocks.sample import initial_noise, sample_euler, sample_logits
 from dblocks.schedule import NoiseSchedule
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCHEDULE = NoiseSchedule()
 
 
@@ -20,11 +21,15 @@ def blocks(num_blocks=3):
     model = DiffusionBlocks(ViT(config), BlocksConfig(num_blocks))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    return model
+    return model.to(DEVICE)
 
 
 def images(n=4):
-    return torch.randn(n, 3, 8, 8, generator=seeded(5))
+    return torch.randn(n, 3, 8, 8, generator=seeded(5)).to(DEVICE)
+
+
+def noise(n=4):
+    return initial_noise((n, 24), SCHEDULE, generator=seeded()).to(DEVICE)
 
 
 def k_diffusion_euler(model, x, sigmas, extra_args, callback=None):
@@ -42,10 +47,10 @@ def k_diffusion_euler(model, x, sigmas, extra_args, callback=None):
 @pytest.mark.parametrize("num_steps", [3, 4, 7])
 def test_a_k_diffusion_sampler_gives_the_same(num_steps):
     model = blocks()
-    z = initial_noise((4, 24), SCHEDULE, generator=seeded())
+    z = noise()
     sigmas = SCHEDULE.steps(num_steps)
     ours = sample_euler(model, z, sigmas, images=images())
-    appended = torch.cat([sigmas.float(), torch.zeros(1)])
+    appended = torch.cat([sigmas.float(), torch.zeros(1)]).to(DEVICE)
     with torch.no_grad():
         theirs = k_diffusion_euler(model, z, appended, {"images": images()})
         bound = k_diffusion_euler(model.bind(images=images()), z, appended, {})
@@ -62,7 +67,7 @@ def test_each_step_calls_the_owner_of_its_level():
     model.base_model.patches.register_forward_hook(lambda *_: embedded.append(1))
     for i, layer in enumerate(model.base_model.layers):
         layer.register_forward_hook(lambda *_, i=i: ran.append(i // 2))
-    z = initial_noise((4, 24), SCHEDULE, generator=seeded())
+    z = noise()
     sigmas = SCHEDULE.steps(4)
     denoised = sample_euler(model, z, sigmas, callback=seen.append, images=images())
     assert ran == [0, 0, 1, 1, 2, 2, 2, 2]
@@ -79,13 +84,13 @@ def test_each_step_calls_the_owner_of_its_level():
 def test_no_look_up_of_blocks_on_the_device(monkeypatch):
     model = blocks()
     monkeypatch.setattr("dblocks.blocks.Bound._owner", lambda *_: pytest.fail("looked up"))
-    z = initial_noise((4, 24), SCHEDULE, generator=seeded())
+    z = noise()
     sample_euler(model, z, SCHEDULE.steps(3), images=images())
 
 
 def test_logits_are_those_of_the_last_call():
     model = blocks()
-    z = initial_noise((4, 24), SCHEDULE, generator=seeded())
+    z = noise()
     seen = []
     denoised = sample_euler(model, z, SCHEDULE.steps(3), callback=seen.append, images=images())
     logits = sample_logits(model, z, SCHEDULE.steps(3), images=images())
@@ -129,11 +134,84 @@ def test_euler_follows_the_flow_of_gaussian_data_to_first_order():
     ("steps", "skipped"), [(SCHEDULE.steps(2, "karras"), r"\[1\]"), ([80.0], r"\[1, 2\]")]
 )
 def test_skipped_blocks_are_named(steps, skipped):
-    z = initial_noise((4, 24), SCHEDULE, generator=seeded())
+    z = noise()
     with pytest.warns(UserWarning, match=f"call no level of blocks {skipped} of 3"):
         sample_euler(blocks(), z, steps, images=images())
     with pytest.warns(UserWarning, match=f"call no level of blocks {skipped} of 3"):
         sample_logits(blocks(), z, steps, images=images())
+
+
+@pytest.mark.parametrize(
+    ("steps", "advice"),
+    [
+        ([80.0, 0.3], "use at least 3 steps"),
+        ([80.0, 70.0, 60.0], "use more steps or the equal_mass"),
+    ],
+)
+def test_the_advice_where_blocks_are_skipped(steps, advice):
+    with pytest.warns(UserWarning, match=advice):
+        sample_euler(blocks(), noise(), steps, images=images())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_blocks", [2, 3, 6])
+def test_a_grid_in_any_dtype_calls_the_owners(dtype, num_blocks):
+    model = blocks(num_blocks)
+    ran = []
+    for i, layer in enumerate(model.base_model.layers):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    grid = SCHEDULE.boundaries(num_blocks)[:-1].to(dtype)
+    sample_euler(model, noise(), grid, images=images())
+    assert ran == list(range(6))
+
+
+def test_the_default_device_does_not_matter():
+    model, z, x = blocks(), noise(), images()
+    expected = sample_euler(model, z, SCHEDULE.steps(3), images=x)
+    with torch.device("meta"):
+        assert torch.equal(sample_euler(model, z, SCHEDULE.steps(3).tolist(), images=x), expected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.optim.swa_utils.AveragedModel,
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: torch.compile(torch.optim.swa_utils.AveragedModel(model), backend="eager"),
+    ],
+)
+def test_wrappers_are_looked_through(monkeypatch, wrap):
+    model = blocks()
+    expected = sample_euler(model, noise(), SCHEDULE.steps(4), images=images())
+    monkeypatch.setattr("dblocks.blocks.Bound._owner", lambda *_: pytest.fail("looked up"))
+    wrapped = wrap(model)
+    assert torch.equal(sample_euler(wrapped, noise(), SCHEDULE.steps(4), images=images()), expected)
+    assert sample_logits(wrapped, noise(), SCHEDULE.steps(4), images=images()).shape == (4, 5)
+
+
+def test_other_wrappers_are_called():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = torch.nn.Identity()
+
+        def forward(self, z, sigma):
+            return 2 * z
+
+    assert torch.equal(sample_euler(Twice(), torch.ones(1, 2), [1.0]), torch.full((1, 2), 2.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_sampling_does_not_synchronise():
+    model, z, x = blocks(), noise(), images()
+    expected = sample_euler(model, z, SCHEDULE.steps(4), images=x)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = sample_euler(model, z, SCHEDULE.steps(4), images=x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -226,5 +227,27 @@ def test_json(partition):
     assert NoiseSchedule.from_json(schedule.to_json()) == schedule
     with pytest.raises(ValueError, match="NoiseSchedule has no field p_men; its fields are"):
         NoiseSchedule.from_json('{"p_men": 1}')
-    with pytest.raises(ValueError, match="NoiseSchedule must be a JSON object, got list"):
+    with pytest.raises(ValueError, match="NoiseSchedule must be a JSON object, got"):
         NoiseSchedule.from_json("[]")
+
+
+def test_the_default_device_does_not_matter():
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        schedule = NoiseSchedule(sigma_max=79.0)  # a schedule whose boundaries are not cached
+        sigma = schedule.sample(1, 3, (4,), generator=generator)
+        return sigma, schedule.boundaries(3), schedule.steps(5), schedule.block_of(sigma, 3)
+
+    with torch.device("meta"):
+        there = draw()
+    assert all(torch.equal(a, b) for a, b in zip(there, draw(), strict=True))
+
+
+def test_integers_of_other_libraries_count():
+    schedule, three, one = NoiseSchedule(), np.int64(3), np.int32(1)
+    assert torch.equal(schedule.boundaries(three), schedule.boundaries(3))
+    assert torch.equal(schedule.steps(three), schedule.steps(3))
+    assert schedule.range_of(one, three) == schedule.range_of(torch.tensor(1), 3)
+    for wrong in (1.0, "1", True, None):
+        with pytest.raises(TypeError, match=r"block must be an integer, got .*convert it with int"):
+            schedule.range_of(wrong, 3)

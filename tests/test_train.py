@@ -8,6 +8,7 @@ from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models.vit import ViT, ViTConfig
 from dblocks.train import make_optimizers, train_step
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 6, "heads": 2, "num_classes": 5}
 FACTORIES = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1),
@@ -29,12 +30,12 @@ def model_of(shared="train", **options):
     vit = ViT(ViTConfig(**{**SIZES, **options}))
     for p in vit.parameters():
         nn.init.normal_(p, std=0.1)
-    return DiffusionBlocks(vit, BlocksConfig(3, shared=shared))
+    return DiffusionBlocks(vit.to(DEVICE), BlocksConfig(3, shared=shared))
 
 
 def batch(n=8):
-    generator = torch.Generator().manual_seed(2)
-    return {"images": torch.randn(n, 3, 8, 8, generator=generator), "labels": torch.arange(n) % 5}
+    images = torch.randn(n, 3, 8, 8, generator=seeded(2)).to(DEVICE)
+    return {"images": images, "labels": torch.arange(n, device=DEVICE) % 5}
 
 
 def seeded(seed=0):
@@ -145,6 +146,130 @@ def test_arguments_are_checked():
         model.loss(batch(), 0, generator=type("G", (), {"device": torch.device("meta")})())
 
 
+def test_the_kind_of_optimizers_is_checked():
+    model = model_of()
+    with pytest.raises(TypeError, match="must be BlockOptimizers, got SGD; call make_optimizers"):
+        train_step(model, batch(), FACTORIES["sgd"](model.parameters()))
+    with pytest.raises(TypeError, match=r"block must be an integer, got 1\.0 of type float"):
+        train_step(model, batch(), make_optimizers(model, FACTORIES["sgd"]), block=1.0)
+
+
+def test_a_frozen_block_has_no_optimizer():
+    model = model_of()
+    for p in model.block_parameters(1):
+        p.requires_grad_(False)
+    optimizers = make_optimizers(model, FACTORIES["adamw"])
+    assert optimizers.blocks[1] is None
+    assert optimizers.of_block(1) == (optimizers.shared,)
+    assert len(list(optimizers)) == 3
+    before = [p.clone() for p in model.block_parameters(1)]
+    shared = next(model.shared_parameters()).clone()
+    train_step(model, batch(), optimizers, block=1)
+    assert all(torch.equal(p, q) for p, q in zip(model.block_parameters(1), before, strict=True))
+    assert not torch.equal(next(model.shared_parameters()), shared)
+    optimizers.load_state_dict(copy.deepcopy(optimizers.state_dict()))
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="block 1 must have an optimizer, got parameters that all"):
+        train_step(model, batch(), make_optimizers(model, FACTORIES["adamw"]), block=1)
+
+
+def matrices_apart(params):
+    """Two optimizers, as for Muon, which takes matrices only."""
+    matrices = [p for p in params if p.ndim == 2]
+    others = [p for p in params if p.ndim != 2]
+    return [torch.optim.SGD(matrices, lr=1e-2, momentum=0.9), torch.optim.AdamW(others, lr=1e-2)]
+
+
+def test_several_optimizers_for_each_block():
+    model = model_of()
+    optimizers = make_optimizers(model, matrices_apart)
+    assert len(list(optimizers)) == 8
+    assert optimizers.of_block(2) == (*optimizers.blocks[2], *optimizers.shared)
+    before = [[p.clone() for p in model.block_parameters(b)] for b in range(3)]
+    result = train_step(model, batch(), optimizers, block=2, clip_grad_norm=1.0)
+    assert result.grad_norm > 0
+    for b in range(3):
+        changed = [
+            not torch.equal(p, q) for p, q in zip(model.block_parameters(b), before[b], strict=True)
+        ]
+        assert all(changed) if b == 2 else not any(changed)
+    state = copy.deepcopy(optimizers.state_dict())
+    fresh = make_optimizers(model, matrices_apart)
+    fresh.load_state_dict(state)
+    for ours, theirs in zip(optimizers, fresh, strict=True):
+        assert_equal_states(ours.state_dict(), theirs.state_dict())
+    with pytest.raises(ValueError, match=r"must have as many optimizers .*, \[1, 1, 1, 1\], got"):
+        make_optimizers(model, FACTORIES["sgd"]).load_state_dict(state)
+
+
+def test_gradients_accumulate_as_the_docstring_says():
+    model, twin = model_of(), model_of()
+    optimizers, theirs = (make_optimizers(m, FACTORIES["sgd"]) for m in (model, twin))
+    train_step(model, batch(), optimizers, block=1, generator=seeded())
+    for _ in range(2):
+        (twin.loss(batch(), 1, generator=seeded()).loss / 2).backward()
+    for optimizer in theirs.of_block(1):
+        optimizer.step()
+    twin.zero_grad()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("factory", [*FACTORIES.values(), matrices_apart])
+def test_training_resumes_bit_for_bit(factory):
+    def begin():
+        model = model_of(image_drop=0.2)
+        return model, make_optimizers(model, factory), seeded()
+
+    def advance(model, optimizers, generator):
+        for _ in range(5):
+            train_step(model, batch(), optimizers, generator=generator, clip_grad_norm=1.0)
+
+    model, optimizers, generator = begin()
+    advance(model, optimizers, generator)
+    saved = copy.deepcopy((model.state_dict(), optimizers.state_dict(), generator.get_state()))
+    advance(model, optimizers, generator)
+    again, its_optimizers, its_generator = begin()
+    again.load_state_dict(saved[0])
+    its_optimizers.load_state_dict(saved[1])
+    its_generator.set_state(saved[2])
+    advance(again, its_optimizers, its_generator)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+    for ours, theirs in zip(optimizers, its_optimizers, strict=True):
+        assert_equal_states(ours.state_dict(), theirs.state_dict())
+
+
+def test_the_default_device_does_not_matter():
+    model, twin, data = model_of(), model_of(), batch()
+    optimizers, theirs = (make_optimizers(m, FACTORIES["sgd"]) for m in (model, twin))
+    expected = train_step(model, data, optimizers, generator=seeded())
+    with torch.device("meta"):
+        got = train_step(twin, data, theirs, generator=seeded())
+    assert got.block == expected.block
+    assert torch.equal(got.loss, expected.loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("image_drop", [0.0, 0.2])
+def test_a_step_does_not_synchronise(clip, image_drop):
+    model, data, generator = model_of(image_drop=image_drop), batch(), seeded()
+    optimizers = make_optimizers(model, FACTORIES["adamw"])
+    for block in range(3):  # compiles the kernels
+        train_step(model, data, optimizers, block=block, clip_grad_norm=clip)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [
+            train_step(model, data, optimizers, generator=generator, clip_grad_norm=clip)
+            for _ in range(4)
+        ]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(result.loss.isfinite() for result in results)
+
+
 def test_optimizer_states_round_trip():
     model = model_of()
     optimizers = make_optimizers(model, FACTORIES["adamw"])
@@ -156,5 +281,7 @@ def test_optimizer_states_round_trip():
     for ours, theirs in zip(optimizers, fresh, strict=True):
         assert_equal_states(ours.state_dict(), theirs.state_dict())
     frozen = make_optimizers(model_of("frozen"), FACTORIES["adamw"])
-    with pytest.raises(ValueError, match="3 blocks with shared=False, got 3 blocks with shared=Tr"):
+    with pytest.raises(
+        ValueError, match=r"as many optimizers .* \[1, 1, 1, 0\], got \[1, 1, 1, 1\]"
+    ):
         frozen.load_state_dict(state)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dblocks import functional as F
 from dblocks._config import JsonConfig
-from dblocks.blocks import Batch, DiffusionBlocks
+from dblocks.blocks import Batch, DiffusionBlocks, unwrapped
 from dblocks.nn import (
     ConditioningKind,
     Modulation,
@@ -181,19 +181,29 @@ class ViT(nn.Module):
 
     def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
         """One noise level a sample: [N]."""
-        return (batch["labels"].shape[0],)
+        labels, images = _entry(batch, "labels"), _entry(batch, "images")
+        self._check_labels(labels)
+        self._check_images(images)
+        if len(images) != len(labels):
+            raise ValueError(
+                "images and labels must be of as many samples, "
+                f"got {len(images)} images and {len(labels)} labels; pair them"
+            )
+        return (len(labels),)
 
     def embed_target(self, batch: Batch) -> Tensor:
         """Embeddings of `batch["labels"]` [N], float32 [N, D]."""
-        self._check_labels(batch["labels"])
-        return self.target_embedding(batch["labels"])
+        labels = _entry(batch, "labels")
+        self._check_labels(labels)
+        self._check_label_values(labels)
+        return self.target_embedding(labels)
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor:
         """Patch tokens of `batch["images"]` [N, C, H, W], with positions: [N, P, D].
 
         Samples with `drop` [N] get the learned null image instead.
         """
-        images = batch["images"]
+        images = _entry(batch, "images")
         self._check_images(images)
         tokens = self.patches(images).flatten(2).transpose(1, 2)
         if drop is not None:
@@ -270,10 +280,21 @@ class ViT(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"images must have shape [N, C, H, W] = [N, {', '.join(map(str, expected))}], "
-                f"got {list(images.shape)}"
+                f"got {list(images.shape)}; reshape them, or see ViTConfig.image_size and channels"
+            )
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be floating point, got {images.dtype}; convert and scale them first"
             )
 
     def _check_labels(self, labels: Tensor) -> None:
+        if labels.dtype != torch.int64:
+            # uint8 and bool would select rows as masks do.
+            raise TypeError(f"labels must be int64, got {labels.dtype}; call labels.long()")
+        if labels.ndim != 1:
+            raise ValueError(f"labels must have shape [N], got {list(labels.shape)}; flatten them")
+
+    def _check_label_values(self, labels: Tensor) -> None:
         # On a GPU looking at the values would synchronise; there indexing itself asserts.
         if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
             return
@@ -282,6 +303,17 @@ class ViT(nn.Module):
                 f"labels must be in 0..{self.config.num_classes - 1}, "
                 f"got {int(labels.min())}..{int(labels.max())}"
             )
+
+
+def _entry(batch: Batch, key: str) -> Tensor:
+    value = batch.get(key)
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"a ViT's batch must hold a tensor {key!r}, got the keys {sorted(batch)}"
+            f"{'' if value is None else f' with {key} of type {type(value).__name__}'}; "
+            "it is {'images': [N, C, H, W], 'labels': [N]}, of which sampling needs the images"
+        )
+    return value
 
 
 def classify(
@@ -297,22 +329,39 @@ def classify(
     """Logits of a block-wise trained `ViT`: Euler steps from noise, the last call's logits.
 
     Args:
-        model: the blocks of a `ViT`.
+        model: the blocks of a `ViT`, also inside torch.compile's or AveragedModel's wrapper.
         images: [N, C, H, W].
         num_steps: steps of the equal-mass grid; the number of blocks by default.
         sigmas: a grid to use instead.
         noise: kind of the initial state, see `initial_noise`.
-        generator: source of the initial state, on any device.
+        generator: source of the initial state, on any device; by default that of the images'
+            device.
         guidance_scale: weight of the image against the null image; 1 is no guidance.
 
     Returns:
         float32 [N, num_classes].
+
+    Raises:
+        TypeError: `model` is no `DiffusionBlocks`.
+        ValueError: both `num_steps` and `sigmas` are given, or `num_steps` is not positive.
     """
+    model = unwrapped(model)
+    if not isinstance(model, DiffusionBlocks):
+        raise TypeError(
+            f"model must be the DiffusionBlocks of a ViT, got {type(model).__name__}; "
+            "a plain classifier is called as vit(images)"
+        )
+    if num_steps is not None and sigmas is not None:
+        raise ValueError(
+            "at most one of num_steps and sigmas must be given, "
+            f"got num_steps={num_steps} and sigmas={sigmas}; leave one out"
+        )
     schedule = model.config.schedule
     if sigmas is None:
-        sigmas = schedule.steps(num_steps or model.config.num_blocks)
+        sigmas = schedule.steps(model.config.num_blocks if num_steps is None else num_steps)
     config: Any = model.base_model.config  # pyright: ignore[reportAttributeAccessIssue]
     shape = (images.shape[0], config.width)
-    z = initial_noise(shape, schedule, kind=noise, generator=generator, device=None)
+    device = images.device if generator is None else generator.device
+    z = initial_noise(shape, schedule, kind=noise, generator=generator, device=device)
     z = z.to(images.device)
     return sample_logits(model, z, sigmas, images=images, guidance_scale=guidance_scale)

@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models.vit import LabelEmbedding, ViT, ViTConfig, classify
 from dblocks.sample import initial_noise, sample_logits
 from dblocks.train import make_optimizers, train_step
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KINDS = ("dit", "official", "none")
 SIZES = {
     "image_size": 8,
@@ -33,7 +35,7 @@ def _one_thread():
 
 def vit_of(**options):
     torch.manual_seed(0)
-    return ViT(ViTConfig(**{**SIZES, **options}))
+    return ViT(ViTConfig(**{**SIZES, **options})).to(DEVICE)
 
 
 def randomized(model):
@@ -54,7 +56,7 @@ def easy_batch(n=32, seed=0):
     for i, label in enumerate(labels.tolist()):
         row, column = divmod(label, 2)
         images[i, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1
-    return {"images": images, "labels": labels}
+    return {"images": images.to(DEVICE), "labels": labels.to(DEVICE)}
 
 
 def adamw(parameters):
@@ -71,10 +73,12 @@ def test_rows_have_the_norm_that_was_asked_for():
 
 def test_denoised_is_the_expectation_under_the_logits():
     model = DiffusionBlocks(randomized(vit_of(embed_scale=2.0)), BlocksConfig(3))
-    data, z = easy_batch(4), torch.randn(4, 24, generator=seeded())
-    sigma = torch.full((4,), 0.3)
+    data, z = easy_batch(4), torch.randn(4, 24, generator=seeded()).to(DEVICE)
+    sigma = torch.full((4,), 0.3, device=DEVICE)
     logits = model.logits(z, sigma, images=data["images"])
-    expected = logits.softmax(-1) @ model.base_model.embed_target({"labels": torch.arange(4)})
+    expected = logits.softmax(-1) @ model.base_model.embed_target(
+        {"labels": torch.arange(4, device=DEVICE)}
+    )
     torch.testing.assert_close(model(z, sigma, images=data["images"]), expected)
 
 
@@ -82,8 +86,8 @@ def test_denoised_is_the_expectation_under_the_logits():
 def test_the_head_is_its_formula(kind):
     vit = randomized(vit_of(conditioning=kind))
     model = DiffusionBlocks(vit, BlocksConfig(3))
-    data, z = easy_batch(4), torch.randn(4, 24, generator=seeded())
-    sigma = torch.tensor([0.2, 0.3, 0.4, 0.5])
+    data, z = easy_batch(4), torch.randn(4, 24, generator=seeded()).to(DEVICE)
+    sigma = torch.tensor([0.2, 0.3, 0.4, 0.5], device=DEVICE)
     level = model.config.schedule.level(sigma)
     cond = None if kind == "none" else vit.noise_embedding(level.c_noise)
     patches = vit.embed_condition(data)
@@ -102,7 +106,7 @@ def test_the_head_is_its_formula(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_end_to_end_trains(kind):
     vit = vit_of(conditioning=kind, depth=3)
-    assert torch.equal(vit(easy_batch(3)["images"]), torch.zeros(3, 4))
+    assert torch.equal(vit(easy_batch(3)["images"]), torch.zeros(3, 4, device=DEVICE))
     optimizer = adamw(vit.parameters())
     for step in range(60):
         data = easy_batch(seed=step)
@@ -120,23 +124,23 @@ def test_blocks_train_and_classify(kind):
     model = DiffusionBlocks(vit, BlocksConfig(3))
     optimizers = make_optimizers(model, adamw)
     generator = seeded()
-    for step in range(150):
+    for step in range(200):
         train_step(
             model, easy_batch(seed=step), optimizers, generator=generator, clip_grad_norm=1.0
         )
     data = easy_batch(64, seed=1000)
     for b in range(3):
         losses = model.loss(data, b, generator=seeded(b)).losses
-        assert losses.mean() < 0.8  # log 4 = 1.39 at the start
+        assert losses.mean() < 0.7  # log 4 = 1.39 at the start
     logits = classify(model, data["images"], generator=seeded())
     assert logits.dtype == torch.float32
-    assert (logits.argmax(-1) == data["labels"]).float().mean() > 0.4  # chance is 0.25
+    assert (logits.argmax(-1) == data["labels"]).float().mean() > 0.7  # chance is 0.25
 
 
 def test_classify_is_euler_from_noise():
     model = DiffusionBlocks(randomized(vit_of(image_drop=0.1)), BlocksConfig(3))
     images, schedule = easy_batch(4)["images"], model.config.schedule
-    z = initial_noise((4, 24), schedule, generator=seeded())
+    z = initial_noise((4, 24), schedule, generator=seeded()).to(DEVICE)
     for options, sigmas in (
         ({}, schedule.steps(3)),
         ({"num_steps": 5}, schedule.steps(5)),
@@ -151,7 +155,7 @@ def test_classify_is_euler_from_noise():
 def test_dropped_images_leave_the_null_image():
     vit = randomized(vit_of(image_drop=0.5))
     images = easy_batch(4)["images"]
-    drop = torch.tensor([True, False, True, False])
+    drop = torch.tensor([True, False, True, False], device=DEVICE)
     tokens = vit.embed_condition({"images": images}, drop)
     null = (vit.null_image + vit.positions[:, 1:])[0]
     assert torch.equal(tokens[0], null)
@@ -168,7 +172,7 @@ def test_dropped_images_leave_the_null_image():
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_dict_and_deepcopy(kind):
     vit = randomized(vit_of(conditioning=kind, image_size=(8, 12), channels=2))
-    images = torch.randn(2, 2, 8, 12, generator=seeded())
+    images = torch.randn(2, 2, 8, 12, generator=seeded()).to(DEVICE)
     fresh = vit_of(conditioning=kind, image_size=(8, 12), channels=2)
     fresh.load_state_dict(vit.state_dict())
     assert torch.equal(fresh(images), vit(images))
@@ -209,12 +213,77 @@ def test_config_json():
 def test_inputs_are_checked():
     vit = vit_of()
     with pytest.raises(ValueError, match=r"images must have shape .* = \[N, 1, 8, 8\], got \[2, 3"):
-        vit(torch.randn(2, 3, 8, 8))
-    model = DiffusionBlocks(vit, BlocksConfig(3))
+        vit(torch.randn(2, 3, 8, 8, device=DEVICE))
+    # On a GPU the values are not looked at.
+    model = DiffusionBlocks(vit.cpu(), BlocksConfig(3))
     for label in (4, -1):
         data = {"images": torch.randn(1, 1, 8, 8), "labels": torch.tensor([label])}
         with pytest.raises(ValueError, match=rf"labels must be in 0\.\.3, got {label}\.\.{label}"):
             model.loss(data, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"labels": torch.ones(4, dtype=torch.uint8)}, TypeError, "int64, got torch.uint8; call"),
+        ({"labels": torch.ones(4, dtype=torch.bool)}, TypeError, "labels must be int64, got"),
+        ({"labels": torch.ones(4, 1).long()}, ValueError, r"shape \[N\], got \[4, 1\]"),
+        ({"labels": torch.ones(3).long()}, ValueError, "got 4 images and 3 labels; pair them"),
+        ({"labels": None}, ValueError, r"must hold a tensor 'labels', got the keys \['images', 'l"),
+        ({"labels": [1, 2]}, ValueError, "with labels of type list; it is"),
+        ({"images": None}, ValueError, "must hold a tensor 'images', got the keys"),
+        ({"images": torch.ones(4, 1, 8, 8).byte()}, TypeError, "floating point, got torch.uint8"),
+        ({"images": torch.ones(4, 8, 8)}, ValueError, r"got \[4, 8, 8\]; reshape them"),
+    ],
+)
+def test_batches_are_checked(change, error, message):
+    model = DiffusionBlocks(vit_of().cpu(), BlocksConfig(3))
+    data = {"images": torch.ones(4, 1, 8, 8), "labels": torch.ones(4).long(), **change}
+    with pytest.raises(error, match=message):
+        model.loss(data, 0)
+    with pytest.raises(ValueError, match=r"must hold a tensor 'images', got the keys \[\]; it is"):
+        model(torch.ones(4, 24), 1.0)
+
+
+def test_an_empty_batch():
+    model = DiffusionBlocks(vit_of(), BlocksConfig(3))
+    images = torch.empty(0, 1, 8, 8, device=DEVICE)
+    assert model.base_model(images).shape == (0, 4)
+    assert classify(model, images).shape == (0, 4)
+
+
+@pytest.mark.parametrize("wrap", [AveragedModel, lambda m: torch.compile(m, backend="eager")])
+def test_classify_looks_through_wrappers(wrap):
+    model = DiffusionBlocks(randomized(vit_of()), BlocksConfig(3))
+    images = easy_batch(4)["images"]
+    expected = classify(model, images, generator=seeded())
+    assert torch.equal(classify(wrap(model), images, generator=seeded()), expected)
+
+
+def test_arguments_of_classify_are_checked():
+    model = DiffusionBlocks(vit_of(), BlocksConfig(3))
+    images = easy_batch(4)["images"]
+    with pytest.raises(ValueError, match="number of steps must be a positive integer, got 0"):
+        classify(model, images, num_steps=0)
+    with pytest.raises(ValueError, match=r"one of num_steps and sigmas .* got num_steps=2 and"):
+        classify(model, images, num_steps=2, sigmas=[80.0, 0.1])
+    with pytest.raises(TypeError, match="must be the DiffusionBlocks of a ViT, got ViT; a plain"):
+        classify(model.base_model, images)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_classify_does_not_synchronise():
+    model = DiffusionBlocks(vit_of(image_drop=0.1), BlocksConfig(3))
+    images = easy_batch(4)["images"]
+    classify(model, images, guidance_scale=2.0)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logits = classify(model, images, guidance_scale=2.0)
+        model(torch.zeros(4, 24, device=DEVICE), 0.3, images=images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert logits.isfinite().all()
 
 
 def test_end_to_end_compiles_as_one_graph():
