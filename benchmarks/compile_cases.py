@@ -76,6 +76,7 @@ def diffusion(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], ob
     )
     yield "euler_step", lambda: edm.euler_step_fwd(z, z, [None, None], [1.0, 0.5])
     yield "euler_step per token", lambda: edm.euler_step_fwd(z, z, [token, token], [1.0, 0.5])
+    yield "euler_step to a number", lambda: edm.euler_step_fwd(z, z, [sample, None], [1.0, 0.5])
     yield (
         "euler_step backward",
         lambda: edm.euler_step_bwd(z, [None, None], [1.0, 0.5], torch.float32, torch.float32),

@@ -57,6 +57,8 @@ def adaln_fwd_kernel(
         if y_ptr is not None:
             if not RMS:
                 b_mean = tl.sum(b_x, axis=1) * inv_D
+                # The mean of what is left corrects its last bit: equal elements must give 0.
+                b_mean += tl.sum(tl.where(m, b_x - b_mean[:, None], 0.0), axis=1) * inv_D
                 tl.store(mean_ptr + row, b_mean, mask=m_l)
                 # Masked again, or the padding would add mean^2 to the variance.
                 b_x = tl.where(m, b_x - b_mean[:, None], 0.0)

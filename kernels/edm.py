@@ -21,7 +21,7 @@ from dblocks.kernels._runs import (
 # How the coefficients of a linear combination come about.
 DENOISE = tl.constexpr(0)  # c_skip and c_out of sigma
 EULER = tl.constexpr(1)  # sigma_next / sigma and the rest to 1
-GIVEN = tl.constexpr(2)  # the two numbers themselves
+GIVEN = tl.constexpr(2)  # two numbers themselves
 
 _SIGMA = ("sigma_stride_n", "sigma_stride_s")
 _MIX = (*INTEGERS, *_SIGMA, "next_stride_n", "next_stride_s", "x_stride_n", "x_stride_r")
@@ -32,17 +32,25 @@ _LOSS = (
 
 
 @triton.jit
-def coefficients(b_s, b_next, first, second, KIND: tl.constexpr):
-    """The factors [BLOCK_U] of the two tensors of a combination; b_s is sigma of each run."""
-    first = tl.cast(first, tl.float32)
+def load_level(sigma_ptr, value, stride_n, stride_s, o_n, o_r, segment, m_u, ONE_RUN: tl.constexpr):
+    """A noise level of each run in float32: of its table or, without one, the number."""
+    if sigma_ptr is None:
+        return tl.where(m_u, tl.cast(value, tl.float32), 1.0)
+    else:
+        return load_sigma(sigma_ptr, stride_n, stride_s, o_n, o_r, segment, m_u, ONE_RUN)
+
+
+@triton.jit
+def coefficients(b_s, b_next, KIND: tl.constexpr):
+    """The factors [BLOCK_U] of the two tensors of a combination, of sigma and what is beside it."""
     if KIND == DENOISE:
-        total = b_s * b_s + first * first
-        return first * first / total, b_s * first / tl.sqrt(total)
+        total = b_s * b_s + b_next * b_next
+        return b_next * b_next / total, b_s * b_next / tl.sqrt(total)
     elif KIND == EULER:
         # Fast quotients may miss 1 by a rounding, and sigma_next = 0 must give exactly 0 and 1.
         return b_next / b_s, tl.where(b_next == 0.0, 1.0, (b_s - b_next) / b_s)
     else:
-        return b_s * 0.0 + first, b_s * 0.0 + tl.cast(second, tl.float32)
+        return b_s, b_next
 
 
 @triton.jit
@@ -83,13 +91,13 @@ def mix_fwd_kernel(
 ):
     o_u, o_n, o_r = run_numbers(chunks, R, BLOCK_U, ONE_RUN)
     m_u = o_u < U
-    b_s = tl.full((BLOCK_U,), 1.0, tl.float32)
-    b_next = b_s
-    if KIND != GIVEN:
-        b_s = load_sigma(sigma_ptr, sigma_stride_n, sigma_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
-    if KIND == EULER:
-        b_next = load_sigma(next_ptr, next_stride_n, next_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
-    a, b = coefficients(b_s, b_next, first, second, KIND)
+    b_s = load_level(
+        sigma_ptr, first, sigma_stride_n, sigma_stride_s, o_n, o_r, segment, m_u, ONE_RUN
+    )
+    b_next = load_level(
+        next_ptr, second, next_stride_n, next_stride_s, o_n, o_r, segment, m_u, ONE_RUN
+    )
+    a, b = coefficients(b_s, b_next, KIND)
     o_l = chunk_start(chunks, BLOCK_L) + tl.arange(0, BLOCK_L)[None, :]
     m_l = m_u[:, None] & (o_l < L * VEC)
     o_x = (o_n * x_stride_n + o_r * x_stride_r) * VEC
@@ -130,13 +138,13 @@ def mix_bwd_kernel(
 ):
     o_u, o_n, o_r = run_numbers(chunks, R, BLOCK_U, ONE_RUN)
     m_u = o_u < U
-    b_s = tl.full((BLOCK_U,), 1.0, tl.float32)
-    b_next = b_s
-    if KIND != GIVEN:
-        b_s = load_sigma(sigma_ptr, sigma_stride_n, sigma_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
-    if KIND == EULER:
-        b_next = load_sigma(next_ptr, next_stride_n, next_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
-    a, b = coefficients(b_s, b_next, first, second, KIND)
+    b_s = load_level(
+        sigma_ptr, first, sigma_stride_n, sigma_stride_s, o_n, o_r, segment, m_u, ONE_RUN
+    )
+    b_next = load_level(
+        next_ptr, second, next_stride_n, next_stride_s, o_n, o_r, segment, m_u, ONE_RUN
+    )
+    a, b = coefficients(b_s, b_next, KIND)
     o_l = chunk_start(chunks, BLOCK_L) + tl.arange(0, BLOCK_L)[None, :]
     m_l = m_u[:, None] & (o_l < L * VEC)
     o_g = (o_n * x_stride_n + o_r * x_stride_r) * VEC
@@ -214,19 +222,24 @@ def edm_loss_kernel(
         tl.store(out_ptr + o_u * chunks + tl.program_id(0) % chunks, partial, mask=m_u)
 
 
-def _segments(*sigmas: Tensor) -> list[Tensor]:
-    """Tables of sigma widened to one number of segments."""
-    S = max(s.shape[1] for s in sigmas)
-    return [s.expand(s.shape[0], S) for s in sigmas]
+def _tables(sigmas: list[Tensor | None], N: int) -> tuple[list[Tensor | None], int]:
+    """Tables [N, S] of the given sigmas, and their S."""
+    tables = [None if s is None else sigma_table(s, N) for s in sigmas]
+    S = max((t.shape[1] for t in tables if t is not None), default=1)
+    return [None if t is None else t.expand(N, S) for t in tables], S
 
 
-def _mix(z: Tensor, f: Tensor, sigmas: list[Tensor], first: float, second: float, kind) -> Tensor:
-    """a z + b f in float32; `kind` says what a and b are made of."""
+def _mix(
+    z: Tensor, f: Tensor, sigmas: list[Tensor | None], first: float, second: float, kind
+) -> Tensor:
+    """a z + b f in float32; `kind` says what a and b are made of.
+
+    That is two tensors or, where one is absent, the number in its place.
+    """
     x, w = as_tokens(z), as_tokens(f)
-    tables = _segments(*(sigma_table(s, z.shape[0]) for s in sigmas)) if sigmas else []
-    runs = plan_runs([x, w], tables[0].shape[1] if tables else 1)
+    (sigma, after), S = _tables(sigmas, z.shape[0])
+    runs = plan_runs([x, w], S)
     out = empty_like_runs(z, torch.float32)
-    sigma, after = (*tables, None, None)[:2]
     with device_guard(z):
         mix_fwd_kernel[runs.grid](
             x, w, out, sigma, after, first, second, *runs.strides(x), *runs.strides(w),
@@ -238,18 +251,17 @@ def _mix(z: Tensor, f: Tensor, sigmas: list[Tensor], first: float, second: float
 
 
 def _mix_bwd(
-    grad: Tensor, sigmas: list[Tensor], first: float, second: float, kind,
+    grad: Tensor, sigmas: list[Tensor | None], first: float, second: float, kind,
     z_dtype: torch.dtype | None, f_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients to z and f, empty where no dtype is given."""
     g = as_tokens(grad)
-    tables = _segments(*(sigma_table(s, grad.shape[0]) for s in sigmas)) if sigmas else []
-    runs = plan_runs([g], tables[0].shape[1] if tables else 1)
+    (sigma, after), S = _tables(sigmas, grad.shape[0])
+    runs = plan_runs([g], S)
     dz, df = (
         empty_like_runs(grad, dtype) if dtype is not None else grad.new_empty(0)
         for dtype in (z_dtype, f_dtype)
     )
-    sigma, after = (*tables, None, None)[:2]
     with device_guard(grad):
         mix_bwd_kernel[runs.grid](
             g, dz, df, sigma, after, first, second, *runs.strides(g),
@@ -263,7 +275,7 @@ def _mix_bwd(
 
 def edm_denoise_fwd(f: Tensor, z: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
     """c_skip z + c_out f of non-empty tensors."""
-    return _mix(z, f, [sigma], sigma_data, 0.0, DENOISE)
+    return _mix(z, f, [sigma, None], 1.0, sigma_data, DENOISE)
 
 
 def edm_denoise_bwd(
@@ -271,21 +283,16 @@ def edm_denoise_bwd(
     f_dtype: torch.dtype | None, z_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients to f and z, empty where no dtype is given."""
-    dz, df = _mix_bwd(grad, [sigma], sigma_data, 0.0, DENOISE, z_dtype, f_dtype)
+    dz, df = _mix_bwd(grad, [sigma, None], 1.0, sigma_data, DENOISE, z_dtype, f_dtype)
     return df, dz
 
 
 def _euler(sigmas: list[Tensor | None], values: list[float]):
     """Tensors, numbers and kind for `_mix`: two numbers are divided here, in double."""
-    given = [s for s in sigmas if s is not None]
-    if not given:
-        s, after = values
-        return [], after / s, (s - after) / s, GIVEN
-    tensors = [
-        torch.full_like(given[0], v) if s is None else s
-        for s, v in zip(sigmas, values, strict=True)
-    ]
-    return tensors, 0.0, 0.0, EULER
+    s, after = values
+    if sigmas == [None, None]:
+        return sigmas, after / s, (s - after) / s, GIVEN
+    return sigmas, s, after, EULER
 
 
 def euler_step_fwd(

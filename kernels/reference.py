@@ -58,14 +58,14 @@ def adaln(
         h = h * (1 + _segments(h, scale))
     if shift is not None:
         h = h + _segments(h, shift)
-    return h.to(out_dtype or x.dtype)
+    return h.to(out_dtype or x.dtype).contiguous()
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     h = branch.to(compute_dtype(x))
     if gate is None:
-        return (x.to(h.dtype) + h).to(x.dtype)
-    return torch.addcmul(x.to(h.dtype), _segments(h, gate), h).to(x.dtype)
+        return (x.to(h.dtype) + h).to(x.dtype).contiguous()
+    return torch.addcmul(x.to(h.dtype), _segments(h, gate), h).to(x.dtype).contiguous()
 
 
 def residual_adaln(
@@ -145,7 +145,7 @@ def noise_inject(
 ) -> tuple[Tensor | None, Tensor]:
     s = _like(sigma, y)
     eps = normals(y.numel(), seed, offset, y.device).reshape(y.shape)
-    z = y.to(s.dtype) + s * eps.to(s.dtype)
+    z = (y.to(s.dtype) + s * eps.to(s.dtype)).contiguous()
     z_in = (z * torch.rsqrt(s.square() + sigma_data**2)).to(dtype or y.dtype)
     return (z if need_z else None), z_in
 
@@ -154,7 +154,8 @@ def edm_denoise(f: Tensor, z: Tensor, sigma: Tensor, *, sigma_data: float = 0.5)
     z = z.to(compute_dtype(z if z.dtype == torch.float64 else f))
     s = _like(sigma, z)
     total = s.square() + sigma_data**2
-    return sigma_data**2 / total * z + s * sigma_data * torch.rsqrt(total) * f.to(z.dtype)
+    denoised = sigma_data**2 / total * z + s * sigma_data * torch.rsqrt(total) * f.to(z.dtype)
+    return denoised.contiguous()
 
 
 def edm_loss(
@@ -176,7 +177,8 @@ def edm_loss(
     if row_weight is not None:
         w = row_weight.to(f.dtype)
         squared = squared * w.reshape(w.shape + (1,) * (f.ndim - w.ndim))
-    return squared.flatten(1).sum(1) / max(f[:1].numel(), 1)
+    squared = squared[:, None] if f.ndim == 1 else squared.flatten(1)
+    return squared.sum(1) / max(f[:1].numel(), 1)
 
 
 def euler_step(
@@ -186,4 +188,4 @@ def euler_step(
     z, denoised = z.to(dtype), denoised.to(dtype)
     sigma, sigma_next = (_like(s, z) if isinstance(s, Tensor) else s for s in (sigma, sigma_next))
     a = sigma_next / sigma
-    return a * z + (1 - a) * denoised
+    return (a * z + (1 - a) * denoised).contiguous()

@@ -45,6 +45,33 @@ def test_what_can_never_pass(got, message):
         assert_within_budget(got, REF64, EAGER)
 
 
+def test_an_overflow_of_the_plain_result_allows_nothing():
+    ref64 = REF64.clone()
+    ref64[0] = 1e6
+    eager = ref64.half()
+    assert error_budget(ref64, eager, torch.float16) == error_budget(
+        REF64[1:], eager[1:], eager.dtype
+    )
+    assert_within_budget(eager, ref64, eager)
+    wrong = eager.clone()
+    wrong[3] += 0.5
+    with pytest.raises(AssertionError, match="over the budget"):
+        assert_within_budget(wrong, ref64, eager)
+    wrong = eager.clone()
+    wrong[0] = 1.0
+    with pytest.raises(AssertionError, match="not finite"):
+        assert_within_budget(wrong, ref64, eager)
+    assert error_budget(ref64[:1], eager[:1], torch.float16) == 0
+
+
+def test_an_output_that_is_not_contiguous_is_found():
+    x = torch.randn(2, 3).T
+    with pytest.raises(AssertionError, match="output 0: not contiguous"):
+        check_against_reference(
+            lambda impl, x: [x + 1], {"x": x}, [None], impl="triton", needs_grad=[]
+        )
+
+
 def test_a_wrong_gradient_is_found():
     def call(*, impl, x):
         return [x.sin() if impl == "reference" else x.sin().detach() + 0 * x]

@@ -4,6 +4,7 @@ Nothing here looks at the values of a tensor on an accelerator, so no check sync
 """
 
 import importlib.util
+import numbers
 import os
 from typing import Literal
 
@@ -18,6 +19,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GPUS = ("cuda",)  # ROCm devices are called cuda too
 
 MAX_TRITON_WIDTH = 16384  # kernels/_launch.py; that module needs no triton but is not imported here
+MAX_TRITON_ROWS = 2**31 - 2**22  # rows of a group have int32 numbers, and a chunk may pass the last
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Read when dblocks is imported, as triton itself reads it when a kernel is defined.
@@ -69,10 +71,37 @@ def _check_triton(x: Tensor, op: str) -> None:
         )
 
 
-def check_float(**tensors: Tensor | None) -> None:
-    """Every given tensor is of one of the four floating dtypes."""
+def type_name(value: object) -> str:
+    """The type of `value` as a message calls it."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def check_tensor(**tensors: object) -> None:
+    """Every argument is a dense tensor: the first check of an op, of those that it needs."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in FLOATS:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor, got {type_name(tensor)}; use torch.as_tensor"
+            )
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name} must be a dense tensor, got {kind}; convert it first")
+
+
+def check_number(name: str, value: object) -> None:
+    """`value` is a real number, a symbolic one of a graph included."""
+    if not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a real number, got {type_name(value)}; convert it first")
+
+
+def check_float(**tensors: Tensor | None) -> None:
+    """Every given argument is a dense tensor of one of the four floating dtypes."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        check_tensor(**{name: tensor})
+        if tensor.dtype not in FLOATS:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
                 "convert it first"
@@ -119,7 +148,7 @@ def check_modulation(x: Tensor, **modulation: Tensor | None) -> None:
                 f"got {list(m.shape)}"
             )
         S = m.shape[1] if m.ndim == 3 else 1
-        if S == 0 or T % S != 0:
+        if T % S != 0 if S else T != 0:
             raise ValueError(
                 f"{name} must have a number of segments S that divides T = {T}, got S = {S}"
             )
@@ -143,6 +172,7 @@ def check_norm(norm: str, eps: float) -> None:
     """`norm` is known and `eps` is a number that cannot make the root negative."""
     if norm not in ("layer", "rms"):
         raise ValueError(f"norm must be 'layer' or 'rms', got {norm!r}")
+    check_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must be a number >= 0, got {eps}")
 
@@ -156,8 +186,14 @@ def check_out_dtype(dtype: torch.dtype | None) -> None:
         )
 
 
-def check_width(x: Tensor, op: str) -> None:
-    """The Triton kernels hold a row in registers, which bounds its width."""
+def check_size(x: Tensor, op: str) -> None:
+    """The Triton kernels hold a row in registers, which bounds its width, and count rows."""
+    rows = x.shape[0] * x.shape[1]
+    if rows >= MAX_TRITON_ROWS:
+        raise ValueError(
+            f"{op}: impl='triton' takes N * T < {MAX_TRITON_ROWS}, got N * T = {rows}; "
+            "split the samples, or use impl='reference'"
+        )
     if x.shape[-1] > MAX_TRITON_WIDTH:
         raise ValueError(
             f"{op}: impl='triton' takes D <= {MAX_TRITON_WIDTH}, got D = {x.shape[-1]}; "

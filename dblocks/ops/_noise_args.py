@@ -1,11 +1,43 @@
 """Checks of the arguments that noise and its levels come with: sigma, sigma_data, seed, offset."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dblocks.ops import _common
 
 SEED_RANGE = 2**63
+COUNT_RANGE = 2**63
+
+_lib = torch.library.Library("dblocks", "FRAGMENT")
+_lib.define("keep(Tensor a) -> Tensor")
+
+
+@torch.library.impl(_lib, "keep", "CompositeExplicitAutograd")
+def _keep_any(a):
+    return a.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("dblocks::keep", lib=_lib)
+def _keep_fake(a):
+    return a.new_empty(a.shape)
+
+
+# A copy that Inductor cannot see through: it drops a clone.
+keep = torch.ops.dblocks.keep.default
+
+
+def kept(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The small `tensors` to save for backward, safe from changes in place by a compiled graph.
+
+    Eager autograd notices such a change and raises; a graph would use the new values silently.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(None if t is None else keep(t) for t in tensors)
 
 
 def widest(*tensors: Tensor) -> Tensor:
@@ -20,23 +52,35 @@ def check_samples(name: str, x: Tensor) -> None:
 
 
 def check_sigma(name: str, sigma: Tensor, x_name: str, x: Tensor, *, zero: bool = False) -> None:
-    """`sigma` is a floating tensor, 0-d, [N] or [N, S], on the device of `x`, and positive.
+    """`sigma` is a floating tensor, 0-d, [N] or [N, S], on the device of `x`, positive and finite.
 
-    Values are looked at where that needs no synchronisation: on the CPU, outside a compiled graph.
+    Values are looked at where there are any and that needs no synchronisation: on the CPU, outside
+    of compiled graphs, tracing and torch.func transforms.
     """
     if not isinstance(sigma, Tensor):
         raise TypeError(
-            f"{name} must be a floating tensor, got {type(sigma).__name__}; "
+            f"{name} must be a floating tensor, got {_common.type_name(sigma)}; "
             "make a 0-d tensor of it on the device"
         )
     _common.check_float(**{name: sigma})
     _common.check_device(x, **{name: sigma})
     _check_sigma_shape(name, sigma, x_name, x)
-    known = type(sigma) is Tensor and sigma.device.type == "cpu"
-    if known and not torch.compiler.is_compiling():
+    known = type(sigma) in (Tensor, torch.nn.Parameter) and sigma.device.type == "cpu"
+    if known and not torch.compiler.is_compiling() and not _is_traced():
         values = sigma.detach()
         if not bool((values >= 0 if zero else values > 0).all()):
             raise ValueError(_sigma_message(name, f"a minimum of {values.min().item()}", zero))
+        if bool(values.isinf().any()):
+            raise ValueError(_infinite_message(name))
+
+
+def _is_traced() -> bool:
+    """Whether a torch.func transform or a dispatch mode (make_fx, FakeTensorMode) is active."""
+    return peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None
+
+
+def _infinite_message(name: str) -> str:
+    return f"{name} must be finite everywhere, got inf; clamp it to the schedule's sigma_max"
 
 
 def _sigma_message(name: str, got: str, zero: bool) -> str:
@@ -45,9 +89,12 @@ def _sigma_message(name: str, got: str, zero: bool) -> str:
 
 
 def check_sigma_value(name: str, sigma: float, *, zero: bool = False) -> None:
-    """The number `sigma` is positive (or 0, where `zero` allows it)."""
+    """The number `sigma` is positive (or 0, where `zero` allows it) and finite."""
+    _common.check_number(name, sigma)
     if not (sigma >= 0 if zero else sigma > 0):
         raise ValueError(_sigma_message(name, str(sigma), zero))
+    if sigma == math.inf:
+        raise ValueError(_infinite_message(name))
 
 
 def _check_sigma_shape(name: str, sigma: Tensor, x_name: str, x: Tensor) -> None:
@@ -74,16 +121,14 @@ def _check_sigma_shape(name: str, sigma: Tensor, x_name: str, x: Tensor) -> None
 
 def check_sigma_data(sigma_data: float) -> None:
     """`sigma_data` is positive."""
+    _common.check_number("sigma_data", sigma_data)
     if not sigma_data > 0:
         raise ValueError(f"sigma_data must be a number > 0, got {sigma_data}; 0.5 is usual")
 
 
 def split_seed(seed: int | Tensor, offset: int, x: Tensor) -> tuple[Tensor | None, int]:
     """The seed as a tensor or as a number, after checks of it and of `offset`."""
-    if not isinstance(offset, int):
-        raise TypeError(f"offset must be an int, got {type(offset).__name__}; convert it first")
-    if offset < 0:
-        raise ValueError(f"offset must be >= 0, got {offset}; elements are counted from 0")
+    _check_offset(offset, x)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int64 tensor, got {seed.dtype}; convert it first")
@@ -91,11 +136,27 @@ def split_seed(seed: int | Tensor, offset: int, x: Tensor) -> tuple[Tensor | Non
             raise ValueError(f"seed must be 0-d, got shape {list(seed.shape)}; take one element")
         _common.check_device(x, seed=seed)
         return seed, 0
-    if not isinstance(seed, int):
+    if not isinstance(seed, (int, torch.SymInt)):
         raise TypeError(
-            f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}; convert it"
+            f"seed must be an int or a 0-d int64 tensor, got {_common.type_name(seed)}; convert it"
         )
-    # In a compiled graph every int has 64 bits already, and a comparison would be a guard.
-    if not torch.compiler.is_compiling() and not -SEED_RANGE <= seed < SEED_RANGE:
+    if _is_known(seed) and not -SEED_RANGE <= seed < SEED_RANGE:
         raise ValueError(f"seed must fit in 64 bits (two's complement), got {seed}; reduce it")
     return None, seed
+
+
+def _is_known(value: int | torch.SymInt) -> bool:
+    """Whether `value` is a number: a graph's has 64 bits, and a comparison would be a guard."""
+    return isinstance(value, int) and not torch.compiler.is_compiling()
+
+
+def _check_offset(offset: int | torch.SymInt, x: Tensor) -> None:
+    if not isinstance(offset, (int, torch.SymInt)):
+        raise TypeError(f"offset must be an int, got {_common.type_name(offset)}; convert it first")
+    if isinstance(offset, int) and offset < 0:
+        raise ValueError(f"offset must be >= 0, got {offset}; elements are counted from 0")
+    if _is_known(offset) and offset + max(x.numel(), 1) > COUNT_RANGE:
+        raise ValueError(
+            f"offset + the number of elements must be <= 2**63, got {offset} + {x.numel()}; "
+            "start a stream with another seed"
+        )

@@ -35,10 +35,12 @@ def adaln(
         weight: `[D]` of the norm; `None` is 1.
         bias: `[D]` of the norm; `None` is 0.
         norm: "layer" (population variance, computed in two passes) or "rms".
-        eps: added to the variance.
+        eps: added to the variance, >= 0. With 0, a row whose variance is 0 (on a GPU: subnormal,
+            which its root takes for 0) gives NaN or inf.
         out_dtype: dtype of the result; that of `x` by default.
         impl: "reference" (any device and dtype), "triton" (GPU; D <= 16,384; not float64), or
-            "auto": Triton on a GPU, the reference elsewhere and for float64.
+            "auto": Triton on a GPU, the reference elsewhere and for float64. Triton has first-order
+            autograd, and no torch.func transforms.
 
     Returns:
         y `[N, T, D]`, contiguous. Arithmetic is float32 (float64 for float64 `x`), rounded once.
@@ -52,6 +54,7 @@ def adaln(
 
     Source: Peebles and Xie 2023 (DiT), section 3.2; RMS norm: Zhang and Sennrich 2019.
     """
+    _common.check_tensor(x=x)
     _common.check_tokens("x", x)
     _common.check_norm(norm, eps)
     tensors = {"shift": shift, "scale": scale, "weight": weight, "bias": bias}
@@ -61,7 +64,7 @@ def adaln(
     _common.check_channels(x, weight=weight, bias=bias)
     _common.check_out_dtype(out_dtype)
     if _common.resolve_impl(impl, x, "adaln") == "triton":
-        _common.check_width(x, "adaln")
+        _common.check_size(x, "adaln")
         rms = norm == "rms"
         return AdaLN.apply(
             x, None, None, shift, scale, weight, bias, True, rms, eps, out_dtype or x.dtype

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 from dblocks.kernels import reference
 from dblocks.ops import _common
 from dblocks.ops._common import Impl
-from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, widest
+from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, kept, widest
 
 _lib = torch.library.Library("dblocks", "FRAGMENT")
 _lib.define("edm_denoise_fwd_triton(Tensor f, Tensor z, Tensor sigma, float sigma_data) -> Tensor")
@@ -61,7 +61,7 @@ class _Denoise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f, z, sigma, sigma_data):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(sigma)
+        ctx.save_for_backward(*kept(sigma))
         ctx.sigma_data, ctx.f_dtype, ctx.z_dtype = sigma_data, f.dtype, z.dtype
         return _fwd(f, z, sigma, sigma_data)
 
@@ -106,6 +106,7 @@ def edm_denoise(
 
     Source: Karras et al. 2022, eq. 7 and table 1.
     """
+    _common.check_tensor(f=f, z=z)
     check_samples("f", f)
     _common.check_same_shape("z", z, "f", f)
     _common.check_float(f=f, z=z)

@@ -7,7 +7,15 @@ from torch.autograd.function import once_differentiable
 from dblocks.kernels import reference
 from dblocks.ops import _common
 from dblocks.ops._common import Impl
-from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, split_seed, widest
+from dblocks.ops._noise_args import (
+    check_samples,
+    check_sigma,
+    check_sigma_data,
+    keep,
+    kept,
+    split_seed,
+    widest,
+)
 
 _lib = torch.library.Library("dblocks", "FRAGMENT")
 _INPUTS = (
@@ -54,7 +62,10 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(f, y, sigma, seed_tensor, row_weight)
+        # A counter may be stepped before backward, so the seed is copied in eager mode as well.
+        used_seed = None if seed_tensor is None else keep(seed_tensor)
+        used_sigma, used_weight = kept(sigma, row_weight)
+        ctx.save_for_backward(f, y, used_sigma, used_seed, used_weight)
         ctx.seed, ctx.offset, ctx.sigma_data = seed, offset, sigma_data
         return _fwd(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
 
@@ -100,9 +111,10 @@ def edm_loss(
 
     Args:
         f: Network output `[N, ...]`, strides as `y` of `noise_inject`. Alone gets a gradient.
-        y: Clean target of the shape of `f`; may differ in dtype.
+        y: Clean target of the shape of `f`; may differ in dtype. It is saved: a compiled graph must
+            not change `f` or `y` in place after the loss.
         sigma: Noise levels > 0, 0-d, `[N]` or `[N, S]`.
-        seed: As in `noise_inject`.
+        seed: As in `noise_inject`. A tensor is copied, and may be changed before backward.
         offset: As in `noise_inject`.
         sigma_data: Standard deviation of the data.
         row_weight: Factors `[N]`, or `[N, T]` for y `[N, T, D]`: other weightings, or 0 for
@@ -121,6 +133,7 @@ def edm_loss(
 
     Source: Karras et al. 2022, eq. 8; Salmon et al. 2011 (Philox).
     """
+    _common.check_tensor(f=f, y=y)
     check_samples("f", f)
     _common.check_same_shape("y", y, "f", f)
     _common.check_float(f=f, y=y, row_weight=row_weight)

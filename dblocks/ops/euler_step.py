@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 from dblocks.kernels import reference
 from dblocks.ops import _common
 from dblocks.ops._common import Impl
-from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_value, widest
+from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_value, kept, widest
 from dblocks.ops.edm_denoise import empty_grads
 
 _lib = torch.library.Library("dblocks", "FRAGMENT")
@@ -56,7 +56,7 @@ class _EulerStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(sigma, sigma_next)
+        ctx.save_for_backward(*kept(sigma, sigma_next))
         ctx.values = sigma_value, sigma_next_value
         ctx.dtypes = z.dtype, denoised.dtype
         return _fwd(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value)
@@ -72,9 +72,14 @@ class _EulerStep(torch.autograd.Function):
         return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 4)
 
 
-def _level(sigma: Tensor | float) -> tuple[Tensor | None, float]:
+def _level(sigma: Tensor | float, z: Tensor) -> tuple[Tensor | None, float]:
     """A noise level as the tensor or the number that the op takes."""
-    return (sigma.detach(), 1.0) if isinstance(sigma, Tensor) else (None, float(sigma))
+    if isinstance(sigma, Tensor):
+        return sigma, 1.0
+    if torch.compiler.is_compiling():
+        # A float in the schema, or in torch.full, would make a graph for each value.
+        return torch.zeros((), dtype=torch.float32, device=z.device) + sigma, 1.0
+    return None, sigma
 
 
 def _check_level(name: str, sigma: Tensor | float, z: Tensor, *, zero: bool) -> None:
@@ -82,6 +87,19 @@ def _check_level(name: str, sigma: Tensor | float, z: Tensor, *, zero: bool) -> 
         check_sigma(name, sigma, "z", z, zero=zero)
     else:
         check_sigma_value(name, sigma, zero=zero)
+
+
+def _check_segments(sigma: Tensor | float, sigma_next: Tensor | float) -> None:
+    """Two levels [N, S] have one S."""
+    if not isinstance(sigma, Tensor) or not isinstance(sigma_next, Tensor):
+        return
+    if sigma.ndim == sigma_next.ndim == 2:
+        segments, given = sigma.shape[1], sigma_next.shape[1]
+        if segments != given and 1 not in (segments, given):
+            raise ValueError(
+                f"sigma_next must have as many segments as sigma, {segments}, got {given}; "
+                "expand one of them"
+            )
 
 
 def euler_step(
@@ -104,7 +122,7 @@ def euler_step(
         sigma: Noise level > 0: a float, or a tensor, 0-d, `[N]` or `[N, S]`. No gradient.
         sigma_next: Noise level >= 0, likewise; two `[N, S]` have one S.
         impl: "reference", "triton" or "auto", which chooses as in `noise_inject`. Two floats are
-            divided on the host in float64.
+            divided on the host in float64, in float32 by Triton in a compiled graph.
 
     Returns:
         z_next of the shape of `z`, float32 (float64 if `z` or `denoised` is), contiguous.
@@ -118,25 +136,18 @@ def euler_step(
 
     Source: Karras et al. 2022, algorithm 1 with dx/dt = (x - D(x; t)) / t.
     """
+    _common.check_tensor(z=z, denoised=denoised)
     check_samples("z", z)
     _common.check_same_shape("denoised", denoised, "z", z)
     _common.check_float(z=z, denoised=denoised)
     _common.check_device(z, denoised=denoised)
     _check_level("sigma", sigma, z, zero=False)
     _check_level("sigma_next", sigma_next, z, zero=True)
-    (level, value), (level_next, value_next) = _level(sigma), _level(sigma_next)
-    if level is not None and level_next is not None and level.ndim == level_next.ndim == 2:
-        segments, given = level.shape[1], level_next.shape[1]
-        if segments != given and 1 not in (segments, given):
-            raise ValueError(
-                f"sigma_next must have as many segments as sigma, {segments}, got {given}; "
-                "expand one of them"
-            )
-    if _common.resolve_impl(impl, widest(z, denoised), "euler_step") == "triton":
-        return _EulerStep.apply(z, denoised, level, level_next, value, value_next)
-    return reference.euler_step(
-        z,
-        denoised,
-        value if level is None else level,
-        value_next if level_next is None else level_next,
+    sigma, sigma_next = (
+        s.detach() if isinstance(s, Tensor) else float(s) for s in (sigma, sigma_next)
     )
+    _check_segments(sigma, sigma_next)
+    if _common.resolve_impl(impl, widest(z, denoised), "euler_step") == "triton":
+        (level, value), (level_next, value_next) = _level(sigma, z), _level(sigma_next, z)
+        return _EulerStep.apply(z, denoised, level, level_next, value, value_next)
+    return reference.euler_step(z, denoised, sigma, sigma_next)

@@ -31,12 +31,13 @@ def gated_residual(
 
     Source: Peebles and Xie 2023 (DiT), adaLN-Zero block.
     """
+    _common.check_tensor(x=x, branch=branch)
     _common.check_tokens("x", x)
     _common.check_same_shape("branch", branch, "x", x)
     _common.check_float(x=x, branch=branch, gate=gate)
     _common.check_device(x, branch=branch, gate=gate)
     _common.check_modulation(x, gate=gate)
     if _common.resolve_impl(impl, x, "gated_residual") == "triton":
-        _common.check_width(x, "gated_residual")
+        _common.check_size(x, "gated_residual")
         return AdaLN.apply(x, branch, gate, None, None, None, None, False, False, 0.0, x.dtype)
     return reference.gated_residual(x, branch, gate)

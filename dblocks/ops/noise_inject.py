@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from dblocks.kernels import reference
 from dblocks.ops import _common
 from dblocks.ops._common import Impl
-from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, split_seed
+from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, kept, split_seed
 
 _lib = torch.library.Library("dblocks", "FRAGMENT")
 _lib.define(
@@ -70,7 +70,7 @@ class _NoiseInject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(sigma)
+        ctx.save_for_backward(*kept(sigma))
         ctx.sigma_data, ctx.dtype, ctx.need_z = sigma_data, y.dtype, need_z
         z, z_in = _fwd(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)
         if not need_z:
@@ -110,15 +110,17 @@ def noise_inject(
         y: Clean target `[N, ...]`, `[N, T, D]` where `sigma` is `[N, S]`. `[N, T, D]` may have any
             strides of samples and tokens, zero and chunk views included; a last stride other than
             1, and other shapes whose samples are not contiguous, cost a copy.
-        sigma: Noise levels > 0, 0-d, `[N]` or `[N, S]`: segment s covers T/S consecutive tokens. No
-            gradient. On the CPU its values are checked.
+        sigma: Noise levels > 0 and finite, 0-d, `[N]` or `[N, S]`: segment s covers T/S consecutive
+            tokens. No gradient. On the CPU its values are checked. In a compiled graph
+            only Triton allows a change in place before backward.
         seed: An int of 64 bits (two's complement), or a 0-d int64 tensor on the device.
-        offset: The number of the first element, >= 0.
+        offset: The number of the first element, >= 0; that of the last is < 2**63.
         sigma_data: Standard deviation of the data.
         dtype: Of `z_in`; that of `y` by default.
         need_z: Whether `z` is written.
         impl: "reference" (plain PyTorch), "triton" (one kernel; on the CPU under
             TRITON_INTERPRET=1) or "auto": Triton on a GPU, the reference elsewhere and for float64.
+            Triton has first-order autograd, and no torch.func transforms.
 
     Returns:
         `Noised(z, z_in)`, both of the shape of `y` and contiguous: `z` float32 (float64 for
@@ -133,6 +135,7 @@ def noise_inject(
 
     Source: Karras et al. 2022, table 1 and eq. 7; Salmon et al. 2011 (Philox).
     """
+    _common.check_tensor(y=y)
     check_samples("y", y)
     _common.check_float(y=y)
     check_sigma("sigma", sigma, "y", y)

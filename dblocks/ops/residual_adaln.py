@@ -65,6 +65,7 @@ def residual_adaln(
 
     Source: Peebles and Xie 2023 (DiT), adaLN-Zero block.
     """
+    _common.check_tensor(x=x, branch=branch)
     _common.check_tokens("x", x)
     _common.check_norm(norm, eps)
     _common.check_same_shape("branch", branch, "x", x)
@@ -75,7 +76,7 @@ def residual_adaln(
     _common.check_channels(x, weight=weight, bias=bias)
     _common.check_out_dtype(out_dtype)
     if _common.resolve_impl(impl, x, "residual_adaln") == "triton":
-        _common.check_width(x, "residual_adaln")
+        _common.check_size(x, "residual_adaln")
         rms = norm == "rms"
         out = AdaLN.apply(
             x, branch, gate, shift, scale, weight, bias, True, rms, eps, out_dtype or x.dtype

@@ -86,6 +86,14 @@ def test_variance_survives_a_large_mean(impl, ratio):
     assert (y - expected).abs().max() < 4 * ratio * 2**-23
 
 
+@pytest.mark.parametrize("D", [7, 96, 768, 1000])
+def test_equal_elements_have_no_deviation(D):
+    values = torch.arange(1, 17, device=DEVICE).view(2, 8, 1) * torch.tensor(77.7, device=DEVICE)
+    for x in (values.expand(2, 8, D), values.repeat(1, 1, D), values.repeat(1, 1, D).bfloat16()):
+        y = adaln(x, None, None, impl="triton")
+        assert torch.equal(y, torch.zeros_like(y))
+
+
 def test_width_one_has_no_gradient_to_x():
     x = torch.randn(3, 5, 1, device=DEVICE, requires_grad=True)
     scale = torch.randn(3, 1, device=DEVICE)
@@ -190,6 +198,14 @@ def test_empty(impl, shape):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_no_tokens_have_a_modulation_each(impl):
+    x, scale = (torch.randn(2, 0, 4, device=DEVICE, requires_grad=True) for _ in range(2))
+    y = adaln(x, None, scale, impl=impl)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == scale.grad.shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_out_dtype_and_autocast(impl):
     x, scale = torch.randn(2, 4, 8, device=DEVICE), torch.randn(2, 8, device=DEVICE)
     plain = adaln(x, None, scale, impl=impl)
@@ -244,6 +260,17 @@ M = torch.randn(2, 4)
         (ValueError, r"bias must have shape \[D\] = \[4\], got \[2, 4\]", {"bias": M}),
         (ValueError, r"norm must be 'layer' or 'rms', got 'batch'", {"norm": "batch"}),
         (ValueError, r"eps must be a number >= 0, got nan", {"eps": float("nan")}),
+        (TypeError, r"eps must be a real number, got str", {"eps": "1e-6"}),
+        (TypeError, r"eps must be a real number, got torch.Tensor", {"eps": torch.tensor(1e-6)}),
+        (TypeError, r"x must be a tensor, got numpy.ndarray; use", {"x": X.numpy()}),
+        (TypeError, r"x must be a tensor, got NoneType", {"x": None}),
+        (TypeError, r"x must be a dense tensor, got layout torch.sparse_coo", {"x": X.to_sparse()}),
+        (
+            TypeError,
+            r"x must be a dense tensor, got a nested tensor",
+            {"x": torch.nested.as_nested_tensor([M, M[:1]], layout=torch.jagged)},
+        ),
+        (TypeError, r"scale must be a tensor, got list", {"scale": [1.0]}),
         (ValueError, r"impl must be one of auto, .* got 'cuda'", {"impl": "cuda"}),
         (TypeError, r"x must be float64, .* got torch.int64", {"x": X.long()}),
         (TypeError, r"shift must be .* got torch.int32", {"shift": M.int()}),
@@ -255,6 +282,11 @@ M = torch.randn(2, 4)
             ValueError,
             r"takes D <= 16384, got D = 16385",
             {"x": torch.zeros(1, 1, 16385), "impl": "triton"},
+        ),
+        (
+            ValueError,
+            r"adaln: impl='triton' takes N \* T < 2143289344, got N \* T = 2143289344",
+            {"x": torch.empty(511, 2**22, 1, device="meta"), "impl": "triton"},
         ),
     ],
 )

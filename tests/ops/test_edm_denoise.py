@@ -88,6 +88,14 @@ def test_empty(impl, shape):
     assert f.grad.shape == z.grad.shape == shape
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_channels_last_images_give_contiguous_results(impl):
+    image = torch.randn(2, 3, 4, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    sigma = torch.ones(2, device=DEVICE)
+    out = edm_denoise(image, image, sigma, impl=impl)
+    assert out.is_contiguous()
+
+
 def test_autocast_has_no_effect():
     f, z = torch.randn(2, 2, 4, 8, device=DEVICE).unbind()
     for impl in IMPLS:
@@ -128,6 +136,20 @@ def test_compiles_to_one_graph(impl):
         torch.testing.assert_close(g, e)
 
 
+def test_a_graph_may_change_its_levels():
+    torch._dynamo.reset()
+
+    def step(f, z, sigma):
+        denoised = edm_denoise(f, z, sigma, impl="triton")
+        sigma.add_(1)
+        return denoised.sum()
+
+    f, z = (torch.randn(2, 4, 6, device=DEVICE, requires_grad=True) for _ in range(2))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(f, z, torch.ones(2, device=DEVICE)), z)
+    torch.testing.assert_close(got, torch.full_like(z, 0.25 / 1.25))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -137,6 +159,8 @@ def test_compiles_to_one_graph(impl):
         ({"z": torch.ones(2, 4, 6, device="meta")}, RuntimeError, "z must be on"),
         ({"sigma": torch.ones(2, 3)}, ValueError, "S that divides T = 4, got S = 3"),
         ({"sigma_data": -1.0}, ValueError, "sigma_data must be a number > 0"),
+        ({"sigma_data": None}, TypeError, "sigma_data must be a real number, got NoneType"),
+        ({"z": 1.0}, TypeError, "z must be a tensor, got float"),
         ({"z": torch.ones(2, 4, 6).double(), "impl": "triton"}, TypeError, "got float64"),
     ],
 )

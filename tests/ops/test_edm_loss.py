@@ -136,6 +136,48 @@ def test_empty(impl, shape):
     assert f.grad.shape == shape
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("N", [0, 3])
+def test_samples_of_one_number(impl, N):
+    f, y = torch.randn(2, N, device=DEVICE).unbind()
+    sigma = torch.ones(N, device=DEVICE)
+    expected = edm_loss(f[:, None], y[:, None], sigma, 1, impl=impl)
+    assert torch.equal(edm_loss(f, y, sigma, 1, impl=impl), expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("changed", ["sigma", "seed", "row_weight"])
+@pytest.mark.filterwarnings("default")  # Inductor's own deprecations
+def test_a_graph_may_change_what_it_gave(backend, changed):
+    torch._dynamo.reset()
+    f = torch.randn(2, 4, 6, device=DEVICE, requires_grad=True)
+    y = torch.randn(2, 4, 6, device=DEVICE)
+
+    def arguments():
+        sigma, weight = torch.ones(2, device=DEVICE), torch.ones(2, device=DEVICE)
+        return {"sigma": sigma, "seed": torch.tensor(5, device=DEVICE), "row_weight": weight}
+
+    def step(f, y, sigma, seed, row_weight):
+        loss = edm_loss(f, y, sigma, seed, row_weight=row_weight, impl="triton").sum()
+        {"sigma": sigma, "seed": seed, "row_weight": row_weight}[changed].add_(1)
+        return loss
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    (got,) = torch.autograd.grad(compiled(f, y, **arguments()), f)
+    (expected,) = torch.autograd.grad(edm_loss(f, y, **arguments(), impl="triton").sum(), f)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_seed_may_be_stepped_before_backward(impl):
+    f = torch.randn(2, 4, 6, device=DEVICE, requires_grad=True)
+    seed, sigma = torch.tensor(5, device=DEVICE), torch.ones(2, device=DEVICE)
+    loss = edm_loss(f, f.detach(), sigma, seed, impl=impl).sum()
+    seed.add_(1)
+    (expected,) = torch.autograd.grad(edm_loss(f, f.detach(), sigma, 5, impl=impl).sum(), f)
+    assert torch.equal(torch.autograd.grad(loss, f)[0], expected)
+
+
 def test_autocast_has_no_effect():
     f, y = torch.randn(2, 2, 4, 8, device=DEVICE).unbind()
     for impl in IMPLS:
@@ -188,6 +230,9 @@ def test_compiles_to_one_graph(impl, tensor_seed):
         ({"sigma_data": -1.0}, ValueError, "sigma_data must be a number > 0"),
         ({"seed": -(2**63) - 1}, ValueError, "seed must fit in 64 bits"),
         ({"offset": -1}, ValueError, "offset must be >= 0, got -1"),
+        ({"offset": 2**63 - 47}, ValueError, r"elements must be <= 2\*\*63"),
+        ({"y": None}, TypeError, "y must be a tensor, got NoneType"),
+        ({"row_weight": [1.0, 1.0]}, TypeError, "row_weight must be a tensor, got list"),
         (
             {"row_weight": torch.ones(2, 3)},
             ValueError,

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +67,20 @@ def test_a_step_to_zero_gives_denoised_exactly(impl, zero):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("levels", [(None, 0.3), (1e5, None), (None, 0.0)])
+def test_a_number_is_not_rounded_to_the_dtype_of_the_other_level(impl, dtype, levels):
+    z, denoised = torch.randn(2, 2, 5, 9, device=DEVICE).unbind()
+    level = torch.tensor([0.75, 2.0], device=DEVICE, dtype=dtype)  # exact in each dtype
+    sigma, sigma_next = (level if s is None else s for s in levels)
+    inputs = {"z": z, "denoised": denoised}
+    call = lambda impl, z, denoised: [euler_step(z, denoised, sigma, sigma_next, impl=impl)]
+    check_against_reference(call, inputs, [z], impl=impl)
+    if sigma_next is not level and sigma_next == 0:
+        assert torch.equal(call(impl, **inputs)[0], denoised)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_runs_repeat_and_levels_get_no_gradient(impl):
     z, denoised = torch.randn(2, 3, 5, 9, device=DEVICE).unbind()
     sigma = (torch.rand(3, device=DEVICE) + 0.5).requires_grad_()
@@ -83,6 +98,14 @@ def test_empty(impl, shape):
     assert out.shape == shape
     out.sum().backward()
     assert z.grad.shape == denoised.grad.shape == shape
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_channels_last_images_give_contiguous_results(impl):
+    image = torch.randn(2, 3, 4, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    sigma = torch.ones(2, device=DEVICE)
+    out = euler_step(image, image, sigma, 0.5, impl=impl)
+    assert out.is_contiguous()
 
 
 def test_autocast_has_no_effect():
@@ -125,6 +148,35 @@ def test_compiles_to_one_graph(impl, as_tensor):
             torch.testing.assert_close(g, e)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_numbers_do_not_recompile(impl):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    z, denoised = torch.randn(2, 2, 4, 6, device=DEVICE).unbind()
+    call = lambda z, d, s, n: euler_step(z, d, s, n, impl=impl)
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for i in range(12):
+        levels = 12.5 - i, 11.5 - i
+        torch.testing.assert_close(compiled(z, denoised, *levels), call(z, denoised, *levels))
+    assert counter.frame_count <= 3
+
+
+def test_a_graph_may_change_its_levels():
+    torch._dynamo.reset()
+
+    def step(z, denoised, sigma, sigma_next):
+        out = euler_step(z, denoised, sigma, sigma_next, impl="triton")
+        sigma.add_(1)
+        sigma_next.add_(1)
+        return out.sum()
+
+    z, denoised = (torch.randn(2, 4, 6, device=DEVICE, requires_grad=True) for _ in range(2))
+    levels = torch.full((2,), 2.0, device=DEVICE), torch.ones(2, device=DEVICE)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(z, denoised, *levels), z)
+    torch.testing.assert_close(got, torch.full_like(z, 0.5))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -133,6 +185,10 @@ def test_compiles_to_one_graph(impl, as_tensor):
         ({"denoised": torch.ones(2, 4, 6, device="meta")}, RuntimeError, "denoised must be on"),
         ({"sigma": 0.0}, ValueError, "sigma must be > 0 everywhere, got 0.0"),
         ({"sigma": float("nan")}, ValueError, "sigma must be > 0 everywhere, got nan"),
+        ({"sigma": float("inf")}, ValueError, "sigma must be finite everywhere, got inf"),
+        ({"sigma": [1.0, 2.0]}, TypeError, "sigma must be a real number, got list"),
+        ({"sigma_next": None}, TypeError, "sigma_next must be a real number, got NoneType"),
+        ({"z": [1.0]}, TypeError, "z must be a tensor, got list"),
         ({"sigma_next": -1.0}, ValueError, "sigma_next must be >= 0 everywhere, got -1.0"),
         ({"sigma": torch.ones(3)}, ValueError, r"sigma must be 0-d or have shape \[N\] = \[2\]"),
         (

@@ -87,6 +87,8 @@ def test_empty(impl):
         (TypeError, r"gate must be float64", {"gate": torch.ones(2, 4, dtype=torch.bool)}),
         (RuntimeError, r"gate must be on", {"gate": torch.ones(2, 4, device="meta")}),
         (ValueError, r"impl must be one of", {"impl": "fast"}),
+        (TypeError, r"branch must be a tensor, got NoneType", {"branch": None}),
+        (TypeError, r"gate must be a tensor, got float", {"gate": 1.0}),
     ],
 )
 def test_bad_arguments(error, message, arguments):

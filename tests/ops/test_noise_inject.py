@@ -3,6 +3,8 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dblocks.kernels import reference
 from dblocks.ops.noise_inject import noise_inject
@@ -124,6 +126,66 @@ def test_empty(impl, shape):
     assert y.grad.shape == shape
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_last_offset(impl):
+    y, sigma = torch.zeros(2, 3, device=DEVICE), torch.ones(2, device=DEVICE)
+    z = noise_inject(y, sigma, 1, offset=2**63 - 6, impl=impl).z
+    expected = reference.normals(6, 1, 2**63 - 6, DEVICE).view(2, 3)
+    torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"must be <= 2\*\*63, got 9223372036854775803 \+ 6"):
+        noise_inject(y, sigma, 1, offset=2**63 - 5, impl=impl)
+
+
+def test_a_graph_may_change_its_levels():
+    torch._dynamo.reset()
+
+    def step(y, sigma):
+        z_in = noise_inject(y, sigma, 1, impl="triton").z_in
+        sigma.add_(1)
+        return z_in.sum()
+
+    y = torch.randn(2, 4, 6, device=DEVICE, requires_grad=True)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(y, torch.ones(2, device=DEVICE)), y)
+    torch.testing.assert_close(got, torch.full_like(y, 1.25**-0.5))
+
+
+class _Inject(torch.nn.Module):
+    def __init__(self, impl):
+        super().__init__()
+        self.impl = impl
+
+    def forward(self, y, sigma, seed, offset):
+        return noise_inject(y, sigma, seed, offset=offset, impl=self.impl).z
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("default")  # of torch.export itself
+def test_exports_with_a_symbolic_seed_and_offset(impl, strict):
+    y, sigma = torch.randn(2, 3, device=DEVICE), torch.ones(2, device=DEVICE)
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        _Inject(impl),
+        (y, sigma, 5, 8),
+        dynamic_shapes=(None, None, dynamic, dynamic),
+        strict=strict,
+    )
+    got = program.module()(y, sigma, 77, 13)
+    torch.testing.assert_close(got, noise_inject(y, sigma, 77, offset=13, impl=impl).z)
+
+
+def test_tracing_and_transforms_do_not_look_at_levels():
+    y, sigma = torch.randn(3, 2, 4), torch.rand(3, 2) + 0.1
+    call = lambda y, sigma: noise_inject(y, sigma, 1, impl="reference").z
+    expected = torch.stack([call(*pair) for pair in zip(y, sigma, strict=True)])
+    torch.testing.assert_close(torch.vmap(call)(y, sigma), expected)
+    traced = make_fx(call, tracing_mode="real")(y[0], sigma[0])
+    torch.testing.assert_close(traced(y[1], sigma[1]), expected[1])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert call(y[0], sigma[0]).shape == (2, 4)
+
+
 def test_autocast_has_no_effect():
     y, sigma = torch.randn(2, 4, 8, device=DEVICE), torch.ones(2, device=DEVICE)
     for impl in IMPLS:
@@ -198,6 +260,9 @@ ERRORS = [
     ({"seed": torch.tensor(1.0)}, TypeError, "seed must be an int64 tensor"),
     ({"offset": -1}, ValueError, "offset must be >= 0, got -1"),
     ({"offset": 1.0}, TypeError, "offset must be an int, got float"),
+    ({"y": [1.0]}, TypeError, "y must be a tensor, got list"),
+    ({"sigma": torch.ones(2).to_sparse()}, TypeError, "sigma must be a dense tensor, got layout"),
+    ({"sigma_data": 1j}, TypeError, "sigma_data must be a real number, got complex"),
     ({"dtype": torch.int32}, TypeError, "dtype must be float64"),
     ({"impl": "fast"}, ValueError, "impl must be one of"),
     ({"y": torch.ones(2, 4, 6).double(), "impl": "triton"}, TypeError, "got float64"),
@@ -221,3 +286,10 @@ def test_errors(change, error, message):
 def test_levels_on_the_cpu_are_checked(value):
     with pytest.raises(ValueError, match="sigma must be > 0 everywhere"):
         noise_inject(torch.ones(2, 4, 6), torch.tensor([1.0, value]), 1)
+    with pytest.raises(ValueError, match="sigma must be > 0 everywhere"):
+        noise_inject(torch.ones(2, 4, 6), torch.nn.Parameter(torch.tensor([1.0, value])), 1)
+
+
+def test_infinite_levels_on_the_cpu_are_found():
+    with pytest.raises(ValueError, match="sigma must be finite everywhere, got inf"):
+        noise_inject(torch.ones(2, 4, 6), torch.tensor([1.0, float("inf")]), 1)

@@ -162,6 +162,8 @@ M = torch.randn(2, 4)
         (ValueError, r"gate must have shape \[N, D\] = \[2, 4\]", {"gate": M[0]}),
         (ValueError, r"scale must have as many segments as gate", {"scale": X}),
         (ValueError, r"norm must be", {"norm": None}),
+        (TypeError, r"branch must be a tensor, got float", {"branch": 1.0}),
+        (TypeError, r"gate must be a tensor, got int", {"gate": 1}),
         (TypeError, r"branch must be .* got torch.int64", {"branch": X.long()}),
         (TypeError, r"out_dtype must be", {"out_dtype": torch.int32}),
         (RuntimeError, r"branch must be on cpu .* got meta", {"branch": X.to("meta")}),
