@@ -151,7 +151,11 @@ def grads_of(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], upstream: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of `inputs` for the given upstream gradients; a `None` leaves its output unused."""
-    used = [(o, g) for o, g in zip(outputs, upstream, strict=True) if g is not None]
+    # An output that depends on none of the inputs has no gradient to pass on.
+    pairs = zip(outputs, upstream, strict=True)
+    used = [(o, g) for o, g in pairs if g is not None and o.requires_grad]
+    if not used:
+        return [None for _ in inputs]
     return list(
         torch.autograd.grad(
             [o for o, _ in used], inputs, [g.to(o.dtype) for o, g in used], allow_unused=True
