@@ -10,16 +10,19 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from dblocks._version import __version__
-from dblocks.blocks import BlocksConfig
+from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models.vit import ViT, ViTConfig
 
 FORMAT = 1
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config"}
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+COPIES = "copies."  # prefix of private copies; as of DiffusionBlocks.copies
 LONGEST_REASON = 300  # characters of what a file has wrong; PyTorch lists every tensor
 
 
@@ -59,43 +62,37 @@ def prepare(folder: str | Path) -> None:
     make_folder(folder)
 
 
-def save_model(folder: str | Path, model: ViT, config: BlocksConfig | None) -> None:
-    """Write a network and how it is cut into blocks; the folder is made if it is not there.
+def save_model(folder: str | Path, model: ViT | DiffusionBlocks) -> None:
+    """Write a network, and how it is cut into blocks; the folder is made if it is not there.
 
-    An earlier save there stays whole until both files are written.
+    The names of the weights are those of the network itself, whether it was in blocks or not;
+    private copies of what blocks share come beside them as `copies.0.` and so on, for the blocks
+    after the first. An earlier save there stays whole until both files are written.
 
     Args:
         folder: where to write; files of an earlier save there are replaced.
-        model: the network.
-        config: its blocks; None for a network trained end to end.
-
-    Raises:
-        ValueError: the blocks have private copies of the shared parameters, which this single
-            file does not hold.
+        model: a `ViT` trained end to end, or the `DiffusionBlocks` of one.
     """
-    if config is not None and config.shared == "private":
-        raise ValueError(
-            "save_model keeps one copy of the shared parameters, got shared='private'; "
-            "save each block's state_dict instead"
-        )
     folder, safetensors = Path(folder), _safetensors()
     make_folder(folder)
+    vit = _network(model)
+    config = model.config if isinstance(model, DiffusionBlocks) else None
     written = {
         "format": FORMAT,
         "dblocks": __version__,
         "model": "vit",
-        "model_config": model.config.to_dict(),
+        "model_config": vit.config.to_dict(),
         "blocks_config": None if config is None else config.to_dict(),
     }
-    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    tensors = {name: t.detach().contiguous() for name, t in _tensors(model).items()}
     # Left in reverse order: the weights get their name first, the config last.
     with replacing(folder / CONFIG_FILE) as config_part, replacing(folder / WEIGHTS_FILE) as part:
         safetensors.save_file(tensors, part, metadata={"format": "pt"})
         config_part.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def load_model(folder: str | Path) -> tuple[ViT, BlocksConfig | None]:
-    """The network that `save_model` wrote, on the CPU, and how it is cut into blocks.
+def load_model(folder: str | Path) -> ViT | DiffusionBlocks:
+    """What `save_model` wrote, on the CPU: a `ViT`, or the `DiffusionBlocks` of one.
 
     Raises:
         ValueError: the folder holds no such network, or a file of it is broken; the message names
@@ -106,13 +103,27 @@ def load_model(folder: str | Path) -> tuple[ViT, BlocksConfig | None]:
     config = _read_config(path)
     with _naming(path):
         model = ViT(ViTConfig.from_dict(config["model_config"]))
-        blocks = config["blocks_config"]
-        blocks = None if blocks is None else BlocksConfig.from_dict(blocks)
-        if blocks is not None:
-            blocks.layer_ranges(model.config.depth)
+        if config["blocks_config"] is not None:
+            model = DiffusionBlocks(model, BlocksConfig.from_dict(config["blocks_config"]))
     with _naming(folder / WEIGHTS_FILE):
-        model.load_state_dict(safetensors.load_file(folder / WEIGHTS_FILE))
-    return model, blocks
+        tensors = safetensors.load_file(folder / WEIGHTS_FILE)
+        copies = {name: tensors.pop(name) for name in list(tensors) if name.startswith(COPIES)}
+        _network(model).load_state_dict(tensors)
+        if isinstance(model, DiffusionBlocks):
+            inner = {name.removeprefix(COPIES): tensor for name, tensor in copies.items()}
+            model.copies.load_state_dict(inner)
+    return model
+
+
+def _network(model: ViT | DiffusionBlocks) -> ViT:
+    return cast(ViT, model.base_model) if isinstance(model, DiffusionBlocks) else model
+
+
+def _tensors(model: ViT | DiffusionBlocks) -> dict[str, Tensor]:
+    tensors = _network(model).state_dict()
+    if isinstance(model, DiffusionBlocks):
+        tensors.update(model.copies.state_dict(prefix=COPIES))
+    return tensors
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from dblocks.recipe import NOISE_SEED, check_seed
 
@@ -124,7 +124,7 @@ def train(command: Train) -> None:
     checkpoint.prepare(command.out)
     records.use_one_thread()
     trained = records.train(run, progress=True)
-    checkpoint.save_model(command.out, trained.vit, trained.config)
+    checkpoint.save_model(command.out, trained.model)
     records.write_record(command.out / "run.json", trained.record)
     print(report.text_table([report.summarize(run.name, [trained.record])]))
     print(f"\nSaved model.safetensors, config.json and run.json in {command.out}")
@@ -137,18 +137,18 @@ def evaluate(command: Eval) -> None:
     if command.steps is not None and command.steps < 1:
         raise ValueError(f"--steps must be positive, got {command.steps}")
     check_seed(command.seed)
-    vit, config = checkpoint.load_model(command.checkpoint)
-    if config is None and command.steps is not None:
+    model = checkpoint.load_model(command.checkpoint)
+    _, held_out = data.digits("final")
+    if isinstance(model, blocks.DiffusionBlocks):
+        classifier = recipe.Classifier(cast(Any, model.base_model), model)
+        how = f"{command.steps or model.config.num_blocks} denoising steps of one block each"
+    elif command.steps is not None:
         raise ValueError(
             f"--steps counts denoising steps, and the network in {command.checkpoint} was trained "
             "end to end: it runs all its layers once; leave --steps out"
         )
-    _, held_out = data.digits("final")
-    if config is None:
-        classifier, how = recipe.Classifier(vit, None), "all layers once (trained end to end)"
     else:
-        classifier = recipe.Classifier(vit, blocks.DiffusionBlocks(vit, config))
-        how = f"{command.steps or config.num_blocks} denoising steps of one block each"
+        classifier, how = recipe.Classifier(model, None), "all layers once (trained end to end)"
     value = classifier.accuracy(held_out, command.steps, seed=command.seed)
     print(f"held-out accuracy {100 * value:.1f} % on {len(held_out)} images, {how}")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dblocks.blocks import BlocksConfig
+from dblocks.blocks import DiffusionBlocks
 from dblocks.checkpoint import replacing
 from dblocks.data import Images, digits
 from dblocks.info import environment
@@ -30,9 +30,8 @@ DENOISING_STEPS = (1, 2, 3, 6, 12)  # with which the final accuracy is measured 
 class Trained(NamedTuple):
     """What a run leaves."""
 
-    vit: ViT
-    config: BlocksConfig | None
-    """None for a network trained end to end."""
+    model: ViT | DiffusionBlocks
+    """A `ViT` where it was trained end to end."""
     record: dict[str, Any]
     """JSON values: the run, where it ran, what it cost and what it reached."""
 
@@ -91,7 +90,7 @@ def train(run: Run, *, progress: bool = False) -> Trained:
         "seconds": round(seconds, 3),
         "curve": curve,
     }
-    return Trained(learner.vit, learner.config, record)
+    return Trained(learner.model or learner.vit, record)
 
 
 def _fit(
@@ -220,13 +219,15 @@ def _memory(learner: Learner) -> dict[str, float]:
 
 def _step_bytes(learner: Learner, batch: dict[str, Tensor], block: int) -> tuple[int, int, int]:
     """Bytes saved for the backward pass, and held by the step and by the process at its end."""
-    with SavedActivations(learner.vit.parameters()) as saved:
+    network = learner.model or learner.vit
+    with SavedActivations(network.parameters()) as saved:
         loss = learner.loss(batch, block)
     loss.backward()
     held = {id(o): _held(o) for o in learner.optimizers}
     step = sum(held[id(o)] for o in learner.optimizers_of(block))
-    learner.vit.zero_grad(set_to_none=True)
-    return saved.bytes, step, sum(held.values())
+    frozen = sum(p.nbytes for p in network.parameters() if not p.requires_grad)
+    network.zero_grad(set_to_none=True)
+    return saved.bytes, step + frozen, sum(held.values()) + frozen
 
 
 def _held(optimizer: Optimizer) -> int:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import sys
@@ -22,29 +23,44 @@ def make_vit(**kind):
     return vit
 
 
-def test_blocks_come_back_with_bitwise_equal_logits(tmp_path):
-    vit, images = make_vit(), torch.randn(5, 1, 8, 8)
-    save_model(tmp_path / "new" / "folder", vit, CONFIG)
-    loaded, config = load_model(tmp_path / "new" / "folder")
-    assert config == CONFIG
-    assert loaded.config == vit.config
+def make_blocks(shared="train", **kind):
+    blocks = DiffusionBlocks(make_vit(**kind), dataclasses.replace(CONFIG, shared=shared))
+    for number, parameter in enumerate(blocks.copies.parameters()):
+        torch.nn.init.normal_(parameter, std=0.1 + number / 1000)
+    return blocks
+
+
+@pytest.mark.parametrize("shared", ["train", "frozen", "private"])
+def test_blocks_come_back_with_bitwise_equal_logits(tmp_path, shared):
+    blocks, images = make_blocks(shared), torch.randn(5, 1, 8, 8)
+    save_model(tmp_path / "new" / "folder", blocks)
+    loaded = load_model(tmp_path / "new" / "folder")
+    assert loaded.config == blocks.config
+    assert loaded.base_model.config == blocks.base_model.config
     first, again = (
-        classify(DiffusionBlocks(m, CONFIG), images, generator=torch.Generator().manual_seed(1))
-        for m in (vit, loaded)
+        classify(m, images, generator=torch.Generator().manual_seed(1)) for m in (blocks, loaded)
     )
     assert torch.equal(first, again)
+    assert len(loaded.copies) == (2 if shared == "private" else 0)
+
+
+def test_weights_are_named_as_in_the_network_itself(tmp_path):
+    save_model(tmp_path, make_blocks("private"))
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert set(make_vit().state_dict()) == {n for n in names if not n.startswith("copies.")}
+    assert "copies.1.positions" in names
 
 
 def test_a_plain_network_comes_back_without_blocks(tmp_path):
     vit, images = make_vit(conditioning="none"), torch.randn(5, 1, 8, 8)
-    save_model(tmp_path, vit, None)
-    loaded, config = load_model(tmp_path)
-    assert config is None
+    save_model(tmp_path, vit)
+    loaded = load_model(tmp_path)
+    assert isinstance(loaded, ViT)
     assert torch.equal(vit(images), loaded(images))
 
 
 def test_nothing_is_pickled(tmp_path):
-    save_model(tmp_path, make_vit(), CONFIG)
+    save_model(tmp_path, make_blocks())
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
@@ -77,7 +93,7 @@ def test_an_unknown_folder_is_an_error(tmp_path):
     ],
 )
 def test_a_config_that_is_not_understood_is_an_error(tmp_path, change, message):
-    save_model(tmp_path, make_vit(), CONFIG)
+    save_model(tmp_path, make_blocks())
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     change(config)
@@ -91,7 +107,7 @@ def test_a_config_that_is_not_understood_is_an_error(tmp_path, change, message):
     [("3", "must be a JSON object, got 3"), ("[]", "must be a JSON object"), ("{", "Expecting")],
 )
 def test_a_config_that_is_no_json_object_is_an_error(tmp_path, text, message):
-    save_model(tmp_path, make_vit(), CONFIG)
+    save_model(tmp_path, make_blocks())
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"config\.json .*{message}"):
         load_model(tmp_path)
@@ -119,7 +135,7 @@ def of_another_depth(path):
     ],
 )
 def test_broken_weights_are_an_error_of_one_line(tmp_path, spoil, message):
-    save_model(tmp_path, make_vit(), CONFIG)
+    save_model(tmp_path, make_blocks())
     spoil(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"model\.safetensors cannot be used: .*{message}") as e:
         load_model(tmp_path)
@@ -129,8 +145,8 @@ def test_broken_weights_are_an_error_of_one_line(tmp_path, spoil, message):
 
 def test_a_path_may_be_a_string(tmp_path):
     prepare(str(tmp_path))
-    save_model(str(tmp_path), make_vit(), CONFIG)
-    assert load_model(str(tmp_path))[1] == CONFIG
+    save_model(str(tmp_path), make_blocks())
+    assert load_model(str(tmp_path)).config == CONFIG
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])
@@ -142,7 +158,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path, name):
 
 def test_a_save_that_fails_leaves_the_earlier_one_whole(tmp_path, monkeypatch):
     vit = make_vit()
-    save_model(tmp_path, vit, None)
+    save_model(tmp_path, vit)
 
     def write_half(tensors, path, **_):
         path.write_bytes(b"half")
@@ -150,26 +166,34 @@ def test_a_save_that_fails_leaves_the_earlier_one_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr("safetensors.torch.save_file", write_half)
     with pytest.raises(OSError, match="disk full"):
-        save_model(tmp_path, make_vit(image_drop=0.5), CONFIG)
+        save_model(tmp_path, make_blocks(image_drop=0.5))
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-    loaded, config = load_model(tmp_path)
-    assert config is None
+    loaded = load_model(tmp_path)
+    assert isinstance(loaded, ViT)
     assert loaded.config == vit.config
 
 
 def test_weights_get_their_name_before_the_config(tmp_path, monkeypatch):
     names, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (names.append(b.name), replace(a, b)))
-    save_model(tmp_path, make_vit(), CONFIG)
+    save_model(tmp_path, make_blocks())
     assert names == ["model.safetensors", "config.json"]
 
 
-def test_private_copies_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="shared='private'"):
-        save_model(tmp_path, make_vit(), BlocksConfig(num_blocks=3, shared="private"))
+def lose_a_copy(path):
+    tensors = load_file(path)
+    del tensors["copies.1.positions"]
+    save_file(tensors, path)
+
+
+def test_a_missing_copy_is_an_error(tmp_path):
+    save_model(tmp_path, make_blocks("private"))
+    lose_a_copy(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: .*1\.positions"):
+        load_model(tmp_path)
 
 
 def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"safetensors.*dblocks\[train\]"):
-        save_model(tmp_path, make_vit(), CONFIG)
+        save_model(tmp_path, make_blocks())

@@ -86,7 +86,7 @@ def checkpoint(tmp_path):
     """A network whose answers depend on the noise that denoising starts from; its folder."""
     vit = ViT(ViTConfig(**SIZES))
     torch.nn.init.normal_(vit.classifier.weight)
-    save_model(tmp_path / "saved", vit, CONFIG)
+    save_model(tmp_path / "saved", DiffusionBlocks(vit, CONFIG))
     return vit, tmp_path / "saved"
 
 
@@ -114,7 +114,7 @@ def test_a_warning_is_one_line(checkpoint, capsys):
 
 
 def test_steps_of_a_network_trained_end_to_end_are_a_mistake(tmp_path, capsys):
-    save_model(tmp_path, ViT(ViTConfig(**SIZES, conditioning="none")), None)
+    save_model(tmp_path, ViT(ViTConfig(**SIZES, conditioning="none")))
     args = ("eval", "vit", "--checkpoint", str(tmp_path))
     assert "was trained end to end" in mistake(capsys, *args, "--steps", "3")
     assert "all layers once" in stdout(capsys, *args)
