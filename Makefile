@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo results test test-gpu gate lint bench bench-gpu clean
+.PHONY: help demo results test test-gpu gate static lint bench bench-gpu clean
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -30,6 +30,9 @@ test-gpu: ## the same tests on a GPU, with the packages of PYTHON
 
 gate: $(STAMP) ## compile every kernel for four GPU architectures and read registers, stack and widths
 	$(BIN)/python -m benchmarks.compile_gate
+
+static: $(STAMP) ## registers, instructions and launch settings of every kernel: benchmarks/static.md
+	$(BIN)/python -m benchmarks.static
 
 lint: $(STAMP) ## formatting, lint, types and spelling
 	$(BIN)/ruff format --check .

@@ -36,7 +36,7 @@ def test_failures_are_found():
     code = """
 from benchmarks.compile_gate import Launch, failures
 good = dict(case="c", kernel="adaln_fwd_kernel", target="sm_90", D=4096, dtype="bf16", warps=8,
-            registers=64, stack=0, shared=0, widths="L128x2 S128x2", error="")
+            registers=64, stack=0, shared=0, instructions=9, widths="L128x2 S128x2", error="")
 assert failures(Launch(**good)) == []
 assert failures(Launch(**good | {"stack": 8})) == ["8 bytes of stack"]
 assert failures(Launch(**good | {"stack": 8, "D": 8192})) == []

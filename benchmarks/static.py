@@ -1,0 +1,115 @@
+"""What can be said of the Triton kernels without a GPU, as a table: `benchmarks/static.md`.
+
+Every launch of the compile gate's cases is compiled for one target; beside registers, stack and
+shared memory stand the instructions of the whole kernel. They are counted as they lie in the code,
+not as they run: a loop counts once.
+
+    python -m benchmarks.static      writes the table, about two minutes on 2 cores
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+# compile_gate first: it turns Triton's interpreter off before triton is imported.
+from benchmarks import compile_gate, registry
+from dblocks.kernels import _launch
+
+TARGET = "sm_90"
+WIDTHS = (1024, 1536, 4096, 8192, 16384)
+FILE = Path(__file__).parent / "static.md"
+HEADER = ("case", "kernel", "D", "dtype", "warps", "registers", "stack", "shared", "instructions")
+
+
+def table(rows: Iterable[Iterable[object]], header: tuple[str, ...]) -> str:
+    """A markdown table."""
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join(lines)
+
+
+def settings(widths: Iterable[int]) -> str:
+    """The tile of each width, as the launches of adaln and its backward choose it."""
+    rows = []
+    for D in widths:
+        tile = _launch.row_tile(D, 4096)
+        elements = tile.BLOCK_R * tile.BLOCK_D // (32 * tile.num_warps)
+        form = "one pass" if D <= _launch.MAX_ONE_PASS_WIDTH else "two kernels"
+        rows.append((D, tile.BLOCK_R, tile.BLOCK_D, tile.num_warps, elements, form))
+    header = ("D", "rows a tile", "columns a tile", "warps", "elements a thread", "backward")
+    return table(rows, header)
+
+
+def traffic() -> str:
+    """Bytes per element of each op of the benchmarks, forward and backward."""
+    rows = [
+        (op.name, *(f(e) for e in (2, 4) for f in (op.bytes_forward, op.bytes_backward)))
+        for op in registry.OPS
+    ]
+    header = ("op", "forward, bf16", "backward, bf16", "forward, f32", "backward, f32")
+    return table(rows, header)
+
+
+def document(launches: list[compile_gate.Launch], widths: Iterable[int]) -> str:
+    """The whole page."""
+    triton = compile_gate.triton.__version__
+    torch = compile_gate.torch.__version__.partition("+")[0]
+    rows = [
+        (r.case, r.kernel, r.D, r.dtype, r.warps, r.registers, r.stack, r.shared, r.instructions)
+        for r in launches
+    ]
+    return f"""# The Triton kernels, as compiled for {TARGET}
+
+Made by `make static` with triton {triton} and torch {torch};
+no GPU is needed, and nothing here is a measurement of time. Launches are those of the compile gate:
+[8, 4096, D], modulations float32, those per token in the dtype of x.
+
+## Launch settings
+
+A thread holds 16 elements of a tile: a 16-byte access of a 16-bit dtype takes 8, so two of them
+are in flight for each tensor. A tile has at least 2,048 elements, so narrow rows share one; 16
+warps are the most that devices of 64 threads a warp can start, so above D = 8,192 a thread holds
+more, and the sums of the backward no longer fit beside the row.
+
+{settings(widths)}
+
+## Bytes
+
+What an op that fuses everything must read and write for an element of [N, T, D], counted from the
+code; modulations and losses are too small to count.
+
+{traffic()}
+
+## Kernels
+
+Stack, shared memory in bytes; instructions as they lie in the code, a loop counts once.
+
+{table(rows, HEADER)}
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
+    parser.add_argument("--case", default="", help="only the cases whose name contains this")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    jobs = [j for j in compile_gate.jobs(tuple(args.widths), (TARGET,)) if args.case in j[2]]
+    with ProcessPoolExecutor(args.workers) as pool:
+        launches = [row for rows in pool.map(compile_gate.check_case, jobs) for row in rows]
+    broken = [row for row in launches if row.error]
+    for row in broken:
+        print(f"{row.case}, {row.kernel}, D = {row.D}: {row.error}", file=sys.stderr)
+    if broken or not launches:
+        return 1
+    args.out.write_text(document(launches, args.widths), encoding="utf-8")
+    print(f"{len(launches)} launches in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""The table of the compiled kernels, in a process of its own as the compile gate is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def static(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.static", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_every_launch_has_a_line_with_its_instructions(tmp_path):
+    page = tmp_path / "static.md"
+    done = static("--widths", "1024", "--case", "gated_residual", "--out", str(page))
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if "_kernel |" in line]
+    assert [line[1].strip() for line in lines[:2]] == ["adaln_fwd_kernel", "adaln_bwd_kernel"]
+    assert all(int(line[-1]) > 50 for line in lines)
+    assert "| adaln | 4 | 6 | 8 | 12 |" in text
+
+
+def test_without_launches_nothing_is_written(tmp_path):
+    page = tmp_path / "static.md"
+    assert static("--case", "no such case", "--out", str(page)).returncode == 1
+    assert not page.exists()
