@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from dblocks._version import __version__
-from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.blocks import BlocksConfig, DiffusionBlocks, unwrapped
 from dblocks.models.vit import ViT, ViTConfig
 
 FORMAT = 1
@@ -71,11 +71,21 @@ def save_model(folder: str | Path, model: ViT | DiffusionBlocks) -> None:
 
     Args:
         folder: where to write; files of an earlier save there are replaced.
-        model: a `ViT` trained end to end, or the `DiffusionBlocks` of one.
+        model: a `ViT` trained end to end, or the `DiffusionBlocks` of one; these also inside
+            torch.compile's or AveragedModel's wrapper.
+
+    Raises:
+        TypeError: `model` is neither.
     """
+    model = unwrapped(model)
+    vit = _network(model)
+    if not isinstance(vit, ViT):
+        raise TypeError(
+            "model must be a ViT or the DiffusionBlocks of one, "
+            f"got {type(vit).__name__}; save its state_dict yourself"
+        )
     folder, safetensors = Path(folder), _safetensors()
     make_folder(folder)
-    vit = _network(model)
     config = model.config if isinstance(model, DiffusionBlocks) else None
     written = {
         "format": FORMAT,
@@ -107,11 +117,10 @@ def load_model(folder: str | Path) -> ViT | DiffusionBlocks:
             model = DiffusionBlocks(model, BlocksConfig.from_dict(config["blocks_config"]))
     with _naming(folder / WEIGHTS_FILE):
         tensors = safetensors.load_file(folder / WEIGHTS_FILE)
-        copies = {name: tensors.pop(name) for name in list(tensors) if name.startswith(COPIES)}
-        _network(model).load_state_dict(tensors)
         if isinstance(model, DiffusionBlocks):
-            inner = {name.removeprefix(COPIES): tensor for name, tensor in copies.items()}
-            model.copies.load_state_dict(inner)
+            copies = [name for name in tensors if name.startswith(COPIES)]
+            model.copies.load_state_dict({n.removeprefix(COPIES): tensors.pop(n) for n in copies})
+        _network(model).load_state_dict(tensors)
     return model
 
 

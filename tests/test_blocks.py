@@ -6,14 +6,11 @@ from torch import nn
 
 from dblocks import functional as F
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.models.vit import ViT, ViTConfig
 from dblocks.nn import NoiseEmbedding
 from dblocks.sample import initial_noise, sample_euler
 from dblocks.schedule import NoiseSchedule
 from dblocks.train import make_optimizers, train_step
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 6, "heads": 2, "num_classes": 5}
+from tools import DEVICE, batch, normal, randomized, seeded, vit
 
 
 class ConvDenoiser(nn.Module):
@@ -54,31 +51,6 @@ class ConvDenoiser(nn.Module):
     def score(self, hidden, z, level, y, seed, batch):
         f = self.read_out(hidden, z, level)
         return F.edm_loss(f, y, level.sigma, seed, sigma_data=level.sigma_data)
-
-
-def vit(**options):
-    torch.manual_seed(0)
-    return ViT(ViTConfig(**{**SIZES, **options})).to(DEVICE)
-
-
-def randomized(model):
-    torch.manual_seed(1)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model
-
-
-def batch(n=8):
-    images = torch.randn(n, 3, 8, 8, generator=seeded(2)).to(DEVICE)
-    return {"images": images, "labels": torch.arange(n, device=DEVICE) % 5}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=seeded(seed)).to(DEVICE)
 
 
 # Layers

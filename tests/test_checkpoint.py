@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import load_model, prepare, save_model
@@ -191,6 +192,27 @@ def test_a_missing_copy_is_an_error(tmp_path):
     lose_a_copy(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: .*1\.positions"):
         load_model(tmp_path)
+
+
+def test_copies_beside_a_network_that_has_none_are_an_error(tmp_path):
+    save_model(tmp_path, make_vit(conditioning="none"))
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path) | {"copies.0.positions": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: .*copies\.0"):
+        load_model(tmp_path)
+
+
+def test_an_averaged_network_is_saved_as_it_is(tmp_path):
+    blocks = make_blocks()
+    save_model(tmp_path, AveragedModel(blocks))
+    loaded = load_model(tmp_path)
+    assert torch.equal(loaded.base_model.positions, blocks.base_model.positions)
+
+
+def test_another_model_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError, match="must be a ViT or the DiffusionBlocks of one, got Linear"):
+        save_model(tmp_path / "new", torch.nn.Linear(2, 2))
+    assert not (tmp_path / "new").exists()
 
 
 def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):

@@ -1,21 +1,15 @@
 """The compile gate in a process of its own: the tests' interpreter must not be on in it."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tools import ROOT, compiled
 
 
-def gate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.compile_gate", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+def gate(*arguments):
+    return compiled("benchmarks.compile_gate", *arguments)
 
 
 @pytest.mark.slow

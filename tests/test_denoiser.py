@@ -6,11 +6,8 @@ from torch import nn
 
 from dblocks import functional as F
 from dblocks.blocks import BlocksConfig, Bound, DiffusionBlocks, loss_factors
-from dblocks.models.vit import ViT, ViTConfig
 from dblocks.schedule import NoiseSchedule
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 6, "heads": 2, "num_classes": 5}
+from tools import DEVICE, batch, normal, randomized, seeded, vit
 
 
 class Oracle(nn.Module):
@@ -77,31 +74,6 @@ class Segments(Oracle):
         rows = (N * S, T // S, D)
         f, y, sigma = hidden.reshape(rows), y.reshape(rows), level.sigma.reshape(-1)
         return F.edm_loss(f, y, sigma, seed, sigma_data=level.sigma_data).view(N, S)
-
-
-def vit(**options):
-    torch.manual_seed(0)
-    return ViT(ViTConfig(**{**SIZES, **options})).to(DEVICE)
-
-
-def randomized(model):
-    torch.manual_seed(1)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model
-
-
-def batch(n=8):
-    images = torch.randn(n, 3, 8, 8, generator=seeded(2)).to(DEVICE)
-    return {"images": images, "labels": torch.arange(n, device=DEVICE) % 5}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=seeded(seed)).to(DEVICE)
 
 
 # Loss

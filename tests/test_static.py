@@ -1,19 +1,10 @@
-"""The table of the compiled kernels, in a process of its own as the compile gate is."""
+"""The table of the compiled kernels."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
+from tools import compiled
 
 
-def static(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.static", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+def static(*arguments):
+    return compiled("benchmarks.static", *arguments)
 
 
 def test_every_launch_has_a_line_with_its_instructions(tmp_path):

@@ -7,9 +7,8 @@ from torch import nn
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models.vit import ViT, ViTConfig
 from dblocks.train import make_optimizers, train_step
+from tools import DEVICE, SIZES, batch, seeded
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 6, "heads": 2, "num_classes": 5}
 FACTORIES = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1),
     "sgd": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9, weight_decay=0.1),
@@ -31,15 +30,6 @@ def model_of(shared="train", **options):
     for p in vit.parameters():
         nn.init.normal_(p, std=0.1)
     return DiffusionBlocks(vit.to(DEVICE), BlocksConfig(3, shared=shared))
-
-
-def batch(n=8):
-    images = torch.randn(n, 3, 8, 8, generator=seeded(2)).to(DEVICE)
-    return {"images": images, "labels": torch.arange(n, device=DEVICE) % 5}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def snapshot(model, optimizers, block):

@@ -3,15 +3,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as nnf
-from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models.vit import LabelEmbedding, ViT, ViTConfig, classify
 from dblocks.sample import initial_noise, sample_logits
 from dblocks.train import make_optimizers, train_step
+from tools import DEVICE, randomized, seeded
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KINDS = ("dit", "official", "none")
 SIZES = {
     "image_size": 8,
@@ -36,17 +35,6 @@ def _one_thread():
 def vit_of(**options):
     torch.manual_seed(0)
     return ViT(ViTConfig(**{**SIZES, **options})).to(DEVICE)
-
-
-def randomized(model):
-    torch.manual_seed(1)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def easy_batch(n=32, seed=0):
