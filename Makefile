@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
-$(STAMP): requirements/pinned.txt pyproject.toml setup.py
+$(STAMP): requirements/pinned.txt pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements/pinned.txt
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .

@@ -12,7 +12,8 @@ import torch
 
 from dblocks import functional
 from dblocks._version import __version__
-from dblocks.ops._common import HAS_TRITON, INTERPRETED, has_cpp, resolve_impl
+from dblocks.ops import _extension
+from dblocks.ops._common import HAS_TRITON, INTERPRETED, resolve_impl
 
 PACKAGES = ("torch", "triton", "numpy")
 # The others are the types that some ops return.
@@ -51,10 +52,10 @@ def cpu_name() -> str:
 
 
 def extension() -> str:
-    """Whether the C++ ops for CPUs are there, and what follows if not."""
-    if has_cpp():
-        return "built"
-    return "not built: on CPUs every op uses the reference"
+    """Whether the C++ ops for CPUs are there, for which instructions, and what follows if not."""
+    if _extension.MISSING:
+        return f"{_extension.MISSING}: on CPUs every op uses the reference"
+    return f"built; this processor runs the {torch.ops.dblocks.cpu_set()} kernels"
 
 
 def implementation(op: str, device: str) -> tuple[str, str]:
@@ -62,8 +63,8 @@ def implementation(op: str, device: str) -> tuple[str, str]:
     impl = resolve_impl("auto", torch.empty(1, 1, 1, device=device), op)
     reasons = {
         "triton": "the tensors are on a GPU",
-        "cpp": "the tensors are on a CPU and the C++ extension is built",
-        "reference": "plain PyTorch: the tensors are on a CPU and the C++ extension is not built",
+        "cpp": "the tensors are on a CPU and the C++ ops are built",
+        "reference": "plain PyTorch: the tensors are on a CPU and the C++ ops do not run here",
     }
     if impl == "reference" and device != "cpu":
         return impl, "plain PyTorch: no other implementation serves this device"

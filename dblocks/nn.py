@@ -7,6 +7,7 @@ modulations start at zero.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,8 @@ SINCOS_WIDTH = 256  # Peebles and Xie 2023 (DiT), frequency embedding
 MAX_PERIOD = 10_000.0
 EMBEDDING_STD = 0.02  # Peebles and Xie 2023 (DiT), initialisation of the timestep embedding
 OFFICIAL_WIDTH_DIVISOR = 6  # the published DiffusionBlocks ViT conditions on D//6 numbers
+
+GATE_CHUNKS = (2, 5)  # of a layer's modulation: shift, scale, gate of attention, then of the MLP
 
 ConditioningKind = Literal["dit", "official", "none"]
 
@@ -56,6 +59,17 @@ def conditioning_of(kind: str) -> Conditioning:
     if kind not in CONDITIONINGS:
         raise ValueError(f"conditioning must be one of {list(CONDITIONINGS)}, got {kind!r}")
     return CONDITIONINGS[kind]
+
+
+def inverse_silu(value: float) -> float:
+    """The x >= 0 with `x * sigmoid(x) = value`, for value >= 0, by Newton's method."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"value must be a finite number >= 0, got {value}")
+    x = value
+    for _ in range(50):
+        s = 1 / (1 + math.exp(-x))
+        x -= (x * s - value) / (s * (1 + x * (1 - s)))
+    return x
 
 
 def init_linear_(module: nn.Module) -> None:
@@ -120,6 +134,13 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(convention.width(dim), chunks * dim)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+
+    def start_at_(self, chunks: Sequence[int], value: float) -> None:
+        """Makes some chunks start at `value` >= 0 instead of 0, for every conditioning vector."""
+        bias = inverse_silu(value) if self.silu_output else value
+        with torch.no_grad():
+            for i in chunks:
+                self.linear.bias.chunk(self.chunks)[i].fill_(bias)
 
     def forward(self, cond: Tensor | None, batch_size: int) -> tuple[Tensor, ...]:
         """Chunks of the modulation, as strided views of one tensor.
@@ -233,6 +254,8 @@ class TransformerLayer(nn.Module):
         hidden_dim: width inside the MLP.
         kind: the convention of the conditioning.
         causal: whether attention is causal.
+        gate_init: what the gates are at the start: 0, as published, makes the layer the identity,
+            and 1 the plain layer.
 
     Source: Peebles and Xie 2023 (DiT), adaLN-Zero block.
     """
@@ -245,6 +268,7 @@ class TransformerLayer(nn.Module):
         *,
         kind: ConditioningKind = "dit",
         causal: bool = False,
+        gate_init: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = Norm(dim, kind)
@@ -252,6 +276,8 @@ class TransformerLayer(nn.Module):
         self.norm2 = Norm(dim, kind)
         self.mlp = MLP(dim, hidden_dim)
         self.modulation = None if kind == "none" else Modulation(dim, 6, kind)
+        if self.modulation is not None and gate_init:
+            self.modulation.start_at_(GATE_CHUNKS, gate_init)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """One layer.

@@ -64,6 +64,8 @@ class Run(JsonConfig):
     """Weight of a noise level's loss in blocks; chosen on the validation part."""
     conditioning: ConditioningKind = "official"
     """AdaLN of the blocks; the network trained end to end has none."""
+    gate_init: float = 1.0
+    """Of the blocks' layers: they start as the plain layers of the network trained end to end."""
     patch_size: int = 2
     """Side of a patch."""
     warmup: float = 0.05
@@ -107,6 +109,7 @@ class Run(JsonConfig):
             mlp_ratio=self.mlp_ratio,
             num_classes=NUM_CLASSES,
             conditioning="none" if self.end_to_end else self.conditioning,
+            gate_init=0.0 if self.end_to_end else self.gate_init,
         )
 
     def lr_at(self, step: int) -> float:

@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as nnf
 from torch import nn
 
-from dblocks.nn import AdaLayerNorm, Attention, Modulation, NoiseEmbedding, TransformerLayer
+from dblocks.nn import (
+    AdaLayerNorm,
+    Attention,
+    Modulation,
+    NoiseEmbedding,
+    TransformerLayer,
+    inverse_silu,
+)
 
 KINDS = ("dit", "official", "none")
 
@@ -157,3 +164,34 @@ def test_names_of_the_norms_parameters():
     assert list(AdaLayerNorm(12).state_dict()) == [
         "modulation.linear.weight", "modulation.linear.bias",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.0, 30.0])
+def test_inverse_silu(value):
+    assert nnf.silu(torch.tensor(inverse_silu(value), dtype=torch.float64)) == (
+        pytest.approx(value, abs=1e-12)
+    )
+
+
+def test_inverse_silu_is_of_numbers_that_are_not_negative():
+    with pytest.raises(ValueError, match="value must be a finite number >= 0, got -1"):
+        inverse_silu(-1.0)
+
+
+@pytest.mark.parametrize("kind", ["dit", "official"])
+def test_gates_of_one_make_the_plain_layer(kind):
+    torch.manual_seed(0)
+    plain = TransformerLayer(12, 3, 24, kind="none")
+    layer = TransformerLayer(12, 3, 24, kind=kind, gate_init=1.0)
+    missing = layer.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert all(name.startswith("modulation") for name in missing)
+    x = torch.randn(2, 5, 12)
+    cond = torch.randn(2, layer.modulation.linear.in_features)
+    for given in (cond, None):
+        torch.testing.assert_close(layer(x, given), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dit", "official"])
+def test_gates_of_zero_make_the_identity(kind):
+    layer, x = TransformerLayer(12, 3, 24, kind=kind), torch.randn(2, 5, 12)
+    assert torch.equal(layer(x, None), x)

@@ -5,13 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from dblocks.models.vit import ViT, ViTConfig
+from dblocks.ops import _extension
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NO_CPP = _extension.MISSING or ("" if DEVICE.type == "cpu" else "the tensors are on a GPU")
+needs_cpp = pytest.mark.skipif(bool(NO_CPP), reason=f"C++ ops: {NO_CPP}")
+FUSED = ("triton", pytest.param("cpp", marks=needs_cpp))
+IMPLS = ("reference", *FUSED)
 SIZES = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 6, "heads": 2, "num_classes": 5}
 
 
@@ -38,6 +44,11 @@ def randomized(model):
 
 def batch(n=8):
     return {"images": normal(n, 3, 8, 8, seed=2), "labels": torch.arange(n, device=DEVICE) % 5}
+
+
+def op(name, impl):
+    """An implementation of an op as it is registered."""
+    return getattr(torch.ops.dblocks, f"{name}_{impl}").default
 
 
 def compiled(module, *arguments):

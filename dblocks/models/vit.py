@@ -6,6 +6,7 @@ The same network runs end to end as a plain ViT, the baseline.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -56,6 +57,8 @@ class ViTConfig(JsonConfig):
     """Number of classes."""
     conditioning: ConditioningKind = "dit"
     """How layers are conditioned on the noise: dit, official, or none for the classical ViT."""
+    gate_init: float = 0.0
+    """What the gates of conditioned layers start at: 0, as published, or 1, the plain layer."""
     image_drop: float = 0.0
     """Probability of training without the image, for guidance."""
     embed_scale: float = 1.0
@@ -73,6 +76,8 @@ class ViTConfig(JsonConfig):
                 "mlp_ratio and embed_scale must be positive, "
                 f"got {self.mlp_ratio} and {self.embed_scale}"
             )
+        if not 0 <= self.gate_init < math.inf:
+            raise ValueError(f"gate_init must be a finite number >= 0, got {self.gate_init}")
         if not 0 <= self.image_drop < 1:
             raise ValueError(f"image_drop must be in [0, 1), got {self.image_drop}")
         size = self.height_width
@@ -138,7 +143,7 @@ class ViT(nn.Module):
     layers are conditioned on noise, the null conditioning.
 
     Positions start from a normal of deviation .5, class token and null image of .02, linear layers
-    Xavier uniform, modulations and the classifier at zero.
+    Xavier uniform, modulations and the classifier at zero, but for gates at `gate_init`.
 
     Args:
         config: the sizes.
@@ -162,7 +167,8 @@ class ViT(nn.Module):
         )
         hidden_dim = int(D * config.mlp_ratio)
         self.layers = nn.ModuleList(
-            TransformerLayer(D, config.heads, hidden_dim, kind=kind) for _ in range(config.depth)
+            TransformerLayer(D, config.heads, hidden_dim, kind=kind, gate_init=config.gate_init)
+            for _ in range(config.depth)
         )
         self.norm = Norm(D, "none")
         self.modulation = Modulation(D, 2, kind) if conditioned else None

@@ -10,6 +10,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+
+from dblocks.ops import _extension
 
 Impl = Literal["auto", "reference", "triton", "cpp"]
 Norm = Literal["layer", "rms"]
@@ -26,31 +30,56 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def has_cpp() -> bool:
-    """Whether the C++ extension for CPUs is built: its ops are registered when dblocks loads."""
-    return hasattr(torch.ops.dblocks, "adaln_fwd_cpp")
-
-
 def resolve_impl(impl: str, x: Tensor, op: str) -> str:
     """The implementation that `op` uses for the tensor `x`; a named one that cannot run raises."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "auto":
         impl = _auto(x)
+        if impl != "triton":
+            return impl
     if impl == "triton":
         _check_triton(x, op)
     if impl == "cpp":
-        raise RuntimeError(
-            f"{op}: impl='cpp' needs the C++ extension, which this build of dblocks does not have; "
-            "use impl='reference' or impl='auto'"
-        )
+        _check_cpp(x, op)
     return impl
 
 
 def _auto(x: Tensor) -> str:
-    if x.device.type in GPUS and x.dtype != torch.float64:
-        return "triton"
-    return "reference"
+    if x.dtype == torch.float64:
+        return "reference"
+    if x.is_cpu:
+        return "reference" if _extension.MISSING or in_transform() else "cpp"
+    return "triton" if x.device.type in GPUS else "reference"
+
+
+def in_transform() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is active.
+
+    Only the reference can take part in one.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _check_cpp(x: Tensor, op: str) -> None:
+    if x.device.type != "cpu":
+        raise RuntimeError(
+            f"{op}: impl='cpp' needs tensors on the CPU, got device {x.device}; move them, or use "
+            "impl='auto'"
+        )
+    if x.dtype == torch.float64:
+        raise TypeError(
+            f"{op}: impl='cpp' takes float32, bfloat16 and float16, got float64; "
+            "use impl='reference'"
+        )
+    if _extension.MISSING:
+        raise RuntimeError(
+            f"{op}: impl='cpp' needs the C++ ops, which are {_extension.MISSING}; install with a "
+            "compiler and torch at hand (pip install --no-build-isolation), or use "
+            "impl='reference'"
+        )
 
 
 def _check_triton(x: Tensor, op: str) -> None:
@@ -69,6 +98,13 @@ def _check_triton(x: Tensor, op: str) -> None:
             f"{op}: impl='triton' needs tensors on a GPU, got device {x.device}; move them, use "
             "impl='reference', or set TRITON_INTERPRET=1 before the import to run interpreted"
         )
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked of one of the tensors; without, the op is called bare."""
+    if in_transform():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def type_name(value: object) -> str:
@@ -91,6 +127,8 @@ def check_tensor(**tensors: object) -> None:
 
 def check_number(name: str, value: object) -> None:
     """`value` is a real number, a symbolic one of a graph included."""
+    if type(value) is float:
+        return
     if not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a real number, got {type_name(value)}; convert it first")
 
@@ -116,6 +154,49 @@ def check_device(like: Tensor, **tensors: Tensor | None) -> None:
                 f"{name} must be on {like.device} as the other tensors are, "
                 f"got {tensor.device}; move it there"
             )
+
+
+def rows_fit(
+    x: Tensor,
+    rows: tuple[Tensor, ...],
+    modulation: tuple[Tensor | None, ...],
+    channels: tuple[Tensor | None, ...] = (),
+) -> bool:
+    """Whether all arguments are as the checks below want them, in a fraction of their time.
+
+    It cannot say what is wrong: where it returns False the checks run, and raise.
+    """
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        return False
+    shape, device = x.shape, x.device
+    N, T, D = shape
+    segments = None
+    for tensor in (x, *rows):
+        if not _is_plain(tensor, device) or tensor.shape != shape:
+            return False
+    for tensor in modulation:
+        if tensor is None:
+            continue
+        if not _is_plain(tensor, device):
+            return False
+        size = tensor.shape
+        S = size[1] if len(size) == 3 else 1
+        if len(size) not in (2, 3) or size[0] != N or size[-1] != D:
+            return False
+        if S < 1 or T % S or (segments is not None and segments != S):
+            return False
+        segments = S
+    return all(p is None or (_is_plain(p, device) and p.shape == (D,)) for p in channels)
+
+
+def _is_plain(tensor: object, device: torch.device) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.dtype in FLOATS
+        and tensor.device == device
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
 
 
 def check_tokens(name: str, x: Tensor) -> None:
@@ -186,8 +267,10 @@ def check_out_dtype(dtype: torch.dtype | None) -> None:
         )
 
 
-def check_size(x: Tensor, op: str) -> None:
+def check_size(x: Tensor, op: str, impl: str) -> None:
     """The Triton kernels hold a row in registers, which bounds its width, and count rows."""
+    if impl != "triton":
+        return
     rows = x.shape[0] * x.shape[1]
     if rows >= MAX_TRITON_ROWS:
         raise ValueError(

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dblocks.ops import _common
@@ -65,18 +64,18 @@ def check_sigma(name: str, sigma: Tensor, x_name: str, x: Tensor, *, zero: bool 
     _common.check_float(**{name: sigma})
     _common.check_device(x, **{name: sigma})
     _check_sigma_shape(name, sigma, x_name, x)
-    known = type(sigma) in (Tensor, torch.nn.Parameter) and sigma.device.type == "cpu"
+    known = type(sigma) in (Tensor, torch.nn.Parameter) and sigma.is_cpu and sigma.numel() > 0
     if known and not torch.compiler.is_compiling() and not _is_traced():
-        values = sigma.detach()
-        if not bool((values >= 0 if zero else values > 0).all()):
-            raise ValueError(_sigma_message(name, f"a minimum of {values.min().item()}", zero))
-        if bool(values.isinf().any()):
+        low, high = (value.item() for value in sigma.detach().aminmax())  # NaN if there is one
+        if not (low >= 0 if zero else low > 0):
+            raise ValueError(_sigma_message(name, f"a minimum of {low}", zero))
+        if high == math.inf:
             raise ValueError(_infinite_message(name))
 
 
 def _is_traced() -> bool:
     """Whether a torch.func transform or a dispatch mode (make_fx, FakeTensorMode) is active."""
-    return peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None
+    return _common.in_transform() or _get_current_dispatch_mode() is not None
 
 
 def _infinite_message(name: str) -> str:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _common
-from dblocks.ops._adaln_triton import AdaLN
+from dblocks.ops._adaln_op import fused
 from dblocks.ops._common import Impl, Norm
 
 
@@ -54,21 +54,24 @@ def adaln(
 
     Source: Peebles and Xie 2023 (DiT), section 3.2; RMS norm: Zhang and Sennrich 2019.
     """
-    _common.check_tensor(x=x)
-    _common.check_tokens("x", x)
     _common.check_norm(norm, eps)
-    tensors = {"shift": shift, "scale": scale, "weight": weight, "bias": bias}
-    _common.check_float(x=x, **tensors)
-    _common.check_device(x, **tensors)
-    _common.check_modulation(x, shift=shift, scale=scale)
-    _common.check_channels(x, weight=weight, bias=bias)
-    _common.check_out_dtype(out_dtype)
-    if _common.resolve_impl(impl, x, "adaln") == "triton":
-        _common.check_size(x, "adaln")
-        rms = norm == "rms"
-        return AdaLN.apply(
-            x, None, None, shift, scale, weight, bias, True, rms, eps, out_dtype or x.dtype
-        )
+    if not _common.rows_fit(x, (), (shift, scale), (weight, bias)):
+        _common.check_tensor(x=x)
+        _common.check_tokens("x", x)
+        tensors = {"shift": shift, "scale": scale, "weight": weight, "bias": bias}
+        _common.check_float(x=x, **tensors)
+        _common.check_device(x, **tensors)
+        _common.check_modulation(x, shift=shift, scale=scale)
+        _common.check_channels(x, weight=weight, bias=bias)
+    if out_dtype is not None:
+        _common.check_out_dtype(out_dtype)
+    impl = _common.resolve_impl(impl, x, "adaln")
+    if impl != "reference":
+        _common.check_size(x, "adaln", impl)
+        return fused(
+            impl, x, None, None, shift, scale, weight, bias,
+            rms=norm == "rms", eps=eps, out_dtype=out_dtype,
+        )  # fmt: skip
     return reference.adaln(
         x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype
     )

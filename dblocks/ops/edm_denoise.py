@@ -7,13 +7,13 @@ from torch.autograd.function import once_differentiable
 from dblocks.kernels import reference
 from dblocks.ops import _common
 from dblocks.ops._common import Impl
+from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, kept, widest
 
-_lib = torch.library.Library("dblocks", "FRAGMENT")
-_lib.define("edm_denoise_fwd_triton(Tensor f, Tensor z, Tensor sigma, float sigma_data) -> Tensor")
-_lib.define(
-    "edm_denoise_bwd_triton(Tensor grad, Tensor sigma, float sigma_data, ScalarType? f_dtype, "
-    "ScalarType? z_dtype) -> (Tensor df, Tensor dz)"
+_FORWARD = "(Tensor f, Tensor z, Tensor sigma, float sigma_data) -> Tensor"
+_BACKWARD = (
+    "(Tensor grad, Tensor sigma, float sigma_data, ScalarType? f_dtype, ScalarType? z_dtype)"
+    " -> (Tensor df, Tensor dz)"
 )
 
 
@@ -25,7 +25,7 @@ def empty_grads(grad: Tensor, *dtypes: torch.dtype | None) -> tuple[Tensor, ...]
     )
 
 
-@torch.library.impl(_lib, "edm_denoise_fwd_triton", "CompositeExplicitAutograd")
+@triton_kernel("edm_denoise_fwd")
 def _fwd_triton(f, z, sigma, sigma_data):
     if z.numel() == 0:
         return torch.empty(z.shape, dtype=torch.float32, device=z.device)
@@ -34,7 +34,7 @@ def _fwd_triton(f, z, sigma, sigma_data):
     return edm_denoise_fwd(f, z, sigma, sigma_data)
 
 
-@torch.library.impl(_lib, "edm_denoise_bwd_triton", "CompositeExplicitAutograd")
+@triton_kernel("edm_denoise_bwd")
 def _bwd_triton(grad, sigma, sigma_data, f_dtype, z_dtype):
     if grad.numel() == 0:
         return empty_grads(grad, f_dtype, z_dtype)
@@ -43,40 +43,38 @@ def _bwd_triton(grad, sigma, sigma_data, f_dtype, z_dtype):
     return edm_denoise_bwd(grad, sigma, sigma_data, f_dtype, z_dtype)
 
 
-@torch.library.register_fake("dblocks::edm_denoise_fwd_triton", lib=_lib)
 def _fwd_fake(f, z, sigma, sigma_data):
     return torch.empty(z.shape, dtype=torch.float32, device=z.device)
 
 
-@torch.library.register_fake("dblocks::edm_denoise_bwd_triton", lib=_lib)
 def _bwd_fake(grad, sigma, sigma_data, f_dtype, z_dtype):
     return empty_grads(grad, f_dtype, z_dtype)
 
 
-_fwd = torch.ops.dblocks.edm_denoise_fwd_triton.default
-_bwd = torch.ops.dblocks.edm_denoise_bwd_triton.default
+_FWD = define("edm_denoise_fwd", _FORWARD, _fwd_fake)
+_BWD = define("edm_denoise_bwd", _BACKWARD, _bwd_fake)
 
 
 class _Denoise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, f, z, sigma, sigma_data):
+    def forward(ctx, f, z, sigma, sigma_data, impl):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept(sigma))
-        ctx.sigma_data, ctx.f_dtype, ctx.z_dtype = sigma_data, f.dtype, z.dtype
-        return _fwd(f, z, sigma, sigma_data)
+        ctx.sigma_data, ctx.f_dtype, ctx.z_dtype, ctx.impl = sigma_data, f.dtype, z.dtype, impl
+        return _FWD[impl](f, z, sigma, sigma_data)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         need_f, need_z = ctx.needs_input_grad[:2]
         if grad is None or not (need_f or need_z):
-            return None, None, None, None
+            return (None,) * 5
         (sigma,) = ctx.saved_tensors
-        df, dz = _bwd(
+        df, dz = _BWD[ctx.impl](
             grad, sigma, ctx.sigma_data,
             ctx.f_dtype if need_f else None, ctx.z_dtype if need_z else None,
         )  # fmt: skip
-        return df if need_f else None, dz if need_z else None, None, None
+        return df if need_f else None, dz if need_z else None, None, None, None
 
 
 def edm_denoise(
@@ -113,6 +111,10 @@ def edm_denoise(
     _common.check_device(f, z=z)
     check_sigma("sigma", sigma, "f", f)
     check_sigma_data(sigma_data)
-    if _common.resolve_impl(impl, widest(f, z), "edm_denoise") == "triton":
-        return _Denoise.apply(f, z, sigma.detach(), float(sigma_data))
+    impl = _common.resolve_impl(impl, widest(f, z), "edm_denoise")
+    if impl != "reference":
+        call = (f, z, sigma.detach(), float(sigma_data))
+        if _common.needs_autograd(f, z):
+            return _Denoise.apply(*call, impl)
+        return _FWD[impl](*call)
     return reference.edm_denoise(f, z, sigma.detach(), sigma_data=sigma_data)

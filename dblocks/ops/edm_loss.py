@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 from dblocks.kernels import reference
 from dblocks.ops import _common
 from dblocks.ops._common import Impl
+from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import (
     check_samples,
     check_sigma,
@@ -17,16 +18,15 @@ from dblocks.ops._noise_args import (
     widest,
 )
 
-_lib = torch.library.Library("dblocks", "FRAGMENT")
 _INPUTS = (
     "Tensor f, Tensor y, Tensor sigma, Tensor? seed_tensor, SymInt seed, SymInt offset, "
     "float sigma_data, Tensor? row_weight"
 )
-_lib.define(f"edm_loss_fwd_triton({_INPUTS}) -> Tensor")
-_lib.define(f"edm_loss_bwd_triton(Tensor grad, {_INPUTS}) -> Tensor")
+_FORWARD = f"({_INPUTS}) -> Tensor"
+_BACKWARD = f"(Tensor grad, {_INPUTS}) -> Tensor"
 
 
-@torch.library.impl(_lib, "edm_loss_fwd_triton", "CompositeExplicitAutograd")
+@triton_kernel("edm_loss_fwd")
 def _fwd_triton(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
     if y.numel() == 0:
         return torch.zeros(y.shape[0], dtype=torch.float32, device=y.device)
@@ -35,7 +35,7 @@ def _fwd_triton(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
     return edm_loss_fwd(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
 
 
-@torch.library.impl(_lib, "edm_loss_bwd_triton", "CompositeExplicitAutograd")
+@triton_kernel("edm_loss_bwd")
 def _bwd_triton(grad, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
     if y.numel() == 0:
         return torch.empty(f.shape, dtype=f.dtype, device=f.device)
@@ -44,39 +44,39 @@ def _bwd_triton(grad, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_we
     return edm_loss_bwd(grad, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
 
 
-@torch.library.register_fake("dblocks::edm_loss_fwd_triton", lib=_lib)
 def _fwd_fake(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
     return torch.empty(y.shape[0], dtype=torch.float32, device=y.device)
 
 
-@torch.library.register_fake("dblocks::edm_loss_bwd_triton", lib=_lib)
 def _bwd_fake(grad, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
     return torch.empty(f.shape, dtype=f.dtype, device=f.device)
 
 
-_fwd = torch.ops.dblocks.edm_loss_fwd_triton.default
-_bwd = torch.ops.dblocks.edm_loss_bwd_triton.default
+_FWD = define("edm_loss_fwd", _FORWARD, _fwd_fake)
+_BWD = define("edm_loss_bwd", _BACKWARD, _bwd_fake)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
+    def forward(ctx, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, impl):
         ctx.set_materialize_grads(False)
         # A counter may be stepped before backward, so the seed is copied in eager mode as well.
         used_seed = None if seed_tensor is None else keep(seed_tensor)
         used_sigma, used_weight = kept(sigma, row_weight)
         ctx.save_for_backward(f, y, used_sigma, used_seed, used_weight)
-        ctx.seed, ctx.offset, ctx.sigma_data = seed, offset, sigma_data
-        return _fwd(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
+        ctx.seed, ctx.offset, ctx.sigma_data, ctx.impl = seed, offset, sigma_data, impl
+        return _FWD[impl](f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         if grad is None or not ctx.needs_input_grad[0]:
-            return (None,) * 8
+            return (None,) * 9
         f, y, sigma, seed_tensor, row_weight = ctx.saved_tensors
-        df = _bwd(grad, f, y, sigma, seed_tensor, ctx.seed, ctx.offset, ctx.sigma_data, row_weight)
-        return (df, *(None,) * 7)
+        df = _BWD[ctx.impl](
+            grad, f, y, sigma, seed_tensor, ctx.seed, ctx.offset, ctx.sigma_data, row_weight
+        )
+        return (df, *(None,) * 8)
 
 
 def _check_row_weight(row_weight: Tensor | None, y: Tensor) -> None:
@@ -144,8 +144,10 @@ def edm_loss(
     seed_tensor, number = split_seed(seed, offset, f)
     y, sigma = y.detach(), sigma.detach()
     row_weight = None if row_weight is None else row_weight.detach()
-    if _common.resolve_impl(impl, widest(f, y), "edm_loss") == "triton":
-        return _Loss.apply(f, y, sigma, seed_tensor, number, offset, float(sigma_data), row_weight)
+    impl = _common.resolve_impl(impl, widest(f, y), "edm_loss")
+    if impl != "reference":
+        call = (f, y, sigma, seed_tensor, number, offset, float(sigma_data), row_weight)
+        return _Loss.apply(*call, impl) if _common.needs_autograd(f) else _FWD[impl](*call)
     return reference.edm_loss(
         f, y, sigma, seed, offset=offset, sigma_data=sigma_data, row_weight=row_weight
     )

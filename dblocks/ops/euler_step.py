@@ -7,19 +7,19 @@ from torch.autograd.function import once_differentiable
 from dblocks.kernels import reference
 from dblocks.ops import _common
 from dblocks.ops._common import Impl
+from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_value, kept, widest
 from dblocks.ops.edm_denoise import empty_grads
 
-_lib = torch.library.Library("dblocks", "FRAGMENT")
 _LEVELS = "Tensor? sigma, Tensor? sigma_next, float sigma_value, float sigma_next_value"
-_lib.define(f"euler_step_fwd_triton(Tensor z, Tensor denoised, {_LEVELS}) -> Tensor")
-_lib.define(
-    f"euler_step_bwd_triton(Tensor grad, {_LEVELS}, ScalarType? z_dtype, "
-    "ScalarType? denoised_dtype) -> (Tensor dz, Tensor ddenoised)"
+_FORWARD = f"(Tensor z, Tensor denoised, {_LEVELS}) -> Tensor"
+_BACKWARD = (
+    f"(Tensor grad, {_LEVELS}, ScalarType? z_dtype, ScalarType? denoised_dtype)"
+    " -> (Tensor dz, Tensor ddenoised)"
 )
 
 
-@torch.library.impl(_lib, "euler_step_fwd_triton", "CompositeExplicitAutograd")
+@triton_kernel("euler_step_fwd")
 def _fwd_triton(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
     if z.numel() == 0:
         return torch.empty(z.shape, dtype=torch.float32, device=z.device)
@@ -28,7 +28,7 @@ def _fwd_triton(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
     return euler_step_fwd(z, denoised, [sigma, sigma_next], [sigma_value, sigma_next_value])
 
 
-@torch.library.impl(_lib, "euler_step_bwd_triton", "CompositeExplicitAutograd")
+@triton_kernel("euler_step_bwd")
 def _bwd_triton(grad, sigma, sigma_next, sigma_value, sigma_next_value, z_dtype, denoised_dtype):
     if grad.numel() == 0:
         return empty_grads(grad, z_dtype, denoised_dtype)
@@ -38,38 +38,36 @@ def _bwd_triton(grad, sigma, sigma_next, sigma_value, sigma_next_value, z_dtype,
     return euler_step_bwd(grad, sigmas, values, z_dtype, denoised_dtype)
 
 
-@torch.library.register_fake("dblocks::euler_step_fwd_triton", lib=_lib)
 def _fwd_fake(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
     return torch.empty(z.shape, dtype=torch.float32, device=z.device)
 
 
-@torch.library.register_fake("dblocks::euler_step_bwd_triton", lib=_lib)
 def _bwd_fake(grad, sigma, sigma_next, sigma_value, sigma_next_value, z_dtype, denoised_dtype):
     return empty_grads(grad, z_dtype, denoised_dtype)
 
 
-_fwd = torch.ops.dblocks.euler_step_fwd_triton.default
-_bwd = torch.ops.dblocks.euler_step_bwd_triton.default
+_FWD = define("euler_step_fwd", _FORWARD, _fwd_fake)
+_BWD = define("euler_step_bwd", _BACKWARD, _bwd_fake)
 
 
 class _EulerStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
+    def forward(ctx, z, denoised, sigma, sigma_next, sigma_value, sigma_next_value, impl):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept(sigma, sigma_next))
-        ctx.values = sigma_value, sigma_next_value
+        ctx.values, ctx.impl = (sigma_value, sigma_next_value), impl
         ctx.dtypes = z.dtype, denoised.dtype
-        return _fwd(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value)
+        return _FWD[impl](z, denoised, sigma, sigma_next, sigma_value, sigma_next_value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:2]
         if grad is None or not any(needs):
-            return (None,) * 6
+            return (None,) * 7
         dtypes = [d if n else None for d, n in zip(ctx.dtypes, needs, strict=True)]
-        grads = _bwd(grad, *ctx.saved_tensors, *ctx.values, *dtypes)
-        return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 4)
+        grads = _BWD[ctx.impl](grad, *ctx.saved_tensors, *ctx.values, *dtypes)
+        return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 5)
 
 
 def _level(sigma: Tensor | float, z: Tensor) -> tuple[Tensor | None, float]:
@@ -147,7 +145,11 @@ def euler_step(
         s.detach() if isinstance(s, Tensor) else float(s) for s in (sigma, sigma_next)
     )
     _check_segments(sigma, sigma_next)
-    if _common.resolve_impl(impl, widest(z, denoised), "euler_step") == "triton":
+    impl = _common.resolve_impl(impl, widest(z, denoised), "euler_step")
+    if impl != "reference":
         (level, value), (level_next, value_next) = _level(sigma, z), _level(sigma_next, z)
-        return _EulerStep.apply(z, denoised, level, level_next, value, value_next)
+        call = (z, denoised, level, level_next, value, value_next)
+        if _common.needs_autograd(z, denoised):
+            return _EulerStep.apply(*call, impl)
+        return _FWD[impl](*call)
     return reference.euler_step(z, denoised, sigma, sigma_next)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _common
-from dblocks.ops._adaln_triton import AdaLN
+from dblocks.ops._adaln_op import fused
 from dblocks.ops._common import Impl
 
 
@@ -31,13 +31,15 @@ def gated_residual(
 
     Source: Peebles and Xie 2023 (DiT), adaLN-Zero block.
     """
-    _common.check_tensor(x=x, branch=branch)
-    _common.check_tokens("x", x)
-    _common.check_same_shape("branch", branch, "x", x)
-    _common.check_float(x=x, branch=branch, gate=gate)
-    _common.check_device(x, branch=branch, gate=gate)
-    _common.check_modulation(x, gate=gate)
-    if _common.resolve_impl(impl, x, "gated_residual") == "triton":
-        _common.check_size(x, "gated_residual")
-        return AdaLN.apply(x, branch, gate, None, None, None, None, False, False, 0.0, x.dtype)
+    if not _common.rows_fit(x, (branch,), (gate,)):
+        _common.check_tensor(x=x, branch=branch)
+        _common.check_tokens("x", x)
+        _common.check_same_shape("branch", branch, "x", x)
+        _common.check_float(x=x, branch=branch, gate=gate)
+        _common.check_device(x, branch=branch, gate=gate)
+        _common.check_modulation(x, gate=gate)
+    impl = _common.resolve_impl(impl, x, "gated_residual")
+    if impl != "reference":
+        _common.check_size(x, "gated_residual", impl)
+        return fused(impl, x, branch, gate, normalise=False)
     return reference.gated_residual(x, branch, gate)

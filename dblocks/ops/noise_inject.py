@@ -9,17 +9,14 @@ from torch.autograd.function import once_differentiable
 from dblocks.kernels import reference
 from dblocks.ops import _common
 from dblocks.ops._common import Impl
+from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, kept, split_seed
 
-_lib = torch.library.Library("dblocks", "FRAGMENT")
-_lib.define(
-    "noise_inject_fwd_triton(Tensor y, Tensor sigma, Tensor? seed_tensor, SymInt seed, "
-    "SymInt offset, float sigma_data, ScalarType dtype, bool need_z) -> (Tensor z, Tensor z_in)"
+_FORWARD = (
+    "(Tensor y, Tensor sigma, Tensor? seed_tensor, SymInt seed, SymInt offset, float sigma_data, "
+    "ScalarType dtype, bool need_z) -> (Tensor z, Tensor z_in)"
 )
-_lib.define(
-    "noise_inject_bwd_triton(Tensor? dz, Tensor dz_in, Tensor sigma, float sigma_data, "
-    "ScalarType dtype) -> Tensor"
-)
+_BACKWARD = "(Tensor? dz, Tensor dz_in, Tensor sigma, float sigma_data, ScalarType dtype) -> Tensor"
 
 
 class Noised(NamedTuple):
@@ -34,7 +31,7 @@ def _empty_outputs(y: Tensor, dtype: torch.dtype, need_z: bool) -> tuple[Tensor,
     return z, torch.empty(y.shape, dtype=dtype, device=y.device)
 
 
-@torch.library.impl(_lib, "noise_inject_fwd_triton", "CompositeExplicitAutograd")
+@triton_kernel("noise_inject_fwd")
 def _fwd_triton(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z):
     if y.numel() == 0:
         return _empty_outputs(y, dtype, need_z)
@@ -43,7 +40,7 @@ def _fwd_triton(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z):
     return noise_inject_fwd(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)
 
 
-@torch.library.impl(_lib, "noise_inject_bwd_triton", "CompositeExplicitAutograd")
+@triton_kernel("noise_inject_bwd")
 def _bwd_triton(dz, dz_in, sigma, sigma_data, dtype):
     if dz_in.numel() == 0:
         return torch.empty(dz_in.shape, dtype=dtype, device=dz_in.device)
@@ -52,27 +49,25 @@ def _bwd_triton(dz, dz_in, sigma, sigma_data, dtype):
     return noise_inject_bwd(dz, dz_in, sigma, sigma_data, dtype)
 
 
-@torch.library.register_fake("dblocks::noise_inject_fwd_triton", lib=_lib)
 def _fwd_fake(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z):
     return _empty_outputs(y, dtype, need_z)
 
 
-@torch.library.register_fake("dblocks::noise_inject_bwd_triton", lib=_lib)
 def _bwd_fake(dz, dz_in, sigma, sigma_data, dtype):
     return torch.empty(dz_in.shape, dtype=dtype, device=dz_in.device)
 
 
-_fwd = torch.ops.dblocks.noise_inject_fwd_triton.default
-_bwd = torch.ops.dblocks.noise_inject_bwd_triton.default
+_FWD = define("noise_inject_fwd", _FORWARD, _fwd_fake)
+_BWD = define("noise_inject_bwd", _BACKWARD, _bwd_fake)
 
 
 class _NoiseInject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z):
+    def forward(ctx, y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z, impl):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept(sigma))
-        ctx.sigma_data, ctx.dtype, ctx.need_z = sigma_data, y.dtype, need_z
-        z, z_in = _fwd(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)
+        ctx.sigma_data, ctx.dtype, ctx.need_z, ctx.impl = sigma_data, y.dtype, need_z, impl
+        z, z_in = _FWD[impl](y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)
         if not need_z:
             ctx.mark_non_differentiable(z)
         return z, z_in
@@ -82,9 +77,9 @@ class _NoiseInject(torch.autograd.Function):
     def backward(ctx, dz, dz_in):
         dz = dz if ctx.need_z else None
         if dz_in is None:
-            return (None if dz is None else dz.to(ctx.dtype), *(None,) * 7)
+            return (None if dz is None else dz.to(ctx.dtype), *(None,) * 8)
         (sigma,) = ctx.saved_tensors
-        return (_bwd(dz, dz_in, sigma, ctx.sigma_data, ctx.dtype), *(None,) * 7)
+        return (_BWD[ctx.impl](dz, dz_in, sigma, ctx.sigma_data, ctx.dtype), *(None,) * 8)
 
 
 def noise_inject(
@@ -144,11 +139,11 @@ def noise_inject(
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     seed_tensor, number = split_seed(seed, offset, y)
     sigma = sigma.detach()
-    if _common.resolve_impl(impl, y, "noise_inject") == "triton":
-        z, z_in = _NoiseInject.apply(
-            y, sigma, seed_tensor, number, offset, float(sigma_data), dtype or y.dtype, need_z
-        )
-        return Noised(z if need_z else None, z_in)
+    impl = _common.resolve_impl(impl, y, "noise_inject")
+    if impl != "reference":
+        call = (y, sigma, seed_tensor, number, offset, float(sigma_data), dtype or y.dtype, need_z)
+        fused = _NoiseInject.apply(*call, impl) if _common.needs_autograd(y) else _FWD[impl](*call)
+        return Noised(fused[0] if need_z else None, fused[1])
     return Noised(
         *reference.noise_inject(
             y, sigma, seed, offset=offset, sigma_data=sigma_data, dtype=dtype,

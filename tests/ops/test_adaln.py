@@ -14,9 +14,9 @@ from dblocks.testing import (
     make,
     token_problems,
 )
+from tools import FUSED, IMPLS, op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLS = ("reference", "triton")
 
 
 NORMS = st.sampled_from(["layer", "rms"])
@@ -48,11 +48,12 @@ def test_forward_and_gradients_are_within_budget(impl, problem, norm, data):
     )
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @given(problem=problems(), norm=NORMS)
-def test_every_gradient_at_once(problem, norm):
+def test_every_gradient_at_once(impl, problem, norm):
     inputs, upstream = problem
     assume(inputs["x"].shape[-1] != DEGENERATE_WIDTH[norm])
-    check_against_reference(lambda **k: call(norm=norm, **k), inputs, upstream, impl="triton")
+    check_against_reference(lambda **k: call(norm=norm, **k), inputs, upstream, impl=impl)
 
 
 @given(problem=problems(max_rows=24), norm=NORMS)
@@ -64,8 +65,9 @@ def test_second_form_for_wide_rows(problem, norm):
         check_against_reference(lambda **k: call(norm=norm, **k), inputs, upstream, impl="triton")
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("D", [257, 8193])
-def test_widths_above_one_tile(D):
+def test_widths_above_one_tile(impl, D):
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "x": make((2, 3, D), "contiguous", torch.float32, generator, device=DEVICE),
@@ -73,7 +75,7 @@ def test_widths_above_one_tile(D):
         "weight": make((D,), "contiguous", torch.float32, generator, device=DEVICE),
     }
     upstream = make((2, 3, D), "contiguous", torch.float32, generator, device=DEVICE)
-    check_against_reference(call, inputs, [upstream], impl="triton")
+    check_against_reference(call, inputs, [upstream], impl=impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -86,20 +88,20 @@ def test_variance_survives_a_large_mean(impl, ratio):
     assert (y - expected).abs().max() < 4 * ratio * 2**-23
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("D", [7, 96, 768, 1000])
-def test_equal_elements_have_no_deviation(D):
+def test_equal_elements_have_no_deviation(impl, D):
     values = torch.arange(1, 17, device=DEVICE).view(2, 8, 1) * torch.tensor(77.7, device=DEVICE)
     for x in (values.expand(2, 8, D), values.repeat(1, 1, D), values.repeat(1, 1, D).bfloat16()):
-        y = adaln(x, None, None, impl="triton")
+        y = adaln(x, None, None, impl=impl)
         assert torch.equal(y, torch.zeros_like(y))
 
 
-def test_width_one_has_no_gradient_to_x():
+@pytest.mark.parametrize("impl", FUSED)
+def test_width_one_has_no_gradient_to_x(impl):
     x = torch.randn(3, 5, 1, device=DEVICE, requires_grad=True)
     scale = torch.randn(3, 1, device=DEVICE)
-    adaln(
-        x, None, scale, weight=torch.full((1,), 0.3, device=DEVICE), impl="triton"
-    ).sum().backward()
+    adaln(x, None, scale, weight=torch.full((1,), 0.3, device=DEVICE), impl=impl).sum().backward()
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
@@ -134,13 +136,14 @@ def test_each_modulation_reaches_its_own_rows_only(impl, S):
     assert torch.equal(differs.cpu(), expected)
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @given(problem=problems(), norm=NORMS)
-def test_two_runs_agree_bit_for_bit(problem, norm):
+def test_two_runs_agree_bit_for_bit(impl, problem, norm):
     inputs, upstream = problem
 
     def run():
         leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
-        y = call(impl="triton", norm=norm, **leaves)[0]
+        y = call(impl=impl, norm=norm, **leaves)[0]
         return [y, *torch.autograd.grad(y, list(leaves.values()), upstream[0].to(y.dtype))]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -157,14 +160,15 @@ def test_gradcheck_of_the_reference(norm):
     assert torch.autograd.gradcheck(f, tensors)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("impl", FUSED)
+def test_opcheck(impl):
     x, shift, scale = (torch.randn(s, device=DEVICE) for s in ((2, 4, 8), (2, 8), (2, 8)))
     forward = (x, None, None, shift, scale, None, None, True, False, 1e-6, torch.bfloat16)
-    torch.library.opcheck(torch.ops.dblocks.adaln_fwd_triton.default, forward)
-    _, y, mean, rstd = torch.ops.dblocks.adaln_fwd_triton(*forward)
+    torch.library.opcheck(op("adaln_fwd", impl), forward)
+    _, y, mean, rstd = op("adaln_fwd", impl)(*forward)
     needs = [True, False, False, True, True, False, False]
     backward = (y, None, x, None, None, shift, scale, None, None, mean, rstd, False, needs)
-    torch.library.opcheck(torch.ops.dblocks.adaln_bwd_triton.default, backward)
+    torch.library.opcheck(op("adaln_bwd", impl), backward)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -230,14 +234,15 @@ def test_only_a_last_stride_other_than_one_is_copied(layout):
     assert (_launch.unit_last(x) is x) == (layout != "transposed")
 
 
-def test_offsets_beyond_int32():
+@pytest.mark.parametrize("impl", FUSED)
+def test_offsets_beyond_int32(impl):
     step = 2**31 + 8
     # Zeroed lazily by the system: only the pages of the two samples are ever touched.
     storage = torch.from_numpy(np.zeros(step + 64, dtype=np.int16)).view(torch.bfloat16)
     x = storage.as_strided((2, 2, 8), (step, 8, 1))
     x.copy_(torch.randn(2, 2, 8))
-    y = adaln(x.to(DEVICE) if DEVICE.type == "cuda" else x, None, None, impl="triton")
-    assert torch.equal(y.cpu(), adaln(x.contiguous().to(DEVICE), None, None, impl="triton").cpu())
+    y = adaln(x.to(DEVICE) if DEVICE.type == "cuda" else x, None, None, impl=impl)
+    assert torch.equal(y.cpu(), adaln(x.contiguous().to(DEVICE), None, None, impl=impl).cpu())
 
 
 X = torch.randn(2, 6, 4)
@@ -277,7 +282,6 @@ M = torch.randn(2, 4)
         (TypeError, r"out_dtype must be .* got torch.int8", {"out_dtype": torch.int8}),
         (TypeError, r"takes float32, .* got float64", {"x": X.double(), "impl": "triton"}),
         (RuntimeError, r"scale must be on cpu .* got meta", {"scale": M.to("meta")}),
-        (RuntimeError, r"needs the C\+\+ extension", {"impl": "cpp"}),
         (
             ValueError,
             r"takes D <= 16384, got D = 16385",

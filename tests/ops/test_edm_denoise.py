@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from dblocks.kernels import reference
 from dblocks.ops.edm_denoise import edm_denoise
 from dblocks.testing import DTYPES, LAYOUTS, check_against_reference, make, segment_counts
+from tools import FUSED, IMPLS, op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLS = ("reference", "triton")
 
 
 @st.composite
@@ -96,13 +96,13 @@ def test_channels_last_images_give_contiguous_results(impl):
     assert out.is_contiguous()
 
 
-def test_autocast_has_no_effect():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_has_no_effect(impl):
     f, z = torch.randn(2, 2, 4, 8, device=DEVICE).unbind()
-    for impl in IMPLS:
-        plain = edm_denoise(f, z, torch.ones(2, device=DEVICE), impl=impl)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            cast = edm_denoise(f, z, torch.ones(2, device=DEVICE), impl=impl)
-        assert torch.equal(plain, cast)
+    plain = edm_denoise(f, z, torch.ones(2, device=DEVICE), impl=impl)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        cast = edm_denoise(f, z, torch.ones(2, device=DEVICE), impl=impl)
+    assert torch.equal(plain, cast)
 
 
 def test_gradcheck_of_the_reference():
@@ -111,13 +111,14 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(lambda f, z: edm_denoise(f, z, sigma), (f, z))
 
 
-def test_opcheck():
+@pytest.mark.parametrize("impl", FUSED)
+def test_opcheck(impl):
     f, z = torch.randn(2, 2, 4, 6, device=DEVICE).unbind()
     sigma = torch.rand(2, 2, device=DEVICE)
-    torch.library.opcheck(torch.ops.dblocks.edm_denoise_fwd_triton.default, (f, z, sigma, 0.5))
+    torch.library.opcheck(op("edm_denoise_fwd", impl), (f, z, sigma, 0.5))
     for dtypes in ((torch.float16, torch.float32), (None, torch.float32), (torch.float32, None)):
         args = (f, sigma, 0.5, *dtypes)
-        torch.library.opcheck(torch.ops.dblocks.edm_denoise_bwd_triton.default, args)
+        torch.library.opcheck(op("edm_denoise_bwd", impl), args)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -136,11 +137,12 @@ def test_compiles_to_one_graph(impl):
         torch.testing.assert_close(g, e)
 
 
-def test_a_graph_may_change_its_levels():
+@pytest.mark.parametrize("impl", FUSED)
+def test_a_graph_may_change_its_levels(impl):
     torch._dynamo.reset()
 
     def step(f, z, sigma):
-        denoised = edm_denoise(f, z, sigma, impl="triton")
+        denoised = edm_denoise(f, z, sigma, impl=impl)
         sigma.add_(1)
         return denoised.sum()
 

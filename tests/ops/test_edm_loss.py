@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from dblocks.kernels import reference
 from dblocks.ops.edm_loss import edm_loss
 from dblocks.testing import DTYPES, LAYOUTS, check_against_reference, make, segment_counts
+from tools import FUSED, IMPLS, op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLS = ("reference", "triton")
 SEEDS = st.sampled_from([0, 1, -1, 2**40 + 3, -(2**63), 2**63 - 1])
 OFFSETS = st.sampled_from([0, 1, 3, 4, 2**32 - 2, 2**33 + 5])
 
@@ -109,7 +109,7 @@ def test_only_f_gets_a_gradient(impl):
     loss.sum().backward()  # an expanded upstream gradient
     assert f.grad is not None
     assert y.grad is sigma.grad is weight.grad is None
-    if impl == "triton":
+    if impl != "reference":
         assert [t.shape for t in saved] == [f.shape, y.shape, (2,), (2,)]
     f.grad = None
     assert not edm_loss(f.detach(), y, sigma, 1, impl=impl).requires_grad
@@ -145,10 +145,11 @@ def test_samples_of_one_number(impl, N):
     assert torch.equal(edm_loss(f, y, sigma, 1, impl=impl), expected)
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("changed", ["sigma", "seed", "row_weight"])
 @pytest.mark.filterwarnings("default")  # Inductor's own deprecations
-def test_a_graph_may_change_what_it_gave(backend, changed):
+def test_a_graph_may_change_what_it_gave(impl, backend, changed):
     torch._dynamo.reset()
     f = torch.randn(2, 4, 6, device=DEVICE, requires_grad=True)
     y = torch.randn(2, 4, 6, device=DEVICE)
@@ -158,13 +159,13 @@ def test_a_graph_may_change_what_it_gave(backend, changed):
         return {"sigma": sigma, "seed": torch.tensor(5, device=DEVICE), "row_weight": weight}
 
     def step(f, y, sigma, seed, row_weight):
-        loss = edm_loss(f, y, sigma, seed, row_weight=row_weight, impl="triton").sum()
+        loss = edm_loss(f, y, sigma, seed, row_weight=row_weight, impl=impl).sum()
         {"sigma": sigma, "seed": seed, "row_weight": row_weight}[changed].add_(1)
         return loss
 
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     (got,) = torch.autograd.grad(compiled(f, y, **arguments()), f)
-    (expected,) = torch.autograd.grad(edm_loss(f, y, **arguments(), impl="triton").sum(), f)
+    (expected,) = torch.autograd.grad(edm_loss(f, y, **arguments(), impl=impl).sum(), f)
     torch.testing.assert_close(got, expected)
 
 
@@ -178,13 +179,13 @@ def test_a_seed_may_be_stepped_before_backward(impl):
     assert torch.equal(torch.autograd.grad(loss, f)[0], expected)
 
 
-def test_autocast_has_no_effect():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_has_no_effect(impl):
     f, y = torch.randn(2, 2, 4, 8, device=DEVICE).unbind()
-    for impl in IMPLS:
-        plain = edm_loss(f, y, torch.ones(2, device=DEVICE), 1, impl=impl)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            cast = edm_loss(f, y, torch.ones(2, device=DEVICE), 1, impl=impl)
-        assert torch.equal(plain, cast)
+    plain = edm_loss(f, y, torch.ones(2, device=DEVICE), 1, impl=impl)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        cast = edm_loss(f, y, torch.ones(2, device=DEVICE), 1, impl=impl)
+    assert torch.equal(plain, cast)
 
 
 def test_gradcheck_of_the_reference():
@@ -194,14 +195,15 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(lambda f: edm_loss(f, y, sigma, 1, row_weight=weight), f)
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("seed_tensor", [None, torch.tensor(-4, device=DEVICE)])
 @pytest.mark.parametrize("weight", [None, torch.ones(2, 4, device=DEVICE)])
-def test_opcheck(seed_tensor, weight):
+def test_opcheck(impl, seed_tensor, weight):
     f, y = torch.randn(2, 2, 4, 6, device=DEVICE).unbind()
     args = (f.bfloat16(), y, torch.rand(2, 2, device=DEVICE), seed_tensor, -5, 2**33, 0.5, weight)
-    torch.library.opcheck(torch.ops.dblocks.edm_loss_fwd_triton.default, args)
+    torch.library.opcheck(op("edm_loss_fwd", impl), args)
     grad = torch.ones(2, device=DEVICE)
-    torch.library.opcheck(torch.ops.dblocks.edm_loss_bwd_triton.default, (grad, *args))
+    torch.library.opcheck(op("edm_loss_bwd", impl), (grad, *args))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from dblocks.kernels import reference
 from dblocks.ops.euler_step import euler_step
 from dblocks.testing import DTYPES, LAYOUTS, check_against_reference, make, segment_counts
+from tools import FUSED, IMPLS, op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLS = ("reference", "triton")
 
 
 @st.composite
@@ -108,12 +108,12 @@ def test_channels_last_images_give_contiguous_results(impl):
     assert out.is_contiguous()
 
 
-def test_autocast_has_no_effect():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_has_no_effect(impl):
     z, denoised = torch.randn(2, 2, 4, 8, device=DEVICE).unbind()
-    for impl in IMPLS:
-        plain = euler_step(z, denoised, 2.0, 1.0, impl=impl)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            assert torch.equal(plain, euler_step(z, denoised, 2.0, 1.0, impl=impl))
+    plain = euler_step(z, denoised, 2.0, 1.0, impl=impl)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert torch.equal(plain, euler_step(z, denoised, 2.0, 1.0, impl=impl))
 
 
 def test_gradcheck_of_the_reference():
@@ -122,13 +122,14 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(lambda z, d: euler_step(z, d, sigma, 0.2), (z, denoised))
 
 
-def test_opcheck():
+@pytest.mark.parametrize("impl", FUSED)
+def test_opcheck(impl):
     z, denoised = torch.randn(2, 2, 4, 6, device=DEVICE).unbind()
     sigma = torch.rand(2, 2, device=DEVICE) + 0.1
     for levels in ((sigma, sigma[:, 0], 1.0, 1.0), (None, sigma, 2.0, 1.0), (None, None, 2.0, 1.0)):
-        forward = torch.ops.dblocks.euler_step_fwd_triton.default
+        forward = op("euler_step_fwd", impl)
         torch.library.opcheck(forward, (z, denoised, *levels))
-        backward = torch.ops.dblocks.euler_step_bwd_triton.default
+        backward = op("euler_step_bwd", impl)
         torch.library.opcheck(backward, (z, *levels, torch.bfloat16, None))
 
 
@@ -161,11 +162,12 @@ def test_numbers_do_not_recompile(impl):
     assert counter.frame_count <= 3
 
 
-def test_a_graph_may_change_its_levels():
+@pytest.mark.parametrize("impl", FUSED)
+def test_a_graph_may_change_its_levels(impl):
     torch._dynamo.reset()
 
     def step(z, denoised, sigma, sigma_next):
-        out = euler_step(z, denoised, sigma, sigma_next, impl="triton")
+        out = euler_step(z, denoised, sigma, sigma_next, impl=impl)
         sigma.add_(1)
         sigma_next.add_(1)
         return out.sum()

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from dblocks.functional import gated_residual
 from dblocks.kernels import _launch
 from dblocks.testing import check_against_reference, token_problems
+from tools import FUSED, IMPLS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLS = ("reference", "triton")
 
 
 def problems(max_rows=64):
@@ -44,14 +44,15 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(gated_residual, tensors)
 
 
-def test_saves_the_branch_only_for_the_gate():
+@pytest.mark.parametrize("impl", FUSED)
+def test_saves_the_branch_only_for_the_gate(impl):
     x, branch = (torch.randn(2, 6, 10, device=DEVICE, requires_grad=True) for _ in range(2))
     gate = torch.randn(2, 10, device=DEVICE)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda s: s):
-        gated_residual(x, branch, gate, impl="triton")
+        gated_residual(x, branch, gate, impl=impl)
         assert not any(t.shape == x.shape for t in saved)
-        gated_residual(x, branch, gate.requires_grad_(), impl="triton")
+        gated_residual(x, branch, gate.requires_grad_(), impl=impl)
         assert sum(t.shape == x.shape for t in saved) == 1
 
 

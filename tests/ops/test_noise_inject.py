@@ -9,9 +9,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dblocks.kernels import reference
 from dblocks.ops.noise_inject import noise_inject
 from dblocks.testing import DTYPES, LAYOUTS, check_against_reference, make, segment_counts
+from tools import FUSED, IMPLS, op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLS = ("reference", "triton")
 SEEDS = st.sampled_from([0, 1, -1, 2**40 + 3, -(2**63), 2**63 - 1])
 OFFSETS = st.sampled_from([0, 1, 3, 4, 2**32 - 2, 2**33 + 5])
 
@@ -109,7 +109,7 @@ def test_runs_repeat_and_saves_sigma_only(impl):
     again = noise_inject(y, sigma, torch.tensor(2, device=DEVICE), impl=impl)
     assert torch.equal(first.z, again.z)
     assert torch.equal(first.z_in, again.z_in)
-    if impl == "triton":
+    if impl != "reference":
         assert [t.shape for t in saved] == [(3,)]
     first.z_in.sum().backward()
     assert sigma.grad is None
@@ -136,11 +136,12 @@ def test_the_last_offset(impl):
         noise_inject(y, sigma, 1, offset=2**63 - 5, impl=impl)
 
 
-def test_a_graph_may_change_its_levels():
+@pytest.mark.parametrize("impl", FUSED)
+def test_a_graph_may_change_its_levels(impl):
     torch._dynamo.reset()
 
     def step(y, sigma):
-        z_in = noise_inject(y, sigma, 1, impl="triton").z_in
+        z_in = noise_inject(y, sigma, 1, impl=impl).z_in
         sigma.add_(1)
         return z_in.sum()
 
@@ -186,13 +187,13 @@ def test_tracing_and_transforms_do_not_look_at_levels():
         assert call(y[0], sigma[0]).shape == (2, 4)
 
 
-def test_autocast_has_no_effect():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_has_no_effect(impl):
     y, sigma = torch.randn(2, 4, 8, device=DEVICE), torch.ones(2, device=DEVICE)
-    for impl in IMPLS:
-        plain = noise_inject(y, sigma, 1, impl=impl)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            cast = noise_inject(y, sigma, 1, impl=impl)
-        assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+    plain = noise_inject(y, sigma, 1, impl=impl)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        cast = noise_inject(y, sigma, 1, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
 def test_gradcheck_of_the_reference():
@@ -201,14 +202,15 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(lambda y: noise_inject(y, sigma, 1), y)
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("seed_tensor", [None, torch.tensor(-4, device=DEVICE)])
-def test_opcheck(seed_tensor):
+def test_opcheck(impl, seed_tensor):
     y, sigma = torch.randn(2, 4, 6, device=DEVICE).bfloat16(), torch.rand(2, 2, device=DEVICE)
-    forward = torch.ops.dblocks.noise_inject_fwd_triton.default
+    forward = op("noise_inject_fwd", impl)
     for need_z in (True, False):
         args = (y, sigma, seed_tensor, -5, 2**33, 0.5, torch.float16, need_z)
         torch.library.opcheck(forward, args)
-    backward = torch.ops.dblocks.noise_inject_bwd_triton.default
+    backward = op("noise_inject_bwd", impl)
     for dz in (y.float(), None):
         torch.library.opcheck(backward, (dz, y, sigma, 0.5, torch.bfloat16))
 
@@ -230,11 +232,12 @@ def test_compiles_to_one_graph_and_seeds_do_not_recompile(impl):
     assert counter.frame_count <= 3
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
-def test_compiles_with_inductor():
+def test_compiles_with_inductor(impl):
     torch._dynamo.reset()
-    call = lambda y, sigma, seed: noise_inject(y, sigma, seed, impl="triton")
+    call = lambda y, sigma, seed: noise_inject(y, sigma, seed, impl=impl)
     y, sigma = torch.randn(2, 4, 6, device=DEVICE), torch.rand(2, device=DEVICE) + 0.1
     for seed in (3, -(2**40)):
         got = torch.compile(call, fullgraph=True)(y, sigma, seed)

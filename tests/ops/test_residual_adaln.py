@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from dblocks.functional import adaln, gated_residual, residual_adaln
 from dblocks.kernels import _launch
 from dblocks.testing import check_against_reference, token_problems
+from tools import FUSED, IMPLS, op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLS = ("reference", "triton")
 NORMS = st.sampled_from(["layer", "rms"])
 
 
@@ -42,11 +42,12 @@ def test_forward_and_gradients_are_within_budget(impl, problem, norm, data):
     )
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @given(problem=problems(), norm=NORMS)
-def test_every_gradient_at_once(problem, norm):
+def test_every_gradient_at_once(impl, problem, norm):
     inputs, upstream = problem
     assume(inputs["x"].shape[-1] != DEGENERATE_WIDTH[norm])
-    check_against_reference(lambda **k: call(norm=norm, **k), inputs, upstream, impl="triton")
+    check_against_reference(lambda **k: call(norm=norm, **k), inputs, upstream, impl=impl)
 
 
 @given(problem=problems(max_rows=24), norm=NORMS, data=st.data())
@@ -61,13 +62,14 @@ def test_second_form_for_wide_rows(problem, norm, data):
         )
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @given(problem=problems(), norm=NORMS)
-def test_two_runs_agree_bit_for_bit(problem, norm):
+def test_two_runs_agree_bit_for_bit(impl, problem, norm):
     inputs, _ = problem
 
     def run():
         leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
-        out = call(impl="triton", norm=norm, **leaves)
+        out = call(impl=impl, norm=norm, **leaves)
         return [*out, *torch.autograd.grad([o.float().sum() for o in out], list(leaves.values()))]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -83,12 +85,13 @@ def test_is_the_gated_residual_and_its_adaln(impl, dtype):
     assert torch.equal(y, adaln(x_new, shift, scale, impl=impl))
 
 
-def test_saves_no_more_than_x_new_and_two_numbers_a_row():
+@pytest.mark.parametrize("impl", FUSED)
+def test_saves_no_more_than_x_new_and_two_numbers_a_row(impl):
     x, branch = (torch.randn(2, 6, 10, device=DEVICE, requires_grad=True) for _ in range(2))
     modulation = torch.randn(2, 30, device=DEVICE, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda s: s):
-        out = residual_adaln(x, branch, *modulation.detach().chunk(3, dim=-1), impl="triton")
+        out = residual_adaln(x, branch, *modulation.detach().chunk(3, dim=-1), impl=impl)
     assert sum(t.numel() for t in saved if t.shape == x.shape) == x.numel()
     assert any(t.data_ptr() == out.x_new.data_ptr() for t in saved)
     assert sum(t.numel() for t in saved if t.shape == x.shape[:2]) == 2 * 2 * 6
@@ -107,8 +110,9 @@ def test_gradcheck_of_the_reference(norm):
     assert torch.autograd.gradcheck(f, tensors)
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("needs", [[True] * 7, [False, True, False, True, False, False, True]])
-def test_opcheck(needs):
+def test_opcheck(impl, needs):
     x, branch = (torch.randn(2, 4, 8, device=DEVICE) for _ in range(2))
     gate, shift, scale, weight, bias = (
         *torch.randn(2, 24, device=DEVICE).chunk(3, dim=-1),
@@ -116,10 +120,10 @@ def test_opcheck(needs):
     )
     inputs = (branch, gate, shift, scale, weight, bias)
     forward = (x, *inputs, True, True, 1e-6, torch.float32)
-    torch.library.opcheck(torch.ops.dblocks.adaln_fwd_triton.default, forward)
-    x_new, y, mean, rstd = torch.ops.dblocks.adaln_fwd_triton(*forward)
+    torch.library.opcheck(op("adaln_fwd", impl), forward)
+    x_new, y, mean, rstd = op("adaln_fwd", impl)(*forward)
     backward = (y, x_new.clone(), x_new, *inputs, mean, rstd, True, needs)
-    torch.library.opcheck(torch.ops.dblocks.adaln_bwd_triton.default, backward)
+    torch.library.opcheck(op("adaln_bwd", impl), backward)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -1,36 +1,41 @@
-"""The Triton implementation of adaln, residual_adaln and gated_residual: schema, fake, autograd.
+"""adaln, residual_adaln and gated_residual in Triton and C++: schema, fake kernel, autograd.
 
 One pair of ops serves all three: `branch` is absent for adaln, `normalise` is false for
 gated_residual. An output that was not asked for has no elements.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_lib = torch.library.Library("dblocks", "FRAGMENT")
+from dblocks.ops import _common
+from dblocks.ops._library import define, triton_kernel
+
 _INPUTS = (
     "Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, "
     "Tensor? weight, Tensor? bias"
 )
-_lib.define(
-    f"adaln_fwd_triton({_INPUTS}, bool normalise, bool rms, float eps, ScalarType out_dtype)"
+_FORWARD = (
+    f"({_INPUTS}, bool normalise, bool rms, float eps, ScalarType out_dtype)"
     " -> (Tensor x_new, Tensor y, Tensor mean, Tensor rstd)"
 )
-_lib.define(
-    f"adaln_bwd_triton(Tensor? dy, Tensor? dx_new, {_INPUTS}, Tensor mean, Tensor rstd, bool rms,"
-    " bool[] needs) -> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale,"
-    " Tensor dweight, Tensor dbias)"
+_BACKWARD = (
+    f"(Tensor? dy, Tensor? dx_new, {_INPUTS}, Tensor mean, Tensor rstd, bool rms, bool[] needs)"
+    " -> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale, Tensor dweight,"
+    " Tensor dbias)"
 )
 
 
-@torch.library.impl(_lib, "adaln_fwd_triton", "CompositeExplicitAutograd")
+@triton_kernel("adaln_fwd")
 def _fwd_triton(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype):
     from dblocks.kernels.adaln_fwd import adaln_fwd
 
     return adaln_fwd(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype)
 
 
-@torch.library.impl(_lib, "adaln_bwd_triton", "CompositeExplicitAutograd")
+@triton_kernel("adaln_bwd")
 def _bwd_triton(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, needs):
     from dblocks.kernels.adaln_bwd import adaln_bwd
 
@@ -40,7 +45,6 @@ def _bwd_triton(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, r
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
-@torch.library.register_fake("dblocks::adaln_fwd_triton", lib=_lib)
 def _fwd_fake(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype):
     N, T, D = x.shape
     return (
@@ -51,7 +55,6 @@ def _fwd_fake(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, 
     )
 
 
-@torch.library.register_fake("dblocks::adaln_bwd_triton", lib=_lib)
 def _bwd_fake(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, needs):
     inputs = (x, branch, gate, shift, scale, weight, bias)
     return tuple(
@@ -62,19 +65,20 @@ def _bwd_fake(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rst
     )
 
 
-_fwd = torch.ops.dblocks.adaln_fwd_triton.default
-_bwd = torch.ops.dblocks.adaln_bwd_triton.default
+_FWD = define("adaln_fwd", _FORWARD, _fwd_fake)
+_BWD = define("adaln_bwd", _BACKWARD, _bwd_fake)
 
 
-class AdaLN(torch.autograd.Function):
-    """(x_new, y), y without a branch, or x_new without a norm; see the public functions."""
-
+class _AdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype):
-        x_new, y, mean, rstd = _fwd(
+    def forward(
+        ctx, x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype, impl
+    ):
+        x_new, y, mean, rstd = _FWD[impl](
             x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype
         )
         ctx.set_materialize_grads(False)
+        ctx.impl = impl
         ctx.rms, ctx.normalise, ctx.has_branch = rms, normalise, branch is not None
         normalised = None if not normalise else x if branch is None else x_new
         # The values of the branch are needed for dgate only, its dtype is x's or must be kept.
@@ -93,7 +97,7 @@ class AdaLN(torch.autograd.Function):
         dx_new = upstream[0] if ctx.has_branch else None
         dy = upstream[-1] if ctx.normalise else None
         if dx_new is None and dy is None:
-            return (None,) * 11
+            return (None,) * 12
         x, branch, gate, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
         x = dx_new if x is None else x
         if ctx.has_branch and branch is None:
@@ -105,10 +109,36 @@ class AdaLN(torch.autograd.Function):
             needs[3:] = [False] * 4
         grads = [None] * 7
         if any(needs):
-            outputs = _bwd(
+            outputs = _BWD[ctx.impl](
                 dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, ctx.rms, needs
             )
             grads = [g if n else None for g, n in zip(outputs, needs, strict=True)]
         if dy is None and ctx.needs_input_grad[0]:
             grads[0] = dx_new
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
+
+
+def fused(
+    impl: str,
+    x: Tensor,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    normalise: bool = True,
+    rms: bool = False,
+    eps: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """(x_new, y), y without a branch, or x_new without a norm; see the public functions."""
+    tensors = (x, branch, gate, shift, scale, weight, bias)
+    options = (normalise, rms, eps, out_dtype or x.dtype)
+    if _common.needs_autograd(*tensors):
+        return _AdaLN.apply(*tensors, *options, impl)
+    x_new, y, _, _ = _FWD[impl](*tensors, *options)
+    if branch is None:
+        return y
+    return (x_new, y) if normalise else x_new

@@ -1,0 +1,374 @@
+// adaln, residual_adaln and gated_residual: rows shared out among threads, and the sums over the
+// rows that share a modulation.
+//
+// The rows are walked in tasks: some whole groups (a group shares a row of the modulation), or a
+// chunk of one. The tasks follow from the shape alone. Where a group has several chunks, each
+// leaves partial sums, which a second pass adds in their order: results do not depend on threads.
+#include "ops.h"
+#include "tensors.h"
+
+namespace dblocks {
+namespace {
+
+constexpr int64_t kTasks = 32;       // that the rows make at least, where there are enough
+constexpr int64_t kMinChunk = 8;     // rows; multiples of kRows
+constexpr int64_t kMaxChunk = 64;
+constexpr int64_t kColumns = 512;    // of the second pass
+
+struct Groups {
+  int64_t N, T, D, S = 1, L, count = 1;  // L rows in each of `count` groups
+  bool modulated = false;
+  int64_t chunk, per_task = 1, chunks = 1, tasks;
+
+  Groups(const Tensor& x, std::initializer_list<const std::optional<Tensor>*> modulation)
+      : N(x.size(0)), T(x.size(1)), D(x.size(2)) {
+    for (const auto* m : modulation) {
+      if (!m->has_value()) continue;
+      modulated = true;
+      S = (*m)->dim() == 3 ? (*m)->size(1) : 1;
+    }
+    count = modulated ? N * S : 1;
+    L = modulated ? (S > 0 ? T / S : 0) : N * T;
+    const int64_t wanted = (N * T / kTasks + kRows - 1) / kRows * kRows;
+    chunk = std::min(std::max(wanted, kMinChunk), kMaxChunk);
+    if (L > chunk) {
+      chunks = (L + chunk - 1) / chunk;
+    } else if (L > 0) {
+      per_task = chunk / L;
+    }
+    tasks = (count * chunks + per_task - 1) / per_task;
+  }
+
+  int64_t elements_per_task() const { return std::min(chunk, L * per_task) * D; }
+  int64_t sample(int64_t group) const { return modulated ? group / S : 0; }
+  int64_t segment(int64_t group) const { return modulated ? group % S : 0; }
+  // Sample and token of row r of a group.
+  void locate(int64_t group, int64_t r, int64_t& n, int64_t& t) const {
+    const int64_t row = group * L + r;
+    n = row / T;
+    t = row % T;
+  }
+
+  // visit(group, first row, end row) for what a task covers.
+  template <class F>
+  void each_group(int64_t task, F visit) const {
+    if (chunks > 1) {
+      const int64_t first = task % chunks * chunk;
+      visit(task / chunks, first, std::min(first + chunk, L));
+      return;
+    }
+    const int64_t end = std::min((task + 1) * per_task, count);
+    for (int64_t g = task * per_task; g < end; ++g) visit(g, (int64_t)0, L);
+  }
+};
+
+const float* modulation_row(const Rows& m, const Groups& g, int64_t group, float* scratch) {
+  if (!m) return nullptr;
+  return as_float(m.row(g.sample(group), g.segment(group)), m.dtype, scratch, g.D);
+}
+
+const float* channel_row(const Rows& p, float* scratch, int64_t D) {
+  return p ? as_float(p.data, p.dtype, scratch, D) : nullptr;
+}
+
+// x + gate*branch into a row of x's dtype.
+void gated_row(
+    const void* x, Dtype x_dtype, const void* branch, Dtype branch_dtype, const float* gate,
+    void* out, float* scratch_x, float* scratch_branch, int64_t D) {
+  const Kernels& k = kernels();
+  if (x_dtype == branch_dtype) {
+    k.gated_sum[x_dtype](x, branch, gate, out, D);
+    return;
+  }
+  const float* b = as_float(branch, branch_dtype, scratch_branch, D);
+  const float* a = as_float(x, x_dtype, scratch_x, D);
+  float* sum = x_dtype == kFloat32 ? (float*)out : scratch_x;
+  k.gated_sum[kFloat32](a, b, gate, sum, D);
+  if (x_dtype != kFloat32) k.from_float[x_dtype](sum, out, D);
+}
+
+void norm_row(NormRow& r, Dtype in, Dtype out, float* scratch_out) {
+  const Kernels& k = kernels();
+  if (out != kFloat64) {
+    k.norm[in][out](r);
+    return;
+  }
+  void* y = r.y;
+  r.y = scratch_out;
+  k.norm[in][kFloat32](r);
+  k.from_float[out](scratch_out, y, r.D);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_forward(
+    const Tensor& x, const std::optional<Tensor>& branch, const std::optional<Tensor>& gate,
+    const std::optional<Tensor>& shift, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, bool normalise,
+    bool rms, double eps, ScalarType out_type) {
+  const Groups g(x, {&gate, &shift, &scale});
+  const int64_t D = g.D;
+  Tensor x_new = branch ? new_like(x) : nothing(x.scalar_type());
+  Tensor y = normalise ? new_like(x, out_type) : nothing(out_type);
+  Tensor mean = normalise && !rms ? empty({g.N, g.T}, ScalarType::Float) : nothing(ScalarType::Float);
+  Tensor rstd = normalise ? empty({g.N, g.T}, ScalarType::Float) : nothing(ScalarType::Float);
+  const auto result = std::make_tuple(x_new, y, mean, rstd);
+  if (g.N * g.T * D == 0) return result;
+
+  const Rows in(x), add(branch), m_gate(gate), m_shift(shift), m_scale(scale), p_weight(weight),
+      p_bias(bias), out_x(x_new), out_y(y);
+  float *means = normalise && !rms ? (float*)mean.data_ptr() : nullptr,
+        *rstds = normalise ? (float*)rstd.data_ptr() : nullptr;
+  parallel(g.tasks, g.elements_per_task(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(7, D);
+    NormRow r{};
+    r.weight = channel_row(p_weight, scratch[0], D);
+    r.bias = channel_row(p_bias, scratch[1], D);
+    r.D = D;
+    r.rms = rms;
+    r.eps = (float)eps;
+    r.scratch = scratch[5];
+    for (int64_t task = begin; task < end; ++task) {
+      g.each_group(task, [&](int64_t group, int64_t first, int64_t last) {
+        const float* b_gate = modulation_row(m_gate, g, group, scratch[2]);
+        r.shift = modulation_row(m_shift, g, group, scratch[3]);
+        r.scale = modulation_row(m_scale, g, group, scratch[4]);
+        for (int64_t i = first; i < last; ++i) {
+          int64_t n, t;
+          g.locate(group, i, n, t);
+          const int64_t row = n * g.T + t;
+          r.x = in.row(n, t);
+          if (add) {
+            void* sum = out_x.row(row, D, true);
+            gated_row(
+                r.x, in.dtype, add.row(n, t), add.dtype, b_gate, sum, scratch[5], scratch[6], D);
+            r.x = sum;
+          }
+          if (!normalise) continue;
+          r.y = out_y.row(row, D, true);
+          r.mean = means ? means + row : nullptr;
+          r.rstd = rstds + row;
+          norm_row(r, in.dtype, out_y.dtype, scratch[6]);
+        }
+      });
+    }
+  });
+  return result;
+}
+
+namespace {
+
+// Where the rows of a backward pass come from and go to, in one dtype: the operands' own where
+// they agree, else float32 by way of scratch rows.
+class BackwardRows {
+ public:
+  BackwardRows(
+      const Groups& g, const Rows& dy, const Rows& x, const Rows& dx_new, const Rows& branch,
+      const Rows& dx, const Rows& dbranch)
+      : g_(g), dy_(dy), x_(x), dx_new_(dx_new), branch_(branch), dx_(dx), dbranch_(dbranch) {
+    dtype_ = (dy ? dy : dx_new).dtype;
+    for (const Rows* rows : {&dy, &x, &dx_new, &branch, &dx, &dbranch})
+      if (*rows && rows->dtype != dtype_) dtype_ = kFloat32;
+    if (dtype_ == kFloat64) dtype_ = kFloat32;
+  }
+
+  static constexpr int kScratchRows = 6 * kRows;
+
+  void run(NormBackward& a, int64_t group, int64_t first, int64_t last, Scratch& scratch,
+           const float* mean, const float* rstd) const {
+    const Kernels& k = kernels();
+    for (int64_t i = first; i < last; i += kRows) {
+      a.rows = (int)std::min<int64_t>(kRows, last - i);
+      int64_t at[kRows];
+      for (int r = 0; r < a.rows; ++r) {
+        int64_t n, t;
+        g_.locate(group, i + r, n, t);
+        at[r] = n * g_.T + t;
+        a.dy[r] = in(dy_, n, t, scratch[r]);
+        a.x[r] = dy_ ? in(x_, n, t, scratch[kRows + r]) : nullptr;
+        a.dx_new[r] = in(dx_new_, n, t, scratch[2 * kRows + r]);
+        a.branch[r] = in(branch_, n, t, scratch[3 * kRows + r]);
+        a.dx[r] = out(dx_, at[r], scratch[4 * kRows + r]);
+        a.dbranch[r] = out(dbranch_, at[r], scratch[5 * kRows + r]);
+        if (dy_) {
+          a.mean[r] = mean ? mean[at[r]] : 0;
+          a.rstd[r] = rstd[at[r]];
+        }
+      }
+      k.norm_backward[dtype_](a);
+      for (int r = 0; r < a.rows; ++r) {
+        finish(dx_, at[r], scratch[4 * kRows + r]);
+        finish(dbranch_, at[r], scratch[5 * kRows + r]);
+      }
+    }
+  }
+
+ private:
+  const void* in(const Rows& rows, int64_t n, int64_t t, float* scratch) const {
+    if (!rows) return nullptr;
+    const void* row = rows.row(n, t);
+    return rows.dtype == dtype_ ? row : as_float(row, rows.dtype, scratch, g_.D);
+  }
+  void* out(const Rows& rows, int64_t row, float* scratch) const {
+    return rows && rows.dtype == dtype_ ? (void*)rows.row(row, g_.D, true) : scratch;
+  }
+  void finish(const Rows& rows, int64_t row, const float* scratch) const {
+    if (rows && rows.dtype != dtype_)
+      kernels().from_float[rows.dtype](scratch, rows.row(row, g_.D, true), g_.D);
+  }
+
+  const Groups& g_;
+  const Rows &dy_, &x_, &dx_new_, &branch_, &dx_, &dbranch_;
+  Dtype dtype_;
+};
+
+// From the sums A, B and G of a group's rows, for `n` columns from `column` on:
+//   dscale = weight*A + bias*B, dshift = B, dgate = G; and dweight += (1 + scale)*A,
+//   dbias += (1 + scale)*B into `affine` [2, ..], where it is there
+struct GroupGrads {
+  const Rows &dgate, &dshift, &dscale;
+  const float *weight, *bias;
+  int64_t D;
+
+  void write(int64_t group, const float* A, const float* B, const float* G, const float* scale,
+             float* affine_w, float* affine_b, float* scratch, int64_t column, int64_t n) const {
+    const Kernels& k = kernels();
+    put(dgate, group, G, column, n);
+    put(dshift, group, B, column, n);
+    if (dscale) {
+      std::memset(scratch, 0, n * sizeof(float));
+      k.accumulate(weight ? weight + column : nullptr, false, A, scratch, n);
+      if (bias) k.accumulate(bias + column, false, B, scratch, n);
+      put(dscale, group, scratch, column, n);
+    }
+    if (affine_w == nullptr) return;
+    k.accumulate(scale ? scale + column : nullptr, true, A, affine_w, n);
+    k.accumulate(scale ? scale + column : nullptr, true, B, affine_b, n);
+  }
+
+ private:
+  void put(const Rows& to, int64_t group, const float* from, int64_t column, int64_t n) const {
+    if (!to) return;
+    char* row = to.row(group, D, true) + column * size_of(to.dtype);
+    kernels().from_float[to.dtype](from, row, n);
+  }
+};
+
+std::optional<Tensor> grad_of(const std::optional<Tensor>& a, bool needed) {
+  if (!needed || !a) return std::nullopt;
+  return new_like(*a);
+}
+
+// out[d] = sum over `parts` of from[part * stride + d], in their order, in the dtype of out.
+void sum_parts(const float* from, int64_t parts, int64_t stride, const Rows& out, int64_t D) {
+  const Kernels& k = kernels();
+  const int64_t blocks = (D + kColumns - 1) / kColumns;
+  parallel(blocks, parts * kColumns, [&](int64_t begin, int64_t end) {
+    float total[kColumns];
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t column = b * kColumns, n = std::min(kColumns, D - column);
+      std::memset(total, 0, sizeof total);
+      for (int64_t p = 0; p < parts; ++p)
+        k.accumulate(nullptr, false, from + p * stride + column, total, n);
+      k.from_float[out.dtype](total, out.data + column * size_of(out.dtype), n);
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_backward(
+    const std::optional<Tensor>& dy_, const std::optional<Tensor>& dx_new_, const Tensor& x_,
+    const std::optional<Tensor>& branch_, const std::optional<Tensor>& gate_,
+    const std::optional<Tensor>& shift_, const std::optional<Tensor>& scale_,
+    const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_, const Tensor& mean_,
+    const Tensor& rstd_, bool rms, const std::vector<bool>& needs) {
+  const std::optional<Tensor> inputs[7] = {x_, branch_, gate_, shift_, scale_, weight_, bias_};
+  std::optional<Tensor> grads[7];
+  for (int i = 0; i < 7; ++i) grads[i] = grad_of(inputs[i], needs[i]);
+  const auto result = [&] {
+    const auto at = [&](int i) { return grads[i] ? *grads[i] : nothing(x_.scalar_type()); };
+    return std::make_tuple(at(0), at(1), at(2), at(3), at(4), at(5), at(6));
+  };
+  const Groups g(x_, {&gate_, &shift_, &scale_});
+  const int64_t D = g.D;
+  if (g.N * g.T * D == 0) {
+    for (auto& grad : grads)
+      if (grad) torch::stable::zero_(*grad);
+    return result();
+  }
+
+  const bool sums_branch = grads[1] || grads[2];
+  const Rows dy(dy_), dx_new(dx_new_), x(x_), gate(gate_), scale(scale_), weight(weight_),
+      bias(bias_), dx(grads[0]), dbranch(grads[1]), dgate(grads[2]), dshift(grads[3]),
+      dscale(grads[4]), dweight(grads[5]), dbias(grads[6]);
+  const Rows branch = sums_branch ? Rows(branch_) : Rows();
+  const float* mean = dy && !rms ? (const float*)mean_.data_ptr() : nullptr;
+  const float* rstd = dy ? (const float*)rstd_.data_ptr() : nullptr;
+  const BackwardRows rows(g, dy, x, dx_new, branch, dx, dbranch);
+  const bool affine = dweight || dbias, partial = g.chunks > 1;
+  std::vector<float> sums(partial ? g.tasks * 3 * D : 0);
+  std::vector<float> affine_sums(affine ? (partial ? g.count : g.tasks) * 2 * D : 0);
+  Scratch shared(2, D);
+  const GroupGrads finish{
+      dgate, dshift, dscale, channel_row(weight, shared[0], D), channel_row(bias, shared[1], D), D};
+
+  parallel(g.tasks, g.elements_per_task(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(BackwardRows::kScratchRows, D), own(7, D);
+    NormBackward a{};
+    a.D = D;
+    a.rms = rms;
+    a.factor = own[0];
+    for (int64_t task = begin; task < end; ++task) {
+      float* to_affine = affine && !partial ? affine_sums.data() + task * 2 * D : nullptr;
+      g.each_group(task, [&](int64_t group, int64_t first, int64_t last) {
+        const float* b_scale = modulation_row(scale, g, group, own[1]);
+        if (dy) kernels().factor(b_scale, finish.weight, own[0], D);
+        if (branch) {
+          a.gate = modulation_row(gate, g, group, own[2]);
+          if (a.gate == nullptr) {
+            std::fill_n(own[2], D, 1.0f);
+            a.gate = own[2];
+          }
+        }
+        a.A = partial ? sums.data() + task * 3 * D : own[3];
+        a.B = partial ? a.A + D : own[4];
+        a.G = partial ? a.B + D : own[5];
+        for (float* total : {a.A, a.B, a.G}) std::memset(total, 0, D * sizeof(float));
+        rows.run(a, group, first, last, scratch, mean, rstd);
+        if (!partial)
+          finish.write(group, a.A, a.B, a.G, b_scale, to_affine, to_affine + D, own[6], 0, D);
+      });
+    }
+  });
+
+  if (partial) {
+    const int64_t blocks = (D + kColumns - 1) / kColumns;
+    parallel(g.count * blocks, g.chunks * 3 * kColumns, [&](int64_t begin, int64_t end) {
+      float totals[3][kColumns], spare[kColumns];
+      Scratch own(1, D);
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t group = unit / blocks, column = unit % blocks * kColumns;
+        const int64_t n = std::min(kColumns, D - column);
+        std::memset(totals, 0, sizeof totals);
+        for (int64_t c = 0; c < g.chunks; ++c)
+          for (int i = 0; i < 3; ++i) {
+            const float* part = sums.data() + ((group * g.chunks + c) * 3 + i) * D + column;
+            kernels().accumulate(nullptr, false, part, totals[i], n);
+          }
+        float* to_affine = affine ? affine_sums.data() + group * 2 * D + column : nullptr;
+        const float* b_scale = affine ? modulation_row(scale, g, group, own[0]) : nullptr;
+        finish.write(group, totals[0], totals[1], totals[2], b_scale, to_affine, to_affine + D,
+                     spare, column, n);
+      }
+    });
+  }
+  if (affine) {
+    const int64_t parts = (int64_t)affine_sums.size() / (2 * D);
+    if (dweight) sum_parts(affine_sums.data(), parts, 2 * D, dweight, D);
+    if (dbias) sum_parts(affine_sums.data() + D, parts, 2 * D, dbias, D);
+  }
+  return result();
+}
+
+}  // namespace dblocks
