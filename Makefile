@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo results test test-gpu gate static lint bench bench-gpu clean
+.PHONY: help demo results test test-gpu gate static asan lint bench bench-gpu clean
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -33,6 +33,15 @@ gate: $(STAMP) ## compile every kernel for four GPU architectures and read regis
 
 static: $(STAMP) ## registers, instructions and launch settings of every kernel: benchmarks/static.md
 	$(BIN)/python -m benchmarks.static
+
+asan: $(STAMP) ## the tests of the C++ ops under the address and undefined-behaviour sanitizers
+	rm -rf build/asan && mkdir -p build/asan
+	cp -a dblocks kernels csrc tests setup.py pyproject.toml README.md LICENSE build/asan
+	cd build/asan && rm -f dblocks/*.so && DBLOCKS_SANITIZE=1 DBLOCKS_REQUIRE_EXT=1 \
+		../../$(BIN)/python setup.py -q build_ext --inplace
+	cd build/asan && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		../../$(BIN)/python -m pytest -q tests/ops -k "cpp and not compile" -p no:cacheprovider
 
 lint: $(STAMP) ## formatting, lint, types and spelling
 	$(BIN)/ruff format --check .

@@ -18,7 +18,7 @@ from setuptools import find_packages, setup
 PYTHON_TAG = "cp310"  # the oldest Python, as requires-python in pyproject.toml
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch
 # Where to look for trouble: address and undefined-behaviour sanitizers (`make asan`).
-SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1"]
 
 
 def extension() -> dict:

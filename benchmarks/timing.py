@@ -19,7 +19,8 @@ MAX_REPEATS = 200
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 # Every peer gets its large tensors from the heap and keeps them there: fresh pages, which the
 # system clears one by one, would be timed otherwise.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "2000000000"}
+# glibc maps what is over 32 MiB afresh, whatever its threshold, unless it may not map at all.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000"}
 
 Run = Callable[[], object]
 

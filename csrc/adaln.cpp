@@ -14,6 +14,7 @@ constexpr int64_t kTasks = 32;       // that the rows make at least, where there
 constexpr int64_t kMinChunk = 8;     // rows; multiples of kRows
 constexpr int64_t kMaxChunk = 64;
 constexpr int64_t kColumns = 512;    // of the second pass
+constexpr int64_t kPage = 4096;      // bytes; addresses so far apart compete for a line of the cache
 
 struct Groups {
   int64_t N, T, D, S = 1, L, count = 1;  // L rows in each of `count` groups
@@ -170,6 +171,7 @@ class BackwardRows {
     for (const Rows* rows : {&dy, &x, &dx_new, &branch, &dx, &dbranch})
       if (*rows && rows->dtype != dtype_) dtype_ = kFloat32;
     if (dtype_ == kFloat64) dtype_ = kFloat32;
+    step_ = g.D * size_of(dtype_) % kPage == 0 ? kFewRows : kRows;
   }
 
   static constexpr int kScratchRows = 6 * kRows;
@@ -177,8 +179,8 @@ class BackwardRows {
   void run(NormBackward& a, int64_t group, int64_t first, int64_t last, Scratch& scratch,
            const float* mean, const float* rstd) const {
     const Kernels& k = kernels();
-    for (int64_t i = first; i < last; i += kRows) {
-      a.rows = (int)std::min<int64_t>(kRows, last - i);
+    for (int64_t i = first; i < last; i += step_) {
+      a.rows = (int)std::min<int64_t>(step_, last - i);
       int64_t at[kRows];
       for (int r = 0; r < a.rows; ++r) {
         int64_t n, t;
@@ -220,6 +222,7 @@ class BackwardRows {
   const Groups& g_;
   const Rows &dy_, &x_, &dx_new_, &branch_, &dx_, &dbranch_;
   Dtype dtype_;
+  int step_;  // rows at once; the order of the sums, and so every bit, is the same for any
 };
 
 // From the sums A, B and G of a group's rows, for `n` columns from `column` on:

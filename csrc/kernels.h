@@ -30,7 +30,8 @@ struct NormRow {
   float* scratch;      // [D], for a row that is not float32
 };
 
-constexpr int kRows = 4;  // rows that one call of the backward walks together
+constexpr int kRows = 4;     // rows that one call of the backward walks together
+constexpr int kFewRows = 2;  // where more would share the same few lines of the cache
 
 // Up to kRows rows of one modulation. With dh = d(x_new):
 //   A += dy*xhat, B += dy, G += dh*branch

@@ -176,9 +176,11 @@ template <class T, bool NORM, bool DX_NEW, bool BRANCH>
 void backward_all(const NormBackward& a) {
   if (a.rows == kRows) {
     backward_rows<T, kRows, NORM, DX_NEW, BRANCH>(a, 0);
-    return;
+  } else if (a.rows == kFewRows) {
+    backward_rows<T, kFewRows, NORM, DX_NEW, BRANCH>(a, 0);
+  } else {
+    for (int r = 0; r < a.rows; ++r) backward_rows<T, 1, NORM, DX_NEW, BRANCH>(a, r);
   }
-  for (int r = 0; r < a.rows; ++r) backward_rows<T, 1, NORM, DX_NEW, BRANCH>(a, r);
 }
 
 template <class T>

@@ -1,8 +1,9 @@
-"""The command line: `dblocks train|eval|info`, also `python -m dblocks`."""
+"""The command line: `dblocks train|eval|info|bench`, also `python -m dblocks`."""
 
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -68,13 +69,37 @@ class Info:
     """Print versions, devices, and which implementation each fused op would use here and why."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time every fused op, or whole training steps, beside PyTorch and its compiler.
+
+    Runs from a checkout, where the folder benchmarks/ is. Results are checked before they are
+    timed; all of it takes about half an hour on 2 cores.
+    """
+
+    what: Literal["ops", "step"] = "ops"
+    """ops: each op by itself. step: one training step of a ViT, of a block and end to end."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run."""
+    op: tuple[str, ...] = ()
+    """Only these ops, such as adaln noise_inject."""
+    rounds: int = 10
+    """How often each peer takes its turn."""
+    memory: bool = False
+    """Measure peak memory too, each peer in a process of its own."""
+    out: Path | None = None
+    """Folder for the JSON, the tables and the charts."""
+    compare: Path | None = None
+    """An earlier JSON: also print what changed."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and the exit code 2."""
     try:
         command = _parse(sys.argv[1:] if argv is None else argv)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            {Train: train, Eval: evaluate, Info: info}[type(command)](command)
+            {Train: train, Eval: evaluate, Info: info, Bench: bench}[type(command)](command)
     except (ImportError, ValueError, OSError) as error:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2
@@ -86,9 +111,9 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
     print(f"dblocks: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _parse(argv: Sequence[str]) -> Train | Eval | Info:
+def _parse(argv: Sequence[str]) -> Train | Eval | Info | Bench:
     tyro = _tyro()
-    commands = {"train": Train, "eval": Eval, "info": Info}
+    commands = {"train": Train, "eval": Eval, "info": Info, "bench": Bench}
     return tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="dblocks",
@@ -158,3 +183,27 @@ def info(command: Info) -> None:
     from dblocks.info import report
 
     print(report())
+
+
+def bench(command: Bench) -> None:
+    """Run the benchmark in a process of its own, with the allocator's settings that it needs."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "run.py").exists():
+        raise ValueError(
+            "dblocks bench runs from a checkout, where the folder benchmarks/ is; this dblocks is "
+            f"installed in {root}. Clone the repository and run `make bench` there"
+        )
+    arguments = [f"benchmarks.{'run' if command.what == 'ops' else 'step'}"]
+    arguments += ["--device", command.device, "--rounds", str(command.rounds)]
+    if command.out is not None:
+        arguments += ["--out", str(command.out.resolve())]
+    if command.what == "ops":
+        arguments += [word for name in command.op for word in ("--op", name)]
+        arguments += ["--memory"] if command.memory else []
+        if command.compare is not None:
+            arguments += ["--compare", str(command.compare.resolve())]
+    elif command.op or command.memory or command.compare is not None:
+        raise ValueError("--op, --memory and --compare are of `--what ops`; leave them out")
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=root, check=False)
+    if done.returncode:
+        raise ValueError(f"the benchmark ended with exit code {done.returncode}; see above")

@@ -1,68 +1,225 @@
-"""The benchmark tells the truth: a wrong output gets no figure, and every op takes part."""
+"""The benchmark tells the truth: a wrong result gets no figure, and every op takes part."""
 
 import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE, CPU = (2, 4, 16), torch.device("cpu")
+MODULES = ("checks", "floors", "peers", "registry", "report", "run", "step", "timing")
 
 
 @pytest.fixture(scope="module")
 def bench():
-    """benchmarks.run and benchmarks.registry, which are not part of the installed package."""
+    """The modules of benchmarks/, which is not part of the installed package."""
     sys.path.insert(0, str(ROOT))
-    yield importlib.import_module("benchmarks.run"), importlib.import_module("benchmarks.registry")
+    yield SimpleNamespace(**{m: importlib.import_module(f"benchmarks.{m}") for m in MODULES})
     sys.path.remove(str(ROOT))
+
+
+@pytest.fixture
+def adaln(bench):
+    return bench.registry.OPS[0]
 
 
 def test_every_public_op_is_registered(bench):
     import dblocks.functional as F
 
     public = {name for name in F.__all__ if name[0].islower()}
-    assert public == {op.name for op in bench[1].OPS} - {"adaln_rms"}
+    assert public == {op.name for op in bench.registry.OPS} - {"adaln_rms"}
 
 
 def test_every_peer_is_right(bench):
-    run, registry = bench
-    for op in registry.OPS:
-        shape = (64, 8, 64) if op.random else SHAPE
+    for op in bench.registry.OPS:
+        shape = (64, 8, 64) if op.oracle else SHAPE
         inputs = op.make(shape, torch.float32, CPU)
-        assert run.wrong(op, op.ours, inputs) == ""
-        assert run.wrong(op, op.eager, inputs) == ""
+        assert bench.checks.wrong(op, op.ours, inputs) == ""
+        assert bench.checks.wrong(op, op.eager, inputs) == ""
 
 
-def test_a_wrong_output_gets_no_figure(bench, monkeypatch):
-    run, registry = bench
-    op = registry.OPS[0]._replace(ours=lambda **k: (registry.OPS[0].ours(**k)[0] + 1e-3,))
-    monkeypatch.setattr(run, "peers_of", lambda op: {"dblocks": op.ours, "eager": op.eager})
-    rows = run.measure(op, SHAPE, torch.float32, CPU, rounds=2)
+def only(bench, monkeypatch, peers):
+    monkeypatch.setattr(bench.run, "peers_of", lambda op, device: peers)
+
+
+def test_a_wrong_output_gets_no_figure(bench, adaln, monkeypatch):
+    op = adaln._replace(ours=lambda **k: (adaln.ours(**k)[0] + 1e-3,))
+    only(bench, monkeypatch, {"dblocks": op.ours, "eager": op.eager})
+    rows = bench.run.measure(op, SHAPE, torch.float32, CPU, rounds=2)
     ours = [row for row in rows if row["peer"] == "dblocks"]
-    assert len(ours) == 2
+    assert len(ours) == 3
     assert all("over the budget" in row["wrong"] and "ms" not in row for row in ours)
     assert all(row["ms"] > 0 for row in rows if row["peer"] == "eager")
-    assert "wrong: error" in run.table(rows)
+    assert "wrong: error" in bench.report.table(rows)
 
 
-def test_a_result_that_is_not_finite_is_wrong(bench):
-    run, registry = bench
-    op = registry.OPS[0]
-    inputs = op.make(SHAPE, torch.float32, CPU)
-    assert run.wrong(op, lambda **k: [torch.full(SHAPE, float("nan"))], inputs) == "not finite"
+def test_a_wrong_gradient_gets_no_figure(bench, adaln):
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad / 2
+
+    peer = lambda x, **k: adaln.eager(Halved.apply(x), **k)
+    inputs = adaln.make(SHAPE, torch.float32, CPU)
+    assert "over the budget" in bench.checks.wrong(adaln, peer, inputs)
+
+
+def test_our_noise_is_compared_with_the_reference_and_not_by_its_size(bench):
+    op = next(op for op in bench.registry.OPS if op.name == "noise_inject")
+    inputs = op.make((64, 8, 64), torch.float32, CPU)
+    other_seed = lambda y, sigma: op.eager(y, sigma)
+    assert bench.checks.wrong(op, other_seed, inputs) == ""
+    assert "budget" in bench.checks.wrong(op._replace(ours=other_seed), other_seed, inputs)
+    twice = lambda y, sigma: tuple(2 * o for o in op.eager(y, sigma))
+    assert "standard deviation" in bench.checks.wrong(op, twice, inputs)
+
+
+def test_a_result_that_is_not_finite_is_wrong(bench, adaln):
+    inputs = adaln.make(SHAPE, torch.float32, CPU)
+    peer = lambda **k: (adaln.eager(**k)[0] * float("nan"),)
+    assert bench.checks.wrong(adaln, peer, inputs) == "not finite"
+
+
+def test_absent_peers_are_named(bench, adaln, monkeypatch):
+    found = bench.peers.peers_of(adaln, CPU)
+    assert found["liger_layer_norm"] == "its kernels need a GPU"
+    gpu = bench.peers.peers_of(adaln, torch.device("cuda"))
+    assert gpu["liger_layer_norm"].startswith("liger-kernel is not installed")
+    only(bench, monkeypatch, {"dblocks": adaln.ours, "other": "not installed"})
+    rows = bench.run.measure(adaln, SHAPE, torch.float32, CPU, rounds=2)
+    assert "absent: not installed" in bench.report.table(rows)
+
+
+@pytest.fixture
+def result(bench, adaln, monkeypatch):
+    only(bench, monkeypatch, {"dblocks": adaln.ours, "eager": adaln.eager})
+    return bench.run.run(CPU, ops=[adaln], shapes=[SHAPE], dtypes=["float32"], rounds=2)
+
+
+def test_a_result_file_round_trips_and_renders(bench, result, tmp_path, capsys):
+    path = tmp_path / "ops-cpu.json"
+    path.write_text(json.dumps(result))
+    assert bench.report.read(path) == json.loads(json.dumps(result))
+    assert bench.report.main([str(path), "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "| adaln | 2x4x16 | float32 | both | dblocks |" in text
+    assert (tmp_path / "out" / "ops-cpu.md").read_text() == text
+    png = (tmp_path / "out" / "ops-cpu-adaln.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert {"device", "cpp", "torch", "triton", "commit"} <= result["environment"].keys()
+    assert {row["direction"] for row in result["rows"]} == {"forward", "backward", "both"}
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"format": 0}'])
+def test_what_is_no_result_file(bench, tmp_path, text, capsys):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    assert bench.report.main([str(path)]) == 2
+    assert "other.json" in capsys.readouterr().err
+
+
+def row(peer, ms, **changes):
+    base = {"op": "adaln", "shape": [4, 64, 192], "dtype": "float32", "direction": "forward"}
+    return base | {"peer": peer, "ms": ms, "wrong": ""} | changes
+
+
+def test_a_floor_is_judged_by_its_worst_case(bench):
+    cases = [({}, 1.0), ({"dtype": "bfloat16"}, 0.5), ({"shape": [2, 512, 768]}, 2.0)]
+    rows = [
+        row(peer, ms, **changes)
+        for changes, compiled in cases
+        for peer, ms in (("dblocks", 0.5), ("torch.compile", compiled), ("eager", 2.0))
+    ]
+    text = bench.report.floors({"rows": rows})
+    missed = next(line for line in text.splitlines() if "torch.compile" in line)
+    assert "| 1.40x | 1.00x | 4x64x192 bfloat16 | 2 of 3 | **missed** |" in missed
+    assert text.count("reached") == 2  # eager, at the small shape and at the others
+
+
+def test_the_faster_form_of_a_peer_counts(bench):
+    rows = [
+        row("dblocks", 1.0, op="noise_inject"),
+        row("torch.compile", 9.0, op="noise_inject"),
+        row("torch.compile fallback_random", 3.5, op="noise_inject"),
+    ]
+    assert "| 3.00x | 3.50x |" in bench.report.floors({"rows": rows})
+
+
+def test_the_comparison_names_what_changed(bench):
+    old = {"rows": [row("dblocks", 1.0), row("eager", 2.0)]}
+    same = {"rows": [row("dblocks", 2.0), row("eager", 4.1)]}
+    slower = {"rows": [row("dblocks", 2.0), row("eager", 2.0)]}
+    assert "No case changed" in bench.report.comparison(same, old)
+    assert "| 2.00x | 1.00x | 0.50x |" in bench.report.comparison(slower, old)
+
+
+def test_every_floor_is_of_a_registered_op_and_shape(bench):
+    ops = {op.name: op for op in bench.registry.OPS}
+    for floor in bench.floors.FLOORS:
+        assert floor.op in ops
+        assert any(
+            floor.covers(floor.op, shape, dtype, floor.direction)
+            for shape in bench.registry.SHAPES["cpu"]
+            for dtype in bench.registry.DTYPES["cpu"]
+        )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_of_resident_memory(bench):
+    size = 64 * 2**20
+    peak = bench.timing.resident_peak_bytes(lambda: torch.ones(size // 4).sum())
+    assert peak > 0
+    assert peak < 4 * size
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Inductor's own deprecations
-def test_the_command_prints_a_table_and_writes_a_record(bench, monkeypatch, capsys, tmp_path):
-    run, _ = bench
-    arguments = ["run", "--op", "euler_step", "--shape", "2", "4", "16", "--rounds", "2", "--out"]
-    monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path)])
-    assert run.main() == 0
+def test_the_command_prints_a_table_and_writes_a_record(bench, capsys, tmp_path):
+    arguments = ["--op", "euler_step", "--shape", "2", "4", "16", "--rounds", "2"]
+    assert (
+        bench.run.main([*arguments, "--dtype", "float32", "--memory", "--out", str(tmp_path)]) == 0
+    )
     assert "| euler_step | 2x4x16 | float32 | forward | torch.compile |" in capsys.readouterr().out
-    record = json.loads((tmp_path / "ops-cpu.json").read_text())
-    assert {"device", "torch", "triton", "commit"} <= record["environment"].keys()
+    record = bench.report.read(tmp_path / "ops-cpu.json")
     assert {row["peer"] for row in record["rows"]} == {"dblocks", "eager", "torch.compile"}
+    assert all(row["peak_bytes"] >= 0 for row in record["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Inductor's own deprecations
+def test_the_training_step_has_a_row_for_each_form(bench):
+    sizes = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 3, "heads": 2}
+    rows = bench.step.measure(CPU, rounds=2, sizes=sizes)
+    assert [r["wrong"] for r in rows] == [""] * 4
+    assert all(r["ms"] > 0 for r in rows)
+    by_form = {r["form"]: r for r in rows}
+    fused, reference = by_form["block, fused"], by_form["block, reference"]
+    assert fused["saved_mib"] < reference["saved_mib"]
+    assert fused["launches"] < reference["launches"]
+    assert fused["layers"] * 3 == by_form["end to end, fused"]["layers"]
+    assert "| block, fused | 1 |" in bench.step.table(rows)
+
+
+def test_a_wrong_step_gets_no_figure(bench, monkeypatch):
+    sizes = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 3, "heads": 2}
+    original = bench.step.forms
+
+    def broken(device, sizes):
+        found = original(device, sizes)
+        fused = found["block, fused"]
+        found["block, fused"] = fused._replace(loss=lambda: fused.loss() * 1.01)
+        del found["block, torch.compile of the reference"]
+        return found
+
+    monkeypatch.setattr(bench.step, "forms", broken)
+    rows = bench.step.measure(CPU, rounds=1 + 1, sizes=sizes)
+    assert "ms" not in rows[0]
+    assert "| block, fused | 1 | wrong: loss and norm" in bench.step.table(rows)

@@ -36,7 +36,7 @@ def run_help(capsys, *argv):
 
 def test_help_shows_the_commands_and_an_example(capsys):
     text = run_help(capsys)
-    assert "{train,eval,info}" in text
+    assert "{train,eval,info,bench}" in text
     assert "dblocks train vit --data digits --blocks 3" in text
 
 
@@ -210,3 +210,38 @@ def test_python_m_dblocks_is_the_command():
     command = [sys.executable, "-m", "dblocks", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "usage: dblocks" in done.stdout
+
+
+def ran(monkeypatch, returncode=0):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command[1:])
+        return subprocess.CompletedProcess(command, returncode)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return commands
+
+
+def test_bench_runs_the_benchmark_of_the_checkout(monkeypatch, tmp_path):
+    commands = ran(monkeypatch)
+    out = str(tmp_path / "out")
+    assert main(["bench", "--op", "adaln", "euler_step", "--rounds", "3", "--out", out]) == 0
+    assert main(["bench", "--what", "step", "--device", "cuda"]) == 0
+    ops = ["-m", "benchmarks.run", "--device", "cpu", "--rounds", "3", "--out", out]
+    assert commands == [
+        [*ops, "--op", "adaln", "--op", "euler_step"],
+        ["-m", "benchmarks.step", "--device", "cuda", "--rounds", "10"],
+    ]
+
+
+def test_bench_says_what_is_wrong(monkeypatch, capsys, tmp_path):
+    commands = ran(monkeypatch, returncode=1)
+    assert main(["bench", "--what", "step", "--op", "adaln"]) == 2
+    assert "--op, --memory and --compare are of `--what ops`" in capsys.readouterr().err
+    assert not commands
+    assert main(["bench"]) == 2
+    assert "ended with exit code 1" in capsys.readouterr().err
+    monkeypatch.setattr("dblocks.cli.__file__", str(tmp_path / "dblocks" / "cli.py"))
+    assert main(["bench"]) == 2
+    assert "runs from a checkout" in capsys.readouterr().err

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import NO_CPP
+
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(p.stem for p in (ROOT / "kernels").glob("*.py"))
 OPTIONAL = ("triton", "tyro", "tqdm", "safetensors", "sklearn", "matplotlib", "hypothesis", "scipy")
@@ -167,15 +169,27 @@ def test_nothing_but_the_program_imports_the_command_line():
     assert importers <= {"__main__.py"}
 
 
+def copy_of_the_sources(folder: Path) -> Path:
+    left_out = (".venv", ".git", "runs", "build", "dist", "*.egg-info", "*.so", "__pycache__")
+    ignore = shutil.ignore_patterns(*left_out, ".*_cache")
+    return Path(shutil.copytree(ROOT, folder, symlinks=True, ignore=ignore))
+
+
+def setup(folder: Path, *arguments: str, **environment: str) -> str:
+    """What setup.py prints, run in `folder`."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "setup.py", *arguments],
+        cwd=folder, env=os.environ | environment, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
 @pytest.mark.slow
-def test_sdist_and_wheel_hold_every_module(tmp_path):
+def test_sdist_and_wheel_hold_every_module_and_run(tmp_path):
     build = "from setuptools.build_meta import *; print(build_sdist({0!r}), build_wheel({0!r}))"
-    copy = tmp_path / "source"
-    left_out = (".venv", ".git", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(*left_out))
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", build.format(str(tmp_path))],
-        cwd=copy, check=True, capture_output=True,
+        cwd=copy_of_the_sources(tmp_path / "source"), check=True, capture_output=True,
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     (sdist,) = tmp_path.glob("*.tar.gz")
@@ -185,6 +199,78 @@ def test_sdist_and_wheel_hold_every_module(tmp_path):
     assert {"dblocks/__init__.py", "dblocks/py.typed", "dblocks/ops/adaln.py"} <= inside
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in inside)
     with tarfile.open(sdist) as archive:
-        assert any(name.endswith("/kernels/reference.py") for name in archive.getnames())
-    code = "import dblocks.kernels.reference, dblocks.functional; print(dblocks.__file__)"
-    assert run(f"import sys; sys.path.insert(0, {str(wheel)!r})\n{code}").startswith(str(wheel))
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    csrc = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    assert {"kernels/reference.py", *csrc} <= names
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    code = """
+import torch, dblocks.kernels.reference
+from dblocks.functional import adaln
+from dblocks.ops import _extension
+print(dblocks.__file__, _extension.MISSING or adaln(torch.zeros(1, 2, 4), None, None, impl="cpp"))
+"""
+    out = run(f"import sys; sys.path.insert(0, {str(installed)!r})\n{code}")
+    assert out.startswith(str(installed))
+    if NO_CPP:
+        return
+    assert "-cp310-abi3-" in wheel.name
+    assert "dblocks/_C.abi3.so" in inside
+    assert "tensor([[[0., 0., 0., 0.]" in out
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"DBLOCKS_NO_EXT": "1"}, ""),
+        ({"CXX": "/bin/false", "CC": "/bin/false"}, "no C++ ops for CPUs, the build failed"),
+    ],
+)
+def test_without_a_compiler_the_package_is_whole_but_for_the_extension(
+    tmp_path, environment, message
+):
+    folder = copy_of_the_sources(tmp_path / "source")
+    out = setup(folder, "-q", "build", "--build-lib", str(tmp_path / "built"), **environment)
+    assert message in out
+    built = {path.name for path in (tmp_path / "built" / "dblocks").iterdir()}
+    assert {"__init__.py", "kernels", "ops"} <= built
+    assert not any(name.startswith("_C") for name in built)
+
+
+def test_a_failing_build_may_be_made_an_error(tmp_path):
+    folder = copy_of_the_sources(tmp_path / "source")
+    with pytest.raises(subprocess.CalledProcessError):
+        setup(folder, "-q", "build_ext", CXX="/bin/false", CC="/bin/false", DBLOCKS_REQUIRE_EXT="1")
+
+
+def test_an_extension_that_does_not_load_is_reported(tmp_path):
+    folder = copy_of_the_sources(tmp_path / "source")
+    (folder / "dblocks" / "_C.abi3.so").write_bytes(b"no library")
+    out = run(
+        f"""
+import sys, warnings
+sys.path.insert(0, {str(folder)!r})
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from dblocks.ops import _extension
+print([str(w.message) for w in caught if w.category is RuntimeWarning], _extension.MISSING)
+"""
+    )
+    assert "the C++ ops for CPUs are built, but do not load" in out
+    assert "Build them again" in out
+
+
+def test_importing_starts_no_other_program():
+    out = run(
+        """
+import os, subprocess
+def refuse(*args, **kwargs):
+    raise AssertionError(f"started {args}")
+subprocess.Popen = os.system = os.posix_spawn = refuse
+import dblocks, torch
+from dblocks.functional import adaln
+print(adaln(torch.zeros(1, 1, 2), None, None))
+""",
+        root_on_path=True,
+    )
+    assert out.startswith("tensor(")
