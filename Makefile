@@ -49,11 +49,13 @@ lint: $(STAMP) ## formatting, lint, types and spelling
 	$(BIN)/pyright
 	$(BIN)/codespell $$(git ls-files '*.py' '*.md' '*.toml' Makefile)
 
-bench: $(STAMP) ## every op beside its peers on this machine, each checked before it is timed
-	$(BIN)/python -m benchmarks.run
+bench: $(STAMP) ## every op and a training step beside their peers, each checked before it is timed
+	$(BIN)/python -m benchmarks.run --memory --out benchmarks/results
+	$(BIN)/python -m benchmarks.step --out benchmarks/results
 
-bench-gpu: ## the same at 64M elements on a GPU, with the packages of PYTHON
+bench-gpu: ## the same on a GPU, 64M elements in bfloat16, with the packages of PYTHON
 	PYTHONPATH=. $(PYTHON) -m benchmarks.run --device cuda --out benchmarks/results
+	PYTHONPATH=. $(PYTHON) -m benchmarks.step --device cuda --out benchmarks/results
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .hypothesis .ruff_cache

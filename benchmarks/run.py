@@ -71,10 +71,12 @@ def measure(
         for name in peers:
             row = head | {"direction": direction, "peer": name} | once[name]
             if name in times:
-                row |= timing.summary(times[name])
-                row["gb_per_s"] = moved * elements / row["ms"] / 1e6
-                row["of_copy"] = moved * elements / row["ms"] / copy
-                row["gflops"] = operations * elements / row["ms"] / 1e6
+                figures = timing.summary(times[name])
+                ms = figures["ms"]
+                row |= figures
+                row["gb_per_s"] = moved * elements / ms / 1e6
+                row["of_copy"] = moved * elements / ms / copy
+                row["gflops"] = operations * elements / ms / 1e6
                 if device.type == "cuda":
                     row["peak_bytes"] = timing.cuda_peak_bytes(runs[name])
             rows.append(row)
@@ -105,11 +107,10 @@ def overhead(op: Op, device: torch.device) -> list[dict[str, Any]]:
 
 def _work(op: Op, direction: str, size: int) -> tuple[int, int]:
     """Bytes and operations per element."""
-    moved = {"forward": op.bytes_forward(size), "backward": op.bytes_backward(size)}
-    operations = dict(zip(("forward", "backward"), op.operations, strict=True))
-    if direction == "both":
-        return sum(moved.values()), sum(operations.values())
-    return moved[direction], operations[direction]
+    forward = op.bytes_forward(size), op.operations[0]
+    backward = op.bytes_backward(size), op.operations[1]
+    both = forward[0] + backward[0], forward[1] + backward[1]
+    return {"forward": forward, "backward": backward, "both": both}[direction]
 
 
 def _run(op: Op, peer: Peer, inputs: dict[str, Tensor], direction: str) -> Callable[[], object]:

@@ -43,12 +43,8 @@ struct Groups {
   int64_t elements_per_task() const { return std::min(chunk, L * per_task) * D; }
   int64_t sample(int64_t group) const { return modulated ? group / S : 0; }
   int64_t segment(int64_t group) const { return modulated ? group % S : 0; }
-  // Sample and token of row r of a group.
-  void locate(int64_t group, int64_t r, int64_t& n, int64_t& t) const {
-    const int64_t row = group * L + r;
-    n = row / T;
-    t = row % T;
-  }
+  // The number among all rows of row r of a group.
+  int64_t row(int64_t group, int64_t r) const { return group * L + r; }
 
   // visit(group, first row, end row) for what a task covers.
   template <class F>
@@ -60,6 +56,19 @@ struct Groups {
     }
     const int64_t end = std::min((task + 1) * per_task, count);
     for (int64_t g = task * per_task; g < end; ++g) visit(g, (int64_t)0, L);
+  }
+};
+
+// A row as sample and token, to walk from one to the next without a division.
+struct Place {
+  int64_t T, n, t;
+
+  Place(const Groups& g, int64_t row) : T(g.T), n(row / g.T), t(row % g.T) {}
+  void next() {
+    if (++t == T) {
+      t = 0;
+      ++n;
+    }
   }
 };
 
@@ -134,15 +143,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_forward(
         const float* b_gate = modulation_row(m_gate, g, group, scratch[2]);
         r.shift = modulation_row(m_shift, g, group, scratch[3]);
         r.scale = modulation_row(m_scale, g, group, scratch[4]);
-        for (int64_t i = first; i < last; ++i) {
-          int64_t n, t;
-          g.locate(group, i, n, t);
-          const int64_t row = n * g.T + t;
-          r.x = in.row(n, t);
+        Place at(g, g.row(group, first));
+        for (int64_t row = g.row(group, first); row < g.row(group, last); ++row, at.next()) {
+          r.x = in.row(at.n, at.t);
           if (add) {
             void* sum = out_x.row(row, D, true);
             gated_row(
-                r.x, in.dtype, add.row(n, t), add.dtype, b_gate, sum, scratch[5], scratch[6], D);
+                r.x, in.dtype, add.row(at.n, at.t), add.dtype, b_gate, sum, scratch[5], scratch[6],
+                D);
             r.x = sum;
           }
           if (!normalise) continue;
@@ -179,36 +187,34 @@ class BackwardRows {
   void run(NormBackward& a, int64_t group, int64_t first, int64_t last, Scratch& scratch,
            const float* mean, const float* rstd) const {
     const Kernels& k = kernels();
-    for (int64_t i = first; i < last; i += step_) {
-      a.rows = (int)std::min<int64_t>(step_, last - i);
-      int64_t at[kRows];
-      for (int r = 0; r < a.rows; ++r) {
-        int64_t n, t;
-        g_.locate(group, i + r, n, t);
-        at[r] = n * g_.T + t;
-        a.dy[r] = in(dy_, n, t, scratch[r]);
-        a.x[r] = dy_ ? in(x_, n, t, scratch[kRows + r]) : nullptr;
-        a.dx_new[r] = in(dx_new_, n, t, scratch[2 * kRows + r]);
-        a.branch[r] = in(branch_, n, t, scratch[3 * kRows + r]);
-        a.dx[r] = out(dx_, at[r], scratch[4 * kRows + r]);
-        a.dbranch[r] = out(dbranch_, at[r], scratch[5 * kRows + r]);
+    Place at(g_, g_.row(group, first));
+    const int64_t end = g_.row(group, last);
+    for (int64_t row = g_.row(group, first); row < end; row += step_) {
+      a.rows = (int)std::min<int64_t>(step_, end - row);
+      for (int r = 0; r < a.rows; ++r, at.next()) {
+        a.dy[r] = in(dy_, at, scratch[r]);
+        a.x[r] = dy_ ? in(x_, at, scratch[kRows + r]) : nullptr;
+        a.dx_new[r] = in(dx_new_, at, scratch[2 * kRows + r]);
+        a.branch[r] = in(branch_, at, scratch[3 * kRows + r]);
+        a.dx[r] = out(dx_, row + r, scratch[4 * kRows + r]);
+        a.dbranch[r] = out(dbranch_, row + r, scratch[5 * kRows + r]);
         if (dy_) {
-          a.mean[r] = mean ? mean[at[r]] : 0;
-          a.rstd[r] = rstd[at[r]];
+          a.mean[r] = mean ? mean[row + r] : 0;
+          a.rstd[r] = rstd[row + r];
         }
       }
       k.norm_backward[dtype_](a);
       for (int r = 0; r < a.rows; ++r) {
-        finish(dx_, at[r], scratch[4 * kRows + r]);
-        finish(dbranch_, at[r], scratch[5 * kRows + r]);
+        finish(dx_, row + r, scratch[4 * kRows + r]);
+        finish(dbranch_, row + r, scratch[5 * kRows + r]);
       }
     }
   }
 
  private:
-  const void* in(const Rows& rows, int64_t n, int64_t t, float* scratch) const {
+  const void* in(const Rows& rows, const Place& at, float* scratch) const {
     if (!rows) return nullptr;
-    const void* row = rows.row(n, t);
+    const void* row = rows.row(at.n, at.t);
     return rows.dtype == dtype_ ? row : as_float(row, rows.dtype, scratch, g_.D);
   }
   void* out(const Rows& rows, int64_t row, float* scratch) const {

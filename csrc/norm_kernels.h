@@ -58,7 +58,8 @@ template <class T>
 DBLOCKS_INLINE const float* layer_stats(const NormRow& r, float& mean, float& variance) {
   vf total[UNROLL] = {};
   const float* x = read_row<T>(r, [&](int k, vf v) { total[k] += v; });
-  mean = sum(total) / (float)r.D;
+  const float per_element = 1.0f / (float)r.D;
+  mean = sum(total) * per_element;
   const vf m = splat(mean);
   vf rest[UNROLL] = {}, square[UNROLL] = {};
   each(r.D, [&](int64_t i, int k, auto lanes) {
@@ -67,9 +68,9 @@ DBLOCKS_INLINE const float* layer_stats(const NormRow& r, float& mean, float& va
     square[k] = fma(c, c, square[k]);
   });
   // The mean is off by a rounding, which a variance of nearly nothing would scale up.
-  const float correction = sum(rest) / (float)r.D;
+  const float correction = sum(rest) * per_element;
   mean += correction;
-  variance = sum(square) / (float)r.D - correction * correction;
+  variance = sum(square) * per_element - correction * correction;
   variance = variance < 0 ? 0 : variance;
   return x;
 }

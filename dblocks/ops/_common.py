@@ -6,7 +6,7 @@ Nothing here looks at the values of a tensor on an accelerator, so no check sync
 import importlib.util
 import numbers
 import os
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def resolve_impl(impl: str, x: Tensor, op: str) -> str:
+def resolve_impl(impl: str, x: Tensor, op: str) -> Impl:
     """The implementation that `op` uses for the tensor `x`; a named one that cannot run raises."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
@@ -42,10 +42,10 @@ def resolve_impl(impl: str, x: Tensor, op: str) -> str:
         _check_triton(x, op)
     if impl == "cpp":
         _check_cpp(x, op)
-    return impl
+    return cast(Impl, impl)
 
 
-def _auto(x: Tensor) -> str:
+def _auto(x: Tensor) -> Impl:
     if x.dtype == torch.float64:
         return "reference"
     if x.is_cpu:

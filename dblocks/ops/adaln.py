@@ -38,9 +38,11 @@ def adaln(
         eps: added to the variance, >= 0. With 0, a row whose variance is 0 (on a GPU: subnormal,
             which its root takes for 0) gives NaN or inf.
         out_dtype: dtype of the result; that of `x` by default.
-        impl: "reference" (any device and dtype), "triton" (GPU; D <= 16,384; not float64), or
-            "auto": Triton on a GPU, the reference elsewhere and for float64. Triton has first-order
-            autograd, and no torch.func transforms.
+        impl: "reference" (plain PyTorch: any device and dtype, any transform), "triton" (GPU;
+            D <= 16,384; not float64), "cpp" (CPU; not float64), or "auto": Triton on a GPU, C++ on
+            a CPU where it is built, else the reference; the reference too for float64 and inside
+            torch.func transforms and forward-mode differentiation. Triton and C++ have first-order
+            autograd only.
 
     Returns:
         y `[N, T, D]`, contiguous. Arithmetic is float32 (float64 for float64 `x`), rounded once.

@@ -90,7 +90,7 @@ def edm_denoise(
         z: Noised target of the shape of `f`; may differ in dtype.
         sigma: Noise levels > 0, 0-d, `[N]` or `[N, S]`. No gradient.
         sigma_data: Standard deviation of the data.
-        impl: "reference", "triton" or "auto", which chooses as in `noise_inject`.
+        impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`.
 
     Returns:
         denoised of the shape of `f`, float32 (float64 if `f` or `z` is), contiguous. Arithmetic is

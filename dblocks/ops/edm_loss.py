@@ -119,7 +119,7 @@ def edm_loss(
         sigma_data: Standard deviation of the data.
         row_weight: Factors `[N]`, or `[N, T]` for y `[N, T, D]`: other weightings, or 0 for
             padding (the mean divides by all elements).
-        impl: "reference", "triton" or "auto", which chooses as in `noise_inject`.
+        impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`.
 
     Returns:
         loss `[N]`, float32 (float64 if `f` or `y` is), the mean over each sample. Arithmetic is in

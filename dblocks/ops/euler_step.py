@@ -119,8 +119,9 @@ def euler_step(
         denoised: Estimate of the clean target, of the shape of `z`; may differ in dtype.
         sigma: Noise level > 0: a float, or a tensor, 0-d, `[N]` or `[N, S]`. No gradient.
         sigma_next: Noise level >= 0, likewise; two `[N, S]` have one S.
-        impl: "reference", "triton" or "auto", which chooses as in `noise_inject`. Two floats are
-            divided on the host in float64, in float32 by Triton in a compiled graph.
+        impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`. Two
+            floats are divided on the host in float64, in a compiled graph in float32 but by the
+            reference.
 
     Returns:
         z_next of the shape of `z`, float32 (float64 if `z` or `denoised` is), contiguous.

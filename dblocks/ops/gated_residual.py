@@ -17,7 +17,7 @@ def gated_residual(
         x: `[N, T, D]`, strides as in `adaln`.
         branch: `[N, T, D]`; may differ from `x` in dtype.
         gate: `[N, D]`, or `[N, S, D]` per segment of T/S consecutive tokens; `None` is 1.
-        impl: "reference", "triton" or "auto", which chooses as in `adaln`.
+        impl: "reference", "triton", "cpp" or "auto", which chooses as in `adaln`.
 
     Returns:
         x_new `[N, T, D]` in the dtype of `x`, contiguous. Arithmetic is float32 (float64 for

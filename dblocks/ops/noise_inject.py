@@ -107,15 +107,17 @@ def noise_inject(
             1, and other shapes whose samples are not contiguous, cost a copy.
         sigma: Noise levels > 0 and finite, 0-d, `[N]` or `[N, S]`: segment s covers T/S consecutive
             tokens. No gradient. On the CPU its values are checked. In a compiled graph
-            only Triton allows a change in place before backward.
+            the reference alone does not allow a change in place before backward.
         seed: An int of 64 bits (two's complement), or a 0-d int64 tensor on the device.
         offset: The number of the first element, >= 0; that of the last is < 2**63.
         sigma_data: Standard deviation of the data.
         dtype: Of `z_in`; that of `y` by default.
         need_z: Whether `z` is written.
-        impl: "reference" (plain PyTorch), "triton" (one kernel; on the CPU under
-            TRITON_INTERPRET=1) or "auto": Triton on a GPU, the reference elsewhere and for float64.
-            Triton has first-order autograd, and no torch.func transforms.
+        impl: "reference" (plain PyTorch: any device and dtype, any transform), "triton" (GPU; on
+            the CPU under TRITON_INTERPRET=1), "cpp" (CPU), or "auto": Triton on a GPU, C++ on a CPU
+            where it is built, else the reference; the reference too for float64 and inside
+            torch.func transforms and forward-mode differentiation. Triton and C++ have first-order
+            autograd only.
 
     Returns:
         `Noised(z, z_in)`, both of the shape of `y` and contiguous: `z` float32 (float64 for

@@ -51,7 +51,7 @@ def residual_adaln(
         norm: "layer" or "rms".
         eps: added to the variance.
         out_dtype: dtype of y; that of `x` by default.
-        impl: "reference", "triton" or "auto", which chooses as in `adaln`.
+        impl: "reference", "triton", "cpp" or "auto", which chooses as in `adaln`.
 
     Returns:
         Residual(x_new, y), both `[N, T, D]` and contiguous; x_new has the dtype of `x`. Arithmetic
