@@ -21,27 +21,44 @@ TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1"]
 
 
+def is_set(name: str) -> bool:
+    """Whether an environment variable asks for something."""
+    return os.environ.get(name, "0") not in ("", "0")
+
+
 def extension() -> dict:
     """The arguments of setup() that build csrc/; none where it cannot or must not be built."""
-    if os.environ.get("DBLOCKS_NO_EXT", "0") not in ("", "0"):
+    if is_set("DBLOCKS_NO_EXT"):
         return {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError:
-        print("dblocks: no torch at build time, so no C++ ops for CPUs", file=sys.stderr)
+    except (ImportError, OSError) as error:
+        if is_set("DBLOCKS_REQUIRE_EXT"):
+            raise
+        print(f"dblocks: no C++ ops for CPUs, torch does not import: {error}", file=sys.stderr)
         return {}
 
     class Build(BuildExtension):
         """Goes on without the extension where it cannot be built."""
 
         def run(self) -> None:
+            inplace = self.inplace  # setuptools changes it meanwhile
             try:
                 super().run()
             except Exception as error:
-                if os.environ.get("DBLOCKS_REQUIRE_EXT", "0") not in ("", "0"):
+                if is_set("DBLOCKS_REQUIRE_EXT"):
                     raise
-                self.extensions = []
+                self.inplace = inplace
+                self._remove_older()
                 print(f"dblocks: no C++ ops for CPUs, the build failed: {error}", file=sys.stderr)
+
+        def _remove_older(self) -> None:
+            """Removes what an earlier build left, which would be taken for this one's."""
+            for built in self.extensions:
+                inside = Path(self.build_lib) / self.get_ext_filename(built.name)
+                for path in (Path(self.get_ext_fullpath(built.name)), inside):
+                    path.unlink(missing_ok=True)
+            self.extensions = []
 
     flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
     flags += ["-fno-trapping-math", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]

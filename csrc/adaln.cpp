@@ -232,15 +232,15 @@ class BackwardRows {
 };
 
 // From the sums A, B and G of a group's rows, for `n` columns from `column` on:
-//   dscale = weight*A + bias*B, dshift = B, dgate = G; and dweight += (1 + scale)*A,
-//   dbias += (1 + scale)*B into `affine` [2, ..], where it is there
+//   dscale = weight*A + bias*B, dshift = B, dgate = G; and, where `affine` [2, D] is there,
+//   its first row += (1 + scale)*A and its second += (1 + scale)*B
 struct GroupGrads {
   const Rows &dgate, &dshift, &dscale;
   const float *weight, *bias;
   int64_t D;
 
   void write(int64_t group, const float* A, const float* B, const float* G, const float* scale,
-             float* affine_w, float* affine_b, float* scratch, int64_t column, int64_t n) const {
+             float* affine, float* scratch, int64_t column, int64_t n) const {
     const Kernels& k = kernels();
     put(dgate, group, G, column, n);
     put(dshift, group, B, column, n);
@@ -250,9 +250,9 @@ struct GroupGrads {
       if (bias) k.accumulate(bias + column, false, B, scratch, n);
       put(dscale, group, scratch, column, n);
     }
-    if (affine_w == nullptr) return;
-    k.accumulate(scale ? scale + column : nullptr, true, A, affine_w, n);
-    k.accumulate(scale ? scale + column : nullptr, true, B, affine_b, n);
+    if (affine == nullptr) return;
+    k.accumulate(scale ? scale + column : nullptr, true, A, affine + column, n);
+    k.accumulate(scale ? scale + column : nullptr, true, B, affine + D + column, n);
   }
 
  private:
@@ -316,7 +316,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_backwar
   const float* rstd = dy ? (const float*)rstd_.data_ptr() : nullptr;
   const BackwardRows rows(g, dy, x, dx_new, branch, dx, dbranch);
   const bool affine = dweight || dbias, partial = g.chunks > 1;
-  std::vector<float> sums(partial ? g.tasks * 3 * D : 0);
+  // Not a vector: tasks clear their own part, side by side.
+  const std::unique_ptr<float[]> sums(partial ? new float[g.tasks * 3 * D] : nullptr);
   std::vector<float> affine_sums(affine ? (partial ? g.count : g.tasks) * 2 * D : 0);
   Scratch shared(2, D);
   const GroupGrads finish{
@@ -340,13 +341,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_backwar
             a.gate = own[2];
           }
         }
-        a.A = partial ? sums.data() + task * 3 * D : own[3];
+        a.A = partial ? sums.get() + task * 3 * D : own[3];
         a.B = partial ? a.A + D : own[4];
         a.G = partial ? a.B + D : own[5];
         for (float* total : {a.A, a.B, a.G}) std::memset(total, 0, D * sizeof(float));
         rows.run(a, group, first, last, scratch, mean, rstd);
         if (!partial)
-          finish.write(group, a.A, a.B, a.G, b_scale, to_affine, to_affine + D, own[6], 0, D);
+          finish.write(group, a.A, a.B, a.G, b_scale, to_affine, own[6], 0, D);
       });
     }
   });
@@ -362,13 +363,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_backwar
         std::memset(totals, 0, sizeof totals);
         for (int64_t c = 0; c < g.chunks; ++c)
           for (int i = 0; i < 3; ++i) {
-            const float* part = sums.data() + ((group * g.chunks + c) * 3 + i) * D + column;
+            const float* part = sums.get() + ((group * g.chunks + c) * 3 + i) * D + column;
             kernels().accumulate(nullptr, false, part, totals[i], n);
           }
-        float* to_affine = affine ? affine_sums.data() + group * 2 * D + column : nullptr;
+        float* to_affine = affine ? affine_sums.data() + group * 2 * D : nullptr;
         const float* b_scale = affine ? modulation_row(scale, g, group, own[0]) : nullptr;
-        finish.write(group, totals[0], totals[1], totals[2], b_scale, to_affine, to_affine + D,
-                     spare, column, n);
+        finish.write(
+            group, totals[0], totals[1], totals[2], b_scale, to_affine, spare, column, n);
       }
     });
   }

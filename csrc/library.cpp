@@ -7,13 +7,22 @@
 
 namespace {
 
+// Of the schemas and their meaning; dblocks/ops/_extension.py wants the same number.
+constexpr int64_t kVersion = 1;
+
+int64_t cpp_version() { return kVersion; }
+
 std::string cpu_set() { return dblocks::kernels().name; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(dblocks, m) { m.def("cpu_set() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(dblocks, m) {
+  m.def("cpp_version() -> int");
+  m.def("cpu_set() -> str");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(dblocks, CompositeExplicitAutograd, m) {
+  m.impl("cpp_version", TORCH_BOX(&cpp_version));
   m.impl("cpu_set", TORCH_BOX(&cpu_set));
 }
 

@@ -1,5 +1,4 @@
 // An empty Python module, so that `import dblocks._C` loads the library and its registrations.
-#define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
 static PyModuleDef module = {

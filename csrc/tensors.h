@@ -35,8 +35,7 @@ inline int64_t size_of(Dtype dtype) {
 }
 
 inline Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type) {
-  int64_t strides[16];
-  STD_TORCH_CHECK(dim <= 16, "dblocks: the C++ ops take at most 16 dimensions");
+  int64_t strides[64];  // PyTorch's own limit of dimensions
   int64_t stride = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
     strides[i] = stride;

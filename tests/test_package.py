@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import NO_CPP
+from tools import NO_CPP, needs_cpp
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(p.stem for p in (ROOT / "kernels").glob("*.py"))
@@ -237,6 +237,26 @@ def test_without_a_compiler_the_package_is_whole_but_for_the_extension(
     assert not any(name.startswith("_C") for name in built)
 
 
+def test_a_failing_build_leaves_no_older_extension_behind(tmp_path):
+    folder = copy_of_the_sources(tmp_path / "source")
+    older = folder / "dblocks" / "_C.abi3.so"
+    older.write_bytes(b"of other sources")
+    out = setup(folder, "-q", "build_ext", "--inplace", CXX="/bin/false", CC="/bin/false")
+    assert "the build failed" in out
+    assert not older.exists()
+
+
+def test_a_torch_that_does_not_import_is_no_torch(tmp_path):
+    folder = copy_of_the_sources(tmp_path / "source")
+    (tmp_path / "broken" / "torch").mkdir(parents=True)
+    (tmp_path / "broken" / "torch" / "__init__.py").write_text("raise OSError('no libtorch')")
+    path = {"PYTHONPATH": str(tmp_path / "broken")}
+    out = setup(folder, "-q", "build", "--build-lib", str(tmp_path / "built"), **path)
+    assert "no C++ ops for CPUs, torch does not import: no libtorch" in out
+    with pytest.raises(subprocess.CalledProcessError):
+        setup(folder, "-q", "build", DBLOCKS_REQUIRE_EXT="1", **path)
+
+
 def test_a_failing_build_may_be_made_an_error(tmp_path):
     folder = copy_of_the_sources(tmp_path / "source")
     with pytest.raises(subprocess.CalledProcessError):
@@ -258,6 +278,22 @@ print([str(w.message) for w in caught if w.category is RuntimeWarning], _extensi
     )
     assert "the C++ ops for CPUs are built, but do not load" in out
     assert "Build them again" in out
+
+
+@needs_cpp
+def test_an_extension_of_other_sources_is_reported():
+    out = run(
+        """
+import warnings
+from dblocks.ops import _extension
+_extension.VERSION = -1
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(_extension._load(), caught[0].message)
+""",
+        root_on_path=True,
+    )
+    assert "built from other sources (version 1, -1 is needed)" in out
 
 
 def test_importing_starts_no_other_program():

@@ -89,6 +89,8 @@ class _AdaLN(torch.autograd.Function):
         )  # fmt: skip
         if branch is None:
             return y
+        if not any(ctx.needs_input_grad[:3]):
+            ctx.mark_non_differentiable(x_new)  # it depends on x, branch and gate only
         return (x_new, y) if normalise else x_new
 
     @staticmethod

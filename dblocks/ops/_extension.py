@@ -4,7 +4,10 @@ import importlib
 import importlib.util
 import warnings
 
+import torch
+
 NOT_BUILT = "not built"
+VERSION = 1  # of the ops in csrc/library.cpp: an older library must not meet newer schemas
 
 
 def _load() -> str:
@@ -13,16 +16,19 @@ def _load() -> str:
         return NOT_BUILT
     try:
         importlib.import_module("dblocks._C")
-    except (ImportError, OSError) as error:
-        warnings.warn(
-            f"the C++ ops for CPUs are built, but do not load: {error}; every op on a CPU uses the "
-            "reference. Build them again for the torch that is installed: pip install "
-            "--no-build-isolation dblocks",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return f"built, but does not load: {error}"
-    return ""
+        version = torch.ops.dblocks.cpp_version()
+        if version == VERSION:
+            return ""
+        reason = f"built from other sources (version {version}, {VERSION} is needed)"
+    except (ImportError, OSError, AttributeError) as error:
+        reason = f"built, but do not load: {error}"
+    warnings.warn(
+        f"the C++ ops for CPUs are {reason}; every op on a CPU uses the reference. Build them again"
+        " for the torch that is installed: pip install --no-build-isolation, from the checkout",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return reason
 
 
 MISSING = _load()

@@ -238,3 +238,11 @@ def test_what_it_does_not_take():
         adaln(x.double(), None, None, impl="cpp")
     with pytest.raises(RuntimeError, match=r"impl='cpp' needs tensors on the CPU, got device meta"):
         adaln(x.to("meta"), None, None, impl="cpp")
+
+
+def test_any_number_of_dimensions():
+    y = torch.randn([1] * 40)
+    sigma = torch.ones(1)
+    got, expected = (noise_inject(y, sigma, 3, impl=impl) for impl in ("cpp", "reference"))
+    torch.testing.assert_close(got.z, expected.z)
+    assert got.z.shape == y.shape

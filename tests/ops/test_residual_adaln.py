@@ -97,6 +97,17 @@ def test_saves_no_more_than_x_new_and_two_numbers_a_row(impl):
     assert sum(t.numel() for t in saved if t.shape == x.shape[:2]) == 2 * 2 * 6
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_x_new_needs_no_gradient_of_what_only_y_depends_on(impl):
+    x, branch = (torch.randn(2, 6, 10, device=DEVICE) for _ in range(2))
+    weight = torch.ones(10, device=DEVICE, requires_grad=True)
+    out = residual_adaln(x, branch, None, None, None, weight=weight, impl=impl)
+    assert not out.x_new.requires_grad
+    assert out.y.requires_grad
+    out.y.sum().backward()
+    assert weight.grad is not None
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_gradcheck_of_the_reference(norm):
     shapes = ((2, 4, 5), (2, 4, 5), (2, 2, 5), (2, 2, 5), (2, 2, 5), (5,), (5,))
