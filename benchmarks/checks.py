@@ -10,6 +10,9 @@ from torch import Tensor
 from benchmarks.registry import Op, Peer
 from dblocks.testing import error_budget
 
+# How far others may pass the budget that holds for dblocks. It follows eager PyTorch, whose sums
+# over rows are unusually exact; those of torch.compile, row after row, are not wrong for that.
+PEER_SLACK = 8
 SIZE_TOLERANCE = 0.05  # of the standard deviation of what holds a peer's own noise
 
 _upstream: dict[tuple, Tensor] = {}
@@ -67,6 +70,7 @@ def wrong(op: Op, peer: Peer, inputs: dict[str, Tensor]) -> str:
     for result, reference, eager in zip(got, ref64, own, strict=True):
         error = (result.double() - reference).abs().max().item()
         limit = error_budget(reference, eager, result.dtype)
+        limit *= 1 if peer is op.ours else PEER_SLACK
         if error > limit:
             return f"error {error:.2e} over the budget {limit:.2e}"
     return ""
