@@ -158,7 +158,9 @@ def comparison(new: dict[str, Any], old: dict[str, Any]) -> str:
 def document(result: dict[str, Any], old: dict[str, Any] | None = None) -> str:
     """The whole report as markdown."""
     e = result["environment"]
-    ceiling = ", ".join(f"{v:.2f} TFLOP/s in {k}" for k, v in result["matmul_tflops"].items())
+    ceiling = ", ".join(
+        f"{1e3 * v:,.0f} GFLOP/s in {k}" for k, v in result["matmul_tflops"].items()
+    )
     parts = [
         "# Fused ops beside their peers",
         f"{e['device']}, {e['threads']} threads, C++ kernels: {e['cpp']}; torch {e['torch']}, "
@@ -169,7 +171,7 @@ def document(result: dict[str, Any], old: dict[str, Any] | None = None) -> str:
     ]
     met = floors(result)
     if met:
-        parts += ["## Floors", met]
+        parts += ["## Floors, set for 2 cores with AVX-512", met]
     if old is not None:
         parts += ["## Since the earlier result", comparison(result, old)]
     if result["overhead"]:
