@@ -21,7 +21,7 @@ def main() -> None:
     peer = peers_of(op, device)[peer_name]
     assert not isinstance(peer, str), peer
     inputs = op.make([int(size) for size in shape], getattr(torch, dtype), device)
-    print(timing.resident_peak_bytes(run._run(op, peer, inputs, "both")))
+    print(timing.resident_peak_bytes(run.call_of(op, peer, inputs, "both")))
 
 
 if __name__ == "__main__":

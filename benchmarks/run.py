@@ -54,7 +54,7 @@ def measure(
         if not isinstance(peer, str) and not once[name]["wrong"]:
             good[name] = peer
             if device.type == "cuda":
-                once[name]["host_us"] = timing.host_us(_run(op, peer, inputs, "forward"), device)
+                once[name]["host_us"] = timing.host_us(call_of(op, peer, inputs, "forward"), device)
             elif memory:
                 arguments = ["benchmarks.memory", op.name, name, head["dtype"], *map(str, shape)]
                 once[name]["peak_bytes"] = timing.fresh_process(arguments)
@@ -64,7 +64,7 @@ def measure(
     rows = []
     for direction in DIRECTIONS if op.needs_grad else DIRECTIONS[:1]:
         runs: dict[str, timing.Run] = {"copy": lambda: target.copy_(source)}
-        runs |= {name: _run(op, peer, inputs, direction) for name, peer in good.items()}
+        runs |= {name: call_of(op, peer, inputs, direction) for name, peer in good.items()}
         times = timing.interleaved(runs, device, rounds)
         copy = 2 * size * elements / statistics.median(times.pop("copy"))
         moved, operations = _work(op, direction, size)
@@ -89,7 +89,7 @@ def _examine(
     """What is found of a peer before it is timed: absent, wrong, and the cost of a first call."""
     if isinstance(peer, str):
         return {"absent": peer, "wrong": ""}
-    first = timing.first_call_ms(_run(op, peer, inputs, "both"), device)
+    first = timing.first_call_ms(call_of(op, peer, inputs, "both"), device)
     return {"first_ms": first, "wrong": wrong(op, peer, inputs)}
 
 
@@ -100,7 +100,7 @@ def overhead(op: Op, device: torch.device) -> list[dict[str, Any]]:
     for direction in ("forward", "both") if op.needs_grad else ("forward",):
         for name in ("dblocks", "eager"):
             peer = op.ours if name == "dblocks" else op.eager
-            us = timing.host_us(_run(op, peer, inputs, direction), device)
+            us = timing.host_us(call_of(op, peer, inputs, direction), device)
             rows.append({"op": op.name, "peer": name, "direction": direction, "host_us": us})
     return rows
 
@@ -113,7 +113,8 @@ def _work(op: Op, direction: str, size: int) -> tuple[int, int]:
     return {"forward": forward, "backward": backward, "both": both}[direction]
 
 
-def _run(op: Op, peer: Peer, inputs: dict[str, Tensor], direction: str) -> Callable[[], object]:
+def call_of(op: Op, peer: Peer, inputs: dict[str, Tensor], direction: str) -> Callable[[], object]:
+    """What to call again and again to time a direction of a peer."""
     leaves = leaves_of(op, inputs)
     if direction == "forward" or not op.needs_grad:
 

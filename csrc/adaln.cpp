@@ -147,14 +147,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_forward(
         for (int64_t row = g.row(group, first); row < g.row(group, last); ++row, at.next()) {
           r.x = in.row(at.n, at.t);
           if (add) {
-            void* sum = out_x.row(row, D, true);
+            void* sum = out_x.result_row(row, D);
             gated_row(
                 r.x, in.dtype, add.row(at.n, at.t), add.dtype, b_gate, sum, scratch[5], scratch[6],
                 D);
             r.x = sum;
           }
           if (!normalise) continue;
-          r.y = out_y.row(row, D, true);
+          r.y = out_y.result_row(row, D);
           r.mean = means ? means + row : nullptr;
           r.rstd = rstds + row;
           norm_row(r, in.dtype, out_y.dtype, scratch[6]);
@@ -218,11 +218,11 @@ class BackwardRows {
     return rows.dtype == dtype_ ? row : as_float(row, rows.dtype, scratch, g_.D);
   }
   void* out(const Rows& rows, int64_t row, float* scratch) const {
-    return rows && rows.dtype == dtype_ ? (void*)rows.row(row, g_.D, true) : scratch;
+    return rows && rows.dtype == dtype_ ? (void*)rows.result_row(row, g_.D) : scratch;
   }
   void finish(const Rows& rows, int64_t row, const float* scratch) const {
     if (rows && rows.dtype != dtype_)
-      kernels().from_float[rows.dtype](scratch, rows.row(row, g_.D, true), g_.D);
+      kernels().from_float[rows.dtype](scratch, rows.result_row(row, g_.D), g_.D);
   }
 
   const Groups& g_;
@@ -258,7 +258,7 @@ struct GroupGrads {
  private:
   void put(const Rows& to, int64_t group, const float* from, int64_t column, int64_t n) const {
     if (!to) return;
-    char* row = to.row(group, D, true) + column * size_of(to.dtype);
+    char* row = to.result_row(group, D) + column * size_of(to.dtype);
     kernels().from_float[to.dtype](from, row, n);
   }
 };

@@ -90,9 +90,8 @@ struct Rows {
 
   explicit operator bool() const { return owner.has_value(); }
   char* row(int64_t n, int64_t t) const { return data + n * stride_n + t * stride_t; }
-  // Of a contiguous result: row number i of all.
-  char* row(int64_t i, int64_t D, bool) const { return data + i * D * size_of(dtype); }
-  const Tensor& tensor() const { return *owner; }
+  // Row number i of all, of a contiguous result.
+  char* result_row(int64_t i, int64_t D) const { return data + i * D * size_of(dtype); }
 };
 
 // A row in float32: itself, or converted into `scratch`.

@@ -7,21 +7,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dblocks.ops import _common
+from dblocks.ops._library import library
 
 SEED_RANGE = 2**63
 COUNT_RANGE = 2**63
-FEW = 64
+FEW = 64  # noise levels that are looked through as a Python list
 
-_lib = torch.library.Library("dblocks", "FRAGMENT")
-_lib.define("keep(Tensor a) -> Tensor")
+library.define("keep(Tensor a) -> Tensor")
 
 
-@torch.library.impl(_lib, "keep", "CompositeExplicitAutograd")
+@torch.library.impl(library, "keep", "CompositeExplicitAutograd")
 def _keep_any(a):
     return a.clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("dblocks::keep", lib=_lib)
+@torch.library.register_fake("dblocks::keep", lib=library)
 def _keep_fake(a):
     return a.new_empty(a.shape)
 
