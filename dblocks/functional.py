@@ -1,6 +1,7 @@
 """The public functions: every op of dblocks, each with its reference and its kernels."""
 
 from dblocks.ops.adaln import adaln
+from dblocks.ops.doubled_attention import doubled_attention
 from dblocks.ops.edm_denoise import edm_denoise
 from dblocks.ops.edm_loss import edm_loss
 from dblocks.ops.euler_step import euler_step
@@ -12,6 +13,7 @@ __all__ = [
     "Noised",
     "Residual",
     "adaln",
+    "doubled_attention",
     "edm_denoise",
     "edm_loss",
     "euler_step",

@@ -189,3 +189,56 @@ def euler_step(
     sigma, sigma_next = (_like(s, z) if isinstance(s, Tensor) else s for s in (sigma, sigma_next))
     a = sigma_next / sigma
     return (a * z + (1 - a) * denoised).contiguous()
+
+
+def doubled_mask(
+    T: int,
+    *,
+    block_size: int = 1,
+    clean_causal: str = "block",
+    cu_seqlens: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Which keys a row of the doubled sequence attends to: bool [2T, 2T], clean rows first."""
+    position = torch.arange(T, device=device)
+    document = torch.zeros_like(position)
+    if cu_seqlens is not None:
+        ends = cu_seqlens[1:].to(position.dtype).contiguous()
+        document = torch.searchsorted(ends, position, right=True)
+        position = position - cu_seqlens.to(position.dtype)[document]
+    block = position // block_size
+    same = document[:, None] == document
+    earlier, own = block[:, None] > block, block[:, None] == block
+    within = own if clean_causal == "block" else position[:, None] >= position
+    clean = torch.cat([same & (earlier | within), torch.zeros_like(same)], dim=1)
+    noisy = torch.cat([same & earlier, same & own], dim=1)
+    return torch.cat([clean, noisy])
+
+
+def doubled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int = 1,
+    clean_causal: str = "block",
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    query: str = "both",
+) -> tuple[Tensor, Tensor]:
+    """Also returns the natural logarithm of the sums of exponentials, [N, H, rows of q]."""
+    dtype, T = compute_dtype(q), k.shape[2] // 2
+    mask = doubled_mask(
+        T,
+        block_size=block_size,
+        clean_causal=clean_causal,
+        cu_seqlens=cu_seqlens,
+        device=q.device,
+    )
+    mask = mask[T:] if query == "noisy" else mask
+    # Each key/value head serves the next H / Hkv query heads.
+    keys, values = (x.to(dtype).repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q.to(dtype) @ keys.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+    o = (scores.softmax(-1) @ values).to(q.dtype)
+    return o, scores.logsumexp(-1)
