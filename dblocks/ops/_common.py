@@ -189,6 +189,14 @@ def rows_fit(
     return all(p is None or (_is_plain(p, device) and p.shape == (D,)) for p in channels)
 
 
+def samples_fit(x: Tensor, *others: Tensor) -> bool:
+    """As `rows_fit`, for tensors [N, ...] of one shape."""
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        return False
+    shape, device = x.shape, x.device
+    return all(_is_plain(tensor, device) and tensor.shape == shape for tensor in (x, *others))
+
+
 def _is_plain(tensor: object, device: torch.device) -> bool:
     return (
         isinstance(tensor, Tensor)

@@ -8,7 +8,7 @@ from dblocks.kernels import reference
 from dblocks.ops import _common
 from dblocks.ops._common import Impl
 from dblocks.ops._library import define, triton_kernel
-from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, kept, widest
+from dblocks.ops._noise_args import check_pair, check_sigma, check_sigma_data, kept, widest
 
 _FORWARD = "(Tensor f, Tensor z, Tensor sigma, float sigma_data) -> Tensor"
 _BACKWARD = (
@@ -104,11 +104,7 @@ def edm_denoise(
 
     Source: Karras et al. 2022, eq. 7 and table 1.
     """
-    _common.check_tensor(f=f, z=z)
-    check_samples("f", f)
-    _common.check_same_shape("z", z, "f", f)
-    _common.check_float(f=f, z=z)
-    _common.check_device(f, z=z)
+    check_pair("f", f, "z", z)
     check_sigma("sigma", sigma, "f", f)
     check_sigma_data(sigma_data)
     impl = _common.resolve_impl(impl, widest(f, z), "edm_denoise")

@@ -9,7 +9,7 @@ from dblocks.ops import _common
 from dblocks.ops._common import Impl
 from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import (
-    check_samples,
+    check_pair,
     check_sigma,
     check_sigma_data,
     keep,
@@ -80,7 +80,11 @@ class _Loss(torch.autograd.Function):
 
 
 def _check_row_weight(row_weight: Tensor | None, y: Tensor) -> None:
-    if row_weight is None or row_weight.shape == y.shape[:1]:
+    if row_weight is None:
+        return
+    _common.check_float(row_weight=row_weight)
+    _common.check_device(y, row_weight=row_weight)
+    if row_weight.shape == y.shape[:1]:
         return
     if y.ndim != 3 or row_weight.shape != y.shape[:2]:
         tokens = f" or [N, T] = {list(y.shape[:2])}" if y.ndim == 3 else ""
@@ -133,11 +137,7 @@ def edm_loss(
 
     Source: Karras et al. 2022, eq. 8; Salmon et al. 2011 (Philox).
     """
-    _common.check_tensor(f=f, y=y)
-    check_samples("f", f)
-    _common.check_same_shape("y", y, "f", f)
-    _common.check_float(f=f, y=y, row_weight=row_weight)
-    _common.check_device(f, y=y, row_weight=row_weight)
+    check_pair("f", f, "y", y)
     check_sigma("sigma", sigma, "f", f)
     check_sigma_data(sigma_data)
     _check_row_weight(row_weight, y)

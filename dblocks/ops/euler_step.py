@@ -8,7 +8,7 @@ from dblocks.kernels import reference
 from dblocks.ops import _common
 from dblocks.ops._common import Impl
 from dblocks.ops._library import define, triton_kernel
-from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_value, kept, widest
+from dblocks.ops._noise_args import check_pair, check_sigma, check_sigma_value, kept, widest
 from dblocks.ops.edm_denoise import empty_grads
 
 _LEVELS = "Tensor? sigma, Tensor? sigma_next, float sigma_value, float sigma_next_value"
@@ -135,11 +135,7 @@ def euler_step(
 
     Source: Karras et al. 2022, algorithm 1 with dx/dt = (x - D(x; t)) / t.
     """
-    _common.check_tensor(z=z, denoised=denoised)
-    check_samples("z", z)
-    _common.check_same_shape("denoised", denoised, "z", z)
-    _common.check_float(z=z, denoised=denoised)
-    _common.check_device(z, denoised=denoised)
+    check_pair("z", z, "denoised", denoised)
     _check_level("sigma", sigma, z, zero=False)
     _check_level("sigma_next", sigma_next, z, zero=True)
     sigma, sigma_next = (

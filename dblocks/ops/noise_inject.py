@@ -132,9 +132,10 @@ def noise_inject(
 
     Source: Karras et al. 2022, table 1 and eq. 7; Salmon et al. 2011 (Philox).
     """
-    _common.check_tensor(y=y)
-    check_samples("y", y)
-    _common.check_float(y=y)
+    if not _common.samples_fit(y):
+        _common.check_tensor(y=y)
+        check_samples("y", y)
+        _common.check_float(y=y)
     check_sigma("sigma", sigma, "y", y)
     check_sigma_data(sigma_data)
     if dtype is not None and dtype not in _common.FLOATS:
