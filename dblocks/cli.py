@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from dblocks.recipe import NOISE_SEED, check_seed
+from dblocks.recipes._base import check_seed
+from dblocks.recipes.vit import NOISE_SEED
 
 DESCRIPTION = """DiffusionBlocks: train a residual network one block of layers at a time.
 
@@ -136,9 +137,11 @@ def _tyro() -> Any:
 
 def train(command: Train) -> None:
     """Train, save, and print the table of what it cost and reached."""
-    from dblocks import checkpoint, recipe, records, report
+    from dblocks import checkpoint, records, report
+    from dblocks.experiments import vit as experiment
+    from dblocks.recipes.vit import ViTRun
 
-    run = recipe.Run(
+    run = ViTRun(
         blocks=command.blocks,
         end_to_end=command.end_to_end,
         steps=command.steps,
@@ -149,15 +152,16 @@ def train(command: Train) -> None:
     checkpoint.prepare(command.out)
     records.use_one_thread()
     trained = records.train(run, progress=True)
-    checkpoint.save_model(command.out, trained.model)
+    checkpoint.save_model(command.out, trained.learner.trained)
     records.write_record(command.out / "run.json", trained.record)
-    print(report.text_table([report.summarize(run.name, [trained.record])]))
+    print(report.text_table({run.name: [trained.record]}, experiment.COLUMNS))
     print(f"\nSaved model.safetensors, config.json and run.json in {command.out}")
 
 
 def evaluate(command: Eval) -> None:
     """Load, classify the held-out part, and print the accuracy."""
-    from dblocks import blocks, checkpoint, data, recipe
+    from dblocks import blocks, checkpoint, data
+    from dblocks.recipes.vit import Classifier
 
     if command.steps is not None and command.steps < 1:
         raise ValueError(f"--steps must be positive, got {command.steps}")
@@ -165,7 +169,7 @@ def evaluate(command: Eval) -> None:
     model = checkpoint.load_model(command.checkpoint)
     _, held_out = data.digits("final")
     if isinstance(model, blocks.DiffusionBlocks):
-        classifier = recipe.Classifier(cast(Any, model.base_model), model)
+        classifier = Classifier(cast(Any, model.base_model), model)
         how = f"{command.steps or model.config.num_blocks} denoising steps of one block each"
     elif command.steps is not None:
         raise ValueError(
@@ -173,7 +177,7 @@ def evaluate(command: Eval) -> None:
             "end to end: it runs all its layers once; leave --steps out"
         )
     else:
-        classifier, how = recipe.Classifier(model, None), "all layers once (trained end to end)"
+        classifier, how = Classifier(model, None), "all layers once (trained end to end)"
     value = classifier.accuracy(held_out, command.steps, seed=command.seed)
     print(f"held-out accuracy {100 * value:.1f} % on {len(held_out)} images, {how}")
 

@@ -111,10 +111,11 @@ def batch_indices(num_samples: int, batch_size: int, *, seed: int, step: int) ->
             f"got {batch_size}"
         )
     epoch, batch = divmod(step, num_samples // batch_size)
-    order = torch.randperm(num_samples, generator=_generator(seed, epoch))
+    order = torch.randperm(num_samples, generator=generator_of(seed, epoch))
     return order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """A CPU generator for step or epoch `number` of a run."""
     # The CPU generator keeps 32 bits of its seed: seeds and numbers must differ within them.
     return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**32)

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dblocks.blocks import DiffusionBlocks
 from dblocks.checkpoint import replacing
-from dblocks.data import Images, digits
 from dblocks.info import environment
 from dblocks.memory import SavedActivations, state_bytes
-from dblocks.models.vit import ViT
-from dblocks.recipe import Learner, Run
+from dblocks.recipes._base import Batch, Learner, Run
 
 FORMAT = 1  # of the record
 MIB = 2**20
-DENOISING_STEPS = (1, 2, 3, 6, 12)  # with which the final accuracy is measured too
 
 
 class Trained(NamedTuple):
     """What a run leaves."""
 
-    model: ViT | DiffusionBlocks
-    """A `ViT` where it was trained end to end."""
+    learner: Learner
+    """With the trained network."""
     record: dict[str, Any]
     """JSON values: the run, where it ran, what it cost and what it reached."""
 
@@ -62,27 +57,24 @@ class LayerCounter:
 def train(run: Run, *, progress: bool = False) -> Trained:
     """Train one network and measure what it cost and reached.
 
-    The accuracies on the way are for a curve only: nothing is chosen by them.
+    What is measured on the way is for a curve only: nothing is chosen by it.
 
     Args:
         run: what to train.
         progress: show a progress bar.
     """
     where = environment()  # of the code that runs, whatever is committed meanwhile
-    data, evaluated = digits(run.part)
-    learner = Learner(run, data)
-    with LayerCounter(learner.vit.layers) as counter:
-        curve, seconds = _fit(learner, evaluated, counter, progress=progress)
+    learner = run.learner()
+    with LayerCounter(learner.network.layers) as counter:
+        curve, seconds = _fit(learner, counter, progress=progress)
     layer_evaluations = counter.count
     record = {
         "format": FORMAT,
         "run": run.to_dict(),
-        "model": learner.vit.config.to_dict(),
+        "model": learner.network.config.to_dict(),
         "blocks": None if learner.config is None else learner.config.to_dict(),
-        "adaln": learner.vit.config.conditioning != "none",
         "environment": where,
-        "accuracy": curve[-1]["accuracy"],
-        "accuracy_by_denoising_steps": _by_denoising_steps(learner, evaluated),
+        **learner.results(curve[-1]),
         "layer_evaluations": layer_evaluations,
         "layers_per_step": layer_evaluations // run.steps,
         "samples": run.steps * run.batch_size,
@@ -90,16 +82,16 @@ def train(run: Run, *, progress: bool = False) -> Trained:
         "seconds": round(seconds, 3),
         "curve": curve,
     }
-    return Trained(learner.model or learner.vit, record)
+    return Trained(learner, record)
 
 
 def _fit(
-    learner: Learner, evaluated: Images, counter: LayerCounter, *, progress: bool
+    learner: Learner, counter: LayerCounter, *, progress: bool
 ) -> tuple[list[dict[str, Any]], float]:
     """All steps; returns the points of the curve and the seconds spent in training alone."""
     run, curve, seconds = learner.run, [], 0.0
     marks = {round(run.steps * i / run.points) for i in range(1, run.points + 1)} - {0}
-    losses = _empty_losses(run)
+    losses = _empty_losses(learner)
     bar = _bar(run, progress)
     for step in range(run.steps):
         start = time.perf_counter()
@@ -108,29 +100,18 @@ def _fit(
         losses[block].append(loss)
         bar.update()
         if step + 1 in marks:
-            curve.append(_point(learner, evaluated, step + 1, counter.count, losses))
-            losses = _empty_losses(run)
-            bar.set_postfix_str(f"accuracy {100 * curve[-1]['accuracy']:.1f} %")
+            # The losses are those since the point before.
+            means = [sum(v) / len(v) if v else None for v in losses]
+            point = {"step": step + 1, "layer_evaluations": counter.count, "block_loss": means}
+            curve.append(point | learner.measure())
+            losses = _empty_losses(learner)
+            bar.set_postfix_str(learner.progress(curve[-1]))
     bar.close()
     return curve, seconds
 
 
-def _point(
-    learner: Learner, data: Images, step: int, count: int, losses: list[list[float]]
-) -> dict[str, Any]:
-    """One point of the curve; the losses are cross-entropies since the point before."""
-    by_block = _block_accuracies(learner, data)
-    return {
-        "step": step,
-        "layer_evaluations": count,
-        "accuracy": by_block[-1],
-        "block_accuracy": by_block,
-        "block_loss": [sum(v) / len(v) if v else None for v in losses],
-    }
-
-
-def _empty_losses(run: Run) -> list[list[float]]:
-    return [[] for _ in range(1 if run.end_to_end else run.blocks)]
+def _empty_losses(learner: Learner) -> list[list[float]]:
+    return [[] for _ in range(learner.num_blocks)]
 
 
 def _bar(run: Run, progress: bool) -> Any:
@@ -143,27 +124,6 @@ def _bar(run: Run, progress: bool) -> Any:
         ) from error
     # disable=None is tqdm's way of being silent where the output is not a terminal.
     return tqdm(total=run.steps, desc=run.name, unit="step", disable=None if progress else True)
-
-
-def _block_accuracies(learner: Learner, data: Images) -> list[float]:
-    """The accuracy after each block's call on the way from noise to the answer; the last is it."""
-    if learner.model is None:
-        return [learner.classifier.accuracy(data)]
-    num_blocks = learner.model.config.num_blocks
-    grid = learner.model.config.schedule.steps(num_blocks)
-    with warnings.catch_warnings():
-        # A way that is cut short skips the later blocks, as it should.
-        warnings.simplefilter("ignore", UserWarning)
-        return [learner.classifier.accuracy(data, sigmas=grid[: b + 1]) for b in range(num_blocks)]
-
-
-def _by_denoising_steps(learner: Learner, data: Images) -> dict[str, float] | None:
-    if learner.model is None:
-        return None
-    with warnings.catch_warnings():
-        # Fewer steps than blocks skip some of them: that is what is asked here.
-        warnings.simplefilter("ignore", UserWarning)
-        return {str(n): learner.classifier.accuracy(data, n) for n in DENOISING_STEPS}
 
 
 def use_one_thread() -> None:
@@ -212,14 +172,14 @@ def _memory(learner: Learner) -> dict[str, float]:
     `process_mib` what this process holds, where all blocks live.
     """
     batch = learner.batch(0)
-    costs = [_step_bytes(learner, batch, b) for b in range(len(_empty_losses(learner.run)))]
+    costs = [_step_bytes(learner, batch, b) for b in range(learner.num_blocks)]
     activations, state, process = (max(column) / MIB for column in zip(*costs, strict=True))
     return {"activations_mib": activations, "state_mib": state, "process_mib": process}
 
 
-def _step_bytes(learner: Learner, batch: dict[str, Tensor], block: int) -> tuple[int, int, int]:
+def _step_bytes(learner: Learner, batch: Batch, block: int) -> tuple[int, int, int]:
     """Bytes saved for the backward pass, and held by the step and by the process at its end."""
-    network = learner.model or learner.vit
+    network = learner.trained
     with SavedActivations(network.parameters()) as saved:
         loss = learner.loss(batch, block)
     loss.backward()

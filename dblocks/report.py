@@ -1,109 +1,105 @@
 """Tables made from the records of finished runs: for a terminal, and for a README.
 
-A record is what `dblocks.records.train` makes: a dictionary of JSON values.
+A record is what `dblocks.records.train` makes: a dictionary of JSON values. A row of a table is the
+records of runs that differ in their seed only; a column says what to write of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dblocks.metrics import mean_std
 
 Record = Mapping[str, Any]
+Rows = Mapping[str, Sequence[Record]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of a table: runs that differ in their seed only."""
+class Column(NamedTuple):
+    """One column of a table."""
 
-    name: str
-    lr: float
-    adaln: bool
-    """Whether the trained network carries AdaLN."""
-    accuracy: float
-    """Mean over the seeds, in [0, 1]."""
-    accuracy_std: float
-    """Sample standard deviation over the seeds; nan for one seed."""
-    first_block: float | None
-    """Mean accuracy with 1 denoising step, which runs the first block alone; None end to end."""
-    first_block_std: float
-    """Sample standard deviation of it; nan for one seed, and end to end."""
-    num_seeds: int
-    layers_per_step: int
-    layer_evaluations: int
-    samples: int
-    activations_mib: float
-    state_mib: float
-    """Parameters, gradients and optimizer state of what a step trains."""
-    process_mib: float
-    """The same of all that the process holds, every block's parameters and state included."""
-    seconds: float
+    head: str
+    text: Callable[[Sequence[Record]], str]
+    """What to write of the records of a row."""
 
 
-def summarize(name: str, records: Sequence[Record]) -> Row:
-    """Mean and spread of runs that may differ in their seed only.
+def check_rows(rows: Rows) -> None:
+    """Raises ValueError where a row has no run, or two runs that differ in more than the seed."""
+    for name, records in rows.items():
+        if not records:
+            raise ValueError(f"the row {name!r} has no finished run")
+        configs = [{k: v for k, v in r["run"].items() if k != "seed"} for r in records]
+        if any(config != configs[0] for config in configs):
+            raise ValueError(f"the runs of the row {name!r} differ in more than their seed")
 
-    Raises:
-        ValueError: there is no run, or two runs differ in more than the seed.
+
+def spread(
+    records: Sequence[Record], key: Callable[[Record], float | None], form: str, *, unit: str = ""
+) -> str:
+    """Mean and sample standard deviation of a value over the records; a dash where it is None.
+
+    Args:
+        records: of a row.
+        key: reads the value of a record.
+        form: how a number is written, such as ".1f".
+        unit: written after both, such as " %".
     """
-    if not records:
-        raise ValueError(f"the row {name!r} has no finished run")
-    configs = [{k: v for k, v in r["run"].items() if k != "seed"} for r in records]
-    if any(config != configs[0] for config in configs):
-        raise ValueError(f"the runs of the row {name!r} differ in more than their seed")
-    first, accuracies = records[0], [r["accuracy"] for r in records]
-    mean, std = mean_std(accuracies)
-    by_steps = [r["accuracy_by_denoising_steps"] for r in records]
-    alone = (None, math.nan) if by_steps[0] is None else mean_std([b["1"] for b in by_steps])
-    return Row(
-        name=name,
-        lr=first["run"]["lr"],
-        adaln=first["adaln"],
-        accuracy=mean,
-        accuracy_std=std,
-        first_block=alone[0],
-        first_block_std=alone[1],
-        num_seeds=len(records),
-        layers_per_step=first["layers_per_step"],
-        layer_evaluations=first["layer_evaluations"],
-        samples=first["samples"],
-        activations_mib=first["activations_mib"],
-        state_mib=first["state_mib"],
-        process_mib=first["process_mib"],
-        seconds=mean_std([r["seconds"] for r in records])[0],
-    )
-
-
-def percent(mean: float | None, std: float) -> str:
-    """A mean and its spread in percent; a dash for none."""
-    if mean is None:
+    values = [key(record) for record in records]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return "-"
-    spread = "" if math.isnan(std) else f" ± {100 * std:.1f}"
-    return f"{100 * mean:.1f}{spread} %"
+    mean, std = mean_std(known)
+    return f"{mean:{form}}{'' if math.isnan(std) else f' ± {std:{form}}'}{unit}"
 
 
-def text_table(rows: Sequence[Row]) -> str:
-    """What each run cost and reached, one run a column, for a terminal."""
-    lines = [
-        ("", [r.name for r in rows]),
-        ("held-out accuracy", [percent(r.accuracy, r.accuracy_std) for r in rows]),
-        (
-            "  first block alone (1 denoising step)",
-            [percent(r.first_block, r.first_block_std) for r in rows],
-        ),
-        ("layers run and kept per step", [f"{r.layers_per_step}" for r in rows]),
-        ("layer evaluations", [f"{r.layer_evaluations:,}" for r in rows]),
-        ("samples seen", [f"{r.samples:,}" for r in rows]),
-        ("peak saved activations (MiB)", [f"{r.activations_mib:.1f}" for r in rows]),
-        ("params + grads + optimizer (MiB):", ["" for _ in rows]),
-        ("  of what a step trains", [f"{r.state_mib:.1f}" for r in rows]),
-        ("  of all that one process holds", [f"{r.process_mib:.1f}" for r in rows]),
-        ("seconds", [f"{r.seconds:.0f}" for r in rows]),
-    ]
+def percent(records: Sequence[Record], key: Callable[[Record], float | None]) -> str:
+    """`spread` of a share in [0, 1], in percent."""
+
+    def hundredfold(record: Record) -> float | None:
+        value = key(record)
+        return None if value is None else 100 * value
+
+    return spread(records, hundredfold, ".1f", unit=" %")
+
+
+def mean(records: Sequence[Record], key: str) -> float:
+    """The mean of a value over the records."""
+    return mean_std([record[key] for record in records])[0]
+
+
+# What every run costs; `{"layers_per_step": ...}` and so on are in every record.
+COSTS = (
+    Column("layers run and kept per step", lambda r: f"{r[0]['layers_per_step']:g}"),
+    Column("layer evaluations", lambda r: f"{r[0]['layer_evaluations']:,}"),
+    Column("samples seen", lambda r: f"{r[0]['samples']:,}"),
+    Column("peak saved activations (MiB)", lambda r: f"{r[0]['activations_mib']:.1f}"),
+    Column("params + grads + optimizer (MiB):", lambda r: ""),
+    Column("  of what a step trains", lambda r: f"{r[0]['state_mib']:.1f}"),
+    Column("  of all that one process holds", lambda r: f"{r[0]['process_mib']:.1f}"),
+    Column("seconds", lambda r: f"{mean(r, 'seconds'):.0f}"),
+)
+README_COSTS = (
+    Column(
+        "Layer evaluations",
+        lambda r: f"{r[0]['layer_evaluations']:,} ({r[0]['layers_per_step']:g} a step)",
+    ),
+    Column("Samples seen", lambda r: f"{r[0]['samples']:,}"),
+    Column("Saved activations, MiB", lambda r: f"{r[0]['activations_mib']:.1f}"),
+    Column(
+        "Parameters + gradients + optimizer of a step (of the process), MiB",
+        lambda r: f"{r[0]['state_mib']:.1f} ({r[0]['process_mib']:.1f})",
+    ),
+    Column("Seconds", lambda r: f"{mean(r, 'seconds'):.0f}"),
+)
+
+
+def text_table(rows: Rows, columns: Sequence[Column]) -> str:
+    """For a terminal: one row of the table to a column, named above it."""
+    check_rows(rows)
+    lines = [("", list(rows))]
+    lines += [(c.head, [c.text(records) for records in rows.values()]) for c in columns]
     head = max(len(label) for label, _ in lines)
     widths = [max(len(cells[i]) for _, cells in lines) for i in range(len(rows))]
     text = [
@@ -114,26 +110,13 @@ def text_table(rows: Sequence[Row]) -> str:
     return "\n".join(text)
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The same for a README, one run a line."""
-    heads = (
-        "Training",
-        "AdaLN",
-        "Learning rate",
-        "Held-out accuracy",
-        "Layer evaluations",
-        "Samples seen",
-        "Saved activations, MiB",
-        "Parameters + gradients + optimizer of a step (of the process), MiB",
-        "Seconds",
-    )
-    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
-    for r in rows:
-        cells = (r.name, "yes" if r.adaln else "no", f"{r.lr:g}")
-        cells += (percent(r.accuracy, r.accuracy_std),)
-        cells += (f"{r.layer_evaluations:,} ({r.layers_per_step} a step)", f"{r.samples:,}")
-        cells += (f"{r.activations_mib:.1f}", f"{r.state_mib:.1f} ({r.process_mib:.1f})")
-        cells += (f"{r.seconds:.0f}",)
+def markdown_table(rows: Rows, columns: Sequence[Column], *, first: str = "Training") -> str:
+    """For a README: a line a row, the first column their names under the head `first`."""
+    check_rows(rows)
+    heads = [first, *(column.head for column in columns)]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * len(columns)]
+    for name, records in rows.items():
+        cells = [name, *(column.text(records) for column in columns)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from dblocks.models.vit import ViT
-from dblocks.recipe import Run
+from dblocks.recipes.vit import ViTRun
 from dblocks.records import read_record, train, train_to_record, write_record
 
-TINY = Run(steps=12, points=3, width=12, depth=3, heads=2, patch_size=4, batch_size=16)
+TINY = ViTRun(steps=12, points=3, width=12, depth=3, heads=2, patch_size=4, batch_size=16)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +44,7 @@ def test_a_block_step_holds_less(blocks, whole):
 
 def test_state_is_parameters_gradients_and_both_moments(whole):
     # All but the label table, which the plain network does not use, and one step count each.
-    used = [p for n, p in whole.model.named_parameters() if not n.startswith("target")]
+    used = [p for n, p in whole.learner.network.named_parameters() if not n.startswith("target")]
     least = 4 * sum(p.nbytes for p in used) / 2**20
     assert least < whole.record["state_mib"] < 1.05 * least + 0.01
 
@@ -65,14 +65,15 @@ def test_record_says_what_was_run_and_where(blocks, whole):
         assert record["environment"]["torch"] == torch.__version__
         assert record["environment"]["threads"] == torch.get_num_threads()
         assert record["seconds"] > 0
-    assert Run.from_dict(blocks.record["run"]) == TINY
+    assert ViTRun.from_dict(blocks.record["run"]) == TINY
     assert set(blocks.record["accuracy_by_denoising_steps"]) == {"1", "2", "3", "6", "12"}
     assert (blocks.record["adaln"], whole.record["adaln"]) == (True, False)
-    assert isinstance(whole.model, ViT)
+    assert isinstance(whole.learner.network, ViT)
+    assert whole.learner.model is None
 
 
 def test_nothing_counts_on_the_network_that_is_returned(blocks):
-    assert not any(module._forward_hooks for module in blocks.model.modules())
+    assert not any(module._forward_hooks for module in blocks.learner.model.modules())
 
 
 def test_record_is_written_whole(tmp_path):

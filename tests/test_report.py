@@ -1,16 +1,21 @@
-import math
-
 import pytest
 
-from dblocks.report import markdown_table, summarize, text_table, write_between_markers
+from dblocks.report import (
+    COSTS,
+    README_COSTS,
+    Column,
+    markdown_table,
+    percent,
+    spread,
+    text_table,
+    write_between_markers,
+)
 
 
-def record(seed=0, accuracy=0.9, first_block=None, **run):
+def record(seed=0, accuracy=0.9, **run):
     return {
         "run": {"seed": seed, "lr": 1e-3, **run},
-        "adaln": True,
         "accuracy": accuracy,
-        "accuracy_by_denoising_steps": first_block and {"1": first_block, "3": accuracy},
         "layers_per_step": 4,
         "layer_evaluations": 18_000,
         "samples": 576_000,
@@ -22,56 +27,51 @@ def record(seed=0, accuracy=0.9, first_block=None, **run):
 
 
 THREE = [record(0, 0.96), record(1, 0.97), record(2, 0.98)]
+ACCURACY = Column("accuracy", lambda records: percent(records, lambda r: r["accuracy"]))
 
 
-def test_summary_is_mean_and_sample_deviation():
-    row = summarize("3 blocks", THREE)
-    assert row.accuracy == pytest.approx(0.97)
-    assert row.accuracy_std == pytest.approx(0.01)
-    assert row.seconds == 101
-    assert row.num_seeds == 3
+def test_spread_is_mean_and_sample_deviation():
+    assert percent(THREE, lambda r: r["accuracy"]) == "97.0 ± 1.0 %"
+    assert spread(THREE, lambda r: r["seconds"], ".2f", unit=" s") == "101.00 ± 1.00 s"
 
 
 def test_one_seed_has_no_deviation():
-    row = summarize("3 blocks", [record()])
-    assert math.isnan(row.accuracy_std)
-    assert "90.0 %" in text_table([row])
-    assert "±" not in text_table([row])
+    assert percent([record()], lambda r: r["accuracy"]) == "90.0 %"
 
 
-def test_the_first_block_alone_stands_beside_all_blocks():
-    blocks = summarize("3 blocks", [record(0, 0.96, 0.94), record(1, 0.97, 0.96)])
-    assert blocks.first_block == pytest.approx(0.95)
-    text = text_table([summarize("end to end", THREE), blocks])
-    line = next(line for line in text.splitlines() if "1 denoising step" in line)
-    assert line.split()[-5:] == ["-", "95.0", "±", "1.4", "%"]
+def test_what_a_run_does_not_have_is_a_dash():
+    assert percent(THREE, lambda r: r["accuracy"] if r["seconds"] > 100 else None) == "-"
+    assert spread(THREE, lambda r: None, ".1f") == "-"
 
 
-def test_runs_of_two_recipes_are_not_averaged():
-    with pytest.raises(ValueError, match="differ in more than their seed"):
-        summarize("mixed", [record(0), record(1, steps=5)])
+@pytest.mark.parametrize("table", [text_table, markdown_table])
+def test_runs_of_two_recipes_are_not_averaged(table):
+    with pytest.raises(ValueError, match="'mixed' differ in more than their seed"):
+        table({"mixed": [record(0), record(1, steps=5)]}, COSTS)
 
 
-def test_a_row_needs_a_run():
+@pytest.mark.parametrize("table", [text_table, markdown_table])
+def test_a_row_needs_a_run(table):
     with pytest.raises(ValueError, match="'empty' has no finished run"):
-        summarize("empty", [])
+        table({"empty": []}, COSTS)
 
 
 def test_text_table_is_aligned():
-    text = text_table([summarize("end to end", THREE), summarize("3 blocks", THREE)])
+    text = text_table({"end to end": THREE, "3 blocks": THREE}, (ACCURACY, *COSTS))
     lines = text.splitlines()
     assert len({len(line) for line in lines}) == 1
     for word in ("accuracy", "layer evaluations", "samples", "activations", "optimizer", "seconds"):
         assert word in text
     assert "97.0 ± 1.0 %" in text
     assert "18,000" in text
+    assert lines[-1].split()[-2:] == ["101", "101"]
 
 
 def test_markdown_table_has_one_cell_a_column():
-    lines = markdown_table([summarize("3 blocks", THREE)]).splitlines()
+    lines = markdown_table({"3 blocks": THREE}, (ACCURACY, *README_COSTS)).splitlines()
     assert len(lines) == 3
     assert len({line.count("|") for line in lines}) == 1
-    assert lines[2].startswith("| 3 blocks | yes | 0.001 | 97.0 ± 1.0 % | 18,000 (4 a step) |")
+    assert lines[2].startswith("| 3 blocks | 97.0 ± 1.0 % | 18,000 (4 a step) | 576,000 | 44.3 |")
 
 
 def test_text_goes_between_the_markers(tmp_path):

@@ -4,8 +4,10 @@ import json
 import pytest
 import torch
 
-from dblocks import experiments
-from dblocks.recipe import Run
+from dblocks.experiments import _base, vit
+from dblocks.experiments.__main__ import main
+from dblocks.experiments.vit import EXPERIMENT
+from dblocks.recipes.vit import ViTRun
 from dblocks.records import read_record, write_record
 
 TINY = {"width": 12, "depth": 3, "heads": 2, "patch_size": 4, "batch_size": 16, "points": 2}
@@ -23,17 +25,13 @@ def one_thread():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The experiment with a network and numbers of steps that take no time."""
-    rows = {
-        name: (title, dataclasses.replace(run, steps=run.steps // 500, **TINY))
-        for name, (title, run) in experiments.ROWS.items()
-    }
-    monkeypatch.setattr(experiments, "ROWS", rows)
-    for name, row in (("BLOCKS", "blocks"), ("END_TO_END", "end_to_end")):
-        monkeypatch.setattr(experiments, name, rows[row][1])
+    """The demonstration with a network and numbers of steps that take no time."""
+    for name in ("BLOCKS", "END_TO_END"):
+        run = getattr(vit, name)
+        monkeypatch.setattr(vit, name, dataclasses.replace(run, steps=run.steps // 500, **TINY))
 
 
-def fake_record(run: Run, accuracy: float) -> dict:
+def fake_record(run: ViTRun, accuracy: float) -> dict:
     per_step = run.depth if run.end_to_end else run.depth // run.blocks
     evaluations = [per_step * run.steps // 2, per_step * run.steps]
     return {
@@ -57,18 +55,18 @@ def fake_record(run: Run, accuracy: float) -> dict:
 
 def write_all(folder):
     """Made-up records: the second learning rate is the best; row i reaches (90 + i + seed) %."""
-    for i, row in enumerate(experiments.ROWS):
-        for run in experiments.selection_runs(row):
-            accuracy = 0.9 if run.lr == experiments.LRS[1] else 0.8
-            path = experiments.record_path(folder, row, run)
+    for i, row in enumerate(EXPERIMENT.rows):
+        for run in EXPERIMENT.selection_runs(row):
+            accuracy = 0.9 if run.lr == EXPERIMENT.lrs[1] else 0.8
+            path = _base.record_path(folder, row, run)
             write_record(path, fake_record(run, accuracy))
-        for run in experiments.final_runs(row, experiments.LRS[1]):
-            path = experiments.record_path(folder, row, run)
+        for run in EXPERIMENT.final_runs(row, EXPERIMENT.lrs[1]):
+            path = _base.record_path(folder, row, run)
             write_record(path, fake_record(run, (90 + i + run.seed) / 100))
 
 
 def test_rows_are_equal_in_what_they_claim():
-    (blocks, whole, longer) = (experiments.ROWS[r][1] for r in experiments.ROWS)
+    (blocks, whole, longer) = (EXPERIMENT.rows[r][1] for r in EXPERIMENT.rows)
     assert whole.steps * whole.depth == blocks.steps * blocks.depth // blocks.blocks
     assert longer.steps * longer.batch_size == blocks.steps * blocks.batch_size
     for field in ("batch_size", "width", "depth", "heads", "mlp_ratio", "clip", "weight_decay"):
@@ -76,19 +74,19 @@ def test_rows_are_equal_in_what_they_claim():
 
 
 def test_selection_never_uses_the_held_out_part_or_a_final_seed():
-    for row in experiments.ROWS:
-        runs = experiments.selection_runs(row)
-        assert [run.lr for run in runs] == list(experiments.LRS)
+    for row in EXPERIMENT.rows:
+        runs = EXPERIMENT.selection_runs(row)
+        assert [run.lr for run in runs] == list(EXPERIMENT.lrs)
         assert {run.part for run in runs} == {"selection"}
-        assert not {run.seed for run in runs} & set(experiments.SEEDS)
-        assert {run.part for run in experiments.final_runs(row, 1e-3)} == {"final"}
+        assert not {run.seed for run in runs} & set(EXPERIMENT.seeds)
+        assert {run.part for run in EXPERIMENT.final_runs(row, 1e-3)} == {"final"}
 
 
 def test_best_rate_wins_and_ties_go_to_the_smaller():
     records = [
         {"accuracy": a, "run": {"lr": lr}} for a, lr in ((0.9, 2e-3), (0.9, 1e-3), (0.8, 5e-4))
     ]
-    assert experiments.chosen_lr(records) == 1e-3
+    assert EXPERIMENT.chosen_lr(records) == 1e-3
 
 
 def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
@@ -99,11 +97,11 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise AssertionError("a finished run was started again")
 
-    monkeypatch.setattr(experiments, "ProcessPoolExecutor", refuse)
-    experiments.results(tmp_path / "records", tmp_path / "figure.png", readme)
+    monkeypatch.setattr(_base, "ProcessPoolExecutor", refuse)
+    EXPERIMENT.results(tmp_path / "records", tmp_path / "figure.png", readme)
     text = readme.read_text()
     selections = [read_record(path) for path in (tmp_path / "records").glob("selection-*")]
-    lr = f"{experiments.chosen_lr(selections):g}"
+    lr = f"{EXPERIMENT.chosen_lr(selections):g}"
     assert f"| 3 blocks, equal layer evaluations | yes | {lr} | 91.0 ± 1.0 % |" in text
     assert f"| end to end | no | {lr} | 92.0 ± 1.0 % | 18,000 (12 a step) | 192,000 |" in text
     assert text.startswith("# Title\n")
@@ -112,7 +110,7 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
     assert "the first block alone, with 1 step, reaches 86.0 ± 1.0 %" in text
     out = capsys.readouterr().out
     assert "9 of 9 runs are there, 0 to do" in out
-    records = len(experiments.ROWS) * (len(experiments.LRS) + len(experiments.SEEDS))
+    records = len(EXPERIMENT.rows) * (len(EXPERIMENT.lrs) + len(EXPERIMENT.seeds))
     assert f"commits that made the {records} records: 0123456789ab\n" in out
     assert "warning" not in out
 
@@ -132,41 +130,41 @@ def test_records_of_other_commits_are_used_with_a_warning(tmp_path, capsys, part
     write_record(path, {**read_record(path), "environment": {"commit": commit}})
     readme = tmp_path / "README.md"
     readme.write_text(MARKERS)
-    experiments.results(tmp_path, tmp_path / "figure.png", readme)
+    EXPERIMENT.results(tmp_path, tmp_path / "figure.png", readme)
     out = capsys.readouterr().out
     assert f"0123456789ab, {commit or 'unknown'}" in out.replace("ba9876543210", str(commit))
     assert f"warning: {warning}" in out
 
 
 def test_a_record_of_another_recipe_is_an_error(tmp_path):
-    run = Run(steps=5)
+    run = ViTRun(steps=5)
     path = tmp_path / "a.json"
     write_record(path, fake_record(dataclasses.replace(run, batch_size=64), 0.5))
     with pytest.raises(ValueError, match=r"a\.json was made by another recipe"):
-        experiments.run_missing(tmp_path, {path: run}, workers=1)
+        _base.run_missing({path: run}, EXPERIMENT.headline, workers=1)
 
 
 @pytest.mark.parametrize("run", [{}, {"run": {"blocks": "3"}}, {"run": {"epochs": 3}}])
 def test_a_record_without_a_run_is_an_error_that_names_it(tmp_path, run):
     path = tmp_path / "a.json"
     write_record(path, {"format": 1, **run})
-    with pytest.raises(ValueError, match=r"a\.json cannot be used: Run.* delete it"):
-        experiments.run_missing(tmp_path, {path: Run()}, workers=1)
+    with pytest.raises(ValueError, match=r"a\.json cannot be used: ViTRun.* delete it"):
+        _base.run_missing({path: ViTRun()}, EXPERIMENT.headline, workers=1)
 
 
 def test_the_demo_tries_its_folder_before_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "train", None)
+    monkeypatch.setattr(vit, "train", None)
     (tmp_path / "file").touch()
-    assert experiments.main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
     assert "file must be a folder to write files in" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_missing_runs_are_run_in_processes(tmp_path, capsys):
-    runs = [Run(steps=2, seed=seed, **TINY) for seed in range(2)]
+    runs = [ViTRun(steps=2, seed=seed, **TINY) for seed in range(2)]
     jobs = {tmp_path / f"{run.seed}.json": run for run in runs}
     write_record(tmp_path / "0.json", fake_record(runs[0], 0.5))
-    experiments.run_missing(tmp_path, jobs, workers=2)
+    _base.run_missing(jobs, EXPERIMENT.headline, workers=2)
     assert "1 of 2 runs are there, 1 to do" in capsys.readouterr().out
     assert json.loads((tmp_path / "0.json").read_text())["accuracy"] == 0.5
     assert json.loads((tmp_path / "1.json").read_text())["environment"]["threads"] == 1
@@ -174,15 +172,22 @@ def test_missing_runs_are_run_in_processes(tmp_path, capsys):
 
 def test_without_markers_results_ends_in_one_line(tmp_path, capsys):
     write_all(tmp_path)
-    args = ["results", "--records", str(tmp_path), "--readme", str(tmp_path / "none.md")]
-    assert experiments.main([*args, "--figure", str(tmp_path / "f.png")]) == 2
+    args = [
+        "results",
+        "vit-digits",
+        "--records",
+        str(tmp_path),
+        "--readme",
+        str(tmp_path / "none.md"),
+    ]
+    assert main([*args, "--figure", str(tmp_path / "f.png")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "none.md must hold the lines <!-- results:vit-digits -->" in error
 
 
 def test_demo_prints_one_table_and_leaves_its_files(tmp_path, tiny, capsys):
-    assert experiments.main(["demo", "--out", str(tmp_path)]) == 0
+    assert main(["demo", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     for line in ("held-out accuracy", "layer evaluations", "samples seen", "seconds", "MiB"):
         assert line in out

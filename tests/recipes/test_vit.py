@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dblocks.data import Images
-from dblocks.recipe import Learner, Run
+from dblocks.recipes.vit import ViTLearner, ViTRun
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +22,15 @@ def make_data(n=16):
     return Images(torch.randn(n, 1, 8, 8, generator=generator), torch.arange(n) % 10)
 
 
+def begin(run):
+    return ViTLearner(run, make_data(), make_data())
+
+
 def test_run_round_trips_and_refuses_unknown_keys():
-    run = Run(steps=7, lr=3e-4)
-    assert Run.from_json(run.to_json()) == run
-    with pytest.raises(ValueError, match="Run has no field epochs"):
-        Run.from_dict({"epochs": 3})
+    run = ViTRun(steps=7, lr=3e-4)
+    assert ViTRun.from_json(run.to_json()) == run
+    with pytest.raises(ValueError, match="ViTRun has no field epochs"):
+        ViTRun.from_dict({"epochs": 3})
 
 
 @pytest.mark.parametrize(
@@ -44,32 +48,32 @@ def test_run_round_trips_and_refuses_unknown_keys():
 )
 def test_run_checks_its_numbers(fields, message):
     with pytest.raises(ValueError, match=message):
-        Run(**fields)
+        ViTRun(**fields)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([], r"Run must be a JSON object, got \[\]"),
-        ({"blocks": 3.0}, r"Run\.blocks must be int, got 3\.0"),
-        ({"end_to_end": 1}, r"Run\.end_to_end must be bool, got 1"),
-        ({"lr": "1e-3"}, r"Run\.lr must be float, got '1e-3'"),
-        ({"part": "test"}, r"Run\.part must be one of \('final', 'selection'\), got 'test'"),
-        ({"steps": {}}, r"Run\.steps must be int, got {}"),
+        ([], r"ViTRun must be a JSON object, got \[\]"),
+        ({"blocks": 3.0}, r"ViTRun\.blocks must be int, got 3\.0"),
+        ({"end_to_end": 1}, r"ViTRun\.end_to_end must be bool, got 1"),
+        ({"lr": "1e-3"}, r"ViTRun\.lr must be float, got '1e-3'"),
+        ({"part": "test"}, r"ViTRun\.part must be one of \('final', 'selection'\), got 'test'"),
+        ({"steps": {}}, r"ViTRun\.steps must be int, got {}"),
     ],
 )
 def test_a_run_of_other_types_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        Run.from_dict(values)
+        ViTRun.from_dict(values)
 
 
 def test_an_integer_is_a_rate_and_the_largest_seed_works():
-    assert Run.from_dict({"lr": 1}).lr == 1
-    Learner(Run(steps=1, seed=2**63 - 1, **TINY), make_data()).step(0)
+    assert ViTRun.from_dict({"lr": 1}).lr == 1
+    begin(ViTRun(steps=1, seed=2**63 - 1, **TINY)).step(0)
 
 
 def test_learning_rate_rises_then_falls_to_zero():
-    run = Run(steps=100, lr=1.0, warmup=0.1)
+    run = ViTRun(steps=100, lr=1.0, warmup=0.1)
     rates = [run.lr_at(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1
@@ -81,7 +85,7 @@ def test_learning_rate_rises_then_falls_to_zero():
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_runs_of_one_seed_are_bitwise_equal(end_to_end):
     def losses(seed):
-        learner = Learner(Run(steps=4, seed=seed, end_to_end=end_to_end, **TINY), make_data())
+        learner = begin(ViTRun(steps=4, seed=seed, end_to_end=end_to_end, **TINY))
         return [learner.step(step) for step in range(4)]
 
     assert losses(0) == losses(0)
@@ -89,23 +93,23 @@ def test_runs_of_one_seed_are_bitwise_equal(end_to_end):
 
 
 def test_a_step_leaves_other_blocks_alone():
-    learner = Learner(Run(steps=4, **TINY), make_data())
-    before = [[p.clone() for p in layer.parameters()] for layer in learner.vit.layers]
+    learner = begin(ViTRun(steps=4, **TINY))
+    before = [[p.clone() for p in layer.parameters()] for layer in learner.network.layers]
     block, _ = learner.step(0)
-    for b, layer in enumerate(learner.vit.layers):
+    for b, layer in enumerate(learner.network.layers):
         equal = [torch.equal(p, q) for p, q in zip(before[b], layer.parameters(), strict=True)]
         assert all(equal) == (b != block)
 
 
 def test_only_the_blocked_network_carries_adaln():
-    assert Learner(Run(**TINY), make_data()).vit.layers[0].modulation is not None
-    assert Learner(Run(end_to_end=True, **TINY), make_data()).vit.layers[0].modulation is None
+    assert begin(ViTRun(**TINY)).network.layers[0].modulation is not None
+    assert begin(ViTRun(end_to_end=True, **TINY)).network.layers[0].modulation is None
 
 
 def test_classifier_repeats_itself():
     data = make_data()
-    learner = Learner(Run(**TINY), data)
-    torch.nn.init.normal_(learner.vit.classifier.weight)
+    learner = begin(ViTRun(**TINY))
+    torch.nn.init.normal_(learner.network.classifier.weight)
     first, again = (learner.classifier.logits(data.images, 3, seed=1) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first, learner.classifier.logits(data.images, 3, seed=2))

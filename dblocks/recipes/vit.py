@@ -1,0 +1,178 @@
+"""The vision transformer on handwritten digits: the network, the answers, what is measured."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.data import IMAGE_SIZE, NUM_CLASSES, Images, batch_indices, digits
+from dblocks.metrics import evaluate
+from dblocks.models.vit import ViT, ViTConfig, classify
+from dblocks.nn import ConditioningKind
+from dblocks.recipes import _base
+
+NOISE_SEED = 7  # of the noise that evaluation starts from
+DENOISING_STEPS = (1, 2, 3, 6, 12)  # with which the final accuracy is measured too
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTRun(_base.Run):
+    """Everything that decides the outcome of a run on digits; see `dblocks.data.digits`."""
+
+    steps: int = 4500
+    """Training steps, of one batch each."""
+    batch_size: int = 128
+    """Images in a batch."""
+    width: int = 64
+    """Width of the tokens."""
+    heads: int = 4
+    """Attention heads."""
+    mlp_ratio: float = 2.0
+    """Width inside an MLP over that of the tokens."""
+    conditioning: ConditioningKind = "official"
+    """AdaLN of the blocks; the network trained end to end has none."""
+    gate_init: float = 1.0
+    """Of the blocks' layers: they start as the plain layers of the network trained end to end."""
+    patch_size: int = 2
+    """Side of a patch."""
+
+    def vit_config(self) -> ViTConfig:
+        """The network: AdaLN where there is a noise level to follow, plain end to end."""
+        return ViTConfig(
+            image_size=IMAGE_SIZE,
+            channels=1,
+            patch_size=self.patch_size,
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            num_classes=NUM_CLASSES,
+            conditioning="none" if self.end_to_end else self.conditioning,
+            gate_init=0.0 if self.end_to_end else self.gate_init,
+        )
+
+    def learner(self) -> ViTLearner:
+        """The network of this run with its data, ready to train."""
+        return ViTLearner(self, *digits(self.part))
+
+
+class Classifier(NamedTuple):
+    """How a trained network classifies."""
+
+    vit: ViT
+    blocks: DiffusionBlocks | None
+    """None for a network trained end to end."""
+
+    def logits(
+        self,
+        images: Tensor,
+        num_steps: int | None = None,
+        *,
+        sigmas: Tensor | None = None,
+        seed: int = NOISE_SEED,
+    ) -> Tensor:
+        """Logits [N, classes], by Euler steps from noise where the network is in blocks.
+
+        Args:
+            images: [N, C, H, W].
+            num_steps: denoising steps; one for each block by default.
+            sigmas: noise levels of the steps, to use instead.
+            seed: of the noise.
+        """
+        if self.blocks is None:
+            return self.vit(images)
+        generator = torch.Generator().manual_seed(seed)
+        return classify(
+            self.blocks, images, num_steps=num_steps, sigmas=sigmas, generator=generator
+        )
+
+    def accuracy(
+        self,
+        data: Images,
+        num_steps: int | None = None,
+        *,
+        sigmas: Tensor | None = None,
+        seed: int = NOISE_SEED,
+    ) -> float:
+        """The accuracy on `data`; arguments as of `logits`."""
+
+        def predict(images: Tensor) -> Tensor:
+            return self.logits(images, num_steps, sigmas=sigmas, seed=seed)
+
+        return evaluate(predict, data.images, data.labels, batch_size=len(data))
+
+
+class ViTLearner(_base.Learner):
+    """A ViT in training on images.
+
+    Args:
+        run: what to train.
+        data: the images to train on.
+        evaluated: the images to measure accuracy on.
+    """
+
+    def __init__(self, run: ViTRun, data: Images, evaluated: Images) -> None:
+        if run.batch_size > len(data):
+            raise ValueError(
+                f"batch_size must be at most the number of training images {len(data)}, "
+                f"got {run.batch_size}"
+            )
+        super().__init__(
+            run,
+            lambda: ViT(run.vit_config()),
+            lambda: BlocksConfig(num_blocks=run.blocks, weighting=run.weighting),
+        )
+        self.data, self.evaluated = data, evaluated
+        self.classifier = Classifier(self.network, self.model)
+
+    def batch(self, step: int) -> _base.Batch:
+        """Batch number `step`."""
+        run, data = self.run, self.data
+        chosen = data[batch_indices(len(data), run.batch_size, seed=run.seed, step=step)]
+        return {"images": chosen.images, "labels": chosen.labels}
+
+    def plain_loss(self, batch: _base.Batch) -> Tensor:
+        """Cross-entropy of the plain classifier."""
+        return nn.functional.cross_entropy(self.network(batch["images"]), batch["labels"])
+
+    def measure(self) -> dict[str, Any]:
+        """The accuracy, and that after each block's call on the way; the last is it."""
+        by_block = self._block_accuracies()
+        return {"accuracy": by_block[-1], "block_accuracy": by_block}
+
+    def progress(self, point: dict[str, Any]) -> str:
+        """The accuracy."""
+        return f"accuracy {100 * point['accuracy']:.1f} %"
+
+    def results(self, last: dict[str, Any]) -> dict[str, Any]:
+        """The accuracy, also with several numbers of denoising steps."""
+        return {
+            "accuracy": last["accuracy"],
+            "adaln": self.network.config.conditioning != "none",
+            "accuracy_by_denoising_steps": self._by_denoising_steps(),
+        }
+
+    def _block_accuracies(self) -> list[float]:
+        if self.model is None:
+            return [self.classifier.accuracy(self.evaluated)]
+        grid = self.model.config.schedule.steps(self.num_blocks)
+        with warnings.catch_warnings():
+            # A way that is cut short skips the later blocks, as it should.
+            warnings.simplefilter("ignore", UserWarning)
+            return [
+                self.classifier.accuracy(self.evaluated, sigmas=grid[: b + 1])
+                for b in range(self.num_blocks)
+            ]
+
+    def _by_denoising_steps(self) -> dict[str, float] | None:
+        if self.model is None:
+            return None
+        with warnings.catch_warnings():
+            # Fewer steps than blocks skip some of them: that is what is asked here.
+            warnings.simplefilter("ignore", UserWarning)
+            return {str(n): self.classifier.accuracy(self.evaluated, n) for n in DENOISING_STEPS}

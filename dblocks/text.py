@@ -1,0 +1,250 @@
+"""Text as tokens: the prose that ships with Python or any file, tokenizers, splits and windows.
+
+Nothing is downloaded. Batches are functions of (seed, step), as those of `dblocks.data`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dblocks.data import Part, generator_of
+
+PYDOC_CHARACTERS = 400_000  # a prefix, so that a longer later edition is cut to the same size
+HELD_OUT = 0.1  # the tail of the text
+VALIDATION = 0.1  # the tail of what is left
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class Tokenizer(Protocol):
+    """Text to token numbers and back."""
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        ...
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens."""
+        ...
+
+    def to_json(self) -> str:
+        """What `tokenizer_from_json` makes the same tokenizer of."""
+        ...
+
+
+class Characters:
+    """A token for each character of a text, sorted; token 0 stands for any other.
+
+    Args:
+        characters: the known characters, each once.
+    """
+
+    def __init__(self, characters: Iterable[str]) -> None:
+        self.characters = (UNKNOWN, *sorted(set(characters) - {UNKNOWN}))
+        self._number = {character: i for i, character in enumerate(self.characters)}
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+        return len(self.characters)
+
+    def encode(self, text: str) -> list[int]:
+        """The number of each character; 0 for an unknown one."""
+        return [self._number.get(character, 0) for character in text]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The characters of these numbers."""
+        return "".join(self.characters[token] for token in tokens)
+
+    def to_json(self) -> str:
+        """The known characters as JSON."""
+        return json.dumps({"characters": "".join(self.characters[1:])})
+
+
+class FileTokenizer:
+    """A tokenizer of Hugging Face's package tokenizers.
+
+    Args:
+        text: the contents of its `tokenizer.json`.
+
+    Raises:
+        ImportError: the package is not installed.
+        ValueError: it is not such a file.
+    """
+
+    def __init__(self, text: str) -> None:
+        try:
+            library: Any = importlib.import_module("tokenizers")
+        except ImportError as error:
+            raise ImportError(
+                "a tokenizer file needs the package tokenizers, which is not installed; "
+                "`pip install tokenizers`"
+            ) from error
+        try:
+            self._tokenizer = library.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(
+                f"the tokenizer must be a Hugging Face tokenizer.json: {error}"
+            ) from error
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without special ones around it."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        """The contents of its file."""
+        return self._tokenizer.to_str()
+
+
+def tokenizer_from_json(text: str) -> Tokenizer:
+    """The tokenizer that `to_json` wrote, or that of a Hugging Face tokenizer.json.
+
+    Raises:
+        ValueError: the text is neither.
+        ImportError: it needs the package tokenizers, which is not installed.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"a tokenizer must be a JSON file: {error}") from error
+    if isinstance(values, dict) and set(values) == {"characters"}:
+        return Characters(values["characters"])
+    return FileTokenizer(text)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as tokens."""
+
+    tokens: Tensor
+    """int64 [tokens]."""
+    characters: int
+    """How many characters they stand for, which bits per character divide by."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What to train on and what to evaluate on: neighbouring parts of one text."""
+
+    training: Text
+    evaluated: Text
+    tokenizer: Tokenizer
+    sha256: str
+    """Of the whole text before it was split, in UTF-8."""
+
+
+def read_text(data: str | Path = "pydoc") -> str:
+    """The text called `data`.
+
+    Args:
+        data: "pydoc", the first 400,000 characters of the documentation that Python ships
+            (`pydoc_data.topics`, joined in the order of their names; another edition with another
+            version of Python), or the path of a text file in UTF-8.
+
+    Raises:
+        ValueError: the file is not there or not UTF-8, or the text is empty.
+    """
+    if data == "pydoc":
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+        return "\n".join(topics[name] for name in sorted(topics))[:PYDOC_CHARACTERS]
+    try:
+        text = Path(data).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data must be 'pydoc' or a text file in UTF-8: {error}") from error
+    if not text:
+        raise ValueError(f"data must hold some text, got the empty file {data}")
+    return text
+
+
+def load_corpus(
+    data: str | Path = "pydoc", *, part: Part = "final", tokenizer: Tokenizer | None = None
+) -> Corpus:
+    """A text, tokenized and split.
+
+    Args:
+        data: see `read_text`.
+        part: "final" trains on the first 90 % of the characters and evaluates on the held-out tail
+            of 10 %; "selection" never sees that tail: it evaluates on the last tenth of the rest.
+        tokenizer: by default the characters of what "final" trains on.
+
+    Raises:
+        ValueError: the text cannot be read, or is too short to split.
+    """
+    text = read_text(data)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    rest, held_out = _split(text, HELD_OUT)
+    tokenizer = tokenizer or Characters(rest)
+    training, evaluated = (rest, held_out) if part == "final" else _split(rest, VALIDATION)
+    return Corpus(_text(training, tokenizer), _text(evaluated, tokenizer), tokenizer, sha256)
+
+
+def _split(text: str, fraction: float) -> tuple[str, str]:
+    cut = round(len(text) * (1 - fraction))
+    if not 0 < cut < len(text):
+        raise ValueError(f"the text must be long enough to split, got {len(text)} characters")
+    return text[:cut], text[cut:]
+
+
+def _text(text: str, tokenizer: Tokenizer) -> Text:
+    return Text(torch.tensor(tokenizer.encode(text), dtype=torch.int64), len(text))
+
+
+def random_windows(tokens: Tensor, length: int, batch_size: int, *, seed: int, step: int) -> Tensor:
+    """Batch number `step`: windows of `length` tokens that start anywhere, [batch_size, length]."""
+    _check_length(tokens, length)
+    starts = torch.randint(
+        len(tokens) - length + 1, (batch_size, 1), generator=generator_of(seed, step)
+    )
+    return tokens[starts + torch.arange(length)]
+
+
+def scored_windows(tokens: Tensor, length: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows in which every token but the first of the text is scored exactly once.
+
+    Windows follow one another by half of their length; each scores its second half, so with at
+    least half a window of context, and the first one all but its first token.
+
+    Yields:
+        tokens [n, length] and bool [n, length], true where a token is scored.
+    """
+    _check_length(tokens, length)
+    half = length // 2
+    last = len(tokens) - length
+    starts = torch.arange(0, last + half, half).clamp(max=last)
+    scored = torch.ones(len(starts), length, dtype=torch.bool)
+    scored[0, 0] = False
+    ends = starts + length
+    scored[1:] = torch.arange(length) >= (ends[:-1] - starts[1:])[:, None]
+    for at, mask in zip(starts.split(batch_size), scored.split(batch_size), strict=True):
+        yield tokens[at[:, None] + torch.arange(length)], mask
+
+
+def _check_length(tokens: Tensor, length: int) -> None:
+    if not 2 <= length <= len(tokens):
+        raise ValueError(
+            f"a window must have from 2 tokens to those of the text, {len(tokens)}, got {length}; "
+            "choose a shorter context or a longer text"
+        )

@@ -1,0 +1,54 @@
+"""What generated text is judged by beside a model: its n-grams, and how it repeats itself."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+
+def ngrams(text: str, n: int) -> Counter[str]:
+    """How often each run of `n` characters occurs."""
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    return Counter(text[i : i + n] for i in range(len(text) - n + 1))
+
+
+def ngram_divergence(texts: Sequence[str], reference: str, n: int) -> float:
+    """Jensen-Shannon divergence of the n-grams of `texts` and of `reference`, in bits, in [0, 1].
+
+    With p and q the two relative frequencies and m their mean, `(KL(p || m) + KL(q || m)) / 2`. It
+    is larger for smaller samples: compare texts of one size only.
+
+    Raises:
+        ValueError: one side has no run of n characters.
+    """
+    ours = sum((ngrams(text, n) for text in texts), Counter[str]())
+    theirs = ngrams(reference, n)
+    if not ours or not theirs:
+        raise ValueError(f"both sides must have a run of {n} characters, got a shorter text")
+    count, total = ours.total(), theirs.total()
+    bits = 0.0
+    for gram in ours.keys() | theirs.keys():
+        p, q = ours[gram] / count, theirs[gram] / total
+        m = (p + q) / 2
+        bits += sum(share * math.log2(share / m) for share in (p, q) if share) / 2
+    return min(max(bits, 0.0), 1.0)
+
+
+def known_share(texts: Sequence[str], known: str, n: int) -> float:
+    """The share of the n-grams of `texts` that occur in the text `known`, in [0, 1]."""
+    ours = sum((ngrams(text, n) for text in texts), Counter[str]())
+    if not ours:
+        raise ValueError(f"a text must have a run of {n} characters, got shorter ones")
+    grams = ngrams(known, n).keys()
+    return sum(count for gram, count in ours.items() if gram in grams) / ours.total()
+
+
+def repetition_rate(texts: Sequence[str], n: int) -> float:
+    """The share of n-grams that occurred earlier in the same text, in [0, 1]."""
+    counts = [ngrams(text, n) for text in texts]
+    total = sum(count.total() for count in counts)
+    if not total:
+        raise ValueError(f"a text must have a run of {n} characters, got shorter ones")
+    return 1 - sum(map(len, counts)) / total
