@@ -1,0 +1,146 @@
+import hashlib
+import sys
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dblocks import text
+
+
+def test_pydoc_is_a_prefix_of_fixed_size():
+    first, again = text.read_text("pydoc"), text.read_text()
+    assert first == again
+    assert len(first) == text.PYDOC_CHARACTERS
+    corpus = text.load_corpus()
+    assert corpus.sha256 == hashlib.sha256(first.encode()).hexdigest()
+    assert corpus.training.characters == 360_000
+    assert corpus.evaluated.characters == 40_000
+    assert corpus.tokenizer.decode(corpus.evaluated.tokens.tolist()) == first[360_000:]
+
+
+def test_selection_never_sees_the_held_out_tail():
+    whole = text.read_text()
+    corpus = text.load_corpus(part="selection")
+    final = text.load_corpus()
+    seen = [corpus.tokenizer.decode(t.tokens.tolist()) for t in (corpus.training, corpus.evaluated)]
+    assert "".join(seen) == whole[:360_000]
+    assert corpus.tokenizer.size == final.tokenizer.size  # one network for both
+
+
+@given(st.text(min_size=1, max_size=40))
+def test_known_characters_round_trip(sample):
+    tokenizer = text.tokenizer_from_json(text.Characters(sample).to_json())
+    assert tokenizer.decode(tokenizer.encode(sample)) == sample
+    assert tokenizer.size == len(set(sample) | {text.UNKNOWN})
+
+
+def test_unknown_characters_become_one_token():
+    tokenizer = text.Characters("ab")
+    assert tokenizer.encode("abc") == [1, 2, 0]
+    assert tokenizer.decode([1, 0]) == "a" + text.UNKNOWN
+
+
+def test_any_text_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefghij" * 10, encoding="utf-8")
+    corpus = text.load_corpus(path)
+    assert (corpus.training.characters, corpus.evaluated.characters) == (90, 10)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (None, "must be 'pydoc' or a text file in UTF-8"),
+        (b"\xff\xfe\x00", "must be 'pydoc' or a text file in UTF-8"),
+        (b"", "must hold some text"),
+        (b"a", "long enough to split, got 1 characters"),
+    ],
+)
+def test_a_bad_file_is_a_clear_error(tmp_path, contents, message):
+    path = tmp_path / "a.txt"
+    if contents is not None:
+        path.write_bytes(contents)
+    with pytest.raises(ValueError, match=message):
+        text.load_corpus(path)
+
+
+def test_windows_follow_seed_and_step():
+    tokens = torch.arange(100)
+    first, again = (text.random_windows(tokens, 10, 4, seed=1, step=2) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(first - first[:, :1], torch.arange(10).expand(4, 10))
+    assert not torch.equal(first, text.random_windows(tokens, 10, 4, seed=1, step=3))
+    assert torch.equal(text.random_windows(tokens, 100, 2, seed=0, step=0), tokens.expand(2, 100))
+
+
+@given(st.integers(2, 60), st.integers(2, 20), st.integers(1, 5))
+def test_every_token_but_the_first_is_scored_once(count, length, batch_size):
+    length = min(length, count)
+    scored = []
+    for windows, mask in text.scored_windows(torch.arange(count), length, batch_size):
+        assert windows.shape == mask.shape
+        assert windows.shape[1] == length
+        assert len(windows) <= batch_size
+        # At least half a window stands before a scored token, but in the first window.
+        context = (windows - windows[:, :1])[mask]
+        assert ((context >= length // 2) | (windows[mask] < length)).all()
+        scored += windows[mask].tolist()
+    assert sorted(scored) == list(range(1, count))
+
+
+@pytest.mark.parametrize("length", [1, 11])
+def test_a_window_must_fit(length):
+    with pytest.raises(ValueError, match=f"from 2 tokens to those of the text, 10, got {length}"):
+        text.random_windows(torch.arange(10), length, 1, seed=0, step=0)
+
+
+class FakeTokenizer:
+    """What `tokenizers.Tokenizer` offers, with bytes as tokens."""
+
+    def __init__(self, contents):
+        if contents != '{"model": {}}':
+            raise Exception("no model")
+        self.contents = contents
+
+    from_str = classmethod(lambda cls, contents: cls(contents))
+
+    def get_vocab_size(self):
+        return 256
+
+    def encode(self, sample, add_special_tokens):
+        assert not add_special_tokens
+        return types.SimpleNamespace(ids=list(sample.encode()))
+
+    def decode(self, tokens, skip_special_tokens):
+        assert not skip_special_tokens
+        return bytes(tokens).decode()
+
+    def to_str(self):
+        return self.contents
+
+
+def test_a_tokenizer_file_counts_characters_of_the_text(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", types.SimpleNamespace(Tokenizer=FakeTokenizer))
+    tokenizer = text.tokenizer_from_json('{"model": {}}')
+    path = tmp_path / "a.txt"
+    path.write_text("äöü" * 10, encoding="utf-8")
+    corpus = text.load_corpus(path, tokenizer=tokenizer)
+    assert (len(corpus.training.tokens), corpus.training.characters) == (54, 27)
+    assert tokenizer.decode(tokenizer.encode("äh")) == "äh"
+    assert text.tokenizer_from_json(tokenizer.to_json()).size == 256
+    with pytest.raises(ValueError, match=r"must be a Hugging Face tokenizer\.json: no model"):
+        text.tokenizer_from_json("{}")
+
+
+def test_without_tokenizers_the_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match="`pip install tokenizers`"):
+        text.tokenizer_from_json("{}")
+
+
+def test_a_tokenizer_must_be_json():
+    with pytest.raises(ValueError, match="a tokenizer must be a JSON file"):
+        text.tokenizer_from_json("no")
