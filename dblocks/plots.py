@@ -1,4 +1,4 @@
-"""Figures of a comparison: accuracy against layer evaluations, and the noise range of each block.
+"""Figures of a comparison: a measure against layer evaluations, and the noise range of each block.
 
 matplotlib is imported when a figure is made, and its global state (pyplot) is left alone.
 """
@@ -30,47 +30,82 @@ TEXT_SIZE = 12  # points: a README shows the figure at about half its pixels
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What the left panel shows."""
+
+    label: str
+    """Of the vertical axis."""
+    title: str
+    """Of the panel."""
+    form: str
+    """How the legend writes where a curve ends, such as "{:.1f} %"."""
+    best: float
+    """The end of the axis that curves run towards."""
+    step: float
+    """The axis begins at a multiple of it, such that the second half of every curve shows."""
+
+
+ACCURACY = Measure(
+    label="held-out accuracy (%)",
+    title="Accuracy against the layers run in training",
+    form="{:.1f} %",
+    best=100.5,
+    step=10,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Curve:
     """One line of the left panel: runs that differ in their seed only."""
 
     label: str
     """Its entry in the legend."""
     layer_evaluations: Sequence[float]
-    """Where the accuracy was measured, [points]."""
-    accuracies: Sequence[Sequence[float]]
-    """In [0, 1], one row of points per seed; the line is their mean, the band their range."""
+    """Where the values were measured, [points]."""
+    values: Sequence[Sequence[float]]
+    """One row of points per seed; the line is their mean, the band their range."""
 
 
-def accuracy_panel(ax: Axes, curves: Sequence[Curve]) -> None:
-    """Accuracy in % against layer evaluations, one line per curve, a dot where each run ends."""
+def measure_panel(ax: Axes, curves: Sequence[Curve], measure: Measure) -> None:
+    """A measure against layer evaluations, one line per curve, a dot where each run ends."""
     for (style, color), curve in zip(_line_looks(), curves, strict=False):
         x = [n / 1000 for n in curve.layer_evaluations]
-        y = 100 * torch.tensor([list(row) for row in curve.accuracies], dtype=torch.float64)
+        y = torch.tensor([list(row) for row in curve.values], dtype=torch.float64)
         mean = y.mean(0).tolist()
-        label = f"{curve.label}: {mean[-1]:.1f} %"
+        label = f"{curve.label}: {measure.form.format(mean[-1])}"
         ax.plot(x, mean, color=color, linestyle=style, linewidth=2, label=label)
         ax.plot(x[-1:], mean[-1:], "o", color=color, markersize=6)
         if len(y) > 1:
             low, high = y.amin(0).tolist(), y.amax(0).tolist()
             ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-    _zoom_on_the_top(ax, curves)
+    _zoom_on_the_end(ax, curves, measure)
     ax.set_xlabel("layer evaluations (thousand, one batch through one layer each)")
-    ax.set_ylabel("held-out accuracy (%)")
-    ax.set_title("Accuracy against the layers run in training")
+    ax.set_ylabel(measure.label)
+    ax.set_title(measure.title)
     ax.set_xlim(left=0)
     ax.grid(alpha=0.25)
-    ax.legend(loc="lower right", frameon=False, fontsize=TEXT_SIZE)
+    rising = measure.best > _first(curves)
+    corner = "lower right" if rising else "upper right"
+    ax.legend(loc=corner, frameon=False, fontsize=TEXT_SIZE)
+
+
+def _first(curves: Sequence[Curve]) -> float:
+    return next((row[0] for curve in curves for row in curve.values), 0.0)
 
 
 def _line_looks() -> Iterator[tuple[str, str]]:
     return itertools.cycle(itertools.product(LINE_STYLES, LINE_COLORS))
 
 
-def _zoom_on_the_top(ax: Axes, curves: Sequence[Curve]) -> None:
-    """Start the axis below the second half of the curves: the first points are close to chance."""
-    late = [a for c in curves for row in c.accuracies for a in row[len(row) // 2 :]]
-    floor = 10 * math.floor(10 * min(late, default=0.0)) - 10
-    ax.set_ylim(max(0, floor), 100.5)
+def _zoom_on_the_end(ax: Axes, curves: Sequence[Curve], measure: Measure) -> None:
+    """Leave out the first half of the curves where it is far off: the first points tell little."""
+    late = [v for c in curves for row in c.values for v in row[len(row) // 2 :]] or [measure.best]
+    worst = max(late, key=lambda value: abs(value - measure.best))
+    away = math.ceil(abs(worst - measure.best) / measure.step + 0.5) * measure.step
+    if worst < measure.best:
+        ax.set_ylim(max(0.0, measure.step * math.floor(worst / measure.step - 1)), measure.best)
+    else:
+        ax.set_ylim(measure.best, measure.best + away)
 
 
 def noise_panel(
@@ -130,12 +165,13 @@ def comparison_figure(
     layers: Sequence[tuple[int, int]],
     *,
     title: str,
+    measure: Measure = ACCURACY,
 ) -> Figure:
     """Both panels side by side; the caller saves it with `save_png`."""
     figure = _matplotlib("matplotlib.figure").Figure(figsize=(12.5, 5.2), layout="constrained")
     figure.suptitle(title, fontsize=TEXT_SIZE + 2, color=INK)
     left, right = figure.subplots(1, 2)
-    accuracy_panel(left, curves)
+    measure_panel(left, curves, measure)
     noise_panel(right, schedule, num_blocks, layers)
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)

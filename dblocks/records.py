@@ -32,25 +32,25 @@ class Trained(NamedTuple):
 
 
 class LayerCounter:
-    """Counts the layers that training runs inside the `with` block.
+    """Counts how often training calls some modules inside the `with` block.
 
     It counts by hooks, which the end removes; evaluation, without gradients, is free.
     """
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.count = 0
-        self._layers = list(layers)
+        self._modules = list(modules)
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> LayerCounter:
-        self._handles = [layer.register_forward_hook(self._add) for layer in self._layers]
+        self._handles = [module.register_forward_hook(self._add) for module in self._modules]
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _add(self, layer: nn.Module, args: Any, output: Any) -> None:
+    def _add(self, module: nn.Module, args: Any, output: Any) -> None:
         self.count += torch.is_grad_enabled()
 
 
@@ -65,7 +65,7 @@ def train(run: Run, *, progress: bool = False) -> Trained:
     """
     where = environment()  # of the code that runs, whatever is committed meanwhile
     learner = run.learner()
-    with LayerCounter(learner.network.layers) as counter:
+    with LayerCounter(learner.counted()) as counter:
         curve, seconds = _fit(learner, counter, progress=progress)
     layer_evaluations = counter.count
     record = {

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dblocks.plots import Curve, comparison_figure, save_png
+from dblocks.plots import Curve, Measure, comparison_figure, save_png
 from dblocks.schedule import NoiseSchedule
 
 CURVES = [
-    Curve(label="whole", layer_evaluations=[500, 1000], accuracies=[[0.5, 0.9], [0.6, 0.92]]),
-    Curve(label="blocks", layer_evaluations=[500, 1000], accuracies=[[0.7, 0.95]]),
+    Curve(label="whole", layer_evaluations=[500, 1000], values=[[50, 90], [60, 92]]),
+    Curve(label="blocks", layer_evaluations=[500, 1000], values=[[70, 95]]),
 ]
 LAYERS = [(0, 4), (4, 8), (8, 12)]
 
@@ -39,6 +39,18 @@ def test_left_panel_is_accuracy_against_layer_evaluations():
     assert list(line.get_ydata()) == pytest.approx([55, 91])
 
 
+def test_a_falling_measure_runs_down_to_its_best():
+    measure = Measure(label="bits", title="Bits", form="{:.2f} bits", best=1.0, step=0.5)
+    curves = [Curve(label="a", layer_evaluations=[1, 2, 3, 4], values=[[9, 4, 2.6, 2.25]])]
+    left, _ = comparison_figure(
+        curves, NoiseSchedule(), 3, LAYERS, title="Text", measure=measure
+    ).axes
+    assert left.get_legend().get_texts()[0].get_text() == "a: 2.25 bits"
+    low, high = left.get_ylim()
+    assert low == 1.0
+    assert 2.6 < high < 4
+
+
 def test_right_panel_names_every_block_on_a_log_axis():
     _, right = figure().axes
     assert right.get_xscale() == "log"
@@ -55,7 +67,7 @@ def test_right_panel_names_every_block_on_a_log_axis():
 
 def test_every_curve_is_drawn_and_looks_different():
     curves = [
-        Curve(label=f"{i}", layer_evaluations=[1, 2], accuracies=[[0.1 * i, 0.9]]) for i in range(9)
+        Curve(label=f"{i}", layer_evaluations=[1, 2], values=[[10 * i, 90]]) for i in range(9)
     ]
     left, _ = figure(curves).axes
     lines = [line for line in left.get_lines() if line.get_marker() == "None"]

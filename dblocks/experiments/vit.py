@@ -84,7 +84,7 @@ def draw(rows: Rows, path: Path) -> None:
         Curve(
             label=name,
             layer_evaluations=[point["layer_evaluations"] for point in runs[0]["curve"]],
-            accuracies=[[point["accuracy"] for point in run["curve"]] for run in runs],
+            values=[[100 * point["accuracy"] for point in run["curve"]] for run in runs],
         )
         for name, runs in rows.items()
     ]

@@ -146,6 +146,10 @@ class Learner(ABC):
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
         """What a record tells of the trained network, whose last measurement is `last`."""
 
+    def counted(self) -> list[nn.Module]:
+        """The modules whose calls in training count as layer evaluations."""
+        return list(self.network.layers)
+
     @property
     def trained(self) -> Any:
         """What is trained: the `DiffusionBlocks`, or the network itself end to end."""
