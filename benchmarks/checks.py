@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Op, Peer
+from benchmarks.op import Op, Peer
 from dblocks.testing import error_budget
 
 # How far others may pass the budget that holds for dblocks. It follows eager PyTorch, whose sums
@@ -56,14 +56,17 @@ def results(op: Op, peer: Peer, inputs: dict[str, Tensor]) -> list[Tensor]:
     return [o.detach() for o in outputs] + gradients(op, outputs, leaves)
 
 
-def wrong(op: Op, peer: Peer, inputs: dict[str, Tensor]) -> str:
-    """Why the peer's result cannot be trusted; empty where it can."""
+def wrong(op: Op, peer: Peer, inputs: dict[str, Tensor], definition: Peer | None = None) -> str:
+    """Why the peer's result cannot be trusted; empty where it can.
+
+    A peer that computes another result than the op has a `definition` of its own.
+    """
     got = results(op, peer, inputs)
     if not all(torch.isfinite(o).all() for o in got):
         return "not finite"
     if op.oracle is not None and peer is not op.ours:
         return _wrong_size(got, results(op, op.eager, inputs))
-    plain = op.oracle or op.eager
+    plain = definition or op.oracle or op.eager
     own = results(op, plain, inputs)
     doubled = {k: v.double() for k, v in inputs.items()}
     ref64 = _with_upstream_of(op, plain, doubled, got)

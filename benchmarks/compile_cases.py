@@ -3,12 +3,62 @@
 Tensors are on the meta device, so nothing is allocated; a data pointer of 0 counts as aligned.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 N, T = 8, 4096
+HEADS = 16
+
+
+def attention(
+    D: int, dtype: torch.dtype, target: str
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Forward and backward of doubled_attention at head width `D`, with the tiles of `target`.
+
+    Every option at the widths of most models in bfloat16, the two forms of the kernels elsewhere.
+    """
+    run = functools.partial(attend, D, dtype, target)
+    yield "attention", lambda: run()
+    yield "attention blocked", lambda: run(block_size=32)
+    if D in (64, 128) and dtype == torch.bfloat16:
+        yield "attention noisy", lambda: run(noisy_only=True)
+        yield "attention blocked noisy", lambda: run(block_size=32, noisy_only=True)
+        yield "attention token", lambda: run(block_size=24, token=True)
+        yield "attention groups", lambda: run(groups=4)
+        yield "attention documents", lambda: run(documents=True)
+        yield "attention blocked documents", lambda: run(block_size=24, documents=True)
+
+
+def attend(
+    D: int,
+    dtype: torch.dtype,
+    target: str,
+    *,
+    block_size: int = 1,
+    token: bool = False,
+    noisy_only: bool = False,
+    groups: int = 1,
+    documents: bool = False,
+) -> None:
+    """Launches the kernels on heads that lie side by side, as a linear layer leaves them."""
+    from dblocks.kernels._attention import settings
+    from dblocks.kernels.attention import doubled_attention_fwd
+    from dblocks.kernels.attention_bwd import doubled_attention_bwd
+
+    def heads(count: int, rows: int) -> Tensor:
+        samples = 1 if documents else N
+        return torch.empty(samples, rows, count, D, dtype=dtype, device="meta").transpose(1, 2)
+
+    q = heads(HEADS, T if noisy_only else 2 * T)
+    k, v = (heads(HEADS // groups, 2 * T) for _ in range(2))
+    cu_seqlens = torch.empty(5, dtype=torch.int32, device="meta") if documents else None
+    options = (block_size, token, D**-0.5, cu_seqlens, noisy_only)
+    tiles = settings(D, dtype, target)
+    o, lse = doubled_attention_fwd(q, k, v, *options, tiles=tiles.forward)
+    doubled_attention_bwd(o, q, k, v, o, lse, *options, [True, True], tiles=tiles)
 
 
 def cases(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:

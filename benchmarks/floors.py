@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from benchmarks.attention import SHAPES
+
 BOUND_BY_MEMORY = ((2, 2048, 2048), "float32")  # 32 MiB a tensor: little but the copy remains
 SMALL = (4, 64, 192)
 
@@ -32,8 +34,27 @@ def _is(case: tuple[tuple[int, ...], str | None], shape: Sequence[int], dtype: s
     return tuple(shape) == case[0] and case[1] in (None, dtype)
 
 
-# Of the C++ ops, for CPUs with 2 cores and AVX-512.
+def _attention() -> tuple[Floor, ...]:
+    """Of doubled_attention on CPUs, by T: eager is PyTorch's attention with the dense mask."""
+    at_least = {
+        256: {"eager": 1.6},
+        512: {"eager": 1.6, "causal_2T": 1.1, "flex": 1.0},
+        1024: {"eager": 2.4, "causal_2T": 1.4, "flex": 1.5},
+        2048: {"eager": 2.8, "causal_2T": 1.4, "flex": 1.5},
+    }
+    return tuple(
+        Floor(
+            "doubled_attention", "forward" if peer == "flex" else "both", peer, factor,
+            only=(shape, None),
+        )
+        for shape in SHAPES["cpu"]
+        for peer, factor in at_least[shape[3]].items()
+    )  # fmt: skip
+
+
+# Of the C++ ops and the composed attention, for CPUs with 2 cores and AVX-512.
 FLOORS = (
+    *_attention(),
     Floor("adaln", "forward", "torch.compile", 1.4),
     Floor("adaln", "forward", "eager", 2.7, but=((SMALL, None),)),
     Floor("adaln", "forward", "eager", 2.5, only=(SMALL, None)),

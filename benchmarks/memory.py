@@ -20,8 +20,10 @@ def main() -> None:
     device = torch.device("cpu")
     peer = peers_of(op, device)[peer_name]
     assert not isinstance(peer, str), peer
+    peer = run.contender(peer)
+    op = run.part_of(op, peer)
     inputs = op.make([int(size) for size in shape], getattr(torch, dtype), device)
-    print(timing.resident_peak_bytes(run.call_of(op, peer, inputs, "both")))
+    print(timing.resident_peak_bytes(run.call_of(op, peer.call, inputs, "both")))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from benchmarks.registry import EPS, Op, Peer
-
-Absent = str  # why a peer is not there
+from benchmarks.op import Absent, Contender, Op, Peer
+from benchmarks.registry import EPS
 
 
 def compiled(function: Peer, **options: bool) -> Peer:
@@ -75,13 +74,12 @@ LIBRARIES: dict[str, tuple[str, Callable[[], Peer]]] = {
 }
 
 
-def peers_of(op: Op, device: torch.device) -> dict[str, Peer | Absent]:
+def peers_of(op: Op, device: torch.device) -> dict[str, Peer | Absent | Contender]:
     """Everyone that takes part in the benchmark of `op`: what to call, or why it is absent."""
-    found: dict[str, Peer | Absent] = {
-        "dblocks": op.ours,
-        "eager": op.eager,
-        "torch.compile": compiled(op.eager),
-    }
+    found: dict[str, Peer | Absent | Contender] = {"dblocks": op.ours, "eager": op.eager}
+    if op.peers is not None:
+        return found | op.peers(device)
+    found["torch.compile"] = compiled(op.eager)
     if op.oracle is not None:
         # On a CPU the generator that Inductor writes is slower than PyTorch's own.
         found["torch.compile fallback_random"] = compiled(op.eager, fallback_random=True)

@@ -73,7 +73,7 @@ def table(rows: Sequence[Row]) -> str:
     """Every row: time, rate, percent of the copy, and how much faster dblocks is."""
     header = (
         "op", "shape", "dtype", "direction", "peer", "ms (p20-p80)", "GB/s", "% of copy",
-        "dblocks is", "first call, ms", "peak, MiB",
+        "GFLOP/s", "dblocks is", "first call, ms", "peak, MiB",
     )  # fmt: skip
     times = ratios(rows)
     lines = []
@@ -81,7 +81,7 @@ def table(rows: Sequence[Row]) -> str:
         case = (*_case(key(row)), row["peer"])
         if "ms" not in row:
             reason = f"wrong: {row['wrong']}" if row["wrong"] else f"absent: {row['absent']}"
-            lines.append((*case, reason, "", "", "", "", ""))
+            lines.append((*case, reason, *[""] * (len(header) - len(case) - 1)))
             continue
         ratio = times.get(key(row), {}).get(row["peer"])
         lines.append((
@@ -89,6 +89,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{row['ms']:.3f} ({row['ms_p20']:.3f}-{row['ms_p80']:.3f})",
             f"{row['gb_per_s']:.0f}",
             f"{100 * row['of_copy']:.0f} %",
+            f"{row['gflops']:.1f}",
             "" if ratio is None else f"{ratio:.2f}x",
             f"{row['first_ms']:.1f}",
             "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:.1f}",

@@ -14,7 +14,9 @@ the same run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -26,11 +28,12 @@ from torch import Tensor
 
 from benchmarks import report, timing
 from benchmarks.checks import gradients, leaves_of, tensors, wrong
-from benchmarks.peers import Absent, peers_of
-from benchmarks.registry import DTYPES, OPS, SHAPES, Op, Peer
+from benchmarks.op import DTYPES, Absent, Contender, Op, Peer, Work
+from benchmarks.peers import peers_of
+from benchmarks.registry import OPS
 
 DIRECTIONS = ("forward", "backward", "both")
-OVERHEAD_SHAPE = (1, 1, 8)  # where a CPU call is all overhead
+OVERHEAD_WIDTH = 8  # of one row, where a CPU call is all overhead
 FORMAT = 2
 
 
@@ -48,54 +51,75 @@ def measure(
     peers = peers_of(op, device)
     head = {"op": op.name, "shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
     once: dict[str, dict[str, Any]] = {}
-    good: dict[str, Peer] = {}
+    good: dict[str, Contender] = {}
     for name, peer in peers.items():
-        once[name] = _examine(op, name, peer, inputs, device)
+        once[name] = _examine(op, peer, inputs, device)
         if not isinstance(peer, str) and not once[name]["wrong"]:
-            good[name] = peer
+            good[name] = contender(peer)
             if device.type == "cuda":
-                once[name]["host_us"] = timing.host_us(call_of(op, peer, inputs, "forward"), device)
+                forward = call_of(op, good[name].call, inputs, "forward")
+                once[name]["host_us"] = timing.host_us(forward, device)
             elif memory:
                 arguments = ["benchmarks.memory", op.name, name, head["dtype"], *map(str, shape)]
                 once[name]["peak_bytes"] = timing.fresh_process(arguments)
-    source = torch.randn(shape, device=device).to(dtype)
+    source = torch.randn_like(next(iter(inputs.values())), dtype=dtype)
     target = torch.empty_like(source)
-    elements, size = source.numel(), source.element_size()
+    work = op.work(shape, source.element_size())
     rows = []
     for direction in DIRECTIONS if op.needs_grad else DIRECTIONS[:1]:
         runs: dict[str, timing.Run] = {"copy": lambda: target.copy_(source)}
-        runs |= {name: call_of(op, peer, inputs, direction) for name, peer in good.items()}
+        taking_part = {
+            name: peer
+            for name, peer in good.items()
+            if direction == "forward" or not peer.forward_only
+        }
+        runs |= {n: call_of(op, p.call, inputs, direction) for n, p in taking_part.items()}
         times = timing.interleaved(runs, device, rounds)
-        copy = 2 * size * elements / statistics.median(times.pop("copy"))
-        moved, operations = _work(op, direction, size)
+        copy = 2 * source.nbytes / statistics.median(times.pop("copy"))
+        moved, operations = _of_direction(work, direction)
         for name in peers:
             row = head | {"direction": direction, "peer": name} | once[name]
+            if name in good and name not in taking_part:
+                row["absent"] = good[name].forward_only
             if name in times:
                 figures = timing.summary(times[name])
                 ms = figures["ms"]
                 row |= figures
-                row["gb_per_s"] = moved * elements / ms / 1e6
-                row["of_copy"] = moved * elements / ms / copy
-                row["gflops"] = operations * elements / ms / 1e6
+                row["gb_per_s"] = moved / ms / 1e6
+                row["of_copy"] = moved / ms / copy
+                row["gflops"] = operations / ms / 1e6
                 if device.type == "cuda":
                     row["peak_bytes"] = timing.cuda_peak_bytes(runs[name])
             rows.append(row)
     return rows
 
 
+def contender(peer: Peer | Contender) -> Contender:
+    """A peer with what sets it apart, if anything does."""
+    return peer if isinstance(peer, Contender) else Contender(peer)
+
+
+def part_of(op: Op, peer: Contender) -> Op:
+    """`op`, without gradients for a peer that has none."""
+    return op._replace(needs_grad=()) if peer.forward_only else op
+
+
 def _examine(
-    op: Op, name: str, peer: Peer | Absent, inputs: dict[str, Tensor], device: torch.device
+    op: Op, peer: Peer | Absent | Contender, inputs: dict[str, Tensor], device: torch.device
 ) -> dict[str, Any]:
     """What is found of a peer before it is timed: absent, wrong, and the cost of a first call."""
     if isinstance(peer, str):
         return {"absent": peer, "wrong": ""}
-    first = timing.first_call_ms(call_of(op, peer, inputs, "both"), device)
-    return {"first_ms": first, "wrong": wrong(op, peer, inputs)}
+    peer = contender(peer)
+    op = part_of(op, peer)
+    first = timing.first_call_ms(call_of(op, peer.call, inputs, "both"), device)
+    return {"first_ms": first, "wrong": wrong(op, peer.call, inputs, peer.definition)}
 
 
 def overhead(op: Op, device: torch.device) -> list[dict[str, Any]]:
     """Microseconds of a CPU call on one row of eight elements, where the arithmetic is nothing."""
-    inputs = op.make(OVERHEAD_SHAPE, torch.float32, device)
+    dims = len(op.shapes[device.type][0])
+    inputs = op.make((*(1,) * (dims - 1), OVERHEAD_WIDTH), torch.float32, device)
     rows = []
     for direction in ("forward", "both") if op.needs_grad else ("forward",):
         for name in ("dblocks", "eager"):
@@ -105,10 +129,10 @@ def overhead(op: Op, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def _work(op: Op, direction: str, size: int) -> tuple[int, int]:
-    """Bytes and operations per element."""
-    forward = op.bytes_forward(size), op.operations[0]
-    backward = op.bytes_backward(size), op.operations[1]
+def _of_direction(work: Work, direction: str) -> tuple[int, int]:
+    """Bytes and operations."""
+    forward = work.bytes_forward, work.operations_forward
+    backward = work.bytes_backward, work.operations_backward
     both = forward[0] + backward[0], forward[1] + backward[1]
     return {"forward": forward, "backward": backward, "both": both}[direction]
 
@@ -140,13 +164,13 @@ def run(
 ) -> dict[str, Any]:
     """Everything, as the JSON values of a result file; progress goes to stderr."""
     kind = device.type
-    shapes, dtypes = shapes or SHAPES[kind], dtypes or DTYPES[kind]
+    dtypes = dtypes or DTYPES[kind]
     rows: list[dict[str, Any]] = []
     small: list[dict[str, Any]] = []
-    todo = [(op, shape, dtype) for op in ops for shape in shapes for dtype in dtypes]
+    todo = [(o, shape, d) for o in ops for shape in shapes or o.shapes[kind] for d in dtypes]
     for number, (op, shape, dtype) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {op.name} {tuple(shape)} {dtype}", file=sys.stderr)
-        largest = max(shapes, key=lambda s: s[0] * s[1] * s[2])
+        largest = max(shapes or op.shapes[kind], key=math.prod)
         rows += measure(
             op, shape, getattr(torch, dtype), device, rounds,
             memory=memory and shape == largest and dtype == dtypes[0],
@@ -174,7 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--op", action="append", choices=[op.name for op in OPS], help="repeatable")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "T", "D"), action="append")
+    parser.add_argument(
+        "--shape", type=int, nargs="+", metavar="SIZE", action="append",
+        help="N T D, and N H Hkv T Dh of doubled_attention; repeatable",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=10, help="turns of every peer")
     parser.add_argument("--memory", action="store_true", help="peak memory, in fresh processes")
     parser.add_argument("--out", type=Path, help="folder of the result files")
@@ -182,9 +209,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     old = None if args.compare is None else report.read(args.compare)
     device = torch.device(args.device)
+    ops = [op for op in OPS if not args.op or op.name in args.op]
+    for op, shape in itertools.product(ops, args.shape or ()):
+        expected = len(op.shapes[args.device][0])
+        if len(shape) != expected:
+            parser.error(f"--shape of {op.name} must have {expected} sizes, got {shape}")
     result = run(
         device,
-        ops=[op for op in OPS if not args.op or op.name in args.op],
+        ops=ops,
         shapes=args.shape,
         dtypes=args.dtype,
         rounds=args.rounds,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 # compile_gate first: it turns Triton's interpreter off before triton is imported.
 from benchmarks import compile_gate, registry
+from benchmarks.op import SHAPES
 from dblocks.kernels import _launch
 
 TARGET = "sm_90"
@@ -46,8 +47,9 @@ def settings(widths: Iterable[int]) -> str:
 def traffic() -> str:
     """Bytes per element of each op of the benchmarks, forward and backward."""
     rows = [
-        (op.name, *(f(e) for e in (2, 4) for f in (op.bytes_forward, op.bytes_backward)))
+        (op.name, *(count for e in (2, 4) for count in op.work((1, 1, 1), e)[:2]))
         for op in registry.OPS
+        if op.shapes is SHAPES
     ]
     header = ("op", "forward, bf16", "backward, bf16", "forward, f32", "backward, f32")
     return table(rows, header)

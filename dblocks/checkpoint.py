@@ -16,8 +16,14 @@ from torch import Tensor
 
 from dblocks._version import __version__
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, unwrapped
+from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.models.vit import ViT, ViTConfig
 
+Network = ViT | CausalLM
+NETWORKS: dict[str, tuple[type[Network], type[ViTConfig | CausalLMConfig]]] = {
+    "vit": (ViT, ViTConfig),
+    "causal_lm": (CausalLM, CausalLMConfig),
+}
 FORMAT = 1
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config"}
 WEIGHTS_FILE = "model.safetensors"
@@ -62,7 +68,7 @@ def prepare(folder: str | Path) -> None:
     make_folder(folder)
 
 
-def save_model(folder: str | Path, model: ViT | DiffusionBlocks) -> None:
+def save_model(folder: str | Path, model: Network | DiffusionBlocks) -> None:
     """Write a network, and how it is cut into blocks; the folder is made if it is not there.
 
     The names of the weights are those of the network itself, whether it was in blocks or not;
@@ -71,18 +77,20 @@ def save_model(folder: str | Path, model: ViT | DiffusionBlocks) -> None:
 
     Args:
         folder: where to write; files of an earlier save there are replaced.
-        model: a `ViT` trained end to end, or the `DiffusionBlocks` of one; these also inside
-            torch.compile's or AveragedModel's wrapper.
+        model: one of `NETWORKS` trained end to end, or the `DiffusionBlocks` of one; these also
+            inside torch.compile's or AveragedModel's wrapper.
 
     Raises:
         TypeError: `model` is neither.
     """
     model = unwrapped(model)
-    vit = _network(model)
-    if not isinstance(vit, ViT):
+    network = _network(model)
+    names = [name for name, (kind, _) in NETWORKS.items() if isinstance(network, kind)]
+    if not names:
         raise TypeError(
-            "model must be a ViT or the DiffusionBlocks of one, "
-            f"got {type(vit).__name__}; save its state_dict yourself"
+            f"model must be one of {[kind.__name__ for kind, _ in NETWORKS.values()]} "
+            "or the DiffusionBlocks of one, "
+            f"got {type(network).__name__}; save its state_dict yourself"
         )
     folder, safetensors = Path(folder), _safetensors()
     make_folder(folder)
@@ -90,8 +98,8 @@ def save_model(folder: str | Path, model: ViT | DiffusionBlocks) -> None:
     written = {
         "format": FORMAT,
         "dblocks": __version__,
-        "model": "vit",
-        "model_config": vit.config.to_dict(),
+        "model": names[0],
+        "model_config": network.config.to_dict(),
         "blocks_config": None if config is None else config.to_dict(),
     }
     tensors = {name: t.detach().contiguous() for name, t in _tensors(model).items()}
@@ -101,8 +109,8 @@ def save_model(folder: str | Path, model: ViT | DiffusionBlocks) -> None:
         config_part.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def load_model(folder: str | Path) -> ViT | DiffusionBlocks:
-    """What `save_model` wrote, on the CPU: a `ViT`, or the `DiffusionBlocks` of one.
+def load_model(folder: str | Path) -> Network | DiffusionBlocks:
+    """What `save_model` wrote, on the CPU: one of `NETWORKS`, or the `DiffusionBlocks` of one.
 
     Raises:
         ValueError: the folder holds no such network, or a file of it is broken; the message names
@@ -112,7 +120,8 @@ def load_model(folder: str | Path) -> ViT | DiffusionBlocks:
     path = folder / CONFIG_FILE
     config = _read_config(path)
     with _naming(path):
-        model = ViT(ViTConfig.from_dict(config["model_config"]))
+        kind, of_config = NETWORKS[config["model"]]
+        model: Any = kind(cast(Any, of_config.from_dict(config["model_config"])))
         if config["blocks_config"] is not None:
             model = DiffusionBlocks(model, BlocksConfig.from_dict(config["blocks_config"]))
     with _naming(folder / WEIGHTS_FILE):
@@ -124,11 +133,11 @@ def load_model(folder: str | Path) -> ViT | DiffusionBlocks:
     return model
 
 
-def _network(model: ViT | DiffusionBlocks) -> ViT:
-    return cast(ViT, model.base_model) if isinstance(model, DiffusionBlocks) else model
+def _network(model: Network | DiffusionBlocks) -> Network:
+    return cast(Network, model.base_model) if isinstance(model, DiffusionBlocks) else model
 
 
-def _tensors(model: ViT | DiffusionBlocks) -> dict[str, Tensor]:
+def _tensors(model: Network | DiffusionBlocks) -> dict[str, Tensor]:
     tensors = _network(model).state_dict()
     if isinstance(model, DiffusionBlocks):
         tensors.update(model.copies.state_dict(prefix=COPIES))
@@ -157,9 +166,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has unknown keys {unknown}; known are {sorted(KEYS)}")
     if missing := sorted(KEYS - set(config)):
         raise ValueError(f"{path} lacks the keys {missing}")
-    if config["format"] != FORMAT or config["model"] != "vit":
+    if config["format"] != FORMAT or config["model"] not in list(NETWORKS):
         raise ValueError(
-            f"{path} must be of format {FORMAT} and model 'vit', "
+            f"{path} must be of format {FORMAT} and a model of {list(NETWORKS)}, "
             f"got {config['format']!r} and {config['model']!r}"
         )
     return config

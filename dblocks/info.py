@@ -12,7 +12,7 @@ import torch
 
 from dblocks import functional
 from dblocks._version import __version__
-from dblocks.ops import _extension
+from dblocks.ops import _attention_choice, _extension
 from dblocks.ops._common import HAS_TRITON, INTERPRETED, resolve_impl
 
 PACKAGES = ("torch", "triton", "numpy")
@@ -60,6 +60,9 @@ def extension() -> str:
 
 def implementation(op: str, device: str) -> tuple[str, str]:
     """The implementation that `impl="auto"` picks for float32 tensors on `device`, and why."""
+    if op == _attention_choice.OP:
+        rows = torch.empty(1, 1, 2048, 64, device=device)
+        return _attention_choice.explained(rows, rows)
     impl = resolve_impl("auto", torch.empty(1, 1, 1, device=device), op)
     reasons = {
         "triton": "the tensors are on a GPU",

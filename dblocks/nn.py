@@ -1,4 +1,4 @@
-"""Modules: noise embedding, adaptive layer norm, the noise-conditioned transformer layer.
+"""Modules: embeddings of targets and noise, adaptive norm, the noise-conditioned transformer layer.
 
 Linear layers start as in DiT and in ViT's JAX code: Xavier uniform weights, zero biases;
 modulations start at zero.
@@ -9,13 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks import functional as F
+from dblocks._transformer import MLP as MLP
+from dblocks._transformer import Attend as Attend
+from dblocks._transformer import Attention as Attention
+from dblocks._transformer import Rotary as Rotary
+from dblocks._transformer import SwiGLU as SwiGLU
+from dblocks._transformer import init_linear_ as init_linear_
+from dblocks._transformer import rotary_of as rotary_of
 
 SINCOS_WIDTH = 256  # Peebles and Xie 2023 (DiT), frequency embedding
 MAX_PERIOD = 10_000.0
@@ -25,6 +32,9 @@ OFFICIAL_WIDTH_DIVISOR = 6  # the published DiffusionBlocks ViT conditions on D/
 GATE_CHUNKS = (2, 5)  # of a layer's modulation: shift, scale, gate of attention, then of the MLP
 
 ConditioningKind = Literal["dit", "official", "none"]
+NormKind = Literal["layer", "rms"]
+MLPKind = Literal["gelu", "swiglu"]
+MLPS = {"gelu": MLP, "swiglu": SwiGLU}
 
 
 @dataclass(frozen=True)
@@ -72,12 +82,27 @@ def inverse_silu(value: float) -> float:
     return x
 
 
-def init_linear_(module: nn.Module) -> None:
-    """Xavier uniform weight and zero bias for a linear layer; leaves other modules alone."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+class LabelEmbedding(nn.Module):
+    """A table of target embeddings whose rows are read at norm `embed_scale`.
+
+    Args:
+        num_classes: rows.
+        dim: width of a row.
+        embed_scale: norm of each row.
+    """
+
+    def __init__(self, num_classes: int, dim: int, embed_scale: float = 1.0) -> None:
+        super().__init__()
+        self.embed_scale = embed_scale
+        self.weight = nn.Parameter(torch.randn(num_classes, dim))
+
+    def rows(self) -> Tensor:
+        """All rows at their norm, float32 [V, D]: those that training and sampling use."""
+        return self.embed_scale * nnf.normalize(self.weight.float(), dim=-1)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Rows of `labels` [N] or [N, T], float32 with a last dimension D."""
+        return self.rows()[labels]
 
 
 class NoiseEmbedding(nn.Module):
@@ -161,14 +186,46 @@ class Modulation(nn.Module):
 
 
 class Norm(nn.Module):
-    """The weight and bias of a layer norm that an op applies, if the convention has them."""
+    """The weight and bias of a norm that an op applies, if the convention has them.
 
-    def __init__(self, dim: int, kind: ConditioningKind = "dit") -> None:
+    Args:
+        dim: width D.
+        kind: the convention.
+        norm: "layer", or "rms", which has no bias.
+    """
+
+    def __init__(
+        self, dim: int, kind: ConditioningKind = "dit", *, norm: NormKind = "layer"
+    ) -> None:
         super().__init__()
         convention = conditioning_of(kind)
+        if norm not in get_args(NormKind):
+            raise ValueError(f"norm must be one of {get_args(NormKind)}, got {norm!r}")
+        affine = convention.affine
         self.eps = convention.eps
-        self.weight = nn.Parameter(torch.ones(dim)) if convention.affine else None
-        self.bias = nn.Parameter(torch.zeros(dim)) if convention.affine else None
+        self.norm: NormKind = norm
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine and norm == "layer" else None
+
+    def modulate(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+        """`norm(x)*(1 + scale) + shift` of `x` [N, T, D]."""
+        return F.adaln(
+            x, shift, scale, weight=self.weight, bias=self.bias, norm=self.norm, eps=self.eps
+        )
+
+    def add_and_modulate(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        gate: Tensor | None,
+        shift: Tensor | None,
+        scale: Tensor | None,
+    ) -> F.Residual:
+        """`x + gate*branch`, and that normalised and modulated, as one op."""
+        return F.residual_adaln(
+            x, branch, gate, shift, scale,
+            weight=self.weight, bias=self.bias, norm=self.norm, eps=self.eps,
+        )  # fmt: skip
 
 
 class AdaLayerNorm(Norm):
@@ -188,55 +245,7 @@ class AdaLayerNorm(Norm):
         shift = scale = None
         if self.modulation is not None:
             shift, scale = self.modulation(cond, x.shape[0])
-        return F.adaln(x, shift, scale, weight=self.weight, bias=self.bias, eps=self.eps)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention.
-
-    Args:
-        dim: width D.
-        num_heads: number of heads, a divisor of `dim`.
-        causal: each token attends to itself and to earlier tokens only.
-    """
-
-    def __init__(self, dim: int, num_heads: int, *, causal: bool = False) -> None:
-        super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
-        self.num_heads = num_heads
-        self.causal = causal
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.apply(init_linear_)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attends within `x` [N, T, D]; returns [N, T, D]."""
-        N, T, D = x.shape
-        # Every size is named: none can be inferred where the batch is empty.
-        qkv = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        o = nnf.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(o.transpose(1, 2).reshape(N, T, D))
-
-
-class MLP(nn.Module):
-    """`Linear(GELU(Linear(x)))`.
-
-    Args:
-        dim: width D.
-        hidden_dim: width between the two layers.
-    """
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.apply(init_linear_)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the two layers to the last dimension of `x`."""
-        return self.fc2(nnf.gelu(self.fc1(x)))
+        return self.modulate(x, shift, scale)
 
 
 class TransformerLayer(nn.Module):
@@ -246,7 +255,8 @@ class TransformerLayer(nn.Module):
         h = norm2(x)*(1 + scale2) + shift2 ;  x = x + gate2*mlp(h)
 
     The first sum and the second norm are one op. With kind "none" there is no modulation, and the
-    layer is that of the classical ViT.
+    layer is that of the classical ViT; with `norm="rms", mlp="swiglu", bias=False` and rotary
+    positions, that of Llama.
 
     Args:
         dim: width D.
@@ -256,6 +266,10 @@ class TransformerLayer(nn.Module):
         causal: whether attention is causal.
         gate_init: what the gates are at the start: 0, as published, makes the layer the identity,
             and 1 the plain layer.
+        norm: "layer" or "rms".
+        mlp: "gelu" or "swiglu".
+        num_kv_heads: number of key/value heads; `num_heads` by default.
+        bias: attention and MLP have biases.
 
     Source: Peebles and Xie 2023 (DiT), adaLN-Zero block.
     """
@@ -269,33 +283,93 @@ class TransformerLayer(nn.Module):
         kind: ConditioningKind = "dit",
         causal: bool = False,
         gate_init: float = 0.0,
+        norm: NormKind = "layer",
+        mlp: MLPKind = "gelu",
+        num_kv_heads: int | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        self.norm1 = Norm(dim, kind)
-        self.attention = Attention(dim, num_heads, causal=causal)
-        self.norm2 = Norm(dim, kind)
-        self.mlp = MLP(dim, hidden_dim)
+        if mlp not in MLPS:
+            raise ValueError(f"mlp must be one of {list(MLPS)}, got {mlp!r}")
+        self.norm1 = Norm(dim, kind, norm=norm)
+        self.attention = Attention(
+            dim, num_heads, num_kv_heads=num_kv_heads, causal=causal, bias=bias
+        )
+        self.norm2 = Norm(dim, kind, norm=norm)
+        self.mlp = MLPS[mlp](dim, hidden_dim, bias=bias)
         self.modulation = None if kind == "none" else Modulation(dim, 6, kind)
         if self.modulation is not None and gate_init:
             self.modulation.start_at_(GATE_CHUNKS, gate_init)
 
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cond: Tensor | None = None,
+        *,
+        rotary: Rotary | None = None,
+        attend: Attend | None = None,
+    ) -> Tensor:
         """One layer.
 
         Args:
             x: [N, T, D].
             cond: [N, cond_dim], [N, S, cond_dim], or None for the null conditioning.
+            rotary: rotations of the queries and keys.
+            attend: attention of queries over keys and values; the layer's own by default.
 
         Returns:
             [N, T, D] in the dtype of `x`.
         """
-        shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
+        h, modulation = self._enter(x, cond)
+        return self._leave(x, self.attention(h, rotary, attend), modulation)
+
+    def doubled(
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        cond: Tensor | None,
+        *,
+        rotary: Rotary,
+        attend: Attend,
+        keys_only: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """One layer on clean rows, under the null conditioning, beside noisy rows.
+
+        The rows share the attention only, which sees them as `[clean | noisy]`.
+
+        Args:
+            clean: [N, C, D].
+            noisy: [N, R, D].
+            cond: conditioning of the noisy rows, [N, cond_dim] or [N, S, cond_dim].
+            rotary: rotations of all C + R rows.
+            attend: attention of the queries over keys and values of all rows; queries are of all
+                rows too, or with `keys_only` of the noisy ones.
+            keys_only: clean rows give keys and values and are not computed further.
+
+        Returns:
+            The clean rows, as they were with `keys_only`, and the noisy rows.
+        """
+        attention, C = self.attention, clean.shape[1]
+        h_clean, m_clean = self._enter(clean, None)
+        h_noisy, m_noisy = self._enter(noisy, cond)
+        if keys_only:
+            k_clean, v_clean = attention.project_keys(h_clean, rotary.rows(0, C))
+            q, k, v = attention.project(h_noisy, rotary.rows(C))
+            o = attend(q, torch.cat([k_clean, k], dim=2), torch.cat([v_clean, v], dim=2))
+            return clean, self._leave(noisy, attention.merge(o), m_noisy)
+        branch = attention(torch.cat([h_clean, h_noisy], dim=1), rotary, attend)
+        b_clean, b_noisy = branch.split((C, noisy.shape[1]), dim=1)
+        return self._leave(clean, b_clean, m_clean), self._leave(noisy, b_noisy, m_noisy)
+
+    def _enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The input of the attention, and the modulation of the rest of the layer."""
+        modulation: tuple[Tensor | None, ...] = (None,) * 6
         if self.modulation is not None:
-            shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond, x.shape[0])
-        n1, n2 = self.norm1, self.norm2
-        h = F.adaln(x, shift1, scale1, weight=n1.weight, bias=n1.bias, eps=n1.eps)
-        x, h = F.residual_adaln(
-            x, self.attention(h), gate1, shift2, scale2,
-            weight=n2.weight, bias=n2.bias, eps=n2.eps,
-        )  # fmt: skip
+            modulation = self.modulation(cond, x.shape[0])
+        shift, scale, *rest = modulation
+        return self.norm1.modulate(x, shift, scale), tuple(rest)
+
+    def _leave(self, x: Tensor, branch: Tensor, modulation: tuple[Tensor | None, ...]) -> Tensor:
+        gate1, shift, scale, gate2 = modulation
+        x, h = self.norm2.add_and_modulate(x, branch, gate1, shift, scale)
         return F.gated_residual(x, self.mlp(h), gate2)

@@ -80,7 +80,7 @@ def sample_euler(
     Warns:
         UserWarning: the levels skip a block.
     """
-    levels = _levels(sigmas)
+    levels = levels_of(sigmas)
     grid = levels.tolist()
     call, blocks = _bind(model, levels, cond)
     z = _to_last_level(call, z, grid, blocks, callback)
@@ -103,14 +103,32 @@ def sample_logits(
     The callback sees every call but the last. With guidance, the steps combine denoised estimates
     and the result combines logits.
     """
-    levels = _levels(sigmas)
+    levels = levels_of(sigmas)
     grid = levels.tolist()
     bound, blocks = _bind(model, levels, cond)
     z = _to_last_level(bound, z, grid, blocks, callback)
     return bound.logits(z, _full(z, grid[-1]), **blocks[-1])
 
 
-def _levels(sigmas: Tensor | Sequence[float]) -> Tensor:
+def grid_of(
+    model: Denoiser, num_steps: int | None, sigmas: Tensor | Sequence[float] | None
+) -> Tensor | Sequence[float]:
+    """The levels that `num_steps` or `sigmas` ask for; one step for each block by default.
+
+    Raises:
+        ValueError: both are given, or `num_steps` is not positive.
+    """
+    if num_steps is not None and sigmas is not None:
+        raise ValueError(
+            "at most one of num_steps and sigmas must be given, "
+            f"got num_steps={num_steps} and sigmas={sigmas}; leave one out"
+        )
+    if sigmas is not None:
+        return sigmas
+    return model.config.schedule.steps(model.config.num_blocks if num_steps is None else num_steps)
+
+
+def levels_of(sigmas: Tensor | Sequence[float]) -> Tensor:
     """The levels that are called, on the CPU, in their own dtype; float64 for numbers."""
     if not (isinstance(sigmas, Tensor) and sigmas.is_floating_point()):
         sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
@@ -125,11 +143,12 @@ def _levels(sigmas: Tensor | Sequence[float]) -> Tensor:
     return levels
 
 
-def _bind(model: Any, levels: Tensor, cond: dict[str, Any]) -> tuple[Any, list[dict[str, int]]]:
-    """The model with its condition, and the keywords of each call."""
-    model = unwrapped(model)
-    if not isinstance(model, Denoiser):
-        return (lambda z, sigma: model(z, sigma, **cond)), [{} for _ in levels]
+def blocks_of(model: Denoiser, levels: Tensor, *, stacklevel: int = 3) -> list[int]:
+    """The block of each level.
+
+    Warns:
+        UserWarning: the levels skip a block, at the caller `stacklevel` calls away.
+    """
     num_blocks = model.config.num_blocks
     blocks = model.config.schedule.block_of(levels, num_blocks).tolist()
     skipped = sorted(set(range(num_blocks)) - set(blocks))
@@ -140,8 +159,17 @@ def _bind(model: Any, levels: Tensor, cond: dict[str, Any]) -> tuple[Any, list[d
             f"the {len(levels)} sampling steps call no level of blocks {skipped} of {num_blocks}; "
             f"use {advice}",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
+    return blocks
+
+
+def _bind(model: Any, levels: Tensor, cond: dict[str, Any]) -> tuple[Any, list[dict[str, int]]]:
+    """The model with its condition, and the keywords of each call."""
+    model = unwrapped(model)
+    if not isinstance(model, Denoiser):
+        return (lambda z, sigma: model(z, sigma, **cond)), [{} for _ in levels]
+    blocks = blocks_of(model, levels, stacklevel=5)
     bound: Bound = model.bind(**cond)
     return bound, [{"block": block} for block in blocks]
 

@@ -4,6 +4,8 @@ Arithmetic is float32, and float64 for float64 inputs. Formulas, shapes and sour
 docstrings of the public functions (`dblocks.functional`); arguments are taken as already checked.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -242,3 +244,35 @@ def doubled_attention(
     scores = (q.to(dtype) @ keys.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
     o = (scores.softmax(-1) @ values).to(q.dtype)
     return o, scores.logsumexp(-1)
+
+
+def linear_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    dtype = compute_dtype(h)
+    h, target = h.reshape(-1, h.shape[-1]), target.flatten()
+    counted = target != ignore_index
+    factors = counted.to(dtype)
+    if row_weight is not None:
+        factors = row_weight.flatten().to(dtype).where(counted, 0)
+    used = factors != 0
+    rows = h.to(dtype).masked_fill(~used[:, None], 0)
+    with without_autocast(h.device):
+        logits = F.linear(
+            rows, weight.to(h.dtype).to(dtype), None if bias is None else bias.to(dtype)
+        )
+        losses = F.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index)
+    return (losses.where(used, 0) * factors).sum() / counted.sum().clamp(min=1)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Keeps matrix products in the dtypes of their operands."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

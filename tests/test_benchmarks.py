@@ -11,7 +11,18 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE, CPU = (2, 4, 16), torch.device("cpu")
-MODULES = ("checks", "floors", "peers", "registry", "report", "run", "step", "timing")
+MODULES = (
+    "attention",
+    "checks",
+    "floors",
+    "op",
+    "peers",
+    "registry",
+    "report",
+    "run",
+    "step",
+    "timing",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +45,66 @@ def test_every_public_op_is_registered(bench):
     assert public == {op.name for op in bench.registry.OPS} - {"adaln_rms"}
 
 
+def tiny(op):
+    """A shape of `op`, with enough elements for the size of its noise to be compared."""
+    if op.name == "doubled_attention":
+        return (1, 4, 2, 9, 8)
+    return (64, 8, 64) if op.oracle else SHAPE
+
+
 def test_every_peer_is_right(bench):
     for op in bench.registry.OPS:
-        shape = (64, 8, 64) if op.oracle else SHAPE
-        inputs = op.make(shape, torch.float32, CPU)
+        inputs = op.make(tiny(op), torch.float32, CPU)
         assert bench.checks.wrong(op, op.ours, inputs) == ""
         assert bench.checks.wrong(op, op.eager, inputs) == ""
+
+
+@pytest.fixture
+def attention(bench):
+    return bench.attention.OP
+
+
+def test_peers_of_attention_may_differ(bench, attention, monkeypatch):
+    shape = tiny(attention)
+    contender = bench.op.Contender
+    causal = contender(bench.attention.causal_2T, bench.attention._causal_definition)
+    once = contender(
+        lambda **x: tuple(o.detach() for o in attention.ours(**x)), None, "no backward"
+    )
+    peers = {"dblocks": attention.ours, "causal_2T": causal, "once": once, "wrong": causal.call}
+    only(bench, monkeypatch, peers)
+    rows = bench.run.measure(attention, shape, torch.float32, CPU, rounds=2)
+    timed = {(row["peer"], row["direction"]) for row in rows if "ms" in row}
+    both = {(p, d) for p in ("dblocks", "causal_2T") for d in bench.run.DIRECTIONS}
+    assert timed == both | {("once", "forward")}
+    once = [row for row in rows if row["peer"] == "once" and "ms" not in row]
+    assert [row["absent"] for row in once] == ["no backward"] * 2
+    assert all("budget" in row["wrong"] for row in rows if row["peer"] == "wrong")
+    assert "absent: no backward" in bench.report.table(rows)
+
+
+def test_work_of_attention_is_that_of_allowed_pairs(bench, attention):
+    N, H, heads, T, width = 2, 4, 2, 5, 8
+    work = attention.work((N, H, heads, T, width), 4)
+    pairs = N * H * int(bench.attention.doubled_mask(T).sum())
+    assert (work.operations_forward, work.operations_backward) == (
+        4 * width * pairs,
+        10 * width * pairs,
+    )
+    inputs = attention.make((N, H, heads, T, width), torch.float32, CPU)
+    (o,) = attention.eager(**inputs)
+    assert work.bytes_forward == o.nbytes + sum(x.nbytes for x in inputs.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Inductor's own deprecations
+def test_the_peers_of_attention_are_right(bench, attention):
+    shape = (1, 2, 2, 128, 16)
+    inputs = attention.make(shape, torch.float32, CPU)
+    for name, peer in attention.peers(CPU).items():
+        peer = bench.run.contender(peer)
+        part = bench.run.part_of(attention, peer)
+        assert bench.checks.wrong(part, peer.call, inputs, peer.definition) == "", name
 
 
 def only(bench, monkeypatch, peers):
@@ -167,8 +232,8 @@ def test_every_floor_is_of_a_registered_op_and_shape(bench):
         assert floor.op in ops
         assert any(
             floor.covers(floor.op, shape, dtype, floor.direction)
-            for shape in bench.registry.SHAPES["cpu"]
-            for dtype in bench.registry.DTYPES["cpu"]
+            for shape in ops[floor.op].shapes["cpu"]
+            for dtype in bench.op.DTYPES["cpu"]
         )
 
 

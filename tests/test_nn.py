@@ -10,8 +10,11 @@ from dblocks.nn import (
     Attention,
     Modulation,
     NoiseEmbedding,
+    Norm,
+    SwiGLU,
     TransformerLayer,
     inverse_silu,
+    rotary_of,
 )
 
 KINDS = ("dit", "official", "none")
@@ -195,3 +198,95 @@ def test_gates_of_one_make_the_plain_layer(kind):
 def test_gates_of_zero_make_the_identity(kind):
     layer, x = TransformerLayer(12, 3, 24, kind=kind), torch.randn(2, 5, 12)
     assert torch.equal(layer(x, None), x)
+
+
+# The parts of language models
+
+
+def test_rotary_positions_are_their_formula():
+    positions, x = torch.tensor([[0, 1, 5], [2, 0, 100_000]]), torch.randn(2, 3, 2, 6)
+    got = rotary_of(positions, 6, 100.0).rotate(x)
+    for k in range(3):
+        angle = positions.double() * 100.0 ** (-k / 3)
+        cos, sin = angle.cos()[..., None], angle.sin()[..., None]
+        a, b = x[..., k].double(), x[..., k + 3].double()
+        torch.testing.assert_close(got[..., k].double(), a * cos - b * sin, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            got[..., k + 3].double(), b * cos + a * sin, atol=1e-6, rtol=1e-6
+        )
+    half = rotary_of(positions, 6, 100.0).rotate(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), got, atol=0.03, rtol=0.02)
+
+
+def test_scores_depend_on_the_difference_of_positions():
+    q, k = torch.randn(2, 1, 1, 1, 8).double()
+    rotated = [
+        (
+            rotary_of(torch.tensor([i + 3]), 8, 1e4).rotate(q)
+            * rotary_of(torch.tensor([i]), 8, 1e4).rotate(k)
+        ).sum()
+        for i in (0, 1, 50)
+    ]
+    torch.testing.assert_close(torch.stack(rotated), rotated[0].expand(3), rtol=1e-5, atol=1e-5)
+
+
+def test_key_heads_are_shared_by_neighbours():
+    shared = randomized(Attention(12, 6, num_kv_heads=2, causal=True, bias=False))
+    own = Attention(12, 6, causal=True, bias=False)
+    q, k, v = shared.qkv.weight.view(10, 2, 12).split((6, 2, 2))
+    repeated = torch.cat([q, k.repeat_interleave(3, 0), v.repeat_interleave(3, 0)])
+    own.load_state_dict({"qkv.weight": repeated.flatten(0, 1), "out.weight": shared.out.weight})
+    x, rotary = torch.randn(2, 5, 12), rotary_of(torch.arange(5), 2, 1e4)
+    torch.testing.assert_close(shared(x, rotary), own(x, rotary))
+    keys = shared.project_keys(x, rotary)
+    for got, expected in zip(keys, shared.project(x, rotary)[1:], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_swiglu_is_its_formula():
+    mlp, x = randomized(SwiGLU(6, 10, bias=False)), torch.randn(2, 3, 6)
+    a, b = mlp.fc1.weight.chunk(2)
+    torch.testing.assert_close(mlp(x), (nnf.silu(x @ a.T) * (x @ b.T)) @ mlp.fc2.weight.T)
+    assert mlp.fc1.bias is None
+
+
+def test_rms_norms_have_no_bias():
+    norm, x = randomized(Norm(12, "official", norm="rms")), torch.randn(2, 5, 12)
+    assert list(norm.state_dict()) == ["weight"]
+    torch.testing.assert_close(
+        norm.modulate(x, None, None), nnf.rms_norm(x, (12,), norm.weight, norm.eps)
+    )
+
+
+@pytest.mark.parametrize("keys_only", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_doubled_layer_is_the_layer_on_both_halves(kind, keys_only):
+    layer = randomized(TransformerLayer(12, 3, 24, kind=kind, norm="rms", mlp="swiglu"))
+    clean, noisy = torch.randn(2, 4, 12), torch.randn(2, 3, 12)
+    cond = c = None
+    if kind != "none":
+        cond = torch.randn(2, 3, layer.modulation.linear.in_features)
+        c = torch.cat([torch.zeros_like(cond[:, :1]).expand(-1, 4, -1), cond], dim=1)
+    rotary = rotary_of(torch.arange(7), 4, 1e4)
+    expected = layer(torch.cat([clean, noisy], dim=1), c, rotary=rotary)
+    got = layer.doubled(
+        clean, noisy, cond, rotary=rotary, attend=layer.attention.attend, keys_only=keys_only
+    )
+    torch.testing.assert_close(got[1], expected[:, 4:])
+    assert (
+        torch.equal(got[0], clean)
+        if keys_only
+        else torch.allclose(got[0], expected[:, :4], atol=1e-5)
+    )
+
+
+def test_options_of_a_layer_are_checked():
+    with pytest.raises(
+        ValueError, match="num_heads must be a multiple of num_kv_heads, got 6 and 4"
+    ):
+        Attention(12, 6, num_kv_heads=4)
+    with pytest.raises(ValueError, match=r"norm must be one of \('layer', 'rms'\), got 'batch'"):
+        Norm(12, norm="batch")
+    with pytest.raises(ValueError, match=r"mlp must be one of \['gelu', 'swiglu'\], got 'relu'"):
+        TransformerLayer(12, 3, 24, mlp="relu")

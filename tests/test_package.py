@@ -143,7 +143,7 @@ LAYERS = {
     "blocks": ("train", "sample", "models", "cli"),
     "train": ("models", "cli"),
     "sample": ("train", "models", "cli"),
-    "models": ("convert", "fuse", "cli"),
+    "models": ("generate", "metrics", "checkpoint", "convert", "fuse", "cli"),
 }
 
 

@@ -20,13 +20,14 @@ from dblocks._config import JsonConfig
 from dblocks.blocks import Batch, DiffusionBlocks, unwrapped
 from dblocks.nn import (
     ConditioningKind,
+    LabelEmbedding,
     Modulation,
     NoiseEmbedding,
     Norm,
     TransformerLayer,
     conditioning_of,
 )
-from dblocks.sample import initial_noise, sample_logits
+from dblocks.sample import grid_of, initial_noise, sample_logits
 from dblocks.schedule import NoiseLevel
 
 INIT_STD = 0.02  # class token and null image; Dosovitskiy et al. 2021
@@ -97,29 +98,6 @@ class ViTConfig(JsonConfig):
         """Patches of an image."""
         height, width = self.height_width
         return (height // self.patch_size) * (width // self.patch_size)
-
-
-class LabelEmbedding(nn.Module):
-    """A table of target embeddings whose rows are read at norm `embed_scale`.
-
-    Args:
-        num_classes: rows.
-        dim: width of a row.
-        embed_scale: norm of each row.
-    """
-
-    def __init__(self, num_classes: int, dim: int, embed_scale: float = 1.0) -> None:
-        super().__init__()
-        self.embed_scale = embed_scale
-        self.weight = nn.Parameter(torch.randn(num_classes, dim))
-
-    def rows(self) -> Tensor:
-        """All rows at their norm, float32 [V, D]: those that training and sampling use."""
-        return self.embed_scale * nnf.normalize(self.weight.float(), dim=-1)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """Rows of `labels` [N], float32 [N, D]."""
-        return self.rows()[labels]
 
 
 class Hidden(NamedTuple):
@@ -258,8 +236,7 @@ class ViT(nn.Module):
         return torch.cat([first.to(patches.dtype), patches], dim=1)
 
     def _normed_token(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        return F.adaln(x[:, :1], None, None, weight=norm.weight, bias=norm.bias, eps=norm.eps)[:, 0]
+        return self.norm.modulate(x[:, :1], None, None)[:, 0]
 
     def _classify(self, m: Tensor, cond: Tensor | None) -> Tensor:
         # The logits are float32 whatever the layers' dtype, and a matter of one row a sample.
@@ -357,17 +334,11 @@ def classify(
             f"model must be the DiffusionBlocks of a ViT, got {type(model).__name__}; "
             "a plain classifier is called as vit(images)"
         )
-    if num_steps is not None and sigmas is not None:
-        raise ValueError(
-            "at most one of num_steps and sigmas must be given, "
-            f"got num_steps={num_steps} and sigmas={sigmas}; leave one out"
-        )
+    grid = grid_of(model, num_steps, sigmas)
     schedule = model.config.schedule
-    if sigmas is None:
-        sigmas = schedule.steps(model.config.num_blocks if num_steps is None else num_steps)
     config: Any = model.base_model.config  # pyright: ignore[reportAttributeAccessIssue]
     shape = (images.shape[0], config.width)
     device = images.device if generator is None else generator.device
     z = initial_noise(shape, schedule, kind=noise, generator=generator, device=device)
     z = z.to(images.device)
-    return sample_logits(model, z, sigmas, images=images, guidance_scale=guidance_scale)
+    return sample_logits(model, z, grid, images=images, guidance_scale=guidance_scale)

@@ -1,22 +1,76 @@
-"""Which implementation of doubled_attention runs: the table behind impl="auto"."""
+"""Which implementation of doubled_attention runs: the table behind impl="auto".
+
+| tensors | implementation |
+|---|---|
+| float64, or in a torch.func transform or forward-mode differentiation | reference |
+| on a CPU, T < 32 | reference: fewer operations, which are all overhead at such sizes |
+| on a CPU, T >= 32 | composed: as fast at 32, two to three times as fast at 128 |
+| on a GPU, of sizes that the Triton kernels take | triton: one launch, and no merge |
+| on a GPU, else, where a backend takes them | composed |
+| elsewhere | reference |
+
+The rows for GPUs follow from the designs and are not measured. A given `backend` means composed.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dblocks.ops import _common
+from dblocks.ops import _attention_backends, _attention_op, _common
 
+OP = "doubled_attention"
 IMPLS = ("auto", "reference", "triton", "composed")
-BACKENDS = (None, "sdpa", "cudnn", "flash_attn", "xformers")
+MIN_COMPOSED_TOKENS = 32  # on a CPU
+BACKENDS = tuple(_attention_backends.BACKENDS)
 
 
 def resolve(impl: str, backend: str | None, q: Tensor, k: Tensor, options: dict[str, Any]) -> str:
     """The implementation for these tensors; a named one that cannot run raises."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS[1:]} or None, got {backend!r}")
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if impl not in ("auto", "composed"):
+            raise ValueError(
+                f"backend must be None with impl={impl!r}, got {backend!r}; "
+                "it says what impl='composed' is made of"
+            )
+        return "composed"
     if impl == "auto":
-        return "reference"
+        return explained(q, k, options["block_size"], options["cu_seqlens"])[0]
+    if impl == "triton":
+        _common.check_triton(q, OP)
     return impl
+
+
+def explained(
+    q: Tensor, k: Tensor, block_size: int = 1, cu_seqlens: Tensor | None = None
+) -> tuple[str, str]:
+    """What impl="auto" picks, and why."""
+    if q.dtype == torch.float64:
+        return "reference", "plain PyTorch: the tensors are float64"
+    if _common.in_transform():
+        return "reference", "plain PyTorch: only it takes part in transforms"
+    if q.is_cpu:
+        if k.shape[2] // 2 < MIN_COMPOSED_TOKENS:
+            return "reference", f"plain PyTorch: a CPU, and T < {MIN_COMPOSED_TOKENS}"
+        return "composed", "the tensors are on a CPU: PyTorch's flash attention, twice, merged"
+    if q.device.type in _common.GPUS:
+        if _common.HAS_TRITON and _triton_takes(q, k, block_size):
+            return "triton", "the tensors are on a GPU"
+        for name in BACKENDS:
+            if _attention_backends.obstacle(name, q, cu_seqlens) is None:
+                return "composed", f"a GPU, but no Triton or not its sizes: {name}, twice, merged"
+    return "reference", "plain PyTorch: no other implementation serves these tensors"
+
+
+def _triton_takes(q: Tensor, k: Tensor, block_size: int) -> bool:
+    width, T = q.shape[-1], k.shape[2] // 2
+    return (
+        _attention_op.MIN_WIDTH <= width <= _attention_op.MAX_WIDTH
+        and width % _attention_op.WIDTH_STEP == 0
+        and block_size <= _attention_op.MAX_BLOCK_SIZE
+        and T <= _attention_op.MAX_TOKENS
+    )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dblocks.ops import _extension
 
@@ -39,7 +40,7 @@ def resolve_impl(impl: str, x: Tensor, op: str) -> Impl:
         if impl != "triton":
             return impl
     if impl == "triton":
-        _check_triton(x, op)
+        check_triton(x, op)
     if impl == "cpp":
         _check_cpp(x, op)
     return cast(Impl, impl)
@@ -63,6 +64,13 @@ def in_transform() -> bool:
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def is_traced() -> bool:
+    """Whether values may be unknown: in a graph, a transform or a dispatch mode (make_fx)."""
+    if torch.compiler.is_compiling():
+        return True
+    return in_transform() or _get_current_dispatch_mode() is not None
+
+
 def _check_cpp(x: Tensor, op: str) -> None:
     if x.device.type != "cpu":
         raise RuntimeError(
@@ -82,7 +90,8 @@ def _check_cpp(x: Tensor, op: str) -> None:
         )
 
 
-def _check_triton(x: Tensor, op: str) -> None:
+def check_triton(x: Tensor, op: str) -> None:
+    """Raises where the Triton kernels of `op` cannot run on `x`."""
     if not HAS_TRITON:
         raise ImportError(
             f"{op}: impl='triton' needs the package triton, which is not installed; "

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dblocks.ops import _common
 from dblocks.ops._library import library
@@ -79,7 +78,7 @@ def check_sigma(name: str, sigma: Tensor, x_name: str, x: Tensor, *, zero: bool 
     _common.check_device(x, **{name: sigma})
     _check_sigma_shape(name, sigma, x_name, x)
     known = type(sigma) in (Tensor, torch.nn.Parameter) and sigma.is_cpu and sigma.numel() > 0
-    if known and not torch.compiler.is_compiling() and not _is_traced():
+    if known and not _common.is_traced():
         low, high = (value.item() for value in sigma.detach().aminmax())  # NaN if there is one
         if not (low >= 0 if zero else low > 0):
             raise ValueError(_sigma_message(name, f"a minimum of {low}", zero))
@@ -101,15 +100,9 @@ def _is_fine(sigma: object, x: Tensor) -> bool:
         and x.is_cpu
         and sigma.dtype in _common.FLOATS
         and sigma.layout is torch.strided
-        and not torch.compiler.is_compiling()
-        and not _is_traced()
+        and not _common.is_traced()
         and all(0 < value < math.inf for value in sigma.tolist())
     )
-
-
-def _is_traced() -> bool:
-    """Whether a torch.func transform or a dispatch mode (make_fx, FakeTensorMode) is active."""
-    return _common.in_transform() or _get_current_dispatch_mode() is not None
 
 
 def _infinite_message(name: str) -> str:

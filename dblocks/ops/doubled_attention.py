@@ -61,15 +61,17 @@ def doubled_attention(
         impl: "reference" (dense mask in plain PyTorch, memory O(T^2): any device and dtype, any
             transform), "triton" (GPU; Dh a multiple of 8 from 16 to 256; block_size a divisor of
             128 up to it or any other up to 128; not float64), "composed" (plain causal attentions
-            of PyTorch or another library, merged; not float64 on a GPU), or "auto", see
-            `dblocks.ops._attention_choice`.
-        backend: which attention "composed" is made of: "sdpa" (PyTorch's flash kernels), "cudnn",
-            "flash_attn" or "xformers"; by default the first that can run.
+            of PyTorch or another library, merged; memory O(T * block_size); on a GPU float16 and
+            bfloat16, and no `cu_seqlens`), or "auto", see `dblocks.ops._attention_choice`.
+        backend: which attention "composed" is made of: "sdpa" (PyTorch's flash kernels; the only
+            one on CPUs), "cudnn", "flash_attn" or "xformers"; by default the first that can run.
 
     Returns:
         o, of the shape and dtype of `q`. Arithmetic is float32 (float64 for float64 inputs), matrix
-        products take inputs of the dtype of `q`. Gradients have their input's dtype and repeat bit
-        for bit; first-order autograd only, but for the reference.
+        products take inputs of the dtype of `q`, on CPUs of float32. Gradients have their input's
+        dtype and repeat bit for bit (on a GPU those of "composed" as its backend's do: PyTorch's
+        under `torch.use_deterministic_algorithms`); first-order autograd only, but for the
+        reference.
 
     Raises:
         ValueError: for a shape or value that does not fit.
@@ -87,10 +89,15 @@ def doubled_attention(
         "cu_seqlens": cu_seqlens,
         "query": query,
     }
-    impl = _attention_choice.resolve(impl, backend, q, k, options)
-    if impl == "reference":
+    chosen = _attention_choice.resolve(impl, backend, q, k, options)
+    if chosen == "reference":
+        kind = q.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            # Its matrix products would be of 16-bit numbers.
+            with torch.autocast(kind, enabled=False):
+                return reference.doubled_attention(q, k, v, **options)[0]
         return reference.doubled_attention(q, k, v, **options)[0]
-    if impl == "triton":
+    if chosen == "triton":
         from dblocks.ops._attention_op import fused
 
         return fused(q, k, v, **options)
@@ -109,6 +116,7 @@ def _check(
     cu_seqlens: Tensor | None,
     query: str,
 ) -> None:
+    _common.check_tensor(q=q, k=k, v=v)
     _common.check_float(q=q, k=k, v=v)
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         if tensor.ndim != 4:
@@ -182,7 +190,7 @@ def _check_documents(q: Tensor, cu_seqlens: Tensor, T: int) -> None:
     valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() >= 0).all()
     if torch.compiler.is_compiling() or not cu_seqlens.is_cpu:
         message = f"cu_seqlens must start with 0, never decrease and end with T = {T}"
-        torch._assert_async(valid, message)
+        torch.ops.aten._assert_async.msg(valid, message)
     elif not valid:
         raise ValueError(
             f"cu_seqlens must start with 0, never decrease and end with T = {T}, "

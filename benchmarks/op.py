@@ -1,0 +1,54 @@
+"""What an op of the benchmark is: inputs, peers, shapes, and the work of a call."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Peer = Callable[..., Sequence[Tensor | None]]
+Absent = str  # why a peer is not there
+
+SEED = 20_261_123
+
+# The shapes [N, T, D] of each device; that of the GPU has 64M elements, 128 MiB in bfloat16.
+SHAPES = {
+    "cpu": ((4, 64, 192), (2, 512, 768), (4, 1024, 1024), (2, 2048, 2048)),
+    "cuda": ((8, 4096, 2048), (4, 256, 768)),
+}
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
+
+
+class Work(NamedTuple):
+    """What a call has to move and to compute."""
+
+    bytes_forward: int
+    bytes_backward: int
+    operations_forward: int
+    operations_backward: int
+
+
+class Contender(NamedTuple):
+    """A peer that does not do the same as the others."""
+
+    call: Peer
+    definition: Peer | None = None  # plain PyTorch, where it computes another result
+    forward_only: str = ""  # why
+
+
+class Op(NamedTuple):
+    """`make` draws the inputs; `ours` and `eager` take them and return a sequence of outputs."""
+
+    name: str
+    make: Callable[[Sequence[int], torch.dtype, torch.device], dict[str, Tensor]]
+    needs_grad: tuple[str, ...]
+    ours: Peer
+    eager: Peer
+    work: Callable[[Sequence[int], int], Work]  # of a shape and the size of the dtype
+    # Of an op whose peers draw other noise, so that only their size can be compared: plain PyTorch
+    # with the noise of dblocks, which that is checked against.
+    oracle: Peer | None = None
+    others: tuple[str, ...] = ()  # names in benchmarks/peers.py, beside eager and torch.compile
+    shapes: dict[str, tuple[tuple[int, ...], ...]] = SHAPES
+    # Instead of torch.compile and `others`.
+    peers: Callable[[torch.device], dict[str, Peer | Absent | Contender]] | None = None

@@ -1,0 +1,121 @@
+"""Keys and values of rows that do not change any more, for generating token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from dblocks.nn import Attend
+
+
+class Slots:
+    """Where the tokens of a batch stand in a cache, and at which positions.
+
+    Prompts start in slot 0; the tokens that follow take the slots from P on, the length of the
+    longest prompt, whatever the length of their own prompt. The slots between are never seen.
+
+    Args:
+        lengths: of the prompts; Python numbers, so that nothing synchronises.
+        capacity: number of slots.
+        device: device of the cache.
+    """
+
+    def __init__(self, lengths: list[int], capacity: int, device: torch.device) -> None:
+        self.prompt = max(lengths, default=0)
+        self.capacity = capacity
+        self.device = device
+        self.lengths: Tensor | None = None
+        if any(length < self.prompt for length in lengths):
+            self.lengths = torch.tensor(lengths, device=device)
+
+    def positions(self, first: int, last: int) -> Tensor:
+        """Positions of the slots first to last - 1, int64 [R], or [N, R] for ragged prompts."""
+        slot = torch.arange(first, last, device=self.device)
+        if self.lengths is None:
+            return slot
+        return torch.where(slot < self.prompt, slot, slot - (self.prompt - self.lengths)[:, None])
+
+    def mask(self, first: int, last: int) -> Tensor | None:
+        """Which of the slots 0 to last - 1 those from `first` on attend to.
+
+        bool [R, last], or [N, 1, R, last] for ragged prompts; None for a single row that attends to
+        all, and for a square of rows that attend to the earlier ones, where no prompt is shorter.
+        """
+        if self.lengths is None and (first == 0 or last - first == 1):
+            return None
+        slot = torch.arange(last, device=self.device)
+        mask = slot[first:, None] >= slot
+        if self.lengths is None:
+            return mask
+        used = (slot < self.lengths[:, None]) | (slot >= self.prompt)
+        return mask & used[:, None, None]
+
+
+class KVCache:
+    """Keys and values of some layers, [N, Hkv, capacity, Dh] each, allocated at the first use.
+
+    Rows are first written, by the functions of `attends`, and then counted, by `commit`; what was
+    not counted is overwritten by the next rows.
+
+    Args:
+        slots: where tokens stand; caches of several blocks share it.
+        num_layers: number of layers.
+    """
+
+    def __init__(self, slots: Slots, num_layers: int) -> None:
+        self.slots = slots
+        self.committed = 0
+        self._kv: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+
+    def positions(self, rows: int) -> Tensor:
+        """Positions of the `rows` slots after the committed ones."""
+        return self.slots.positions(self.committed, self.committed + rows)
+
+    def attends(self, rows: int) -> Iterator[Attend]:
+        """For each layer, the attention of the next `rows` rows over the cache and themselves.
+
+        It is called with keys and values of these rows, which it writes into the cache, and with
+        queries of all of them or of the last one.
+        """
+        mask = self.slots.mask(self.committed, self.committed + rows)
+        for layer in range(len(self._kv)):
+            yield partial(self._attend, layer, mask)
+
+    def commit(self, rows: int) -> None:
+        """Keeps the first `rows` of the rows written last."""
+        self.committed += rows
+
+    def last_row(self, x: Tensor) -> Tensor:
+        """Of rows [N, R, D] that are about to be committed, each sample's last one, [N, 1, D]."""
+        lengths, end = self.slots.lengths, self.committed + x.shape[1]
+        if lengths is None or end > self.slots.prompt:
+            return x[:, -1:]
+        index = (lengths - 1 - self.committed)[:, None, None]
+        return x.gather(1, index.expand(-1, 1, x.shape[2]))
+
+    def _attend(self, layer: int, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, last = self.committed, self.committed + k.shape[2]
+        keys, values = self._stored(layer, k)
+        keys[:, :, first:last] = k
+        values[:, :, first:last] = v
+        mask = None if mask is None else mask[..., -q.shape[2] :, :]
+        return nnf.scaled_dot_product_attention(
+            q, keys[:, :, :last], values[:, :, :last],
+            attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+
+    def _stored(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
+        held = self._kv[layer]
+        if held is None:
+            N, Hkv, _, Dh = k.shape
+            # Zeros: a slot that is never written must not hold a NaN, which a mask lets through.
+            held = self._kv[layer] = (
+                k.new_zeros(N, Hkv, self.slots.capacity, Dh),
+                k.new_zeros(N, Hkv, self.slots.capacity, Dh),
+            )
+        return held

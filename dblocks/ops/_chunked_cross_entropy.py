@@ -1,0 +1,168 @@
+"""linear_cross_entropy in chunks of rows: the loss, and gradients before the upstream factor.
+
+The logits of a chunk are overwritten with their gradient, from which the chunk's part of every
+gradient is taken at once, so that no later pass needs them. What the implementations differ in is
+what happens to a chunk of logits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dblocks.kernels import reference
+
+SHARES = 4  # the logits are never held in fewer parts, unless a part had fewer
+MIN_LOGITS = 2**20  # logits (4 MiB), where each call would cost more than its work,
+MIN_ROWS = 128  # or rows, which would make the matrix products slow.
+# Beyond this size a larger chunk makes the products on a CPU hardly faster; on a GPU each chunk
+# reads and writes the sum for dweight once, which wants some thousand rows.
+MAX_LOGITS = {"cpu": 2**25, "cuda": 2**27}
+ALIGNMENT = 16  # of rows of logits on a GPU, in elements: it moves 16 bytes at once
+
+
+class Sums(NamedTuple):
+    """The loss, and gradients of `loss / scale`; a gradient that is not needed has no elements."""
+
+    loss: Tensor
+    scale: Tensor
+    dh: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
+# (logits, bias, target, losses, grad) -> factor. Writes the losses of a chunk of rows, and, where
+# there is a `grad`, what times `factor` [rows, 1] is the gradient of the logits. `grad` is `logits`
+# itself where that has the dtype of the products. dbias is summed from what is left in `logits`.
+Rows = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def chunk_rows(R: int, V: int, device_type: str) -> int:
+    """Rows in a chunk: about equally many in each, a function of sizes and kind of device only."""
+    most = MAX_LOGITS.get(device_type, MAX_LOGITS["cuda"]) // V
+    largest = max(min(-(-R // SHARES), most), MIN_LOGITS // V, MIN_ROWS)
+    return -(-R // -(-R // largest))
+
+
+def check_target(classes: Tensor, V: int) -> None:
+    """Every class is in [0, V): at once on a CPU, else by the device itself."""
+    if not classes.numel():
+        return
+    message = f"target must be in [0, V) = [0, {V}) or ignore_index"
+    if not classes.is_cpu:
+        valid = ((classes >= 0) & (classes < V)).all()
+        torch._assert_async(valid, message)  # pyright: ignore[reportPrivateImportUsage]
+        return
+    low, high = (value.item() for value in classes.aminmax())
+    if low < 0 or high >= V:
+        raise ValueError(f"{message}, got {low if low < 0 else high}; check the tokens")
+
+
+def forward(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    row_weight: Tensor | None,
+    ignore_index: int,
+    needs: Sequence[bool],
+    *,
+    rows: Rows,
+    dtype: torch.dtype,
+) -> Sums:
+    """`h` [R, D], `target` and `row_weight` [R]; `needs` is for h, weight and bias.
+
+    Operands of matrix products are of `dtype`; their results and all sums are float32 (float64).
+    """
+    total = reference.compute_dtype(h)
+    (R, D), V = h.shape, weight.shape[0]
+    counted = target != ignore_index
+    target = target.where(counted, 0)
+    check_target(target, V)
+    factors = counted.to(total)
+    if row_weight is not None:
+        factors = row_weight.to(total).where(counted, 0)
+    used, scale = factors != 0, counted.sum().clamp(min=1).to(total).reciprocal()
+    all_used = used.is_cpu and bool(used.all())
+    if dtype == torch.float16 and R:
+        # Weights may be larger than float16 can hold in a product: the largest becomes 1.
+        largest = factors.abs().amax()
+        largest = torch.where(largest > 0, largest, 1)
+        factors, scale = factors / largest, scale * largest
+    bias = None if bias is None else bias.to(total).contiguous()
+    matrix = weight.to(h.dtype).to(dtype)
+
+    def zeros(*shape: int, needed: bool = True) -> Tensor:
+        return torch.zeros(shape if needed else 0, dtype=total, device=h.device)
+
+    losses, dh = zeros(R), zeros(R, D, needed=needs[0])
+    dweight, dbias = zeros(V, D, needed=needs[1]), zeros(V, needed=needs[2])
+    size = chunk_rows(R, V, h.device.type) if R else 0
+
+    def chunk(dtype: torch.dtype) -> Tensor:
+        stride = V if h.is_cpu else -(-V // ALIGNMENT) * ALIGNMENT
+        return torch.empty(size, stride, dtype=dtype, device=h.device)[:, :V]
+
+    logits, grad = chunk(total), None
+    if any(needs):
+        grad = logits if dtype == total else chunk(dtype)
+    for start in range(0, R, max(size, 1)):
+        part = slice(start, min(start + size, R))
+        of = slice(0, part.stop - start)
+        h_part = h[part].to(dtype)
+        if not all_used:
+            # A row without a part may hold anything, even what is not finite.
+            h_part = h_part.where(used[part, None], 0)
+        _product(h_part, matrix.t(), logits[of])
+        if grad is None:
+            rows(logits[of], bias, target[part], losses[part], None)
+            continue
+        grad_part = grad[of]
+        factor = rows(logits[of], bias, target[part], losses[part], grad_part)
+        factor = factor * factors[part, None]
+        if needs[0]:
+            _product(grad_part, matrix, dh[part])
+            dh[part].mul_(factor)
+        if needs[1]:
+            _add_product(grad_part.t(), (h_part * factor).to(dtype), dweight)
+        if needs[2]:
+            dbias.addmv_(logits[of].t(), factor[:, 0])
+    losses = losses if all_used else losses.where(used, 0)
+    loss = (losses * factors).sum() * scale
+    return Sums(loss, scale, dh, dweight, dbias)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, summed and kept in the dtype of `out`."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif out.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a @ b, summed and kept in the dtype of `out`."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif out.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
+def plain_rows(
+    logits: Tensor, bias: Tensor | None, target: Tensor, losses: Tensor, grad: Tensor | None
+) -> Tensor:
+    """Rows in plain PyTorch, in place: exponentials that still lack their division by the sum."""
+    if bias is not None:
+        logits.add_(bias)
+    own, peak = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
+    logits.sub_(peak).exp_()
+    total = logits.sum(1, keepdim=True)
+    losses.copy_((total.log() + (peak - own))[:, 0])
+    if grad is not None:
+        logits.scatter_(1, target[:, None], (own - peak).exp_() - total)
+    return total.reciprocal_()

@@ -1,0 +1,221 @@
+"""linear_cross_entropy: a readout and its cross-entropy, without the logits of all rows at once."""
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch.autograd.function import once_differentiable
+
+from dblocks.kernels import reference
+from dblocks.ops import _chunked_cross_entropy as chunked
+from dblocks.ops import _common
+from dblocks.ops._library import define, library, triton_kernel
+
+CrossEntropyImpl = Literal["auto", "reference", "chunked", "triton"]
+
+IMPLS = ("auto", "reference", "chunked", "triton")
+MAX_TRITON_CLASSES = 2**31 - 2**13  # classes have int32 numbers, and a block may pass the last
+
+_SCHEMA = (
+    "(Tensor h, Tensor weight, Tensor target, Tensor? bias, Tensor? row_weight, "
+    "SymInt ignore_index, bool[] needs) -> "
+    "(Tensor loss, Tensor scale, Tensor dh, Tensor dweight, Tensor dbias)"
+)
+
+
+@torch.library.impl(library, "linear_cross_entropy_chunked", "CompositeExplicitAutograd")
+def _chunked(h, weight, target, bias, row_weight, ignore_index, needs):
+    return chunked.forward(
+        h, weight, target, bias, row_weight, ignore_index, needs,
+        rows=chunked.plain_rows, dtype=reference.compute_dtype(h),
+    )  # fmt: skip
+
+
+@triton_kernel("linear_cross_entropy")
+def _triton(h, weight, target, bias, row_weight, ignore_index, needs):
+    from dblocks.kernels.cross_entropy import cross_entropy
+
+    def rows(logits, bias, target, losses, grad):
+        narrow = None if grad is None or grad.dtype == logits.dtype else grad
+        in_place = grad is not None and (narrow is None or needs[2])
+        cross_entropy(logits, bias, target, losses, narrow, in_place)
+        return losses.new_ones(len(losses), 1)
+
+    return chunked.forward(
+        h, weight, target, bias, row_weight, ignore_index, needs, rows=rows, dtype=h.dtype
+    )
+
+
+def _fake(h, weight, target, bias, row_weight, ignore_index, needs):
+    total = reference.compute_dtype(h)
+    sizes = ((), (), h.shape, weight.shape, weight.shape[:1])
+    needed = (True, True, *needs)
+    return tuple(
+        h.new_empty(size if need else (0,), dtype=total)
+        for size, need in zip(sizes, needed, strict=True)
+    )
+
+
+_OPS = define("linear_cross_entropy", _SCHEMA, _fake, ("chunked", "triton"))
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, bias, target, row_weight, ignore_index, needs, impl):
+        ctx.set_materialize_grads(False)
+        loss, scale, *sums = _OPS[impl](h, weight, target, bias, row_weight, ignore_index, needs)
+        ctx.save_for_backward(scale, *sums)
+        ctx.dtypes = [h.dtype, weight.dtype, None if bias is None else bias.dtype]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 8
+        scale, *sums = ctx.saved_tensors
+        factor = grad * scale
+        grads = [
+            _scaled(total, factor, dtype) if needed else None
+            for total, dtype, needed in zip(sums, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        ]
+        return (*grads, *(None,) * 5)
+
+
+def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`total * factor`, rounded to `dtype` once; in place where no backward can come after."""
+    if total.dtype == dtype and _is_last_backward():
+        return total.mul_(factor)
+    return torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))
+
+
+def _is_last_backward() -> bool:
+    """Whether the graph is freed as the backward goes along, so that what it saved is not needed.
+
+    Otherwise the gradient of a large weight would be in memory twice.
+    """
+    return not _common.is_traced() and not _get_current_graph_task_keep_graph()
+
+
+def linear_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    impl: CrossEntropyImpl = "auto",
+) -> Tensor:
+    """Cross-entropy of a linear readout, with a weight for each row, in chunks of rows.
+
+        logits = h weight^T + bias
+        loss = sum_r row_weight_r * (logsumexp(logits_r) - logits_r[target_r]) / count
+
+    over the rows r whose target is not `ignore_index`, `count` of them: weights are not normalised.
+    Where there is none the loss is 0, as are all gradients, and not NaN as in PyTorch: a batch of
+    padding alone leaves a training run unharmed. Rows that are ignored or have weight 0 may hold
+    anything, NaN included.
+
+    Logits of at most a quarter of the rows, or 128 rows, are in memory at a time. Gradients are
+    computed in the forward, for those of `h`, `weight` and `bias` that require one, and kept in
+    float32 until the upstream gradient is known; without any, only the loss is.
+
+    Args:
+        h: Rows `[..., D]`, such as `[N, T, D]`.
+        weight: `[V, D]`; rounded to the dtype of `h` if it has another.
+        target: Classes in [0, V) or `ignore_index`, int64 of the leading shape of `h`. On a GPU the
+            values are checked there, without waiting for them.
+        bias: `[V]`, added in float32.
+        row_weight: Factors of the leading shape of `h`. Gets no gradient.
+        ignore_index: The target of rows that have no part.
+        impl: "reference" (logits of all rows at once, in plain PyTorch: any transform), "chunked"
+            (plain PyTorch: any device), "triton" (GPU; not float64), or "auto": "triton" on a GPU
+            and "chunked" elsewhere and for float64, but the reference inside torch.func transforms
+            and forward-mode differentiation.
+
+    Returns:
+        loss, 0-d float32 (float64 if `h` is). Logits, exponentials and sums have its dtype. Matrix
+        products take operands of the dtype of `h` and sum in that of the loss; "triton" rounds
+        the gradient of the logits to the dtype of `h` for them, and "chunked" computes them in
+        the dtype of the loss altogether. Every gradient has its input's dtype. PyTorch's settings
+        for float32 products on GPUs (TF32) hold here too.
+
+    Raises:
+        ValueError: for a shape or value that does not fit, of `target` on the CPU.
+        TypeError: for a dtype that does not fit.
+        RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
+        ImportError: for impl="triton" without the package triton.
+
+    Source: Hsu et al. 2024 (Liger kernel), section 3.2, for gradients in the forward.
+    """
+    _check(h, weight, target, bias, row_weight, ignore_index)
+    row_weight = None if row_weight is None else row_weight.detach()
+    impl = _resolve(impl, h, weight)
+    if impl == "reference":
+        if target.is_cpu and not _common.is_traced():
+            chunked.check_target(target.where(target != ignore_index, 0), weight.shape[0])
+        return reference.linear_cross_entropy(
+            h, weight, target, bias=bias, row_weight=row_weight, ignore_index=ignore_index
+        )
+    h, target = h.reshape(-1, h.shape[-1]), target.reshape(-1)
+    row_weight = None if row_weight is None else row_weight.reshape(-1)
+    if not _common.needs_autograd(h, weight, bias):
+        needs = [False] * 3
+        return _OPS[impl](h, weight, target, bias, row_weight, ignore_index, needs)[0]
+    needs = [h.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
+    return _Loss.apply(h, weight, bias, target, row_weight, ignore_index, needs, impl)
+
+
+def _resolve(impl: str, h: Tensor, weight: Tensor) -> CrossEntropyImpl:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        if _common.in_transform():
+            return "reference"
+        fused = h.device.type in _common.GPUS and h.dtype != torch.float64
+        impl = "triton" if fused else "chunked"
+    if impl == "triton":
+        _common.resolve_impl(impl, h, "linear_cross_entropy")
+        if weight.shape[0] > MAX_TRITON_CLASSES:
+            raise ValueError(
+                f"linear_cross_entropy: impl='triton' takes V <= {MAX_TRITON_CLASSES}, "
+                f"got {weight.shape[0]}; use impl='chunked'"
+            )
+    return cast(CrossEntropyImpl, impl)
+
+
+def _check(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    row_weight: Tensor | None,
+    ignore_index: int,
+) -> None:
+    _common.check_tensor(h=h, weight=weight, target=target)
+    _common.check_float(h=h, weight=weight, bias=bias, row_weight=row_weight)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64, got {target.dtype}; call .long()")
+    if not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(
+            f"ignore_index must be an int, got {_common.type_name(ignore_index)}; convert it first"
+        )
+    _common.check_device(h, weight=weight, target=target, bias=bias, row_weight=row_weight)
+    if h.ndim < 1:
+        raise ValueError("h must have shape [..., D], got a 0-d tensor; add a dimension")
+    D = h.shape[-1]
+    if weight.ndim != 2 or weight.shape[1] != D or weight.shape[0] < 1:
+        raise ValueError(
+            f"weight must have shape [V, D] = [V, {D}] with V >= 1, got {list(weight.shape)}; "
+            "it is that of nn.Linear(D, V)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, tensor in {"target": target, "row_weight": row_weight}.items():
+        if tensor is not None and tensor.shape != h.shape[:-1]:
+            raise ValueError(
+                f"{name} must have the leading shape of h, {list(h.shape[:-1])}, "
+                f"got {list(tensor.shape)}; reshape or expand it"
+            )

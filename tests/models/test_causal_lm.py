@@ -1,0 +1,523 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dblocks import functional as F
+from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.models.causal_lm import CausalLM, CausalLMConfig
+from dblocks.nn import rotary_of
+from dblocks.train import make_optimizers, train_step
+from tools import DEVICE, normal, randomized, seeded
+
+KINDS = ("dit", "official", "none")
+SIZES = {"vocab_size": 11, "context": 12, "width": 16, "depth": 6, "heads": 4, "kv_heads": 2}
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # For operators this small a second thread only waits.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def lm_of(**options):
+    torch.manual_seed(0)
+    return CausalLM(CausalLMConfig(**{**SIZES, **options})).to(DEVICE)
+
+
+def blocks_of(**options):
+    return DiffusionBlocks(randomized(lm_of(**options)), BlocksConfig(3))
+
+
+def tokens_of(n=2, length=8, seed=0):
+    return torch.randint(11, (n, length), generator=seeded(seed)).to(DEVICE)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=3e-3)
+
+
+# The two halves
+
+
+class Rows(CausalLM):
+    """Lets a test change the clean rows, as no batch can."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.added = 0
+
+    def embed_condition(self, batch, drop=None):
+        context = super().embed_condition(batch, drop)
+        return context._replace(x=context.x + self.added)
+
+
+def test_nothing_leaks_through_a_whole_block():
+    model = DiffusionBlocks(randomized(Rows(CausalLMConfig(**SIZES)).to(DEVICE)), BlocksConfig(2))
+    T, tokens, z = 6, tokens_of(1, 6), normal(1, 6, 16, seed=1).requires_grad_()
+    sigma = torch.full((1,), 0.5, device=DEVICE)
+    clean = torch.zeros(1, T, 16, device=DEVICE, requires_grad=True)
+    model.base_model.added = clean
+    for block in range(2):
+        logits = model.logits(z, sigma, block=block, tokens=tokens)
+        for i in range(T):
+            to_clean, to_noisy = torch.autograd.grad(
+                logits[:, i].sin().sum(), (clean, z), retain_graph=True
+            )
+            assert torch.equal(to_clean[0].abs().sum(-1) > 0, torch.arange(T, device=DEVICE) < i)
+            assert torch.equal(to_noisy[0].abs().sum(-1) > 0, torch.arange(T, device=DEVICE) == i)
+
+
+def clean_rows(model, batch, z, sigma, block):
+    """What a block's layers leave of the clean rows, layer after layer."""
+    lm, layers = model.parts(block)
+    context, level = lm.embed_condition(batch), model.config.schedule.level(sigma)
+    kept = []
+    hooks = [
+        layer.attention.qkv.register_forward_pre_hook(
+            lambda _, args: kept.append(args[0][:, : batch["tokens"].shape[1]])
+        )
+        for layer in layers[:-1]
+    ]
+    lm.run_layers(layers, z, level, context)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(kept)
+
+
+def test_clean_rows_know_nothing_of_noise():
+    model, batch = blocks_of(), {"tokens": tokens_of()}
+    sigmas = (0.3 * torch.ones(2, device=DEVICE), torch.rand(2, 8, device=DEVICE) + 0.1)
+    rows = [
+        clean_rows(model, batch, normal(2, 8, 16, seed=i), sigma, 1)
+        for i, sigma in enumerate(sigmas)
+    ]
+    assert torch.equal(*rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2,), (2, 4), (2, 8)])
+def test_the_noisy_half_is_its_formula(kind, shape):
+    """Against dense attention over the whole doubled sequence, every row computed."""
+    model = blocks_of(conditioning=kind, depth=4).double()
+    lm, layers = model.parts(1)
+    tokens, z = tokens_of(), normal(2, 8, 16, seed=1).double()
+    sigma = (torch.rand(shape, generator=seeded()) * 0.3 + 0.2).to(DEVICE)
+    level = model.config.schedule.level(sigma)
+    context = lm.embed_condition({"tokens": tokens})
+    per_token = level._replace(
+        **{
+            name: value.reshape(2, -1).repeat_interleave(8 // value[0].numel(), 1)[..., None]
+            for name, value in level._asdict().items()
+            if name != "sigma_data"
+        }
+    )
+    z_in = per_token.c_in * z
+    entering = lm.noisy_row + lm.noise_scale * z_in / 4  # embed_scale / sqrt(width)
+    x = torch.cat([context.x.double(), entering], dim=1)
+    cond = None
+    if kind != "none":
+        cond = lm.noise_embedding(per_token.c_noise[..., 0])
+        cond = torch.cat([torch.zeros_like(cond), cond], dim=1)
+    i = torch.arange(16, device=DEVICE)
+    position, noisy = i % 8, i >= 8
+    earlier = position[:, None] > position
+    mask = torch.where(noisy[:, None], ~noisy & earlier, ~noisy & (position <= position[:, None]))
+    mask |= torch.eye(16, dtype=torch.bool, device=DEVICE)
+    for layer in layers:
+        x = layer(
+            x, cond, rotary=rotary_of(position, 4, 10_000.0),
+            attend=lambda q, k, v: nnf.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, enable_gqa=True
+            ),
+        )  # fmt: skip
+    x = x[:, 8:]
+    f = nnf.rms_norm(x, (16,), lm.norm.weight, lm.norm.eps)
+    m = per_token.c_skip * z + per_token.c_out * f
+    if kind != "none":
+        shift, scale = lm.modulation(cond[:, 8:], 2)
+        m = m * (1 + scale) + shift
+    expected = lm.log_logit_scale.exp() * m @ lm.target_embedding.rows().double().T
+    got = model.logits(z, sigma, block=1, tokens=tokens)
+    torch.testing.assert_close(got.double(), expected, **CLOSE)
+
+
+def test_the_last_layer_of_a_block_computes_noisy_rows_only():
+    model, T, rows = blocks_of(), 8, {}
+    parts = ("attention.qkv", "attention.out", "mlp")
+    for name, module in model.base_model.layers.named_modules():
+        if not name.endswith(parts):
+            continue
+        module.register_forward_hook(
+            lambda _, args, out, name=name: rows.setdefault(name, []).append(args[0].shape[1])
+        )
+    model.logits(normal(2, T, 16), 0.3, tokens=tokens_of(2, T))  # block 1: layers 2 and 3
+    assert not any(name.startswith(("0", "1", "4", "5")) for name in rows)
+    assert rows["2.attention.qkv"] == rows["2.attention.out"] == [2 * T]
+    assert rows["2.mlp"] == [T, T]
+    assert rows["3.attention.qkv"] == rows["3.attention.out"] == rows["3.mlp"] == [T]
+
+
+def test_positions_of_both_halves():
+    lm = randomized(lm_of())
+    cos = lm.embed_condition({"tokens": tokens_of(1, 5)}).rotary.cos[0, :, 0]
+    assert torch.equal(cos[:5], cos[5:])
+    torch.testing.assert_close(cos, rotary_of(torch.arange(5).repeat(2), 4, 1e4).cos[0, :, 0])
+    packed = {
+        "tokens": tokens_of(1, 5),
+        "cu_seqlens": torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=DEVICE),
+    }
+    cos = lm.embed_condition(packed).rotary.cos[0, :, 0]
+    assert torch.equal(
+        cos[[0, 1, 2, 3, 4]],
+        rotary_of(torch.tensor([0, 1, 2, 0, 1]), 4, 1e4).cos[0, :, 0].to(DEVICE),
+    )
+    assert torch.equal(cos[:5], cos[5:])
+
+
+# Noise levels and losses
+
+
+@pytest.mark.parametrize("each", [1, 2, None])
+def test_a_noise_level_for_so_many_tokens(each):
+    model, batch = blocks_of(tokens_per_sigma=each), {"tokens": tokens_of()}
+    result = model.loss(batch, 1, generator=seeded())
+    assert result.losses.shape == ((2,) if each is None else (2, 8 // each))
+    same = model.draw(batch, 1, generator=seeded())
+    per_token = blocks_of(tokens_per_sigma=1)
+    per_token.load_state_dict(model.state_dict())
+    repeated = same.sigma.reshape(2, -1).repeat_interleave(8 // same.sigma[0].numel(), dim=1)
+    tokens = per_token.loss_at(batch, 1, same._replace(sigma=repeated))
+    torch.testing.assert_close(
+        tokens.losses.view(*result.losses.shape, -1).mean(-1), result.losses, **CLOSE
+    )
+
+
+def test_losses_are_of_the_tokens_that_are_scored():
+    model, tokens = blocks_of(), tokens_of()
+    mask = torch.rand(2, 8, generator=seeded()).to(DEVICE) < 0.6
+    draw = model.draw({"tokens": tokens}, 0, generator=seeded())
+    got = model.loss_at({"tokens": tokens, "loss_mask": mask}, 0, draw)
+    lm, layers = model.parts(0)
+    level = model.config.schedule.level(draw.sigma)
+    noised = F.noise_inject(lm.target_embedding(tokens), draw.sigma, draw.seed)
+    hidden = lm.run_layers(layers, noised.z_in, level, lm.embed_condition({"tokens": tokens}))
+    ce = nnf.cross_entropy(
+        lm.read_out(hidden, noised.z, level).transpose(1, 2), tokens, reduction="none"
+    )
+    scored = mask & (torch.arange(8, device=DEVICE) > 0)
+    torch.testing.assert_close(got.losses.mean(), ce[scored].mean(), **CLOSE)
+    assert torch.equal(got.losses != 0, scored)
+    none = model.loss_at({"tokens": tokens, "loss_mask": torch.zeros_like(mask)}, 0, draw)
+    assert none.loss == 0
+
+
+@pytest.mark.parametrize("weighting", ["edm", "clamped", "none", "batch_mean"])
+def test_weightings_are_what_their_names_say(weighting):
+    model = DiffusionBlocks(randomized(lm_of()), BlocksConfig(3, weighting=weighting))
+    result = model.loss({"tokens": tokens_of()}, 2, generator=seeded())
+    w = model.config.schedule.loss_weight(result.sigma)
+    expected = {
+        "edm": (w * result.losses).mean(),
+        "clamped": (w.clamp(max=20) * result.losses).mean(),
+        "none": result.losses.mean(),
+        "batch_mean": w.mean() * result.losses.mean(),
+    }
+    torch.testing.assert_close(result.loss, expected[weighting])
+
+
+@settings(max_examples=10)
+@given(st.data())
+def test_packed_documents_equal_separate_sequences(data):
+    lengths = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any))
+    model = blocks_of(depth=3)
+    documents = [tokens_of(1, length, seed=i) for i, length in enumerate(lengths) if length]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
+    batch = {"tokens": torch.cat(documents, dim=1), "cu_seqlens": ends}
+    T = batch["tokens"].shape[1]
+    z, sigma = normal(1, T, 16), torch.rand(1, T, generator=seeded()).to(DEVICE) + 0.1
+    got = model.logits(z, sigma, block=1, **batch)
+    plain = model.base_model(**batch)
+    start, nats, count = 0, 0.0, 0
+    for document in documents:
+        part = slice(start, start := start + document.shape[1])
+        alone = model.logits(z[:, part], sigma[:, part], block=1, tokens=document)
+        torch.testing.assert_close(got[:, part], alone, **CLOSE)
+        torch.testing.assert_close(plain[:, part], model.base_model(document), **CLOSE)
+        nats += model.base_model.next_token_loss({"tokens": document}) * (document.shape[1] - 1)
+        count += document.shape[1] - 1
+    torch.testing.assert_close(
+        model.base_model.next_token_loss(batch), torch.as_tensor(nats / max(count, 1)), **CLOSE
+    )
+
+
+def test_packed_documents_train():
+    model = blocks_of()
+    ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=DEVICE)
+    losses = model.loss({"tokens": tokens_of(1), "cu_seqlens": ends}, 0, generator=seeded()).losses
+    assert torch.equal((losses == 0).nonzero()[:, 1].cpu(), torch.tensor([0, 3]))
+
+
+# The plain model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_model_is_causal(kind):
+    lm, tokens = randomized(lm_of(conditioning=kind)), tokens_of()
+    logits = lm(tokens)
+    assert logits.dtype == torch.float32
+    for j in range(8):
+        other = tokens.clone()
+        other[:, j] = (other[:, j] + 1) % 11
+        changed = (lm(other) != logits).any(-1).any(0)
+        assert torch.equal(changed, torch.arange(8, device=DEVICE) >= j)
+
+
+def test_the_loss_of_the_plain_model():
+    lm, tokens = randomized(lm_of()), tokens_of()
+    expected = nnf.cross_entropy(lm(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(lm.next_token_loss({"tokens": tokens}), expected)
+    mask = torch.arange(8, device=DEVICE).expand(2, 8) < 5
+    expected = nnf.cross_entropy(lm(tokens)[:, :4].flatten(0, 1), tokens[:, 1:5].flatten())
+    masked = lm.next_token_loss({"tokens": tokens, "loss_mask": mask})
+    torch.testing.assert_close(masked, expected)
+    assert lm.next_token_loss({"tokens": tokens[:, :1]}) == 0
+
+
+def test_the_plain_model_without_conditioning_is_llama():
+    lm = lm_of(conditioning="none", tied=False, kv_heads=None)
+    names = {name.partition(".0.")[2] or name for name in lm.state_dict() if ".1." not in name}
+    assert {
+        "target_embedding.weight", "readout.weight", "norm.weight", "log_logit_scale",
+        "norm1.weight", "norm2.weight", "attention.qkv.weight", "attention.out.weight",
+        "mlp.fc1.weight", "mlp.fc2.weight",
+    } <= names  # fmt: skip
+    assert not any("bias" in name or "modulation" in name for name in names)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_readout(tied):
+    lm = randomized(lm_of(tied=tied, embed_scale=3.0, logit_scale=2.0))
+    lm.log_logit_scale.data.fill_(math.log(2.0))
+    weight = lm.target_embedding.rows() / 3 if tied else lm.readout.weight
+    torch.testing.assert_close(lm.current_readout().weight, weight)
+    model, z = DiffusionBlocks(lm, BlocksConfig(3)), normal(2, 8, 16)
+    logits = model.logits(z, 0.3, tokens=tokens_of())
+    torch.testing.assert_close(
+        model(z, 0.3, tokens=tokens_of()), logits.softmax(-1) @ lm.target_embedding.rows()
+    )
+    lm.log_logit_scale.data.fill_(math.log(4.0))
+    torch.testing.assert_close(model.logits(z, 0.3, tokens=tokens_of()), 2 * logits)
+    assert lm_of(logit_scale=2.0).log_logit_scale.exp().item() == pytest.approx(2.0)
+
+
+# Training
+
+
+def pattern(n=16, seed=0):
+    """Sequences that count upwards from a random token, modulo 8."""
+    first = torch.randint(8, (n, 1), generator=seeded(seed))
+    return {"tokens": ((first + torch.arange(8)) % 8).to(DEVICE)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_learn_a_pattern(kind):
+    lm = lm_of(conditioning=kind, depth=3, gate_init=1.0, width=32, logit_scale=4.0)
+    model = DiffusionBlocks(lm, BlocksConfig(3, weighting="none"))
+    optimizers, generator = make_optimizers(model, adamw), seeded()
+    before = [model.loss(pattern(), b, generator=seeded(b)).losses.mean() for b in range(3)]
+    for step in range(120):
+        train_step(model, pattern(seed=step), optimizers, block=step % 3, generator=generator)
+    for b in range(3):
+        after = model.loss(pattern(), b, generator=seeded(b)).losses.mean()
+        assert after < 0.6 * before[b]
+
+
+def test_end_to_end_learns_a_pattern():
+    lm = lm_of(conditioning="none", depth=2, width=32, logit_scale=4.0)
+    optimizer = adamw(lm.parameters())
+    for step in range(100):
+        optimizer.zero_grad()
+        lm.next_token_loss(pattern(seed=step)).backward()
+        optimizer.step()
+    assert lm.next_token_loss(pattern(seed=1000)) < 0.5  # log 11 = 2.4 for all tokens alike
+
+
+@pytest.mark.parametrize("shared", ["train", "frozen", "private"])
+def test_a_step_touches_its_block_only(shared):
+    model = DiffusionBlocks(randomized(lm_of(tied=False)), BlocksConfig(3, shared=shared))
+    optimizers = make_optimizers(model, adamw)
+    before = [[p.clone() for p in model.block_parameters(b)] for b in range(3)]
+    train_step(model, {"tokens": tokens_of()}, optimizers, block=1, generator=seeded())
+    for b in range(3):
+        same = [
+            torch.equal(p, q) for p, q in zip(model.block_parameters(b), before[b], strict=True)
+        ]
+        assert all(same) if b != 1 else not any(same)
+
+
+def test_every_parameter_of_a_block_gets_a_gradient():
+    model = blocks_of(tied=False)
+    model.loss({"tokens": tokens_of()}, 0, generator=seeded()).loss.backward()
+    for name, p in model.base_model.named_parameters():
+        inside = not name.startswith("layers") or name.startswith(("layers.0", "layers.1"))
+        assert (p.grad is not None and p.grad.isfinite().all()) == inside, name
+
+
+@pytest.mark.parametrize("kind", ["dit", "official"])
+@pytest.mark.parametrize("sigma", [0.002, 80.0])
+def test_autocast_is_finite_at_the_ends(kind, sigma):
+    model, z = blocks_of(conditioning=kind), normal(2, 8, 16)
+    batch = {"tokens": tokens_of()}
+    draw = model.draw(batch, 0, generator=seeded())
+    draw = draw._replace(sigma=torch.full_like(draw.sigma, sigma))
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        result = model.loss_at(batch, 0, draw)
+        logits = model.logits(sigma * z, sigma, **batch)
+    assert logits.dtype == result.loss.dtype == torch.float32
+    result.loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(t.isfinite().all() for t in (logits, result.loss, *grads))
+
+
+def test_parameters_may_be_bfloat16():
+    model = blocks_of().bfloat16()
+    result = model.loss({"tokens": tokens_of()}, 1, generator=seeded())
+    result.loss.backward()
+    assert result.loss.dtype == torch.float32
+    assert result.loss.isfinite()
+    assert model.base_model(tokens_of()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_loss_compiles_as_one_graph(packed):
+    model = blocks_of(depth=3)
+    batch = {"tokens": tokens_of(1)}
+    if packed:
+        batch["cu_seqlens"] = torch.tensor([0, 3, 8], dtype=torch.int32, device=DEVICE)
+    draw = model.draw(batch, 1, generator=seeded())
+    compiled = torch.compile(model.loss_at, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(batch, 1, draw), model.loss_at(batch, 1, draw), **CLOSE)
+
+
+def test_end_to_end_compiles_as_one_graph():
+    lm, batch = randomized(lm_of(depth=2)), {"tokens": tokens_of()}
+    compiled = torch.compile(lm.next_token_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(batch), lm.next_token_loss(batch))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_and_deepcopy(kind):
+    lm, tokens = randomized(lm_of(conditioning=kind)), tokens_of()
+    fresh = lm_of(conditioning=kind)
+    fresh.load_state_dict(lm.state_dict())
+    assert torch.equal(fresh(tokens), lm(tokens))
+    assert torch.equal(copy.deepcopy(lm)(tokens), lm(tokens))
+
+
+def test_an_empty_batch():
+    model = blocks_of()
+    tokens = torch.empty(0, 8, dtype=torch.int64, device=DEVICE)
+    assert model.base_model(tokens).shape == (0, 8, 11)
+    assert model.logits(torch.empty(0, 8, 16, device=DEVICE), 0.3, tokens=tokens).shape == (
+        0,
+        8,
+        11,
+    )
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"depth": 0}, "depth must be positive, got 0"),
+        ({"kv_heads": 0}, "kv_heads must be positive or None, got 0"),
+        ({"tokens_per_sigma": 0}, "tokens_per_sigma must be positive or None, got 0"),
+        ({"rope_theta": 0.0}, "rope_theta must be positive and finite, got 0.0"),
+        ({"logit_scale": math.inf}, "logit_scale must be positive and finite, got inf"),
+        ({"gate_init": -1.0}, "gate_init must be a finite number >= 0, got -1.0"),
+        ({"heads": 5}, "width must be an even multiple of heads, .* got 16 and 5"),
+        ({"heads": 16, "kv_heads": 1}, "width must be an even multiple of heads, .* got 16 and 16"),
+        ({"kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ({"conditioning": "film"}, "conditioning must be one of .*, got 'film'"),
+    ],
+)
+def test_config_is_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        lm_of(**values)
+
+
+def test_config_json():
+    config = CausalLMConfig(**SIZES, tokens_per_sigma=None)
+    assert CausalLMConfig.from_json(config.to_json()) == config
+    assert CausalLMConfig(width=100, heads=2, mlp_ratio=8 / 3).hidden_dim == 272
+
+
+def ends(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tokens": None}, ValueError, "must hold a tensor 'tokens', got"),
+        ({"tokens": [1, 2]}, ValueError, "with tokens of type list; it is"),
+        ({"tokens": torch.ones(1, 4).int()}, TypeError, "tokens must be int64, got torch.int32"),
+        ({"tokens": torch.ones(4).long()}, ValueError, r"shape \[N, T\] .* got \[4\]"),
+        ({"tokens": torch.ones(1, 0).long()}, ValueError, r"T >= 1, got \[1, 0\]"),
+        ({"tokens": torch.ones(1, 13).long()}, ValueError, "at most context=12 long, got 13"),
+        (
+            {"tokens": torch.full((1, 4), 11)},
+            ValueError,
+            r"tokens must be in 0\.\.10, got 11\.\.11",
+        ),
+        (
+            {"tokens": torch.full((1, 4), -1)},
+            ValueError,
+            r"tokens must be in 0\.\.10, got -1\.\.-1",
+        ),
+        ({"loss_mask": torch.ones(1, 4)}, TypeError, "loss_mask must be a bool tensor, got"),
+        ({"loss_mask": torch.ones(4) > 0}, ValueError, r"shape of the tokens, \[1, 4\], got \[4\]"),
+        ({"cu_seqlens": [0, 4]}, TypeError, "cu_seqlens must be an int32 tensor, got list"),
+        ({"cu_seqlens": ends(0, 4, dtype=torch.int64)}, TypeError, "got torch.int64; call .int()"),
+        ({"cu_seqlens": ends(0)}, ValueError, r"at least one document, got \[1\]"),
+        ({"cu_seqlens": ends(0, 3)}, ValueError, r"end with T = 4, got \[0, 3\]"),
+        ({"cu_seqlens": ends(1, 4)}, ValueError, r"end with T = 4, got \[1, 4\]"),
+        ({"cu_seqlens": ends(0, 3, 2, 4)}, ValueError, "never decrease"),
+        (
+            {"cu_seqlens": ends(0, 8), "tokens": torch.ones(2, 8).long()},
+            ValueError,
+            "cu_seqlens needs N = 1, got N = 2; pack",
+        ),
+        (
+            {"cu_seqlens": ends(0, 1, 14), "tokens": torch.ones(1, 14).long()},
+            ValueError,
+            "documents must be at most context=12 long, got 13",
+        ),
+    ],
+)
+def test_batches_are_checked(change, error, message):
+    lm = lm_of().cpu()
+    batch = {"tokens": torch.ones(1, 4).long(), **change}
+    with pytest.raises(error, match=message):
+        DiffusionBlocks(lm, BlocksConfig(3)).loss(batch, 0)
+    with pytest.raises(error, match=message):
+        lm.next_token_loss(batch)
+
+
+def test_what_does_not_go_together_is_an_error():
+    model = blocks_of(tokens_per_sigma=3)
+    with pytest.raises(ValueError, match="a multiple of tokens_per_sigma=3 long, got 8; pad them"):
+        model.loss({"tokens": tokens_of()}, 0)
+    with pytest.raises(ValueError, match="guidance_scale must be 1"):
+        model(normal(2, 8, 16), 0.3, guidance_scale=2.0, tokens=tokens_of())
