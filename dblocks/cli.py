@@ -1,4 +1,4 @@
-"""The command line: `dblocks train|eval|info|bench`, also `python -m dblocks`."""
+"""The command line: `dblocks train|eval|sample|info|bench`, also `python -m dblocks`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import importlib
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, Union
 
-from dblocks.recipes._base import check_seed
-from dblocks.recipes.vit import NOISE_SEED
+from dblocks.commands import causal_lm, vit
 
 DESCRIPTION = """DiffusionBlocks: train a residual network one block of layers at a time.
 
@@ -20,54 +19,14 @@ Try: dblocks train vit --data digits --blocks 3 --out runs/vit"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
-    """Train a 12-layer vision transformer, block by block or end to end, and save it.
-
-    Block by block, the layers are split into equal runs ("blocks"). Each block learns to denoise
-    the label's embedding within its own range of noise levels, so that a training step runs, and
-    keeps in memory, one block only. Prints the accuracy on held-out data and what it cost; writes
-    model.safetensors, config.json and run.json into --out.
-    """
-
-    model: Literal["vit"]
-    """Which network to train: vit, a vision transformer for classifying images."""
-    data: Literal["digits"] = "digits"
-    """What to train on: digits, the 1,797 8x8 digits of scikit-learn; 30 % are held out."""
-    blocks: int = 3
-    """Blocks that the 12 layers are split into: more blocks, less memory, shorter steps."""
-    end_to_end: bool = False
-    """Train all layers together instead, the usual way, to compare with."""
-    steps: int = 4500
-    """Training steps of one batch each; a step trains one block, drawn at random."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW: a short warm-up leads to it, a cosine from it to 0."""
-    batch_size: int = 128
-    """Images in a batch."""
-    seed: int = 0
-    """Of weights, order of the data and noise; the held-out images are always the same."""
-    out: Path = Path("runs/vit")
-    """Folder to write to; it is made if it is not there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eval:
-    """Measure the accuracy of a saved model on held-out data."""
-
-    model: Literal["vit"]
-    """Which network was trained."""
-    data: Literal["digits"] = "digits"
-    """What to evaluate on: the held-out part of this data."""
-    checkpoint: Path = Path("runs/vit")
-    """Folder that `dblocks train` wrote."""
-    steps: int | None = None
-    """Denoising steps from noise to a label, one block each; by default, one for each block."""
-    seed: int = NOISE_SEED
-    """Of the noise that denoising starts from; by default that of training's own measurement."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Info:
     """Print versions, devices, and which implementation each fused op would use here and why."""
+
+    def __call__(self) -> None:
+        """Print the report."""
+        from dblocks.info import report
+
+        print(report())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +52,37 @@ class Bench:
     compare: Path | None = None
     """An earlier JSON: also print what changed."""
 
+    def __call__(self) -> None:
+        """Run the benchmark in a process of its own, with the allocator's settings it needs."""
+        root = Path(__file__).resolve().parents[1]
+        if not (root / "benchmarks" / "run.py").exists():
+            raise ValueError(
+                "dblocks bench runs from a checkout, where the folder benchmarks/ is; this dblocks "
+                f"is installed in {root}. Clone the repository and run `make bench` there"
+            )
+        arguments = [f"benchmarks.{'run' if self.what == 'ops' else 'step'}"]
+        arguments += ["--device", self.device, "--rounds", str(self.rounds)]
+        if self.out is not None:
+            arguments += ["--out", str(self.out.resolve())]
+        if self.what == "ops":
+            arguments += [word for name in self.op for word in ("--op", name)]
+            arguments += ["--memory"] if self.memory else []
+            if self.compare is not None:
+                arguments += ["--compare", str(self.compare.resolve())]
+        elif self.op or self.memory or self.compare is not None:
+            raise ValueError("--op, --memory and --compare are of `--what ops`; leave them out")
+        done = subprocess.run([sys.executable, "-m", *arguments], cwd=root, check=False)
+        if done.returncode:
+            raise ValueError(f"the benchmark ended with exit code {done.returncode}; see above")
+
+
+# By verb and network; `sample` names its network itself, as there is one only.
+NETWORKS = {
+    "train": ("Train a network.", {"vit": vit.Train, "causal-lm": causal_lm.Train}),
+    "eval": ("Measure a trained network.", {"vit": vit.Eval, "causal-lm": causal_lm.Eval}),
+}
+COMMANDS = {"sample": causal_lm.Sample, "info": Info, "bench": Bench}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and the exit code 2."""
@@ -100,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = _parse(sys.argv[1:] if argv is None else argv)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            {Train: train, Eval: evaluate, Info: info, Bench: bench}[type(command)](command)
+            command()
     except (ImportError, ValueError, OSError) as error:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2
@@ -112,17 +102,34 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
     print(f"dblocks: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _parse(argv: Sequence[str]) -> Train | Eval | Info | Bench:
+def _parse(argv: Sequence[str]) -> Callable[[], None]:
     tyro = _tyro()
-    commands = {"train": Train, "eval": Eval, "info": Info, "bench": Bench}
-    return tyro.extras.subcommand_cli_from_dict(
-        commands,
+    verbs = {name: _verb(tyro, name, *parts) for name, parts in NETWORKS.items()}
+    parsed = tyro.extras.subcommand_cli_from_dict(
+        {**verbs, **COMMANDS},
         prog="dblocks",
         description=DESCRIPTION,
         args=list(argv),
-        # Fields without a default are positional: `dblocks train vit`.
-        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
+        # Fields without a default are positional: `dblocks sample causal-lm`.
+        config=(
+            tyro.conf.PositionalRequiredArgs,
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.OmitSubcommandPrefixes,
+            tyro.conf.OmitArgPrefixes,
+        ),
     )
+    return getattr(parsed, "network", parsed)
+
+
+def _verb(tyro: Any, name: str, description: str, networks: Mapping[str, type]) -> type:
+    """A command whose one field is the command of a network, as tyro wants subcommands."""
+    options = tuple(
+        Annotated[command, tyro.conf.subcommand(name=network)]
+        for network, command in networks.items()
+    )
+    made = make_dataclass(name, [("network", Union[options])], frozen=True)  # noqa: UP007
+    made.__doc__ = description
+    return made
 
 
 def _tyro() -> Any:
@@ -133,81 +140,3 @@ def _tyro() -> Any:
             "the command line needs the package tyro, which is not installed; "
             "`pip install 'dblocks[train]'`"
         ) from error
-
-
-def train(command: Train) -> None:
-    """Train, save, and print the table of what it cost and reached."""
-    from dblocks import checkpoint, records, report
-    from dblocks.experiments import vit as experiment
-    from dblocks.recipes.vit import ViTRun
-
-    run = ViTRun(
-        blocks=command.blocks,
-        end_to_end=command.end_to_end,
-        steps=command.steps,
-        lr=command.lr,
-        batch_size=command.batch_size,
-        seed=command.seed,
-    )
-    checkpoint.prepare(command.out)
-    records.use_one_thread()
-    trained = records.train(run, progress=True)
-    checkpoint.save_model(command.out, trained.learner.trained)
-    records.write_record(command.out / "run.json", trained.record)
-    print(report.text_table({run.name: [trained.record]}, experiment.COLUMNS))
-    print(f"\nSaved model.safetensors, config.json and run.json in {command.out}")
-
-
-def evaluate(command: Eval) -> None:
-    """Load, classify the held-out part, and print the accuracy."""
-    from dblocks import blocks, checkpoint, data
-    from dblocks.recipes.vit import Classifier
-
-    if command.steps is not None and command.steps < 1:
-        raise ValueError(f"--steps must be positive, got {command.steps}")
-    check_seed(command.seed)
-    model = checkpoint.load_model(command.checkpoint)
-    _, held_out = data.digits("final")
-    if isinstance(model, blocks.DiffusionBlocks):
-        classifier = Classifier(cast(Any, model.base_model), model)
-        how = f"{command.steps or model.config.num_blocks} denoising steps of one block each"
-    elif command.steps is not None:
-        raise ValueError(
-            f"--steps counts denoising steps, and the network in {command.checkpoint} was trained "
-            "end to end: it runs all its layers once; leave --steps out"
-        )
-    else:
-        classifier, how = Classifier(model, None), "all layers once (trained end to end)"
-    value = classifier.accuracy(held_out, command.steps, seed=command.seed)
-    print(f"held-out accuracy {100 * value:.1f} % on {len(held_out)} images, {how}")
-
-
-def info(command: Info) -> None:
-    """Print the report."""
-    from dblocks.info import report
-
-    print(report())
-
-
-def bench(command: Bench) -> None:
-    """Run the benchmark in a process of its own, with the allocator's settings that it needs."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / "benchmarks" / "run.py").exists():
-        raise ValueError(
-            "dblocks bench runs from a checkout, where the folder benchmarks/ is; this dblocks is "
-            f"installed in {root}. Clone the repository and run `make bench` there"
-        )
-    arguments = [f"benchmarks.{'run' if command.what == 'ops' else 'step'}"]
-    arguments += ["--device", command.device, "--rounds", str(command.rounds)]
-    if command.out is not None:
-        arguments += ["--out", str(command.out.resolve())]
-    if command.what == "ops":
-        arguments += [word for name in command.op for word in ("--op", name)]
-        arguments += ["--memory"] if command.memory else []
-        if command.compare is not None:
-            arguments += ["--compare", str(command.compare.resolve())]
-    elif command.op or command.memory or command.compare is not None:
-        raise ValueError("--op, --memory and --compare are of `--what ops`; leave them out")
-    done = subprocess.run([sys.executable, "-m", *arguments], cwd=root, check=False)
-    if done.returncode:
-        raise ValueError(f"the benchmark ended with exit code {done.returncode}; see above")

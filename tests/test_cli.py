@@ -36,22 +36,31 @@ def run_help(capsys, *argv):
 
 def test_help_shows_the_commands_and_an_example(capsys):
     text = run_help(capsys)
-    assert "{train,eval,info,bench}" in text
+    assert "{train,eval,sample,info,bench}" in text
     assert "dblocks train vit --data digits --blocks 3" in text
 
 
-def test_train_help_tells_a_newcomer_what_to_set(capsys):
-    text = run_help(capsys, "train")
+@pytest.mark.parametrize("network", ["vit", "causal-lm"])
+def test_train_help_tells_a_newcomer_what_to_set(capsys, network):
+    assert network in run_help(capsys, "train")
+    text = run_help(capsys, "train", network)
     for flag in ("--data", "--blocks", "--end-to-end", "--steps", "--lr", "--seed", "--out"):
         assert flag in text
-    for word in ("learns to denoise", "held out", "noise", "less", "(default: 3)"):
+    for word in ("learns to denoise", "held-out", "noise", "less", "(default: 3)"):
         assert word in text
 
 
-def test_eval_help(capsys):
-    text = run_help(capsys, "eval")
+@pytest.mark.parametrize("network", ["vit", "causal-lm"])
+def test_eval_help(capsys, network):
+    text = run_help(capsys, "eval", network)
     assert "--checkpoint" in text
     assert "Denoising steps" in text
+
+
+def test_sample_help(capsys):
+    text = run_help(capsys, "sample")
+    for flag in ("causal-lm", "--prompt", "--temperature", "--top-k", "--top-p", "--steps"):
+        assert flag in text
 
 
 def test_info_names_every_op_and_version(capsys):
@@ -75,6 +84,39 @@ def test_train_writes_what_eval_reads(tmp_path, capsys, flags):
     assert record["run"]["seed"] == 1
     text = stdout(capsys, "eval", "vit", "--checkpoint", str(out))
     assert f"held-out accuracy {100 * record['accuracy']:.1f} % on 539 images" in text
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """A file of some text."""
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("".join(f"{i} is followed by {i + 1}. " for i in range(100)))
+    return path
+
+
+@pytest.mark.parametrize("flags", [("--blocks", "3"), ("--end-to-end",)])
+def test_a_language_model_is_trained_evaluated_and_sampled(tmp_path, capsys, story, flags):
+    out = tmp_path / "lm"
+    sizes = ("--steps", "2", "--batch-size", "2", "--context", "20")
+    args = ("train", "causal-lm", "--data", str(story), *sizes, *flags, "--out", str(out))
+    assert "Bits a character" in stdout(capsys, *args)
+    files = {p.name for p in out.iterdir()}
+    assert files == {"model.safetensors", "config.json", "tokenizer.json", "run.json"}
+    record = json.loads((out / "run.json").read_text())
+    there = ("--checkpoint", str(out))
+    text = stdout(capsys, "eval", "causal-lm", "--data", str(story), *there)
+    assert text.startswith(f"{record['bits']:.3f} bits a character on ")
+    sample = ("sample", "causal-lm", *there, "--prompt", "12 is", "--tokens", "10")
+    first, again = stdout(capsys, *sample), stdout(capsys, *sample)
+    assert first == again
+    assert first.startswith("12 is")
+    assert len(first) == len("12 is") + 10 + 1
+    assert first != stdout(capsys, *sample, "--seed", "1")
+    assert "must fit in the context of 20 tokens" in mistake(capsys, *sample[:-1], "20")
+    assert "must hold a ViT, got a CausalLM" in mistake(capsys, "eval", "vit", *there)
+    assert "at least one token" in mistake(capsys, "sample", "causal-lm", *there, "--prompt", "")
+    (out / "tokenizer.json").unlink()
+    assert "must hold a tokenizer.json" in mistake(capsys, *sample)
 
 
 CONFIG = BlocksConfig(num_blocks=3)

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dblocks.experiments import vit
+from dblocks.experiments import causal_lm, vit
 from dblocks.experiments._base import README, Experiment
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (vit.EXPERIMENT,)}
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (vit.EXPERIMENT, causal_lm.EXPERIMENT)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

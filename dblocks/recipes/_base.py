@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +64,10 @@ class Run(JsonConfig):
     """Largest norm of the gradients of what a step trains."""
     points: int = 10
     """How often the result is measured on the way, evenly spaced."""
+    device: str = "cpu"
+    """Where to train, as PyTorch calls it."""
+    bf16: bool = False
+    """Whether layers compute in bfloat16 (autocast)."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "points"):
@@ -115,7 +120,7 @@ class Learner(ABC):
         self.run = run
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            self.network: Any = make()
+            self.network: Any = make().to(run.device)
         self.config = None if run.end_to_end else config()
         self.model = None if self.config is None else DiffusionBlocks(self.network, self.config)
         self.block_optimizers = (
@@ -127,8 +132,8 @@ class Learner(ABC):
         self.generator = torch.Generator().manual_seed(BLOCK_SEED + run.seed)
 
     @abstractmethod
-    def batch(self, step: int) -> Batch:
-        """Batch number `step`."""
+    def host_batch(self, step: int) -> Batch:
+        """Batch number `step`, on the CPU."""
 
     @abstractmethod
     def plain_loss(self, batch: Batch) -> Tensor:
@@ -138,6 +143,9 @@ class Learner(ABC):
     def measure(self) -> dict[str, Any]:
         """What a point of the curve tells of the network as it is, as JSON values."""
 
+    def save_beside(self, folder: Path) -> None:  # noqa: B027, most networks need nothing
+        """Writes what a saved network of this kind needs beside its checkpoint."""
+
     @abstractmethod
     def progress(self, point: dict[str, Any]) -> str:
         """A point of the curve in a few words, for the progress bar."""
@@ -145,6 +153,10 @@ class Learner(ABC):
     @abstractmethod
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
         """What a record tells of the trained network, whose last measurement is `last`."""
+
+    def batch(self, step: int) -> Batch:
+        """Batch number `step`, on the run's device."""
+        return {key: value.to(self.run.device) for key, value in self.host_batch(step).items()}
 
     def counted(self) -> list[nn.Module]:
         """The modules whose calls in training count as layer evaluations."""
@@ -166,12 +178,13 @@ class Learner(ABC):
             for group in optimizer.param_groups:
                 group["lr"] = self.run.lr_at(step)
         batch = self.batch(step)
-        if self.model is None or self.block_optimizers is None:
-            return 0, self._step_end_to_end(batch)
-        result = train_step(
-            self.model, batch, self.block_optimizers,
-            generator=self.generator, clip_grad_norm=self.run.clip,
-        )  # fmt: skip
+        with self._autocast():
+            if self.model is None or self.block_optimizers is None:
+                return 0, self._step_end_to_end(batch)
+            result = train_step(
+                self.model, batch, self.block_optimizers,
+                generator=self.generator, clip_grad_norm=self.run.clip,
+            )  # fmt: skip
         return result.block, result.details.losses.mean().item()
 
     def optimizers_of(self, block: int) -> Sequence[Optimizer]:
@@ -185,6 +198,10 @@ class Learner(ABC):
         if self.model is None:
             return self.plain_loss(batch)
         return self.model.loss(batch, block, generator=torch.Generator().manual_seed(0)).loss
+
+    def _autocast(self) -> torch.autocast:
+        device = torch.device(self.run.device).type
+        return torch.autocast(device, torch.bfloat16, enabled=self.run.bf16)
 
     def _step_end_to_end(self, batch: Batch) -> float:
         self.network.zero_grad(set_to_none=True)

@@ -130,8 +130,8 @@ class ViTLearner(_base.Learner):
         self.data, self.evaluated = data, evaluated
         self.classifier = Classifier(self.network, self.model)
 
-    def batch(self, step: int) -> _base.Batch:
-        """Batch number `step`."""
+    def host_batch(self, step: int) -> _base.Batch:
+        """Batch number `step`, on the CPU."""
         run, data = self.run, self.data
         chosen = data[batch_indices(len(data), run.batch_size, seed=run.seed, step=step)]
         return {"images": chosen.images, "labels": chosen.labels}

@@ -1,0 +1,105 @@
+import dataclasses
+
+import pytest
+import torch
+
+from dblocks.experiments import _base, causal_lm
+from dblocks.experiments.__main__ import EXPERIMENTS
+from dblocks.experiments.causal_lm import EXPERIMENT
+from dblocks.recipes.causal_lm import PROMPT
+from dblocks.records import read_record, train_to_record
+
+TINY = {"width": 16, "depth": 3, "heads": 2, "context": 40, "batch_size": 2, "points": 1}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other make small steps slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The experiment with a network, a text and numbers of steps that take no time."""
+    story = tmp_path / "story.txt"
+    story.write_text("".join(f"{i} is followed by {i + 1}. " for i in range(60)))
+    monkeypatch.setattr(causal_lm, "SCORER_FOLDER", tmp_path / "scorer")
+    rows = {
+        name: (title, dataclasses.replace(run, data=str(story), steps=run.steps // 500, **TINY))
+        for name, (title, run) in EXPERIMENT.rows.items()
+    }
+    return dataclasses.replace(
+        EXPERIMENT, rows=rows, lrs=(1e-3,), seeds=(0, 1), selection_shorter=dict.fromkeys(rows, 1)
+    )
+
+
+def run_all(experiment, folder):
+    runs = {r: [*experiment.selection_runs(r), *experiment.final_runs(r, 1e-3)]
+            for r in experiment.rows}  # fmt: skip
+    for path, run in _base.jobs(folder, runs).items():
+        train_to_record(run, path)
+
+
+def test_rows_are_equal_in_what_they_claim():
+    blocks, whole, longer = (run for _, run in EXPERIMENT.rows.values())
+    each = blocks.depth // blocks.blocks
+    assert whole.steps * whole.depth == blocks.steps * (2 * each - 1)
+    assert longer.steps * longer.batch_size == blocks.steps * blocks.batch_size
+    for field in ("batch_size", "width", "depth", "heads", "context", "clip", "weight_decay"):
+        assert getattr(whole, field) == getattr(blocks, field) == getattr(longer, field)
+    assert EXPERIMENTS["causal-lm-pydoc"] is EXPERIMENT
+
+
+def test_the_scoring_model_shares_no_seed_with_the_rows(tiny):
+    run = causal_lm.scorer_run([{"run": r.to_dict()} for _, r in tiny.rows.values()])
+    assert run.end_to_end
+    assert run.steps == max(r.steps for _, r in tiny.rows.values() if r.end_to_end)
+    assert run.seed not in {*EXPERIMENT.seeds, _base.SELECTION_SEED}
+
+
+def test_results_writes_table_and_figure_and_keeps_the_scores(tmp_path, tiny, monkeypatch, capsys):
+    folder, readme = tmp_path / "records", tmp_path / "README.md"
+    readme.write_text("<!-- results:causal-lm-pydoc -->\n<!-- /results:causal-lm-pydoc -->\n")
+    run_all(tiny, folder)
+    tiny.results(folder, tmp_path / "figure.png", readme)
+    text = readme.read_text()
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    stored = read_record(folder / "scores.json")
+    names = {f"blocks-seed{s}-{n}" for s in (0, 1) for n in (1, 3)}
+    names |= {f"{row}-seed{s}-plain" for row in ("end_to_end", "end_to_end_long") for s in (0, 1)}
+    assert stored["scores"].keys() == names | {"reference"}
+    for score in stored["scores"].values():
+        assert score["bits"] >= 0
+        assert all(0 <= score[key] <= 1 for key in ("divergence", "known", "repetition"))
+    reference = stored["scores"]["reference"]
+    assert reference["known"] == 1  # it is a part of the held-out text
+    assert f"the held-out text in its place {reference['bits']:.2f}" in text
+    shown = [line for line in text.splitlines() if line.startswith("| end to end |")]
+    cells = [c.strip() for c in shown[0].split("|")]
+    assert cells[4] == "-"  # no denoising steps
+    assert "12 characters" not in text
+    # Nothing is trained or scored a second time.
+    monkeypatch.setattr(causal_lm, "train", None)
+    monkeypatch.setattr(causal_lm, "_bits_under", None)
+    tiny.results(folder, tmp_path / "figure.png", readme)
+    assert readme.read_text() == text
+    assert capsys.readouterr().out.count("training the model that scores samples") == 1
+
+
+def test_other_samples_are_scored_again_by_the_same_model(tmp_path, tiny, monkeypatch):
+    folder = tmp_path / "records"
+    run_all(dataclasses.replace(tiny, rows={"end_to_end": tiny.rows["end_to_end"]}), folder)
+    path = _base.record_path(folder, "end_to_end", tiny.final_runs("end_to_end", 1e-3)[0])
+    record = read_record(path)
+    causal_lm.finish(folder, {"end_to_end": [record]})
+    before = record["scores"]["plain"]
+    monkeypatch.setattr(causal_lm, "train", None)
+    length = record["run"]["context"] - PROMPT
+    record["samples_written"]["plain"] = ["1" * length] * len(record["samples_written"]["plain"])
+    causal_lm.finish(folder, {"end_to_end": [record]})
+    after = record["scores"]["plain"]
+    assert after["repetition"] == pytest.approx(1 - 1 / (length - causal_lm.REPEATED + 1))
+    assert after["bits"] != before["bits"]

@@ -1,0 +1,147 @@
+import math
+
+import pytest
+import torch
+
+from dblocks.blocks import DiffusionBlocks
+from dblocks.metrics import next_token_nll
+from dblocks.recipes import causal_lm
+from dblocks.recipes.causal_lm import GPU, TextLearner, TextRun, bits_per_character, continuations
+from dblocks.records import train
+from dblocks.text import Characters, Corpus, Text, load_corpus
+
+SIZES = {"width": 16, "depth": 3, "heads": 2, "context": 20, "batch_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other make small steps slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("".join(f"{i} is followed by {i + 1}. " for i in range(60)))
+    return str(path)
+
+
+def begin(story, **fields):
+    return TextRun(**{"steps": 2, "data": story, **SIZES, **fields}).learner()
+
+
+def test_run_round_trips():
+    for run in (TextRun(lr=3e-4, kv_heads=1), GPU):
+        assert TextRun.from_json(run.to_json()) == run
+
+
+def test_the_larger_recipe_is_a_model_of_its_own():
+    config = GPU.model_config(50_257)
+    assert (config.width, config.heads, config.kv_heads, config.context) == (768, 12, 4, 1024)
+    assert GPU.bf16
+    assert GPU.device == "cuda"
+
+
+def test_only_the_blocked_network_is_conditioned(story):
+    assert begin(story).network.noise_embedding is not None
+    assert begin(story, end_to_end=True).network.noise_embedding is None
+
+
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_runs_of_one_seed_are_bitwise_equal(story, end_to_end):
+    def losses(seed):
+        learner = begin(story, seed=seed, end_to_end=end_to_end)
+        return [learner.step(step) for step in range(2)]
+
+    assert losses(0) == losses(0)
+    assert losses(0) != losses(1)
+
+
+def test_autocast_computes_in_bfloat16(story):
+    learner = begin(story, bf16=True)
+    dtypes = set()
+    learner.network.layers[0].mlp.register_forward_hook(lambda *a: dtypes.add(a[-1].dtype))
+    assert math.isfinite(sum(learner.step(step)[1] for step in range(6)))
+    assert dtypes == {torch.bfloat16}
+
+
+def test_record_counts_clean_and_noisy_rows(story):
+    run = TextRun(steps=4, points=2, data=story, blocks=1, **SIZES)
+    record = train(run).record
+    # Two layers on both halves, the last on noisy rows alone.
+    assert record["layers_per_step"] == 5
+    assert record["samples"] == 16
+    assert record["bits"] == record["bits_by_denoising_steps"]["1"]
+    assert set(record["samples_written"]) == {"1"}
+    assert {len(text) for text in record["samples_written"]["1"]} == {20 - causal_lm.PROMPT}
+    assert record["sha256"] == load_corpus(story).sha256
+    assert [point["step"] for point in record["curve"]] == [2, 4]
+    assert all(point["bits"] > 0 for point in record["curve"])
+
+
+def test_plain_record_has_one_prediction(story):
+    record = train(TextRun(steps=2, points=1, data=story, end_to_end=True, **SIZES)).record
+    assert record["layers_per_step"] == 3
+    assert record["bits_by_denoising_steps"] == {}
+    assert set(record["samples_written"]) == {"plain"}
+    assert not record["adaln"]
+
+
+def test_an_untrained_plain_model_is_near_the_uniform(story):
+    learner = begin(story, end_to_end=True)
+    torch.nn.init.constant_(learner.network.log_logit_scale, -20)
+    uniform = math.log2(learner.corpus.tokenizer.size)
+    assert learner.bits() == pytest.approx(uniform, rel=1e-3)
+
+
+def test_bits_are_of_characters_and_of_every_token_once(story):
+    learner = begin(story, end_to_end=True)
+    text = learner.corpus.evaluated
+    one = bits_per_character(learner.network, text, 20)
+    doubled = Text(text.tokens, 2 * text.characters)
+    assert bits_per_character(learner.network, doubled, 20) == pytest.approx(one / 2)
+    short = Text(text.tokens[:20], 20)
+    nats = next_token_nll(learner.network, short.tokens[None]).mean().item()
+    assert bits_per_character(learner.network, short, 20) == pytest.approx(nats / math.log(2))
+    assert bits_per_character(learner.network, text, 20, batch_size=3) == pytest.approx(one)
+
+
+def test_blocks_are_measured_with_the_same_noise_each_time(story):
+    learner = begin(story)
+    torch.nn.init.normal_(learner.network.log_logit_scale)
+    assert learner.bits(num_steps=3) == learner.bits(num_steps=3)
+    assert learner.samples(num_steps=3) == learner.samples(num_steps=3)
+    assert isinstance(learner.trained, DiffusionBlocks)
+
+
+def test_continuations_are_of_the_text():
+    text = Text(torch.arange(500), 500)
+    prompts, truth = continuations(text, 40)
+    assert prompts.shape == (causal_lm.SAMPLES, causal_lm.PROMPT)
+    joined = torch.cat([prompts, truth], dim=1)
+    assert torch.equal(joined - joined[:, :1], torch.arange(40).expand(causal_lm.SAMPLES, 40))
+    assert joined[-1, -1] == 499
+
+
+def test_a_tokenizer_that_cannot_be_read_is_a_clear_error(story, tmp_path):
+    with pytest.raises(ValueError, match="tokenizer must be a readable JSON file"):
+        begin(story, tokenizer=str(tmp_path / "none.json"))
+
+
+def test_a_tokenizer_file_is_used(story, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(Characters("0123456789").to_json())
+    learner = begin(story, tokenizer=str(path))
+    assert learner.network.config.vocab_size == 11
+    learner.save_beside(tmp_path)
+    assert path.read_text() == Characters("0123456789").to_json()
+
+
+def test_a_text_shorter_than_the_context_is_an_error():
+    corpus = Corpus(Text(torch.zeros(10).long(), 10), Text(torch.zeros(10).long(), 10),
+                    Characters("a"), "")  # fmt: skip
+    with pytest.raises(ValueError, match="from 2 tokens to those of the text, 10, got 20"):
+        TextLearner(TextRun(steps=1, **SIZES), corpus).step(0)
