@@ -46,7 +46,7 @@ ROWS: Mapping[str, tuple[str, TextRun]] = {
     "end_to_end": ("end to end", END_TO_END),
     "end_to_end_long": ("end to end, 1.7 times the steps (equal samples)", END_TO_END_LONG),
 }
-LRS = (1e-3, 2e-3)
+LRS = (5e-4, 1e-3, 2e-3)
 
 
 def bits(record: Record) -> float:
