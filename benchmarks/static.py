@@ -4,7 +4,7 @@ Every launch of the compile gate's cases is compiled for one target; beside regi
 shared memory stand the instructions of the whole kernel. They are counted as they lie in the code,
 not as they run: a loop counts once.
 
-    python -m benchmarks.static      writes the table, about two minutes on 2 cores
+    python -m benchmarks.static      writes the table, about five minutes on 2 cores
 """
 
 import argparse
@@ -17,12 +17,16 @@ from pathlib import Path
 # compile_gate first: it turns Triton's interpreter off before triton is imported.
 from benchmarks import compile_gate, registry
 from benchmarks.op import SHAPES
-from dblocks.kernels import _launch
+from dblocks.kernels import _attention, _launch
 
 TARGET = "sm_90"
 WIDTHS = (1024, 1536, 4096, 8192, 16384)
+HEAD_WIDTHS = (64, 128)
 FILE = Path(__file__).parent / "static.md"
-HEADER = ("case", "kernel", "D", "dtype", "warps", "registers", "stack", "shared", "instructions")
+HEADER = (
+    "case", "kernel", "D", "dtype", "warps", "registers", "stack", "shared", "matrix",
+    "instructions",
+)  # fmt: skip
 
 
 def table(rows: Iterable[Iterable[object]], header: tuple[str, ...]) -> str:
@@ -44,6 +48,16 @@ def settings(widths: Iterable[int]) -> str:
     return table(rows, header)
 
 
+def tiles(widths: Iterable[int]) -> str:
+    """The tiles of attention at each head width."""
+    rows = []
+    for D in widths:
+        for dtype in ("bf16", "f32"):  # f16 as bf16
+            chosen = _attention.settings(D, compile_gate.DTYPES[dtype], TARGET)
+            rows += [(D, dtype, k, *tile) for k, tile in chosen._asdict().items()]
+    return table(rows, ("D", "dtype", "kernel", "query rows", "keys", "warps", "stages"))
+
+
 def traffic() -> str:
     """Bytes per element of each op of the benchmarks, forward and backward."""
     rows = [
@@ -60,14 +74,18 @@ def document(launches: list[compile_gate.Launch], widths: Iterable[int]) -> str:
     triton = compile_gate.triton.__version__
     torch = compile_gate.torch.__version__.partition("+")[0]
     rows = [
-        (r.case, r.kernel, r.D, r.dtype, r.warps, r.registers, r.stack, r.shared, r.instructions)
+        (
+            r.case, r.kernel, r.D, r.dtype, r.warps, r.registers, r.stack, r.shared, r.matrix,
+            r.instructions,
+        )
         for r in launches
-    ]
+    ]  # fmt: skip
     return f"""# The Triton kernels, as compiled for {TARGET}
 
 Made by `make static` with triton {triton} and torch {torch};
 no GPU is needed, and nothing here is a measurement of time. Launches are those of the compile gate:
-[8, 4096, D], modulations float32, those per token in the dtype of x.
+[8, 4096, D], modulations float32, those per token in the dtype of x; of attention, T = 4096 and 16
+heads of width D.
 
 ## Launch settings
 
@@ -78,6 +96,10 @@ more, and the sums of the backward no longer fit beside the row.
 
 {settings(widths)}
 
+Of attention a tile is as large as the registers of 4 or 8 warps take without spilling.
+
+{tiles(HEAD_WIDTHS)}
+
 ## Bytes
 
 What an op that fuses everything must read and write for an element of [N, T, D], counted from the
@@ -87,7 +109,8 @@ code; modulations and losses are too small to count.
 
 ## Kernels
 
-Stack, shared memory in bytes; instructions as they lie in the code, a loop counts once.
+Stack, shared memory in bytes; instructions, and among them those that multiply matrices (wgmma), as
+they lie in the code, a loop counts once.
 
 {table(rows, HEADER)}
 """
@@ -100,7 +123,8 @@ def main() -> int:
     parser.add_argument("--case", default="", help="only the cases whose name contains this")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    jobs = [j for j in compile_gate.jobs(tuple(args.widths), (TARGET,)) if args.case in j[2]]
+    jobs = compile_gate.jobs((*args.widths, *HEAD_WIDTHS), (TARGET,))
+    jobs = [job for job in jobs if args.case in job[2]]
     with ProcessPoolExecutor(args.workers) as pool:
         launches = [row for rows in pool.map(compile_gate.check_case, jobs) for row in rows]
     broken = [row for row in launches if row.error]

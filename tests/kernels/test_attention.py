@@ -182,7 +182,7 @@ def test_a_key_changes_the_rows_that_see_it_and_no_other_bit(change, ends):
     assert torch.equal((after != before).any(-1).any(1).T, mask(T, options))
 
 
-@pytest.mark.parametrize(("change", "ends"), CASES[::2], ids=str)
+@pytest.mark.parametrize(("change", "ends"), CASES[2::2], ids=str)
 def test_an_upstream_row_changes_the_keys_that_it_sees_and_no_other_bit(change, ends):
     T, D = 18, 16
     options = PLAIN | change | {"cu_seqlens": documents(*ends) if ends else None}
