@@ -39,11 +39,13 @@ def leaves_of(op: Op, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().requires_grad_(k in op.needs_grad) for k, v in inputs.items()}
 
 
-def gradients(op: Op, outputs: Sequence[Tensor], leaves: dict[str, Tensor]) -> list[Tensor]:
-    """The gradients of the inputs; the graph is kept, to be timed again."""
+def gradients(
+    op: Op, outputs: Sequence[Tensor], leaves: dict[str, Tensor], *, keep_graph: bool = True
+) -> list[Tensor]:
+    """The gradients of the inputs; the graph is kept where the backward is timed again."""
     wanted = [leaves[name] for name in op.needs_grad]
     given = [upstream(o) for o in outputs]
-    return list(torch.autograd.grad(outputs, wanted, given, retain_graph=True))
+    return list(torch.autograd.grad(outputs, wanted, given, retain_graph=keep_graph))
 
 
 def results(op: Op, peer: Peer, inputs: dict[str, Tensor]) -> list[Tensor]:

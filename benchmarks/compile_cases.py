@@ -11,6 +11,8 @@ from torch import Tensor
 
 N, T = 8, 4096
 HEADS = 16
+CLASSES = 2**16 - 1
+CROSS_ENTROPY_AT = 4096  # one width of the others: its kernel has none
 
 
 def attention(
@@ -75,7 +77,26 @@ def cases(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object
     yield "residual_adaln", lambda: norm(x, branch, per_sample, none, (d1, d2), rms=False)
     yield "residual_adaln affine", lambda: norm(x, branch, per_sample, affine, (d1, d2), rms=False)
     yield "gated_residual", lambda: norm(x, branch, per_sample, none, (d1, None), rms=False)
+    if D == CROSS_ENTROPY_AT:
+        yield "linear_cross_entropy", lambda: cross_entropy_rows(dtype, bias=False)
+        yield "linear_cross_entropy bias", lambda: cross_entropy_rows(dtype, bias=True)
     yield from diffusion(D, dtype)
+
+
+def cross_entropy_rows(dtype: torch.dtype, *, bias: bool) -> None:
+    """Losses and gradients of a chunk of logits over an odd number of classes."""
+    from dblocks.kernels.cross_entropy import cross_entropy
+
+    def padded(dtype: torch.dtype) -> Tensor:
+        return torch.empty(T, CLASSES + 1, dtype=dtype, device="meta")[:, :-1]
+
+    target = torch.empty(T, dtype=torch.int64, device="meta")
+    losses, added = torch.empty(T, device="meta"), torch.empty(CLASSES, device="meta")
+    narrow = None if dtype == torch.float32 else padded(dtype)
+    cross_entropy(
+        padded(torch.float32), added if bias else None, target, losses, narrow,
+        in_place=bias or narrow is None,
+    )  # fmt: skip
 
 
 def norm(

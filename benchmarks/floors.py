@@ -9,6 +9,7 @@ from benchmarks.attention import SHAPES
 
 BOUND_BY_MEMORY = ((2, 2048, 2048), "float32")  # 32 MiB a tensor: little but the copy remains
 SMALL = (4, 64, 192)
+WORDS = ((2048, 50_304, 768), "float32")
 
 
 class Floor(NamedTuple):
@@ -55,6 +56,8 @@ def _attention() -> tuple[Floor, ...]:
 # Of the C++ ops and the composed attention, for CPUs with 2 cores and AVX-512.
 FLOORS = (
     *_attention(),
+    # Eager PyTorch holds the logits of all rows and their gradient.
+    Floor("linear_cross_entropy", "both", "eager", 1 / 1.35, only=WORDS),
     Floor("adaln", "forward", "torch.compile", 1.4),
     Floor("adaln", "forward", "eager", 2.7, but=((SMALL, None),)),
     Floor("adaln", "forward", "eager", 2.5, only=(SMALL, None)),

@@ -50,5 +50,6 @@ class Op(NamedTuple):
     oracle: Peer | None = None
     others: tuple[str, ...] = ()  # names in benchmarks/peers.py, beside eager and torch.compile
     shapes: dict[str, tuple[tuple[int, ...], ...]] = SHAPES
+    dtypes: dict[str, tuple[str, ...]] = DTYPES
     # Instead of torch.compile and `others`.
     peers: Callable[[torch.device], dict[str, Peer | Absent | Contender]] | None = None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dblocks.functional as D
-from benchmarks import attention
+from benchmarks import attention, cross_entropy
 from benchmarks.op import SEED, Op, Work
 
 EPS = 1e-6
@@ -156,4 +156,5 @@ OPS = (
         _per_element(lambda e: 12, lambda e: 12, (3, 0)),
     ),
     attention.OP,
+    cross_entropy.OP,
 )  # fmt: skip

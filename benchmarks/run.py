@@ -150,7 +150,7 @@ def call_of(op: Op, peer: Peer, inputs: dict[str, Tensor], direction: str) -> Ca
     if direction == "backward":
         outputs = tensors(peer(**leaves))
         return lambda: gradients(op, outputs, leaves)
-    return lambda: gradients(op, tensors(peer(**leaves)), leaves)
+    return lambda: gradients(op, tensors(peer(**leaves)), leaves, keep_graph=False)
 
 
 def run(
@@ -164,20 +164,27 @@ def run(
 ) -> dict[str, Any]:
     """Everything, as the JSON values of a result file; progress goes to stderr."""
     kind = device.type
-    dtypes = dtypes or DTYPES[kind]
     rows: list[dict[str, Any]] = []
     small: list[dict[str, Any]] = []
-    todo = [(o, shape, d) for o in ops for shape in shapes or o.shapes[kind] for d in dtypes]
+    todo = [
+        (op, shape, dtype)
+        for op in ops
+        for shape in shapes or op.shapes[kind]
+        for dtype in dtypes or op.dtypes[kind]
+    ]
     for number, (op, shape, dtype) in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {op.name} {tuple(shape)} {dtype}", file=sys.stderr)
         largest = max(shapes or op.shapes[kind], key=math.prod)
         rows += measure(
             op, shape, getattr(torch, dtype), device, rounds,
-            memory=memory and shape == largest and dtype == dtypes[0],
+            memory=memory and shape == largest and dtype == (dtypes or op.dtypes[kind])[0],
         )  # fmt: skip
     if kind == "cpu":
         small = [row for op in ops for row in overhead(op, device)]
-    matmul = {name: timing.matmul_tflops(device, getattr(torch, name), rounds) for name in dtypes}
+    matmul = {
+        name: timing.matmul_tflops(device, getattr(torch, name), rounds)
+        for name in dtypes or DTYPES[kind]
+    }
     return {
         "format": FORMAT,
         "environment": timing.environment(device),
@@ -200,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
     parser.add_argument(
         "--shape", type=int, nargs="+", metavar="SIZE", action="append",
-        help="N T D, and N H Hkv T Dh of doubled_attention; repeatable",
+        help="N T D; N H Hkv T Dh of doubled_attention, R V D of linear_cross_entropy; repeatable",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=10, help="turns of every peer")
     parser.add_argument("--memory", action="store_true", help="peak memory, in fresh processes")

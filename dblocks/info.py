@@ -12,7 +12,7 @@ import torch
 
 from dblocks import functional
 from dblocks._version import __version__
-from dblocks.ops import _attention_choice, _extension
+from dblocks.ops import _attention_choice, _extension, linear_cross_entropy
 from dblocks.ops._common import HAS_TRITON, INTERPRETED, resolve_impl
 
 PACKAGES = ("torch", "triton", "numpy")
@@ -63,6 +63,8 @@ def implementation(op: str, device: str) -> tuple[str, str]:
     if op == _attention_choice.OP:
         rows = torch.empty(1, 1, 2048, 64, device=device)
         return _attention_choice.explained(rows, rows)
+    if op == linear_cross_entropy.OP:
+        return linear_cross_entropy.explained(torch.empty(1, 1, device=device))
     impl = resolve_impl("auto", torch.empty(1, 1, 1, device=device), op)
     reasons = {
         "triton": "the tensors are on a GPU",

@@ -256,7 +256,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
 ) -> Tensor:
     dtype = compute_dtype(h)
-    h, target = h.reshape(-1, h.shape[-1]), target.flatten()
+    h, target = h.reshape(target.numel(), h.shape[-1]), target.flatten()
     counted = target != ignore_index
     factors = counted.to(dtype)
     if row_weight is not None:

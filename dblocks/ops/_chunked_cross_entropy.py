@@ -80,16 +80,9 @@ def forward(
     counted = target != ignore_index
     target = target.where(counted, 0)
     check_target(target, V)
-    factors = counted.to(total)
-    if row_weight is not None:
-        factors = row_weight.to(total).where(counted, 0)
-    used, scale = factors != 0, counted.sum().clamp(min=1).to(total).reciprocal()
+    factors, scale = _factors(counted, row_weight, dtype, total)
+    used = factors != 0
     all_used = used.is_cpu and bool(used.all())
-    if dtype == torch.float16 and R:
-        # Weights may be larger than float16 can hold in a product: the largest becomes 1.
-        largest = factors.abs().amax()
-        largest = torch.where(largest > 0, largest, 1)
-        factors, scale = factors / largest, scale * largest
     bias = None if bias is None else bias.to(total).contiguous()
     matrix = weight.to(h.dtype).to(dtype)
 
@@ -131,6 +124,21 @@ def forward(
     losses = losses if all_used else losses.where(used, 0)
     loss = (losses * factors).sum() * scale
     return Sums(loss, scale, dh, dweight, dbias)
+
+
+def _factors(
+    counted: Tensor, row_weight: Tensor | None, dtype: torch.dtype, total: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The factor [R] of each row, 0 where it is not counted, and one for all of them."""
+    weighted = counted if row_weight is None else row_weight.where(counted, 0)
+    factors = weighted.to(total)
+    scale = counted.sum().clamp(min=1).to(total).reciprocal()
+    if dtype == torch.float16 and len(counted):
+        # Weights may be larger than float16 can hold in a product: the largest becomes 1.
+        largest = factors.abs().amax()
+        largest = torch.where(largest > 0, largest, 1)
+        factors, scale = factors / largest, scale * largest
+    return factors, scale
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -1,6 +1,6 @@
 """linear_cross_entropy: a readout and its cross-entropy, without the logits of all rows at once."""
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from dblocks.ops._library import define, library, triton_kernel
 
 CrossEntropyImpl = Literal["auto", "reference", "chunked", "triton"]
 
+OP = "linear_cross_entropy"
 IMPLS = ("auto", "reference", "chunked", "triton")
 MAX_TRITON_CLASSES = 2**31 - 2**13  # classes have int32 numbers, and a block may pass the last
 
@@ -84,18 +85,10 @@ class _Loss(torch.autograd.Function):
 
 
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`total * factor`, rounded to `dtype` once; in place where no backward can come after."""
-    if total.dtype == dtype and _is_last_backward():
-        return total.mul_(factor)
-    return torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))
-
-
-def _is_last_backward() -> bool:
-    """Whether the graph is freed as the backward goes along, so that what it saved is not needed.
-
-    Otherwise the gradient of a large weight would be in memory twice.
-    """
-    return not _common.is_traced() and not _get_current_graph_task_keep_graph()
+    """`total * factor`, rounded to `dtype` once."""
+    # In place where it can: the gradient of a large weight would be in memory twice.
+    last = not _common.is_traced() and not _get_current_graph_task_keep_graph()
+    return (total.mul_(factor) if last else total * factor).to(dtype)
 
 
 def linear_cross_entropy(
@@ -118,8 +111,9 @@ def linear_cross_entropy(
     padding alone leaves a training run unharmed. Rows that are ignored or have weight 0 may hold
     anything, NaN included.
 
-    Logits of at most a quarter of the rows, or 128 rows, are in memory at a time. Gradients are
-    computed in the forward, for those of `h`, `weight` and `bias` that require one, and kept in
+    Logits of at most a quarter of the rows are in memory at a time, or of 128 rows, or 2^20 logits
+    where these are more; of large vocabularies at most 2^25 on a CPU and 2^27 on a GPU. Gradients
+    are computed in the forward, for those of `h`, `weight` and `bias` that require one, and kept in
     float32 until the upstream gradient is known; without any, only the loss is.
 
     Args:
@@ -152,38 +146,44 @@ def linear_cross_entropy(
     """
     _check(h, weight, target, bias, row_weight, ignore_index)
     row_weight = None if row_weight is None else row_weight.detach()
-    impl = _resolve(impl, h, weight)
-    if impl == "reference":
+    used = _resolve(impl, h, weight)
+    if used == "reference":
         if target.is_cpu and not _common.is_traced():
             chunked.check_target(target.where(target != ignore_index, 0), weight.shape[0])
         return reference.linear_cross_entropy(
             h, weight, target, bias=bias, row_weight=row_weight, ignore_index=ignore_index
         )
-    h, target = h.reshape(-1, h.shape[-1]), target.reshape(-1)
+    h, target = h.reshape(target.numel(), h.shape[-1]), target.reshape(-1)
     row_weight = None if row_weight is None else row_weight.reshape(-1)
     if not _common.needs_autograd(h, weight, bias):
         needs = [False] * 3
-        return _OPS[impl](h, weight, target, bias, row_weight, ignore_index, needs)[0]
+        return _OPS[used](h, weight, target, bias, row_weight, ignore_index, needs)[0]
     needs = [h.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
-    return _Loss.apply(h, weight, bias, target, row_weight, ignore_index, needs, impl)
+    return _Loss.apply(h, weight, bias, target, row_weight, ignore_index, needs, used)
 
 
-def _resolve(impl: str, h: Tensor, weight: Tensor) -> CrossEntropyImpl:
+def _resolve(impl: str, h: Tensor, weight: Tensor) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "auto":
-        if _common.in_transform():
-            return "reference"
-        fused = h.device.type in _common.GPUS and h.dtype != torch.float64
-        impl = "triton" if fused else "chunked"
+        impl = explained(h)[0]
     if impl == "triton":
-        _common.resolve_impl(impl, h, "linear_cross_entropy")
+        _common.check_triton(h, OP)
         if weight.shape[0] > MAX_TRITON_CLASSES:
             raise ValueError(
-                f"linear_cross_entropy: impl='triton' takes V <= {MAX_TRITON_CLASSES}, "
-                f"got {weight.shape[0]}; use impl='chunked'"
+                f"{OP}: impl='triton' takes V <= {MAX_TRITON_CLASSES}, got {weight.shape[0]}; "
+                "use impl='chunked'"
             )
-    return cast(CrossEntropyImpl, impl)
+    return impl
+
+
+def explained(h: Tensor) -> tuple[str, str]:
+    """What impl="auto" picks, and why."""
+    if _common.in_transform():
+        return "reference", "plain PyTorch: only it takes part in transforms"
+    if h.device.type in _common.GPUS and h.dtype != torch.float64:
+        return "triton", "the tensors are on a GPU"
+    return "chunked", "plain PyTorch, in chunks of rows: it serves every device and dtype"
 
 
 def _check(
