@@ -254,8 +254,9 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     row_weight: Tensor | None = None,
     ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> Tensor:
-    dtype = compute_dtype(h)
+    dtype, shape = compute_dtype(h), target.shape
     h, target = h.reshape(target.numel(), h.shape[-1]), target.flatten()
     counted = target != ignore_index
     factors = counted.to(dtype)
@@ -268,7 +269,10 @@ def linear_cross_entropy(
             rows, weight.to(h.dtype).to(dtype), None if bias is None else bias.to(dtype)
         )
         losses = F.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index)
-    return (losses.where(used, 0) * factors).sum() / counted.sum().clamp(min=1)
+    losses = losses.where(used, 0) * factors
+    if reduction == "none":
+        return losses.view(shape)
+    return losses.sum() / counted.sum().clamp(min=1)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

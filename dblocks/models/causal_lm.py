@@ -313,10 +313,8 @@ class CausalLM(nn.Module):
         self, hidden: Hidden, z: Tensor, level: NoiseLevel, readout: Readout | None = None
     ) -> Tensor:
         """Logits [N, T, V], float32; `readout` as `self.current_readout()` made it, if it did."""
-        f = self.norm.modulate(hidden.x, None, None)
-        m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
         readout = self.current_readout() if readout is None else readout
-        return self._logits(m, readout, hidden.cond)
+        return self._logits(self._denoised_features(hidden, z, level), readout, hidden.cond)
 
     def denoise(
         self, prediction: Tensor, z: Tensor, level: NoiseLevel, readout: Readout | None = None
@@ -335,7 +333,12 @@ class CausalLM(nn.Module):
         mean over all sigmas is that over scored tokens.
         """
         labels = TokenBatch.of(batch, self.config).labels()
-        losses = _cross_entropies(self.read_out(hidden, z, level), labels)
+        readout = self.current_readout()
+        m = self._denoised_features(hidden, z, level)
+        losses = F.linear_cross_entropy(
+            self._readout_rows(m, readout, hidden.cond), readout.weight, labels,
+            ignore_index=IGNORED, reduction="none",
+        )  # fmt: skip
         losses = losses * (labels.numel() / (labels != IGNORED).sum().clamp(min=1))
         sigma = level.sigma
         return losses if sigma.shape == losses.shape else losses.view(*sigma.shape, -1).mean(-1)
@@ -345,6 +348,10 @@ class CausalLM(nn.Module):
         rows = self.target_embedding.rows()
         unit = rows / self.config.embed_scale if self.readout is None else self.readout.weight
         return Readout(rows, unit, self.log_logit_scale.exp())
+
+    def _denoised_features(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
+        f = self.norm.modulate(hidden.x, None, None)
+        return F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
 
     def _plain_features(self, batch: TokenBatch, readout: Readout) -> Tensor:
         x, rotary = self._embed(batch.tokens, readout.rows), self._rotary(batch.positions())
@@ -394,14 +401,6 @@ class CausalLM(nn.Module):
             nn.init.normal_(linear.weight, std=std)
         element = self.config.embed_scale / math.sqrt(self.config.width)
         nn.init.normal_(self.noisy_row, std=element)
-
-
-def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of logits [N, T, V] with labels [N, T], in nats, [N, T]; 0 where there is no label."""
-    losses = nnf.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view(labels.shape)
 
 
 def _over_tokens(value: Tensor, m: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class Sums(NamedTuple):
     dh: Tensor
     dweight: Tensor
     dbias: Tensor
+    losses: Tensor
+    """Of each row [R], before its weight; 0 where it has no part."""
 
 
 # (logits, bias, target, losses, grad) -> factor. Writes the losses of a chunk of rows, and, where
@@ -123,7 +125,7 @@ def forward(
             dbias.addmv_(logits[of].t(), factor[:, 0])
     losses = losses if all_used else losses.where(used, 0)
     loss = (losses * factors).sum() * scale
-    return Sums(loss, scale, dh, dweight, dbias)
+    return Sums(loss, scale, dh, dweight, dbias, losses)
 
 
 def _factors(

@@ -1,6 +1,6 @@
 """linear_cross_entropy: a readout and its cross-entropy, without the logits of all rows at once."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,8 +11,10 @@ from dblocks.kernels import reference
 from dblocks.ops import _chunked_cross_entropy as chunked
 from dblocks.ops import _common
 from dblocks.ops._library import define, library, triton_kernel
+from dblocks.ops._noise_args import kept
 
 CrossEntropyImpl = Literal["auto", "reference", "chunked", "triton"]
+Reduction = Literal["mean", "none"]
 
 OP = "linear_cross_entropy"
 IMPLS = ("auto", "reference", "chunked", "triton")
@@ -21,7 +23,7 @@ MAX_TRITON_CLASSES = 2**31 - 2**13  # classes have int32 numbers, and a block ma
 _SCHEMA = (
     "(Tensor h, Tensor weight, Tensor target, Tensor? bias, Tensor? row_weight, "
     "SymInt ignore_index, bool[] needs) -> "
-    "(Tensor loss, Tensor scale, Tensor dh, Tensor dweight, Tensor dbias)"
+    "(Tensor loss, Tensor scale, Tensor dh, Tensor dweight, Tensor dbias, Tensor losses)"
 )
 
 
@@ -50,8 +52,8 @@ def _triton(h, weight, target, bias, row_weight, ignore_index, needs):
 
 def _fake(h, weight, target, bias, row_weight, ignore_index, needs):
     total = reference.compute_dtype(h)
-    sizes = ((), (), h.shape, weight.shape, weight.shape[:1])
-    needed = (True, True, *needs)
+    sizes = ((), (), h.shape, weight.shape, weight.shape[:1], target.shape)
+    needed = (True, True, *needs, True)
     return tuple(
         h.new_empty(size if need else (0,), dtype=total)
         for size, need in zip(sizes, needed, strict=True)
@@ -65,7 +67,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, bias, target, row_weight, ignore_index, needs, impl):
         ctx.set_materialize_grads(False)
-        loss, scale, *sums = _OPS[impl](h, weight, target, bias, row_weight, ignore_index, needs)
+        out = _OPS[impl](h, weight, target, bias, row_weight, ignore_index, needs)
+        loss, scale, *sums, _ = out
         ctx.save_for_backward(scale, *sums)
         ctx.dtypes = [h.dtype, weight.dtype, None if bias is None else bias.dtype]
         return loss
@@ -84,6 +87,34 @@ class _Loss(torch.autograd.Function):
         return (*grads, *(None,) * 5)
 
 
+class _RowLosses(torch.autograd.Function):
+    """Losses of rows: what is upstream of them are weights of rows, known in the backward only."""
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, target, ignore_index, impl):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, weight, bias, *kept(target))
+        ctx.ignore_index, ctx.impl = ignore_index, impl
+        return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 6
+        h, weight, bias, target = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        out = _OPS[ctx.impl](h, weight, target, bias, grad, ctx.ignore_index, needs)
+        _, scale, *sums, _ = out
+        # The op divides by the number of rows that count.
+        factor = scale * (target != ctx.ignore_index).sum().clamp(min=1)
+        grads = [
+            total.mul_(factor).to(x.dtype) if needed else None
+            for total, x, needed in zip(sums, (h, weight, bias), needs, strict=True)
+        ]
+        return (*grads, None, None, None)
+
+
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`total * factor`, rounded to `dtype` once."""
     # In place where it can: the gradient of a large weight would be in memory twice.
@@ -99,12 +130,13 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     row_weight: Tensor | None = None,
     ignore_index: int = -100,
+    reduction: Reduction = "mean",
     impl: CrossEntropyImpl = "auto",
 ) -> Tensor:
     """Cross-entropy of a linear readout, with a weight for each row, in chunks of rows.
 
-        logits = h weight^T + bias
-        loss = sum_r row_weight_r * (logsumexp(logits_r) - logits_r[target_r]) / count
+        logits = h weight^T + bias,   ce_r = logsumexp(logits_r) - logits_r[target_r]
+        loss = sum_r row_weight_r * ce_r / count;   reduction="none": row_weight_r * ce_r
 
     over the rows r whose target is not `ignore_index`, `count` of them: weights are not normalised.
     Where there is none the loss is 0, as are all gradients, and not NaN as in PyTorch: a batch of
@@ -124,17 +156,19 @@ def linear_cross_entropy(
         bias: `[V]`, added in float32.
         row_weight: Factors of the leading shape of `h`. Gets no gradient.
         ignore_index: The target of rows that have no part.
+        reduction: "mean", or "none" for the losses of rows, 0 where they have no part. Their
+            backward computes the logits a second time, since weights come from upstream.
         impl: "reference" (logits of all rows at once, in plain PyTorch: any transform), "chunked"
             (plain PyTorch: any device), "triton" (GPU; not float64), or "auto": "triton" on a GPU
             and "chunked" elsewhere and for float64, but the reference inside torch.func transforms
             and forward-mode differentiation.
 
     Returns:
-        loss, 0-d float32 (float64 if `h` is). Logits, exponentials and sums have its dtype. Matrix
-        products take operands of the dtype of `h` and sum in that of the loss; "triton" rounds
-        the gradient of the logits to the dtype of `h` for them, and "chunked" computes them in
-        the dtype of the loss altogether. Every gradient has its input's dtype. PyTorch's settings
-        for float32 products on GPUs (TF32) hold here too.
+        loss, 0-d (for "none" of the shape of `target`), float32 (float64 if `h` is). Logits,
+        exponentials and sums have its dtype. Matrix products take operands of the dtype of `h` and
+        sum in that of the loss; "triton" rounds the gradient of the logits to the dtype of `h` for
+        them, and "chunked" computes them in the dtype of the loss altogether. Every gradient has
+        its input's dtype. PyTorch's settings for float32 products on GPUs (TF32) hold here too.
 
     Raises:
         ValueError: for a shape or value that does not fit, of `target` on the CPU.
@@ -144,6 +178,8 @@ def linear_cross_entropy(
 
     Source: Hsu et al. 2024 (Liger kernel), section 3.2, for gradients in the forward.
     """
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     _check(h, weight, target, bias, row_weight, ignore_index)
     row_weight = None if row_weight is None else row_weight.detach()
     used = _resolve(impl, h, weight)
@@ -151,15 +187,34 @@ def linear_cross_entropy(
         if target.is_cpu and not _common.is_traced():
             chunked.check_target(target.where(target != ignore_index, 0), weight.shape[0])
         return reference.linear_cross_entropy(
-            h, weight, target, bias=bias, row_weight=row_weight, ignore_index=ignore_index
-        )
+            h, weight, target, bias=bias, row_weight=row_weight, ignore_index=ignore_index,
+            reduction=reduction,
+        )  # fmt: skip
+    shape = target.shape
     h, target = h.reshape(target.numel(), h.shape[-1]), target.reshape(-1)
+    if reduction == "none":
+        losses = _row_losses(used, h, weight, bias, target, ignore_index).view(shape)
+        return losses if row_weight is None else _weighted(losses, row_weight)
     row_weight = None if row_weight is None else row_weight.reshape(-1)
     if not _common.needs_autograd(h, weight, bias):
         needs = [False] * 3
         return _OPS[used](h, weight, target, bias, row_weight, ignore_index, needs)[0]
     needs = [h.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
     return _Loss.apply(h, weight, bias, target, row_weight, ignore_index, needs, used)
+
+
+def _row_losses(
+    impl: str, h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
+) -> Tensor:
+    if _common.needs_autograd(h, weight, bias):
+        return _RowLosses.apply(h, weight, bias, target, ignore_index, impl)
+    return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
+
+
+def _weighted(losses: Tensor, row_weight: Tensor) -> Tensor:
+    """A row of weight 0 may have a loss that is not finite."""
+    weights = row_weight.to(losses.dtype)
+    return torch.where(weights != 0, losses * weights, 0)
 
 
 def _resolve(impl: str, h: Tensor, weight: Tensor) -> str:

@@ -47,17 +47,20 @@ def problems(draw, dtypes=DTYPES):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     lead = draw(st.sampled_from([(N, T), (N * T,)]))
 
-    def tensor(*shape, layouts=LAYOUTS):
+    def tensor(*shape, layouts=LAYOUTS, dtypes=dtypes):
         layout = draw(st.sampled_from(layouts)) if len(shape) > 1 else "contiguous"
         return make(shape, layout, draw(st.sampled_from(dtypes)), generator, device=DEVICE)
 
     # Equal rows of the weight leave rounding errors alone in the gradient of h.
     distinct = [layout for layout in LAYOUTS if layout != "expanded"]
-    inputs = {"h": tensor(*lead, D), "weight": tensor(V, D, layouts=distinct)}
+    inputs = {"h": tensor(*lead, D)}
+    # Arithmetic is float32 unless h is float64: a budget in float64's eps would be of another op.
+    others = dtypes if inputs["h"].dtype == torch.float64 else DTYPES
+    inputs["weight"] = tensor(V, D, layouts=distinct, dtypes=others)
     # The products take it so; what the reference rounds once more on the way back is not ours.
     inputs["weight"].copy_(inputs["weight"].to(inputs["h"].dtype))
     if draw(st.booleans()):
-        inputs["bias"] = tensor(V)
+        inputs["bias"] = tensor(V, dtypes=others)
     if draw(st.booleans()):
         inputs["row_weight"] = torch.rand(lead, generator=generator).to(DEVICE) * 3
     ignore_index = draw(st.sampled_from([IGNORE, 0, V + 5]))
@@ -67,21 +70,21 @@ def problems(draw, dtypes=DTYPES):
     names = [k for k in ("h", "weight", "bias") if k in inputs]
     needs = draw(st.lists(st.sampled_from(names), unique=True))
     upstream = torch.tensor(draw(st.sampled_from([1.0, -3.0, 0.01, 0.0])), device=DEVICE)
-    return inputs, target, upstream, ignore_index, needs
+    options = {"ignore_index": ignore_index, "reduction": draw(st.sampled_from(["mean", "none"]))}
+    if options["reduction"] == "none":
+        rows = torch.randn(lead, generator=generator).to(DEVICE)
+        upstream = upstream.expand(lead) if draw(st.booleans()) else upstream * rows
+    return inputs, target, upstream, options, needs
 
 
 def check(impl, problem):
-    inputs, target, upstream, ignore_index, needs = problem
+    inputs, target, upstream, options, needs = problem
     # With a certain target the loss is a rounding error, in any implementation, so logits are
     # about normal. Powers of two round nothing.
     scale = 2.0 ** -round(math.log2(inputs["h"].shape[-1]) / 2)
 
     def call(impl, h, weight, **others):
-        return [
-            linear_cross_entropy(
-                h * scale, weight, target, **others, ignore_index=ignore_index, impl=impl
-            )
-        ]
+        return [linear_cross_entropy(h * scale, weight, target, **others, **options, impl=impl)]
 
     check_against_reference(call, inputs, [upstream], impl=impl, needs_grad=needs)
 
@@ -147,6 +150,34 @@ def test_row_weight_gets_no_gradient(impl):
     linear_cross_entropy(h, weight, target, row_weight=row_weight, impl=impl).backward()
     assert h.grad is not None
     assert row_weight.grad is None
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_losses_of_rows_sum_to_the_mean_times_the_count(impl):
+    h, weight, target = problem()
+    target[1] = IGNORE
+    row_weight = torch.randn(len(h), device=DEVICE)
+    rows, mean = (
+        linear_cross_entropy(h, weight, target, row_weight=row_weight, reduction=r, impl=impl)
+        for r in ("none", "mean")
+    )
+    assert rows.shape == target.shape
+    assert rows[1] == 0
+    torch.testing.assert_close(rows.sum() / (target != IGNORE).sum(), mean)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_losses_of_rows_without_a_part_are_zero(impl):
+    h, weight, target = problem()
+    h[1] = float("nan")
+    h.requires_grad_()
+    weights = torch.ones(len(h), device=DEVICE)
+    weights[1] = 0
+    rows = linear_cross_entropy(h, weight, target, row_weight=weights, reduction="none", impl=impl)
+    rows.sum().backward()
+    assert rows[1] == 0
+    assert not h.grad[1].any()
+    assert h.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -294,6 +325,19 @@ def test_opcheck(impl, needs, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_losses_of_rows_compile_to_one_graph(impl):
+    torch._dynamo.reset()
+    h, weight, target = problem()
+    h.requires_grad_()
+
+    def call(h):
+        return linear_cross_entropy(h, weight, target, reduction="none", impl=impl).square().sum()
+
+    graph = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(graph(h), h), torch.autograd.grad(call(h), h))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_compiles_to_one_graph(impl, dtype):
     torch._dynamo.reset()
@@ -377,6 +421,7 @@ def test_the_first_derivative_only():
         ({"row_weight": torch.ones(2)}, ValueError, "row_weight must have the leading shape of h"),
         ({"row_weight": torch.ones(2, 3).int()}, TypeError, "row_weight must be float64"),
         ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got float"),
+        ({"reduction": "sum"}, ValueError, "reduction must be one of"),
         ({"impl": "cpp"}, ValueError, "impl must be one of auto, reference, chunked, triton"),
         ({"h": torch.ones(2, 3, 4).double(), "impl": "triton"}, TypeError, "got float64"),
     ],
