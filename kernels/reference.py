@@ -241,8 +241,9 @@ def doubled_attention(
     # Each key/value head serves the next H / Hkv query heads.
     keys, values = (x.to(dtype).repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q.to(dtype) @ keys.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
-    o = (scores.softmax(-1) @ values).to(q.dtype)
+    with without_autocast(q.device):
+        scores = (q.to(dtype) @ keys.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+        o = (scores.softmax(-1) @ values).to(q.dtype)
     return o, scores.logsumexp(-1)
 
 

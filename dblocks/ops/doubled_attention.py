@@ -59,10 +59,10 @@ def doubled_attention(
         query: "both" halves, or "noisy" rows only, which then equal rows T..2T-1 of the full
             result: what the last layer of a block needs.
         impl: "reference" (dense mask in plain PyTorch, memory O(T^2): any device and dtype, any
-            transform), "triton" (GPU; Dh a multiple of 8 from 16 to 256; block_size a divisor of
-            128 up to it or any other up to 128; not float64), "composed" (plain causal attentions
-            of PyTorch or another library, merged; memory O(T * block_size); on a GPU float16 and
-            bfloat16, and no `cu_seqlens`), or "auto", see `dblocks.ops._attention_choice`.
+            transform), "triton" (GPU; Dh a multiple of 8 from 16 to 256; block_size up to 128; not
+            float64), "composed" (plain causal attentions of PyTorch or another library, merged;
+            memory O(T * block_size); on a GPU float16 and bfloat16, and no `cu_seqlens`), or
+            "auto", see `dblocks.ops._attention_choice`.
         backend: which attention "composed" is made of: "sdpa" (PyTorch's flash kernels; the only
             one on CPUs), "cudnn", "flash_attn" or "xformers"; by default the first that can run.
 
@@ -91,11 +91,6 @@ def doubled_attention(
     }
     chosen = _attention_choice.resolve(impl, backend, q, k, options)
     if chosen == "reference":
-        kind = q.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            # Its matrix products would be of 16-bit numbers.
-            with torch.autocast(kind, enabled=False):
-                return reference.doubled_attention(q, k, v, **options)[0]
         return reference.doubled_attention(q, k, v, **options)[0]
     if chosen == "triton":
         from dblocks.ops._attention_op import fused
