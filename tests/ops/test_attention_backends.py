@@ -59,7 +59,7 @@ def flash_attn():
     causal_of = globals()["causal"]
 
     def backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
+        upstream, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
         assert (dropout_p, softcap, alibi_slopes) == (0, 0, None)
@@ -67,8 +67,8 @@ def flash_attn():
         assert deterministic
         assert window_size_left == window_size_right == -1
         assert softmax_lse.is_contiguous()
-        dout, q, k, v, out = rows_first(dout, q, k, v, out)
-        grads = causal_backward(dout, q, k, v, out, softmax_lse, softmax_scale)
+        upstream, q, k, v, out = rows_first(upstream, q, k, v, out)
+        grads = causal_backward(upstream, q, k, v, out, softmax_lse, softmax_scale)
         for to, part in zip((dq, dk, dv), rows_first(*grads), strict=True):
             to.copy_(part)
 
