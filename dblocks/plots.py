@@ -86,7 +86,8 @@ def measure_panel(ax: Axes, curves: Sequence[Curve], measure: Measure) -> None:
     ax.grid(alpha=0.25)
     rising = measure.best > _first(curves)
     corner = "lower right" if rising else "upper right"
-    ax.legend(loc=corner, frameon=False, fontsize=TEXT_SIZE)
+    # A light ground: the beginning of a falling curve passes behind it.
+    ax.legend(loc=corner, framealpha=0.8, edgecolor="none", fontsize=TEXT_SIZE)
 
 
 def _first(curves: Sequence[Curve]) -> float:
@@ -100,12 +101,12 @@ def _line_looks() -> Iterator[tuple[str, str]]:
 def _zoom_on_the_end(ax: Axes, curves: Sequence[Curve], measure: Measure) -> None:
     """Leave out the first half of the curves where it is far off: the first points tell little."""
     late = [v for c in curves for row in c.values for v in row[len(row) // 2 :]] or [measure.best]
-    worst = max(late, key=lambda value: abs(value - measure.best))
-    away = math.ceil(abs(worst - measure.best) / measure.step + 0.5) * measure.step
-    if worst < measure.best:
-        ax.set_ylim(max(0.0, measure.step * math.floor(worst / measure.step - 1)), measure.best)
-    else:
-        ax.set_ylim(measure.best, measure.best + away)
+    if min(late) < measure.best:
+        low = measure.step * math.floor(min(late) / measure.step - 1)
+        ax.set_ylim(max(0.0, low), measure.best)
+    else:  # two steps of room for the legend
+        high = measure.step * math.ceil(max(late) / measure.step + 2)
+        ax.set_ylim(measure.best, high)
 
 
 def noise_panel(
