@@ -40,8 +40,8 @@ SHAPES = {
         for T in (512, 1024, 2048, 4096, 8192, 16384)
     ),
 }
-# On a CPU without bfloat16 instructions the peers' backward in it takes ten times as long as float32;
-# ours computes in float32 either way. `--dtype bfloat16` times it.
+# On a CPU without bfloat16 instructions the peers' backward takes ten times as long in it; ours
+# computes in float32 either way. `--dtype bfloat16` times it.
 DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
 # As others set them by hand for such masks: smaller tiles than FlexAttention's, which partial
 # blocks of the mask fill badly.
