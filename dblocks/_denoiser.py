@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any, NamedTuple, cast
@@ -42,7 +43,7 @@ class Draw(NamedTuple):
     """bool [N]: whose condition is dropped; None where the model never drops."""
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, ABC):
     """What `DiffusionBlocks` and the view of one block have in common: loss and prediction.
 
     Subclasses say which model and which layers belong to a block.
@@ -50,9 +51,9 @@ class Denoiser(nn.Module):
 
     config: BlocksConfig
 
+    @abstractmethod
     def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
         """The model that embeds and reads out for a block, and the block's layers."""
-        raise NotImplementedError
 
     def bind(self, *, guidance_scale: float = 1.0, **cond: Any) -> Bound:
         """The denoiser with its condition, which is embedded once for all calls."""

@@ -35,7 +35,7 @@ def check_seed(seed: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(JsonConfig):
+class Run(JsonConfig, ABC):
     """Everything that decides the outcome of a run."""
 
     blocks: int = 3
@@ -100,9 +100,9 @@ class Run(JsonConfig):
         fraction = (step - rise) / max(1, self.steps - rise)
         return self.lr * 0.5 * (1 + math.cos(math.pi * fraction))
 
+    @abstractmethod
     def learner(self) -> Learner:
         """The network of this run with its data, ready to train."""
-        raise NotImplementedError
 
 
 class Learner(ABC):

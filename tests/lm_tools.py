@@ -1,0 +1,28 @@
+"""What the tests of the language model set up in the same way."""
+
+import torch
+
+from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.models.causal_lm import CausalLM, CausalLMConfig
+from tools import DEVICE, randomized, seeded
+
+KINDS = ("dit", "official", "none")
+SIZES = {"vocab_size": 11, "context": 12, "width": 16, "depth": 6, "heads": 4, "kv_heads": 2}
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def lm_of(**options):
+    torch.manual_seed(0)
+    return CausalLM(CausalLMConfig(**{**SIZES, **options})).to(DEVICE)
+
+
+def blocks_of(**options):
+    return DiffusionBlocks(randomized(lm_of(**options)), BlocksConfig(3))
+
+
+def tokens_of(n=2, length=8, seed=0):
+    return torch.randint(11, (n, length), generator=seeded(seed)).to(DEVICE)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=3e-3)
