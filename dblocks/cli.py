@@ -76,12 +76,12 @@ class Bench:
             raise ValueError(f"the benchmark ended with exit code {done.returncode}; see above")
 
 
-# By verb and network; `sample` names its network itself, as there is one only.
-NETWORKS = {
+NETWORKS = {  # by verb and network
     "train": ("Train a network.", {"vit": vit.Train, "causal-lm": causal_lm.Train}),
     "eval": ("Measure a trained network.", {"vit": vit.Eval, "causal-lm": causal_lm.Eval}),
+    "sample": ("Let a trained network generate.", {"causal-lm": causal_lm.Sample}),
 }
-COMMANDS = {"sample": causal_lm.Sample, "info": Info, "bench": Bench}
+COMMANDS = {"info": Info, "bench": Bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,9 +110,7 @@ def _parse(argv: Sequence[str]) -> Callable[[], None]:
         prog="dblocks",
         description=DESCRIPTION,
         args=list(argv),
-        # Fields without a default are positional: `dblocks sample causal-lm`.
         config=(
-            tyro.conf.PositionalRequiredArgs,
             tyro.conf.FlagCreatePairsOff,
             tyro.conf.OmitSubcommandPrefixes,
             tyro.conf.OmitArgPrefixes,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dblocks.blocks import BlocksConfig
 from dblocks.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -161,19 +162,17 @@ def _dress_noise_axes(ax: Axes, schedule: NoiseSchedule, top: float) -> None:
 
 def comparison_figure(
     curves: Sequence[Curve],
-    schedule: NoiseSchedule,
-    num_blocks: int,
-    layers: Sequence[tuple[int, int]],
-    *,
+    config: BlocksConfig,
+    depth: int,
     title: str,
     measure: Measure = ACCURACY,
 ) -> Figure:
-    """Both panels side by side; the caller saves it with `save_png`."""
+    """Both panels side by side, for a network of `depth` layers; `save_png` writes it."""
     figure = _matplotlib("matplotlib.figure").Figure(figsize=(12.5, 5.2), layout="constrained")
     figure.suptitle(title, fontsize=TEXT_SIZE + 2, color=INK)
     left, right = figure.subplots(1, 2)
     measure_panel(left, curves, measure)
-    noise_panel(right, schedule, num_blocks, layers)
+    noise_panel(right, config.schedule, config.num_blocks, config.layer_ranges(depth))
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=TEXT_SIZE)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,11 +35,12 @@ class Trained(NamedTuple):
 class LayerCounter:
     """Counts how often training calls some modules inside the `with` block.
 
-    It counts by hooks, which the end removes; evaluation, without gradients, is free.
+    It counts by hooks, which the end removes; what is called inside `paused()` is free.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.count = 0
+        self._counts = True
         self._modules = list(modules)
         self._handles: list[RemovableHandle] = []
 
@@ -50,8 +52,17 @@ class LayerCounter:
         for handle in self._handles:
             handle.remove()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Calls are not counted inside the `with` block: evaluation."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
+
     def _add(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.count += torch.is_grad_enabled()
+        self.count += self._counts
 
 
 def train(run: Run, *, progress: bool = False) -> Trained:
@@ -103,7 +114,8 @@ def _fit(
             # The losses are those since the point before.
             means = [sum(v) / len(v) if v else None for v in losses]
             point = {"step": step + 1, "layer_evaluations": counter.count, "block_loss": means}
-            curve.append(point | learner.measure())
+            with counter.paused():
+                curve.append(point | learner.measure())
             losses = _empty_losses(learner)
             bar.set_postfix_str(learner.progress(curve[-1]))
     bar.close()

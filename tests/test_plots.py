@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dblocks.blocks import BlocksConfig
 from dblocks.plots import Curve, Measure, comparison_figure, save_png
 from dblocks.schedule import NoiseSchedule
 
@@ -13,11 +14,10 @@ CURVES = [
     Curve(label="whole", layer_evaluations=[500, 1000], values=[[50, 90], [60, 92]]),
     Curve(label="blocks", layer_evaluations=[500, 1000], values=[[70, 95]]),
 ]
-LAYERS = [(0, 4), (4, 8), (8, 12)]
 
 
-def figure(curves=CURVES):
-    return comparison_figure(curves, NoiseSchedule(), 3, LAYERS, title="Digits")
+def figure(curves=CURVES, schedule=NoiseSchedule(), **options):  # noqa: B008, it is frozen
+    return comparison_figure(curves, BlocksConfig(3, schedule=schedule), 12, "Digits", **options)
 
 
 def test_png_is_written(tmp_path: Path):
@@ -42,9 +42,7 @@ def test_left_panel_is_accuracy_against_layer_evaluations():
 def test_a_falling_measure_runs_down_to_its_best():
     measure = Measure(label="bits", title="Bits", form="{:.2f} bits", best=1.0, step=0.5)
     curves = [Curve(label="a", layer_evaluations=[1, 2, 3, 4], values=[[9, 4, 2.6, 2.25]])]
-    left, _ = comparison_figure(
-        curves, NoiseSchedule(), 3, LAYERS, title="Text", measure=measure
-    ).axes
+    left, _ = figure(curves, measure=measure).axes
     assert left.get_legend().get_texts()[0].get_text() == "a: 2.25 bits"
     low, high = left.get_ylim()
     assert low == 1.0
@@ -79,7 +77,7 @@ def test_every_curve_is_drawn_and_looks_different():
 @pytest.mark.parametrize("cut", [{}, {"sigma_min": 0.2, "sigma_max": 20.0}])
 def test_density_is_that_of_the_draws(partition, cut):
     schedule = NoiseSchedule(partition=partition, **cut)
-    _, right = comparison_figure(CURVES, schedule, 3, LAYERS, title="Digits").axes
+    _, right = figure(schedule=schedule).axes
     lines = right.get_lines()
     assert len(lines) == 3
     for b, line in enumerate(lines):
@@ -95,7 +93,7 @@ def test_density_is_that_of_the_draws(partition, cut):
 def test_equal_mass_draws_one_truncated_bell():
     """The mass outside the range counts inside: the bell is higher than the normal density."""
     schedule = NoiseSchedule(sigma_min=0.2, sigma_max=20.0)
-    _, right = comparison_figure(CURVES, schedule, 3, LAYERS, title="Digits").axes
+    _, right = figure(schedule=schedule).axes
     lines = right.get_lines()
     for upper, lower in pairwise(lines):
         assert upper.get_ydata()[0] == pytest.approx(lower.get_ydata()[-1], rel=1e-3)

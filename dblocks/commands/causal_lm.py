@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
+from dblocks.commands._base import check_steps, train_and_save
+from dblocks.commands._text import TrainText, load_text_model, print_stream, prompt_tokens
 from dblocks.recipes._base import check_seed
 
 DEFAULT_OUT = Path("runs/causal-lm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(TrainText):
     """Train a 12-layer language model on text, block by block or end to end, and save it.
 
     Block by block, the layers are split into equal runs ("blocks"). Each block learns to denoise
@@ -24,59 +23,20 @@ class Train:
     tokenizer.json and run.json into --out.
     """
 
-    data: str = "pydoc"
-    """What to train on: pydoc, the documentation that ships with Python, or a text file."""
-    tokenizer: Path | None = None
-    """A Hugging Face tokenizer.json; by default every character is a token."""
-    recipe: Literal["small", "gpu"] = "small"
-    """Sizes and steps: small, for ten minutes on 2 cores; gpu, 12 layers of width 768."""
     blocks: int = 3
     """Blocks that the 12 layers are split into: more blocks, less memory, shorter steps."""
-    end_to_end: bool = False
-    """Train all layers together instead, the usual way, to compare with."""
-    steps: int | None = None
-    """Training steps of one batch each; a step trains one block. By default the recipe's."""
-    lr: float | None = None
-    """Peak learning rate of AdamW: a short warm-up leads to it, a cosine from it to 0."""
-    batch_size: int | None = None
-    """Windows of text in a batch."""
-    context: int | None = None
-    """Tokens in a window: the longest text that the model sees."""
-    seed: int = 0
-    """Of weights, order of the data and noise; the held-out text is always the same."""
     out: Path = DEFAULT_OUT
     """Folder to write to; it is made if it is not there."""
 
     def __call__(self) -> None:
         """Train, save, and print the table of what it cost and reached."""
-        from dblocks import checkpoint, records
         from dblocks.experiments.causal_lm import BITS_COLUMNS
-        from dblocks.recipes.causal_lm import GPU, TextRun
-        from dblocks.report import COSTS, text_table
+        from dblocks.recipes.causal_lm import GPU, CausalLMRun
+        from dblocks.report import COSTS
 
-        given = {
-            name: value
-            for name in ("steps", "lr", "batch_size", "context")
-            if (value := getattr(self, name)) is not None
-        }
-        run = dataclasses.replace(
-            GPU if self.recipe == "gpu" else TextRun(),
-            data=self.data,
-            tokenizer=None if self.tokenizer is None else str(self.tokenizer),
-            blocks=self.blocks,
-            end_to_end=self.end_to_end,
-            seed=self.seed,
-            **given,
-        )
-        checkpoint.prepare(self.out)
-        if run.device == "cpu":
-            records.use_one_thread()
-        trained = records.train(run, progress=True)
-        checkpoint.save_model(self.out, trained.learner.trained)
-        trained.learner.save_beside(self.out)
-        records.write_record(self.out / "run.json", trained.record)
-        print(text_table({run.name: [trained.record]}, (*BITS_COLUMNS, *COSTS)))
-        print(f"\nSaved model, tokenizer and run.json in {self.out}; write text with")
+        run = self.changed(CausalLMRun(), GPU, blocks=self.blocks)
+        train_and_save(run, self.out, (*BITS_COLUMNS, *COSTS))
+        print("Write text with")
         print(f"dblocks sample causal-lm --checkpoint {self.out} --prompt 'The '")
 
 
@@ -93,19 +53,12 @@ class Eval:
 
     def __call__(self) -> None:
         """Load, score the held-out part, and print the bits per character."""
-        from dblocks import blocks
-        from dblocks.recipes.causal_lm import bits_per_character
+        from dblocks.models.causal_lm import CausalLM
+        from dblocks.recipes._autoregressive import bits_per_character
         from dblocks.text import load_corpus
 
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"--steps must be positive, got {self.steps}")
-        model, network, tokenizer = load(self.checkpoint)
-        in_blocks = isinstance(model, blocks.DiffusionBlocks)
-        if self.steps is not None and not in_blocks:
-            raise ValueError(
-                f"--steps counts denoising steps, and the network in {self.checkpoint} was trained "
-                "end to end: it runs all its layers once; leave --steps out"
-            )
+        model, network, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
+        in_blocks = check_steps(self.steps, self.checkpoint, model)
         text = load_corpus(self.data, tokenizer=tokenizer).evaluated
         steps = self.steps or 1
         bits = bits_per_character(model, text, network.config.context, num_steps=steps)
@@ -117,8 +70,6 @@ class Eval:
 class Sample:
     """Let a saved language model continue a text; characters appear as they are written."""
 
-    model: Literal["causal-lm"]
-    """Which network to sample from: causal-lm, a language model."""
     prompt: str = "The "
     """The text to continue."""
     checkpoint: Path = DEFAULT_OUT
@@ -141,12 +92,12 @@ class Sample:
         import torch
 
         from dblocks.generate import stream
+        from dblocks.models.causal_lm import CausalLM
 
         check_seed(self.seed)
-        model, _, tokenizer = load(self.checkpoint)
-        prompt = tokenizer.encode(self.prompt)
-        if not prompt:
-            raise ValueError("--prompt must have at least one token; give some text")
+        model, _, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
+        check_steps(self.steps, self.checkpoint, model)
+        prompt = prompt_tokens(self.prompt, tokenizer)
         steps = stream(
             model,
             [prompt],
@@ -157,37 +108,4 @@ class Sample:
             top_p=self.top_p,
             generator=torch.Generator().manual_seed(self.seed),
         )
-        written, shown = [], tokenizer.decode(prompt)
-        sys.stdout.write(shown)
-        for token in steps:
-            written.append(int(token))
-            # Tokens of a file may stand for parts of a character: only whole text grows.
-            text = tokenizer.decode([*prompt, *written])
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
-        print()
-
-
-def load(folder: Path) -> tuple[Any, Any, Any]:
-    """The model of a folder, its `CausalLM`, and its tokenizer.
-
-    Raises:
-        ValueError: the folder does not hold both.
-    """
-    from dblocks import blocks, checkpoint
-    from dblocks.models.causal_lm import CausalLM
-    from dblocks.text import TOKENIZER_FILE, tokenizer_from_json
-
-    model = checkpoint.load_model(folder)
-    network = model.base_model if isinstance(model, blocks.DiffusionBlocks) else model
-    if not isinstance(network, CausalLM):
-        raise ValueError(
-            f"{folder} must hold a CausalLM, got a {type(network).__name__}; "
-            "see `dblocks train causal-lm --help`"
-        )
-    try:
-        text = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{folder} must hold a {TOKENIZER_FILE}: {error}") from error
-    return model, network, tokenizer_from_json(text)
+        print_stream(prompt, steps, tokenizer)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dblocks.commands._base import check_steps, load_network, train_and_save
 from dblocks.recipes._base import check_seed
 from dblocks.recipes.vit import NOISE_SEED
 
@@ -39,10 +40,8 @@ class Train:
 
     def __call__(self) -> None:
         """Train, save, and print the table of what it cost and reached."""
-        from dblocks import checkpoint, records
         from dblocks.experiments.vit import COLUMNS
         from dblocks.recipes.vit import ViTRun
-        from dblocks.report import text_table
 
         run = ViTRun(
             blocks=self.blocks,
@@ -52,13 +51,7 @@ class Train:
             batch_size=self.batch_size,
             seed=self.seed,
         )
-        checkpoint.prepare(self.out)
-        records.use_one_thread()
-        trained = records.train(run, progress=True)
-        checkpoint.save_model(self.out, trained.learner.trained)
-        records.write_record(self.out / "run.json", trained.record)
-        print(text_table({run.name: [trained.record]}, COLUMNS))
-        print(f"\nSaved model.safetensors, config.json and run.json in {self.out}")
+        train_and_save(run, self.out, COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,31 +69,18 @@ class Eval:
 
     def __call__(self) -> None:
         """Load, classify the held-out part, and print the accuracy."""
-        from dblocks import blocks, checkpoint, data
+        from dblocks import data
         from dblocks.models.vit import ViT
         from dblocks.recipes.vit import Classifier
 
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"--steps must be positive, got {self.steps}")
         check_seed(self.seed)
-        model = checkpoint.load_model(self.checkpoint)
-        network = model.base_model if isinstance(model, blocks.DiffusionBlocks) else model
-        if not isinstance(network, ViT):
-            raise ValueError(
-                f"{self.checkpoint} must hold a ViT, got a {type(network).__name__}; "
-                "see `dblocks eval --help`"
-            )
-        _, held_out = data.digits("final")
-        if isinstance(model, blocks.DiffusionBlocks):
+        model, network = load_network(self.checkpoint, ViT, "vit")
+        if check_steps(self.steps, self.checkpoint, model):
             classifier = Classifier(network, model)
             how = f"{self.steps or model.config.num_blocks} denoising steps of one block each"
-        elif self.steps is not None:
-            raise ValueError(
-                f"--steps counts denoising steps, and the network in {self.checkpoint} was trained "
-                "end to end: it runs all its layers once; leave --steps out"
-            )
         else:
             classifier = Classifier(network, None)
             how = "all layers once (trained end to end)"
+        _, held_out = data.digits("final")
         value = classifier.accuracy(held_out, self.steps, seed=self.seed)
         print(f"held-out accuracy {100 * value:.1f} % on {len(held_out)} images, {how}")

@@ -11,10 +11,12 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dblocks.blocks import BlocksConfig
+from dblocks.plots import Curve, Measure, comparison_figure, save_png
 from dblocks.recipes._base import Run
 from dblocks.records import read_record, train_to_record
 from dblocks.report import Column, Rows, markdown_table, text_table, write_between_markers
@@ -38,7 +40,10 @@ class Experiment:
     seeds: Sequence[int] = (0, 1, 2)
     """Of the final runs."""
     selection_shorter: Mapping[str, int]
-    """By what a row's steps are divided where its learning rate is chosen."""
+    """By what a row's steps are divided where its learning rate is chosen; rows that are not here
+    take the rate of `rates_of`."""
+    rates_of: Mapping[str, str] = field(default_factory=dict)
+    """The row whose learning rate another takes over."""
     error: Callable[[Mapping[str, Any]], float]
     """Of a record: the smaller the better."""
     headline: Callable[[Mapping[str, Any]], str]
@@ -88,10 +93,11 @@ class Experiment:
     ) -> None:
         """The full recipe, then the README's table and the figure from the records."""
         folder, figure = folder or self.records, figure or self.figure
-        selections = {row: self.selection_runs(row) for row in self.rows}
+        selections = {row: self.selection_runs(row) for row in self.selection_shorter}
         run_missing(jobs(folder, selections), self.headline, workers)
         tried = {row: _read(folder, row, runs) for row, runs in selections.items()}
         lrs = {row: self.chosen_lr(records) for row, records in tried.items()}
+        lrs |= {row: lrs[other] for row, other in self.rates_of.items()}
         print(f"{self.name}: learning rates chosen on the validation split: {lrs}")
         finals = {row: self.final_runs(row, lrs[row]) for row in self.rows}
         run_missing(jobs(folder, finals), self.headline, workers)
@@ -106,6 +112,37 @@ class Experiment:
         text = f"{table}\n\n{self.caption(rows)}"
         write_between_markers(readme, f"results:{self.name}", text)
         print(f"wrote {figure} and the table in {readme}")
+
+
+def draw_comparison(
+    rows: Rows,
+    path: Path,
+    value: Callable[[Mapping[str, Any]], float],
+    *,
+    title: str,
+    measure: Measure,
+) -> None:
+    """The figure of finished runs: a measure against layer evaluations, and the blocks' noise.
+
+    Args:
+        rows: the records of each curve.
+        path: the PNG to write.
+        value: reads the measure of a point of a record's curve.
+        title: of the figure.
+        measure: how it is shown.
+    """
+    curves = [
+        Curve(
+            label=name,
+            layer_evaluations=[point["layer_evaluations"] for point in runs[0]["curve"]],
+            values=[[value(point) for point in run["curve"]] for run in runs],
+        )
+        for name, runs in rows.items()
+    ]
+    every = (record for records in rows.values() for record in records)
+    blocked = next(record for record in every if not record["run"]["end_to_end"])
+    config = BlocksConfig.from_dict(blocked["blocks"])
+    save_png(comparison_figure(curves, config, blocked["run"]["depth"], title, measure), path)
 
 
 def record_path(folder: Path, row: str, run: Run) -> Path:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dblocks.blocks import BlocksConfig
 from dblocks.checkpoint import make_folder
-from dblocks.experiments._base import Experiment
-from dblocks.plots import Curve, comparison_figure, save_png
+from dblocks.experiments._base import Experiment, draw_comparison
+from dblocks.plots import ACCURACY
 from dblocks.recipes.vit import ViTRun
 from dblocks.records import train, use_one_thread, write_record
 from dblocks.report import COSTS, README_COSTS, Column, Record, Rows, percent, text_table
@@ -80,24 +79,13 @@ def caption(rows: Rows) -> str:
 
 def draw(rows: Rows, path: Path) -> None:
     """The figure of finished runs: accuracy against layer evaluations, and the blocks' noise."""
-    curves = [
-        Curve(
-            label=name,
-            layer_evaluations=[point["layer_evaluations"] for point in runs[0]["curve"]],
-            values=[[100 * point["accuracy"] for point in run["curve"]] for run in runs],
-        )
-        for name, runs in rows.items()
-    ]
-    blocked = next(run for runs in rows.values() for run in runs if run["blocks"] is not None)
-    config = BlocksConfig.from_dict(blocked["blocks"])
-    figure = comparison_figure(
-        curves,
-        config.schedule,
-        config.num_blocks,
-        config.layer_ranges(blocked["run"]["depth"]),
+    draw_comparison(
+        rows,
+        path,
+        lambda point: 100 * point["accuracy"],
         title="A 12-layer ViT on handwritten digits, trained end to end and in blocks",
+        measure=ACCURACY,
     )
-    save_png(figure, path)
 
 
 EXPERIMENT = Experiment(

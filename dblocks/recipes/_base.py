@@ -1,7 +1,9 @@
 """What every run shares: the steps, the optimizer, and both ways of training.
 
 End to end and in blocks have the data, its order, the optimizer, the learning rate's course and the
-evaluation in common, so that two runs differ by the way of training only.
+evaluation in common, so that two runs differ by the way of training only. A network that is a
+denoiser whichever way it is trained is end to end one block of all layers; others have a plain
+form without noise levels.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +43,7 @@ class Run(JsonConfig, ABC):
     blocks: int = 3
     """Number of blocks."""
     end_to_end: bool = False
-    """Train the plain network through all layers instead; `blocks` has no meaning then."""
+    """Train through all layers instead; `blocks` has no meaning then."""
     steps: int
     """Training steps, of one batch each."""
     lr: float = 1e-3
@@ -83,6 +85,11 @@ class Run(JsonConfig, ABC):
             )
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks that are trained; 1 end to end."""
+        return 1 if self.end_to_end else self.blocks
+
+    @property
     def name(self) -> str:
         """What a table calls this way of training."""
         if self.end_to_end:
@@ -111,17 +118,24 @@ class Learner(ABC):
     Args:
         run: what to train.
         make: makes the network, which has its residual layers in `layers`.
-        config: how it is cut; not used end to end.
+        config: how it is cut; one block end to end.
+        plain_loss: the loss, 0-d, of a network and a batch end to end, for networks that have a
+            form without noise levels; it is not cut then.
     """
 
     def __init__(
-        self, run: Run, make: Callable[[], nn.Module], config: Callable[[], BlocksConfig]
+        self,
+        run: Run,
+        make: Callable[[], nn.Module],
+        config: Callable[[], BlocksConfig],
+        plain_loss: Callable[[Any, Batch], Tensor] | None = None,
     ) -> None:
         self.run = run
+        self.plain_loss = plain_loss if run.end_to_end else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             self.network: Any = make().to(run.device)
-        self.config = None if run.end_to_end else config()
+        self.config = None if self.plain_loss else config()
         self.model = None if self.config is None else DiffusionBlocks(self.network, self.config)
         self.block_optimizers = (
             None if self.model is None else make_optimizers(self.model, self._adamw)
@@ -134,10 +148,6 @@ class Learner(ABC):
     @abstractmethod
     def host_batch(self, step: int) -> Batch:
         """Batch number `step`, on the CPU."""
-
-    @abstractmethod
-    def plain_loss(self, batch: Batch) -> Tensor:
-        """The loss of the network end to end, 0-d."""
 
     @abstractmethod
     def measure(self) -> dict[str, Any]:
@@ -164,7 +174,7 @@ class Learner(ABC):
 
     @property
     def trained(self) -> Any:
-        """What is trained: the `DiffusionBlocks`, or the network itself end to end."""
+        """What is trained: the `DiffusionBlocks`, or the network in its plain form."""
         return self.network if self.model is None else self.model
 
     @property
@@ -173,14 +183,14 @@ class Learner(ABC):
         return 1 if self.config is None else self.config.num_blocks
 
     def step(self, step: int) -> tuple[int, float]:
-        """Train on batch number `step`; returns the block (0 end to end) and its loss."""
+        """Train on batch number `step`; returns the block (0 in the plain form) and its loss."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.run.lr_at(step)
         batch = self.batch(step)
         with self._autocast():
             if self.model is None or self.block_optimizers is None:
-                return 0, self._step_end_to_end(batch)
+                return 0, self._plain_step(batch)
             result = train_step(
                 self.model, batch, self.block_optimizers,
                 generator=self.generator, clip_grad_norm=self.run.clip,
@@ -194,18 +204,18 @@ class Learner(ABC):
         return self.block_optimizers.of_block(block)
 
     def loss(self, batch: Batch, block: int) -> Tensor:
-        """The loss of a block, or of the whole network end to end."""
+        """The loss of a block, or of the plain form."""
         if self.model is None:
-            return self.plain_loss(batch)
+            return cast(Any, self.plain_loss)(self.network, batch)
         return self.model.loss(batch, block, generator=torch.Generator().manual_seed(0)).loss
 
     def _autocast(self) -> torch.autocast:
         device = torch.device(self.run.device).type
         return torch.autocast(device, torch.bfloat16, enabled=self.run.bf16)
 
-    def _step_end_to_end(self, batch: Batch) -> float:
+    def _plain_step(self, batch: Batch) -> float:
         self.network.zero_grad(set_to_none=True)
-        loss = self.plain_loss(batch)
+        loss = self.loss(batch, 0)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.run.clip)
         self.optimizers[0].step()

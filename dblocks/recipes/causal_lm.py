@@ -2,59 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from dblocks.blocks import BlocksConfig, Weighting
-from dblocks.generate import generate
-from dblocks.metrics import next_token_nll
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.nn import ConditioningKind
-from dblocks.recipes import _base
+from dblocks.recipes._autoregressive import AutoregressiveLearner
+from dblocks.recipes._text import TextRun
 from dblocks.schedule import NoiseSchedule
-from dblocks.text import (
-    TOKENIZER_FILE,
-    Corpus,
-    Text,
-    Tokenizer,
-    load_corpus,
-    random_windows,
-    scored_windows,
-    tokenizer_from_json,
-)
-
-NOISE_SEED = 7  # of the noise that evaluation and samples start from
-POINT_WINDOWS = 32  # windows of the held-out text that a point of the curve looks at
-SAMPLES = 32
-PROMPT = 16  # tokens of held-out text that a sample continues
+from dblocks.text import Corpus
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextRun(_base.Run):
-    """Everything that decides the outcome of a run on text; see `dblocks.text.load_corpus`.
+class CausalLMRun(TextRun):
+    """Everything that decides the outcome of a run of an autoregressive model.
 
     The defaults are for two cores and ten minutes; `GPU` is a larger recipe.
     """
 
-    data: str = "pydoc"
-    """The text: pydoc, or the path of a file in UTF-8."""
-    tokenizer: str | None = None
-    """Path of a Hugging Face tokenizer.json; characters by default."""
     steps: int = 1440
     """Training steps, of one batch each."""
     batch_size: int = 4
     """Windows of `context` tokens in a batch."""
-    context: int = 128
-    """Tokens in a window."""
-    width: int = 192
-    """Width of the rows."""
-    heads: int = 3
-    """Attention heads."""
     kv_heads: int | None = None
     """Key/value heads; as many as heads by default."""
     conditioning: ConditioningKind = "dit"
@@ -100,31 +70,13 @@ class TextRun(_base.Run):
             weighting=self.weighting,
         )
 
-    def corpus(self) -> Corpus:
-        """The text, tokenized and split.
-
-        Raises:
-            ValueError: the text or the tokenizer cannot be read.
-            ImportError: the tokenizer needs a package that is not installed.
-        """
-        return load_corpus(self.data, part=self.part, tokenizer=self._tokenizer())
-
-    def learner(self) -> TextLearner:
+    def learner(self) -> CausalLMLearner:
         """The network of this run with its data, ready to train."""
-        return TextLearner(self, self.corpus())
-
-    def _tokenizer(self) -> Tokenizer | None:
-        if self.tokenizer is None:
-            return None
-        try:
-            text = Path(self.tokenizer).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"tokenizer must be a readable JSON file: {error}") from error
-        return tokenizer_from_json(text)
+        return CausalLMLearner(self, self.corpus())
 
 
 # For a GPU with 80 GB: about the size of GPT-2; a text of some 100 MB, and a tokenizer file.
-GPU = TextRun(
+GPU = CausalLMRun(
     data="text.txt",
     tokenizer="tokenizer.json",
     steps=100_000,
@@ -139,7 +91,7 @@ GPU = TextRun(
 )
 
 
-class TextLearner(_base.Learner):
+class CausalLMLearner(AutoregressiveLearner):
     """A `CausalLM` in training on text.
 
     Args:
@@ -147,41 +99,14 @@ class TextLearner(_base.Learner):
         corpus: what to train on and what to evaluate on.
     """
 
-    def __init__(self, run: TextRun, corpus: Corpus) -> None:
+    def __init__(self, run: CausalLMRun, corpus: Corpus) -> None:
         super().__init__(
             run,
+            corpus,
             lambda: CausalLM(run.model_config(corpus.tokenizer.size)),
             run.blocks_config,
+            lambda lm, batch: lm.next_token_loss(batch),
         )
-        self.text, self.corpus = run, corpus
-
-    def counted(self) -> list[nn.Module]:
-        """The MLPs: a layer calls its own once for clean rows and once for noisy ones."""
-        return [layer.mlp for layer in self.network.layers]
-
-    def host_batch(self, step: int) -> _base.Batch:
-        """Batch number `step`, on the CPU."""
-        run = self.text
-        tokens = self.corpus.training.tokens
-        return {
-            "tokens": random_windows(tokens, run.context, run.batch_size, seed=run.seed, step=step)
-        }
-
-    def plain_loss(self, batch: _base.Batch) -> Tensor:
-        """Cross-entropy of the plain next-token model."""
-        return self.network.next_token_loss(batch)
-
-    def measure(self) -> dict[str, Any]:
-        """Bits per character of some of the held-out text, by the first block alone in blocks."""
-        return {"bits": self.bits(windows=POINT_WINDOWS)}
-
-    def save_beside(self, folder: Path) -> None:
-        """Writes the tokenizer."""
-        (folder / TOKENIZER_FILE).write_text(self.corpus.tokenizer.to_json(), encoding="utf-8")
-
-    def progress(self, point: dict[str, Any]) -> str:
-        """The bits per character."""
-        return f"{point['bits']:.3f} bits a character"
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
         """Bits per character of all of the held-out text, and samples."""
@@ -194,79 +119,3 @@ class TextLearner(_base.Learner):
             "bits_by_denoising_steps": by_steps,
             "samples_written": {str(n or "plain"): self.samples(num_steps=n) for n in steps},
         }
-
-    def bits(self, *, num_steps: int = 1, windows: int | None = None) -> float:
-        """Bits per character of the held-out text, see `bits_per_character`."""
-        return bits_per_character(
-            self.trained,
-            self.corpus.evaluated,
-            self.text.context,
-            num_steps=num_steps,
-            windows=windows,
-        )
-
-    def samples(self, *, num_steps: int | None) -> list[str]:
-        """Continuations of places spread over the held-out text, at temperature 1.
-
-        Args:
-            num_steps: denoising steps; None for the plain model.
-        """
-        prompts, _ = continuations(self.corpus.evaluated, self.text.context)
-        written = generate(
-            self.trained,
-            prompts,
-            max_new_tokens=self.text.context - PROMPT,
-            num_steps=num_steps,
-            generator=torch.Generator().manual_seed(NOISE_SEED),
-        )
-        return [self.corpus.tokenizer.decode(tokens.tolist()) for tokens in written]
-
-
-def continuations(text: Text, context: int) -> tuple[Tensor, Tensor]:
-    """Prompts spread evenly over a text, and how the text itself goes on, up to `context` tokens.
-
-    Returns:
-        int64 [SAMPLES, PROMPT] and [SAMPLES, context - PROMPT].
-    """
-    starts = torch.linspace(0, len(text.tokens) - context, SAMPLES).long()
-    windows = text.tokens[starts[:, None] + torch.arange(context)]
-    return windows[:, :PROMPT], windows[:, PROMPT:]
-
-
-@torch.no_grad()
-def bits_per_character(
-    model: Any,
-    text: Text,
-    context: int,
-    *,
-    num_steps: int = 1,
-    windows: int | None = None,
-    batch_size: int = 32,
-) -> float:
-    """Bits per character of a text under a model, every token with half a window before it.
-
-    In blocks with one step the first block, from noise at sigma_max, is a next-token predictor, and
-    this is its cross-entropy. With more steps the tokens' probabilities are those of the last
-    call, on the way from noise that does not know the token, so that it is an upper bound.
-
-    Args:
-        model: a `CausalLM` or its `DiffusionBlocks`.
-        text: what to score; all but its first token.
-        context: tokens in a window.
-        num_steps: denoising steps; without a meaning for the plain model.
-        windows: score the tokens of the first so many windows only.
-        batch_size: windows at a time.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(NOISE_SEED)
-    nats, count, seen = 0.0, 0, 0
-    for tokens, scored in scored_windows(text.tokens, context, batch_size):
-        if windows is not None and seen >= windows:
-            break
-        seen += len(tokens)
-        losses = next_token_nll(
-            model, tokens.to(device), num_steps=num_steps, generator=generator
-        ).cpu()
-        nats += losses[scored[:, 1:]].double().sum().item()
-        count += int(scored[:, 1:].sum())
-    return nats / count / math.log(2) * len(text.tokens) / text.characters

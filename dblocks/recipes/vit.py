@@ -126,6 +126,7 @@ class ViTLearner(_base.Learner):
             run,
             lambda: ViT(run.vit_config()),
             lambda: BlocksConfig(num_blocks=run.blocks, weighting=run.weighting),
+            lambda vit, batch: nn.functional.cross_entropy(vit(batch["images"]), batch["labels"]),
         )
         self.data, self.evaluated = data, evaluated
         self.classifier = Classifier(self.network, self.model)
@@ -135,10 +136,6 @@ class ViTLearner(_base.Learner):
         run, data = self.run, self.data
         chosen = data[batch_indices(len(data), run.batch_size, seed=run.seed, step=step)]
         return {"images": chosen.images, "labels": chosen.labels}
-
-    def plain_loss(self, batch: _base.Batch) -> Tensor:
-        """Cross-entropy of the plain classifier."""
-        return nn.functional.cross_entropy(self.network(batch["images"]), batch["labels"])
 
     def measure(self) -> dict[str, Any]:
         """The accuracy, and that after each block's call on the way; the last is it."""

@@ -3,10 +3,11 @@ import dataclasses
 import pytest
 import torch
 
-from dblocks.experiments import _base, causal_lm
+from dblocks.experiments import _base, _text
 from dblocks.experiments.__main__ import EXPERIMENTS
 from dblocks.experiments.causal_lm import EXPERIMENT
-from dblocks.recipes.causal_lm import PROMPT
+from dblocks.experiments._text import SCORER
+from dblocks.recipes._text import PROMPT
 from dblocks.records import read_record, train_to_record
 
 TINY = {"width": 16, "depth": 3, "heads": 2, "context": 40, "batch_size": 2, "points": 1}
@@ -26,7 +27,9 @@ def tiny(tmp_path, monkeypatch):
     """The experiment with a network, a text and numbers of steps that take no time."""
     story = tmp_path / "story.txt"
     story.write_text("".join(f"{i} is followed by {i + 1}. " for i in range(60)))
-    monkeypatch.setattr(causal_lm, "SCORER_FOLDER", tmp_path / "scorer")
+    monkeypatch.setattr(_text, "SCORER_FOLDER", tmp_path / "scorer")
+    scorer = dataclasses.replace(SCORER, data=str(story), steps=2, **TINY)
+    monkeypatch.setattr(_text, "SCORER", scorer)
     rows = {
         name: (title, dataclasses.replace(run, data=str(story), steps=run.steps // 500, **TINY))
         for name, (title, run) in EXPERIMENT.rows.items()
@@ -53,11 +56,10 @@ def test_rows_are_equal_in_what_they_claim():
     assert EXPERIMENTS["causal-lm-pydoc"] is EXPERIMENT
 
 
-def test_the_scoring_model_shares_no_seed_with_the_rows(tiny):
-    run = causal_lm.scorer_run([{"run": r.to_dict()} for _, r in tiny.rows.values()])
-    assert run.end_to_end
-    assert run.steps == max(r.steps for _, r in tiny.rows.values() if r.end_to_end)
-    assert run.seed not in {*EXPERIMENT.seeds, _base.SELECTION_SEED}
+def test_the_scoring_model_is_the_longest_row_from_a_seed_of_its_own():
+    _, longest = EXPERIMENT.rows["end_to_end_long"]
+    assert dataclasses.replace(SCORER, seed=0, lr=longest.lr) == longest
+    assert SCORER.seed not in {*EXPERIMENT.seeds, _base.SELECTION_SEED}
 
 
 def test_results_writes_table_and_figure_and_keeps_the_scores(tmp_path, tiny, monkeypatch, capsys):
@@ -82,8 +84,8 @@ def test_results_writes_table_and_figure_and_keeps_the_scores(tmp_path, tiny, mo
     assert cells[4] == "-"  # no denoising steps
     assert "12 characters" not in text
     # Nothing is trained or scored a second time.
-    monkeypatch.setattr(causal_lm, "train", None)
-    monkeypatch.setattr(causal_lm, "_bits_under", None)
+    monkeypatch.setattr(_text, "train", None)
+    monkeypatch.setattr(_text, "_bits_under", None)
     tiny.results(folder, tmp_path / "figure.png", readme)
     assert readme.read_text() == text
     assert capsys.readouterr().out.count("training the model that scores samples") == 1
@@ -94,12 +96,12 @@ def test_other_samples_are_scored_again_by_the_same_model(tmp_path, tiny, monkey
     run_all(dataclasses.replace(tiny, rows={"end_to_end": tiny.rows["end_to_end"]}), folder)
     path = _base.record_path(folder, "end_to_end", tiny.final_runs("end_to_end", 1e-3)[0])
     record = read_record(path)
-    causal_lm.finish(folder, {"end_to_end": [record]})
+    _text.add_scores(folder, {"end_to_end": [record]})
     before = record["scores"]["plain"]
-    monkeypatch.setattr(causal_lm, "train", None)
+    monkeypatch.setattr(_text, "train", None)
     length = record["run"]["context"] - PROMPT
     record["samples_written"]["plain"] = ["1" * length] * len(record["samples_written"]["plain"])
-    causal_lm.finish(folder, {"end_to_end": [record]})
+    _text.add_scores(folder, {"end_to_end": [record]})
     after = record["scores"]["plain"]
-    assert after["repetition"] == pytest.approx(1 - 1 / (length - causal_lm.REPEATED + 1))
+    assert after["repetition"] == pytest.approx(1 - 1 / (length - _text.REPEATED + 1))
     assert after["bits"] != before["bits"]

@@ -5,8 +5,9 @@ import torch
 
 from dblocks.blocks import DiffusionBlocks
 from dblocks.metrics import next_token_nll
-from dblocks.recipes import causal_lm
-from dblocks.recipes.causal_lm import GPU, TextLearner, TextRun, bits_per_character, continuations
+from dblocks.recipes._autoregressive import bits_per_character
+from dblocks.recipes._text import PROMPT, SAMPLES, continuations
+from dblocks.recipes.causal_lm import GPU, CausalLMLearner, CausalLMRun
 from dblocks.records import train
 from dblocks.text import Characters, Corpus, Text, load_corpus
 
@@ -30,12 +31,12 @@ def story(tmp_path_factory):
 
 
 def begin(story, **fields):
-    return TextRun(**{"steps": 2, "data": story, **SIZES, **fields}).learner()
+    return CausalLMRun(**{"steps": 2, "data": story, **SIZES, **fields}).learner()
 
 
 def test_run_round_trips():
-    for run in (TextRun(lr=3e-4, kv_heads=1), GPU):
-        assert TextRun.from_json(run.to_json()) == run
+    for run in (CausalLMRun(lr=3e-4, kv_heads=1), GPU):
+        assert CausalLMRun.from_json(run.to_json()) == run
 
 
 def test_the_larger_recipe_is_a_model_of_its_own():
@@ -69,21 +70,21 @@ def test_autocast_computes_in_bfloat16(story):
 
 
 def test_record_counts_clean_and_noisy_rows(story):
-    run = TextRun(steps=4, points=2, data=story, blocks=1, **SIZES)
+    run = CausalLMRun(steps=4, points=2, data=story, blocks=1, **SIZES)
     record = train(run).record
     # Two layers on both halves, the last on noisy rows alone.
     assert record["layers_per_step"] == 5
     assert record["samples"] == 16
     assert record["bits"] == record["bits_by_denoising_steps"]["1"]
     assert set(record["samples_written"]) == {"1"}
-    assert {len(text) for text in record["samples_written"]["1"]} == {20 - causal_lm.PROMPT}
+    assert {len(text) for text in record["samples_written"]["1"]} == {20 - PROMPT}
     assert record["sha256"] == load_corpus(story).sha256
     assert [point["step"] for point in record["curve"]] == [2, 4]
     assert all(point["bits"] > 0 for point in record["curve"])
 
 
 def test_plain_record_has_one_prediction(story):
-    record = train(TextRun(steps=2, points=1, data=story, end_to_end=True, **SIZES)).record
+    record = train(CausalLMRun(steps=2, points=1, data=story, end_to_end=True, **SIZES)).record
     assert record["layers_per_step"] == 3
     assert record["bits_by_denoising_steps"] == {}
     assert set(record["samples_written"]) == {"plain"}
@@ -120,9 +121,9 @@ def test_blocks_are_measured_with_the_same_noise_each_time(story):
 def test_continuations_are_of_the_text():
     text = Text(torch.arange(500), 500)
     prompts, truth = continuations(text, 40)
-    assert prompts.shape == (causal_lm.SAMPLES, causal_lm.PROMPT)
+    assert prompts.shape == (SAMPLES, PROMPT)
     joined = torch.cat([prompts, truth], dim=1)
-    assert torch.equal(joined - joined[:, :1], torch.arange(40).expand(causal_lm.SAMPLES, 40))
+    assert torch.equal(joined - joined[:, :1], torch.arange(40).expand(SAMPLES, 40))
     assert joined[-1, -1] == 499
 
 
@@ -144,4 +145,4 @@ def test_a_text_shorter_than_the_context_is_an_error():
     corpus = Corpus(Text(torch.zeros(10).long(), 10), Text(torch.zeros(10).long(), 10),
                     Characters("a"), "")  # fmt: skip
     with pytest.raises(ValueError, match="from 2 tokens to those of the text, 10, got 20"):
-        TextLearner(TextRun(steps=1, **SIZES), corpus).step(0)
+        CausalLMLearner(CausalLMRun(steps=1, **SIZES), corpus).step(0)

@@ -1,0 +1,95 @@
+"""What the commands of language models share."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dblocks.commands._base import load_network
+
+if TYPE_CHECKING:
+    from dblocks.recipes._text import TextRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainText:
+    """Options of training a language model."""
+
+    data: str = "pydoc"
+    """What to train on: pydoc, the documentation that ships with Python, or a text file."""
+    tokenizer: Path | None = None
+    """A Hugging Face tokenizer.json; by default every character is a token."""
+    recipe: Literal["small", "gpu"] = "small"
+    """Sizes and steps: small, for ten minutes on 2 cores; gpu, a network of some 100 million
+    parameters."""
+    end_to_end: bool = False
+    """Train the usual way instead, to compare with."""
+    steps: int | None = None
+    """Training steps of one batch each; a step trains one block. By default the recipe's."""
+    lr: float | None = None
+    """Peak learning rate of AdamW: a short warm-up leads to it, a cosine from it to 0."""
+    batch_size: int | None = None
+    """Windows of text in a batch."""
+    context: int | None = None
+    """Tokens in a window: the longest text that the model sees."""
+    seed: int = 0
+    """Of weights, order of the data and noise; the held-out text is always the same."""
+
+    def changed(self, small: TextRun, gpu: TextRun, **more: Any) -> Any:
+        """The recipe with the options that were given, and `more` fields of it."""
+        given = {
+            name: value
+            for name in ("steps", "lr", "batch_size", "context")
+            if (value := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(
+            gpu if self.recipe == "gpu" else small,
+            data=self.data,
+            tokenizer=None if self.tokenizer is None else str(self.tokenizer),
+            end_to_end=self.end_to_end,
+            seed=self.seed,
+            **given,
+            **more,
+        )
+
+
+def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, Any]:
+    """The model of a folder, its network, and its tokenizer; see `load_network`.
+
+    Raises:
+        ValueError: the folder does not hold them.
+    """
+    from dblocks.text import TOKENIZER_FILE, tokenizer_from_json
+
+    model, network = load_network(folder, kind, command)
+    try:
+        text = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{folder} must hold a {TOKENIZER_FILE}: {error}") from error
+    return model, network, tokenizer_from_json(text)
+
+
+def prompt_tokens(prompt: str, tokenizer: Any) -> list[int]:
+    """The tokens of `--prompt`, at least one."""
+    tokens = tokenizer.encode(prompt)
+    if not tokens:
+        raise ValueError("--prompt must have at least one token; give some text")
+    return tokens
+
+
+def print_stream(prompt: list[int], steps: Iterable[Any], tokenizer: Any) -> None:
+    """Prints a text while it is written, token by token."""
+    written, shown = [], tokenizer.decode(prompt)
+    sys.stdout.write(shown)
+    for token in steps:
+        written.append(int(token))
+        # Tokens of a file may stand for parts of a character: only whole text grows.
+        text = tokenizer.decode([*prompt, *written])
+        sys.stdout.write(text[len(shown) :])
+        sys.stdout.flush()
+        shown = text
+    print()

@@ -1,0 +1,133 @@
+"""Judging generated text: what another model and n-grams say of the samples in records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dblocks import text_metrics
+from dblocks.checkpoint import load_model, prepare, save_model
+from dblocks.experiments._base import Records
+from dblocks.metrics import next_token_nll
+from dblocks.recipes._text import PROMPT, continuations
+from dblocks.recipes.causal_lm import CausalLMRun
+from dblocks.records import FORMAT, read_record, train, write_record
+from dblocks.report import Column, Record, spread
+from dblocks.text import Corpus
+
+NGRAM = 4  # characters; the held-out text has some 13,000 different runs of four
+REPEATED = 12  # characters: a run of so many that comes again in a sample is a loop, not a word
+# As the longest row of the language model's table, from a seed that no row has.
+SCORER = CausalLMRun(end_to_end=True, steps=1440, lr=1e-3, seed=1000)
+SCORER_FOLDER = Path("runs/causal-lm-scorer")
+SCORES_FILE = "scores.json"
+RUN_FILE = "run.json"
+
+QUALITY = (
+    ("bits", "Samples: bits a character under another model", ".2f"),
+    ("divergence", f"Samples: divergence of {NGRAM}-grams from the held-out text", ".3f"),
+    ("known", f"Samples: share of {NGRAM}-grams that occur in it", ".3f"),
+    ("repetition", f"Samples: share of {REPEATED}-grams that repeat", ".3f"),
+)
+
+
+def score(name: str, key: Callable[[Record], str]) -> Callable[[Record], float | None]:
+    """Reads what `add_scores` found of those samples of a record that `key` names."""
+
+    def of(record: Record) -> float | None:
+        found = record["scores"].get(key(record))
+        return None if found is None else found[name]
+
+    return of
+
+
+def quality_columns(key: Callable[[Record], str]) -> tuple[Column, ...]:
+    """A column for each measure of the samples that `key` names."""
+
+    def column(name: str, head: str, form: str) -> Column:
+        return Column(head, lambda records: spread(records, score(name, key), form))
+
+    return tuple(column(*entry) for entry in QUALITY)
+
+
+def reference_scores(record: Record) -> str:
+    """What the held-out text itself scores, in the order of the columns."""
+    scores = record["scores"]["reference"]
+    return ", ".join(f"{scores[name]:{form}}" for name, _, form in QUALITY)
+
+
+def add_scores(folder: Path, records: Mapping[str, Records]) -> None:
+    """Adds "scores" to every record: what another model and n-grams say of its samples.
+
+    A record has them in "samples_written", by name. The scores are kept in scores.json. The model
+    is that of `SCORER`, the same for all experiments, trained where its checkpoint is not there.
+    """
+    samples = {
+        f"{row}-seed{record['run']['seed']}-{key}": texts
+        for row, many in records.items()
+        for record in many
+        for key, texts in record["samples_written"].items()
+    }
+    corpus = SCORER.corpus()
+    made = {"run": SCORER.to_dict(), "sha256": corpus.sha256, "samples": samples}
+    stored = _stored(folder / SCORES_FILE)
+    if stored is None or any(stored[key] != value for key, value in made.items()):
+        stored = {"format": FORMAT, **made, "scores": score_all(samples, corpus)}
+        write_record(folder / SCORES_FILE, stored)
+    for row, many in records.items():
+        for record in many:
+            prefix = f"{row}-seed{record['run']['seed']}-"
+            record["scores"] = {
+                key: stored["scores"][prefix + key] for key in record["samples_written"]
+            }
+            record["scores"]["reference"] = stored["scores"]["reference"]
+
+
+def score_all(samples: Mapping[str, Sequence[str]], corpus: Corpus) -> dict[str, Any]:
+    """Scores of the samples, and under "reference" of the held-out text in their place."""
+    model = _scorer()
+    prompts, truth = continuations(corpus.evaluated, SCORER.context)
+    reference = [corpus.tokenizer.decode(row.tolist()) for row in truth]
+    held_out = corpus.tokenizer.decode(corpus.evaluated.tokens.tolist())
+    return {
+        name: {
+            "bits": _bits_under(model, prompts, _tokens(texts, corpus)),
+            "divergence": text_metrics.ngram_divergence(texts, held_out, NGRAM),
+            "known": text_metrics.known_share(texts, held_out, NGRAM),
+            "repetition": text_metrics.repetition_rate(texts, REPEATED),
+        }
+        for name, texts in {**samples, "reference": reference}.items()
+    }
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    return read_record(path) if path.exists() else None
+
+
+def _scorer() -> Any:
+    if (SCORER_FOLDER / RUN_FILE).exists():
+        record = read_record(SCORER_FOLDER / RUN_FILE)
+        if CausalLMRun.from_dict(record["run"]) == SCORER:
+            return load_model(SCORER_FOLDER)
+    print(f"training the model that scores samples, for {SCORER_FOLDER}")
+    prepare(SCORER_FOLDER)
+    trained = train(SCORER, progress=True)
+    save_model(SCORER_FOLDER, trained.learner.trained)
+    write_record(SCORER_FOLDER / RUN_FILE, trained.record)
+    return trained.learner.trained
+
+
+def _tokens(texts: Sequence[str], corpus: Corpus) -> Tensor:
+    return torch.tensor([corpus.tokenizer.encode(text) for text in texts])
+
+
+@torch.no_grad()
+def _bits_under(model: Any, prompts: Tensor, written: Tensor) -> float:
+    """Bits a character of what follows the prompts."""
+    nats = next_token_nll(model, torch.cat([prompts, written], dim=1))
+    return nats[:, PROMPT - 1 :].double().mean().item() / math.log(2)
