@@ -12,14 +12,7 @@ from dblocks.cli import main
 from dblocks.models.vit import ViT, ViTConfig
 from dblocks.recipes.vit import Classifier
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other make small steps slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stdout(capsys, *argv):

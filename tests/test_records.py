@@ -11,13 +11,7 @@ from dblocks.records import read_record, train, train_to_record, write_record
 TINY = ViTRun(steps=12, points=3, width=12, depth=3, heads=2, patch_size=4, batch_size=16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other make small steps slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,7 @@ FACTORIES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # For operators this small a second thread only waits.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model_of(shared="train", **options):

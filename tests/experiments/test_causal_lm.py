@@ -1,25 +1,18 @@
 import dataclasses
 
 import pytest
-import torch
 
 from dblocks.experiments import _base, _text
 from dblocks.experiments.__main__ import EXPERIMENTS
-from dblocks.experiments.causal_lm import EXPERIMENT
 from dblocks.experiments._text import SCORER
+from dblocks.experiments.causal_lm import EXPERIMENT
 from dblocks.recipes._text import PROMPT
 from dblocks.records import read_record, train_to_record
 
 TINY = {"width": 16, "depth": 3, "heads": 2, "context": 40, "batch_size": 2, "points": 1}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other make small steps slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ import dataclasses
 import json
 
 import pytest
-import torch
 
 from dblocks.experiments import _base, vit
 from dblocks.experiments.__main__ import main
@@ -14,13 +13,7 @@ TINY = {"width": 12, "depth": 3, "heads": 2, "patch_size": 4, "batch_size": 16, 
 MARKERS = "# Title\n<!-- results:vit-digits -->\n<!-- /results:vit-digits -->\nend\n"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other make small steps slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -23,15 +23,6 @@ SIZES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # For operators this small a second thread only waits.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def vit_of(**options):
     torch.manual_seed(0)
     return ViT(ViTConfig(**{**SIZES, **options})).to(DEVICE)

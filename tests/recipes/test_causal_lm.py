@@ -14,13 +14,7 @@ from dblocks.text import Characters, Corpus, Text, load_corpus
 SIZES = {"width": 16, "depth": 3, "heads": 2, "context": 20, "batch_size": 4}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other make small steps slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,7 @@ import torch
 from dblocks.data import Images
 from dblocks.recipes.vit import ViTLearner, ViTRun
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other make small steps slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 TINY = {"width": 12, "depth": 3, "heads": 2, "patch_size": 4, "batch_size": 8}
