@@ -71,6 +71,7 @@ def mean(records: Sequence[Record], key: str) -> float:
 
 # What every run costs; `{"layers_per_step": ...}` and so on are in every record.
 COSTS = (
+    Column("learning rate", lambda r: f"{r[0]['run']['lr']:g}"),
     Column("layers run and kept per step", lambda r: f"{r[0]['layers_per_step']:g}"),
     Column("layer evaluations", lambda r: f"{r[0]['layer_evaluations']:,}"),
     Column("samples seen", lambda r: f"{r[0]['samples']:,}"),
@@ -87,10 +88,7 @@ README_COSTS = (
     ),
     Column("Samples seen", lambda r: f"{r[0]['samples']:,}"),
     Column("Saved activations, MiB", lambda r: f"{r[0]['activations_mib']:.1f}"),
-    Column(
-        "Parameters + gradients + optimizer of a step (of the process), MiB",
-        lambda r: f"{r[0]['state_mib']:.1f} ({r[0]['process_mib']:.1f})",
-    ),
+    Column("State of a step, MiB", lambda r: f"{r[0]['state_mib']:.1f}"),
     Column("Seconds", lambda r: f"{mean(r, 'seconds'):.0f}"),
 )
 

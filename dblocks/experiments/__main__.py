@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     full.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     full.add_argument("--records", type=Path, help="folder of the records of one experiment")
     full.add_argument("--readme", type=Path, default=README, help="file with the tables' markers")
+    full.add_argument("--report", type=Path, help="file with the whole tables' markers")
     full.add_argument("--figure", type=Path, help="the PNG of one experiment to write")
     args = parser.parse_args(argv)
     try:
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             vit.demo(args.out)
             return 0
         for name in args.names or EXPERIMENTS:
-            EXPERIMENTS[name].results(args.records, args.figure, args.readme, args.workers)
+            EXPERIMENTS[name].results(
+                args.records, args.figure, args.readme, args.report, args.workers
+            )
     except (ImportError, ValueError, OSError) as error:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2

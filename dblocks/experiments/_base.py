@@ -22,6 +22,7 @@ from dblocks.records import read_record, train_to_record
 from dblocks.report import Column, Rows, markdown_table, text_table, write_between_markers
 
 README = Path("README.md")
+REPORT = Path("docs/results.md")
 SELECTION_SEED = 100
 
 Records = list[dict[str, Any]]
@@ -49,11 +50,11 @@ class Experiment:
     headline: Callable[[Mapping[str, Any]], str]
     """What a record reached, in a few words."""
     columns: Sequence[Column]
-    """Of the table for a terminal."""
+    """Of the whole table, for a terminal and the report."""
     readme_columns: Sequence[Column]
     """Of the README's table."""
     caption: Callable[[Rows], str]
-    """How the table was made, in a paragraph."""
+    """How the tables were made, in a paragraph of the report."""
     draw: Callable[[Rows, Path], None]
     """Writes the figure of the rows."""
     finish: Callable[[Path, Mapping[str, Records]], None] | None = None
@@ -89,9 +90,20 @@ class Experiment:
         folder: Path | None = None,
         figure: Path | None = None,
         readme: Path = README,
+        report: Path | None = None,
         workers: int = 2,
     ) -> None:
-        """The full recipe, then the README's table and the figure from the records."""
+        """The full recipe; then from the records the figure, the README's table and the report.
+
+        Args:
+            folder: of the records.
+            figure: the PNG to write.
+            readme: gets a short table between its markers.
+            report: gets the whole table and how it was made; docs/results.md beside the README by
+                default.
+            workers: processes at a time.
+        """
+        report = report or readme.parent / REPORT
         folder, figure = folder or self.records, figure or self.figure
         selections = {row: self.selection_runs(row) for row in self.selection_shorter}
         run_missing(jobs(folder, selections), self.headline, workers)
@@ -105,13 +117,15 @@ class Experiment:
         if self.finish is not None:
             self.finish(folder, records)
         rows = {self.rows[row][0]: records[row] for row in self.rows}
-        print(text_table(rows, self.columns))
+        table = text_table(rows, self.columns)
+        print(table)
         print(provenance([r for many in (*tried.values(), *records.values()) for r in many]))
         self.draw(rows, figure)
-        table = markdown_table(rows, self.readme_columns)
-        text = f"{table}\n\n{self.caption(rows)}"
-        write_between_markers(readme, f"results:{self.name}", text)
-        print(f"wrote {figure} and the table in {readme}")
+        markers = f"results:{self.name}"
+        write_between_markers(readme, markers, markdown_table(rows, self.readme_columns))
+        whole = "\n".join(line.rstrip() for line in table.splitlines())
+        write_between_markers(report, markers, f"```text\n{whole}\n```\n\n{self.caption(rows)}")
+        print(f"wrote {figure} and the tables in {readme} and {report}")
 
 
 def draw_comparison(

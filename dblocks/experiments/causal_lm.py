@@ -53,12 +53,7 @@ BITS_COLUMNS = (
     Column("Bits a character, all blocks (bound)", lambda r: spread(r, bits_of_all_blocks, ".3f")),
 )
 COLUMNS = (*BITS_COLUMNS, *quality_columns(main_samples), *COSTS)
-README_COLUMNS = (
-    Column("Learning rate", lambda r: f"{r[0]['run']['lr']:g}"),
-    *BITS_COLUMNS,
-    *quality_columns(main_samples),
-    *README_COSTS,
-)
+README_COLUMNS = (*BITS_COLUMNS[:1], *quality_columns(main_samples), *README_COSTS)
 
 
 def caption(rows: Rows) -> str:
@@ -83,9 +78,9 @@ def caption(rows: Rows) -> str:
         "temperature 1, in blocks with a step for each block; with the first block alone they "
         f"reach, in the order of the columns, {one_step}; the held-out text in its place "
         f"{reference_scores(first[0])}. The other model is trained as the last line, from another "
-        "seed. Seconds are for one thread of a shared CPU, two runs at a time. Every run's record is in "
-        "`benchmarks/results/causal_lm_pydoc/`; `make results` makes the table from them and runs "
-        "those that are missing."
+        "seed. Seconds are for one thread of a shared CPU, two runs at a time. Every run's record "
+        "is in `benchmarks/results/causal_lm_pydoc/`; `make results` makes the table from them and "
+        "runs those that are missing."
     )
 
 

@@ -42,12 +42,11 @@ def first_block(record: Record) -> float | None:
 
 COLUMNS = (
     Column("held-out accuracy", lambda r: percent(r, accuracy)),
+    Column("  AdaLN", lambda r: "yes" if r[0]["adaln"] else "no"),
     Column("  first block alone (1 denoising step)", lambda r: percent(r, first_block)),
     *COSTS,
 )
 README_COLUMNS = (
-    Column("AdaLN", lambda r: "yes" if r[0]["adaln"] else "no"),
-    Column("Learning rate", lambda r: f"{r[0]['run']['lr']:g}"),
     Column("Held-out accuracy", lambda r: percent(r, accuracy)),
     *README_COSTS,
 )
@@ -70,8 +69,8 @@ def caption(rows: Rows) -> str:
         "not train on; they have another seed and as many steps, in the third line a fifth. Blocks "
         f"classify with 3 denoising steps{alone}. Memory is counted in tensors: what autograd "
         "saves for one backward pass; and parameters, gradients and optimizer state of what one "
-        "step trains (all that a worker of one block holds), in brackets of the whole process, "
-        "which holds every block. Seconds are for one thread of a shared CPU, two runs at a time. "
+        "step trains (all that a worker of one block holds), and of the whole process, which holds "
+        "every block. Seconds are for one thread of a shared CPU, two runs at a time. "
         "Every run's record is in `benchmarks/results/vit_digits/`; "
         "`make results` makes the table from them and runs those that are missing."
     )

@@ -55,12 +55,14 @@ def test_the_scoring_model_is_the_longest_row_from_a_seed_of_its_own():
     assert SCORER.seed not in {*EXPERIMENT.seeds, _base.SELECTION_SEED}
 
 
-def test_results_writes_table_and_figure_and_keeps_the_scores(tmp_path, tiny, monkeypatch, capsys):
-    folder, readme = tmp_path / "records", tmp_path / "README.md"
-    readme.write_text("<!-- results:causal-lm-pydoc -->\n<!-- /results:causal-lm-pydoc -->\n")
+def test_results_writes_table_and_figure_and_keeps_the_scores(
+    tmp_path, tiny, monkeypatch, capsys, pages
+):
+    folder = tmp_path / "records"
+    readme, report = pages("causal-lm-pydoc")
     run_all(tiny, folder)
     tiny.results(folder, tmp_path / "figure.png", readme)
-    text = readme.read_text()
+    short, text = readme.read_text(), report.read_text()
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     stored = read_record(folder / "scores.json")
     names = {f"blocks-seed{s}-{n}" for s in (0, 1) for n in (1, 3)}
@@ -72,15 +74,14 @@ def test_results_writes_table_and_figure_and_keeps_the_scores(tmp_path, tiny, mo
     reference = stored["scores"]["reference"]
     assert reference["known"] == 1  # it is a part of the held-out text
     assert f"the held-out text in its place {reference['bits']:.2f}" in text
-    shown = [line for line in text.splitlines() if line.startswith("| end to end |")]
-    cells = [c.strip() for c in shown[0].split("|")]
-    assert cells[4] == "-"  # no denoising steps
-    assert "12 characters" not in text
+    bound = next(line for line in text.splitlines() if "all blocks (bound)" in line)
+    assert bound.split()[-2:] == ["-", "-"]  # end to end there are no denoising steps
+    assert short.count("\n| end to end") == 2
     # Nothing is trained or scored a second time.
     monkeypatch.setattr(_text, "train", None)
     monkeypatch.setattr(_text, "_bits_under", None)
     tiny.results(folder, tmp_path / "figure.png", readme)
-    assert readme.read_text() == text
+    assert (readme.read_text(), report.read_text()) == (short, text)
     assert capsys.readouterr().out.count("training the model that scores samples") == 1
 
 

@@ -10,7 +10,6 @@ from dblocks.recipes.vit import ViTRun
 from dblocks.records import read_record, write_record
 
 TINY = {"width": 12, "depth": 3, "heads": 2, "patch_size": 4, "batch_size": 16, "points": 2}
-MARKERS = "# Title\n<!-- results:vit-digits -->\n<!-- /results:vit-digits -->\nend\n"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,25 +81,28 @@ def test_best_rate_wins_and_ties_go_to_the_smaller():
     assert EXPERIMENT.chosen_lr(records) == 1e-3
 
 
-def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys, pages):
     write_all(tmp_path / "records")
-    readme = tmp_path / "README.md"
-    readme.write_text(MARKERS)
+    readme, report = pages("vit-digits")
 
     def refuse(*_, **__):
         raise AssertionError("a finished run was started again")
 
     monkeypatch.setattr(_base, "ProcessPoolExecutor", refuse)
     EXPERIMENT.results(tmp_path / "records", tmp_path / "figure.png", readme)
-    text = readme.read_text()
     selections = [read_record(path) for path in (tmp_path / "records").glob("selection-*")]
     lr = f"{EXPERIMENT.chosen_lr(selections):g}"
-    assert f"| 3 blocks, equal layer evaluations | yes | {lr} | 91.0 ± 1.0 % |" in text
-    assert f"| end to end | no | {lr} | 92.0 ± 1.0 % | 18,000 (12 a step) | 192,000 |" in text
-    assert text.startswith("# Title\n")
-    assert text.endswith("end\n")
+    short, whole = readme.read_text(), report.read_text()
+    for text in (short, whole):
+        assert text.startswith("# Title\n")
+        assert text.endswith("end\n")
+    assert "| 3 blocks, equal layer evaluations | 91.0 ± 1.0 % |" in short
+    assert "| end to end | 92.0 ± 1.0 % | 18,000 (12 a step) | 192,000 |" in short
+    lines = {line[:30].strip(): line[30:].split() for line in whole.splitlines()}
+    assert lines["learning rate"] == [lr, lr, lr]
+    assert lines["AdaLN"] == ["yes", "no", "no"]
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert "the first block alone, with 1 step, reaches 86.0 ± 1.0 %" in text
+    assert "the first block alone, with 1 step, reaches 86.0 ± 1.0 %" in whole
     out = capsys.readouterr().out
     assert "9 of 9 runs are there, 0 to do" in out
     records = len(EXPERIMENT.rows) * (len(EXPERIMENT.lrs) + len(EXPERIMENT.seeds))
@@ -117,12 +119,13 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
     ],
 )
 @pytest.mark.parametrize("part", ["selection", "final"])
-def test_records_of_other_commits_are_used_with_a_warning(tmp_path, capsys, part, commit, warning):
+def test_records_of_other_commits_are_used_with_a_warning(
+    tmp_path, capsys, pages, part, commit, warning
+):
     write_all(tmp_path)
     path = sorted(tmp_path.glob(f"{part}-*"))[0]
     write_record(path, {**read_record(path), "environment": {"commit": commit}})
-    readme = tmp_path / "README.md"
-    readme.write_text(MARKERS)
+    readme, _ = pages("vit-digits")
     EXPERIMENT.results(tmp_path, tmp_path / "figure.png", readme)
     out = capsys.readouterr().out
     assert f"0123456789ab, {commit or 'unknown'}" in out.replace("ba9876543210", str(commit))
