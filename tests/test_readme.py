@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, and its links lead somewhere."""
+"""The README's examples run as they stand, and the pages' links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -19,10 +19,12 @@ def test_there_are_examples():
     assert len(BLOCKS) >= 2
 
 
-def test_links_to_files_lead_somewhere():
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_links_to_files_lead_somewhere(page):
+    path = ROOT / page
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text())
     assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    assert [target for target in targets if not (path.parent / target).exists()] == []
 
 
 def test_make_targets_named_exist():
