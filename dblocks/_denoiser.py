@@ -10,9 +10,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dblocks import functional as F
 from dblocks._parts import Batch, BlockModel, BlocksConfig, Weighting
-from dblocks.schedule import NoiseLevel
+from dblocks.schedule import Schedule
 
 # Weighting "clamped": w reaches 250,000 at the lowest noise, which would outweigh all else.
 CLAMPED_WEIGHT_MAX = 20.0
@@ -29,16 +28,16 @@ class Loss(NamedTuple):
     weight: Tensor
     """What each was multiplied with."""
     sigma: Tensor
-    """The noise levels drawn."""
+    """The levels drawn: sigma, or t where tokens are masked."""
 
 
 class Draw(NamedTuple):
     """The random numbers of one training step, on the device."""
 
     sigma: Tensor
-    """float32 noise levels [N] (or [N, T])."""
+    """float32 levels [N] (or [N, T]): sigma, or t where tokens are masked."""
     seed: Tensor
-    """0-d int64: seed of the noise."""
+    """0-d int64: seed of the noise or the masks."""
     drop: Tensor | None
     """bool [N]: whose condition is dropped; None where the model never drops."""
 
@@ -87,10 +86,11 @@ class Denoiser(nn.Module, ABC):
     def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
         """The loss of a block at given random numbers; compiles as one graph."""
         model, layers = self.parts(block)
-        schedule = self.config.schedule
-        level = schedule.level(draw.sigma)
+        config = self.config
+        schedule: Schedule = config.schedule
+        level: Any = schedule.level(draw.sigma)
         y = model.embed_target(batch)
-        noised = F.noise_inject(y, level.sigma, draw.seed, sigma_data=schedule.sigma_data)
+        noised = schedule.corrupt(y, level, draw.seed)
         condition = model.embed_condition(batch, draw.drop)
         hidden = model.run_layers(layers, noised.z_in, level, condition)
         losses = model.score(hidden, cast(Tensor, noised.z), level, y, draw.seed, batch)
@@ -100,9 +100,8 @@ class Denoiser(nn.Module, ABC):
                 f"{list(draw.sigma.shape)}, got {list(losses.shape)}; "
                 "average over what shares a sigma, see dblocks.blocks.BlockModel"
             )
-        weight = loss_factors(
-            self.config.weighting, model.loss_kind, schedule.loss_weight(level.sigma)
-        )
+        w = schedule.loss_weight(draw.sigma, block, config.num_blocks, overlap=config.overlap)
+        weight = loss_factors(config.weighting, model.loss_kind, w)
         return Loss((weight * losses).mean(), losses, weight, draw.sigma)
 
 
@@ -111,7 +110,8 @@ class Bound:
 
     The condition is embedded at the first call and kept for the following ones. With a
     `guidance_scale` g other than 1, the prediction is `uncond + g*(cond - uncond)`: of denoised
-    estimates for the call itself, of logits for `logits`.
+    estimates for the call itself, of logits for `logits`. Scales 1 and 0 are one of the two
+    predictions, exactly and in one call of the network.
     """
 
     def __init__(self, denoiser: Denoiser, cond: Batch, guidance_scale: float = 1.0) -> None:
@@ -121,7 +121,10 @@ class Bound:
         self._embedded: dict[tuple[int, bool], Any] = {}
 
     def __call__(self, z: Tensor, sigma: Tensor, *, block: int | None = None) -> Tensor:
-        """The estimate of y from z [N, ...] at sigma, 0-d, [N] or [N, S]; float32."""
+        """The estimate of y from z [N, ...] at sigma, 0-d, [N] or [N, S]; float32.
+
+        With a `MaskSchedule`, z are tokens and sigma is t; the estimate are probabilities.
+        """
         return self._guided(z, sigma, block, logits=False)
 
     def logits(self, z: Tensor, sigma: Tensor, *, block: int | None = None) -> Tensor:
@@ -129,25 +132,25 @@ class Bound:
         return self._guided(z, sigma, block, logits=True)
 
     def _guided(self, z: Tensor, sigma: Tensor, block: int | None, *, logits: bool) -> Tensor:
-        z = z if z.dtype == torch.float64 else z.float()
+        schedule: Schedule = self.denoiser.config.schedule
+        z = schedule.state(z)
         if not isinstance(sigma, Tensor):
             sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
         _check_sigma(z, sigma)
         # A level belongs to a block in its own dtype, before it is converted.
         if block is None:
             block = self._owner(sigma)
-        level = self.denoiser.config.schedule.level(_sigma_for(z, sigma))
+        level = schedule.level(_sigma_for(z, sigma))
+        if self.guidance_scale in (0, 1):
+            unconditional = self.guidance_scale == 0
+            return self._predict(z, level, block, logits=logits, drop=unconditional)
         given = self._predict(z, level, block, logits=logits, drop=False)
-        if self.guidance_scale == 1:
-            return given
         null = self._predict(z, level, block, logits=logits, drop=True)
         return null + self.guidance_scale * (given - null)
 
-    def _predict(
-        self, z: Tensor, level: NoiseLevel, block: int, *, logits: bool, drop: bool
-    ) -> Tensor:
+    def _predict(self, z: Tensor, level: Any, block: int, *, logits: bool, drop: bool) -> Tensor:
         model, layers = self.denoiser.parts(block)
-        z_in = z * _over_rows(level.c_in, z)
+        z_in = self.denoiser.config.schedule.scale_in(z, level)
         condition = self._condition(model, z, drop)
         hidden = model.run_layers(layers, z_in, level, condition)
         prediction = model.read_out(hidden, z, level)
@@ -181,12 +184,13 @@ def loss_factors(weighting: Weighting, loss_kind: str, w: Tensor) -> Tensor:
     of the denoised estimate. An L2 loss in F space already carries w_i, which is divided out.
 
     Args:
-        weighting: the rule; `auto` is `edm` for "l2" and `batch_mean` for "cross_entropy".
-        loss_kind: "l2" or "cross_entropy".
-        w: EDM loss weights, of the shape of sigma.
+        weighting: the rule; `auto` is w_i for "l2" and "masked_cross_entropy", and `batch_mean` for
+            "cross_entropy".
+        loss_kind: "l2", "cross_entropy" or "masked_cross_entropy".
+        w: the schedule's loss weights, of the shape of sigma.
     """
     if weighting == "auto":
-        weighting = "edm" if loss_kind == "l2" else "batch_mean"
+        weighting = "batch_mean" if loss_kind == "cross_entropy" else "edm"
     if weighting == "edm":
         return torch.ones_like(w) if loss_kind == "l2" else w
     if weighting == "clamped":
@@ -233,16 +237,10 @@ def _check_sigma(z: Tensor, sigma: Tensor) -> None:
 
 
 def _sigma_for(z: Tensor, sigma: Tensor) -> Tensor:
+    dtype = torch.promote_types(z.dtype, torch.float32)
     if sigma.ndim == 0:
         # Filling in a number from the host does not synchronise, copying it would.
         if sigma.device.type == "cpu" and z.device.type != "cpu":
-            return torch.full((len(z),), sigma.item(), dtype=z.dtype, device=z.device)
+            return torch.full((len(z),), sigma.item(), dtype=dtype, device=z.device)
         sigma = sigma.expand(len(z))
-    return sigma.to(z.device, z.dtype)
-
-
-def _over_rows(value: Tensor, z: Tensor) -> Tensor:
-    """`value` [N] or [N, S], of the shape that multiplies z."""
-    if value.ndim == 2:
-        value = value.repeat_interleave(z.shape[1] // value.shape[1], dim=1)
-    return value.reshape(value.shape + (1,) * (z.ndim - value.ndim))
+    return sigma.to(z.device, dtype)

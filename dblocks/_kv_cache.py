@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -59,7 +58,8 @@ class KVCache:
     """Keys and values of some layers, [N, Hkv, capacity, Dh] each, allocated at the first use.
 
     Rows are first written, by the functions of `attends`, and then counted, by `commit`; what was
-    not counted is overwritten by the next rows.
+    not counted is overwritten by the next rows. Beside the keys and values the cache holds one row
+    of features, that of the last token, for networks in which a token looks back at it.
 
     Args:
         slots: where tokens stand; caches of several blocks share it.
@@ -70,30 +70,53 @@ class KVCache:
         self.slots = slots
         self.committed = 0
         self._kv: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self._last: Tensor | None = None
 
     def positions(self, rows: int) -> Tensor:
         """Positions of the `rows` slots after the committed ones."""
         return self.slots.positions(self.committed, self.committed + rows)
 
-    def attends(self, rows: int) -> Iterator[Attend]:
-        """For each layer, the attention of the next `rows` rows over the cache and themselves.
+    def attends(self, rows: int, first: int = 0, last: int | None = None) -> list[Attend]:
+        """For the layers `first` to `last`, the attention of the next `rows` rows over the cache
+        and themselves.
 
         It is called with keys and values of these rows, which it writes into the cache, and with
         queries of all of them or of the last one.
         """
         mask = self.slots.mask(self.committed, self.committed + rows)
-        for layer in range(len(self._kv)):
-            yield partial(self._attend, layer, mask)
+        return [partial(self._attend, layer, mask) for layer in range(len(self._kv))[first:last]]
 
-    def commit(self, rows: int) -> None:
-        """Keeps the first `rows` of the rows written last."""
+    def before(self, x: Tensor) -> Tensor:
+        """What stands before each of the next R slots and before the one after them.
+
+        Args:
+            x: features of the next R slots, [N, R, D].
+
+        Returns:
+            [N, R + 1, D]: the features of the token before; 0 before the first token.
+        """
+        held = x.new_zeros(len(x), 1, x.shape[2]) if self._last is None else self._last
+        rows = torch.cat([held, x], dim=1)
+        lengths, first = self.slots.lengths, self.slots.prompt - self.committed
+        if lengths is not None and 0 < first <= x.shape[1]:
+            # Of a shorter prompt, slots without tokens lie between its end and the next token.
+            rows[:, first] = self._prompt_ends(x, lengths)[:, 0]
+        return rows
+
+    def commit(self, rows: int, last: Tensor | None = None) -> None:
+        """Keeps the first `rows` of the rows written last, and `last` [N, 1, D] for `before`."""
         self.committed += rows
+        self._last = self._last if last is None else last
 
     def last_row(self, x: Tensor) -> Tensor:
         """Of rows [N, R, D] that are about to be committed, each sample's last one, [N, 1, D]."""
         lengths, end = self.slots.lengths, self.committed + x.shape[1]
         if lengths is None or end > self.slots.prompt:
             return x[:, -1:]
+        return self._prompt_ends(x, lengths)
+
+    def _prompt_ends(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Of rows [N, R, D] that hold all prompts' last tokens, those rows, [N, 1, D]."""
         index = (lengths - 1 - self.committed)[:, None, None]
         return x.gather(1, index.expand(-1, 1, x.shape[2]))
 

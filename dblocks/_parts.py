@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
 from dblocks._config import JsonConfig
-from dblocks.schedule import OVERLAP, NoiseLevel, NoiseSchedule, check_count
+from dblocks.mask_schedule import MaskSchedule
+from dblocks.schedule import OVERLAP, NoiseSchedule, check_count
 
 Batch = Mapping[str, Any]
 Weighting = Literal["auto", "edm", "clamped", "none", "batch_mean"]
 Shared = Literal["train", "frozen", "private", "reduce"]
-WEIGHTINGS = ("auto", "edm", "clamped", "none", "batch_mean")
+LossKind = Literal["cross_entropy", "l2", "masked_cross_entropy"]
 SHARED = ("train", "frozen", "private", "reduce")
-LOSS_KINDS = ("cross_entropy", "l2")
+LOSS_KINDS = get_args(LossKind)
 PARTS = (
     "sigma_shape",
     "embed_target",
@@ -35,7 +36,9 @@ class BlockModel(Protocol):
     Four parts: embed the target, embed the condition, run some of the layers, read out and score.
     Parameters outside `layers` are shared by all blocks. A batch is a mapping; sampling passes the
     keys that `embed_condition` reads. `N...` stands for the shape of sigma: [N], or for a target
-    [N, T, D] also [N, S], one level for each of S segments of T/S tokens.
+    [N, T, D] also [N, S], one level for each of S segments of T/S tokens. `level` is what the
+    schedule's `level` returns: a `NoiseLevel`, or a `MaskLevel` where the target are tokens that
+    are masked, int64 [N, T]; then `run_layers` takes them as they are.
 
     `score` returns one loss for each sigma. `F.edm_loss` averages over all but the first dimension,
     so an L2 model with a sigma for every segment hands it the segments as samples; noise depends on
@@ -49,8 +52,9 @@ class BlockModel(Protocol):
 
     layers: nn.ModuleList
     """The residual layers, first to last."""
-    loss_kind: Literal["cross_entropy", "l2"]
-    """What `score` returns: cross-entropy, or the L2 loss in F space (which carries the weight)."""
+    loss_kind: LossKind
+    """What `score` returns: cross-entropy; the L2 loss in F space (which carries the weight); or,
+    with a `MaskSchedule`, the cross-entropy summed over masked tokens over the number of tokens."""
     condition_drop: float
     """Probability with which training drops a sample's condition."""
 
@@ -75,21 +79,21 @@ class BlockModel(Protocol):
         ...
 
     def run_layers(
-        self, layers: Sequence[nn.Module], z_in: Tensor, level: NoiseLevel, condition: Any
+        self, layers: Sequence[nn.Module], z_in: Tensor, level: Any, condition: Any
     ) -> Any:
         """Runs some of the layers on the scaled noisy target `z_in = c_in*z`."""
         ...
 
-    def read_out(self, hidden: Any, z: Tensor, level: NoiseLevel) -> Tensor:
+    def read_out(self, hidden: Any, z: Tensor, level: Any) -> Tensor:
         """The prediction from the layers' result: logits, or F for the L2 loss."""
         ...
 
-    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+    def denoise(self, prediction: Tensor, z: Tensor, level: Any) -> Tensor:
         """The estimate of y from a prediction, of the shape of z."""
         ...
 
     def score(
-        self, hidden: Any, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
+        self, hidden: Any, z: Tensor, level: Any, y: Tensor, seed: Tensor, batch: Batch
     ) -> Tensor:
         """The losses, exactly of the shape of sigma; noise regenerated from `seed` is that of z."""
         ...
@@ -133,12 +137,14 @@ class BlocksConfig(JsonConfig):
     """Number of blocks."""
     layers_per_block: tuple[int, ...] | None = None
     """Layers of each block, first to last; evenly by default, extra layers to the first blocks."""
-    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
-    """Noise levels and their partition."""
+    schedule: NoiseSchedule | MaskSchedule = field(default_factory=NoiseSchedule)
+    """Levels of noise, or of masks, and their partition."""
     overlap: float = OVERLAP
-    """Widening of each block's range in training, as a fraction of its length in log space."""
+    """Widening of each block's range in training, as a fraction of its length (of ln sigma, or of
+    the share of masked tokens)."""
     weighting: Weighting = "auto"
-    """Weight of a sample's loss; auto is edm for L2 and batch_mean for cross-entropy."""
+    """Weight of a sample's loss; auto is edm for L2, batch_mean for cross-entropy, and the weight
+    of the bound for masks."""
     shared: Shared = "train"
     """What happens to parameters outside the layers: train, frozen, private or reduce."""
 
@@ -147,8 +153,11 @@ class BlocksConfig(JsonConfig):
         if self.layers_per_block is not None:
             counts = (check_count("layers_per_block", n) for n in self.layers_per_block)
             object.__setattr__(self, "layers_per_block", tuple(counts))
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
+        if self.weighting not in self.schedule.weightings:
+            raise ValueError(
+                f"weighting must be one of {self.schedule.weightings} with a "
+                f"{type(self.schedule).__name__}, got {self.weighting!r}"
+            )
         if self.shared not in SHARED:
             raise ValueError(f"shared must be one of {SHARED}, got {self.shared!r}")
         if self.shared == "reduce":
@@ -159,6 +168,20 @@ class BlocksConfig(JsonConfig):
         # The schedule checks that its partition makes as many blocks, and the overlap.
         self.schedule.range_of(0, self.num_blocks, overlap=self.overlap)
         self._check_layers()
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The schedule, of those that add noise.
+
+        Raises:
+            TypeError: it masks tokens.
+        """
+        if not isinstance(self.schedule, NoiseSchedule):
+            raise TypeError(
+                "noise levels need blocks with a NoiseSchedule, "
+                f"got a {type(self.schedule).__name__}; masked tokens are sampled by dblocks.unmask"
+            )
+        return self.schedule
 
     def layer_ranges(self, num_layers: int) -> tuple[tuple[int, int], ...]:
         """The layers [first, last) of each block, which cover every layer once.

@@ -146,17 +146,21 @@ class MLP(nn.Module):
         dim: width D.
         hidden_dim: width between the two layers.
         bias: the linear layers have biases.
+        approximate: "none", or "tanh" for the approximation of GELU.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = True) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, *, bias: bool = True, approximate: str = "none"
+    ) -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
         self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
         self.apply(init_linear_)
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the two layers to the last dimension of `x`."""
-        return self.fc2(nnf.gelu(self.fc1(x)))
+        return self.fc2(nnf.gelu(self.fc1(x), approximate=self.approximate))
 
 
 class SwiGLU(nn.Module):

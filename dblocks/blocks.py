@@ -54,6 +54,7 @@ class DiffusionBlocks(Denoiser):
     def __init__(self, model: BlockModel, config: BlocksConfig) -> None:
         super().__init__()
         check_model(model)
+        _check_loss_kind(model, config)
         self.config = config
         self.layer_ranges = config.layer_ranges(len(model.layers))
         self.base_model = model
@@ -147,8 +148,9 @@ class DiffusionBlocks(Denoiser):
             yield from _outside_layers(self.base_model)
 
     def print_blocks(self) -> None:
-        """Prints each block's layers, noise levels and parameters."""
-        print(f"{'block':>5} {'layers':>8} {'sigma':>20} {'parameters':>12}")
+        """Prints each block's layers, levels (sigma, or t of masks) and parameters."""
+        symbol = self.config.schedule.symbol
+        print(f"{'block':>5} {'layers':>8} {symbol:>20} {'parameters':>12}")
         for b, (first, last) in enumerate(self.layer_ranges):
             lo, hi = self.config.schedule.range_of(b, self.config.num_blocks)
             count = sum(p.numel() for p in self.block_parameters(b))
@@ -205,6 +207,16 @@ class Block(Denoiser):
     ) -> Tensor:
         """The estimate of the clean target; see `DiffusionBlocks.forward`."""
         return self.bind(guidance_scale=guidance_scale, **cond)(z, sigma, block=self.index)
+
+
+def _check_loss_kind(model: BlockModel, config: BlocksConfig) -> None:
+    schedule = config.schedule
+    if model.loss_kind not in schedule.loss_kinds:
+        raise ValueError(
+            f"loss_kind of {type(model).__name__} must be one of {schedule.loss_kinds} with a "
+            f"{type(schedule).__name__}, got {model.loss_kind!r}; "
+            "tokens that are masked need a MaskSchedule, all else a NoiseSchedule"
+        )
 
 
 def _check_frozen(model: BlockModel, shared: str, shared_ids: set[int]) -> None:

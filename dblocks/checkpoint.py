@@ -12,17 +12,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from dblocks._config import JsonConfig
 from dblocks._version import __version__
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, unwrapped
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
+from dblocks.models.dit import DiT, DiTConfig
+from dblocks.models.masked_lm import MaskedLM, MaskedLMConfig
+from dblocks.models.recurrent import RecurrentConfig, RecurrentLM
 from dblocks.models.vit import ViT, ViTConfig
 
-Network = ViT | CausalLM
-NETWORKS: dict[str, tuple[type[Network], type[ViTConfig | CausalLMConfig]]] = {
+Network = nn.Module
+NETWORKS: dict[str, tuple[type[nn.Module], type[JsonConfig]]] = {
     "vit": (ViT, ViTConfig),
     "causal_lm": (CausalLM, CausalLMConfig),
+    "dit": (DiT, DiTConfig),
+    "masked_lm": (MaskedLM, MaskedLMConfig),
+    "recurrent": (RecurrentLM, RecurrentConfig),
 }
 FORMAT = 1
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config"}
@@ -99,7 +106,7 @@ def save_model(folder: str | Path, model: Network | DiffusionBlocks) -> None:
         "format": FORMAT,
         "dblocks": __version__,
         "model": names[0],
-        "model_config": network.config.to_dict(),
+        "model_config": cast(Any, network).config.to_dict(),
         "blocks_config": None if config is None else config.to_dict(),
     }
     tensors = {name: t.detach().contiguous() for name, t in _tensors(model).items()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from dblocks.commands import causal_lm, vit
+from dblocks.commands import causal_lm, dit, masked_lm, recurrent, vit
 
 DESCRIPTION = """DiffusionBlocks: train a residual network one block of layers at a time.
 
@@ -77,9 +77,35 @@ class Bench:
 
 
 NETWORKS = {  # by verb and network
-    "train": ("Train a network.", {"vit": vit.Train, "causal-lm": causal_lm.Train}),
-    "eval": ("Measure a trained network.", {"vit": vit.Eval, "causal-lm": causal_lm.Eval}),
-    "sample": ("Let a trained network generate.", {"causal-lm": causal_lm.Sample}),
+    "train": (
+        "Train a network.",
+        {
+            "vit": vit.Train,
+            "causal-lm": causal_lm.Train,
+            "masked-lm": masked_lm.Train,
+            "recurrent": recurrent.Train,
+            "dit": dit.Train,
+        },
+    ),
+    "eval": (
+        "Measure a trained network.",
+        {
+            "vit": vit.Eval,
+            "causal-lm": causal_lm.Eval,
+            "masked-lm": masked_lm.Eval,
+            "recurrent": recurrent.Eval,
+            "dit": dit.Eval,
+        },
+    ),
+    "sample": (
+        "Let a trained network generate.",
+        {
+            "causal-lm": causal_lm.Sample,
+            "masked-lm": masked_lm.Sample,
+            "recurrent": recurrent.Sample,
+            "dit": dit.Sample,
+        },
+    ),
 }
 COMMANDS = {"info": Info, "bench": Bench}
 

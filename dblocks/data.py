@@ -24,7 +24,7 @@ class Images:
     """Images with their classes, in memory."""
 
     images: Tensor
-    """float32 [N, C, H, W], pixel values in [-1, 1]."""
+    """Floating point [N, C, H, W], pixel values in [-1, 1] or latents."""
     labels: Tensor
     """int64 [N]."""
 
@@ -83,11 +83,19 @@ def digits(part: Part = "final") -> tuple[Images, Images]:
             (30 %); "selection" never sees the held-out part: it trains on 80 % of the training
             part and evaluates on the other 20 %, the validation part.
     """
-    everything = load_digits()
-    kept, held_out = stratified_split(everything.labels, HELD_OUT, SPLIT_SEED)
-    training = everything[kept]
+    return split(load_digits(), part)
+
+
+def split(everything: Images, part: Part = "final") -> tuple[Images, Images]:
+    """What to train on and what to evaluate on, of any images; parts as of `digits`."""
+    kept, taken = stratified_split(everything.labels, HELD_OUT, SPLIT_SEED)
+    return choose_part(everything[kept], everything[taken], part)
+
+
+def choose_part(training: Images, held_out: Images, part: Part) -> tuple[Images, Images]:
+    """What to train on and what to evaluate on, where the held-out part is given."""
     if part == "final":
-        return training, everything[held_out]
+        return training, held_out
     fit, validation = stratified_split(training.labels, VALIDATION, SPLIT_SEED)
     return training[fit], training[validation]
 

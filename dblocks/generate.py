@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 from dblocks import functional as F
 from dblocks._kv_cache import KVCache, Slots
 from dblocks.blocks import DiffusionBlocks, unwrapped
+from dblocks.models._causal import LanguageModel
 from dblocks.models._tokens import check_tokens
-from dblocks.models.causal_lm import CausalLM
 from dblocks.sample import blocks_of, grid_of, levels_of
 from dblocks.schedule import check_count
 
@@ -22,7 +22,7 @@ MAX_SEED = 2**63 - 1
 
 
 def generate(
-    model: DiffusionBlocks | CausalLM,
+    model: DiffusionBlocks | LanguageModel,
     prompts: Prompts,
     *,
     max_new_tokens: int,
@@ -56,7 +56,7 @@ def generate(
 
 
 def stream(
-    model: DiffusionBlocks | CausalLM,
+    model: DiffusionBlocks | LanguageModel,
     prompts: Prompts,
     *,
     max_new_tokens: int,
@@ -78,19 +78,21 @@ def stream(
 
     Each block keeps keys and values of the clean tokens in its own layers. A token's rows are added
     with that block's first call for the next token, beside the noisy row, so that a token costs
-    `num_steps` calls and no more. Without the cache all rows are computed at each call, with the
-    same result but for rounding.
+    `num_steps` calls and no more; the prelude of a `RecurrentLM` runs in the first of them only.
+    A plain `RecurrentLM` keeps those of every recurrence. Without the cache all rows are computed
+    at each call, with the same result but for rounding.
 
     A prompt's tokens depend on the generator's state, on the prompt, and on its place in the batch,
     not on the other prompts or on `max_new_tokens`, but for rounding; noise does not depend on the
     device.
 
     Args:
-        model: the blocks of a `CausalLM`, also inside torch.compile's or AveragedModel's wrapper,
-            or a plain `CausalLM`.
+        model: the blocks of a `CausalLM` or a `RecurrentLM`, also inside torch.compile's or
+            AveragedModel's wrapper, or one of these networks itself, which is the plain model.
         prompts: int64 [N, P], or N of different lengths, each with at least one token.
         max_new_tokens: tokens to write for each prompt.
-        num_steps: Euler steps of the equal-mass grid; the number of blocks by default.
+        num_steps: Euler steps of the equal-mass grid; the number of blocks by default. Of a plain
+            `RecurrentLM` its recurrences, by default their mean in training.
         sigmas: a grid to use instead, descending.
         temperature: what logits are divided by; 0 takes the most likely token.
         top_k: keep only as many most likely tokens (and those as likely as the last of them).
@@ -107,15 +109,16 @@ def stream(
     Raises:
         TypeError: `model` is no language model, or tokens are not integers.
         ValueError: for prompts that are empty or, with the new tokens, longer than the context;
-            for tokens outside the vocabulary; for `num_steps` or `sigmas` with a plain model, or
-            both; for other values that do not fit.
+            for tokens outside the vocabulary; for both of `num_steps` and `sigmas`, `sigmas` with
+            a plain model, or `num_steps` with one that has no steps; for other values that do not
+            fit.
     """
     model = unwrapped(model)
     network = model.base_model if isinstance(model, DiffusionBlocks) else model
-    if not isinstance(network, CausalLM):
+    if not isinstance(network, LanguageModel):
         raise TypeError(
-            "model must be a CausalLM or the DiffusionBlocks of one, "
-            f"got {type(network).__name__}; see dblocks.models.causal_lm"
+            "model must be a CausalLM, a RecurrentLM or the DiffusionBlocks of one, "
+            f"got {type(network).__name__}; see dblocks.models"
         )
     max_new_tokens = check_count("max_new_tokens", max_new_tokens)
     choice = Choice(temperature, top_k, top_p)
@@ -137,13 +140,13 @@ def stream(
         # One step is asked for as what it is, the top block alone; other grids may skip by mistake.
         blocks = [0] if num_steps == 1 else blocks_of(model, levels)
         writer = _BlockWriter(model, levels, blocks, slots, cache=cache)
-    elif num_steps is not None or sigmas is not None:
+    elif sigmas is not None:
         raise ValueError(
-            "num_steps and sigmas must be None for a plain CausalLM, which has no noise levels, "
-            f"got num_steps={num_steps} and sigmas={sigmas}"
+            f"sigmas must be None for a plain {type(network).__name__}, which has no noise levels, "
+            f"got {sigmas}; leave them out"
         )
     else:
-        writer = _PlainWriter(network, slots, cache=cache)
+        writer = _PlainWriter(network, network.plain_steps(num_steps), slots, cache=cache)
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
     seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
@@ -199,25 +202,49 @@ class Choice:
         return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
+class _Writer(Protocol):
+    """Gives the logits of the next token."""
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Rows of normals that are drawn for each prompt, and how many are in one."""
+        ...
+
+    def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
+        """Logits [N, V] of the token after `tokens` [N, P].
+
+        Args:
+            tokens: the prompts, and what was written at the `step` steps before.
+            noise: normals [N, *noise_shape]; a row is of a step, or of a position.
+            step: number of the step.
+        """
+        ...
+
+
 class _PlainWriter:
-    """Logits of the next token from a plain model."""
+    """Logits from a plain model."""
 
-    noise_width = 0
-
-    def __init__(self, lm: CausalLM, slots: Slots, *, cache: bool) -> None:
+    def __init__(self, lm: LanguageModel, num_steps: int, slots: Slots, *, cache: bool) -> None:
         self.lm = lm
+        self.num_steps = num_steps
         self.slots = slots
+        self.noise_shape = (slots.capacity, lm.plain_noise_width)
         self.readout = lm.current_readout()
-        self.cache = KVCache(slots, len(lm.layers)) if cache else None
+        self.cache = self._new_cache() if cache else None
 
-    def next_logits(self, tokens: Tensor, noise: Tensor) -> Tensor:
-        """Logits [N, V] of the token after `tokens` [N, P]; there is no noise, [N, 0]."""
-        cache = self.cache or KVCache(self.slots, len(self.lm.layers))
-        return self.lm.next_logits(tokens[:, cache.committed :], cache, self.readout)
+    def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
+        """See `_Writer`; noise is of positions, as every token needs what was drawn for it."""
+        cache = self.cache or self._new_cache()
+        return self.lm.next_logits(
+            tokens[:, cache.committed :], cache, self.readout, num_steps=self.num_steps, noise=noise
+        )
+
+    def _new_cache(self) -> KVCache:
+        return self.lm.new_plain_cache(self.slots, self.num_steps)
 
 
 class _BlockWriter:
-    """Logits of the next token from blocks, by Euler steps."""
+    """Logits from blocks, by Euler steps."""
 
     def __init__(
         self,
@@ -232,18 +259,19 @@ class _BlockWriter:
         self.grid: list[float] = sigmas.tolist()
         self.blocks = blocks
         self.slots = slots
-        self.lms: dict[int, CausalLM] = {b: cast(CausalLM, model.parts(b)[0]) for b in set(blocks)}
-        self.noise_width = self.lms[blocks[0]].config.width
+        self.lms = {b: cast(LanguageModel, model.parts(b)[0]) for b in set(blocks)}
+        self.noise_shape = (slots.capacity - slots.prompt, self.lms[blocks[0]].config.width)
         self.readouts = {block: lm.current_readout() for block, lm in self.lms.items()}
         self.caches = {block: self._new_cache(block) for block in self.lms} if cache else None
 
-    def next_logits(self, tokens: Tensor, noise: Tensor) -> Tensor:
-        """Logits [N, V] of the token after `tokens` [N, P], from noise [N, D]."""
+    def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
+        """See `_Writer`; noise is of steps."""
+        noise = noise[:, step]
         z = self.grid[0] * noise[:, None]
         for i, (sigma, block) in enumerate(zip(self.grid, self.blocks, strict=True)):
             lm, readout = self.lms[block], self.readouts[block]
             cache = self._new_cache(block) if self.caches is None else self.caches[block]
-            level = self.model.config.schedule.level(torch.full_like(noise[:, 0], sigma))
+            level = self.model.config.noise_schedule.level(torch.full_like(noise[:, 0], sigma))
             hidden = lm.run_cached(
                 self.model.parts(block)[1], level.c_in[:, None, None] * z, level,
                 tokens[:, cache.committed :], cache, readout,
@@ -255,12 +283,12 @@ class _BlockWriter:
         return logits[:, 0]
 
     def _new_cache(self, block: int) -> KVCache:
-        return KVCache(self.slots, len(self.model.parts(block)[1]))
+        return self.lms[block].new_cache(self.slots, self.model.parts(block)[1])
 
 
 @torch.no_grad()
 def _steps(
-    writer: _PlainWriter | _BlockWriter,
+    writer: _Writer,
     tokens: Tensor,
     slots: Slots,
     choice: Choice,
@@ -270,11 +298,12 @@ def _steps(
 ) -> Iterator[Tensor]:
     """Writes into `tokens` [N, capacity] from the end of the longest prompt on."""
     first, new = slots.prompt, slots.capacity - slots.prompt
-    noise = _noise(len(tokens), new, context, writer.noise_width + 1, seed, tokens.device)
+    count, width = writer.noise_shape
+    noise = _noise(len(tokens), count, context, width + 1, seed, tokens.device)
     uniform = torch.special.ndtr(noise[:, :, -1].double())
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for j in range(new):
-        logits = writer.next_logits(tokens[:, : first + j], noise[:, j, :-1])
+        logits = writer.next_logits(tokens[:, : first + j], noise[:, :, :-1], j)
         token = choice.token(logits, uniform[:, j])
         if stop_token is not None:
             token = torch.where(finished, stop_token, token)
@@ -285,12 +314,12 @@ def _steps(
             return
 
 
-def _noise(N: int, new: int, context: int, width: int, seed: int, device: torch.device) -> Tensor:
-    """Normals [N, new, width] that are functions of the seed, sample, step and column."""
-    zeros = torch.zeros(1, new * width, device=device)
+def _noise(N: int, rows: int, context: int, width: int, seed: int, device: torch.device) -> Tensor:
+    """Normals [N, rows, width] that are functions of the seed, sample, row and column."""
+    zeros = torch.zeros(1, rows * width, device=device)
     one = torch.ones((), device=device)
-    rows = [F.noise_inject(zeros, one, seed, offset=n * context * width).z for n in range(N)]
-    return torch.cat(cast(list[Tensor], rows)).view(N, new, width)
+    drawn = [F.noise_inject(zeros, one, seed, offset=n * context * width).z for n in range(N)]
+    return torch.cat(cast(list[Tensor], drawn)).view(N, rows, width)
 
 
 def _prompt_rows(prompts: Prompts, vocab_size: int) -> list[Tensor]:

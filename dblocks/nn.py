@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -33,8 +34,8 @@ GATE_CHUNKS = (2, 5)  # of a layer's modulation: shift, scale, gate of attention
 
 ConditioningKind = Literal["dit", "official", "none"]
 NormKind = Literal["layer", "rms"]
-MLPKind = Literal["gelu", "swiglu"]
-MLPS = {"gelu": MLP, "swiglu": SwiGLU}
+MLPKind = Literal["gelu", "gelu_tanh", "swiglu"]
+MLPS = {"gelu": MLP, "gelu_tanh": partial(MLP, approximate="tanh"), "swiglu": SwiGLU}
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ class TransformerLayer(nn.Module):
         gate_init: what the gates are at the start: 0, as published, makes the layer the identity,
             and 1 the plain layer.
         norm: "layer" or "rms".
-        mlp: "gelu" or "swiglu".
+        mlp: "gelu", "gelu_tanh" (GELU's approximation by tanh, as in DiT) or "swiglu".
         num_kv_heads: number of key/value heads; `num_heads` by default.
         bias: attention and MLP have biases.
 

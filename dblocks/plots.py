@@ -1,4 +1,4 @@
-"""Figures of a comparison: a measure against layer evaluations, and the noise range of each block.
+"""Figures of a comparison: a measure against layer evaluations, and the range of each block.
 
 matplotlib is imported when a figure is made, and its global state (pyplot) is left alone.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dblocks.blocks import BlocksConfig
+from dblocks.mask_schedule import MaskSchedule
 from dblocks.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -160,6 +161,34 @@ def _dress_noise_axes(ax: Axes, schedule: NoiseSchedule, top: float) -> None:
     ax.legend(loc="upper right", frameon=False, fontsize=TEXT_SIZE)
 
 
+def mask_panel(
+    ax: Axes, schedule: MaskSchedule, num_blocks: int, layers: Sequence[tuple[int, int]]
+) -> None:
+    """The masked share of the tokens against t, block by block, each named with its layers.
+
+    Args:
+        ax: the axes to draw on.
+        schedule: of the masks.
+        num_blocks: B.
+        layers: the first layer of each block and the one after its last.
+    """
+    edges = schedule.boundaries(num_blocks).tolist()
+    for b, (high, low) in enumerate(itertools.pairwise(edges)):
+        color = BLOCK_COLORS[b % len(BLOCK_COLORS)]
+        t = torch.linspace(low, high, 100, dtype=torch.float64)
+        share, (first, end) = schedule.masked(t), layers[b]
+        label = f"block {b}: layers {first + 1}-{end}, t {low:.2g}-{high:.2g}"
+        ax.fill_between(t.tolist(), share.tolist(), color=color, alpha=0.75, lw=0, label=label)
+        ax.plot(t.tolist(), share.tolist(), color=INK, linewidth=1.5)
+        ax.hlines(share[-1].item(), 0, high, color=INK, lw=1, ls=":")
+    ax.set_xlim(0, 1)
+    ax.set_ylim(0, 1.45)  # room for the legend above the curve
+    ax.set_xlabel("time t")
+    ax.set_ylabel("share of masked tokens")
+    ax.set_title(f"The masked shares that each block learns to fill ({schedule.kind})")
+    ax.legend(loc="upper left", frameon=False, fontsize=TEXT_SIZE)
+
+
 def comparison_figure(
     curves: Sequence[Curve],
     config: BlocksConfig,
@@ -168,11 +197,17 @@ def comparison_figure(
     measure: Measure = ACCURACY,
 ) -> Figure:
     """Both panels side by side, for a network of `depth` layers; `save_png` writes it."""
-    figure = _matplotlib("matplotlib.figure").Figure(figsize=(12.5, 5.2), layout="constrained")
+    figure = import_matplotlib("matplotlib.figure").Figure(
+        figsize=(12.5, 5.2), layout="constrained"
+    )
     figure.suptitle(title, fontsize=TEXT_SIZE + 2, color=INK)
     left, right = figure.subplots(1, 2)
     measure_panel(left, curves, measure)
-    noise_panel(right, config.schedule, config.num_blocks, config.layer_ranges(depth))
+    schedule, layers = config.schedule, config.layer_ranges(depth)
+    if isinstance(schedule, MaskSchedule):
+        mask_panel(right, schedule, config.num_blocks, layers)
+    else:
+        noise_panel(right, schedule, config.num_blocks, layers)
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=TEXT_SIZE)
@@ -188,7 +223,8 @@ def save_png(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _matplotlib(module: str) -> Any:
+def import_matplotlib(module: str) -> Any:
+    """A module of matplotlib; ImportError says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

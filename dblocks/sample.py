@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dblocks import functional as F
-from dblocks.blocks import Bound, Denoiser, unwrapped
+from dblocks.blocks import Bound, Denoiser, DiffusionBlocks, unwrapped
 from dblocks.schedule import NoiseSchedule
 
 Callback = Callable[[dict[str, Any]], object]
@@ -125,7 +125,34 @@ def grid_of(
         )
     if sigmas is not None:
         return sigmas
-    return model.config.schedule.steps(model.config.num_blocks if num_steps is None else num_steps)
+    config = model.config
+    return config.noise_schedule.steps(config.num_blocks if num_steps is None else num_steps)
+
+
+class SamplingCost(NamedTuple):
+    """What sampling runs."""
+
+    calls: tuple[int, ...]
+    """Of each block, how often its layers run."""
+    layer_evaluations: int
+    """Calls of layers for one sample."""
+
+
+def sampling_cost(
+    model: DiffusionBlocks, sigmas: Tensor | Sequence[float], *, guidance_scale: float = 1.0
+) -> SamplingCost:
+    """What sampling with these levels runs: a call a level, with guidance two.
+
+    Args:
+        model: the blocks.
+        sigmas: descending levels, as of `sample_euler`.
+        guidance_scale: 0 and 1 take one call a level.
+    """
+    num_blocks, times = model.config.num_blocks, 1 if guidance_scale in (0, 1) else 2
+    owners = model.config.noise_schedule.block_of(levels_of(sigmas), num_blocks)
+    calls = tuple(times * n for n in owners.bincount(minlength=num_blocks).tolist())
+    ends = zip(calls, model.layer_ranges, strict=True)
+    return SamplingCost(calls, sum(n * (last - first) for n, (first, last) in ends))
 
 
 def levels_of(sigmas: Tensor | Sequence[float]) -> Tensor:
@@ -150,7 +177,7 @@ def blocks_of(model: Denoiser, levels: Tensor, *, stacklevel: int = 3) -> list[i
         UserWarning: the levels skip a block, at the caller `stacklevel` calls away.
     """
     num_blocks = model.config.num_blocks
-    blocks = model.config.schedule.block_of(levels, num_blocks).tolist()
+    blocks = model.config.noise_schedule.block_of(levels, num_blocks).tolist()
     skipped = sorted(set(range(num_blocks)) - set(blocks))
     if skipped:
         few = len(levels) < num_blocks

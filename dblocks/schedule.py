@@ -2,6 +2,7 @@
 
 Block 0 holds the highest noise. Boundaries are Python numbers in float64 on the CPU, whatever
 torch's default device; only drawing touches a device, and it never synchronises.
+`dblocks.mask_schedule` is the same for tokens that are masked.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from dblocks import functional as F
 from dblocks._config import JsonConfig
 
 # Karras et al. 2022, table 1
@@ -31,6 +33,68 @@ OVERLAP = 0.05  # gamma; Shing et al. 2026
 
 Partition = Literal["equal_mass", "uniform_log", "uniform"]
 PARTITIONS = ("equal_mass", "uniform_log", "uniform")
+
+
+class Schedule(Protocol):
+    """What training, prediction and sampling ask of a schedule: how a target is corrupted.
+
+    `NoiseSchedule` adds Gaussian noise of deviation sigma, `MaskSchedule` masks tokens at time t.
+    What is called sigma here is the level of either.
+    """
+
+    symbol: ClassVar[str]
+    """What a level is called."""
+    loss_kinds: ClassVar[tuple[str, ...]]
+    """The losses of models that this schedule trains; see `BlockModel.loss_kind`."""
+    weightings: ClassVar[tuple[str, ...]]
+    """The weightings that have a meaning."""
+
+    def boundaries(self, num_blocks: int) -> Tensor:
+        """The levels that separate the blocks, descending float64 [B+1] on the CPU."""
+        ...
+
+    def range_of(self, block: int, num_blocks: int, *, overlap: float = 0.0) -> tuple[float, float]:
+        """The lowest and highest level that a block is trained on."""
+        ...
+
+    def sample(
+        self,
+        block: int,
+        num_blocks: int,
+        shape: Sequence[int],
+        *,
+        overlap: float = ...,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draws levels of one block, float32 of the given shape."""
+        ...
+
+    def block_of(self, sigma: Tensor, /, num_blocks: int) -> Tensor:
+        """The block that owns each level, int64 of the same shape."""
+        ...
+
+    def level(self, sigma: Tensor, /) -> Any:
+        """What a model is told of the levels, each of the shape of sigma."""
+        ...
+
+    def state(self, z: Tensor) -> Tensor:
+        """A corrupted target as given, in the dtype that the calls compute in."""
+        ...
+
+    def corrupt(self, y: Tensor, level: Any, seed: int | Tensor) -> F.Noised:
+        """The corrupted target z, and z as the network takes it; a function of the seed."""
+        ...
+
+    def scale_in(self, z: Tensor, level: Any) -> Tensor:
+        """z as the network takes it."""
+        ...
+
+    def loss_weight(
+        self, sigma: Tensor, /, block: int = 0, num_blocks: int = 1, *, overlap: float = 0.0
+    ) -> Tensor:
+        """The weight of a loss at levels that `sample` drew with these arguments."""
+        ...
 
 
 class NoiseLevel(NamedTuple):
@@ -63,6 +127,10 @@ class NoiseSchedule(JsonConfig):
     """Standard deviation of one element of the clean target."""
     partition: Partition | tuple[float, ...] = "equal_mass"
     """How blocks share the levels: a rule, or the inner boundaries, descending."""
+
+    symbol: ClassVar[str] = "sigma"
+    loss_kinds: ClassVar[tuple[str, ...]] = ("cross_entropy", "l2")
+    weightings: ClassVar[tuple[str, ...]] = ("auto", "edm", "clamped", "none", "batch_mean")
 
     def __post_init__(self) -> None:
         for name in ("sigma_min", "sigma_max", "p_mean", "p_std", "sigma_data"):
@@ -111,9 +179,7 @@ class NoiseSchedule(JsonConfig):
         """
         num_blocks = check_count("num_blocks", num_blocks)
         block = check_block(block, num_blocks)
-        _check_finite("overlap", overlap)
-        if overlap < 0:
-            raise ValueError(f"overlap must not be negative, got {overlap}")
+        check_overlap(overlap)
         hi, lo = _boundaries(self, num_blocks)[block : block + 2]
         factor = (hi / lo) ** overlap
         return max(lo / factor, self.sigma_min), min(hi * factor, self.sigma_max)
@@ -156,7 +222,7 @@ class NoiseSchedule(JsonConfig):
         else:
             x = -torch.special.ndtri(above + mass * u)
         sigma = torch.exp(self.p_mean + self.p_std * x).float()
-        return sigma.clamp(_float32_at_least(lo), _float32_at_most(hi))
+        return clamp_inside(sigma, lo, hi)
 
     def block_of(self, sigma: Tensor, num_blocks: int) -> Tensor:
         """The block that owns each sigma: the number of inner boundaries >= sigma.
@@ -171,12 +237,7 @@ class NoiseSchedule(JsonConfig):
         Returns:
             int64 of the shape of sigma.
         """
-        if not sigma.is_floating_point():
-            raise TypeError(f"sigma must be floating point, got {sigma.dtype}")
-        if sigma.dtype == torch.float64:
-            sigma = sigma.float()
-        inner = self.boundaries(num_blocks)[1:-1].to(device=sigma.device, dtype=sigma.dtype)
-        return (inner >= sigma[..., None]).sum(-1)
+        return owner_of(sigma, self.boundaries(num_blocks), self.symbol)
 
     def steps(
         self, n: int, kind: Literal["equal_mass", "karras"] = "equal_mass", *, rho: float = RHO
@@ -217,15 +278,32 @@ class NoiseSchedule(JsonConfig):
         `c_skip = sd^2/(s^2+sd^2)`, `c_out = s sd/sqrt(s^2+sd^2)`, `c_in = 1/sqrt(s^2+sd^2)`,
         `c_noise = ln(s)/4`, in float32 (float64 for float64).
         """
-        s = _computed(sigma)
+        s = computed(sigma)
         sd = self.sigma_data
         total = s.square() + sd**2
         c_in = total.rsqrt()
         return NoiseLevel(s, sd**2 / total, s * sd * c_in, c_in, s.log() / 4, sd)
 
-    def loss_weight(self, sigma: Tensor) -> Tensor:
-        """The EDM loss weight `(s^2 + sd^2)/(s sd)^2 = 1/c_out^2`, in float32 (float64)."""
-        s = _computed(sigma)
+    def state(self, z: Tensor) -> Tensor:
+        """z in float32 (float64 for float64)."""
+        return computed(z)
+
+    def corrupt(self, y: Tensor, level: NoiseLevel, seed: int | Tensor) -> F.Noised:
+        """`z = y + sigma*eps` and `c_in*z`; see `functional.noise_inject`."""
+        return F.noise_inject(y, level.sigma, seed, sigma_data=self.sigma_data)
+
+    def scale_in(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        """`c_in*z`, of z [N, ...] at levels [N], or [N, S] for z [N, T, D]."""
+        return z * _over_rows(level.c_in, z)
+
+    def loss_weight(
+        self, sigma: Tensor, block: int = 0, num_blocks: int = 1, *, overlap: float = 0.0
+    ) -> Tensor:
+        """The EDM loss weight `(s^2 + sd^2)/(s sd)^2 = 1/c_out^2`, in float32 (float64).
+
+        It is the same in every block.
+        """
+        s = computed(sigma)
         return s.square().reciprocal() + self.sigma_data**-2
 
     def _check_partition(self) -> None:
@@ -299,6 +377,13 @@ def check_block(block: int, num_blocks: int) -> int:
     return index
 
 
+def check_overlap(overlap: float) -> None:
+    """Raises unless `overlap` is a finite number that is not negative."""
+    _check_finite("overlap", overlap)
+    if overlap < 0:
+        raise ValueError(f"overlap must not be negative, got {overlap}")
+
+
 def check_count(name: str, value: int) -> int:
     """`value` as an int, which must be positive; integers of any library will do."""
     count = _integer(value)
@@ -328,8 +413,31 @@ def _normal_cdf(x: float) -> float:
     return math.erfc(-x / math.sqrt(2)) / 2
 
 
-def _computed(sigma: Tensor) -> Tensor:
-    return sigma if sigma.dtype == torch.float64 else sigma.float()
+def owner_of(levels: Tensor, boundaries: Tensor, symbol: str) -> Tensor:
+    """The number of inner boundaries >= each level, compared in the levels' dtype (not float64)."""
+    if not levels.is_floating_point():
+        raise TypeError(f"{symbol} must be floating point, got {levels.dtype}")
+    if levels.dtype == torch.float64:
+        levels = levels.float()
+    inner = boundaries[1:-1].to(device=levels.device, dtype=levels.dtype)
+    return (inner >= levels[..., None]).sum(-1)
+
+
+def clamp_inside(levels: Tensor, lo: float, hi: float) -> Tensor:
+    """float32 `levels`, clamped to the float32 numbers in [lo, hi]."""
+    return levels.clamp(_float32_at_least(lo), _float32_at_most(hi))
+
+
+def computed(x: Tensor) -> Tensor:
+    """`x` in the dtype of the arithmetic: float64 for float64, else float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _over_rows(value: Tensor, z: Tensor) -> Tensor:
+    """`value` [N] or [N, S], of the shape that multiplies z."""
+    if value.ndim == 2:
+        value = value.repeat_interleave(z.shape[1] // value.shape[1], dim=1)
+    return value.reshape(value.shape + (1,) * (z.ndim - value.ndim))
 
 
 def _float32_at_most(value: float) -> float:

@@ -242,6 +242,22 @@ def scored_windows(tokens: Tensor, length: int, batch_size: int) -> Iterator[tup
         yield tokens[at[:, None] + torch.arange(length)], mask
 
 
+def consecutive_windows(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Windows that follow one another, in which every token of the text is scored exactly once.
+
+    The last one begins early enough to be whole; what it shares with the one before is not scored.
+
+    Returns:
+        tokens [n, length] and bool [n, length], true where a token is scored.
+    """
+    _check_length(tokens, length)
+    starts = torch.arange(0, len(tokens), length)
+    last = len(tokens) - length
+    position = torch.arange(length)
+    scored = starts.clamp(max=last)[:, None] + position >= starts[:, None]
+    return tokens[starts.clamp(max=last)[:, None] + position], scored
+
+
 def _check_length(tokens: Tensor, length: int) -> None:
     if not 2 <= length <= len(tokens):
         raise ValueError(

@@ -1,13 +1,16 @@
-"""What the tests of the language model set up in the same way."""
+"""What the tests of the autoregressive models set up in the same way."""
 
 import torch
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
+from dblocks.models.recurrent import RecurrentConfig, RecurrentLM
 from tools import DEVICE, randomized, seeded
 
 KINDS = ("dit", "official", "none")
 SIZES = {"vocab_size": 11, "context": 12, "width": 16, "depth": 6, "heads": 4, "kv_heads": 2}
+RECURRENT_SIZES = {"vocab_size": 11, "context": 24, "width": 16, "heads": 4, "kv_heads": 2}
+RECURRENT_SIZES |= {"mean_recurrence": 5, "backprop_depth": 8}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -18,6 +21,15 @@ def lm_of(**options):
 
 def blocks_of(**options):
     return DiffusionBlocks(randomized(lm_of(**options)), BlocksConfig(3))
+
+
+def recurrent_of(**options):
+    torch.manual_seed(0)
+    return RecurrentLM(RecurrentConfig(**{**RECURRENT_SIZES, **options})).to(DEVICE)
+
+
+def recurrent_blocks_of(num_blocks=1, **options):
+    return DiffusionBlocks(randomized(recurrent_of(**options)), BlocksConfig(num_blocks))
 
 
 def tokens_of(n=2, length=8, seed=0):

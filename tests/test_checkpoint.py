@@ -210,7 +210,7 @@ def test_an_averaged_network_is_saved_as_it_is(tmp_path):
 
 
 def test_another_model_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(TypeError, match=r"one of \['ViT', 'CausalLM'\] or .* got Linear"):
+    with pytest.raises(TypeError, match=r"one of \['ViT', .*\] or .* got Linear"):
         save_model(tmp_path / "new", torch.nn.Linear(2, 2))
     assert not (tmp_path / "new").exists()
 

@@ -51,7 +51,7 @@ def test_eval_help(capsys, network):
 
 
 def test_sample_help(capsys):
-    text = run_help(capsys, "sample")
+    text = run_help(capsys, "sample", "causal-lm")
     for flag in ("causal-lm", "--prompt", "--temperature", "--top-k", "--top-p", "--steps"):
         assert flag in text
 

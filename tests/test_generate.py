@@ -22,13 +22,7 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # For operators this small a second thread only waits.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def lm_of(**options):
@@ -314,7 +308,8 @@ def test_what_the_plain_model_pays_for_tokens():
     nll = next_token_nll(lm, tokens)
     assert nll.shape == (3, 6)
     torch.testing.assert_close(nll.mean(), lm.next_token_loss({"tokens": tokens}))
-    with pytest.raises(ValueError, match="num_steps must be 1 for a plain CausalLM, got 3"):
+    assert torch.equal(nll, next_token_nll(lm, tokens, num_steps=1))
+    with pytest.raises(ValueError, match=r"num_steps must be 1 or None for a plain .* got 3"):
         next_token_nll(lm, tokens, num_steps=3)
 
 
@@ -365,11 +360,13 @@ def test_arguments_are_checked(options, error, message):
 
 
 def test_models_are_checked():
-    with pytest.raises(ValueError, match=r"must be None for a plain CausalLM, .* got num_steps=3"):
+    with pytest.raises(ValueError, match=r"must be 1 or None for a plain CausalLM, .* got 3"):
         written(lm_of(), num_steps=3)
+    with pytest.raises(ValueError, match=r"sigmas must be None for a plain CausalLM, .* got \[80"):
+        written(lm_of(), sigmas=[80.0])
     vit = ViT(ViTConfig(image_size=8, width=12, heads=2, depth=3))
     for other in (vit, DiffusionBlocks(vit, BlocksConfig(3))):
-        with pytest.raises(TypeError, match=r"must be a CausalLM or .* one, got ViT; see"):
+        with pytest.raises(TypeError, match=r"must be a CausalLM, a Rec.* one, got ViT; see"):
             written(other)
     device = torch.device("meta")
     with pytest.raises(ValueError, match="generator must be on the CPU, got one on meta"):

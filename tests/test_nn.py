@@ -251,6 +251,14 @@ def test_swiglu_is_its_formula():
     assert mlp.fc1.bias is None
 
 
+def test_an_mlp_may_approximate_gelu_by_tanh():
+    layer, x = randomized(TransformerLayer(8, 2, 12, mlp="gelu_tanh")), torch.randn(2, 3, 8)
+    mlp = layer.mlp
+    expected = mlp.fc2(nnf.gelu(mlp.fc1(x), approximate="tanh"))
+    assert torch.equal(mlp(x), expected)
+    assert not torch.equal(randomized(TransformerLayer(8, 2, 12)).mlp(x), expected)
+
+
 def test_rms_norms_have_no_bias():
     norm, x = randomized(Norm(12, "official", norm="rms")), torch.randn(2, 5, 12)
     assert list(norm.state_dict()) == ["weight"]
@@ -288,5 +296,5 @@ def test_options_of_a_layer_are_checked():
         Attention(12, 6, num_kv_heads=4)
     with pytest.raises(ValueError, match=r"norm must be one of \('layer', 'rms'\), got 'batch'"):
         Norm(12, norm="batch")
-    with pytest.raises(ValueError, match=r"mlp must be one of \['gelu', 'swiglu'\], got 'relu'"):
+    with pytest.raises(ValueError, match=r"mlp must be one of \['gelu', .*'swiglu'\], got 'relu'"):
         TransformerLayer(12, 3, 24, mlp="relu")

@@ -68,3 +68,20 @@ def check_steps(steps: int | None, folder: Path, model: Any) -> bool:
             "it runs all its layers once; leave --steps out"
         )
     return in_blocks
+
+
+def progress_bar(label: str, total: int | None = None) -> Any:
+    """A bar of sampling steps, silent where the output is not a terminal.
+
+    Raises:
+        ImportError: tqdm is not installed.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "sampling shows its progress with the package tqdm, which is not installed; "
+            "`pip install 'dblocks[train]'`"
+        ) from error
+    # disable=None is tqdm's way of being silent where the output is not a terminal.
+    return tqdm(total=total, desc=label, unit="step", disable=None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dblocks.commands._base import load_network
+from dblocks.recipes._base import check_seed
 
 if TYPE_CHECKING:
     from dblocks.recipes._text import TextRun
@@ -55,6 +56,44 @@ class TrainText:
             **given,
             **more,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleText:
+    """Options of writing token by token."""
+
+    prompt: str = "The "
+    """The text to continue."""
+    tokens: int = 100
+    """Tokens to write; with those of the prompt they must fit into the model's context."""
+    temperature: float = 1.0
+    """What logits are divided by; 0 always takes the most likely token."""
+    top_k: int | None = None
+    """Choose among so many most likely tokens only."""
+    top_p: float | None = None
+    """Choose among the fewest most likely tokens that have this probability together."""
+    seed: int = 0
+    """Of noise and choices."""
+
+    def write(self, model: Any, tokenizer: Any, steps: int | None) -> None:
+        """Prints the prompt and what follows, with so many steps for each token."""
+        import torch
+
+        from dblocks.generate import stream
+
+        check_seed(self.seed)
+        prompt = prompt_tokens(self.prompt, tokenizer)
+        written = stream(
+            model,
+            [prompt],
+            max_new_tokens=self.tokens,
+            num_steps=steps,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        print_stream(prompt, written, tokenizer)
 
 
 def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, Any]:

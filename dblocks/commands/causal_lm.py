@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dblocks.commands._base import check_steps, train_and_save
-from dblocks.commands._text import TrainText, load_text_model, print_stream, prompt_tokens
-from dblocks.recipes._base import check_seed
+from dblocks.commands._text import SampleText, TrainText, load_text_model
 
 DEFAULT_OUT = Path("runs/causal-lm")
 
@@ -67,45 +66,18 @@ class Eval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Sample(SampleText):
     """Let a saved language model continue a text; characters appear as they are written."""
 
-    prompt: str = "The "
-    """The text to continue."""
     checkpoint: Path = DEFAULT_OUT
     """Folder that `dblocks train causal-lm` wrote."""
-    tokens: int = 100
-    """Tokens to write; with those of the prompt they must fit into the model's context."""
     steps: int | None = None
     """Denoising steps a token; by default one for each block. 1 runs the first block alone."""
-    temperature: float = 1.0
-    """What logits are divided by; 0 always takes the most likely token."""
-    top_k: int | None = None
-    """Choose among so many most likely tokens only."""
-    top_p: float | None = None
-    """Choose among the fewest most likely tokens that have this probability together."""
-    seed: int = 0
-    """Of noise and choices."""
 
     def __call__(self) -> None:
         """Load, and print the prompt and what follows."""
-        import torch
-
-        from dblocks.generate import stream
         from dblocks.models.causal_lm import CausalLM
 
-        check_seed(self.seed)
         model, _, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
         check_steps(self.steps, self.checkpoint, model)
-        prompt = prompt_tokens(self.prompt, tokenizer)
-        steps = stream(
-            model,
-            [prompt],
-            max_new_tokens=self.tokens,
-            num_steps=self.steps,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-        print_stream(prompt, steps, tokenizer)
+        self.write(model, tokenizer, self.steps)

@@ -7,10 +7,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dblocks.experiments import causal_lm, vit
+from dblocks.experiments import causal_lm, dit, masked_lm, recurrent, vit
 from dblocks.experiments._base import README, Experiment
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (vit.EXPERIMENT, causal_lm.EXPERIMENT)}
+EXPERIMENTS: dict[str, Experiment] = {
+    e.name: e
+    for e in (
+        vit.EXPERIMENT,
+        dit.EXPERIMENT,
+        causal_lm.EXPERIMENT,
+        masked_lm.EXPERIMENT,
+        recurrent.EXPERIMENT,
+    )
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

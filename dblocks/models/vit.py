@@ -18,6 +18,13 @@ from torch import Tensor, nn
 from dblocks import functional as F
 from dblocks._config import JsonConfig
 from dblocks.blocks import Batch, DiffusionBlocks, unwrapped
+from dblocks.models._images import (
+    check_floating,
+    check_label_values,
+    check_labels,
+    check_pairs,
+    entry,
+)
 from dblocks.nn import (
     ConditioningKind,
     LabelEmbedding,
@@ -166,20 +173,16 @@ class ViT(nn.Module):
     def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
         """One noise level a sample: [N]."""
         labels, images = _entry(batch, "labels"), _entry(batch, "images")
-        self._check_labels(labels)
+        check_labels(labels)
         self._check_images(images)
-        if len(images) != len(labels):
-            raise ValueError(
-                "images and labels must be of as many samples, "
-                f"got {len(images)} images and {len(labels)} labels; pair them"
-            )
+        check_pairs(images, labels)
         return (len(labels),)
 
     def embed_target(self, batch: Batch) -> Tensor:
         """Embeddings of `batch["labels"]` [N], float32 [N, D]."""
         labels = _entry(batch, "labels")
-        self._check_labels(labels)
-        self._check_label_values(labels)
+        check_labels(labels)
+        check_label_values(labels, self.config.num_classes)
         return self.target_embedding(labels)
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor:
@@ -265,38 +268,11 @@ class ViT(nn.Module):
                 f"images must have shape [N, C, H, W] = [N, {', '.join(map(str, expected))}], "
                 f"got {list(images.shape)}; reshape them, or see ViTConfig.image_size and channels"
             )
-        if not images.is_floating_point():
-            raise TypeError(
-                f"images must be floating point, got {images.dtype}; convert and scale them first"
-            )
-
-    def _check_labels(self, labels: Tensor) -> None:
-        if labels.dtype != torch.int64:
-            # uint8 and bool would select rows as masks do.
-            raise TypeError(f"labels must be int64, got {labels.dtype}; call labels.long()")
-        if labels.ndim != 1:
-            raise ValueError(f"labels must have shape [N], got {list(labels.shape)}; flatten them")
-
-    def _check_label_values(self, labels: Tensor) -> None:
-        # On a GPU looking at the values would synchronise; there indexing itself asserts.
-        if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
-            return
-        if labels.min() < 0 or labels.max() >= self.config.num_classes:
-            raise ValueError(
-                f"labels must be in 0..{self.config.num_classes - 1}, "
-                f"got {int(labels.min())}..{int(labels.max())}"
-            )
+        check_floating(images)
 
 
 def _entry(batch: Batch, key: str) -> Tensor:
-    value = batch.get(key)
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"a ViT's batch must hold a tensor {key!r}, got the keys {sorted(batch)}"
-            f"{'' if value is None else f' with {key} of type {type(value).__name__}'}; "
-            "it is {'images': [N, C, H, W], 'labels': [N]}, of which sampling needs the images"
-        )
-    return value
+    return entry(batch, key, of="a ViT", sampling="the images")
 
 
 def classify(
@@ -335,7 +311,7 @@ def classify(
             "a plain classifier is called as vit(images)"
         )
     grid = grid_of(model, num_steps, sigmas)
-    schedule = model.config.schedule
+    schedule = model.config.noise_schedule
     config: Any = model.base_model.config  # pyright: ignore[reportAttributeAccessIssue]
     shape = (images.shape[0], config.width)
     device = images.device if generator is None else generator.device

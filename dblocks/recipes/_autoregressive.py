@@ -54,7 +54,8 @@ def bits_per_character(
     text: Text,
     context: int,
     *,
-    num_steps: int = 1,
+    num_steps: int | None = None,
+    draws: int = 1,
     windows: int | None = None,
     batch_size: int = 32,
 ) -> float:
@@ -62,13 +63,15 @@ def bits_per_character(
 
     In blocks with one step the first block, from noise at sigma_max, is a next-token predictor, and
     this is its cross-entropy. With more steps the tokens' probabilities are those of the last
-    call, on the way from noise that does not know the token, so that it is an upper bound.
+    call, on the way from noise that does not know the token, so that it is an upper bound; the mean
+    of probabilities over several draws of noise is a tighter one.
 
     Args:
-        model: a `CausalLM` or its `DiffusionBlocks`.
+        model: a `LanguageModel` or its `DiffusionBlocks`.
         text: what to score; all but its first token.
         context: tokens in a window.
-        num_steps: denoising steps; without a meaning for the plain model.
+        num_steps: as of `next_token_nll`.
+        draws: as of `next_token_nll`.
         windows: score the tokens of the first so many windows only.
         batch_size: windows at a time.
     """
@@ -80,7 +83,7 @@ def bits_per_character(
             break
         seen += len(tokens)
         losses = next_token_nll(
-            model, tokens.to(device), num_steps=num_steps, generator=generator
+            model, tokens.to(device), num_steps=num_steps, draws=draws, generator=generator
         ).cpu()
         nats += losses[scored[:, 1:]].double().sum().item()
         count += int(scored[:, 1:].sum())

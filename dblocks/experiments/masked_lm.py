@@ -1,0 +1,118 @@
+"""The masked diffusion model on the prose that ships with Python: what is compared and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dblocks.experiments._base import Experiment, draw_comparison
+from dblocks.experiments._text import QUALITY, add_scores, quality_columns, reference_scores
+from dblocks.plots import Measure
+from dblocks.recipes._text import PROMPT, SAMPLES
+from dblocks.recipes.masked_lm import POINT_WINDOWS, SAMPLED, MaskedLMRun
+from dblocks.report import COSTS, README_COSTS, Column, Record, Rows, spread
+
+BITS = Measure(
+    label=f"bits a character (bound), {POINT_WINDOWS} held-out windows",
+    title="The bound against the layers run in training",
+    form="{:.2f} bits",
+    best=1.5,
+    step=0.5,
+)
+
+BLOCKS = MaskedLMRun(blocks=3)
+END_TO_END = MaskedLMRun(end_to_end=True, steps=BLOCKS.steps // 3)
+END_TO_END_LONG = MaskedLMRun(end_to_end=True)
+ROWS: Mapping[str, tuple[str, MaskedLMRun]] = {
+    "blocks": ("3 blocks, equal layer evaluations", BLOCKS),
+    "end_to_end": ("end to end", END_TO_END),
+    "end_to_end_long": ("end to end, 3 times the steps (equal samples)", END_TO_END_LONG),
+}
+LRS = (1e-3, 2e-3, 4e-3)
+
+
+def bits(record: Record) -> float:
+    """The bound of the held-out text in bits per character."""
+    return record["bits"]
+
+
+def error(record: Record) -> float:
+    """Its standard error over the windows of the text."""
+    return record["bits_error"]
+
+
+def layers_per_sample(record: Record) -> float:
+    """Layers that sampling ran for each sequence, on average."""
+    ranges = record["run"]["depth"] / (
+        1 if record["run"]["end_to_end"] else record["run"]["blocks"]
+    )
+    return sum(record["rows"]) * ranges / SAMPLES
+
+
+BITS_COLUMNS = (
+    Column("Bits a character (bound)", lambda r: spread(r, bits, ".3f")),
+    Column("Its standard error over the text", lambda r: f"{error(r[0]):.3f}"),
+    Column("Layer evaluations to write a sample", lambda r: spread(r, layers_per_sample, ".0f")),
+)
+QUALITY_COLUMNS = quality_columns(lambda _: SAMPLED)
+COLUMNS = (*BITS_COLUMNS, *QUALITY_COLUMNS, *COSTS)
+README_COLUMNS = (
+    Column("Learning rate", lambda r: f"{r[0]['run']['lr']:g}"),
+    *BITS_COLUMNS,
+    *QUALITY_COLUMNS,
+    *README_COSTS,
+)
+
+
+def caption(rows: Rows) -> str:
+    """How the table was made, in a paragraph for the README."""
+    first = next(iter(rows.values()))[0]
+    run = first["run"]
+    seeds = ", ".join(map(str, EXPERIMENT.seeds))
+    rates = ", ".join(f"{lr:g}" for lr in LRS)
+    measures = ", ".join(name for name, _, _ in QUALITY)
+    return (
+        f"A masked diffusion model (bidirectional, {run['depth']} layers of width {run['width']}) "
+        "on characters: the documentation that ships with Python (`pydoc_data.topics`), 400,000 "
+        f"characters (sha256 {first['sha256'][:12]}...), the last 10 % held out; windows of "
+        f"{run['context']}, {run['batch_size']} a batch, AdamW with a cosine; mean ± sample "
+        f"standard deviation of seeds {seeds}. End to end is the same network as one block over "
+        f"all masked shares. Each line's learning rate is the best of {{{rates}}} on the tenth "
+        "before the held-out one, in runs of a third of the steps. Bits are the variational bound, "
+        f"at {len(first['bits_by_share'])} evenly spaced masked shares, each by the block that owns "
+        "it; its standard error, of the first seed, is over the windows and how they were masked. "
+        "The bound lies above what a model would pay that reads from left to right, as tokens are "
+        f"scored in random order. Samples continue {SAMPLES} places of the held-out text by "
+        f"{run['context'] - PROMPT} characters, in {run['context']} steps at temperature 1; steps "
+        "that unmask nothing are skipped. The other model is the plain one of the autoregressive "
+        f"table; the held-out text in the samples' place has ({measures}) "
+        f"{reference_scores(first)}. Seconds are for one thread of a shared CPU, two runs at a "
+        "time. Every run's record is in `benchmarks/results/masked_lm_pydoc/`; `make results` "
+        "makes the table from them and runs those that are missing."
+    )
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """The figure of finished runs: the bound against layer evaluations, and the blocks' shares."""
+    draw_comparison(
+        rows,
+        path,
+        lambda point: point["bits"],
+        title="A 12-layer masked diffusion model on Python's documentation",
+        measure=BITS,
+    )
+
+
+EXPERIMENT = Experiment(
+    name="masked-lm-pydoc",
+    rows=ROWS,
+    lrs=LRS,
+    selection_shorter={"blocks": 3, "end_to_end": 3, "end_to_end_long": 3},
+    error=bits,
+    headline=lambda record: f"{bits(record):.3f} bits a character",
+    columns=COLUMNS,
+    readme_columns=README_COLUMNS,
+    caption=caption,
+    draw=draw,
+    finish=add_scores,
+)

@@ -1,0 +1,56 @@
+"""Layers on the doubled sequence: clean rows beside noisy ones, which share the attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from dblocks import functional as F
+from dblocks.nn import Attend, Rotary, TransformerLayer
+
+
+def attend_doubled(cu_seqlens: Tensor | None) -> Attend:
+    """The attention of doubled sequences, for `run_doubled`; queries may be of noisy rows alone."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        query = "both" if q.shape[2] == k.shape[2] else "noisy"
+        return F.doubled_attention(q, k, v, cu_seqlens=cu_seqlens, query=query)
+
+    return attend
+
+
+def run_doubled(
+    layers: Sequence[nn.Module],
+    clean: Tensor,
+    noisy: Tensor,
+    cond: Tensor | None,
+    rotary: Rotary,
+    attends: Iterable[Attend],
+    *,
+    last: nn.Module,
+) -> tuple[Tensor, Tensor]:
+    """Runs layers on clean rows [N, C, D], C >= 0, beside noisy rows [N, R, D].
+
+    Args:
+        layers: `TransformerLayer`s.
+        clean: clean rows.
+        noisy: noisy rows.
+        cond: their conditioning.
+        rotary: rotations of all C + R rows, clean ones first.
+        attends: the attention of each layer.
+        last: the layer in which clean rows give keys and values only, as none comes after it.
+
+    Returns:
+        The clean and the noisy rows.
+    """
+    for layer, attend in zip(layers, attends, strict=True):
+        layer = cast(TransformerLayer, layer)
+        if clean.shape[1] == 0:
+            noisy = layer(noisy, cond, rotary=rotary, attend=attend)
+        else:
+            clean, noisy = layer.doubled(
+                clean, noisy, cond, rotary=rotary, attend=attend, keys_only=layer is last
+            )
+    return clean, noisy

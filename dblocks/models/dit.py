@@ -1,0 +1,380 @@
+"""A diffusion transformer that makes images: from noise, a class and a block for each noise level.
+
+The target is the image itself, or a latent of it. End to end the network is one block of all
+layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dblocks import functional as F
+from dblocks._config import JsonConfig
+from dblocks.blocks import Batch, DiffusionBlocks, unwrapped
+from dblocks.models._images import (
+    check_floating,
+    check_label_values,
+    check_labels,
+    check_pairs,
+    entry,
+)
+from dblocks.models._patches import sincos_positions, unpatchify
+from dblocks.nn import (
+    EMBEDDING_STD,
+    AdaLayerNorm,
+    NoiseEmbedding,
+    TransformerLayer,
+    conditioning_of,
+)
+from dblocks.sample import Callback, grid_of, initial_noise, sample_euler
+from dblocks.schedule import NoiseLevel
+
+NUM_STEPS = 50  # and the scale of guidance; Shing et al. 2026
+GUIDANCE_SCALE = 2.0
+
+DiTConditioning = Literal["dit", "official"]
+
+
+@dataclass(frozen=True)
+class DiTConfig(JsonConfig):
+    """Sizes of a `DiT`; the defaults are those of DiT-S/2 for the latents of 256-pixel images."""
+
+    image_size: int | tuple[int, int] = 32
+    """Height and width whose positions are whole numbers; one number for a square."""
+    channels: int = 4
+    """Channels of the image or latent."""
+    patch_size: int = 2
+    """Side of a patch; divides height and width."""
+    width: int = 384
+    """Width D of the tokens, a multiple of 4."""
+    depth: int = 12
+    """Number of layers."""
+    heads: int = 6
+    """Attention heads; a divisor of the width."""
+    mlp_ratio: float = 4.0
+    """Width inside the MLP over D."""
+    num_classes: int = 1000
+    """Number of classes; 0 for images without."""
+    label_drop: float = 0.1
+    """Probability of training without the label, for guidance."""
+    conditioning: DiTConditioning = "dit"
+    """How layers are conditioned on noise and class: dit or official."""
+    gate_init: float = 0.0
+    """What the gates of the layers start at: 0, as published, or 1, the plain layer."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        if self.conditioning not in get_args(DiTConditioning):
+            raise ValueError(
+                f"conditioning must be one of {get_args(DiTConditioning)}, "
+                f"got {self.conditioning!r}; a denoiser must know the noise"
+            )
+        for name in ("channels", "patch_size", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {self.num_classes}")
+        if self.width % 4:
+            raise ValueError(
+                f"width must be a multiple of 4, as positions are sines and cosines of two "
+                f"coordinates, got {self.width}"
+            )
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
+        if not 0 <= self.gate_init < math.inf:
+            raise ValueError(f"gate_init must be a finite number >= 0, got {self.gate_init}")
+        if not 0 <= self.label_drop < 1:
+            raise ValueError(f"label_drop must be in [0, 1), got {self.label_drop}")
+        size = self.height_width
+        if len(size) != 2 or any(s < 1 or s % self.patch_size for s in size):
+            raise ValueError(
+                f"image_size must be multiples of patch_size={self.patch_size}, got {size}"
+            )
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Height and width."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
+
+    @property
+    def drops_labels(self) -> bool:
+        """Whether there is a null label, so that guidance is possible."""
+        return self.num_classes > 0 and self.label_drop > 0
+
+
+class Hidden(NamedTuple):
+    """What the layers leave for the readout."""
+
+    x: Tensor
+    """Tokens [N, P, D], row by row of the image."""
+    cond: Tensor
+    """Conditioning vector [N, cond_dim]."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+
+
+class DiT(nn.Module):
+    """A diffusion transformer; `DiffusionBlocks(DiT(config), ...)` trains it, one block or more.
+
+        c = noise_embedding(c_noise) + label_embedding(label)
+        x = patches(c_in*z) + positions ;  x = layer(x, c) for the layers of a block
+        F = unpatchify(Linear(LN(x)*(1 + scale) + shift)),  shift, scale = chunks of Linear(SiLU(c))
+
+    The loss is `edm_loss` of F, the denoised estimate `c_skip*z + c_out*F`. Positions are fixed
+    sines and cosines; images of another size than `config.image_size` have the coordinates of
+    their patches' centres when stretched over the native size.
+
+    Linear layers start Xavier uniform, the embeddings of noise and label from a normal of deviation
+    .02, modulations and the last linear layer at zero.
+
+    The layout of patches and tokens is that of the published DiT, whose tensors (left) are these
+    here, where conditioning is "dit" and it has no second half of channels for variances:
+
+        x_embedder.proj              patches
+        t_embedder.mlp.0, .2         noise_embedding.fc1, .fc2
+        y_embedder.embedding_table   label_embedding
+        blocks.I.attn.qkv, .proj     layers.I.attention.qkv, .out
+        blocks.I.mlp.fc1, .fc2       layers.I.mlp.fc1, .fc2
+        blocks.I.adaLN_modulation.1  layers.I.modulation.linear
+        final_layer.adaLN_modulation.1, final_layer.linear    norm.modulation.linear, readout
+        pos_embed                    none: computed
+
+    Args:
+        config: the sizes.
+
+    Source: Peebles and Xie 2023 (DiT); Karras et al. 2022 (EDM) for noise levels and loss.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, kind, patch = config.width, config.conditioning, config.patch_size
+        cond_dim = conditioning_of(kind).width(D)
+        self.patches = nn.Conv2d(config.channels, D, patch, stride=patch)
+        self.noise_embedding = NoiseEmbedding(cond_dim)
+        self.label_embedding = (
+            nn.Embedding(config.num_classes + config.drops_labels, cond_dim)
+            if config.num_classes
+            else None
+        )
+        hidden_dim = int(D * config.mlp_ratio)
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                D, config.heads, hidden_dim, kind=kind, gate_init=config.gate_init, mlp="gelu_tanh"
+            )
+            for _ in range(config.depth)
+        )
+        self.norm = AdaLayerNorm(D, kind)
+        self.readout = nn.Linear(D, patch * patch * config.channels)
+        grid = self._grid(*config.height_width)
+        self.register_buffer("positions", sincos_positions(grid, D, native=grid), persistent=False)
+        self.target_embedding = None
+        self.loss_kind: Literal["cross_entropy", "l2"] = "l2"
+        self.condition_drop = config.label_drop if config.drops_labels else 0.0
+        self._init_weights()
+
+    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
+        """One noise level an image: [N]."""
+        images = self._images(batch)
+        if self.config.num_classes:
+            labels = self._labels(batch)
+            check_pairs(images, labels)
+        return (len(images),)
+
+    def embed_target(self, batch: Batch) -> Tensor:
+        """`batch["images"]` [N, C, H, W] themselves, float32 (float64)."""
+        images = self._images(batch)
+        return images if images.dtype == torch.float64 else images.float()
+
+    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor | None:
+        """Embeddings of `batch["labels"]` [N], [N, cond_dim]; None for images without classes.
+
+        Samples with `drop` [N] get the null label's, the last row of the table.
+        """
+        config = self.config
+        if drop is not None and not config.drops_labels:
+            raise ValueError(
+                "guidance needs a model trained without some labels, got "
+                f"num_classes={config.num_classes} and label_drop={config.label_drop}; "
+                "set both above 0, or guidance_scale to 1"
+            )
+        if self.label_embedding is None:
+            return None
+        labels = self._labels(batch)
+        check_label_values(labels, config.num_classes)
+        if drop is not None:
+            labels = labels.masked_fill(drop, config.num_classes)
+        return self.label_embedding(labels)
+
+    def run_layers(
+        self,
+        layers: Iterable[nn.Module],
+        z_in: Tensor,
+        level: NoiseLevel,
+        condition: Tensor | None,
+    ) -> Hidden:
+        """Runs `layers` on the patches of the noisy image [N, C, H, W]."""
+        cond = self.noise_embedding(level.c_noise)
+        if condition is not None:
+            cond = cond + condition
+        grid = self._grid(*z_in.shape[2:])
+        tokens = self.patches(z_in.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)
+        x = tokens + self._positions(grid).to(tokens.dtype)
+        for layer in layers:
+            x = layer(x, cond)
+        return Hidden(x, cond, grid)
+
+    def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
+        """F [N, C, H, W]."""
+        tokens = self.readout(self.norm(hidden.x, hidden.cond))
+        return unpatchify(tokens, hidden.grid, self.config.patch_size)
+
+    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        """`c_skip*z + c_out*F`, [N, C, H, W]."""
+        return F.edm_denoise(prediction, z, level.sigma, sigma_data=level.sigma_data)
+
+    def score(
+        self, hidden: Hidden, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
+    ) -> Tensor:
+        """The L2 loss of F of each image, [N]."""
+        f = self.read_out(hidden, z, level)
+        return F.edm_loss(f, y, level.sigma, seed, sigma_data=level.sigma_data)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.config.patch_size, width // self.config.patch_size
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        native = self._grid(*self.config.height_width)
+        if grid == native:
+            return self.positions
+        return sincos_positions(
+            grid, self.config.width, native=native, device=self.positions.device
+        )
+
+    def _init_weights(self) -> None:
+        nn.init.xavier_uniform_(self.patches.weight.view(self.patches.weight.shape[0], -1))
+        for tensor in (self.patches.bias, self.readout.weight, self.readout.bias):
+            nn.init.zeros_(cast(Tensor, tensor))
+        if self.label_embedding is not None:
+            nn.init.normal_(self.label_embedding.weight, std=EMBEDDING_STD)
+
+    def _images(self, batch: Batch) -> Tensor:
+        images = entry(batch, "images", of="a DiT", sampling="the labels")
+        self.check_shape(images.shape)
+        check_floating(images)
+        return images
+
+    def _labels(self, batch: Batch) -> Tensor:
+        labels = entry(batch, "labels", of="a DiT", sampling="the labels")
+        check_labels(labels)
+        return labels
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raises ValueError unless `shape` is that of images for this network."""
+        C, patch = self.config.channels, self.config.patch_size
+        sides = shape[2:]
+        if len(shape) != 4 or shape[1] != C or any(s < patch or s % patch for s in sides):
+            raise ValueError(
+                f"images must have shape [N, C, H, W] with C = {C} and H and W multiples of "
+                f"patch_size={patch}, got {list(shape)}; resize them, or see DiTConfig"
+            )
+
+
+def generate_images(
+    model: DiffusionBlocks,
+    labels: Tensor | int,
+    *,
+    size: int | tuple[int, int] | None = None,
+    num_steps: int | None = None,
+    kind: Literal["equal_mass", "karras"] = "equal_mass",
+    sigmas: Tensor | Sequence[float] | None = None,
+    guidance_scale: float | None = None,
+    noise: Literal["paper", "unit_variance"] = "paper",
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Images of a `DiT` in blocks, by Euler steps from noise; a step runs one block only.
+
+    `dblocks.sample.sampling_cost` tells how often each block runs.
+
+    Args:
+        model: the blocks of a `DiT`, also inside torch.compile's or AveragedModel's wrapper.
+        labels: the classes, int64 [N]; for a model without classes the number of images N.
+        size: height and width, one number for a square; the model's own by default.
+        num_steps: Euler steps; 50 by default.
+        kind: the rule of their noise levels, see `NoiseSchedule.steps`.
+        sigmas: noise levels to use instead.
+        guidance_scale: g of `uncond + g*(cond - uncond)`: 1 is the conditional and 0 the
+            unconditional model, each in one call a step, others take two. By default 2, and 1 for
+            a model that was not trained without labels.
+        noise: kind of the initial state, see `initial_noise`.
+        generator: source of the initial state, on any device; by default that of the model's.
+        callback: called after each step, see `sample_euler`.
+
+    Returns:
+        float32 [N, C, H, W], in the range of the images trained on, not clamped to it.
+
+    Raises:
+        TypeError: `model` is no `DiffusionBlocks` of a `DiT`, or labels are not what it takes.
+        ValueError: both `num_steps` and `sigmas` are given, or an argument has no valid value.
+    """
+    model = unwrapped(model)
+    network = getattr(model, "base_model", model)
+    if not isinstance(model, DiffusionBlocks) or not isinstance(network, DiT):
+        raise TypeError(
+            f"model must be the DiffusionBlocks of a DiT, got {type(model).__name__}"
+            f"{'' if network is model else f' of {type(network).__name__}'}; end to end, that is "
+            "one block"
+        )
+    config = network.config
+    cond = _condition(config, labels)
+    count = labels if isinstance(labels, int) else len(labels)
+    height, width = config.height_width if size is None else _pair(size)
+    network.check_shape((count, config.channels, height, width))
+    if sigmas is None:
+        steps = NUM_STEPS if num_steps is None else num_steps
+        sigmas, num_steps = model.config.noise_schedule.steps(steps, kind), None
+    grid = grid_of(model, num_steps, sigmas)
+    if guidance_scale is None:
+        guidance_scale = GUIDANCE_SCALE if config.drops_labels else 1.0
+    device = network.readout.weight.device
+    z = initial_noise(
+        (count, config.channels, height, width),
+        model.config.noise_schedule,
+        kind=noise,
+        generator=generator,
+        device=device if generator is None else generator.device,
+    )
+    return sample_euler(
+        model, z.to(device), grid, callback=callback, guidance_scale=guidance_scale, **cond
+    )
+
+
+def _condition(config: DiTConfig, labels: Tensor | int) -> dict[str, Any]:
+    if not config.num_classes:
+        if isinstance(labels, bool) or not isinstance(labels, int) or labels < 0:
+            raise TypeError(
+                f"labels must be the number of images for a model without classes, got {labels!r}"
+            )
+        return {}
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels must be an int64 tensor [N] of the {config.num_classes} classes, "
+            f"got {type(labels).__name__}"
+        )
+    check_labels(labels)
+    return {"labels": labels}
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size

@@ -1,0 +1,261 @@
+"""A masked diffusion language model: it predicts the masked tokens of a text, from both sides.
+
+`dblocks.unmask` writes text with it, also in the gaps of a given one, and `dblocks.masked_metrics`
+measures its bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from dblocks import functional as F
+from dblocks._config import JsonConfig
+from dblocks.blocks import Batch
+from dblocks.mask_schedule import MASKED, MaskLevel
+from dblocks.models._tokens import IGNORED, TokenBatch
+from dblocks.nn import (
+    ConditioningKind,
+    Modulation,
+    NoiseEmbedding,
+    Norm,
+    TransformerLayer,
+    conditioning_of,
+    rotary_of,
+)
+
+MLP_MULTIPLE = 8  # widths of matrix products that hardware likes
+
+
+@dataclass(frozen=True)
+class MaskedLMConfig(JsonConfig):
+    """Sizes of a `MaskedLM`; the defaults are a small model of characters or bytes."""
+
+    vocab_size: int = 256
+    """Number of tokens V; the mask is none of them."""
+    context: int = 128
+    """Longest sequence."""
+    width: int = 192
+    """Width D of the rows."""
+    depth: int = 12
+    """Number of layers."""
+    heads: int = 3
+    """Attention heads; a divisor of the width that leaves heads of even width."""
+    kv_heads: int | None = None
+    """Key/value heads, a divisor of heads; as many as heads by default."""
+    mlp_ratio: float = 8 / 3
+    """Width inside the MLP over D, rounded up to a multiple of 8."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary positions' frequencies."""
+    conditioning: ConditioningKind = "dit"
+    """How rows are conditioned on the masked share: dit, official, or none."""
+    gate_init: float = 0.0
+    """What the gates of conditioned layers start at: 0, as published, or 1, the plain layer."""
+    tied: bool = True
+    """Whether the readout uses the token embeddings; else it has a matrix of its own."""
+
+    def __post_init__(self) -> None:
+        conditioning_of(self.conditioning)
+        for name in ("vocab_size", "context", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.kv_heads is not None and self.kv_heads < 1:
+            raise ValueError(f"kv_heads must be positive or None, got {self.kv_heads}")
+        for name in ("mlp_ratio", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.gate_init < math.inf:
+            raise ValueError(f"gate_init must be a finite number >= 0, got {self.gate_init}")
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise ValueError(
+                "width must be an even multiple of heads, which rotary positions need, "
+                f"got {self.width} and {self.heads}"
+            )
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width inside the MLP."""
+        return MLP_MULTIPLE * math.ceil(self.width * self.mlp_ratio / MLP_MULTIPLE)
+
+
+class Hidden(NamedTuple):
+    """What the layers leave for the readout."""
+
+    x: Tensor
+    """Rows [N, T, D]."""
+    cond: Tensor | None
+    """Their conditioning vectors [N, cond_dim]; None without conditioning."""
+
+
+class MaskedLM(nn.Module):
+    """A bidirectional transformer over masked text, for `DiffusionBlocks` with a `MaskSchedule`.
+
+        DiffusionBlocks(MaskedLM(config), BlocksConfig(3, schedule=MaskSchedule("cosine")))
+
+    A state z holds tokens, and `MASKED` where they are masked; the rows are token embeddings, and
+    for masks one learned row. There are logits for the V tokens only, so the mask is never
+    predicted; the estimate of a text is the softmax of the logits where it is masked, and the
+    token itself elsewhere. The loss of a sample is the cross-entropy summed over its masked tokens,
+    divided by T: weighted, it is the bound in nats a token.
+
+    A batch holds "tokens", int64 [N, T]. It may hold "loss_mask", bool [N, T], false at tokens that
+    are given: they are never masked and not scored, such as a prompt or padding. The bound is then
+    that of the others, given these, still for each token.
+
+    RMS norms, rotary positions, SwiGLU, no biases but in modulations. Weights start from a normal
+    of deviation s = sqrt(2/(5 D)) (Nguyen and Salazar 2019), those that end a branch from
+    s/sqrt(2*depth) (GPT-2), modulations at zero, but for gates at `gate_init`.
+
+    Args:
+        config: the sizes.
+
+    Source: Shi et al. 2024 (MD4), arXiv 2406.04329.
+    """
+
+    def __init__(self, config: MaskedLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, kind = config.width, config.conditioning
+        conditioned = kind != "none"
+        # The last row is the mask's.
+        self.embedding = nn.Embedding(config.vocab_size + 1, D)
+        self.noise_embedding = (
+            NoiseEmbedding(conditioning_of(kind).width(D)) if conditioned else None
+        )
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                D, config.heads, config.hidden_dim, kind=kind, gate_init=config.gate_init,
+                norm="rms", mlp="swiglu", num_kv_heads=config.kv_heads, bias=False,
+            )
+            for _ in range(config.depth)
+        )  # fmt: skip
+        self.norm = Norm(D, "none", norm="rms")
+        self.modulation = Modulation(D, 2, kind) if conditioned else None
+        self.readout = None if config.tied else nn.Linear(D, config.vocab_size, bias=False)
+        self.loss_kind: Literal["masked_cross_entropy"] = "masked_cross_entropy"
+        self.condition_drop = 0.0
+        self.target_embedding = None
+        self._init_weights()
+
+    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
+        """A t for every sequence, [N]."""
+        return (len(self._batch(batch).tokens),)
+
+    def embed_target(self, batch: Batch) -> Tensor:
+        """`batch["tokens"]`, int64 [N, T]."""
+        return self._batch(batch).tokens
+
+    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor | None:
+        """The tokens that are given, int64 [N, T] with `MASKED` elsewhere; None without any.
+
+        Reads "tokens" and "loss_mask" where there is a "loss_mask"; sampling passes neither, as
+        given tokens are in its state.
+
+        Raises:
+            ValueError: `drop` is given; a language model has no null condition.
+        """
+        if drop is not None:
+            raise ValueError(
+                "a MaskedLM is not trained without its condition, so guidance_scale must be 1"
+            )
+        if batch.get("loss_mask") is None:
+            return None
+        given = self._batch(batch)
+        return given.tokens.masked_fill(batch["loss_mask"], MASKED)
+
+    def run_layers(
+        self,
+        layers: Sequence[nn.Module],
+        z_in: Tensor,
+        level: MaskLevel,
+        condition: Tensor | None,
+    ) -> Hidden:
+        """Runs `layers` on tokens `z_in` [N, T], masked or given."""
+        T, config = z_in.shape[1], self.config
+        if config.context < T:
+            raise ValueError(
+                f"tokens must be at most context={config.context} long, got {T}; cut them"
+            )
+        if condition is not None:
+            z_in = torch.where(condition == MASKED, z_in, condition)
+        x = self.embedding(torch.where(z_in == MASKED, config.vocab_size, z_in))
+        positions = torch.arange(T, device=z_in.device)
+        rotary = rotary_of(positions, config.width // config.heads, config.rope_theta)
+        cond = None if self.noise_embedding is None else self.noise_embedding(level.c_noise)
+        for layer in layers:
+            x = layer(x, cond, rotary=rotary)
+        return Hidden(x, cond)
+
+    def read_out(self, hidden: Hidden, z: Tensor, level: MaskLevel) -> Tensor:
+        """Logits [N, T, V], float32 whatever the layers' dtype."""
+        rows = self._features(hidden)
+        with torch.autocast(rows.device.type, enabled=False):
+            return nnf.linear(rows, self._readout_weight().to(rows.dtype))
+
+    def denoise(self, prediction: Tensor, z: Tensor, level: MaskLevel) -> Tensor:
+        """Probabilities of the tokens [N, T, V]: softmax where masked, else 1 for z itself."""
+        known = nnf.one_hot(z.clamp(min=0), self.config.vocab_size).to(prediction.dtype)
+        return torch.where((z == MASKED)[..., None], prediction.softmax(-1), known)
+
+    def score(
+        self, hidden: Hidden, z: Tensor, level: MaskLevel, y: Tensor, seed: Tensor, batch: Batch
+    ) -> Tensor:
+        """The cross-entropy summed over masked tokens, over T, of each sample [N].
+
+        Where tokens are given, the others' are scaled up, so that the mean over all samples is that
+        of the tokens that are scored.
+        """
+        masked, mask = z == MASKED, self._batch(batch).loss_mask
+        T: float | Tensor = y.shape[1]
+        if mask is not None:
+            masked, T = masked & mask, (mask.sum() / len(y)).clamp(min=1 / len(y))
+        losses = F.linear_cross_entropy(
+            self._features(hidden), self._readout_weight(), torch.where(masked, y, IGNORED),
+            ignore_index=IGNORED, reduction="none",
+        )  # fmt: skip
+        return losses.sum(1) / T
+
+    def _batch(self, batch: Batch) -> TokenBatch:
+        if batch.get("cu_seqlens") is not None:
+            raise ValueError(
+                "a MaskedLM attends to all of a sequence, so a batch must not hold 'cu_seqlens'; "
+                "give each document a sequence of its own, padded, with a 'loss_mask'"
+            )
+        return TokenBatch.of(batch, self.config)
+
+    def _features(self, hidden: Hidden) -> Tensor:
+        """What the readout's matrix is multiplied with, `norm(x)*(1 + scale) + shift`, float32."""
+        x = hidden.x
+        with torch.autocast(x.device.type, enabled=False):
+            shift = scale = None
+            if self.modulation is not None:
+                shift, scale = self.modulation(hidden.cond, len(x))
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            return self.norm.modulate(x, shift, scale)
+
+    def _readout_weight(self) -> Tensor:
+        if self.readout is not None:
+            return self.readout.weight
+        return self.embedding.weight[: self.config.vocab_size]
+
+    def _init_weights(self) -> None:
+        s = math.sqrt(2 / (5 * self.config.width))
+        end = s / math.sqrt(2 * self.config.depth)
+        for layer in (m for m in self.layers if isinstance(m, TransformerLayer)):
+            attention, mlp = layer.attention, layer.mlp
+            for linear, std in (
+                (attention.qkv, s),
+                (attention.out, end),
+                (mlp.fc1, s),
+                (mlp.fc2, end),
+            ):
+                nn.init.normal_(linear.weight, std=std)
+        nn.init.normal_(self.embedding.weight, std=s)
+        if self.readout is not None:
+            nn.init.normal_(self.readout.weight, std=s)

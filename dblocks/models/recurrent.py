@@ -1,0 +1,373 @@
+"""A recurrent-depth language model whose recurrence is the denoising of the next token.
+
+A few layers, the core, are applied over and over between a prelude and a coda. In blocks the state
+that they refine is the noisy embedding of the next token, so that training calls the core once and
+sampling as often as there are Euler steps. The same modules run as plain recurrent model, Huginn,
+the baseline. `dblocks.generate` writes text with either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from dblocks import functional as F
+from dblocks._kv_cache import KVCache, Slots
+from dblocks.blocks import Batch
+from dblocks.models._causal import Hidden, LanguageModel, Readout
+from dblocks.models._causal_config import LanguageModelConfig
+from dblocks.models._doubled import attend_doubled, run_doubled
+from dblocks.models._tokens import TokenBatch
+from dblocks.nn import Attend, Norm, Rotary
+from dblocks.schedule import NoiseLevel, check_count
+
+# Geiping et al. 2025 and the code they published
+STATE_STD = math.sqrt(2 / 5)  # of the initial state, before it is cut off
+STATE_CUT = 3.0  # deviations
+RECURRENCE_STD = 0.5  # of the logarithm of the Poisson's rate
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class RecurrentConfig(LanguageModelConfig):
+    """Sizes of a `RecurrentLM`; the defaults are a small model of characters or bytes."""
+
+    width: int = 128
+    """Width D of the rows."""
+    heads: int = 2
+    """Attention heads; a divisor of the width that leaves heads of even width."""
+    prelude: int = 2
+    """Layers that read the clean tokens, once."""
+    core: int = 4
+    """Layers that are applied again and again; what blocks divide."""
+    coda: int = 2
+    """Layers between the core and the readout."""
+    mean_recurrence: int = 32
+    """How often training applies the core in the plain model, about, on the average."""
+    backprop_depth: int = 8
+    """How many of these, the last ones, gradients go through."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prelude", "core", "coda", "mean_recurrence", "backprop_depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class RecurrentContext(NamedTuple):
+    """What noisy rows are predicted from."""
+
+    x: Tensor
+    """Embeddings of the clean tokens, [N, T, D]."""
+    before: Tensor
+    """For both halves' rows, what the prelude made of the token before, [N, 2T, D]; 0 for a first
+    token."""
+    rotary: Rotary
+    """Rotations of both halves' rows, clean ones first."""
+    cu_seqlens: Tensor | None
+    """Where the documents of a packed sequence begin and end."""
+
+
+class RecurrentLM(LanguageModel):
+    """Prelude, core and coda; `DiffusionBlocks(RecurrentLM(config), BlocksConfig(1))` trains it.
+
+    With E the embeddings, e = norm(prelude(E[tokens])), A a matrix of 2D columns, and [s; e] one
+    row above the other:
+
+    * As denoiser, row i is of token i: `h = coda(norm(core(A [s_i; e_{i-1}])))`, where the state
+      s_i is the exact embedding in clean rows, under the null conditioning, and the noisy one in
+      noisy rows; both times sqrt(D)/embed_scale, so that s and e are alike in size. Noisy row i
+      sees the clean rows before its own and itself. The prelude is causal, knows no noise, and runs
+      once for any number of Euler steps: K of them are K calls of core and coda. In several blocks
+      each has some of the core's layers, and all use the adapter, the norm and the coda.
+    * The plain model is Huginn: from a random s, `s <- norm(core(A [s; e]))` r times, then
+      `coda(s)`; row i predicts token i + 1. Training draws r from `Poisson(exp(u)) + 1` with
+      `u ~ N(ln(mean_recurrence) - 1/8, 1/4)`, so 33 on the average for 32; gradients go through the
+      last `backprop_depth` recurrences. The initial state is normal of variance 2/5, cut off at 3
+      deviations, drawn from the reproducible noise of `F.noise_inject`.
+
+    Kept of the original: the shape 2-4-2, the adapter, the norm after the core, the initial state,
+    the recurrences and their truncation. Layers are the pre-norm ones of this library instead of
+    sandwich layers, which end in norms: hence the norm after the prelude here. The coda has a norm
+    of its own after it, that the original shares with the core. Branches start from s/sqrt(2*l)
+    with l the layers that there are, 8, not those of the mean unrolled depth, 132.
+
+    `LanguageModel` tells of batches, the readout, the loss and the start of the weights.
+
+    Args:
+        config: the sizes.
+
+    Source: Geiping et al. 2025, arXiv 2502.05171; as denoiser Shing et al. 2026.
+    """
+
+    config: RecurrentConfig
+
+    def __init__(self, config: RecurrentConfig) -> None:
+        super().__init__(config)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        num_recurrences: int | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The plain model: tokens [N, T] to logits [N, T, V] of the tokens that follow, float32.
+
+        Gradients go through the last `backprop_depth` recurrences.
+
+        Args:
+            tokens: int64 [N, T].
+            cu_seqlens: ends of packed documents; the attention's mask has T*T elements then.
+            num_recurrences: how often the core is applied; `mean_recurrence` by default.
+            noise: normals [N, T, D] that the initial state is made of.
+            generator: a CPU generator, of which one number is drawn in their place.
+        """
+        batch = TokenBatch.of({"tokens": tokens, "cu_seqlens": cu_seqlens}, self.config)
+        readout = self.current_readout()
+        r = self.plain_steps(num_recurrences)
+        shape = (*tokens.shape, self.config.width)
+        if noise is None:
+            noise = self._drawn(tokens, generator)
+        elif noise.shape != shape:
+            raise ValueError(
+                f"noise must have shape [N, T, D] = {list(shape)}, got {list(noise.shape)}; "
+                "draw a row for each token"
+            )
+        return self._logits(self._plain_features(batch, readout, r, noise), readout)
+
+    def next_token_loss(
+        self,
+        batch: Batch,
+        *,
+        num_recurrences: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The mean cross-entropy of the plain model over the tokens that are scored, 0-d, in nats.
+
+        Args:
+            batch: as for training in blocks.
+            num_recurrences: how often the core is applied; drawn by default.
+            generator: a CPU generator, of which the recurrences and the seed of the state are
+                drawn.
+        """
+        given = TokenBatch.of(batch, self.config)
+        readout = self.current_readout()
+        r = self.draw_recurrences(generator) if num_recurrences is None else num_recurrences
+        noise = self._drawn(given.tokens, generator)
+        features = self._plain_features(given, readout, self.plain_steps(r), noise)
+        return self._plain_loss(features, given, readout)
+
+    def draw_recurrences(self, generator: torch.Generator | None = None) -> int:
+        """How often a training step of the plain model applies the core."""
+        mean = math.log(self.config.mean_recurrence) - RECURRENCE_STD**2 / 2
+        u = torch.randn((), generator=generator, device="cpu")
+        rate = (mean + RECURRENCE_STD * u).exp()
+        return int(torch.poisson(rate, generator=generator)) + 1
+
+    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> RecurrentContext:
+        """Runs the prelude; see `LanguageModel.embed_condition`."""
+        given = self._checked(batch, drop)
+        positions, T = given.positions(), given.tokens.shape[1]
+        x = self._embed(given.tokens, self.target_embedding.rows())
+        rotary = self._rotary(positions.repeat(2))
+        attends = [given.attend_within_documents()] * len(self.prelude)
+        e = self._read(x, rotary.rows(0, T), attends)
+        before = e.roll(1, 1) * (positions > 0).to(e.dtype)[:, None]
+        return RecurrentContext(x, before.repeat(1, 2, 1), rotary, given.cu_seqlens)
+
+    def run_layers(
+        self,
+        layers: Sequence[nn.Module],
+        z_in: Tensor,
+        level: NoiseLevel,
+        condition: RecurrentContext,
+    ) -> Hidden:
+        """Runs layers of the core, and the coda, on the noisy rows [N, T, D] beside the clean."""
+        attends = [attend_doubled(condition.cu_seqlens)] * (len(layers) + len(self.coda))
+        cond = self._cond(level)
+        noisy = self._denoised(
+            layers, condition.x, z_in, condition.before, cond, condition.rotary, attends
+        )
+        return Hidden(noisy, cond)
+
+    def new_cache(self, slots: Slots, layers: Sequence[nn.Module]) -> KVCache:
+        """A cache for `run_cached`: of the prelude, these layers of the core, and the coda."""
+        return KVCache(slots, len(self.prelude) + len(layers) + len(self.coda))
+
+    def run_cached(
+        self,
+        layers: Sequence[nn.Module],
+        z_in: Tensor,
+        level: NoiseLevel,
+        tokens: Tensor,
+        cache: KVCache,
+        readout: Readout,
+    ) -> Hidden:
+        """As `run_layers` for one noisy row; see `LanguageModel.run_cached`.
+
+        The prelude runs on `tokens` alone, and the cache keeps what it made of the last of them.
+        """
+        C = tokens.shape[1]
+        clean, rotary = self._embed(tokens, readout.rows), self._rotary(cache.positions(C + 1))
+        e = clean
+        if C > 0:
+            e = self._read(clean, rotary.rows(0, C), cache.attends(C, last=len(self.prelude)))
+        before, cond = cache.before(e), self._cond(level)
+        noisy = self._denoised(
+            layers, clean, z_in, before, cond, rotary,
+            cache.attends(C + 1, first=len(self.prelude)),
+        )  # fmt: skip
+        cache.commit(C, before[:, C:])
+        return Hidden(noisy, cond)
+
+    @property
+    def plain_noise_width(self) -> int:
+        """D normals a token, for the initial state."""
+        return self.config.width
+
+    def plain_steps(self, num_steps: int | None) -> int:
+        """How often the plain model applies the core; `mean_recurrence` by default.
+
+        Raises:
+            ValueError: `num_steps` is not positive.
+        """
+        if num_steps is None:
+            return self.config.mean_recurrence
+        return check_count("number of recurrences", num_steps)
+
+    def next_token_logits(
+        self, tokens: Tensor, *, num_steps: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """As `forward`."""
+        return self(tokens, num_recurrences=num_steps, generator=generator)
+
+    def new_plain_cache(self, slots: Slots, num_steps: int) -> KVCache:
+        """A cache for `next_logits`: every application of the core has its own keys and values."""
+        core = num_steps * len(self.layers)
+        return KVCache(slots, len(self.prelude) + core + len(self.coda))
+
+    def next_logits(
+        self, tokens: Tensor, cache: KVCache, readout: Readout, *, num_steps: int, noise: Tensor
+    ) -> Tensor:
+        """The plain model's logits [N, V]; see `LanguageModel.next_logits`."""
+        C = tokens.shape[1]
+        positions = cache.positions(C)
+        if positions.ndim == 1:
+            noise = noise[:, cache.committed : cache.committed + C]
+        else:
+            noise = noise.gather(1, positions[..., None].expand(-1, -1, noise.shape[2]))
+        attends = iter(cache.attends(C))
+        x = self._recurred(
+            self._embed(tokens, readout.rows), self._rotary(positions), lambda: next(attends),
+            num_steps, noise,
+        )  # fmt: skip
+        x = cache.last_row(x)
+        cache.commit(C)
+        return self._logits(self.norm.modulate(x, None, None), readout)[:, 0]
+
+    def _make_layers(self) -> None:
+        config = self.config
+        self.prelude = self._layers_of(config.prelude, "none")
+        self.prelude_norm = Norm(config.width, "none", norm="rms")
+        self.adapter = nn.Linear(2 * config.width, config.width, bias=False)
+        self.layers = self._layers_of(config.core, config.conditioning)
+        self.core_norm = Norm(config.width, "none", norm="rms")
+        self.coda = self._layers_of(config.coda, config.conditioning)
+
+    def _read(self, x: Tensor, rotary: Rotary, attends: Sequence[Attend | None]) -> Tensor:
+        """What the prelude makes of tokens, e."""
+        for layer, attend in zip(self.prelude, attends, strict=True):
+            x = layer(x, None, rotary=rotary, attend=attend)
+        return self.prelude_norm.modulate(x, None, None)
+
+    def _enter(self, state: Tensor, e: Tensor) -> Tensor:
+        """The adapter."""
+        return self.adapter(torch.cat([state.to(e.dtype), e], dim=-1))
+
+    def _denoised(
+        self,
+        layers: Sequence[nn.Module],
+        clean: Tensor,
+        z_in: Tensor,
+        before: Tensor,
+        cond: Tensor | None,
+        rotary: Rotary,
+        attends: Sequence[Attend],
+    ) -> Tensor:
+        """Noisy rows [N, R, D] after core and coda.
+
+        Args:
+            layers: of the core.
+            clean: embeddings [N, C, D].
+            z_in: noisy embeddings [N, R, D].
+            before: what the prelude made of the token before each, [N, C + R, D].
+            cond: conditioning of the noisy rows.
+            rotary: rotations of all rows.
+            attends: the attention of each layer, of core and coda.
+        """
+        state = torch.cat([clean, self._noisy_rows(z_in, clean)], dim=1) / self._element
+        rows, n = self._enter(state, before), len(layers)
+        clean, noisy = rows.split((clean.shape[1], z_in.shape[1]), dim=1)
+        coda = cast(Sequence[nn.Module], self.coda)
+        last = coda[-1]
+        clean, noisy = run_doubled(layers, clean, noisy, cond, rotary, attends[:n], last=last)
+        clean = self.core_norm.modulate(clean, None, None)
+        noisy = self.core_norm.modulate(noisy, None, None)
+        return run_doubled(coda, clean, noisy, cond, rotary, attends[n:], last=last)[1]
+
+    def _plain_features(
+        self, batch: TokenBatch, readout: Readout, num_recurrences: int, noise: Tensor
+    ) -> Tensor:
+        attend = batch.attend_within_documents()
+        x = self._recurred(
+            self._embed(batch.tokens, readout.rows), self._rotary(batch.positions()),
+            lambda: attend, num_recurrences, noise,
+        )  # fmt: skip
+        return self.norm.modulate(x, None, None)
+
+    def _recurred(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        next_attend: Callable[[], Attend | None],
+        num_recurrences: int,
+        noise: Tensor,
+    ) -> Tensor:
+        """Rows after prelude, recurrences and coda; `next_attend` gives each layer's attention."""
+        e = self._read(x, rotary, [next_attend() for _ in self.prelude])
+        state = initial_state(noise)
+        grad = torch.is_grad_enabled()
+        for step in range(num_recurrences):
+            kept = step >= num_recurrences - self.config.backprop_depth
+            with torch.set_grad_enabled(grad and kept):
+                state = self._enter(state, e)
+                for layer in self.layers:
+                    state = layer(state, None, rotary=rotary, attend=next_attend())
+                state = self.core_norm.modulate(state, None, None)
+        for layer in self.coda:
+            state = layer(state, None, rotary=rotary, attend=next_attend())
+        return state
+
+    def _drawn(self, tokens: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Normals [N, T, D] on the device, of a seed drawn on the CPU."""
+        seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
+        shape = (1, tokens.numel() * self.config.width)
+        one = torch.ones((), device=tokens.device)
+        z = F.noise_inject(torch.zeros(shape, device=tokens.device), one, seed).z
+        return cast(Tensor, z).view(*tokens.shape, self.config.width)
+
+
+def initial_state(noise: Tensor) -> Tensor:
+    """A normal of variance 2/5, cut off at 3 deviations, as a function of standard normals."""
+    below = math.erfc(STATE_CUT / math.sqrt(2)) / 2
+    uniform = below + (1 - 2 * below) * torch.special.ndtr(noise.double())
+    return (STATE_STD * torch.special.ndtri(uniform)).float()

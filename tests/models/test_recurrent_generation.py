@@ -1,0 +1,249 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dblocks import functional as F
+from dblocks._kv_cache import Slots
+from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.checkpoint import load_model, save_model
+from dblocks.generate import generate, stream
+from dblocks.metrics import next_token_nll
+from dblocks.sample import sample_logits
+from lm_tools import CLOSE, recurrent_of, tokens_of
+from tools import DEVICE, normal, randomized, seeded
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+
+
+def model_of(plain, num_blocks=1, **options):
+    lm = randomized(recurrent_of(**options))
+    return lm if plain else DiffusionBlocks(lm, BlocksConfig(num_blocks))
+
+
+def written(model, prompts=PROMPTS, seed=0, **options):
+    options = {"max_new_tokens": 5, **options}
+    return [t.tolist() for t in generate(model, prompts, generator=seeded(seed), **options)]
+
+
+# Against the whole sequence
+
+
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    calls=st.lists(st.integers(0, 2), min_size=4, max_size=4),
+    block=st.integers(0, 1),
+    conditioning=st.sampled_from(["dit", "official", "none"]),
+)
+def test_the_cache_equals_the_doubled_forward(lengths, calls, block, conditioning):
+    """Every prefix, called any number of times; ragged; tokens that a block did not see wait."""
+    model, new = model_of(False, 2, core=2, conditioning=conditioning), len(calls)
+    lm, layers = model.parts(block)
+    N, P = len(lengths), max(lengths)
+    tokens = torch.randint(11, (N, P + new), generator=seeded()).to(DEVICE)
+    z = normal(N, new, len(calls), 16, seed=1)
+    cache = lm.new_cache(Slots(lengths, P + new, DEVICE), layers)
+    for j, times in enumerate(calls):
+        for i in range(times):
+            sigma = torch.full((N,), 0.2 + 0.1 * i, device=DEVICE)
+            level, noisy = model.config.schedule.level(sigma), z[:, j, i : i + 1]
+            hidden = lm.run_cached(
+                layers, level.c_in[:, None, None] * noisy, level,
+                tokens[:, cache.committed : P + j], cache, lm.current_readout(),
+            )  # fmt: skip
+            got = lm.read_out(hidden, noisy, level)[:, 0]
+            for n, length in enumerate(lengths):
+                row = torch.cat([tokens[n, :length], tokens[n, P : P + j + 1]])[None]
+                full = torch.zeros(1, row.shape[1], 16, device=DEVICE)
+                full[:, -1] = noisy[n]
+                expected = model.logits(full, sigma[:1], block=block, tokens=row)[0, -1]
+                torch.testing.assert_close(got[n], expected, **CLOSE)
+
+
+@settings(max_examples=8)
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3), recurrences=st.integers(1, 4))
+def test_the_cache_of_the_plain_model_equals_its_forward(lengths, recurrences):
+    lm, P = model_of(True, core=2), max(lengths)
+    N, noise = len(lengths), normal(len(lengths), P + 4, 16, seed=1)
+    tokens = torch.randint(11, (N, P + 4), generator=seeded()).to(DEVICE)
+    cache = lm.new_plain_cache(Slots(lengths, P + 4, DEVICE), recurrences)
+    for j in range(4):
+        got = lm.next_logits(
+            tokens[:, cache.committed : P + j], cache, lm.current_readout(),
+            num_steps=recurrences, noise=noise,
+        )  # fmt: skip
+        for n, length in enumerate(lengths):
+            row = torch.cat([tokens[n, :length], tokens[n, P : P + j]])[None]
+            expected = lm(row, num_recurrences=recurrences, noise=noise[n : n + 1, : row.shape[1]])
+            torch.testing.assert_close(got[n], expected[0, -1], **CLOSE)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_generation_is_euler_from_noise(num_steps):
+    """One token, from the same noise, by the sampler over the whole sequence."""
+    model, prompt = model_of(False), [1, 2, 3]
+    (token,) = written(model, [prompt], max_new_tokens=1, num_steps=num_steps, temperature=0.0)
+    drawn = int(torch.randint(2**63 - 1, (), generator=seeded()))
+    eps = F.noise_inject(torch.zeros(1, 17, device=DEVICE), torch.ones((), device=DEVICE), drawn).z
+    z = torch.zeros(1, 4, 16, device=DEVICE)
+    z[:, -1] = 80 * eps[:, :16]
+    tokens = torch.tensor([[*prompt, 0]], device=DEVICE)
+    logits = sample_logits(model, z, model.config.schedule.steps(num_steps), tokens=tokens)
+    assert token == [int(logits[0, -1].argmax())]
+
+
+# What runs
+
+
+def rows_of(lm):
+    """Rows that each call of each part's first attention sees; the hooks stay."""
+    rows = {"prelude": [], "layers": [], "coda": []}
+    for name, seen in rows.items():
+        getattr(lm, name)[0].attention.qkv.register_forward_hook(
+            lambda _, args, __, seen=seen: seen.append(args[0].shape[1])
+        )
+    return rows
+
+
+def test_a_token_passes_the_prelude_once_and_is_committed_with_the_first_step():
+    model = model_of(False)
+    rows = rows_of(model.base_model)
+    written(model, [[1, 2, 3]], max_new_tokens=3, num_steps=4)
+    assert rows["prelude"] == [3, 1, 1]
+    assert rows["layers"] == rows["coda"] == [4, 1, 1, 1] + 2 * [2, 1, 1, 1]
+
+
+def test_the_plain_model_computes_each_row_once():
+    lm = model_of(True)
+    rows = rows_of(lm)
+    written(lm, [[1, 2, 3]], max_new_tokens=3, num_steps=4)
+    assert rows["prelude"] == rows["coda"] == [3, 1, 1]
+    assert rows["layers"] == 4 * [3] + 8 * [1]
+
+
+def test_by_default_the_plain_model_recurs_as_in_training():
+    lm = model_of(True)
+    assert written(lm) == written(lm, num_steps=lm.config.mean_recurrence)
+    assert written(lm) != written(lm, num_steps=1)
+
+
+# What is written
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_steps": 3},
+        {"num_steps": 1},
+        {"num_steps": 3, "temperature": 0.0},
+        {"num_steps": 3, "stop_token": 3},
+        {"sigmas": [80.0, 0.3, 0.1]},
+    ],
+)
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_same_with_and_without_cache_alone_and_in_a_batch(options, plain):
+    if plain and "sigmas" in options:
+        return
+    model = model_of(plain)
+    tokens = written(model, **options)
+    assert tokens == written(model, **options)
+    assert tokens == written(model, cache=False, **options)
+    # Shorter, and beside other prompts; the place in the batch decides the noise.
+    alone = written(model, PROMPTS[:1], **{"max_new_tokens": 3, **options})
+    assert alone[0] == tokens[0][:3]
+
+
+@pytest.mark.parametrize("shared", ["train", "private"])
+def test_several_blocks_write_the_same_with_and_without_cache(shared):
+    model = DiffusionBlocks(randomized(recurrent_of()), BlocksConfig(2, shared=shared))
+    for copy in model.copies:
+        randomized(copy)
+    assert written(model, num_steps=4) == written(model, num_steps=4, cache=False)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_seed_decides(plain):
+    model = model_of(plain)
+    assert written(model, seed=0) != written(model, seed=1)
+    same = written(model, [[1, 2]] * 4, num_steps=2)
+    assert len({tuple(row) for row in same}) > 1
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_bfloat16(plain):
+    model = model_of(plain).bfloat16()
+    assert [len(row) for row in written(model, num_steps=2)] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_checkpoints(tmp_path, plain):
+    model = model_of(plain, tied=False)
+    save_model(tmp_path, model)
+    loaded = load_model(tmp_path).to(DEVICE)
+    assert type(loaded) is type(model)
+    assert loaded.config == model.config
+    for num_steps in (1, 3):
+        assert written(loaded, num_steps=num_steps) == written(model, num_steps=num_steps)
+
+
+# Scoring
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(("num_steps", "draws"), [(1, 1), (3, 1), (3, 4)])
+def test_the_prices_of_all_tokens_make_a_distribution(plain, num_steps, draws):
+    model, tokens, prices = model_of(plain), tokens_of(3, 7), []
+    options = {"num_steps": num_steps, "draws": draws}
+    for token in range(11):
+        other = tokens.clone()
+        other[:, -1] = token
+        nll = next_token_nll(model, other, generator=seeded(), **options)
+        assert nll.shape == (3, 6)
+        prices.append(nll[:, -1])
+    torch.testing.assert_close((-torch.stack(prices)).exp().sum(0), torch.ones(3, device=DEVICE))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_draws_average_probabilities(plain):
+    model, tokens, generator = model_of(plain), tokens_of(3, 7), seeded()
+    each = [next_token_nll(model, tokens, num_steps=2, generator=generator) for _ in range(3)]
+    together = next_token_nll(model, tokens, num_steps=2, draws=3, generator=seeded())
+    p = torch.stack(each).double().neg().exp().mean(0)
+    torch.testing.assert_close(together.double(), -p.log(), rtol=1e-4, atol=1e-5)
+    assert (together <= torch.stack(each).mean(0) + 1e-5).all()  # Jensen
+
+
+def test_by_default_scoring_takes_one_step_or_the_recurrences_of_training():
+    tokens = tokens_of(3, 7)
+    for plain, steps in ((False, 1), (True, 5)):
+        model = model_of(plain)
+        got = next_token_nll(model, tokens, generator=seeded())
+        same = next_token_nll(model, tokens, num_steps=steps, generator=seeded())
+        assert torch.equal(got, same)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("plain", "options", "message"),
+    [
+        (True, {"sigmas": [80.0]}, "sigmas must be None for a plain RecurrentLM, .* got"),
+        (True, {"num_steps": 0}, "number of recurrences must be a positive integer, got 0"),
+        (False, {"num_steps": 0}, "number of steps must be a positive integer, got 0"),
+        (False, {"max_new_tokens": 20}, "context of 24 tokens, got 5 and 20; shorten one"),
+    ],
+)
+def test_arguments_are_checked(plain, options, message):
+    options = {"max_new_tokens": 1, **options}
+    with pytest.raises(ValueError, match=message):
+        stream(model_of(plain), PROMPTS, **options)  # at the call, not at the first token
+
+
+@pytest.mark.parametrize("draws", [0, 1.5, math.nan])
+def test_draws_are_checked(draws):
+    with pytest.raises(ValueError, match="draws must be a positive integer, got"):
+        next_token_nll(model_of(False), tokens_of(), draws=draws)
