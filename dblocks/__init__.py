@@ -5,6 +5,7 @@ from dblocks._version import __version__ as __version__
 from dblocks.blocks import BlocksConfig as BlocksConfig
 from dblocks.blocks import DiffusionBlocks as DiffusionBlocks
 from dblocks.blocks import Loss as Loss
+from dblocks.mask_schedule import MaskSchedule as MaskSchedule
 from dblocks.sample import initial_noise as initial_noise
 from dblocks.sample import sample_euler as sample_euler
 from dblocks.sample import sample_logits as sample_logits

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dblocks._parts import Batch, BlockModel, BlocksConfig, Weighting
-from dblocks.schedule import Schedule
+from dblocks._parts import Batch, BlockModel, BlocksConfig, Schedule, Weighting
 
 # Weighting "clamped": w reaches 250,000 at the lowest noise, which would outweigh all else.
 CLAMPED_WEIGHT_MAX = 20.0

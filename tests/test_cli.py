@@ -107,6 +107,7 @@ def test_a_language_model_is_trained_evaluated_and_sampled(tmp_path, capsys, sto
     assert first != stdout(capsys, *sample, "--seed", "1")
     assert "must fit in the context of 20 tokens" in mistake(capsys, *sample[:-1], "20")
     assert "must hold a ViT, got a CausalLM" in mistake(capsys, "eval", "vit", *there)
+    assert "--steps must be positive" in mistake(capsys, *sample, "--steps", "0")
     assert "at least one token" in mistake(capsys, "sample", "causal-lm", *there, "--prompt", "")
     (out / "tokenizer.json").unlink()
     assert "must hold a tokenizer.json" in mistake(capsys, *sample)
@@ -189,7 +190,6 @@ def mistake(capsys, *argv):
 def test_mistakes_are_one_line(tmp_path, capsys):
     empty = ("eval", "vit", "--checkpoint", str(tmp_path))
     assert "must hold a config.json" in mistake(capsys, *empty)
-    assert "--steps must be positive" in mistake(capsys, *empty, "--steps", "0")
     assert "number of layers 12, got 13" in mistake(capsys, "train", "vit", "--blocks", "13")
     for lr in ("inf", "nan", "0"):
         assert "lr must be positive and finite" in mistake(capsys, "train", "vit", "--lr", lr)

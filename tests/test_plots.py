@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dblocks.blocks import BlocksConfig
+from dblocks.mask_schedule import MaskSchedule
 from dblocks.plots import Curve, Measure, comparison_figure, save_png
 from dblocks.schedule import NoiseSchedule
 
@@ -120,3 +121,16 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"matplotlib.*dblocks\[bench\]"):
         figure()
+
+
+def test_right_panel_of_masks_is_their_share_against_time():
+    _, right = figure(schedule=MaskSchedule("cosine")).axes
+    assert right.get_xlabel() == "time t"
+    assert [t.get_text() for t in right.get_legend().get_texts()] == [
+        "block 0: layers 1-4, t 0.46-1",
+        "block 1: layers 5-8, t 0.22-0.46",
+        "block 2: layers 9-12, t 0-0.22",
+    ]
+    lines = right.get_lines()[:3]
+    ends = [(line.get_ydata()[-1], line.get_ydata()[0]) for line in lines]
+    assert [y for pair in ends for y in pair] == pytest.approx([1, 2 / 3, 2 / 3, 1 / 3, 1 / 3, 0])
