@@ -30,7 +30,7 @@ ROWS: Mapping[str, tuple[str, DiTRun]] = {
     **{f"blocks_{n}": (f"{n} blocks, equal layer evaluations", _blocks(n)) for n in (2, 3, 4, 6)},
     "end_to_end_long": ("end to end, 3 times the steps (samples of 3 blocks)", END_TO_END_LONG),
 }
-LRS = (2e-3, 4e-3, 8e-3)
+LRS = (2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 def loss(record: Record) -> float:

@@ -82,7 +82,7 @@ def test_results_writes_tables_and_a_grid_from_the_records(tmp_path, tiny, pages
     calls = next(line for line in pages_text.splitlines() if "Calls of each block" in line)
     assert calls.split()[-6:] == ["12", "6/6", "4/4/4", "4/2/2/4", "2/2/2/2/2/2", "12"]
     assert "Fréchet distance, unguided" in pages_text
-    assert "is the best of {0.002, 0.004, 0.008}" in pages_text
+    assert "is the best of {0.002, 0.004, 0.008, 0.016}" in pages_text
 
 
 def test_a_record_is_small(tmp_path, tiny):
