@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dblocks.commands._base import train_and_save
+from dblocks.commands._base import progress_bar, train_and_save
 from dblocks.commands._text import TrainText, load_text_model, prompt_tokens
 from dblocks.recipes._base import check_seed
 
@@ -122,7 +122,7 @@ class Sample:
         check_seed(self.seed)
         model, _, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
         sequence = torch.tensor([self._sequence(tokenizer)])
-        with _bar() as bar:
+        with progress_bar("writing") as bar:
 
             def show(state: dict[str, Any]) -> None:
                 bar.total = state["num_steps"]
@@ -163,15 +163,3 @@ class Sample:
         for part in others:
             sequence += [MASKED, *tokenizer.encode(part)]
         return sequence
-
-
-def _bar() -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            "sampling shows its progress with the package tqdm, which is not installed; "
-            "`pip install 'dblocks[train]'`"
-        ) from error
-    # disable=None is tqdm's way of being silent where the output is not a terminal.
-    return tqdm(desc="writing", unit="step", disable=None)
