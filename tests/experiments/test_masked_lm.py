@@ -28,7 +28,12 @@ def tiny(tmp_path, monkeypatch):
         for name, (title, run) in EXPERIMENT.rows.items()
     }
     return dataclasses.replace(
-        EXPERIMENT, rows=rows, lrs=(1e-3,), seeds=(0, 1), selection_shorter=dict.fromkeys(rows, 1)
+        EXPERIMENT,
+        rows=rows,
+        lrs=(1e-3,),
+        seeds=(0, 1),
+        selection_shorter=dict.fromkeys(rows, 1),
+        rates_of={},
     )
 
 
