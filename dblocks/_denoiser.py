@@ -15,6 +15,7 @@ from dblocks._parts import Batch, BlockModel, BlocksConfig, Schedule, Weighting
 # Weighting "clamped": w reaches 250,000 at the lowest noise, which would outweigh all else.
 CLAMPED_WEIGHT_MAX = 20.0
 MAX_SEED = 2**63 - 1
+LEVEL_KEY = 0x5DEECE66D  # any number but 0
 
 
 class Loss(NamedTuple):
@@ -70,7 +71,10 @@ class Denoiser(nn.Module, ABC):
             raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
         seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
         device = _device_of((*layers, cast(nn.Module, model)), batch)
-        on_device = torch.Generator(device).manual_seed(seed)
+        # The generator of a GPU is Philox too: under the same key, sigma would be made of the same
+        # bits as the first elements' noise.
+        key = seed if device.type == "cpu" else seed ^ LEVEL_KEY
+        on_device = torch.Generator(device).manual_seed(key)
         shape = model.sigma_shape(batch)
         sigma = self.config.schedule.sample(
             block, self.config.num_blocks, shape,

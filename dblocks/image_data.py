@@ -206,6 +206,8 @@ def _images_of(array: Any, labels: Any, scale: float, of: str) -> Images:
     except TypeError as error:
         raise ValueError(f"{of} must hold one array of numbers: {error}") from error
     if images.dtype == torch.uint8:
+        if scale != 1:
+            raise ValueError(f"scale is for floating-point values, got {scale} with bytes in {of}")
         images = from_bytes(images)
     elif not images.is_floating_point() or images.ndim != 4:
         raise ValueError(

@@ -67,8 +67,8 @@ class MaskSchedule(JsonConfig):
 
     With `draw="alpha"` training draws alpha uniformly and the kind of schedule changes nothing but
     the names of the levels, as a network is told the masked share and not t. With `draw="t"` it
-    decides how often a share is seen in training: cosine favours few masked tokens. Either way the
-    expected weighted loss is the same bound.
+    decides how often a share is seen in training: cosine favours many masked tokens, poly2 few.
+    Either way the expected weighted loss is the same bound.
 
     Source: Shi et al. 2024 (MD4), arXiv 2406.04329; Sahoo et al. 2024 (MDLM), arXiv 2406.07524.
     """
@@ -299,7 +299,7 @@ def uniforms(
         device: where they are made.
         offset: number of the first one.
     """
-    zeros = torch.zeros(1, math.prod(shape), device=device)
-    one = torch.ones((), device=device)
+    zeros = torch.zeros(1, math.prod(shape), device=device, dtype=torch.float32)
+    one = torch.ones((), device=device, dtype=torch.float32)
     normals = F.noise_inject(zeros, one, seed, offset=offset).z
     return torch.special.ndtr(cast(Tensor, normals).double()).view(tuple(shape))

@@ -57,7 +57,8 @@ def bound_terms(
     Args:
         model: the blocks of a `MaskedLM`, or any with a `MaskSchedule` whose logits are [N, T, V].
         tokens: int64 [N, T].
-        scored: bool [N, T]; other tokens are given, never masked. All by default.
+        scored: bool [N, T]; other tokens are given, never masked, and m counts the scored ones.
+            All by default.
         points: mid-points, a multiple of the number of blocks, so that each block has as many.
         seed: of the masks, which are functions of it and of a token's number alone.
         batch_size: sequences at a time.

@@ -36,6 +36,7 @@ def unmask(
     *,
     num_steps: int | None = None,
     kind: Literal["equal_mass", "uniform"] = "equal_mass",
+    share_of: Literal["tokens", "gaps"] = "tokens",
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -52,8 +53,10 @@ def unmask(
     something, and a step that unmasks nothing calls no network.
 
     Tokens that are given never change. A sequence with a part to write begins at the t whose masked
-    share is that part, since that is what the blocks have learned for as many gaps; from there its
-    steps divide the way to 0 as those of a wholly masked one.
+    share is that part, since that is what a model that was trained on whole texts has learned for
+    as many gaps; from there its steps divide the way to 0 as those of a wholly masked one. A model
+    that was trained with a `loss_mask` has learned shares of the tokens to write:
+    `share_of="gaps"` begins at t = 1.
 
     What is written depends on the generator's state, on the sequence, and on its place in the
     batch, not on the other sequences, but for rounding; nor on the device.
@@ -63,6 +66,7 @@ def unmask(
         tokens: int64 [N, T]: those given, and `MASKED` where to write.
         num_steps: steps; by default T, so that about one token is unmasked a step.
         kind: their spacing, see `MaskSchedule.steps`.
+        share_of: of what t tells the masked share, all tokens or those to write.
         temperature: what logits are divided by; 0 takes the most likely token.
         top_k: keep only as many most likely tokens.
         top_p: then keep only the fewest most likely tokens whose probabilities sum to at least
@@ -89,16 +93,19 @@ def unmask(
         raise ValueError(
             f"tokens must be at most context={network.config.context} long, got {T}; cut them"
         )
+    if share_of not in ("tokens", "gaps"):
+        raise ValueError(f"share_of must be 'tokens' or 'gaps', got {share_of!r}")
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
     seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
     u, picks = _uniforms(N, T, network.config.context, seed)
     # On the CPU: which rows a step runs must be known here.
     gaps = tokens.cpu() == MASKED
-    levels = _levels(schedule, gaps, schedule.steps(T if num_steps is None else num_steps, kind))
+    share = _share(gaps) if share_of == "tokens" else torch.ones(N, 1, dtype=torch.float64)
+    levels = _levels(schedule, share, schedule.steps(T if num_steps is None else num_steps, kind))
     owners = schedule.block_of(levels, blocks.config.num_blocks)
     # A gap is masked at a time while its number is below the share there, as in training.
-    step_of = (u[:, None] < schedule.masked(levels)[:, :, None] / _share(gaps)).sum(1) - 1
+    step_of = (u[:, None] < schedule.masked(levels)[:, :, None] / share[..., None]).sum(1) - 1
     step_of = torch.where(gaps, step_of, -1)
     device = next(network.parameters()).device
     z, picks, bound = tokens.to(device, copy=True), picks.to(device), blocks.bind()
@@ -140,12 +147,11 @@ def _uniforms(N: int, T: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _share(gaps: Tensor) -> Tensor:
-    """The part of each sequence that is to be written, float64 [N, 1, 1]; 1 where it is none."""
-    share = gaps.double().mean(1)[:, None, None]
+    """The part of each sequence that is to be written, float64 [N, 1]; 1 where it is none."""
+    share = gaps.double().mean(1, keepdim=True)
     return share.where(share > 0, 1.0)
 
 
-def _levels(schedule: MaskSchedule, gaps: Tensor, grid: Tensor) -> Tensor:
-    """The times of each sequence, float64 [N, steps]: of the grid's shares times its own."""
-    share = _share(gaps)[:, 0]
+def _levels(schedule: MaskSchedule, share: Tensor, grid: Tensor) -> Tensor:
+    """The times of each sequence, float64 [N, steps]: of the grid's shares times its own [N, 1]."""
     return torch.where(share == 1, grid, schedule.time_at(share * schedule.masked(grid)))

@@ -147,6 +147,20 @@ def test_a_few_gaps_begin_in_the_last_block():
     assert written.calls[2] >= 1
 
 
+def test_shares_of_gaps_begin_in_the_first_block():
+    z = tokens_of(1, 12)
+    z[0, :3] = MASKED
+    written = unmask(blocks_of(3), z, share_of="gaps", generator=seeded())
+    assert sum(written.calls) == 3  # a step a token, but for those that coincide
+    assert written.calls[0] + written.calls[1] > 0
+    assert unmask(blocks_of(3), z, generator=seeded()).calls[:2] == (0, 0)
+    whole = masks(2, 12)
+    one, other = (
+        unmask(blocks_of(3), whole, share_of=of, generator=seeded()) for of in ("gaps", "tokens")
+    )
+    assert torch.equal(one.tokens, other.tokens)
+
+
 def test_rows_in_different_blocks_run_apart():
     z = torch.cat([masks(1, 12), tokens_of(1, 12)])
     z[1, 3:5] = MASKED

@@ -109,12 +109,15 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Let a saved diffusion transformer draw images, a row of them for each class, as a PNG."""
+    """Let a saved diffusion transformer draw images, a row of them for each class, as a PNG.
+
+    Latents are written as they are: name a .npy file, an array [N, C, H, W].
+    """
 
     checkpoint: Path = DEFAULT_OUT
     """Folder that `dblocks train dit` wrote."""
     out: Path = Path("samples.png")
-    """The PNG to write."""
+    """The PNG to write, or a .npy file for the numbers themselves."""
     classes: tuple[int, ...] = ()
     """Classes to draw, such as 3 7; the first ten by default."""
     count: int = 5
@@ -133,6 +136,7 @@ class Sample:
 
     def __call__(self) -> None:
         """Load, generate with a progress bar, write the grid, and print how often blocks ran."""
+        import numpy
         import torch
 
         from dblocks import checkpoint, image_grid, plots
@@ -146,6 +150,11 @@ class Sample:
         checkpoint.make_folder(self.out.parent)
         model, network = load_network(self.checkpoint, DiT, "dit")
         config = network.config
+        as_array = self.out.suffix == ".npy"
+        if not as_array and config.channels not in image_grid.SHOWN_CHANNELS:
+            raise ValueError(
+                f"images of {config.channels} channels are no picture; name a .npy file by --out"
+            )
         labels, across = self._labels(config.num_classes)
         scale = self.guidance
         if scale is None:
@@ -161,8 +170,11 @@ class Sample:
                 generator=torch.Generator().manual_seed(self.seed),
                 callback=lambda state: bar.update(),
             )
-        figure = image_grid.grid_figure({"": image_grid.to_bytes(images)}, across)
-        plots.save_png(figure, self.out)
+        if as_array:
+            numpy.save(self.out, images.cpu().numpy())
+        else:
+            figure = image_grid.grid_figure({"": image_grid.to_bytes(images)}, across)
+            plots.save_png(figure, self.out)
         cost = sampling_cost(model, sigmas, guidance_scale=scale)
         calls = ", ".join(f"block {b}: {n}" for b, n in enumerate(cost.calls))
         print(f"calls of each block's layers: {calls}")

@@ -11,7 +11,7 @@ from dblocks.commands._text import TrainText, load_text_model, prompt_tokens
 from dblocks.recipes._base import check_seed
 
 DEFAULT_OUT = Path("runs/masked-lm")
-GAP = "_"
+TOKENS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +97,12 @@ class Sample:
     """The text to continue."""
     infill: str | None = None
     """A text with gaps instead: each _ stands for one token to fill in."""
+    gap: str = "_"
+    """The character that stands for a token to fill in."""
     checkpoint: Path = DEFAULT_OUT
     """Folder that `dblocks train masked-lm` wrote."""
-    tokens: int = 100
-    """Tokens to write after the prompt; with those of it they must fit into the model's context."""
+    tokens: int | None = None
+    """Tokens to write after the prompt: by default 100, or as many as fit into the context."""
     steps: int | None = None
     """Steps; by default as many as tokens in all. Steps that fill in nothing cost nothing."""
     temperature: float = 1.0
@@ -120,8 +122,8 @@ class Sample:
         from dblocks.unmask import unmask
 
         check_seed(self.seed)
-        model, _, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
-        sequence = torch.tensor([self._sequence(tokenizer)])
+        model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
+        sequence = torch.tensor([self._sequence(tokenizer, network.config.context)])
         with progress_bar("writing") as bar:
 
             def show(state: dict[str, Any]) -> None:
@@ -142,7 +144,7 @@ class Sample:
         calls = ", ".join(f"block {b}: {n}" for b, n in enumerate(written.calls))
         print(f"calls of each block's layers: {calls}")
 
-    def _sequence(self, tokenizer: Any) -> list[int]:
+    def _sequence(self, tokenizer: Any, context: int) -> list[int]:
         """The tokens, with masks where to write.
 
         Raises:
@@ -151,14 +153,20 @@ class Sample:
         from dblocks.mask_schedule import MASKED
 
         if self.infill is None:
-            if self.tokens < 1:
-                raise ValueError(f"--tokens must be positive, got {self.tokens}")
-            return [*prompt_tokens(self.prompt, tokenizer), *[MASKED] * self.tokens]
-        if GAP not in self.infill:
+            prompt = prompt_tokens(self.prompt, tokenizer)
+            tokens = min(TOKENS, context - len(prompt)) if self.tokens is None else self.tokens
+            if tokens < 1 or len(prompt) + tokens > context:
+                raise ValueError(
+                    f"--tokens must be at least 1 and fit with the prompt's {len(prompt)} tokens "
+                    f"into the context of {context}, got {tokens}"
+                )
+            return [*prompt, *[MASKED] * tokens]
+        if len(self.gap) != 1 or self.gap not in self.infill:
             raise ValueError(
-                f"--infill must have a gap, {GAP} for each token to write, got {self.infill!r}"
+                "--infill must have a gap, the one character of --gap for each token to write, "
+                f"got {self.infill!r} and {self.gap!r}"
             )
-        first, *others = self.infill.split(GAP)
+        first, *others = self.infill.split(self.gap)
         sequence = list(tokenizer.encode(first))
         for part in others:
             sequence += [MASKED, *tokenizer.encode(part)]

@@ -86,8 +86,10 @@ class DiTConfig(JsonConfig):
                 f"width must be a multiple of 4, as positions are sines and cosines of two "
                 f"coordinates, got {self.width}"
             )
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
+        if not 1 <= self.width * self.mlp_ratio < math.inf:
+            raise ValueError(
+                f"mlp_ratio must leave the MLP a finite width of at least 1, got {self.mlp_ratio}"
+            )
         if not 0 <= self.gate_init < math.inf:
             raise ValueError(f"gate_init must be a finite number >= 0, got {self.gate_init}")
         if not 0 <= self.label_drop < 1:
@@ -235,8 +237,11 @@ class DiT(nn.Module):
         return Hidden(x, cond, grid)
 
     def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
-        """F [N, C, H, W]."""
-        tokens = self.readout(self.norm(hidden.x, hidden.cond))
+        """F [N, C, H, W], float32 also under autocast (float64)."""
+        x = hidden.x
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, self.readout.weight.dtype))
+            tokens = self.readout(self.norm(x, hidden.cond.to(x.dtype)))
         return unpatchify(tokens, hidden.grid, self.config.patch_size)
 
     def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
@@ -348,6 +353,7 @@ def generate_images(
     if guidance_scale is None:
         guidance_scale = GUIDANCE_SCALE if config.drops_labels else 1.0
     device = network.readout.weight.device
+    cond = {name: value.to(device) for name, value in cond.items()}
     z = initial_noise(
         (count, config.channels, height, width),
         model.config.noise_schedule,

@@ -179,7 +179,7 @@ class MaskedLM(nn.Module):
         masked, mask = z == MASKED, self._batch(batch).loss_mask
         T: float | Tensor = y.shape[1]
         if mask is not None:
-            masked, T = masked & mask, (mask.sum() / len(y)).clamp(min=1 / len(y))
+            masked, T = masked & mask, (mask.sum() / max(len(y), 1)).clamp(min=1 / max(len(y), 1))
         losses = F.linear_cross_entropy(
             self._features(hidden), self._readout_weight(), torch.where(masked, y, IGNORED),
             ignore_index=IGNORED, reduction="none",

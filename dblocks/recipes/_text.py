@@ -96,6 +96,6 @@ def continuations(text: Text, context: int) -> tuple[Tensor, Tensor]:
     Returns:
         int64 [SAMPLES, PROMPT] and [SAMPLES, context - PROMPT].
     """
-    starts = torch.linspace(0, len(text.tokens) - context, SAMPLES).long()
+    starts = torch.linspace(0, len(text.tokens) - context, SAMPLES, dtype=torch.float64).long()
     windows = text.tokens[starts[:, None] + torch.arange(context)]
     return windows[:, :PROMPT], windows[:, PROMPT:]

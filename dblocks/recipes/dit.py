@@ -24,7 +24,7 @@ from dblocks.models.dit import (
     generate_images,
 )
 from dblocks.recipes import _base
-from dblocks.recipes._judge import train_judge
+from dblocks.recipes._judge import FEATURES, train_judge
 from dblocks.sample import sampling_cost
 from dblocks.schedule import NoiseSchedule
 
@@ -194,7 +194,8 @@ class DiTLearner(_base.Learner):
     def sample(self, guidance_scale: float) -> Sampled:
         """As many samples as the run asks for, the classes in turn."""
         run, config = self.dit_run, self.network.config
-        labels = torch.arange(run.samples) % max(1, config.num_classes)
+        classes = self.data.labels.unique()
+        labels = classes[torch.arange(run.samples) % len(classes)]
         scale = guidance_scale if config.drops_labels else 1.0
         generator = torch.Generator().manual_seed(NOISE_SEED)
         chunks, start = [], time.perf_counter()
@@ -212,7 +213,10 @@ class DiTLearner(_base.Learner):
         return Sampled(images, labels if config.num_classes else None, seconds)
 
     def _judged(self, guided: Sampled) -> dict[str, Any] | None:
-        """The classifier's view of the samples, and of the training images in their place."""
+        """The classifier's view of the samples, and of the training images in their place.
+
+        Distances are None where there are not more images than features.
+        """
         run, num_classes = self.dit_run, self.network.config.num_classes
         if not num_classes or guided.labels is None:
             return None
@@ -226,11 +230,17 @@ class DiTLearner(_base.Learner):
             return accuracy(logits, labels)
 
         held_out = features(self.evaluated.images)
+
+        def distance(images: Tensor) -> float | None:
+            if min(len(images), len(held_out)) <= FEATURES:  # too few for their covariance
+                return None
+            return frechet_distance(features(images), held_out)
+
         plain = self.sample(1.0)
         return {
-            "distance": frechet_distance(features(guided.images), held_out),
-            "distance_unguided": frechet_distance(features(plain.images), held_out),
-            "distance_of_training_images": frechet_distance(features(self.data.images), held_out),
+            "distance": distance(guided.images),
+            "distance_unguided": distance(plain.images),
+            "distance_of_training_images": distance(self.data.images),
             "accuracy": correct(guided.images, guided.labels),
             "accuracy_unguided": correct(plain.images, guided.labels),
             "accuracy_on_held_out": correct(self.evaluated.images, self.evaluated.labels),

@@ -88,10 +88,20 @@ def test_sample_draws_what_was_asked_for(tmp_path, capsys):
     assert png.read_bytes() != first
 
 
+def test_latents_are_written_as_numbers(tmp_path, capsys):
+    folder = saved(tmp_path / "saved", channels=4)
+    sample = ("sample", "dit", "--checkpoint", str(folder), "--count", "1", "--steps", "3")
+    assert "name a .npy file" in mistake(capsys, *sample, "--out", str(tmp_path / "a.png"))
+    stdout(capsys, *sample, "--classes", "1", "2", "--out", str(tmp_path / "a.npy"))
+    array = np.load(tmp_path / "a.npy")
+    assert array.shape[:2] == (2, 4)
+    assert np.isfinite(array).all()
+
+
 def test_a_model_without_classes(tmp_path, capsys):
     folder = saved(tmp_path / "saved", num_classes=0)
     sample = ("sample", "dit", "--checkpoint", str(folder), "--out", str(tmp_path / "a.png"))
-    assert "150 layer" not in stdout(capsys, *sample, "--steps", "3", "--count", "1")
+    assert "\n3 layer evaluations" in stdout(capsys, *sample, "--steps", "3", "--count", "1")
     assert "--classes needs a model with classes, got [3]" in mistake(
         capsys, *sample, "--classes", "3"
     )
@@ -106,9 +116,6 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "labels must be in 0..3, got 7..7" in mistake(capsys, *sample, "--classes", "7")
     assert "multiples of patch_size=2" in mistake(capsys, *sample, "--size", "5", "4")
     assert "seed must be at least 0" in mistake(capsys, *sample, "--seed", "-1")
-    latents = saved(tmp_path / "latents", channels=4)
-    sample = ("sample", "dit", "--checkpoint", str(latents), "--steps", "3", "--count", "1")
-    assert "latents must be decoded first" in mistake(capsys, *sample, "--out", str(tmp_path / "b"))
     assert "data must be digits, cifar10" in mistake(
         capsys, "train", "dit", "--data", "mnist", "--out", str(tmp_path / "c")
     )

@@ -56,10 +56,16 @@ def test_a_masked_model_is_trained_evaluated_and_sampled(tmp_path, capsys, story
     assert infilled.startswith("1")
     assert infilled[2:6] == " is "
     assert infilled[9:16] == "lowed b"
+    other = stdout(capsys, "sample", "masked-lm", *there, "--infill", "1_is ?lowed", "--gap", "?")
+    assert other.startswith(("1_is ", "1\N{REPLACEMENT CHARACTER}is "))
+    assert other.splitlines()[0].endswith("lowed")
+    # As many as fit, by default.
+    whole = stdout(capsys, "sample", "masked-lm", *there, "--prompt", "12 is")
+    assert len(whole.split("\ncalls of each")[0]) == 20
     mistakes = {
-        ("--infill", "no gap"): "--infill must have a gap, _ for each token to write",
-        ("--tokens", "0"): "--tokens must be positive, got 0",
-        ("--tokens", "30"): "tokens must be at most context=20 long, got 32",
+        ("--infill", "no gap"): "--infill must have a gap, the one character of --gap",
+        ("--tokens", "0"): "--tokens must be at least 1 and fit with the prompt's 2 tokens",
+        ("--tokens", "30"): "into the context of 20, got 30",
         ("--prompt", ""): "--prompt must have at least one token",
         ("--tokens", "5", "--steps", "0"): "number of steps must be a positive integer, got 0",
     }

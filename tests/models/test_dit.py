@@ -245,15 +245,17 @@ def test_the_exact_denoiser_of_gaussian_images_gives_their_mean_and_covariance()
 
 def test_the_exact_denoiser_is_the_optimum_of_every_block():
     mean, cov, images = gaussian(4000)
-    losses = {}
-    for shift in (0.0, 0.5, -0.5):
-        model = DiffusionBlocks(GaussianImages(mean + shift, cov), BlocksConfig(4))
-        losses[shift] = torch.stack(
+
+    def losses(shift=0.0, scale=1.0):
+        model = DiffusionBlocks(GaussianImages(mean + shift, scale * cov), BlocksConfig(4))
+        return torch.stack(
             [model.loss({"images": images}, b, generator=seeded(b)).loss for b in range(4)]
         )
+
     # With the same noise, which the seeds give, a wrong denoiser can only be worse on average.
-    assert (losses[0.0] < losses[0.5]).all()
-    assert (losses[0.0] < losses[-0.5]).all()
+    exact = losses()
+    for wrong in (losses(shift=0.5), losses(shift=-0.5), losses(scale=0.5), losses(scale=2.0)):
+        assert (exact < wrong).all()
 
 
 # Training
@@ -384,7 +386,8 @@ def test_under_autocast_the_loss_is_float32():
         ({"image_size": (8, 0)}, r"image_size must be multiples of patch_size=2, got \(8, 0\)"),
         ({"depth": 0}, "depth must be positive, got 0"),
         ({"width": 26}, "width must be a multiple of 4, .* got 26"),
-        ({"mlp_ratio": 0}, "mlp_ratio must be positive, got 0"),
+        ({"mlp_ratio": 0}, "mlp_ratio must leave the MLP a finite width of at least 1, got 0"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio must leave the MLP a finite width"),
         ({"num_classes": -1}, "num_classes must not be negative, got -1"),
         ({"label_drop": 1.0}, r"label_drop must be in \[0, 1\), got 1.0"),
         ({"gate_init": -1.0}, r"gate_init must be a finite number >= 0, got -1.0"),

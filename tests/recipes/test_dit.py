@@ -149,11 +149,20 @@ def test_latents_are_no_pictures(tmp_path):
     assert learner.network.config.channels == 4
     assert learner.trained.config.schedule.sigma_data == pytest.approx(0.29, abs=0.02)
     learner.step(0)
-    # 18 images are held out, too few for the features.
-    with pytest.raises(ValueError, match="needs more samples than the 32 features, got 18"):
-        learner.results(learner.measure())
+    # 18 images are held out, too few for the features: a finished run is not lost for that.
+    found = learner.results(learner.measure())
+    assert found["pictures"] is None
+    assert found["judged"]["distance"] is None
+    assert 0 <= found["judged"]["accuracy"] <= 1
     learner.evaluated = learner.data
-    assert learner.results(learner.measure())["pictures"] is None
+    assert learner.results(learner.measure())["judged"]["distance"] > 0
+
+
+def test_samples_are_of_classes_that_there_are():
+    data = make_data()
+    data = Images(data.images, torch.where(data.labels < 5, 3, 8))
+    learner = DiTLearner(DiTRun(**{**TINY, "samples": 6}), data, data)
+    assert learner.sample(1.0).labels.tolist() == [3, 8, 3, 8, 3, 8]
 
 
 def test_a_batch_must_fit():
