@@ -115,7 +115,7 @@ def test_pixels_of_a_file(tmp_path):
     pixels = pixels_of(3, 4, 5, 3)
     np.savez(tmp_path / "a.npz", images=pixels.numpy(), labels=[2, 1, 0])
     assert torch.equal(array_file(tmp_path / "a.npz").images, from_bytes(pixels))
-    with pytest.raises(ValueError, match="scale is for floating-point values, got 7.0 with bytes"):
+    with pytest.raises(ValueError, match="scale is for floating-point values"):
         array_file(tmp_path / "a.npz", scale=7.0)
 
 

@@ -55,16 +55,18 @@ def layers_per_image(record: Record) -> float:
 
 QUALITY = (
     Column("Fréchet distance, guided samples", lambda r: spread(r, judged("distance"), ".2f")),
-    Column("Samples of the right class", lambda r: percent(r, judged("accuracy"))),
-    Column("Layer evaluations an image", lambda r: f"{layers_per_image(r[0]):,}"),
-)
-COLUMNS = (
-    *QUALITY,
     Column(
         "Fréchet distance, unguided samples",
         lambda r: spread(r, judged("distance_unguided"), ".2f"),
     ),
-    Column("  of the right class", lambda r: percent(r, judged("accuracy_unguided"))),
+    Column("Layer evaluations an image", lambda r: f"{layers_per_image(r[0]):,}"),
+)
+COLUMNS = (
+    *QUALITY,
+    Column("Guided samples of the right class", lambda r: percent(r, judged("accuracy"))),
+    Column(
+        "Unguided samples of the right class", lambda r: percent(r, judged("accuracy_unguided"))
+    ),
     Column("Held-out L2 loss", lambda r: spread(r, loss, ".4f")),
     Column("Calls of each block an image", lambda r: calls(r[0])),
     Column("Milliseconds an image", lambda r: f"{1000 * mean(r, 'seconds_per_image'):.1f}"),
@@ -100,7 +102,8 @@ def caption(rows: Rows) -> str:
         "held-out digits in the 32 features of a small convolutional classifier trained on the "
         "training part, by which the class of a sample is judged too: "
         f"{100 * found['accuracy_on_held_out']:.1f} % of the held-out digits are right, and the "
-        f"training digits are at a distance of {found['distance_of_training_images']:.2f}. It "
+        f"training digits, all of them, are at a distance of "
+        f"{found['distance_of_training_images']:.2f}. It "
         "compares lines of this table; it is not the FID of other work. Seconds are for one "
         "thread of a shared CPU, two runs at a time. Every run's record is in "
         "`benchmarks/results/dit_digits/`; `make results` makes the table and the picture from "
