@@ -28,7 +28,7 @@ ROWS: Mapping[str, tuple[str, MaskedLMRun]] = {
     "end_to_end": ("end to end", END_TO_END),
     "end_to_end_long": ("end to end, 3 times the steps (equal samples)", END_TO_END_LONG),
 }
-LRS = (5e-4, 1e-3, 2e-3)
+LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 
 def bits(record: Record) -> float:
