@@ -78,7 +78,7 @@ def stream(
 
     Each block keeps keys and values of the clean tokens in its own layers. A token's rows are added
     with that block's first call for the next token, beside the noisy row, so that a token costs
-    `num_steps` calls and no more; the prelude of a `RecurrentLM` runs in the first of them only.
+    `num_steps` calls and no more; the prelude of a `RecurrentLM` runs in each block's first only.
     A plain `RecurrentLM` keeps those of every recurrence. Without the cache all rows are computed
     at each call, with the same result but for rounding.
 

@@ -68,9 +68,17 @@ def next_token_nll(
 
     Returns:
         float32 [N, T - 1]: the first token of a sequence is given.
+
+    Raises:
+        TypeError: `model` is none of these.
     """
     draws = check_count("draws", draws)
     model = unwrapped(model)
+    if not isinstance(model, (DiffusionBlocks, LanguageModel)):
+        raise TypeError(
+            "model must be a CausalLM, a RecurrentLM or the DiffusionBlocks of one, "
+            f"got {type(model).__name__}; see dblocks.models"
+        )
     targets, nll = tokens[:, 1:], []
     for _ in range(draws):
         logits = _next_logits(model, tokens, num_steps, generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +65,9 @@ class LayerCounter:
         self.count += self._counts
 
 
-def train(run: Run, *, progress: bool = False) -> Trained:
+def train(
+    run: Run, *, progress: bool = False, save: Callable[[Learner], None] | None = None
+) -> Trained:
     """Train one network and measure what it cost and reached.
 
     What is measured on the way is for a curve only: nothing is chosen by it.
@@ -73,11 +75,14 @@ def train(run: Run, *, progress: bool = False) -> Trained:
     Args:
         run: what to train.
         progress: show a progress bar.
+        save: called with the trained network before its results are measured, which may fail.
     """
     where = environment()  # of the code that runs, whatever is committed meanwhile
     learner = run.learner()
     with LayerCounter(learner.counted()) as counter:
         curve, seconds = _fit(learner, counter, progress=progress)
+    if save is not None:
+        save(learner)
     layer_evaluations = counter.count
     record = {
         "format": FORMAT,

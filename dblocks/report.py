@@ -72,7 +72,7 @@ def mean(records: Sequence[Record], key: str) -> float:
 # What every run costs; `{"layers_per_step": ...}` and so on are in every record.
 COSTS = (
     Column("learning rate", lambda r: f"{r[0]['run']['lr']:g}"),
-    Column("layers run and kept per step", lambda r: f"{r[0]['layers_per_step']:g}"),
+    Column("layers run per step", lambda r: f"{r[0]['layers_per_step']:g}"),
     Column("layer evaluations", lambda r: f"{r[0]['layer_evaluations']:,}"),
     Column("samples seen", lambda r: f"{r[0]['samples']:,}"),
     Column("peak saved activations (MiB)", lambda r: f"{r[0]['activations_mib']:.1f}"),

@@ -4,8 +4,9 @@ import json
 import pytest
 import torch
 
+from dblocks.blocks import DiffusionBlocks
 from dblocks.models.vit import ViT
-from dblocks.recipes.vit import ViTRun
+from dblocks.recipes.vit import ViTLearner, ViTRun
 from dblocks.records import read_record, train, train_to_record, write_record
 
 TINY = ViTRun(steps=12, points=3, width=12, depth=3, heads=2, patch_size=4, batch_size=16)
@@ -90,3 +91,15 @@ def test_write_replaces(tmp_path):
     for value in (1, 2):
         write_record(path, {"format": 1, "value": value})
     assert read_record(path)["value"] == 2
+
+
+def test_a_network_is_saved_before_its_results_are_measured(monkeypatch):
+    kept = []
+
+    def fail(self, last):
+        raise RuntimeError("no results")
+
+    monkeypatch.setattr(ViTLearner, "results", fail)
+    with pytest.raises(RuntimeError, match="no results"):
+        train(TINY, save=lambda learner: kept.append(learner.trained))
+    assert [type(network) for network in kept] == [DiffusionBlocks]

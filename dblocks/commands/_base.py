@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dblocks.recipes._base import Run
+    from dblocks.recipes._base import Learner, Run
     from dblocks.report import Column
 
 
@@ -24,11 +24,14 @@ def train_and_save(run: Run, out: Path, columns: Sequence[Column]) -> None:
     checkpoint.prepare(out)
     if run.device == "cpu":
         records.use_one_thread()
-    trained = records.train(run, progress=True)
-    checkpoint.save_model(out, trained.learner.trained)
-    trained.learner.save_beside(out)
-    records.write_record(out / "run.json", trained.record)
-    print(text_table({run.name: [trained.record]}, columns))
+
+    def save(learner: Learner) -> None:
+        checkpoint.save_model(out, learner.trained)
+        learner.save_beside(out)
+
+    record = records.train(run, progress=True, save=save).record
+    records.write_record(out / "run.json", record)
+    print(text_table({run.name: [record]}, columns))
     print(f"\nSaved model.safetensors, config.json and run.json in {out}")
 
 

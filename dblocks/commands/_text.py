@@ -25,8 +25,7 @@ class TrainText:
     tokenizer: Path | None = None
     """A Hugging Face tokenizer.json; by default every character is a token."""
     recipe: Literal["small", "gpu"] = "small"
-    """Sizes and steps: small, for ten minutes on 2 cores; gpu, a network of some 100 million
-    parameters."""
+    """Sizes and steps: small, for ten minutes on 2 cores; gpu, 100 to 200 million parameters."""
     end_to_end: bool = False
     """Train the usual way instead, to compare with."""
     steps: int | None = None

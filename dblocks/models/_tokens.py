@@ -29,7 +29,7 @@ class TokenSizes(Protocol):
 
 
 class TokenBatch(NamedTuple):
-    """The checked entries of a batch; see `dblocks.models.causal_lm.CausalLM`."""
+    """The checked entries of a batch; see `dblocks.models._causal.LanguageModel`."""
 
     tokens: Tensor
     """int64 [N, T]."""

@@ -85,7 +85,8 @@ class RecurrentLM(LanguageModel):
       noisy rows; both times sqrt(D)/embed_scale, so that s and e are alike in size. Noisy row i
       sees the clean rows before its own and itself. The prelude is causal, knows no noise, and runs
       once for any number of Euler steps: K of them are K calls of core and coda. In several blocks
-      each has some of the core's layers, and all use the adapter, the norm and the coda.
+      each has some of the core's layers, and all use the prelude (where text is written, once for
+      each block's cache), the adapter, the norm and the coda.
     * The plain model is Huginn: from a random s, `s <- norm(core(A [s; e]))` r times, then
       `coda(s)`; row i predicts token i + 1. Training draws r from `Poisson(exp(u)) + 1` with
       `u ~ N(ln(mean_recurrence) - 1/8, 1/4)`, so 33 on the average for 32; gradients go through the

@@ -205,9 +205,10 @@ class Learner(ABC):
 
     def loss(self, batch: Batch, block: int) -> Tensor:
         """The loss of a block, or of the plain form."""
-        if self.model is None:
-            return cast(Any, self.plain_loss)(self.network, batch)
-        return self.model.loss(batch, block, generator=torch.Generator().manual_seed(0)).loss
+        with self._autocast():
+            if self.model is None:
+                return cast(Any, self.plain_loss)(self.network, batch)
+            return self.model.loss(batch, block, generator=torch.Generator().manual_seed(0)).loss
 
     def _autocast(self) -> torch.autocast:
         device = torch.device(self.run.device).type

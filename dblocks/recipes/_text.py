@@ -41,6 +41,14 @@ class TextRun(_base.Run, ABC):
     heads: int = 3
     """Attention heads."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context <= PROMPT:
+            raise ValueError(
+                f"context must be more than the {PROMPT} tokens that samples continue, "
+                f"got {self.context}"
+            )
+
     def corpus(self) -> Corpus:
         """The text, tokenized and split.
 
@@ -70,6 +78,12 @@ class TextLearner(_base.Learner, ABC):
     """
 
     def __init__(self, run: TextRun, corpus: Corpus, *how: Any) -> None:
+        for name, text in (("training", corpus.training), ("held-out", corpus.evaluated)):
+            if len(text.tokens) < run.context:
+                raise ValueError(
+                    f"the {name} text must have at least a window of {run.context} tokens, "
+                    f"got {len(text.tokens)}; choose a shorter context or a longer text"
+                )
         super().__init__(run, *how)
         self.text, self.corpus = run, corpus
 

@@ -67,7 +67,7 @@ class RecurrentRun(TextRun):
     p_std: float = 2.0
     """Standard deviation of it."""
     sigma_data: float = 0.5
-    """Of the preconditioning: deviation of an element of an embedding."""
+    """Of the preconditioning; an element of an embedding deviates by embed_scale/sqrt(width)."""
     overlap: float = 0.1
     """Of the blocks' noise levels, where there are several blocks."""
 

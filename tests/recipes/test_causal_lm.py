@@ -7,9 +7,9 @@ from dblocks.blocks import DiffusionBlocks
 from dblocks.metrics import next_token_nll
 from dblocks.recipes._autoregressive import bits_per_character
 from dblocks.recipes._text import PROMPT, SAMPLES, continuations
-from dblocks.recipes.causal_lm import GPU, CausalLMLearner, CausalLMRun
+from dblocks.recipes.causal_lm import GPU, CausalLMRun
 from dblocks.records import train
-from dblocks.text import Characters, Corpus, Text, load_corpus
+from dblocks.text import Characters, Text, load_corpus
 
 SIZES = {"width": 16, "depth": 3, "heads": 2, "context": 20, "batch_size": 4}
 
@@ -135,8 +135,14 @@ def test_a_tokenizer_file_is_used(story, tmp_path):
     assert path.read_text() == Characters("0123456789").to_json()
 
 
-def test_a_text_shorter_than_the_context_is_an_error():
-    corpus = Corpus(Text(torch.zeros(10).long(), 10), Text(torch.zeros(10).long(), 10),
-                    Characters("a"), "")  # fmt: skip
-    with pytest.raises(ValueError, match="from 2 tokens to those of the text, 10, got 20"):
-        CausalLMLearner(CausalLMRun(steps=1, **SIZES), corpus).step(0)
+@pytest.mark.parametrize("context", [16, 2])
+def test_a_context_must_leave_room_for_samples(context):
+    with pytest.raises(ValueError, match=f"more than the 16 tokens .* got {context}"):
+        CausalLMRun(context=context)
+
+
+def test_a_text_must_hold_a_window(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("0123456789" * 10)
+    with pytest.raises(ValueError, match="held-out text must have at least a window of 20 tokens"):
+        CausalLMRun(steps=1, data=str(path), **SIZES).learner()
