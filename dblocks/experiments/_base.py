@@ -54,7 +54,7 @@ class Experiment:
     readme_columns: Sequence[Column]
     """Of the README's table."""
     caption: Callable[[Rows], str]
-    """How the tables were made, in a paragraph of the report."""
+    """How the runs were made and measured, in sentences of the report."""
     draw: Callable[[Rows, Path], None]
     """Writes the figure of the rows."""
     finish: Callable[[Path, Mapping[str, Records]], None] | None = None
@@ -124,7 +124,12 @@ class Experiment:
         markers = f"results:{self.name}"
         write_between_markers(readme, markers, markdown_table(rows, self.readme_columns))
         whole = "\n".join(line.rstrip() for line in table.splitlines())
-        write_between_markers(report, markers, f"```text\n{whole}\n```\n\n{self.caption(rows)}")
+        how = (
+            f"{self.caption(rows)} Seconds are for one thread of a shared CPU, two runs at a time. "
+            f"Every run's record is in `{self.records}/`; `make results` makes tables and picture "
+            "from them and runs those that are missing."
+        )
+        write_between_markers(report, markers, f"```text\n{whole}\n```\n\n{how}")
         print(f"wrote {figure} and the tables in {readme} and {report}")
 
 

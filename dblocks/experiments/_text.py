@@ -61,6 +61,17 @@ def reference_scores(record: Record) -> str:
     return ", ".join(f"{scores[name]:{form}}" for name, _, form in QUALITY)
 
 
+def text_and_training(record: Record, seeds: Sequence[int]) -> str:
+    """What all comparisons on text have in common, for a caption."""
+    run = record["run"]
+    return (
+        "on characters of the documentation that ships with Python (`pydoc_data.topics`), 400,000 "
+        f"of them (sha256 {record['sha256'][:12]}...), the last 10 % held out; windows of "
+        f"{run['context']}, {run['batch_size']} a batch, AdamW with a cosine; mean ± sample "
+        f"standard deviation of seeds {', '.join(map(str, seeds))}"
+    )
+
+
 def add_scores(folder: Path, records: Mapping[str, Records]) -> None:
     """Adds "scores" to every record: what another model and n-grams say of its samples.
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dblocks.experiments._base import Experiment, draw_comparison
-from dblocks.experiments._text import QUALITY, add_scores, quality_columns, reference_scores, score
+from dblocks.experiments._text import (
+    QUALITY,
+    add_scores,
+    quality_columns,
+    reference_scores,
+    score,
+    text_and_training,
+)
 from dblocks.plots import Measure
 from dblocks.recipes._text import PROMPT, SAMPLES
 from dblocks.recipes.causal_lm import CausalLMRun
@@ -57,30 +64,24 @@ README_COLUMNS = (*BITS_COLUMNS[:1], *quality_columns(main_samples), *README_COS
 
 
 def caption(rows: Rows) -> str:
-    """How the table was made, in a paragraph for the README."""
+    """How the runs were made and measured, in sentences for the report."""
     first = next(iter(rows.values()))
     run = first[0]["run"]
-    seeds = ", ".join(map(str, EXPERIMENT.seeds))
     rates = ", ".join(f"{lr:g}" for lr in LRS)
     one_step = ", ".join(spread(first, score(n, lambda _: "1"), form) for n, _, form in QUALITY)
     return (
-        f"A Llama-like model of {run['depth']} layers and width {run['width']} on characters: the "
-        "documentation that ships with Python (`pydoc_data.topics`), 400,000 characters (sha256 "
-        f"{first[0]['sha256'][:12]}...), the last 10 % held out; windows of {run['context']}, "
-        f"{run['batch_size']} a batch, AdamW with a cosine; mean ± sample standard deviation of "
-        f"seeds {seeds}. Each line's learning rate is the best of {{{rates}}} on the tenth before "
-        "the held-out one, in runs of a third of the steps. A layer evaluation is one batch of "
-        "rows through one layer: in blocks clean and noisy rows count each, but in a block's last "
-        'layer, where clean rows give keys and values only. "Next token" is in blocks the first '
-        'block alone, one call from sigma_max; "all blocks" takes the probabilities of the last '
-        f"of {run['blocks']} Euler steps, and bounds the bits from above. Samples continue "
-        f"{SAMPLES} places of the held-out text by {run['context'] - PROMPT} characters at "
-        "temperature 1, in blocks with a step for each block; with the first block alone they "
-        f"reach, in the order of the columns, {one_step}; the held-out text in its place "
-        f"{reference_scores(first[0])}. The other model is trained as the last line, from another "
-        "seed. Seconds are for one thread of a shared CPU, two runs at a time. Every run's record "
-        "is in `benchmarks/results/causal_lm_pydoc/`; `make results` makes the table from them and "
-        "runs those that are missing."
+        f"A Llama-like model of {run['depth']} layers and width {run['width']} "
+        f"{text_and_training(first[0], EXPERIMENT.seeds)}. Each line's learning rate is the best "
+        f"of {{{rates}}} on the tenth before the held-out one, in runs of a third of the steps. A "
+        "layer evaluation is one batch of rows through one layer: in blocks clean and noisy rows "
+        "count each, but in a block's last layer, where clean rows give keys and values only. "
+        '"Next token" is in blocks the first block alone, one call from sigma_max; "all blocks" '
+        f"takes the probabilities of the last of {run['blocks']} Euler steps, and bounds the bits "
+        f"from above. Samples continue {SAMPLES} places of the held-out text by "
+        f"{run['context'] - PROMPT} characters at temperature 1, in blocks with a step for each "
+        f"block; with the first block alone they reach, in the order of the columns, {one_step}; "
+        f"the held-out text in its place {reference_scores(first[0])}. The other model is trained "
+        "as the last line, from another seed."
     )
 
 

@@ -81,7 +81,7 @@ def calls(record: Record) -> str:
 
 
 def caption(rows: Rows) -> str:
-    """How the table was made, in a paragraph for the report."""
+    """How the runs were made and measured, in sentences for the report."""
     first = next(iter(rows.values()))[0]
     run, found = first["run"], first["judged"]
     seeds = ", ".join(map(str, EXPERIMENT.seeds))
@@ -102,12 +102,9 @@ def caption(rows: Rows) -> str:
         "held-out digits in the 32 features of a small convolutional classifier trained on the "
         "training part, by which the class of a sample is judged too: "
         f"{100 * found['accuracy_on_held_out']:.1f} % of the held-out digits are right, and the "
-        f"training digits, all of them, are at a distance of "
-        f"{found['distance_of_training_images']:.2f}. It "
-        "compares lines of this table; it is not the FID of other work. Seconds are for one "
-        "thread of a shared CPU, two runs at a time. Every run's record is in "
-        "`benchmarks/results/dit_digits/`; `make results` makes the table and the picture from "
-        "them and runs those that are missing."
+        "training digits, all of them, are at a distance of "
+        f"{found['distance_of_training_images']:.2f}. It compares lines of this table; it is not "
+        "the FID of other work."
     )
 
 

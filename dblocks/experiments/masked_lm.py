@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dblocks.experiments._base import Experiment, draw_comparison
-from dblocks.experiments._text import QUALITY, add_scores, quality_columns, reference_scores
+from dblocks.experiments._text import (
+    QUALITY,
+    add_scores,
+    quality_columns,
+    reference_scores,
+    text_and_training,
+)
 from dblocks.plots import Measure
 from dblocks.recipes._text import PROMPT, SAMPLES
 from dblocks.recipes.masked_lm import POINT_WINDOWS, SAMPLED, MaskedLMRun
@@ -60,31 +66,25 @@ README_COLUMNS = (*BITS_COLUMNS, *QUALITY_COLUMNS, *README_COSTS)
 
 
 def caption(rows: Rows) -> str:
-    """How the table was made, in a paragraph for the README."""
+    """How the runs were made and measured, in sentences for the report."""
     first = next(iter(rows.values()))[0]
     run = first["run"]
-    seeds = ", ".join(map(str, EXPERIMENT.seeds))
     rates = ", ".join(f"{lr:g}" for lr in LRS)
     chosen = ", ".join(f"{records[0]['run']['lr']:g}" for records in rows.values())
     measures = ", ".join(name for name, _, _ in QUALITY)
     return (
         f"A masked diffusion model (bidirectional, {run['depth']} layers of width {run['width']}) "
-        "on characters: the documentation that ships with Python (`pydoc_data.topics`), 400,000 "
-        f"characters (sha256 {first['sha256'][:12]}...), the last 10 % held out; windows of "
-        f"{run['context']}, {run['batch_size']} a batch, AdamW with a cosine; mean ± sample "
-        f"standard deviation of seeds {seeds}. End to end is the same network as one block over "
-        f"all masked shares. Learning rates are the best of {{{rates}}} on the tenth before the "
-        f"held-out one, in runs as long, the last line's that of the line above: {chosen}. Bits "
-        f"are the variational bound at {len(first['bits_by_share'])} evenly spaced masked shares, "
-        "each by the block that owns it; its standard error, of the first seed, is over the "
-        "windows and how they were masked. Tokens are scored in random order, so that these are "
-        f"not the bits of a model that reads from left to right. Samples continue {SAMPLES} places "
-        f"of the held-out text by {run['context'] - PROMPT} characters, in {run['context']} steps "
-        "at temperature 1; steps that unmask nothing are skipped. The other model is the plain "
-        "one of the autoregressive table; the held-out text in the samples' place has "
-        f"({measures}) {reference_scores(first)}. Seconds are for one thread of a shared CPU, two "
-        "runs at a time. Every run's record is in `benchmarks/results/masked_lm_pydoc/`; `make "
-        "results` makes the table from them and runs those that are missing."
+        f"{text_and_training(first, EXPERIMENT.seeds)}. End to end is the same network as one "
+        f"block over all masked shares. Learning rates are the best of {{{rates}}} on the tenth "
+        "before the held-out one, in runs as long, the last line's that of the line above: "
+        f"{chosen}. Bits are the variational bound at {len(first['bits_by_share'])} evenly spaced "
+        "masked shares, each by the block that owns it; its standard error, of the first seed, is "
+        "over the windows and how they were masked. Tokens are scored in random order, so that "
+        "these are not the bits of a model that reads from left to right. Samples continue "
+        f"{SAMPLES} places of the held-out text by {run['context'] - PROMPT} characters, in "
+        f"{run['context']} steps at temperature 1; steps that unmask nothing are skipped. The "
+        "other model is the plain one of the autoregressive table; the held-out text in the "
+        f"samples' place has ({measures}) {reference_scores(first)}."
     )
 
 

@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dblocks.experiments._base import Experiment, draw_comparison
-from dblocks.experiments._text import add_scores, quality_columns, reference_scores
+from dblocks.experiments._text import (
+    add_scores,
+    quality_columns,
+    reference_scores,
+    text_and_training,
+)
 from dblocks.metrics import mean_std
 from dblocks.plots import Measure
 from dblocks.recipes._text import PROMPT, SAMPLES
@@ -81,40 +86,35 @@ def against_steps(rows: Rows, value: Callable[[Record, str], float]) -> str:
 
 
 def caption(rows: Rows) -> str:
-    """How the table was made, in a paragraph for the README."""
+    """How the runs were made and measured, in sentences for the report."""
     first = next(iter(rows.values()))[0]
     run, model = first["run"], first["model"]
-    seeds = ", ".join(map(str, EXPERIMENT.seeds))
     rates = ", ".join(f"{lr:g}" for lr in LRS)
     steps = ", ".join(map(str, STEPS))
     bits_against = against_steps(rows, lambda r, n: r["bits_by_steps"][n])
     samples_against = against_steps(rows, lambda r, n: r["scores"][n]["bits"])
     return (
-        f"A recurrent-depth model on characters: {model['prelude']} layers before, {model['core']} "
-        f"in, and {model['coda']} after the core, of width {run['width']}, on the documentation "
-        "that ships with Python (`pydoc_data.topics`), 400,000 characters (sha256 "
-        f"{first['sha256'][:12]}...), the last 10 % held out; windows of {run['context']}, "
-        f"{run['batch_size']} a batch, AdamW with a cosine; mean ± sample standard deviation of "
-        f"seeds {seeds}. End to end, as Huginn, a step applies the core about "
-        f"{run['mean_recurrence']} times on the average and backpropagates through the last "
-        f"{run['backprop_depth']}; as a block it applies the core once, at a drawn noise level. "
-        f"Equal seconds are {SECONDS_RATIO:g} times the steps, the measured ratio of the seconds "
-        f"of a step. Each line's learning rate is the best of {{{rates}}} on the tenth before the "
-        "held-out one, in runs of a third of the steps. A layer evaluation is one batch of rows "
-        "through one layer, whether gradients go through it or not; as a block clean and noisy "
-        "rows count each, but in the last layer, where clean rows give keys and values only. The "
-        "next token's bits are as a block those of one call from sigma_max, end to end those of "
-        f"{run['mean_recurrence']} recurrences. After more Euler steps a token's probability "
-        f"depends on the noise, and the mean of {DRAWS} draws bounds the bits from above, loosely, "
-        f"as each draw decides for one token. Samples continue {SAMPLES} places of the held-out "
-        f"text by {run['context'] - PROMPT} characters at temperature 1, as a block with "
-        f"{SAMPLE_STEPS} Euler steps; the held-out text in its place reaches "
-        f"{reference_scores(first)}. With {steps} Euler steps or recurrences, bits a character of "
-        f"{STEPS_WINDOWS} held-out windows: {bits_against}; samples under the other model: "
-        f"{samples_against}. The other model is the plain one of the autoregressive table. Seconds "
-        "are for one thread of a shared CPU, two runs at a time. Every run's record is in "
-        "`benchmarks/results/recurrent_pydoc/`; `make results` makes the table from them and runs "
-        "those that are missing."
+        f"A recurrent-depth model, {model['prelude']} layers before, {model['core']} in, and "
+        f"{model['coda']} after the core, of width {run['width']}, "
+        f"{text_and_training(first, EXPERIMENT.seeds)}. End to end, as Huginn, a step applies the "
+        f"core about {run['mean_recurrence']} times on the average and backpropagates through the "
+        f"last {run['backprop_depth']}; as a block it applies the core once, at a drawn noise "
+        f"level. Equal seconds are {SECONDS_RATIO:g} times the steps, the measured ratio of the "
+        f"seconds of a step. Each line's learning rate is the best of {{{rates}}} on the tenth "
+        "before the held-out one, in runs of a third of the steps. A layer evaluation is one "
+        "batch of rows through one layer, whether gradients go through it or not; as a block "
+        "clean and noisy rows count each, but in the prelude there are clean ones only, and in "
+        "the last layer they give keys and values only. The layer evaluations are not equal in "
+        "any two lines, and end to end those of the first seed. The next token's bits are as a "
+        f"block those of one call from sigma_max, end to end those of {run['mean_recurrence']} "
+        "recurrences. After more Euler steps a token's probability depends on the noise, and the "
+        f"mean of {DRAWS} draws bounds the bits from above, loosely, as each draw decides for one "
+        f"token. Samples continue {SAMPLES} places of the held-out text by "
+        f"{run['context'] - PROMPT} characters at temperature 1, as a block with {SAMPLE_STEPS} "
+        f"Euler steps; the held-out text in its place reaches {reference_scores(first)}. With "
+        f"{steps} Euler steps or recurrences, bits a character of {STEPS_WINDOWS} held-out "
+        f"windows: {bits_against}; samples under the other model: {samples_against}. The other "
+        "model is the plain one of the autoregressive table."
     )
 
 

@@ -53,7 +53,7 @@ README_COLUMNS = (
 
 
 def caption(rows: Rows) -> str:
-    """How the table was made, in a paragraph for the README."""
+    """How the runs were made and measured, in sentences for the report."""
     seeds = ", ".join(map(str, EXPERIMENT.seeds))
     rates = ", ".join(f"{lr:g}" for lr in LRS)
     alone = "".join(
@@ -66,13 +66,11 @@ def caption(rows: Rows) -> str:
         "out (30 % of each class), batches of 128, AdamW with a cosine. Accuracy is the mean ± "
         f"sample standard deviation of seeds {seeds}. Each line's learning rate is the best of "
         f"{{{rates}}} on a validation split, a fifth of the training part that selection runs do "
-        "not train on; they have another seed and as many steps, in the third line a fifth. Blocks "
-        f"classify with 3 denoising steps{alone}. Memory is counted in tensors: what autograd "
-        "saves for one backward pass; and parameters, gradients and optimizer state of what one "
-        "step trains (all that a worker of one block holds), and of the whole process, which holds "
-        "every block. Seconds are for one thread of a shared CPU, two runs at a time. "
-        "Every run's record is in `benchmarks/results/vit_digits/`; "
-        "`make results` makes the table from them and runs those that are missing."
+        "not train on; they have another seed and as many steps, in the third line a fifth. "
+        f"Blocks classify with 3 denoising steps{alone}. Memory is counted in tensors: what "
+        "autograd saves for one backward pass; and parameters, gradients and optimizer state of "
+        "what one step trains (all that a worker of one block holds), and of the whole process, "
+        "which holds every block."
     )
 
 

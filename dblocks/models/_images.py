@@ -1,11 +1,63 @@
-"""Checks of batches of images and classes."""
+"""Sizes of models of images, and checks of batches of images and classes."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dblocks._config import JsonConfig
 from dblocks._parts import Batch
+
+
+@dataclass(frozen=True)
+class ImageModelConfig(JsonConfig):
+    """Sizes of a transformer over patches of images."""
+
+    image_size: int | tuple[int, int] = 32
+    """Height and width in pixels; one number for a square."""
+    channels: int = 3
+    """Channels of the image."""
+    patch_size: int = 4
+    """Side of a patch in pixels; divides height and width."""
+    width: int = 192
+    """Width D of the tokens."""
+    depth: int = 12
+    """Number of layers."""
+    heads: int = 3
+    """Attention heads; a divisor of the width."""
+    mlp_ratio: float = 4.0
+    """Width inside the MLP over D."""
+    num_classes: int = 10
+    """Number of classes."""
+    gate_init: float = 0.0
+    """What the gates of conditioned layers start at: 0, as published, or 1, the plain layer."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        for name in ("channels", "patch_size", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 1 <= self.width * self.mlp_ratio < math.inf:
+            raise ValueError(
+                f"mlp_ratio must leave the MLP a finite width of at least 1, got {self.mlp_ratio}"
+            )
+        if not 0 <= self.gate_init < math.inf:
+            raise ValueError(f"gate_init must be a finite number >= 0, got {self.gate_init}")
+        size = self.height_width
+        if len(size) != 2 or any(s < 1 or s % self.patch_size for s in size):
+            raise ValueError(
+                f"image_size must be multiples of patch_size={self.patch_size}, got {size}"
+            )
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
 
 
 def entry(batch: Batch, key: str, *, of: str, sampling: str) -> Tensor:

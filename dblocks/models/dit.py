@@ -6,7 +6,6 @@ layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dblocks import functional as F
-from dblocks._config import JsonConfig
 from dblocks.blocks import Batch, DiffusionBlocks, unwrapped
 from dblocks.models._images import (
+    ImageModelConfig,
     check_floating,
     check_label_values,
     check_labels,
@@ -42,43 +41,34 @@ DiTConditioning = Literal["dit", "official"]
 
 
 @dataclass(frozen=True)
-class DiTConfig(JsonConfig):
-    """Sizes of a `DiT`; the defaults are those of DiT-S/2 for the latents of 256-pixel images."""
+class DiTConfig(ImageModelConfig):
+    """Sizes of a `DiT`; the defaults are those of DiT-S/2 for the latents of 256-pixel images.
 
-    image_size: int | tuple[int, int] = 32
-    """Height and width whose positions are whole numbers; one number for a square."""
+    Positions are whole numbers at `image_size`; other sizes are stretched over it.
+    """
+
     channels: int = 4
     """Channels of the image or latent."""
     patch_size: int = 2
     """Side of a patch; divides height and width."""
     width: int = 384
     """Width D of the tokens, a multiple of 4."""
-    depth: int = 12
-    """Number of layers."""
     heads: int = 6
     """Attention heads; a divisor of the width."""
-    mlp_ratio: float = 4.0
-    """Width inside the MLP over D."""
     num_classes: int = 1000
     """Number of classes; 0 for images without."""
     label_drop: float = 0.1
     """Probability of training without the label, for guidance."""
     conditioning: DiTConditioning = "dit"
     """How layers are conditioned on noise and class: dit or official."""
-    gate_init: float = 0.0
-    """What the gates of the layers start at: 0, as published, or 1, the plain layer."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
+        super().__post_init__()
         if self.conditioning not in get_args(DiTConditioning):
             raise ValueError(
                 f"conditioning must be one of {get_args(DiTConditioning)}, "
                 f"got {self.conditioning!r}; a denoiser must know the noise"
             )
-        for name in ("channels", "patch_size", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes must not be negative, got {self.num_classes}")
         if self.width % 4:
@@ -86,25 +76,8 @@ class DiTConfig(JsonConfig):
                 f"width must be a multiple of 4, as positions are sines and cosines of two "
                 f"coordinates, got {self.width}"
             )
-        if not 1 <= self.width * self.mlp_ratio < math.inf:
-            raise ValueError(
-                f"mlp_ratio must leave the MLP a finite width of at least 1, got {self.mlp_ratio}"
-            )
-        if not 0 <= self.gate_init < math.inf:
-            raise ValueError(f"gate_init must be a finite number >= 0, got {self.gate_init}")
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"label_drop must be in [0, 1), got {self.label_drop}")
-        size = self.height_width
-        if len(size) != 2 or any(s < 1 or s % self.patch_size for s in size):
-            raise ValueError(
-                f"image_size must be multiples of patch_size={self.patch_size}, got {size}"
-            )
-
-    @property
-    def height_width(self) -> tuple[int, int]:
-        """Height and width."""
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else size
 
     @property
     def drops_labels(self) -> bool:

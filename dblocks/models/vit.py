@@ -16,9 +16,9 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks import functional as F
-from dblocks._config import JsonConfig
 from dblocks.blocks import Batch, DiffusionBlocks, unwrapped
 from dblocks.models._images import (
+    ImageModelConfig,
     check_floating,
     check_label_values,
     check_labels,
@@ -44,61 +44,25 @@ POSITION_STD = 0.5
 
 
 @dataclass(frozen=True)
-class ViTConfig(JsonConfig):
+class ViTConfig(ImageModelConfig):
     """Sizes of a `ViT`; the defaults are those for CIFAR-size images."""
 
-    image_size: int | tuple[int, int] = 32
-    """Height and width in pixels; one number for a square."""
-    channels: int = 3
-    """Channels of the image."""
-    patch_size: int = 4
-    """Side of a patch in pixels; divides height and width."""
-    width: int = 192
-    """Width D of the tokens."""
-    depth: int = 12
-    """Number of layers."""
-    heads: int = 3
-    """Attention heads; a divisor of the width."""
-    mlp_ratio: float = 4.0
-    """Width inside the MLP over D."""
-    num_classes: int = 10
-    """Number of classes."""
     conditioning: ConditioningKind = "dit"
     """How layers are conditioned on the noise: dit, official, or none for the classical ViT."""
-    gate_init: float = 0.0
-    """What the gates of conditioned layers start at: 0, as published, or 1, the plain layer."""
     image_drop: float = 0.0
     """Probability of training without the image, for guidance."""
     embed_scale: float = 1.0
     """Norm of a label's embedding."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
+        super().__post_init__()
         conditioning_of(self.conditioning)
-        for name in ("channels", "patch_size", "width", "depth", "heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.mlp_ratio <= 0 or self.embed_scale <= 0:
-            raise ValueError(
-                "mlp_ratio and embed_scale must be positive, "
-                f"got {self.mlp_ratio} and {self.embed_scale}"
-            )
-        if not 0 <= self.gate_init < math.inf:
-            raise ValueError(f"gate_init must be a finite number >= 0, got {self.gate_init}")
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be positive, got {self.num_classes}")
+        if not 0 < self.embed_scale < math.inf:
+            raise ValueError(f"embed_scale must be positive and finite, got {self.embed_scale}")
         if not 0 <= self.image_drop < 1:
             raise ValueError(f"image_drop must be in [0, 1), got {self.image_drop}")
-        size = self.height_width
-        if len(size) != 2 or any(s < 1 or s % self.patch_size for s in size):
-            raise ValueError(
-                f"image_size must be multiples of patch_size={self.patch_size}, got {size}"
-            )
-
-    @property
-    def height_width(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else size
 
     @property
     def num_patches(self) -> int:

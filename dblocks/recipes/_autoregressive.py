@@ -4,17 +4,74 @@ from __future__ import annotations
 
 import math
 from abc import ABC
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from dblocks.blocks import BlocksConfig, Weighting
 from dblocks.generate import generate
 from dblocks.metrics import next_token_nll
-from dblocks.recipes._text import NOISE_SEED, PROMPT, TextLearner, continuations
+from dblocks.nn import ConditioningKind
+from dblocks.recipes._text import NOISE_SEED, PROMPT, TextLearner, TextRun, continuations
+from dblocks.schedule import NoiseSchedule
 from dblocks.text import Text, scored_windows
 
 POINT_WINDOWS = 32  # windows of the held-out text that a point of the curve looks at
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveRun(TextRun, ABC):
+    """Everything that decides the outcome of a run of a model that predicts the next token."""
+
+    batch_size: int = 4
+    """Windows of `context` tokens in a batch."""
+    kv_heads: int | None = None
+    """Key/value heads; as many as heads by default."""
+    conditioning: ConditioningKind = "dit"
+    """AdaLN of the blocks; the network trained end to end has none."""
+    gate_init: float = 1.0
+    """Of the blocks' layers: they start as the plain layers of the network trained end to end."""
+    embed_scale: float = 1.0
+    """Norm of a token's embedding."""
+    weighting: Weighting = "none"
+    """Weight of a noise level's loss in blocks."""
+    p_mean: float
+    """Mean of the logarithm of the noise levels."""
+    p_std: float = 2.0
+    """Standard deviation of it."""
+    sigma_data: float = 0.5
+    """Of the preconditioning; an element of an embedding deviates by embed_scale/sqrt(width)."""
+    overlap: float = 0.1
+    """Of the blocks' noise levels."""
+
+    def sizes(self, vocab_size: int) -> dict[str, Any]:
+        """What the configs of the models have in common.
+
+        There is AdaLN where there is a noise level to follow; the network is plain end to end.
+        """
+        return {
+            "vocab_size": vocab_size,
+            "context": self.context,
+            "width": self.width,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "conditioning": "none" if self.end_to_end else self.conditioning,
+            "gate_init": 0.0 if self.end_to_end else self.gate_init,
+            "embed_scale": self.embed_scale,
+        }
+
+    def blocks_config(self) -> BlocksConfig:
+        """How the network is cut, and its noise levels."""
+        return BlocksConfig(
+            num_blocks=self.blocks,
+            schedule=NoiseSchedule(
+                p_mean=self.p_mean, p_std=self.p_std, sigma_data=self.sigma_data
+            ),
+            overlap=self.overlap,
+            weighting=self.weighting,
+        )
 
 
 class AutoregressiveLearner(TextLearner, ABC):

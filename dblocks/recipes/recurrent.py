@@ -7,12 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from dblocks.blocks import BlocksConfig, Weighting
 from dblocks.models.recurrent import RecurrentConfig, RecurrentLM
-from dblocks.nn import ConditioningKind
-from dblocks.recipes._autoregressive import AutoregressiveLearner
-from dblocks.recipes._text import TextRun
-from dblocks.schedule import NoiseSchedule
+from dblocks.recipes._autoregressive import AutoregressiveLearner, AutoregressiveRun
 from dblocks.text import Corpus
 
 STEPS = (1, 2, 4, 8, 16, 32)  # Euler steps, or recurrences, whose quality is measured
@@ -22,7 +18,7 @@ SAMPLE_STEPS = 8  # Euler steps of the samples that stand for the model
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecurrentRun(TextRun):
+class RecurrentRun(AutoregressiveRun):
     """Everything that decides the outcome of a run of a recurrent-depth model.
 
     The defaults are for two cores and ten minutes; `GPU` is a larger recipe.
@@ -32,14 +28,10 @@ class RecurrentRun(TextRun):
     """Number of blocks that the core is divided into: 1 block applies all of it at every step."""
     steps: int = 600
     """Training steps, of one batch each."""
-    batch_size: int = 4
-    """Windows of `context` tokens in a batch."""
     width: int = 96
     """Width of the rows."""
     heads: int = 2
     """Attention heads."""
-    kv_heads: int | None = None
-    """Key/value heads; as many as heads by default."""
     prelude: int = 2
     """Layers that read the clean tokens."""
     depth: int = 4
@@ -50,54 +42,21 @@ class RecurrentRun(TextRun):
     """How often training end to end applies the core, on the average."""
     backprop_depth: int = 8
     """How many of these gradients go through."""
-    conditioning: ConditioningKind = "dit"
-    """AdaLN in blocks; the network trained end to end has none."""
-    gate_init: float = 1.0
-    """Of core and coda in blocks: they start as the plain layers of the network trained end to
-    end."""
-    embed_scale: float = 1.0
-    """Norm of a token's embedding."""
-    weighting: Weighting = "none"
-    """Weight of a noise level's loss in blocks."""
     p_mean: float = 1.5
     """Mean of the logarithm of the noise levels: three in four lie above 1, where a noisy embedding
     of norm 1 tells little, so that the core learns to predict from the text. With 0 the next
     token's bits were .14 worse; with 2.5 they were .03 better, but more Euler steps then made
     samples worse, as too few steps of training see little noise (tried, 300 to 400 steps)."""
-    p_std: float = 2.0
-    """Standard deviation of it."""
-    sigma_data: float = 0.5
-    """Of the preconditioning; an element of an embedding deviates by embed_scale/sqrt(width)."""
-    overlap: float = 0.1
-    """Of the blocks' noise levels, where there are several blocks."""
 
     def model_config(self, vocab_size: int) -> RecurrentConfig:
-        """The network: AdaLN where there is a noise level to follow, plain end to end."""
+        """The network."""
         return RecurrentConfig(
-            vocab_size=vocab_size,
-            context=self.context,
-            width=self.width,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
             prelude=self.prelude,
             core=self.depth,
             coda=self.coda,
             mean_recurrence=self.mean_recurrence,
             backprop_depth=self.backprop_depth,
-            conditioning="none" if self.end_to_end else self.conditioning,
-            gate_init=0.0 if self.end_to_end else self.gate_init,
-            embed_scale=self.embed_scale,
-        )
-
-    def blocks_config(self) -> BlocksConfig:
-        """How the core is cut, and the noise levels."""
-        return BlocksConfig(
-            num_blocks=self.blocks,
-            schedule=NoiseSchedule(
-                p_mean=self.p_mean, p_std=self.p_std, sigma_data=self.sigma_data
-            ),
-            overlap=self.overlap,
-            weighting=self.weighting,
+            **self.sizes(vocab_size),
         )
 
     def learner(self) -> RecurrentLearner:

@@ -171,7 +171,7 @@ def test_the_classical_vit_has_no_modulation():
         ({"image_size": 9}, r"image_size must be multiples of patch_size=4, got \(9, 9\)"),
         ({"image_size": (8, 6)}, r"image_size must be multiples of patch_size=4, got \(8, 6\)"),
         ({"depth": 0}, "depth must be positive, got 0"),
-        ({"mlp_ratio": 0}, "mlp_ratio and embed_scale must be positive, got 0 and 1.0"),
+        ({"mlp_ratio": 0}, "mlp_ratio must leave the MLP a finite width of at least 1, got 0"),
         ({"image_drop": 1.0}, r"image_drop must be in \[0, 1\), got 1.0"),
         ({"gate_init": -1.0}, r"gate_init must be a finite number >= 0, got -1.0"),
         ({"heads": 5}, "dim must be a multiple of num_heads, got 24 and 5"),
