@@ -85,6 +85,20 @@ def test_peers_of_attention_may_differ(bench, attention, monkeypatch):
     assert "absent: no backward" in bench.report.table(rows)
 
 
+def test_the_reference_takes_its_turns_after_the_others(bench, adaln, monkeypatch):
+    turns = []
+
+    def interleaved(runs, device, rounds):
+        turns.append(list(runs))
+        return {name: [1.0] * rounds for name in runs}
+
+    monkeypatch.setattr(bench.run.timing, "interleaved", interleaved)
+    only(bench, monkeypatch, {"reference": adaln.eager, "dblocks": adaln.ours})
+    rows = bench.run.measure(adaln, SHAPE, torch.float32, CPU, rounds=2)
+    assert turns == 3 * [["copy", "dblocks"], ["reference"]]
+    assert all(row["ms"] == 1 for row in rows)
+
+
 def test_work_of_attention_is_that_of_allowed_pairs(bench, attention):
     N, H, heads, T, width = 2, 4, 2, 5, 8
     work = attention.work((N, H, heads, T, width), 4)
