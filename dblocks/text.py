@@ -221,16 +221,30 @@ def random_windows(tokens: Tensor, length: int, batch_size: int, *, seed: int, s
     return tokens[starts + torch.arange(length)]
 
 
-def scored_windows(tokens: Tensor, length: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def scored_windows(
+    tokens: Tensor, length: int, batch_size: int, *, windows: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows in which every token but the first of the text is scored exactly once.
 
     Windows follow one another by half of their length; each scores its second half, so with at
     least half a window of context, and the first one all but its first token.
 
+    Args:
+        tokens: int64 [tokens] of the text.
+        length: tokens in a window.
+        batch_size: windows at a time.
+        windows: only so many of them, or all where there are fewer: from each of as many equal
+            parts of the text the one in the middle.
+
     Yields:
         tokens [n, length] and bool [n, length], true where a token is scored.
+
+    Raises:
+        ValueError: the text is shorter than a window, or `windows` is not positive.
     """
     _check_length(tokens, length)
+    if windows is not None and windows < 1:
+        raise ValueError(f"windows must be positive, got {windows}")
     half = length // 2
     last = len(tokens) - length
     starts = torch.arange(0, last + half, half).clamp(max=last)
@@ -238,6 +252,9 @@ def scored_windows(tokens: Tensor, length: int, batch_size: int) -> Iterator[tup
     scored[0, 0] = False
     ends = starts + length
     scored[1:] = torch.arange(length) >= (ends[:-1] - starts[1:])[:, None]
+    if windows is not None and windows < len(starts):
+        middle = (2 * torch.arange(windows) + 1) * len(starts) // (2 * windows)
+        starts, scored = starts[middle], scored[middle]
     for at, mask in zip(starts.split(batch_size), scored.split(batch_size), strict=True):
         yield tokens[at[:, None] + torch.arange(length)], mask
 

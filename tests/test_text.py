@@ -91,6 +91,23 @@ def test_every_token_but_the_first_is_scored_once(count, length, batch_size):
     assert sorted(scored) == list(range(1, count))
 
 
+@pytest.mark.parametrize("windows", [1, 4, 7])
+def test_fewer_windows_are_spread_evenly_over_the_text(windows):
+    tokens = torch.arange(1003)
+
+    def scored(**options):
+        pairs = text.scored_windows(tokens, 20, 3, **options)
+        return [t[m].tolist() for many, mask in pairs for t, m in zip(many, mask, strict=True)]
+
+    every, some = scored(), scored(windows=windows)
+    at = [every.index(window) for window in some]
+    parts = [(len(every) * i // windows, len(every) * (i + 1) // windows) for i in range(windows)]
+    assert all(abs(2 * i - (a + b)) <= 2 for i, (a, b) in zip(at, parts, strict=True))
+    assert scored(windows=len(every)) == scored(windows=len(every) + 1) == every
+    with pytest.raises(ValueError, match="windows must be positive, got 0"):
+        scored(windows=0)
+
+
 @pytest.mark.parametrize("length", [1, 11])
 def test_a_window_must_fit(length):
     with pytest.raises(ValueError, match=f"from 2 tokens to those of the text, 10, got {length}"):

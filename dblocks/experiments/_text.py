@@ -14,10 +14,11 @@ from dblocks import text_metrics
 from dblocks.checkpoint import load_model, prepare, save_model
 from dblocks.experiments._base import Records
 from dblocks.metrics import next_token_nll
+from dblocks.plots import Measure
 from dblocks.recipes._text import PROMPT, continuations
 from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.records import FORMAT, read_record, train, write_record
-from dblocks.report import Column, Record, spread
+from dblocks.report import Column, Record, Rows, spread
 from dblocks.text import Corpus
 
 NGRAM = 4  # characters; the held-out text has some 13,000 different runs of four
@@ -53,6 +54,24 @@ def quality_columns(key: Callable[[Record], str]) -> tuple[Column, ...]:
         return Column(head, lambda records: spread(records, score(name, key), form))
 
     return tuple(column(*entry) for entry in QUALITY)
+
+
+def next_token_measure(rows: Rows) -> Measure:
+    """How curves of next-token bits are shown, and what part of the held-out text they are of."""
+    points = (p for records in rows.values() for record in records for p in record["curve"])
+    return Measure(
+        label=f"bits a character, {' or '.join(sorted({_part(point) for point in points}))}",
+        title="Next-token bits against the layers run in training",
+        form="{:.2f} bits",
+        best=1.0,
+        step=0.5,
+    )
+
+
+def _part(point: Mapping[str, Any]) -> str:
+    # Records of the time before windows were spread over the text do not tell their number.
+    windows = point.get("windows")
+    return "first 2,100 held-out characters" if windows is None else f"{windows} held-out windows"
 
 
 def reference_scores(record: Record) -> str:

@@ -9,23 +9,15 @@ from dblocks.experiments._base import Experiment, draw_comparison
 from dblocks.experiments._text import (
     QUALITY,
     add_scores,
+    next_token_measure,
     quality_columns,
     reference_scores,
     score,
     text_and_training,
 )
-from dblocks.plots import Measure
 from dblocks.recipes._text import PROMPT, SAMPLES
 from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.report import COSTS, README_COSTS, Column, Record, Rows, spread
-
-BITS = Measure(
-    label="bits a character, first 2,100 held-out characters",
-    title="Next-token bits against the layers run in training",
-    form="{:.2f} bits",
-    best=1.0,
-    step=0.5,
-)
 
 # A layer is evaluated once a step end to end; in blocks twice, on clean and on noisy rows, but the
 # last layer of a block once, as its clean rows give keys and values only: 7 a step in 4 layers.
@@ -92,7 +84,7 @@ def draw(rows: Rows, path: Path) -> None:
         path,
         lambda point: point["bits"],
         title="A 12-layer language model on Python's documentation, end to end and in blocks",
-        measure=BITS,
+        measure=next_token_measure(rows),
     )
 
 

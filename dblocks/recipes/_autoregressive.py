@@ -18,7 +18,7 @@ from dblocks.recipes._text import NOISE_SEED, PROMPT, TextLearner, TextRun, cont
 from dblocks.schedule import NoiseSchedule
 from dblocks.text import Text, scored_windows
 
-POINT_WINDOWS = 32  # windows of the held-out text that a point of the curve looks at
+POINT_WINDOWS = 32  # of the held-out text, spread evenly, that a point of the curve looks at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class AutoregressiveLearner(TextLearner, ABC):
 
     def measure(self) -> dict[str, Any]:
         """Bits per character of some of the held-out text, by the first block alone in blocks."""
-        return {"bits": self.bits(windows=POINT_WINDOWS)}
+        return {"bits": self.bits(windows=POINT_WINDOWS), "windows": POINT_WINDOWS}
 
     def bits(self, **options: Any) -> float:
         """Bits per character of the held-out text; options as of `bits_per_character`."""
@@ -129,16 +129,14 @@ def bits_per_character(
         context: tokens in a window.
         num_steps: as of `next_token_nll`.
         draws: as of `next_token_nll`.
-        windows: score the tokens of the first so many windows only.
+        windows: score the tokens of so many windows only, spread evenly over the text; see
+            `scored_windows`.
         batch_size: windows at a time.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(NOISE_SEED)
-    nats, count, seen = 0.0, 0, 0
-    for tokens, scored in scored_windows(text.tokens, context, batch_size):
-        if windows is not None and seen >= windows:
-            break
-        seen += len(tokens)
+    nats, count = 0.0, 0
+    for tokens, scored in scored_windows(text.tokens, context, batch_size, windows=windows):
         losses = next_token_nll(
             model, tokens.to(device), num_steps=num_steps, draws=draws, generator=generator
         ).cpu()

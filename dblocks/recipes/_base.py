@@ -204,11 +204,15 @@ class Learner(ABC):
         return self.block_optimizers.of_block(block)
 
     def loss(self, batch: Batch, block: int) -> Tensor:
-        """The loss of a block, or of the plain form."""
+        """The loss of a block, or of the plain form, by which the memory of a step is measured."""
         with self._autocast():
             if self.model is None:
-                return cast(Any, self.plain_loss)(self.network, batch)
+                return self.measured_plain_loss(batch)
             return self.model.loss(batch, block, generator=torch.Generator().manual_seed(0)).loss
+
+    def measured_plain_loss(self, batch: Batch) -> Tensor:
+        """The plain form's loss, where the work of a step is drawn at its mean."""
+        return cast(Any, self.plain_loss)(self.network, batch)
 
     def _autocast(self) -> torch.autocast:
         device = torch.device(self.run.device).type
@@ -216,7 +220,7 @@ class Learner(ABC):
 
     def _plain_step(self, batch: Batch) -> float:
         self.network.zero_grad(set_to_none=True)
-        loss = self.loss(batch, 0)
+        loss: Tensor = cast(Any, self.plain_loss)(self.network, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.run.clip)
         self.optimizers[0].step()

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dblocks.models.recurrent import RecurrentConfig, RecurrentLM
 from dblocks.recipes._autoregressive import AutoregressiveLearner, AutoregressiveRun
+from dblocks.recipes._base import Batch
 from dblocks.text import Corpus
 
 STEPS = (1, 2, 4, 8, 16, 32)  # Euler steps, or recurrences, whose quality is measured
-STEPS_WINDOWS = 32  # windows of the held-out text that each of them is measured on
-DRAWS = 4  # of noise, where there is more than one step
+STEPS_WINDOWS = 32  # windows of the held-out text, spread evenly, that each is measured on
+DRAWS = 4  # of noise, or of initial states, whose probabilities are averaged there
 SAMPLE_STEPS = 8  # Euler steps of the samples that stand for the model
 
 
@@ -47,6 +49,18 @@ class RecurrentRun(AutoregressiveRun):
     of norm 1 tells little, so that the core learns to predict from the text. With 0 the next
     token's bits were .14 worse; with 2.5 they were .03 better, but more Euler steps then made
     samples worse, as too few steps of training see little noise (tried, 300 to 400 steps)."""
+
+    @property
+    def sample_steps(self) -> int:
+        """Euler steps, or recurrences, of the samples that stand for the model."""
+        return self.mean_recurrence if self.end_to_end else max(SAMPLE_STEPS, self.blocks)
+
+    @property
+    def measured_steps(self) -> list[int]:
+        """Euler steps, or recurrences, that quality is measured with: 1, and none that leaves out
+        a block."""
+        counts = sorted({*STEPS, self.sample_steps})
+        return [n for n in counts if n == 1 or n >= self.num_blocks]
 
     def model_config(self, vocab_size: int) -> RecurrentConfig:
         """The network."""
@@ -89,6 +103,7 @@ class RecurrentLearner(AutoregressiveLearner):
     """
 
     def __init__(self, run: RecurrentRun, corpus: Corpus) -> None:
+        self.recurrent = run
         super().__init__(
             run,
             corpus,
@@ -102,6 +117,14 @@ class RecurrentLearner(AutoregressiveLearner):
         network = self.network
         return [layer.mlp for layer in (*network.prelude, *network.layers, *network.coda)]
 
+    def measured_plain_loss(self, batch: Batch) -> Tensor:
+        """With `mean_recurrence` recurrences: of fewer than `backprop_depth` less is saved."""
+        return self.network.next_token_loss(
+            batch,
+            num_recurrences=self.recurrent.mean_recurrence,
+            generator=torch.Generator().manual_seed(0),
+        )
+
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
         """Bits per character of all of the held-out text; of final runs more.
 
@@ -110,19 +133,19 @@ class RecurrentLearner(AutoregressiveLearner):
         """
         found = {
             "adaln": self.network.config.conditioning != "none",
+            "parameters": sum(p.numel() for p in self.network.parameters()),
             "sha256": self.corpus.sha256,
             "bits": self.bits(),
         }
         return found | self._against_steps() if self.text.part == "final" else found
 
     def _against_steps(self) -> dict[str, Any]:
-        plain = self.model is None
-        main = self.network.config.mean_recurrence if plain else SAMPLE_STEPS
-        counts = sorted({*STEPS, main})
+        counts = self.recurrent.measured_steps
         return {
+            "windows": STEPS_WINDOWS,
+            "draws": DRAWS,
             "bits_by_steps": {
-                str(n): self.bits(num_steps=n, windows=STEPS_WINDOWS, draws=1 if n == 1 else DRAWS)
-                for n in counts
+                str(n): self.bits(num_steps=n, windows=STEPS_WINDOWS, draws=DRAWS) for n in counts
             },
             "samples_written": {str(n): self.samples(num_steps=n) for n in counts},
         }

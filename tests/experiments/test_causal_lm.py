@@ -55,6 +55,18 @@ def test_the_scoring_model_is_the_longest_row_from_a_seed_of_its_own():
     assert SCORER.seed not in {*EXPERIMENT.seeds, _base.SELECTION_SEED}
 
 
+def test_curves_say_what_part_of_the_text_they_are_of():
+    old, new = {"curve": [{"bits": 2.0}]}, {"curve": [{"bits": 2.0, "windows": 32}]}
+    first, spread = "first 2,100 held-out characters", "32 held-out windows"
+    for records, part in (
+        ([old, old], first),
+        ([new], spread),
+        ([old, new], f"{spread} or {first}"),
+    ):
+        label = _text.next_token_measure({"row": records}).label
+        assert label == f"bits a character, {part}"
+
+
 def test_results_writes_table_and_figure_and_keeps_the_scores(
     tmp_path, tiny, monkeypatch, capsys, pages
 ):

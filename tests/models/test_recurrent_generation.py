@@ -178,14 +178,29 @@ def test_bfloat16(plain):
     assert [len(row) for row in written(model, num_steps=2)] == [5, 5, 5]
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_checkpoints(tmp_path, plain):
-    model = model_of(plain, tied=False)
+@pytest.mark.parametrize(
+    ("plain", "num_blocks", "shared"),
+    [(True, 1, "train"), (False, 1, "train"), (False, 1, "private"), (False, 2, "private")],
+)
+def test_checkpoints(tmp_path, plain, num_blocks, shared):
+    lm = recurrent_of(tied=False)
+    model = lm if plain else DiffusionBlocks(lm, BlocksConfig(num_blocks, shared=shared))
+    randomized(model)  # private copies of the shared parts too
     save_model(tmp_path, model)
     loaded = load_model(tmp_path).to(DEVICE)
     assert type(loaded) is type(model)
     assert loaded.config == model.config
-    for num_steps in (1, 3):
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    tokens, z = tokens_of(), normal(2, 8, 16)
+
+    def logits(model, block):
+        if plain:
+            return model(tokens, num_recurrences=3, noise=z)
+        return model.logits(z, 0.5, block=block, tokens=tokens)
+
+    for block in range(num_blocks):
+        assert torch.equal(logits(loaded, block), logits(model, block))
+    for num_steps in (num_blocks, 3):
         assert written(loaded, num_steps=num_steps) == written(model, num_steps=num_steps)
 
 

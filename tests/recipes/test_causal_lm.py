@@ -9,7 +9,7 @@ from dblocks.recipes._autoregressive import bits_per_character
 from dblocks.recipes._text import PROMPT, SAMPLES, continuations
 from dblocks.recipes.causal_lm import GPU, CausalLMRun
 from dblocks.records import train
-from dblocks.text import Characters, Text, load_corpus
+from dblocks.text import Characters, Text, load_corpus, scored_windows
 
 SIZES = {"width": 16, "depth": 3, "heads": 2, "context": 20, "batch_size": 4}
 
@@ -102,6 +102,16 @@ def test_bits_are_of_characters_and_of_every_token_once(story):
     nats = next_token_nll(learner.network, short.tokens[None]).mean().item()
     assert bits_per_character(learner.network, short, 20) == pytest.approx(nats / math.log(2))
     assert bits_per_character(learner.network, text, 20, batch_size=3) == pytest.approx(one)
+
+
+def test_bits_of_some_windows_are_of_all_parts_of_the_text(story):
+    learner = begin(story, end_to_end=True)
+    text = learner.corpus.evaluated
+    pairs = list(scored_windows(text.tokens, 20, 1, windows=3))
+    nats = [next_token_nll(learner.network, t)[m[:, 1:]] for t, m in pairs]
+    expected = torch.cat(nats).mean().item() / math.log(2)
+    assert learner.bits(windows=3) == pytest.approx(expected)
+    assert learner.measure() == {"bits": learner.bits(windows=32), "windows": 32}
 
 
 def test_blocks_are_measured_with_the_same_noise_each_time(story):

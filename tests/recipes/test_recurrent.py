@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from dblocks.models.recurrent import RecurrentLM
 from dblocks.recipes import recurrent
 from dblocks.recipes.recurrent import GPU, RecurrentRun
 from dblocks.records import train
@@ -72,6 +73,10 @@ def test_the_record_of_a_block(story):
     # Prelude on clean rows; two core layers on both halves; the coda's layer on noisy rows alone.
     assert record["layers_per_step"] == 1 + 2 * 2 + 1
     assert record["bits_by_steps"].keys() == record["samples_written"].keys() == {"1", "2"}
+    assert record["parameters"] == sum(
+        p.numel() for p in run_of(story).learner().network.parameters()
+    )
+    assert (record["windows"], record["draws"]) == (recurrent.STEPS_WINDOWS, recurrent.DRAWS)
     assert record["sha256"] == load_corpus(story).sha256
     assert all(bits > 0 for bits in (record["bits"], *record["bits_by_steps"].values()))
     assert {len(text) for many in record["samples_written"].values() for text in many} == {4}
@@ -89,6 +94,27 @@ def test_the_record_of_the_plain_model_counts_all_recurrences(story):
     assert record["layer_evaluations"] == sum(1 + 2 * r + 1 for r in drawn)
     assert record["samples_written"].keys() == {"1", "2", "3"}
     assert not record["adaln"]
+
+
+@pytest.mark.parametrize("recurrences", [1, 9])
+def test_the_memory_of_the_plain_model_is_that_of_its_mean_recurrences(
+    story, monkeypatch, recurrences
+):
+    run = run_of(story, end_to_end=True, part="selection")
+    expected = train(run).record["activations_mib"]
+    monkeypatch.setattr(RecurrentLM, "draw_recurrences", lambda *_: recurrences)
+    found = train(run).record
+    assert found["layers_per_step"] == 1 + 2 * recurrences + 1
+    assert found["activations_mib"] == expected
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("blocks", [2, 3, 6])
+def test_no_number_of_steps_that_is_measured_skips_a_block(story, monkeypatch, blocks):
+    monkeypatch.setattr(recurrent, "STEPS", (1, 2, 4))
+    record = train(run_of(story, blocks=blocks, depth=6)).record
+    counts = {2: {"1", "2", "4"}, 3: {"1", "3", "4"}, 6: {"1", "6"}}[blocks]
+    assert record["bits_by_steps"].keys() == record["samples_written"].keys() == counts
 
 
 def test_a_run_that_chooses_a_learning_rate_measures_no_more_than_that_needs(story):
