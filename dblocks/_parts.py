@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +166,22 @@ class BlockModel(Protocol):
         self, hidden: Any, z: Tensor, level: Any, y: Tensor, seed: Tensor, batch: Batch
     ) -> Tensor:
         """The losses, exactly of the shape of sigma; noise regenerated from `seed` is that of z."""
+        ...
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """What a network also offers whose layers are not the children of `layers` alone.
+
+    `DiffusionBlocks` divides others itself: a converted model keeps its layers where they were.
+    """
+
+    def with_layers(self, layers: dict[str, nn.Module], *, shared: bool) -> nn.Module:
+        """A view of layers, by their number, with all that is outside the layers, or without."""
+        ...
+
+    def without_layers(self) -> nn.Module:
+        """A deep copy of what is outside the layers."""
         ...
 
 

@@ -62,6 +62,13 @@ def rotary_of(positions: Tensor, head_dim: int, theta: float) -> Rotary:
     return Rotary(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
 
 
+def over_rows(value: Tensor, x: Tensor) -> Tensor:
+    """`value` [N, D] or [N, S, D], of the shape that multiplies rows x [N, T, D]."""
+    if value.ndim == 2:
+        return value[:, None]
+    return value.repeat_interleave(x.shape[1] // value.shape[1], dim=1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention.
 

@@ -23,6 +23,7 @@ from dblocks._denoiser import unwrapped as unwrapped
 from dblocks._parts import Batch as Batch
 from dblocks._parts import BlockModel as BlockModel
 from dblocks._parts import BlocksConfig as BlocksConfig
+from dblocks._parts import Divisible
 from dblocks._parts import Weighting as Weighting
 from dblocks._parts import check_model
 from dblocks.schedule import check_block
@@ -183,12 +184,9 @@ class Block(Denoiser):
         model, layers = whole.parts(block)
         first = whole.layer_ranges[block][0]
         named = {str(first + k): layer for k, layer in enumerate(layers)}
-        self.base_model = nn.Module()
-        self.base_model.layers = nn.ModuleDict(named)
+        self.base_model = _with_layers(whole.base_model, named, shared=model is whole.base_model)
         self.copies = nn.ModuleDict()
-        if model is whole.base_model:
-            self.base_model = _with_layers(model, named)
-        else:
+        if model is not whole.base_model:
             self.copies[str(block - 1)] = cast(nn.Module, model)
 
     def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
@@ -238,12 +236,16 @@ def _check_frozen(model: BlockModel, shared: str, shared_ids: set[int]) -> None:
 
 
 def _without_layers(model: BlockModel) -> nn.Module:
+    if isinstance(model, Divisible):
+        return model.without_layers()
     return copy.deepcopy(cast(nn.Module, model), {id(model.layers): nn.ModuleList()})
 
 
-def _with_layers(model: BlockModel, layers: dict[str, nn.Module]) -> nn.Module:
-    """A shallow copy of `model` that holds these layers only, and the same other tensors."""
-    view = copy.copy(cast(nn.Module, model))
+def _with_layers(model: BlockModel, layers: dict[str, nn.Module], *, shared: bool) -> nn.Module:
+    """A view of `model` that holds these layers only, and the same other tensors or none."""
+    if isinstance(model, Divisible):
+        return model.with_layers(layers, shared=shared)
+    view = copy.copy(cast(nn.Module, model)) if shared else nn.Module()
     view._modules = dict(view._modules)
     view.layers = nn.ModuleDict(layers)
     return view

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -62,6 +62,27 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, on whatever device, to a file that appears when it is whole.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    safetensors = _safetensors()
+    written = {name: t.detach().contiguous() for name, t in tensors.items()}
+    with replacing(path) as part:
+        safetensors.save_file(written, part, metadata={"format": "pt"})
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    return _safetensors().load_file(path)
 
 
 def prepare(folder: str | Path) -> None:
@@ -126,12 +147,12 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
     folder, safetensors = Path(folder), _safetensors()
     path = folder / CONFIG_FILE
     config = _read_config(path)
-    with _naming(path):
+    with naming(path):
         kind, of_config = NETWORKS[config["model"]]
         model: Any = kind(cast(Any, of_config.from_dict(config["model_config"])))
         if config["blocks_config"] is not None:
             model = DiffusionBlocks(model, BlocksConfig.from_dict(config["blocks_config"]))
-    with _naming(folder / WEIGHTS_FILE):
+    with naming(folder / WEIGHTS_FILE):
         tensors = safetensors.load_file(folder / WEIGHTS_FILE)
         if isinstance(model, DiffusionBlocks):
             copies = [name for name in tensors if name.startswith(COPIES)]
@@ -152,7 +173,7 @@ def _tensors(model: Network | DiffusionBlocks) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Turn what goes wrong with a file's contents into a ValueError of one line that names it."""
     broken = importlib.import_module("safetensors").SafetensorError
     try:
@@ -165,7 +186,7 @@ def _naming(path: Path) -> Iterator[None]:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path.parent} must hold a {CONFIG_FILE} written by `dblocks train`")
-    with _naming(path):
+    with naming(path):
         config = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ValueError(f"{path} must be a JSON object, got {config!r}")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -116,7 +117,7 @@ def _denoised_logits(
     model: DiffusionBlocks, tokens: Tensor, num_steps: int, generator: torch.Generator | None
 ) -> Tensor:
     schedule = model.config.noise_schedule
-    width = model.base_model.config.width  # pyright: ignore[reportAttributeAccessIssue]
+    width = cast(Any, model.base_model).width
     device = tokens.device if generator is None else generator.device
     z = initial_noise((*tokens.shape, width), schedule, generator=generator, device=device)
     z = z.to(tokens.device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dblocks import functional as F
 from dblocks._kv_cache import KVCache, Slots
+from dblocks._transformer import over_rows
 from dblocks.blocks import Batch
 from dblocks.models._causal_config import LanguageModelConfig
 from dblocks.models._tokens import IGNORED, TokenBatch
@@ -109,6 +110,11 @@ class LanguageModel(nn.Module, ABC):
         self.loss_kind: Literal["cross_entropy", "l2"] = "cross_entropy"
         self.condition_drop = 0.0
         self._init_weights()
+
+    @property
+    def width(self) -> int:
+        """Width D of a target."""
+        return self.config.width
 
     # How rows run through the layers
 
@@ -301,7 +307,7 @@ class LanguageModel(nn.Module, ABC):
             m = m.to(torch.promote_types(m.dtype, torch.float32))
             if self.modulation is not None:
                 shift, scale = self.modulation(cond, m.shape[0])
-                m = m * (1 + _over_tokens(scale, m)) + _over_tokens(shift, m)
+                m = m * (1 + over_rows(scale, m)) + over_rows(shift, m)
             return m * readout.scale.to(m.dtype)
 
     def _logits(self, m: Tensor, readout: Readout, cond: Tensor | None = None) -> Tensor:
@@ -321,10 +327,3 @@ class LanguageModel(nn.Module, ABC):
             std = s / math.sqrt(2 * len(layers)) if linear in ends else s
             nn.init.normal_(linear.weight, std=std)
         nn.init.normal_(self.noisy_row, std=self._element)
-
-
-def _over_tokens(value: Tensor, m: Tensor) -> Tensor:
-    """`value` [N, D] or [N, S, D], of the shape that multiplies m [N, T, D]."""
-    if value.ndim == 2:
-        return value[:, None]
-    return value.repeat_interleave(m.shape[1] // value.shape[1], dim=1)

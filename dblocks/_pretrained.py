@@ -1,0 +1,177 @@
+"""Converted models in files: one for each block, one for what they share, and how to put them back.
+
+    dblocks.json  block_00.safetensors  block_01.safetensors  ...  shared.safetensors  README.md
+
+A worker that trains one block writes that block's file and no other. Tensors of the user's model
+have its own names there, so that plain `load_state_dict(..., strict=False)` takes them; the names
+of what was added begin with `dblocks.`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from dblocks._version import __version__
+from dblocks.checkpoint import load_safetensors, make_folder, naming, replacing, save_safetensors
+
+if TYPE_CHECKING:
+    from dblocks.convert import ConvertedBlocks
+
+FORMAT = 1
+CONFIG_FILE = "dblocks.json"
+SHARED_FILE = "shared.safetensors"
+CARD_FILE = "README.md"
+MODEL, NETWORK, COPIES = "base_model.model.", "base_model.", "copies."  # of a state_dict's names
+ADDED = "dblocks."
+KEYS = {"format", "dblocks", "model", "layers", "task", "options", "blocks_config", "ties"}
+
+
+def block_file(block: int) -> str:
+    """The name of a block's file."""
+    return f"block_{block:02d}.safetensors"
+
+
+def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) -> None:
+    """Writes the files of all blocks and what they share, or of one block alone.
+
+    Args:
+        blocks: the converted model.
+        folder: made if it is not there; files of an earlier save are replaced.
+        block: writes the file of this block, and dblocks.json.
+    """
+    folder = Path(folder)
+    make_folder(folder)
+    tensors, ties = _named(blocks)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner = _owner(blocks, name)
+        file = SHARED_FILE if owner is None else block_file(owner)
+        parts.setdefault(file, {})[_outside(name)] = tensor
+    written = {
+        "format": FORMAT,
+        "dblocks": __version__,
+        "model": type(blocks.base_model.model).__name__,
+        "layers": list(blocks.base_model.names),
+        "task": blocks.task,
+        "options": blocks.options,
+        "blocks_config": blocks.config.to_dict(),
+        "ties": {_outside(name): _outside(first) for name, first in ties.items()},
+    }
+    for file, part in parts.items():
+        if block is None or file == block_file(block):
+            save_safetensors(folder / file, part)
+    with replacing(folder / CONFIG_FILE) as path:
+        path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    if block is None:
+        with replacing(folder / CARD_FILE) as path:
+            path.write_text(_card(blocks), encoding="utf-8")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """What dblocks.json says.
+
+    Raises:
+        ValueError: it is not there, or is no such file.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.exists():
+        raise ValueError(f"{folder} must hold a {CONFIG_FILE} written by save_pretrained()")
+    with naming(path):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or set(config) != KEYS or config["format"] != FORMAT:
+            raise ValueError(f"it must be of format {FORMAT} with the keys {sorted(KEYS)}")
+    return config
+
+
+def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> None:
+    """Reads the files of all blocks and what they share into a model that was converted alike.
+
+    Raises:
+        ValueError: a file is missing or broken, or its tensors do not fit.
+    """
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in (*map(block_file, range(blocks.config.num_blocks)), SHARED_FILE):
+        if not (folder / file).exists():
+            raise ValueError(
+                f"{folder} must hold {file}; each block's worker writes its own by "
+                "save_pretrained(folder, block=), and the rest comes with save_pretrained(folder)"
+            )
+        with naming(folder / file):
+            tensors |= load_safetensors(folder / file)
+    tensors |= {name: tensors[first] for name, first in ties.items()}
+    with naming(folder):
+        blocks.load_state_dict({_inside(name): tensor for name, tensor in tensors.items()})
+
+
+def _named(blocks: ConvertedBlocks) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, each once, and the other names of those that have several."""
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in blocks.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in first:
+            ties[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor
+    return tensors, ties
+
+
+def _owner(blocks: ConvertedBlocks, name: str) -> int | None:
+    """The block that a tensor of the state_dict belongs to; None for what is shared."""
+    if name.startswith(COPIES):
+        return int(name.split(".")[1]) + 1
+    names = blocks.base_model.names
+    for block, (first, last) in enumerate(blocks.layer_ranges):
+        for i in range(first, last):
+            mine = (f"{MODEL}{names[i]}.", f"{NETWORK}modulations.{i}.")
+            if name.startswith(mine):
+                return block
+    return None
+
+
+def _outside(name: str) -> str:
+    """The name in files."""
+    if name.startswith(MODEL):
+        return name.removeprefix(MODEL)
+    return ADDED + name.removeprefix(NETWORK)
+
+
+def _inside(name: str) -> str:
+    """The name in the state_dict."""
+    if not name.startswith(ADDED):
+        return MODEL + name
+    name = name.removeprefix(ADDED)
+    return name if name.startswith(COPIES) else NETWORK + name
+
+
+def _card(blocks: ConvertedBlocks) -> str:
+    config, kind = blocks.config, type(blocks.base_model.model).__name__
+    lines = [
+        "---",
+        "library_name: dblocks",
+        "---",
+        f"# {kind} in {config.num_blocks} blocks",
+        "",
+        f"A `{kind}` converted by dblocks {__version__} for task `{blocks.task}` and trained block "
+        "by block (DiffusionBlocks, arXiv 2506.14202).",
+        "",
+        "```python",
+        "from dblocks.convert import ConvertedBlocks",
+        "",
+        f"dm = ConvertedBlocks.from_pretrained(folder, model)  # a {kind} of the same sizes",
+        "```",
+        "",
+        f"| block | layers | {config.schedule.symbol} |",
+        "|---|---|---|",
+    ]
+    for block, (first, last) in enumerate(blocks.layer_ranges):
+        low, high = config.schedule.range_of(block, config.num_blocks)
+        lines.append(f"| {block} | {first} to {last - 1} | {high:.4g} to {low:.4g} |")
+    return "\n".join(lines) + "\n"

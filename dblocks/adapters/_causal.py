@@ -1,0 +1,243 @@
+"""A converted model of the next token: clean rows beside noisy ones, as in `CausalLM`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from dblocks import functional as F
+from dblocks._transformer import over_rows
+from dblocks.adapters._converted import Converted
+from dblocks.adapters._layers import ConditionedLayer
+from dblocks.blocks import Batch
+from dblocks.models._tokens import IGNORED, TokenBatch
+from dblocks.nn import Modulation
+from dblocks.schedule import NoiseLevel
+
+NOISE_SCALE = 0.1  # as that of CausalLM
+
+
+class CausalFamily(Protocol):
+    """What differs between models that predict the next token."""
+
+    def embedding(self, model: nn.Module) -> nn.Embedding:
+        """Of the tokens."""
+        ...
+
+    def head(self, model: nn.Module) -> nn.Linear:
+        """What makes logits."""
+        ...
+
+    def context_length(self, model: nn.Module) -> int:
+        """Longest sequence."""
+        ...
+
+    def enter(self, model: nn.Module, rows: Tensor, positions: Tensor) -> Tensor:
+        """Token embeddings [N, T, D], as they enter the first layer."""
+        ...
+
+    def context(self, model: nn.Module, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the layers' attention, for rows at these positions [T]."""
+        ...
+
+    def leave(self, model: nn.Module, x: Tensor) -> Tensor:
+        """What the layers leave, normed for the head."""
+        ...
+
+    def plain_loss(self, model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy of `labels` [N, T], the tokens or `IGNORED`, 0-d."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the checks of a batch need."""
+
+    vocab_size: int
+    context: int
+
+
+class Context(NamedTuple):
+    """What noisy rows are predicted from."""
+
+    clean: Tensor
+    """Clean rows [N, T, D], as they enter the layers."""
+    noisy: Tensor
+    """What a noisy row adds its noise to, [N, T, D]."""
+    attention: Mapping[str, Any]
+    """Of the rows' attention."""
+
+
+class Hidden(NamedTuple):
+    """What the layers leave for the readout."""
+
+    x: Tensor
+    """Noisy rows [N, T, D]."""
+    cond: Tensor
+    """Their conditioning vectors."""
+
+
+class ConvertedCausalLM(Converted):
+    """A model of the next token, for `DiffusionBlocks` with a `NoiseSchedule`.
+
+    The target of a position is its token's embedding at norm `embed_scale`. Clean rows run through
+    the layers as they do in the model, without a modulation. The noisy row of a position enters as
+    the embedding of the token before it plus the scaled noisy embedding, at that token's position:
+    it is where the model predicts this token, so that a pretrained one begins with what it knows.
+    The first has a learned row. With h the layers' noisy rows and the model's own norm and head,
+
+        m = c_skip*z + c_out*norm(h) ,   logits = head(g*(m*(1 + scale) + shift))
+
+    with g a learned number, 1/sigma_data at the start: at the highest noise the head sees norm(h).
+
+    A batch holds "tokens", and may hold "loss_mask" and "cu_seqlens", as that of `CausalLM`.
+
+    Args:
+        model: the user's.
+        layers: `ConditionedLayer`s by name, whose attention is that of the doubled sequence.
+        family: what is special of the model.
+        sigma_data: of the schedule.
+        embed_scale: norm of a token's embedding as target.
+        tokens_per_sigma: how many consecutive tokens share a noise level; None: all of a sequence.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, ConditionedLayer],
+        family: CausalFamily,
+        *,
+        sigma_data: float,
+        embed_scale: float,
+        tokens_per_sigma: int | None,
+    ) -> None:
+        embedding = family.embedding(model)
+        width = embedding.embedding_dim
+        super().__init__(model, layers, width, conditioned=True)
+        self.loss_kind: Literal["cross_entropy"] = "cross_entropy"
+        self.family = family
+        self.sizes = Sizes(embedding.num_embeddings, family.context_length(model))
+        self.embed_scale = embed_scale
+        self.tokens_per_sigma = tokens_per_sigma
+        self.readout_modulation = Modulation(width, 2)
+        weight = embedding.weight.detach().float()
+        element = weight.square().mean().sqrt().item() if not weight.is_meta else 1.0
+        self.first_row = nn.Parameter(torch.randn(width) * element)
+        self.noise_scale = nn.Parameter(torch.tensor(NOISE_SCALE * element))
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
+        self.added_to_()
+
+    @property
+    def target_embedding(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The model's own token embedding."""
+        return self.family.embedding(self.model)
+
+    def rows(self) -> Tensor:
+        """Token embeddings as targets, [V, D], each of norm `embed_scale`."""
+        weight = self.family.embedding(self.model).weight
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return self.embed_scale * nnf.normalize(weight, dim=-1)
+
+    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
+        """[N, T/tokens_per_sigma], or [N]."""
+        N, T = TokenBatch.of(batch, self.sizes).tokens.shape
+        if self.tokens_per_sigma is None:
+            return (N,)
+        if T % self.tokens_per_sigma:
+            raise ValueError(
+                f"tokens must be a multiple of tokens_per_sigma={self.tokens_per_sigma} long, "
+                f"got {T}; pad them, with a loss_mask, or convert with another number"
+            )
+        return (N, T // self.tokens_per_sigma)
+
+    def embed_target(self, batch: Batch) -> Tensor:
+        """Embeddings of the tokens, [N, T, D]."""
+        return self.rows()[TokenBatch.of(batch, self.sizes).tokens]
+
+    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
+        """The clean rows, and where noisy ones begin."""
+        if drop is not None:
+            raise ValueError(
+                "a language model is not trained without its condition, so guidance_scale must be 1"
+            )
+        given = TokenBatch.of(batch, self.sizes)
+        positions = given.positions()
+        before = (positions - 1).clamp(min=0)
+        embedded = cast(Tensor, self.family.embedding(self.model)(given.tokens))
+        first = self.first_row.to(embedded.dtype).expand_as(embedded)
+        previous = torch.where((positions > 0)[:, None], embedded.roll(1, dims=1), first)
+        attention = self.family.context(self.model, embedded, torch.cat([positions, before]))
+        if given.cu_seqlens is not None:
+            attention["dblocks_cu_seqlens"] = given.cu_seqlens
+        return Context(
+            self.family.enter(self.model, embedded, positions),
+            self.family.enter(self.model, previous, before),
+            attention,
+        )
+
+    def run_layers(
+        self, layers: Sequence[nn.Module], z_in: Tensor, level: NoiseLevel, condition: Context
+    ) -> Hidden:
+        """Runs `layers` on clean and noisy rows."""
+        cond = cast(Tensor, self._cond(level))
+        # A level for each segment, also where there is one only, as clean rows are a segment too.
+        segments = cond if cond.ndim == 3 else cond[:, None]
+        noisy = condition.noisy + (self.noise_scale * z_in).to(condition.noisy.dtype)
+        x = torch.cat([condition.clean, noisy], dim=1)
+        for layer in layers:
+            x = layer(
+                x, segments, condition.attention, clean=True, checkpointing=self.checkpointing
+            )
+        return Hidden(x[:, x.shape[1] // 2 :], cond)
+
+    def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
+        """Logits [N, T, V], float32."""
+        m = self._features(hidden, z, level)
+        head = self.family.head(self.model)
+        with torch.autocast(m.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias.to(m.dtype)
+            return nnf.linear(m, head.weight.to(m.dtype), bias)
+
+    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        """The expected token embedding, [N, T, D]."""
+        with torch.autocast(z.device.type, enabled=False):
+            return prediction.softmax(-1) @ self.rows().to(prediction.dtype)
+
+    def score(
+        self, hidden: Hidden, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
+    ) -> Tensor:
+        """Cross-entropy for each sigma, as that of `CausalLM`."""
+        labels = TokenBatch.of(batch, self.sizes).labels()
+        head = self.family.head(self.model)
+        losses = F.linear_cross_entropy(
+            self._features(hidden, z, level), head.weight, labels, bias=head.bias,
+            ignore_index=IGNORED, reduction="none",
+        )  # fmt: skip
+        losses = losses * (labels.numel() / (labels != IGNORED).sum().clamp(min=1))
+        sigma = level.sigma
+        return losses if sigma.shape == losses.shape else losses.view(*sigma.shape, -1).mean(-1)
+
+    def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
+        """The model's own mean cross-entropy over the tokens that are scored, in nats."""
+        given = TokenBatch.of(batch, self.sizes)
+        if given.cu_seqlens is not None:
+            raise ValueError(
+                "the model's own loss does not keep packed documents apart, so a batch must not "
+                "hold 'cu_seqlens'; give each document a row, or set clean_loss_weight to 0"
+            )
+        return self.family.plain_loss(self.model, given.tokens, given.labels())
+
+    def _features(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
+        """What the head is applied to, `g*(m*(1 + scale) + shift)`, float32."""
+        f = self.family.leave(self.model, hidden.x)
+        m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
+        with torch.autocast(m.device.type, enabled=False):
+            shift, scale = self.readout_modulation(hidden.cond.to(m.dtype), len(m))
+            m = m * (1 + over_rows(scale, m)) + over_rows(shift, m)
+            return m * self.log_scale.exp().to(m.dtype)

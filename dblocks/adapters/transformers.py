@@ -1,0 +1,375 @@
+"""Models of transformers: which can be converted, and where their parts are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from dblocks import functional as F
+from dblocks.adapters._causal import ConvertedCausalLM, Sizes
+from dblocks.adapters._classes import ConvertedClassifier
+from dblocks.adapters._layers import (
+    ConditionedLayer,
+    LayerForm,
+    check_form,
+    probe,
+    require_form,
+)
+from dblocks.adapters._masked import ConvertedMaskedLM
+from dblocks.blocks import Batch
+from dblocks.kernels.reference import doubled_mask
+from dblocks.models._tokens import IGNORED
+
+DOUBLED = "dblocks_doubled"  # name of the attention in transformers' registry
+
+
+class RotaryFamily:
+    """Llama and those like it: rotary positions, which the backbone makes for all layers."""
+
+    final_norm = "norm"
+
+    def embedding(self, model: Any) -> nn.Embedding:
+        """See `CausalFamily`, as for the others."""
+        return model.get_input_embeddings()
+
+    def head(self, model: Any) -> nn.Linear:
+        return model.get_output_embeddings()
+
+    def context_length(self, model: Any) -> int:
+        return model.config.max_position_embeddings
+
+    def enter(self, model: Any, rows: Tensor, positions: Tensor) -> Tensor:
+        return rows
+
+    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+        rotary = backbone(model).rotary_emb(rows, position_ids=positions[None])
+        return {"position_embeddings": rotary, "attention_mask": None}
+
+    def leave(self, model: Any, x: Tensor) -> Tensor:
+        return getattr(backbone(model), self.final_norm)(x)
+
+    def plain_loss(self, model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        return nnf.cross_entropy(
+            logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
+        )
+
+
+class GPT2Family(RotaryFamily):
+    """GPT-2: learned positions, which are added to the rows."""
+
+    final_norm = "ln_f"
+
+    def enter(self, model: Any, rows: Tensor, positions: Tensor) -> Tensor:
+        gpt2 = backbone(model)
+        return gpt2.drop(rows + gpt2.wpe(positions))
+
+    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+        return {"attention_mask": None}
+
+
+class ViTFamily:
+    """ViT: the first row is the class token's."""
+
+    input = "images"
+    class_row = True
+
+    def enter(self, model: Any, batch: Batch) -> Tensor:
+        """See `ClassFamily`, as for the others."""
+        return backbone(model).embeddings(batch["images"])
+
+    def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
+        return {"attention_mask": None}
+
+    def pool(self, model: Any, x: Tensor) -> Tensor:
+        return backbone(model).layernorm(x)[:, 0]
+
+    def head(self, model: Any, pooled: Tensor) -> Tensor:
+        return model.classifier(pooled)
+
+    def plain_logits(self, model: Any, batch: Batch) -> Tensor:
+        return model(pixel_values=batch["images"]).logits
+
+
+class BertClassFamily(ViTFamily):
+    """BERT, whose first token stands for the class; a batch may hold "attention_mask" [N, T]."""
+
+    input = "tokens"
+
+    def enter(self, model: Any, batch: Batch) -> Tensor:
+        return backbone(model).embeddings(input_ids=batch["tokens"])
+
+    def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
+        from transformers.masking_utils import create_bidirectional_mask
+
+        mask = create_bidirectional_mask(
+            config=model.config, inputs_embeds=rows, attention_mask=batch.get("attention_mask")
+        )
+        return {"attention_mask": mask}
+
+    def pool(self, model: Any, x: Tensor) -> Tensor:
+        return model.dropout(backbone(model).pooler(x))
+
+    def plain_logits(self, model: Any, batch: Batch) -> Tensor:
+        return model(input_ids=batch["tokens"], attention_mask=batch.get("attention_mask")).logits
+
+
+class RobertaClassFamily(BertClassFamily):
+    """RoBERTa, whose head pools the rows itself."""
+
+    def pool(self, model: Any, x: Tensor) -> Tensor:
+        return x[:, 0]
+
+    def head(self, model: Any, pooled: Tensor) -> Tensor:
+        return model.classifier(pooled[:, None])
+
+
+class BertMaskedFamily:
+    """BERT with the head of its pretraining."""
+
+    head_name = "cls"
+    special_positions = 0
+
+    def sizes(self, model: Any) -> Sizes:
+        """See `MaskedFamily`, as for the others."""
+        config = model.config
+        return Sizes(config.vocab_size, config.max_position_embeddings - self.special_positions)
+
+    def enter(self, model: Any, tokens: Tensor) -> Tensor:
+        return backbone(model).embeddings(input_ids=tokens)
+
+    def head(self, model: Any, x: Tensor) -> Tensor:
+        return getattr(model, self.head_name)(x)
+
+    def plain_logits(self, model: Any, tokens: Tensor) -> Tensor:
+        return model(input_ids=tokens).logits
+
+
+class RobertaMaskedFamily(BertMaskedFamily):
+    """RoBERTa, whose positions begin after that of the padding."""
+
+    head_name = "lm_head"
+    special_positions = 2
+
+
+CAUSAL_FAMILIES = {
+    "llama": RotaryFamily(),
+    "mistral": RotaryFamily(),
+    "qwen2": RotaryFamily(),
+    "qwen3": RotaryFamily(),
+    "gpt2": GPT2Family(),
+}
+CLASS_FAMILIES = {
+    "vit": ViTFamily(),
+    "bert": BertClassFamily(),
+    "roberta": RobertaClassFamily(),
+}
+MASKED_FAMILIES = {"bert": BertMaskedFamily(), "roberta": RobertaMaskedFamily()}
+
+
+def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedCausalLM:
+    """A causal language model of transformers, with the doubled attention in its layers.
+
+    Args:
+        model: such as a `LlamaForCausalLM`.
+        layers: its layers by name.
+        **options: of `ConvertedCausalLM`.
+
+    Raises:
+        ValueError: it has no head, or is of a family that is not known here.
+    """
+    family = _family(model, CAUSAL_FAMILIES, "'tokens' with a NoiseSchedule")
+    if not isinstance(family.head(model), nn.Linear):
+        raise _no_head(model, "AutoModelForCausalLM")
+    _register()
+    conditioned = {
+        name: ConditionedLayer(
+            layer, width, form, with_doubled_attention(layer.get_submodule(form.attention))
+        )
+        for (name, layer), form, width in _known(model, layers)
+    }
+    _try(model, layers, lambda rows, at: family.context(model, rows, at))
+    return ConvertedCausalLM(model, conditioned, family, **options)
+
+
+def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedClassifier:
+    """A classifier of transformers.
+
+    Args:
+        model: such as a `ViTForImageClassification`.
+        layers: its layers by name.
+        **options: of `ConvertedClassifier`.
+
+    Raises:
+        ValueError: it has no head, or is of a family that is not known here.
+    """
+    family = _family(model, CLASS_FAMILIES, "'classes'")
+    if not isinstance(getattr(model, "classifier", None), nn.Module) or isinstance(
+        model.classifier, nn.Identity
+    ):
+        raise _no_head(model, "AutoModelForImageClassification or ...ForSequenceClassification")
+    conditioned = _conditioned(model, layers)
+    _try(model, layers, lambda rows, at: {"attention_mask": None})
+    return ConvertedClassifier(
+        model,
+        conditioned,
+        family,
+        num_classes=model.config.num_labels,
+        width=model.config.hidden_size,
+        **options,
+    )
+
+
+def masked_lm(
+    model: Any, layers: Mapping[str, nn.Module], *, mask_token_id: int | None
+) -> ConvertedMaskedLM:
+    """A masked language model of transformers.
+
+    Args:
+        model: such as a `BertForMaskedLM`.
+        layers: its layers by name.
+        mask_token_id: number of the mask, as the tokenizer has it.
+
+    Raises:
+        ValueError: it has no head, is of a family that is not known here, or the mask is none of
+            its tokens.
+    """
+    family = _family(model, MASKED_FAMILIES, "'tokens' with a MaskSchedule")
+    if model.get_output_embeddings() is None:
+        raise _no_head(model, "AutoModelForMaskedLM")
+    size = model.config.vocab_size
+    if mask_token_id is None or not 0 <= mask_token_id < size:
+        raise ValueError(
+            f"mask_token_id must be a token in 0..{size - 1}, got {mask_token_id}; "
+            "pass tokenizer.mask_token_id"
+        )
+    conditioned = _conditioned(model, layers)
+    _try(model, layers, lambda rows, at: {"attention_mask": None})
+    return ConvertedMaskedLM(
+        model, conditioned, family, width=model.config.hidden_size, mask_token_id=mask_token_id
+    )
+
+
+def backbone(model: Any) -> Any:
+    """The model without its head."""
+    return getattr(model, model.base_model_prefix, model)
+
+
+def with_doubled_attention(attention: nn.Module) -> nn.Module:
+    """A view of an attention, with the same parameters, that attends as the doubled sequence does.
+
+    transformers looks up the function that attends in the module's config, which all modules of a
+    model share; the view has a copy of it.
+    """
+    view = copy.copy(attention)
+    config = copy.copy(cast(Any, attention).config)
+    config._attn_implementation = DOUBLED
+    cast(Any, view).config = config
+    return view
+
+
+def doubled(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    dblocks_cu_seqlens: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of rows `[clean | noisy]` as transformers calls it; see `F.doubled_attention`.
+
+    With dropout, which the fused op has not, a mask of (2T)^2 elements is made.
+
+    Args:
+        module: the attention.
+        query: [N, H, 2T, Dh].
+        key: [N, Hkv, 2T, Dh].
+        value: as the key.
+        attention_mask: none; what is padding at the end is not attended to anyway.
+        scaling: of the products of queries and keys.
+        dropout: of the attention's weights.
+        sliding_window: how far back a row sees; no less than T.
+        dblocks_cu_seqlens: ends of packed documents.
+
+    Returns:
+        [N, 2T, H, Dh], and no weights.
+    """
+    T = query.shape[2] // 2
+    if sliding_window is not None and sliding_window < T:
+        raise ValueError(
+            f"sequences must be at most sliding_window={sliding_window} long, as the doubled "
+            f"attention has no window, got {T}; cut them"
+        )
+    if dropout == 0:
+        o = F.doubled_attention(query, key, value, scale=scaling, cu_seqlens=dblocks_cu_seqlens)
+    else:
+        mask = doubled_mask(T, cu_seqlens=dblocks_cu_seqlens, device=query.device)
+        o = nnf.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+    return o.transpose(1, 2), None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(DOUBLED, doubled)
+
+
+Family = TypeVar("Family")
+
+
+def _family(model: Any, families: Mapping[str, Family], task: str) -> Family:
+    kind = model.config.model_type
+    if kind not in families:
+        raise ValueError(
+            f"task {task} needs one of {sorted(families)}, got {kind!r} "
+            f"({type(model).__name__}); write a network with the four parts of "
+            "dblocks.blocks.BlockModel instead"
+        )
+    return families[kind]
+
+
+def _no_head(model: Any, loader: str) -> ValueError:
+    return ValueError(
+        f"model must have a head for the task, got {type(model).__name__} without one; "
+        f"load it as {loader}"
+    )
+
+
+def _conditioned(model: Any, layers: Mapping[str, nn.Module]) -> dict[str, ConditionedLayer]:
+    return {
+        name: ConditionedLayer(layer, width, form)
+        for (name, layer), form, width in _known(model, layers)
+    }
+
+
+def _known(
+    model: Any, layers: Mapping[str, nn.Module]
+) -> Iterator[tuple[tuple[str, nn.Module], LayerForm, int]]:
+    """The layers with their forms and widths."""
+    for item in layers.items():
+        yield item, require_form(*item), model.config.hidden_size
+
+
+def _try(
+    model: Any,
+    layers: Mapping[str, nn.Module],
+    context: Callable[[Tensor, Tensor], Mapping[str, Any]],
+) -> None:
+    """Runs the first layer to see that its form is right."""
+    name, layer = next(iter(layers.items()))
+    rows = probe(layer, model.config.hidden_size)
+    at = torch.arange(rows.shape[1], device=rows.device)
+    check_form(layer, require_form(name, layer), rows, context(rows, at), name)

@@ -1,0 +1,250 @@
+"""Cutting somebody's model into blocks: `convert` wraps it, as `get_peft_model` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from torch import Tensor, nn
+
+from dblocks import _pretrained
+from dblocks._denoiser import Draw, Loss
+from dblocks._parts import Batch, BlocksConfig
+from dblocks.adapters._converted import Converted
+from dblocks.adapters._find import find_layers
+from dblocks.blocks import Block, DiffusionBlocks
+from dblocks.mask_schedule import MaskSchedule
+from dblocks.schedule import NoiseSchedule, check_block
+
+Task = Literal["classes", "tokens", "images"]
+LIBRARIES = ("transformers", "timm", "diffusers")
+
+
+class ConvertedBlocks(DiffusionBlocks):
+    """A converted model in blocks: a `DiffusionBlocks` whose network is the user's, with additions.
+
+    `base_model` is called as the user's model is and has its attributes; `base_model.model` is it.
+
+    Args:
+        model: the user's model with the parts of a `BlockModel`.
+        config: how it is cut.
+        task: what the target is.
+        options: the other arguments of `convert`, which a checkpoint keeps.
+    """
+
+    base_model: Converted  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self, model: Converted, config: BlocksConfig, task: Task, options: dict[str, Any]
+    ) -> None:
+        super().__init__(cast(Any, model), config)
+        self.task: Task = task
+        self.options = options
+        self.clean_loss_weight: float = options["clean_loss_weight"]
+
+    def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
+        """As `DiffusionBlocks.loss_at`, plus `clean_loss_weight` times `clean_loss`."""
+        result = super().loss_at(batch, block, draw)
+        if self.clean_loss_weight == 0:
+            return result
+        return result._replace(
+            loss=result.loss + self.clean_loss_weight * self.clean_loss(batch, block, draw)
+        )
+
+    def clean_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor:
+        """The model's own loss, whose gradients go to the layers of one block and no further.
+
+        The layers before the block run without a graph; those after it, and the head, pass
+        gradients on and get none. Where tokens are masked, it is of those that `draw` masks.
+        """
+        schedule, z = self.config.schedule, None
+        if isinstance(schedule, MaskSchedule):
+            y = self.base_model.embed_target(batch)
+            z = schedule.corrupt(y, schedule.level(draw.sigma), draw.seed).z
+        first, last = self.layer_ranges[block]
+        names = self.base_model.names[first:last]
+        model = self.base_model.model
+        trained = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+        with _only_gradients_of(model, trained):
+            return self.base_model.plain_loss(batch, z)
+
+    def block(self, block: int) -> Block:
+        """The view of one block.
+
+        Raises:
+            ValueError: there is a clean loss, which needs the whole model.
+        """
+        if self.clean_loss_weight:
+            raise ValueError(
+                "a block alone must not have a clean loss, which runs the whole model, got "
+                f"clean_loss_weight={self.clean_loss_weight}; train with train_step(dm, ...), "
+                "or convert without it"
+            )
+        return super().block(block)
+
+    def save_pretrained(self, folder: str | Path, block: int | None = None) -> None:
+        """Writes a file for each block, one for what they share, and dblocks.json.
+
+        Args:
+            folder: made if it is not there.
+            block: writes this block's file alone, beside dblocks.json: each worker its own.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            ValueError: the folder cannot be written to.
+        """
+        if block is not None:
+            check_block(block, self.config.num_blocks)
+        _pretrained.save(self, folder, block)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, model: nn.Module) -> ConvertedBlocks:
+        """What `save_pretrained` wrote, around a model of the same architecture.
+
+        Args:
+            folder: with the files of all blocks.
+            model: whose weights are replaced.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            ValueError: a file is missing or broken, or the model does not fit.
+        """
+        given = _pretrained.read_config(folder)
+        if type(model).__name__ != given["model"]:
+            raise ValueError(
+                f"model must be a {given['model']}, as in {folder}, got a {type(model).__name__}"
+            )
+        converted = convert(
+            model,
+            BlocksConfig.from_dict(given["blocks_config"]),
+            task=given["task"],
+            layers=given["layers"],
+            **given["options"],
+        )
+        _pretrained.load(converted, folder, given["ties"])
+        return converted
+
+
+def convert(
+    model: nn.Module,
+    config: BlocksConfig,
+    *,
+    task: Task,
+    layers: str | Sequence[str] | Callable[[nn.Module], Sequence[nn.Module]] | None = None,
+    clean_loss_weight: float = 0.0,
+    embed_scale: float = 1.0,
+    tokens_per_sigma: int | None = 1,
+    mask_token_id: int | None = None,
+) -> ConvertedBlocks:
+    """An existing model, to be trained in blocks; a new object around it, which leaves it as it is.
+
+    What is added, at first without an effect on the layers: a noise embedding, a modulation of each
+    layer (a DiT has its own), a noisy target's way in, and the readout's dependence on the noise.
+    It has float32 parameters. The model's own modules and weights are used, not copied: training
+    the blocks trains the model.
+
+    - "classes": the target is the embedding of the class. ViT and BERT of transformers, with a
+      classification head, and timm's ViTs. A batch holds "labels", and "images" or "tokens".
+    - "tokens": with a `NoiseSchedule`, the embedding of each token, from those before it: Llama,
+      Mistral, Qwen2, Qwen3 and GPT-2 with a head. With a `MaskSchedule`, masked tokens: BERT and
+      RoBERTa with their head. A batch holds "tokens".
+    - "images": the image or latent itself: diffusers' DiT. A batch holds "images" and "labels".
+
+    Args:
+        model: the model.
+        config: how it is cut.
+        task: what the target is.
+        layers: the residual layers: the path of the list that holds them, their own paths, or a
+            function of the model that returns them; found by default.
+        clean_loss_weight: weight of the model's own loss on the same batch, such as the next
+            token's cross-entropy. Denoising alone makes a pretrained model forget it. It runs the
+            whole model, though only the block's layers get gradients from it.
+        embed_scale: norm of a class' or token's embedding.
+        tokens_per_sigma: how many consecutive tokens share a noise level; None: all of a sequence.
+        mask_token_id: the mask's number, for masked tokens.
+
+    Raises:
+        ValueError: the layers are not found or are no transformer layers, the head is missing, or
+            the model's family, the task and the schedule do not fit.
+        TypeError: `model` is no module, or `config` is no `BlocksConfig`.
+
+    Source: Shing, Koyama and Akiba 2026, arXiv 2506.14202.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, BlocksConfig):
+        raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}")
+    if task not in get_args(Task):
+        raise ValueError(f"task must be one of {get_args(Task)}, got {task!r}")
+    if clean_loss_weight < 0 or (clean_loss_weight and task == "images"):
+        raise ValueError(
+            "clean_loss_weight must not be negative, and 0 for images, whose only loss is that of "
+            f"denoising, got {clean_loss_weight}"
+        )
+    library = library_of(model)
+    found = find_layers(model, layers)
+    sigma_data = config.schedule.sigma_data if isinstance(config.schedule, NoiseSchedule) else 1.0
+    if library == "transformers":
+        from dblocks.adapters import transformers as adapter
+
+        if task == "classes":
+            converted = adapter.classifier(
+                model, found, sigma_data=sigma_data, embed_scale=embed_scale
+            )
+        elif task == "tokens" and isinstance(config.schedule, NoiseSchedule):
+            converted = adapter.causal_lm(
+                model,
+                found,
+                sigma_data=sigma_data,
+                embed_scale=embed_scale,
+                tokens_per_sigma=tokens_per_sigma,
+            )
+        elif task == "tokens":
+            converted = adapter.masked_lm(model, found, mask_token_id=mask_token_id)
+        else:
+            raise _no_such_task(model, task)
+    elif library == "timm" and task == "classes":
+        from dblocks.adapters import timm
+
+        converted = timm.classifier(model, found, sigma_data=sigma_data, embed_scale=embed_scale)
+    elif library == "diffusers" and task == "images":
+        from dblocks.adapters import diffusers
+
+        converted = diffusers.image_model(model, found, config.noise_schedule)
+    else:
+        raise _no_such_task(model, task)
+    options = {
+        "clean_loss_weight": clean_loss_weight,
+        "embed_scale": embed_scale,
+        "tokens_per_sigma": tokens_per_sigma,
+        "mask_token_id": mask_token_id,
+    }
+    return ConvertedBlocks(converted, config, task, options)
+
+
+def library_of(model: nn.Module) -> str | None:
+    """The library that a model, or a class it derives from, is of; None for others."""
+    roots = [kind.__module__.partition(".")[0] for kind in type(model).__mro__]
+    return next((root for root in roots if root in LIBRARIES), None)
+
+
+def _no_such_task(model: nn.Module, task: str) -> ValueError:
+    return ValueError(
+        f"task {task!r} must be one that a {type(model).__name__} has; see dblocks.convert for "
+        "those that are known, or write a network with the four parts of dblocks.blocks.BlockModel"
+    )
+
+
+@contextmanager
+def _only_gradients_of(model: nn.Module, trained: set[int]) -> Iterator[None]:
+    """What runs inside makes no graph for any parameter but these, given by their id."""
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
