@@ -20,10 +20,27 @@ Try: dblocks train vit --data digits --blocks 3 --out runs/vit"""
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Print versions, devices, and which implementation each fused op would use here and why."""
+    """Print versions, devices, and which implementation each fused op would use here and why.
+
+    With --model: what dblocks would do with a model of another library, found out from its config
+    alone. Its residual layers, the blocks that they would be cut into and the memory that training
+    one of them would take, and the modules that the fused ops would replace.
+    """
+
+    model: str | None = None
+    """A model of transformers, diffusers or timm: a folder with its config.json, or that file;
+    a model type of transformers, such as llama, with default sizes; or a name of timm, such as
+    timm:vit_small_patch16_224. No weights are downloaded or allocated."""
+    blocks: int = 3
+    """Number of blocks, with --model."""
 
     def __call__(self) -> None:
         """Print the report."""
+        if self.model is not None:
+            from dblocks import _model_info
+
+            print(_model_info.report(self.model, self.blocks))
+            return
         from dblocks.info import report
 
         print(report())

@@ -89,16 +89,17 @@ def triton_state() -> str:
 
 def report() -> str:
     """The whole answer of `dblocks info`, ready to print."""
-    parts = ["Versions", *_aligned(list(versions().items())), "", "Devices"]
-    parts += _aligned(list(devices().items()))
-    parts += ["", "Kernels", *_aligned([("C++", extension()), ("Triton", triton_state())])]
+    parts = ["Versions", *aligned(list(versions().items())), "", "Devices"]
+    parts += aligned(list(devices().items()))
+    parts += ["", "Kernels", *aligned([("C++", extension()), ("Triton", triton_state())])]
     for device in devices():
         parts += ["", f'Ops with impl="auto", float32 tensors on {device}']
-        parts += _aligned([(op, *implementation(op, device)) for op in OPS])
+        parts += aligned([(op, *implementation(op, device)) for op in OPS])
     return "\n".join(parts)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, indented, whose columns line up."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
