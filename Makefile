@@ -5,14 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo results test test-gpu gate static asan lint bench bench-gpu clean
+.PHONY: help demo results test test-gpu test-hub-old docs gate static asan lint bench bench-gpu clean
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
-$(STAMP): requirements/pinned.txt pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP): requirements/pinned.txt requirements/no-deps.txt pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements/pinned.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/beside -r requirements/no-deps.txt
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -27,6 +28,16 @@ test: $(STAMP) ## the whole default test suite, in Triton's interpreter where th
 
 test-gpu: ## the same tests on a GPU, with the packages of PYTHON
 	PYTHONPATH=. $(PYTHON) -m pytest -q tests/ops tests/kernels tests/models tests/test_train.py
+
+test-hub-old: $(STAMP) ## the tests beside transformers, timm and diffusers, with old versions of them
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/hub-old -r requirements/hub-old.txt
+	PYTHONPATH=build/hub-old $(BIN)/python -m pytest -q tests/adapters tests/test_fuse.py \
+		tests/test_fuse_models.py tests/test_conventions.py tests/test_model_info.py
+
+docs: ## the documentation as a site in build/site; a warning is an error
+	test -x build/docs-venv/bin/python || $(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/pip install --quiet -r requirements/docs.txt
+	build/docs-venv/bin/mkdocs build --strict
 
 gate: $(STAMP) ## compile every kernel for four GPU architectures and read registers, stack and widths
 	$(BIN)/python -m benchmarks.compile_gate

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dblocks import _pretrained
 from dblocks._denoiser import Draw, Loss
-from dblocks._parts import Batch, BlocksConfig
+from dblocks._parts import Batch, BlockModel, BlocksConfig
 from dblocks.adapters._converted import Converted
 from dblocks.adapters._find import find_layers
 from dblocks.blocks import Block, DiffusionBlocks
@@ -46,29 +48,42 @@ class ConvertedBlocks(DiffusionBlocks):
 
     def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
         """As `DiffusionBlocks.loss_at`, plus `clean_loss_weight` times `clean_loss`."""
-        result = super().loss_at(batch, block, draw)
         if self.clean_loss_weight == 0:
-            return result
-        return result._replace(
-            loss=result.loss + self.clean_loss_weight * self.clean_loss(batch, block, draw)
-        )
+            return super().loss_at(batch, block, draw)
+        clean = self.clean_loss_weight * self.clean_loss(batch, block, draw)
+        result = super().loss_at(batch, block, draw)
+        return result._replace(loss=result.loss + clean)
 
     def clean_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor:
         """The model's own loss, whose gradients go to the layers of one block and no further.
 
         The layers before the block run without a graph; those after it, and the head, pass
         gradients on and get none. Where tokens are masked, it is of those that `draw` masks.
+
+        Its gradients are computed here, since layers that a checkpoint computes again must find the
+        others without gradients still; so this graph is gone when that of denoising is made.
         """
         schedule, z = self.config.schedule, None
         if isinstance(schedule, MaskSchedule):
             y = self.base_model.embed_target(batch)
             z = schedule.corrupt(y, schedule.level(draw.sigma), draw.seed).z
         first, last = self.layer_ranges[block]
-        names = self.base_model.names[first:last]
         model = self.base_model.model
-        trained = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+        layers = [model.get_submodule(name) for name in self.base_model.names[first:last]]
+        trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
         with _only_gradients_of(model, trained):
-            return self.base_model.plain_loss(batch, z)
+            loss = self.base_model.plain_loss(batch, z)
+            if not loss.requires_grad:
+                return loss
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        return _with_gradients(loss.detach(), trained, gradients)
+
+    def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
+        """As `DiffusionBlocks.parts`; private copies checkpoint as the model does."""
+        model, layers = super().parts(block)
+        if model is not self.base_model:
+            cast(Converted, model).switch_as_(self.base_model)
+        return model, layers
 
     def block(self, block: int) -> Block:
         """The view of one block.
@@ -174,6 +189,11 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, (DiffusionBlocks, Converted)):
+        raise ValueError(
+            f"model must be one that was not converted, got a {type(model).__name__}; convert "
+            "base_model.model of it"
+        )
     if not isinstance(config, BlocksConfig):
         raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}")
     if task not in get_args(Task):
@@ -238,9 +258,10 @@ def _no_such_task(model: nn.Module, task: str) -> ValueError:
 
 
 @contextmanager
-def _only_gradients_of(model: nn.Module, trained: set[int]) -> Iterator[None]:
-    """What runs inside makes no graph for any parameter but these, given by their id."""
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+def _only_gradients_of(model: nn.Module, trained: Sequence[Tensor]) -> Iterator[None]:
+    """What runs inside makes no graph for any parameter but these."""
+    kept = {id(p) for p in trained}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
     for parameter in others:
         parameter.requires_grad_(False)
     try:
@@ -248,3 +269,26 @@ def _only_gradients_of(model: nn.Module, trained: set[int]) -> Iterator[None]:
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
+
+
+def _with_gradients(
+    value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> Tensor:
+    """`value` 0-d, as a function of parameters that has these gradients."""
+    pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    return _Known.apply(value, *(p for p, _ in pairs), *(g for _, g in pairs))
+
+
+class _Known(torch.autograd.Function):
+    """A number whose gradients are known: value, parameters, their gradients -> value."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[len(tensors) // 2 :])
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        return (None, *(grad.to(g.dtype) * g for g in gradients), *(None for _ in gradients))

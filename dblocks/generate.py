@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dblocks import functional as F
 from dblocks._kv_cache import KVCache, Slots
+from dblocks.adapters._causal import ConvertedCausalLM
 from dblocks.blocks import DiffusionBlocks, unwrapped
 from dblocks.models._causal import LanguageModel
-from dblocks.models._tokens import check_tokens
+from dblocks.models._tokens import TokenSizes, check_tokens
 from dblocks.sample import blocks_of, grid_of, levels_of
 from dblocks.schedule import check_count
 
@@ -88,7 +89,8 @@ def stream(
 
     Args:
         model: the blocks of a `CausalLM` or a `RecurrentLM`, also inside torch.compile's or
-            AveragedModel's wrapper, or one of these networks itself, which is the plain model.
+            AveragedModel's wrapper, or one of these networks itself, which is the plain model. Or
+            the blocks of a model that `dblocks.convert` made of another one, without a cache.
         prompts: int64 [N, P], or N of different lengths, each with at least one token.
         max_new_tokens: tokens to write for each prompt.
         num_steps: Euler steps of the equal-mass grid; the number of blocks by default. Of a plain
@@ -110,36 +112,47 @@ def stream(
         TypeError: `model` is no language model, or tokens are not integers.
         ValueError: for prompts that are empty or, with the new tokens, longer than the context;
             for tokens outside the vocabulary; for both of `num_steps` and `sigmas`, `sigmas` with
-            a plain model, or `num_steps` with one that has no steps; for other values that do not
-            fit.
+            a plain model, or `num_steps` with one that has no steps; for a cache with a converted
+            model; for other values that do not fit.
     """
     model = unwrapped(model)
     network = model.base_model if isinstance(model, DiffusionBlocks) else model
-    if not isinstance(network, LanguageModel):
+    sizes: TokenSizes
+    if isinstance(network, LanguageModel):
+        sizes = network.config
+    elif isinstance(network, ConvertedCausalLM) and network is not model:
+        sizes = network.sizes
+        if cache:
+            raise ValueError(
+                "cache must be False for the blocks of a converted model, whose keys and values "
+                "are not kept, got True; the model itself has generate() of its own"
+            )
+    else:
         raise TypeError(
             "model must be a CausalLM, a RecurrentLM or the DiffusionBlocks of one, "
             f"got {type(network).__name__}; see dblocks.models"
         )
     max_new_tokens = check_count("max_new_tokens", max_new_tokens)
     choice = Choice(temperature, top_k, top_p)
-    if stop_token is not None and not 0 <= stop_token < network.config.vocab_size:
-        raise ValueError(
-            f"stop_token must be in 0..{network.config.vocab_size - 1}, got {stop_token}"
-        )
+    if stop_token is not None and not 0 <= stop_token < sizes.vocab_size:
+        raise ValueError(f"stop_token must be in 0..{sizes.vocab_size - 1}, got {stop_token}")
     device = next(network.parameters()).device
-    rows = _prompt_rows(prompts, network.config.vocab_size)
+    rows = _prompt_rows(prompts, sizes.vocab_size)
     longest = max(map(len, rows))
-    if longest + max_new_tokens > network.config.context:
+    if longest + max_new_tokens > sizes.context:
         raise ValueError(
             "prompt and new tokens must fit in the context of "
-            f"{network.config.context} tokens, got {longest} and {max_new_tokens}; shorten one"
+            f"{sizes.context} tokens, got {longest} and {max_new_tokens}; shorten one"
         )
     slots = Slots([len(row) for row in rows], longest + max_new_tokens, device)
     if isinstance(model, DiffusionBlocks):
         levels = levels_of(grid_of(model, num_steps, sigmas))
         # One step is asked for as what it is, the top block alone; other grids may skip by mistake.
         blocks = [0] if num_steps == 1 else blocks_of(model, levels)
-        writer = _BlockWriter(model, levels, blocks, slots, cache=cache)
+        if isinstance(network, LanguageModel):
+            writer = _BlockWriter(model, levels, blocks, slots, cache=cache)
+        else:
+            writer = _WholeWriter(model, levels, blocks, slots)
     elif sigmas is not None:
         raise ValueError(
             f"sigmas must be None for a plain {type(network).__name__}, which has no noise levels, "
@@ -153,8 +166,7 @@ def stream(
     tokens = torch.zeros(len(rows), slots.capacity, dtype=torch.int64)
     for row, given in zip(tokens, rows, strict=True):
         row[: len(given)] = given
-    context = network.config.context
-    return _steps(writer, tokens.to(device), slots, choice, seed, stop_token, context)
+    return _steps(writer, tokens.to(device), slots, choice, seed, stop_token, sizes.context)
 
 
 class Choice:
@@ -284,6 +296,52 @@ class _BlockWriter:
 
     def _new_cache(self, block: int) -> KVCache:
         return self.lms[block].new_cache(self.slots, self.model.parts(block)[1])
+
+
+class _WholeWriter:
+    """Logits from the blocks of a converted model, by Euler steps that run all rows."""
+
+    def __init__(
+        self, model: DiffusionBlocks, sigmas: Tensor, blocks: list[int], slots: Slots
+    ) -> None:
+        self.model = model
+        self.grid: list[float] = sigmas.tolist()
+        self.blocks = blocks
+        self.slots = slots
+        width = cast(ConvertedCausalLM, model.base_model).width
+        self.noise_shape = (slots.capacity - slots.prompt, width)
+
+    def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
+        """See `_Writer`; noise is of steps."""
+        tokens, end = self._in_rows(tokens)
+        sample = torch.arange(len(tokens), device=tokens.device)
+        noise = noise[:, step]
+        z = self.grid[0] * noise[:, None]
+        for i, (sigma, block) in enumerate(zip(self.grid, self.blocks, strict=True)):
+            lm, layers = self.model.parts(block)
+            level = self.model.config.noise_schedule.level(torch.full_like(noise[:, 0], sigma))
+            # A noisy row feeds no other, so those that are not read may be anything.
+            z_in = (level.c_in[:, None, None] * z).expand(-1, tokens.shape[1], -1)
+            hidden = lm.run_layers(
+                layers, z_in, level, lm.embed_condition({"tokens": tokens}, None)
+            )
+            hidden = hidden._replace(x=hidden.x[sample, end][:, None])
+            logits = lm.read_out(hidden, z, level)
+            if i + 1 < len(self.grid):
+                z = F.euler_step(z, lm.denoise(logits, z, level), sigma, self.grid[i + 1])
+        return logits[:, 0]
+
+    def _in_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [N, C + 1] without the gaps after short prompts, and where the next one is."""
+        slots, C = self.slots, tokens.shape[1]
+        lengths = torch.full((len(tokens),), C, device=tokens.device)
+        tokens = torch.cat([tokens, tokens[:, :1]], dim=1)
+        if slots.lengths is None:
+            return tokens, lengths
+        gap = (slots.prompt - slots.lengths)[:, None]
+        place = torch.arange(C + 1, device=tokens.device)
+        slot = torch.where(place < slots.lengths[:, None], place, place + gap)
+        return tokens.gather(1, slot.clamp(max=C)), lengths - gap[:, 0]
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dblocks.adapters._masked import ConvertedMaskedLM
 from dblocks.blocks import DiffusionBlocks, unwrapped
 from dblocks.generate import Choice
 from dblocks.mask_schedule import MASKED, MaskSchedule, uniforms
-from dblocks.models._tokens import check_tokens
+from dblocks.models._tokens import TokenSizes, check_tokens
 from dblocks.models.masked_lm import MaskedLM
 
 Callback = Callable[[dict[str, Any]], object]
@@ -62,7 +63,8 @@ def unmask(
     batch, not on the other sequences, but for rounding; nor on the device.
 
     Args:
-        model: the blocks of a `MaskedLM`, also inside torch.compile's or AveragedModel's wrapper.
+        model: the blocks of a `MaskedLM`, or of a model that `dblocks.convert` made of a masked
+            one; also inside torch.compile's or AveragedModel's wrapper.
         tokens: int64 [N, T]: those given, and `MASKED` where to write.
         num_steps: steps; by default T, so that about one token is unmasked a step.
         kind: their spacing, see `MaskSchedule.steps`.
@@ -76,29 +78,27 @@ def unmask(
             'num_steps' and 'tokens', the sequences so far.
 
     Raises:
-        TypeError: `model` is no blocks of a `MaskedLM`, or `tokens` are not int64.
+        TypeError: `model` is neither, or `tokens` are not int64.
         ValueError: `tokens` are neither in the vocabulary nor `MASKED`, or longer than the context;
             or another value does not fit.
 
     Source: Shi et al. 2024 (MD4), arXiv 2406.04329, algorithm 2.
     """
-    blocks, network, schedule = _parts_of(model)
+    blocks, sizes, schedule = _parts_of(model)
     choice = Choice(temperature, top_k, top_p)
     if tokens.dtype == torch.int64 and tokens.ndim == 2:
-        check_tokens(tokens.where(tokens != MASKED, 0), network.config.vocab_size)
+        check_tokens(tokens.where(tokens != MASKED, 0), sizes.vocab_size)
     else:
-        check_tokens(tokens, network.config.vocab_size)
+        check_tokens(tokens, sizes.vocab_size)
     N, T = tokens.shape
-    if network.config.context < T:
-        raise ValueError(
-            f"tokens must be at most context={network.config.context} long, got {T}; cut them"
-        )
+    if sizes.context < T:
+        raise ValueError(f"tokens must be at most context={sizes.context} long, got {T}; cut them")
     if share_of not in ("tokens", "gaps"):
         raise ValueError(f"share_of must be 'tokens' or 'gaps', got {share_of!r}")
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
     seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
-    u, picks = _uniforms(N, T, network.config.context, seed)
+    u, picks = _uniforms(N, T, sizes.context, seed)
     # On the CPU: which rows a step runs must be known here.
     gaps = tokens.cpu() == MASKED
     share = _share(gaps) if share_of == "tokens" else torch.ones(N, 1, dtype=torch.float64)
@@ -107,7 +107,7 @@ def unmask(
     # A gap is masked at a time while its number is below the share there, as in training.
     step_of = (u[:, None] < schedule.masked(levels)[:, :, None] / share[..., None]).sum(1) - 1
     step_of = torch.where(gaps, step_of, -1)
-    device = next(network.parameters()).device
+    device = next(blocks.parameters()).device
     z, picks, bound = tokens.to(device, copy=True), picks.to(device), blocks.bind()
     calls, rows = [0] * blocks.config.num_blocks, [0] * blocks.config.num_blocks
     for i in range(levels.shape[1]):
@@ -126,17 +126,19 @@ def unmask(
     return Written(z, tuple(calls), tuple(rows))
 
 
-def _parts_of(model: Any) -> tuple[DiffusionBlocks, MaskedLM, MaskSchedule]:
+def _parts_of(model: Any) -> tuple[DiffusionBlocks, TokenSizes, MaskSchedule]:
     blocks = unwrapped(model)
     network = blocks.base_model if isinstance(blocks, DiffusionBlocks) else blocks
-    if not (isinstance(blocks, DiffusionBlocks) and isinstance(network, MaskedLM)):
+    known = isinstance(network, (MaskedLM, ConvertedMaskedLM))
+    if not (isinstance(blocks, DiffusionBlocks) and known):
         raise TypeError(
-            "model must be the DiffusionBlocks of a MaskedLM, "
+            "model must be the DiffusionBlocks of a MaskedLM or of a converted one, "
             f"got {'that of a ' if network is not blocks else 'a '}{type(network).__name__}"
         )
     schedule = blocks.config.schedule
     assert isinstance(schedule, MaskSchedule)  # DiffusionBlocks checked it
-    return blocks, network, schedule
+    sizes = network.config if isinstance(network, MaskedLM) else network.sizes
+    return blocks, sizes, schedule
 
 
 def _uniforms(N: int, T: int, context: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,44 @@ for name in {KERNELS}:
     assert out.split() == ["None"]
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert os.readlink(ROOT / "dblocks" / "kernels") == "../kernels"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("installed", [False, True])
+def test_transformers_imports_beside_us_with_and_without_its_kernels_package(tmp_path, installed):
+    if not find_spec("transformers"):
+        pytest.skip("needs transformers")
+    if installed:
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text(
+            """
+from unittest.mock import MagicMock
+def __getattr__(name):
+    if name == "__version__":
+        from transformers.utils import import_utils
+        return getattr(import_utils, "KERNELS_MIN_VERSION", "0.10.0")
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return MagicMock()
+"""
+        )
+    out = run(
+        f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}, {str(ROOT / "tests")!r}]
+from hub_tools import stub_torchvision
+stub_torchvision()
+import dblocks.functional, torch, transformers
+from transformers.utils import is_kernels_available
+transformers.LlamaForCausalLM
+x = torch.zeros(1, 2, 4)
+assert torch.equal(dblocks.functional.adaln(x, None, None), x)
+import dblocks.kernels.reference, kernels
+print(is_kernels_available(), kernels.__file__)
+"""
+    )
+    file = tmp_path / "kernels" / "__init__.py" if installed else None
+    assert out.split("\n")[-2] == f"{installed} {file}"
 
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:

@@ -90,7 +90,7 @@ class ConvertedCausalLM(Converted):
     the layers as they do in the model, without a modulation. The noisy row of a position enters as
     the embedding of the token before it plus the scaled noisy embedding, at that token's position:
     it is where the model predicts this token, so that a pretrained one begins with what it knows.
-    The first has a learned row. With h the layers' noisy rows and the model's own norm and head,
+    That of the first token, which is never scored, is noise alone. With h the layers' noisy rows and the model's own norm and head,
 
         m = c_skip*z + c_out*norm(h) ,   logits = head(g*(m*(1 + scale) + shift))
 
@@ -128,7 +128,6 @@ class ConvertedCausalLM(Converted):
         self.readout_modulation = Modulation(width, 2)
         weight = embedding.weight.detach().float()
         element = weight.square().mean().sqrt().item() if not weight.is_meta else 1.0
-        self.first_row = nn.Parameter(torch.randn(width) * element)
         self.noise_scale = nn.Parameter(torch.tensor(NOISE_SCALE * element))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
         self.added_to_()
@@ -170,8 +169,7 @@ class ConvertedCausalLM(Converted):
         positions = given.positions()
         before = (positions - 1).clamp(min=0)
         embedded = cast(Tensor, self.family.embedding(self.model)(given.tokens))
-        first = self.first_row.to(embedded.dtype).expand_as(embedded)
-        previous = torch.where((positions > 0)[:, None], embedded.roll(1, dims=1), first)
+        previous = embedded.roll(1, dims=1).masked_fill((positions == 0)[:, None], 0)
         attention = self.family.context(self.model, embedded, torch.cat([positions, before]))
         if given.cu_seqlens is not None:
             attention["dblocks_cu_seqlens"] = given.cu_seqlens
@@ -238,6 +236,6 @@ class ConvertedCausalLM(Converted):
         f = self.family.leave(self.model, hidden.x)
         m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
         with torch.autocast(m.device.type, enabled=False):
-            shift, scale = self.readout_modulation(hidden.cond.to(m.dtype), len(m))
+            shift, scale = self.readout_modulation(hidden.cond, len(m))
             m = m * (1 + over_rows(scale, m)) + over_rows(shift, m)
             return m * self.log_scale.exp().to(m.dtype)

@@ -11,7 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks import functional as F
-from dblocks.adapters._converted import Converted
+from dblocks.adapters._converted import Converted, at_least_float32
 from dblocks.adapters._layers import ConditionedLayer
 from dblocks.blocks import Batch
 from dblocks.models._images import check_label_values, check_labels, check_pairs, entry
@@ -158,10 +158,10 @@ class ConvertedClassifier(Converted):
         pooled = self.family.pool(self.model, hidden.x)
         m = F.edm_denoise(pooled, z, level.sigma, sigma_data=level.sigma_data)
         with torch.autocast(m.device.type, enabled=False):
-            shift, scale = self.readout_modulation(hidden.cond.to(m.dtype), len(m))
+            shift, scale = self.readout_modulation(hidden.cond, len(m))
             m = (m * (1 + scale) + shift) * self.log_scale.exp().to(m.dtype)
         logits = self.family.head(self.model, m.to(pooled.dtype))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return at_least_float32(logits)
 
     def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         """The expected embedding of the class, [N, D]."""
@@ -178,7 +178,7 @@ class ConvertedClassifier(Converted):
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy."""
         logits = self.family.plain_logits(self.model, batch)
-        return nnf.cross_entropy(logits.float(), self._labels(batch))
+        return nnf.cross_entropy(at_least_float32(logits), self._labels(batch))
 
     def _given(self, batch: Batch) -> Tensor:
         key = self.family.input

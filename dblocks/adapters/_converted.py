@@ -14,6 +14,8 @@ from dblocks.adapters._layers import ConditionedLayer
 from dblocks.blocks import Batch
 from dblocks.nn import NoiseEmbedding
 
+SWITCHES = ("gradient_checkpointing", "grad_checkpointing")  # of diffusers, and of timm
+
 
 class Converted(nn.Module, ABC):
     """Somebody's model with the parts that `DiffusionBlocks` asks for; see `BlockModel`.
@@ -48,6 +50,15 @@ class Converted(nn.Module, ABC):
             layer.modulation for layer in layers.values() if isinstance(layer, ConditionedLayer)
         )
 
+    @property
+    def _frozen_by_blocks(self) -> bool:
+        # Of the model, which may be converted again.
+        return getattr(self.model, "_frozen_by_blocks", False)
+
+    @_frozen_by_blocks.setter
+    def _frozen_by_blocks(self, frozen: bool) -> None:
+        cast(Any, self.model)._frozen_by_blocks = frozen
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model itself."""
         return self.model(*args, **kwargs)
@@ -76,9 +87,13 @@ class Converted(nn.Module, ABC):
 
         diffusers and timm have it on the model; transformers has one on each layer.
         """
-        model: Any = self.model
-        switches = ("gradient_checkpointing", "grad_checkpointing")
-        return torch.is_grad_enabled() and any(getattr(model, s, False) for s in switches)
+        return torch.is_grad_enabled() and any(getattr(self.model, s, False) for s in SWITCHES)
+
+    def switch_as_(self, other: Converted) -> None:
+        """Takes over these switches of another one, which has the same kind of model."""
+        for switch in SWITCHES:
+            if hasattr(other.model, switch):
+                setattr(self.model, switch, getattr(other.model, switch))
 
     def added_to_(self) -> None:
         """Moves what is added to the device of the layers; float32, or float64 where they are."""
@@ -125,6 +140,11 @@ class Converted(nn.Module, ABC):
 
     def _cond(self, level: Any) -> Tensor | None:
         return None if self.noise_embedding is None else self.noise_embedding(level.c_noise)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits as losses and estimates are computed of them."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _without(module: nn.Module, paths: set[str]) -> nn.Module:

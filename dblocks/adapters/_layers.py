@@ -13,11 +13,12 @@ modulation are the fused ops; attention and MLP are the model's own modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -59,6 +60,13 @@ FORMS = (
     LayerForm("ln_1", "attn", "ln_2", "mlp"),  # GPT-2
     LayerForm(  # ViT of transformers
         "layernorm_before", "attention", "layernorm_after", "mlp", ("dropout",), ("dropout",)
+    ),
+    LayerForm(  # ViT of transformers 4
+        "layernorm_before",
+        "attention",
+        "layernorm_after",
+        "intermediate",
+        after_mlp=("output.dense", "output.dropout"),
     ),
     LayerForm(  # timm
         "norm1", "attn", "norm2", "mlp", ("ls1", "drop_path1"), ("ls2", "drop_path2")
@@ -146,18 +154,23 @@ class ConditionedLayer(nn.Module):
             x: rows [N, T, D].
             cond: conditioning vectors [N, D] or [N, S, D]; None for the layer's own function.
             context: keyword arguments of the attention.
-            clean: the first half of the rows is not modulated, and `cond` is that of the second.
+            clean: the first half of the rows is not modulated, and `cond` [N, S, D] is that of the
+                second.
             checkpointing: keep the layer's input only, and compute the rest again for gradients.
         """
-        chunks: tuple[Tensor | None, ...] = (None,) * CHUNKS
-        if cond is not None:
-            modulation = torch.stack(self.modulation(cond, len(x)))
-            chunks = _chunks(modulation, clean=clean)
-        run = self._post_norm if self.form.post_norm else self._pre_norm
         own = getattr(self.layer, "gradient_checkpointing", False) and torch.is_grad_enabled()
         if checkpointing or own:
-            return checkpoint(run, x, chunks, context or {}, use_reentrant=False)
-        return run(x, chunks, context or {})
+            return checkpoint(self._run, x, cond, context or {}, clean, use_reentrant=False)
+        return self._run(x, cond, context or {}, clean)
+
+    def _run(
+        self, x: Tensor, cond: Tensor | None, context: Mapping[str, Any], clean: bool
+    ) -> Tensor:
+        chunks: tuple[Tensor | None, ...] = (None,) * CHUNKS
+        if cond is not None:
+            chunks = _chunks(self.modulation(cond, len(x)), clean=clean)
+        run = self._post_norm if self.form.post_norm else self._pre_norm
+        return run(x, chunks, context)
 
     def _pre_norm(
         self, x: Tensor, chunks: tuple[Tensor | None, ...], context: Mapping[str, Any]
@@ -196,6 +209,39 @@ class ConditionedLayer(nn.Module):
         for path in paths:
             x = self.layer.get_submodule(path)(x)
         return x
+
+
+def conditioned(
+    layers: Mapping[str, nn.Module],
+    width: int,
+    context: Callable[[Tensor], Mapping[str, Any]] = lambda rows: {},
+    attention: Callable[[nn.Module], nn.Module] | None = None,
+) -> dict[str, ConditionedLayer]:
+    """The layers of a model with modulations, by name.
+
+    Args:
+        layers: its layers by name.
+        width: D of their rows.
+        context: keyword arguments of their attention for some rows [N, T, D].
+        attention: what runs in place of an attention; its own by default.
+
+    Raises:
+        ValueError: the form of a layer is not known, or the first of its class is computed
+            otherwise.
+    """
+    forms = {name: require_form(name, layer) for name, layer in layers.items()}
+    first = {type(layer): name for name, layer in reversed(list(layers.items()))}
+    for name in first.values():
+        rows = probe(layers[name], width)
+        check_form(layers[name], forms[name], rows, context(rows), name)
+    instead = {
+        name: None if attention is None else attention(layer.get_submodule(forms[name].attention))
+        for name, layer in layers.items()
+    }
+    return {
+        name: ConditionedLayer(layer, width, forms[name], instead[name])
+        for name, layer in layers.items()
+    }
 
 
 def require_form(name: str, layer: nn.Module) -> LayerForm:
@@ -237,8 +283,10 @@ def check_form(
     finally:
         for module in training:
             module.training = True
-    # Both are rounded at each of a few operations; a wrong form differs by far more.
-    budget = 64 * torch.finfo(x.dtype).eps * own.abs().max()
+    # Both are rounded at each of a few operations, and a norm of the model may compute in float32
+    # whatever the dtype; a wrong form differs by far more.
+    eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
+    budget = 64 * eps * own.abs().max()
     if own.shape != ours.shape or not (own - ours).abs().max() <= budget:
         raise ValueError(
             f"{name} must be a pre-norm or a post-norm layer of attention and MLP, but "
@@ -255,12 +303,12 @@ def _has(layer: nn.Module, path: str) -> bool:
     return True
 
 
-def _chunks(modulation: Tensor, *, clean: bool) -> tuple[Tensor, ...]:
-    """Shifts, scales and gates from [6, N, D] or [6, N, S, D], each [N, S', D] or [N, D]."""
+def _chunks(chunks: Sequence[Tensor], *, clean: bool) -> tuple[Tensor, ...]:
+    """Shifts, scales and factors of the branches, from shifts, scales and gates [N, (S,) D]."""
     if clean:
-        noisy = modulation if modulation.ndim == 4 else modulation[:, :, None]
-        modulation = torch.cat([torch.zeros_like(noisy), noisy], dim=2)
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind()
+        # As many segments of zeros before, for the clean rows.
+        chunks = [nnf.pad(chunk, (0, 0, chunk.shape[1], 0)) for chunk in chunks]
+    shift1, scale1, gate1, shift2, scale2, gate2 = chunks
     return shift1, scale1, 1 + gate1, shift2, scale2, 1 + gate2
 
 

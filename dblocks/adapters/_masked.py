@@ -10,7 +10,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.adapters._causal import Sizes
-from dblocks.adapters._converted import Converted
+from dblocks.adapters._converted import Converted, at_least_float32
 from dblocks.adapters._layers import ConditionedLayer
 from dblocks.blocks import Batch
 from dblocks.mask_schedule import MASKED, MaskLevel
@@ -117,8 +117,7 @@ class ConvertedMaskedLM(Converted):
         """Logits [N, T, V], float32 where the head's arithmetic is; -inf for the mask."""
         shift, scale = self.readout_modulation(hidden.cond, len(hidden.x))
         x = (hidden.x * (1 + scale[:, None]) + shift[:, None]).to(hidden.x.dtype)
-        logits = self.family.head(self.model, x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(self.family.head(self.model, x))
         masks = torch.arange(logits.shape[-1], device=logits.device) == self.mask_token_id
         return logits.masked_fill(masks, float("-inf"))
 
@@ -148,13 +147,10 @@ class ConvertedMaskedLM(Converted):
             raise ValueError("the loss of a masked language model needs z, to say what is masked")
         tokens = self._batch(batch).tokens
         masked = z == MASKED
-        logits = self.family.plain_logits(
-            self.model, tokens.masked_fill(masked, self.mask_token_id)
-        )
-        labels = torch.where(masked, tokens, IGNORED)
-        total = nnf.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        given = tokens.masked_fill(masked, self.mask_token_id)
+        logits = at_least_float32(self.family.plain_logits(self.model, given)).flatten(0, 1)
+        labels = torch.where(masked, tokens, IGNORED).flatten()
+        total = nnf.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         return total / masked.sum().clamp(min=1)
 
     def _batch(self, batch: Batch) -> TokenBatch:
@@ -164,7 +160,9 @@ class ConvertedMaskedLM(Converted):
                 "'cu_seqlens'; give each document a row of its own, padded, with a 'loss_mask'"
             )
         given = TokenBatch.of(batch, self.sizes)
-        if given.tokens.is_cpu and (given.tokens == self.mask_token_id).any():
+        # Looked up where that does not synchronise, as in `check_tokens`.
+        seen = given.tokens.is_cpu and not torch.compiler.is_compiling()
+        if seen and (given.tokens == self.mask_token_id).any():
             raise ValueError(
                 f"tokens must not hold the mask, {self.mask_token_id}: masks are drawn in training"
             )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dblocks.adapters._classes import ConvertedClassifier
-from dblocks.adapters._layers import ConditionedLayer, check_form, probe, require_form
+from dblocks.adapters._layers import conditioned
 from dblocks.blocks import Batch
 
 
@@ -63,16 +63,10 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
             f"{type(model.head).__name__}; create it with num_classes=, or reset_classifier()"
         )
     width = model.embed_dim
-    conditioned = {
-        name: ConditionedLayer(layer, width, require_form(name, layer))
-        for name, layer in layers.items()
-    }
-    name, layer = next(iter(layers.items()))
-    check_form(layer, require_form(name, layer), probe(layer, width), {}, name)
     class_row = model.cls_token is not None and model.global_pool == "token"
     return ConvertedClassifier(
         model,
-        conditioned,
+        conditioned(layers, width),
         TimmFamily(class_row=class_row),
         num_classes=model.num_classes,
         width=width,

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from dblocks import functional as F
 from dblocks.adapters._causal import ConvertedCausalLM, Sizes
 from dblocks.adapters._classes import ConvertedClassifier
-from dblocks.adapters._layers import (
-    ConditionedLayer,
-    LayerForm,
-    check_form,
-    probe,
-    require_form,
-)
+from dblocks.adapters._converted import at_least_float32
+from dblocks.adapters._layers import conditioned
 from dblocks.adapters._masked import ConvertedMaskedLM
 from dblocks.blocks import Batch
 from dblocks.kernels.reference import doubled_mask
@@ -56,7 +52,7 @@ class RotaryFamily:
     def plain_loss(self, model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
         return nnf.cross_entropy(
-            logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
+            at_least_float32(logits).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
         )
 
 
@@ -84,7 +80,7 @@ class ViTFamily:
         return backbone(model).embeddings(batch["images"])
 
     def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
-        return {"attention_mask": None}
+        return {}
 
     def pool(self, model: Any, x: Tensor) -> Tensor:
         return backbone(model).layernorm(x)[:, 0]
@@ -186,15 +182,13 @@ def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> Co
     family = _family(model, CAUSAL_FAMILIES, "'tokens' with a NoiseSchedule")
     if not isinstance(family.head(model), nn.Linear):
         raise _no_head(model, "AutoModelForCausalLM")
-    _register()
-    conditioned = {
-        name: ConditionedLayer(
-            layer, width, form, with_doubled_attention(layer.get_submodule(form.attention))
-        )
-        for (name, layer), form, width in _known(model, layers)
-    }
-    _try(model, layers, lambda rows, at: family.context(model, rows, at))
-    return ConvertedCausalLM(model, conditioned, family, **options)
+
+    def context(rows: Tensor) -> dict[str, Any]:
+        return family.context(model, rows, torch.arange(rows.shape[1], device=rows.device))
+
+    width = model.config.hidden_size
+    parts = conditioned(layers, width, context, with_doubled_attention)
+    return ConvertedCausalLM(model, parts, family, **options)
 
 
 def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedClassifier:
@@ -213,14 +207,13 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
         model.classifier, nn.Identity
     ):
         raise _no_head(model, "AutoModelForImageClassification or ...ForSequenceClassification")
-    conditioned = _conditioned(model, layers)
-    _try(model, layers, lambda rows, at: {"attention_mask": None})
+    width = model.config.hidden_size
     return ConvertedClassifier(
         model,
-        conditioned,
+        conditioned(layers, width, _unmasked),
         family,
         num_classes=model.config.num_labels,
-        width=model.config.hidden_size,
+        width=width,
         **options,
     )
 
@@ -248,16 +241,15 @@ def masked_lm(
             f"mask_token_id must be a token in 0..{size - 1}, got {mask_token_id}; "
             "pass tokenizer.mask_token_id"
         )
-    conditioned = _conditioned(model, layers)
-    _try(model, layers, lambda rows, at: {"attention_mask": None})
-    return ConvertedMaskedLM(
-        model, conditioned, family, width=model.config.hidden_size, mask_token_id=mask_token_id
-    )
+    width = model.config.hidden_size
+    parts = conditioned(layers, width, _unmasked)
+    return ConvertedMaskedLM(model, parts, family, width=width, mask_token_id=mask_token_id)
 
 
 def backbone(model: Any) -> Any:
-    """The model without its head."""
-    return getattr(model, model.base_model_prefix, model)
+    """The model without its head, also inside peft's wrapper."""
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(own, own.base_model_prefix, own)
 
 
 def with_doubled_attention(attention: nn.Module) -> nn.Module:
@@ -310,6 +302,8 @@ def doubled(
             f"sequences must be at most sliding_window={sliding_window} long, as the doubled "
             f"attention has no window, got {T}; cut them"
         )
+    # Rotary positions come in float32 under autocast, which casts the arguments of torch's own.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if dropout == 0:
         o = F.doubled_attention(query, key, value, scale=scaling, cu_seqlens=dblocks_cu_seqlens)
     else:
@@ -319,12 +313,6 @@ def doubled(
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
     return o.transpose(1, 2), None
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(DOUBLED, doubled)
 
 
 Family = TypeVar("Family")
@@ -348,28 +336,9 @@ def _no_head(model: Any, loader: str) -> ValueError:
     )
 
 
-def _conditioned(model: Any, layers: Mapping[str, nn.Module]) -> dict[str, ConditionedLayer]:
-    return {
-        name: ConditionedLayer(layer, width, form)
-        for (name, layer), form, width in _known(model, layers)
-    }
+def _unmasked(_: Tensor) -> dict[str, Any]:
+    return {"attention_mask": None}
 
 
-def _known(
-    model: Any, layers: Mapping[str, nn.Module]
-) -> Iterator[tuple[tuple[str, nn.Module], LayerForm, int]]:
-    """The layers with their forms and widths."""
-    for item in layers.items():
-        yield item, require_form(*item), model.config.hidden_size
-
-
-def _try(
-    model: Any,
-    layers: Mapping[str, nn.Module],
-    context: Callable[[Tensor, Tensor], Mapping[str, Any]],
-) -> None:
-    """Runs the first layer to see that its form is right."""
-    name, layer = next(iter(layers.items()))
-    rows = probe(layer, model.config.hidden_size)
-    at = torch.arange(rows.shape[1], device=rows.device)
-    check_form(layer, require_form(name, layer), rows, context(rows, at), name)
+# Here, so that a model that was pickled finds it where it is loaded.
+AttentionInterface.register(DOUBLED, doubled)

@@ -1,0 +1,95 @@
+"""The pages' examples run as they stand and print what they say.
+
+Blocks of ```python on a page share one namespace. A block of ```text right behind one is what it
+printed. `<!-- needs: a b -->` on the line before a block says which packages it needs, and at the
+top of a page which all of its blocks need; without them they are skipped.
+"""
+
+import re
+import sys
+import types
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import pytest
+from hub_tools import k_diffusion_sampling, reset_accelerate, stub_torchvision
+
+from tools import ROOT
+
+DOCS = ROOT / "docs"
+NEEDS = r"<!-- needs: ([\w ]+) -->\n"
+BLOCK = re.compile(rf"(?:{NEEDS})?```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.S)
+
+
+class Page(NamedTuple):
+    """A page and what is run of it."""
+
+    text: str
+    needs: list[str]
+    blocks: list[tuple[list[str], str, str]]  # what each needs, its code, and what it prints
+
+
+@cache
+def page(name):
+    text = (DOCS / name).read_text()
+    needs = re.match(NEEDS, text)
+    blocks = [(needed.split(), code, output) for needed, code, output in BLOCK.findall(text)]
+    return Page(text, needs[1].split() if needs else [], blocks)
+
+
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+WITH_CODE = [name for name in PAGES if page(name).blocks]
+
+
+# What an example's variables must be, beyond that it runs.
+CHECKS = {"custom.md": lambda names: names["off"] < 0.2}
+
+
+@pytest.fixture
+def _libraries(monkeypatch, one_thread):
+    stub_torchvision()
+    reset_accelerate()
+    if find_spec("k_diffusion") is not None:
+        package = types.ModuleType("k_diffusion")
+        package.sampling = k_diffusion_sampling()
+        monkeypatch.setitem(sys.modules, "k_diffusion", package)
+    yield
+    reset_accelerate()
+
+
+def absent(packages):
+    return [name for name in packages if name not in sys.modules and find_spec(name) is None]
+
+
+@pytest.mark.usefixtures("_libraries")
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_examples_run_and_print_what_they_say(name, capsys):
+    if missing := absent(page(name).needs):
+        pytest.skip(f"needs {', '.join(missing)}")
+    names = {}
+    for i, (needs, code, output) in enumerate(page(name).blocks):
+        if absent(needs):
+            continue
+        capsys.readouterr()
+        exec(compile(code, f"{name}, block {i}", "exec"), names)
+        printed = capsys.readouterr().out
+        assert not output or printed == output
+    assert CHECKS.get(name, bool)(names)
+
+
+def test_every_fence_is_seen():
+    for name in PAGES:
+        assert page(name).text.count("```python") == len(page(name).blocks), name
+    assert {"index.md", "op.md", "custom.md", "interop.md"} <= set(WITH_CODE)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    targets = re.findall(r"\]\((?!http)([^)#]+)", page(name).text)
+    assert [target for target in targets if not (DOCS / target).exists()] == []
+
+
+def test_the_site_has_every_page():
+    nav = re.findall(r"\b([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(nav) == PAGES
