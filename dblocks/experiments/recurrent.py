@@ -42,7 +42,7 @@ ROWS: Mapping[str, tuple[str, RecurrentRun]] = {
     "end_to_end_short": ("end to end, layer evaluations of the first", END_TO_END_SHORT),
 }
 # 2e-3 was best in short runs, 300 block steps and 60 end to end; longer ones want no more.
-LRS = (5e-4, 1e-3, 2e-3, 4e-3)
+LRS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SHORTER = {"blocks_long": 2, "blocks": 1, "end_to_end": 2}
 # Half of "end_to_end" is about as long.
 RATES_OF = {"end_to_end_short": "end_to_end"}
