@@ -10,6 +10,7 @@ of what was added begin with `dblocks.`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +47,10 @@ def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) 
     folder = Path(folder)
     make_folder(folder)
     tensors, ties = _named(blocks)
-    parts: dict[str, dict[str, Tensor]] = {}
+    owners = _owners(blocks)
+    parts: dict[str, dict[str, Tensor]] = {SHARED_FILE: {}}
     for name, tensor in tensors.items():
-        owner = _owner(blocks, name)
+        owner = owners(name)
         file = SHARED_FILE if owner is None else block_file(owner)
         parts.setdefault(file, {})[_outside(name)] = tensor
     written = {
@@ -103,6 +105,9 @@ def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> N
             )
         with naming(folder / file):
             tensors |= load_safetensors(folder / file)
+    with naming(folder / CONFIG_FILE):
+        if missing := sorted(set(ties.values()) - set(tensors)):
+            raise ValueError(f"ties must be to tensors that the other files hold, got {missing}")
     tensors |= {name: tensors[first] for name, first in ties.items()}
     with naming(folder):
         blocks.load_state_dict({_inside(name): tensor for name, tensor in tensors.items()})
@@ -123,17 +128,27 @@ def _named(blocks: ConvertedBlocks) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, ties
 
 
-def _owner(blocks: ConvertedBlocks, name: str) -> int | None:
-    """The block that a tensor of the state_dict belongs to; None for what is shared."""
-    if name.startswith(COPIES):
-        return int(name.split(".")[1]) + 1
+def _owners(blocks: ConvertedBlocks) -> Callable[[str], int | None]:
+    """Tells the block that a tensor of the state_dict belongs to; None for what is shared."""
     names = blocks.base_model.names
-    for block, (first, last) in enumerate(blocks.layer_ranges):
-        for i in range(first, last):
-            mine = (f"{MODEL}{names[i]}.", f"{NETWORK}modulations.{i}.")
-            if name.startswith(mine):
-                return block
-    return None
+    layers = {
+        prefix: block
+        for block, (first, last) in enumerate(blocks.layer_ranges)
+        for i in range(first, last)
+        for prefix in (f"{MODEL}{names[i]}.", f"{NETWORK}modulations.{i}.")
+    }
+    common = {id(p) for p in blocks.shared_parameters()}
+    shared = {n for n, p in blocks.named_parameters(remove_duplicate=False) if id(p) in common}
+    # Of private parts, those of the model itself are block 0's.
+    rest = 0 if blocks.config.shared == "private" else None
+
+    def owner(name: str) -> int | None:
+        if name.startswith(COPIES):
+            return int(name.split(".")[1]) + 1
+        found = next((block for prefix, block in layers.items() if name.startswith(prefix)), rest)
+        return None if name in shared else found
+
+    return owner
 
 
 def _outside(name: str) -> str:

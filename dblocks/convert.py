@@ -17,6 +17,7 @@ from dblocks._parts import Batch, BlockModel, BlocksConfig
 from dblocks.adapters._converted import Converted
 from dblocks.adapters._find import find_layers
 from dblocks.blocks import Block, DiffusionBlocks
+from dblocks.checkpoint import naming
 from dblocks.mask_schedule import MaskSchedule
 from dblocks.schedule import NoiseSchedule, check_block
 
@@ -131,13 +132,14 @@ class ConvertedBlocks(DiffusionBlocks):
             raise ValueError(
                 f"model must be a {given['model']}, as in {folder}, got a {type(model).__name__}"
             )
-        converted = convert(
-            model,
-            BlocksConfig.from_dict(given["blocks_config"]),
-            task=given["task"],
-            layers=given["layers"],
-            **given["options"],
-        )
+        with naming(Path(folder) / _pretrained.CONFIG_FILE):
+            converted = convert(
+                model,
+                BlocksConfig.from_dict(given["blocks_config"]),
+                task=given["task"],
+                layers=given["layers"],
+                **given["options"],
+            )
         _pretrained.load(converted, folder, given["ties"])
         return converted
 
@@ -245,8 +247,12 @@ def convert(
 
 
 def library_of(model: nn.Module) -> str | None:
-    """The library that a model, or a class it derives from, is of; None for others."""
-    roots = [kind.__module__.partition(".")[0] for kind in type(model).__mro__]
+    """The library that a model, or a class it derives from, is of; None for others.
+
+    Of a model inside peft's wrapper, that of the model.
+    """
+    own = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    roots = [kind.__module__.partition(".")[0] for kind in type(own).__mro__]
     return next((root for root in roots if root in LIBRARIES), None)
 
 

@@ -159,7 +159,8 @@ def stream(
             f"got {sigmas}; leave them out"
         )
     else:
-        writer = _PlainWriter(network, network.plain_steps(num_steps), slots, cache=cache)
+        plain = cast(LanguageModel, network)
+        writer = _PlainWriter(plain, plain.plain_steps(num_steps), slots, cache=cache)
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
     seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))

@@ -132,7 +132,7 @@ def _parts_of(model: Any) -> tuple[DiffusionBlocks, TokenSizes, MaskSchedule]:
     known = isinstance(network, (MaskedLM, ConvertedMaskedLM))
     if not (isinstance(blocks, DiffusionBlocks) and known):
         raise TypeError(
-            "model must be the DiffusionBlocks of a MaskedLM or of a converted one, "
+            "model must be the DiffusionBlocks of a MaskedLM, "
             f"got {'that of a ' if network is not blocks else 'a '}{type(network).__name__}"
         )
     schedule = blocks.config.schedule

@@ -90,7 +90,8 @@ class ConvertedCausalLM(Converted):
     the layers as they do in the model, without a modulation. The noisy row of a position enters as
     the embedding of the token before it plus the scaled noisy embedding, at that token's position:
     it is where the model predicts this token, so that a pretrained one begins with what it knows.
-    That of the first token, which is never scored, is noise alone. With h the layers' noisy rows and the model's own norm and head,
+    That of the first token, which is never scored, is noise alone. With h the layers' noisy rows
+    and the model's own norm and head,
 
         m = c_skip*z + c_out*norm(h) ,   logits = head(g*(m*(1 + scale) + shift))
 
