@@ -63,10 +63,12 @@ lint: $(STAMP) ## formatting, lint, types and spelling
 bench: $(STAMP) ## every op and a training step beside their peers, each checked before it is timed
 	$(BIN)/python -m benchmarks.run --memory --out benchmarks/results
 	$(BIN)/python -m benchmarks.step --out benchmarks/results
+	$(BIN)/python -m benchmarks.fuse --out benchmarks/results/fuse
 
 bench-gpu: ## the same on a GPU, 64M elements in bfloat16, with the packages of PYTHON
 	PYTHONPATH=. $(PYTHON) -m benchmarks.run --device cuda --out benchmarks/results
 	PYTHONPATH=. $(PYTHON) -m benchmarks.step --device cuda --out benchmarks/results
+	PYTHONPATH=. $(PYTHON) -m benchmarks.fuse --device cuda --out benchmarks/results/fuse
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -5,6 +5,10 @@ from dblocks._version import __version__ as __version__
 from dblocks.blocks import BlocksConfig as BlocksConfig
 from dblocks.blocks import DiffusionBlocks as DiffusionBlocks
 from dblocks.blocks import Loss as Loss
+from dblocks.convert import ConvertedBlocks as ConvertedBlocks
+from dblocks.convert import convert as convert
+from dblocks.fuse import fuse_ as fuse_
+from dblocks.fuse import unfuse_ as unfuse_
 from dblocks.mask_schedule import MaskSchedule as MaskSchedule
 from dblocks.sample import initial_noise as initial_noise
 from dblocks.sample import sample_euler as sample_euler

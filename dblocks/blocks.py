@@ -23,9 +23,8 @@ from dblocks._denoiser import unwrapped as unwrapped
 from dblocks._parts import Batch as Batch
 from dblocks._parts import BlockModel as BlockModel
 from dblocks._parts import BlocksConfig as BlocksConfig
-from dblocks._parts import Divisible
+from dblocks._parts import Divisible, check_model
 from dblocks._parts import Weighting as Weighting
-from dblocks._parts import check_model
 from dblocks.schedule import check_block
 
 

@@ -150,14 +150,22 @@ class Modulation(nn.Module):
         dim: width D of each chunk.
         chunks: number of chunks.
         kind: the convention.
+        cond_dim: width of the conditioning vector; that of the convention by default.
     """
 
-    def __init__(self, dim: int, chunks: int, kind: ConditioningKind = "dit") -> None:
+    def __init__(
+        self,
+        dim: int,
+        chunks: int,
+        kind: ConditioningKind = "dit",
+        *,
+        cond_dim: int | None = None,
+    ) -> None:
         super().__init__()
         convention = conditioning_of(kind)
         self.chunks = chunks
         self.silu_output = convention.silu_output
-        self.linear = nn.Linear(convention.width(dim), chunks * dim)
+        self.linear = nn.Linear(cond_dim or convention.width(dim), chunks * dim)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 

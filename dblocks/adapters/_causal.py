@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dblocks import functional as F
 from dblocks._transformer import over_rows
 from dblocks.adapters._converted import Converted
-from dblocks.adapters._layers import ConditionedLayer
+from dblocks.adapters._layers import ConditionedLayer, cond_dim
 from dblocks.blocks import Batch
 from dblocks.models._tokens import IGNORED, TokenBatch
 from dblocks.nn import Modulation
@@ -126,7 +126,7 @@ class ConvertedCausalLM(Converted):
         self.sizes = Sizes(embedding.num_embeddings, family.context_length(model))
         self.embed_scale = embed_scale
         self.tokens_per_sigma = tokens_per_sigma
-        self.readout_modulation = Modulation(width, 2)
+        self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
         weight = embedding.weight.detach().float()
         element = weight.square().mean().sqrt().item() if not weight.is_meta else 1.0
         self.noise_scale = nn.Parameter(torch.tensor(NOISE_SCALE * element))

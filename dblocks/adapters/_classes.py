@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dblocks import functional as F
 from dblocks.adapters._converted import Converted, at_least_float32
-from dblocks.adapters._layers import ConditionedLayer
+from dblocks.adapters._layers import ConditionedLayer, cond_dim
 from dblocks.blocks import Batch
 from dblocks.models._images import check_label_values, check_labels, check_pairs, entry
 from dblocks.nn import LabelEmbedding, Modulation
@@ -107,7 +107,7 @@ class ConvertedClassifier(Converted):
         self.family = family
         self.num_classes = num_classes
         self.target_embedding = LabelEmbedding(num_classes, width, embed_scale)
-        self.readout_modulation = Modulation(width, 2)
+        self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
         self.noise_scale = nn.Parameter(torch.tensor(NOISE_SCALE))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
         self.added_to_()

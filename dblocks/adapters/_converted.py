@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dblocks.adapters._layers import ConditionedLayer
+from dblocks.adapters._layers import ConditionedLayer, cond_dim
 from dblocks.blocks import Batch
 from dblocks.nn import NoiseEmbedding
 
@@ -45,7 +45,7 @@ class Converted(nn.Module, ABC):
         self.width = width
         # Not registered: the layers are registered in the model, and their modulations below.
         object.__setattr__(self, "layers", nn.ModuleList(layers.values()))
-        self.noise_embedding = NoiseEmbedding(width) if conditioned else None
+        self.noise_embedding = NoiseEmbedding(cond_dim(width)) if conditioned else None
         self.modulations = nn.ModuleList(
             layer.modulation for layer in layers.values() if isinstance(layer, ConditionedLayer)
         )

@@ -27,6 +27,9 @@ from dblocks._transformer import over_rows
 from dblocks.nn import Modulation
 
 CHUNKS = 6  # shift, scale and gate of the attention, then of the MLP
+# Widest conditioning vector. As wide as the model, as in DiT, modulations would be half as large as
+# the layers, which is much for what depends on one number.
+COND_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ FORMS = (
 )
 
 
+def cond_dim(width: int) -> int:
+    """Width of the conditioning vector in a converted model with rows of this width."""
+    return min(width, COND_DIM)
+
+
 def form_of(layer: nn.Module) -> LayerForm | None:
     """The first of `FORMS` whose submodules the layer has."""
     for form in FORMS:
@@ -134,7 +142,7 @@ class ConditionedLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.modulation = Modulation(dim, CHUNKS)
+        self.modulation = Modulation(dim, CHUNKS, cond_dim=cond_dim(dim))
         self.form = form
         # Not registered: its parameters are the layer's.
         object.__setattr__(self, "attention", attention)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dblocks.adapters._causal import Sizes
 from dblocks.adapters._converted import Converted, at_least_float32
-from dblocks.adapters._layers import ConditionedLayer
+from dblocks.adapters._layers import ConditionedLayer, cond_dim
 from dblocks.blocks import Batch
 from dblocks.mask_schedule import MASKED, MaskLevel
 from dblocks.models._tokens import IGNORED, TokenBatch
@@ -76,7 +76,7 @@ class ConvertedMaskedLM(Converted):
         self.family = family
         self.sizes = family.sizes(model)
         self.mask_token_id = mask_token_id
-        self.readout_modulation = Modulation(width, 2)
+        self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
         self.added_to_()
 
     def sigma_shape(self, batch: Batch) -> tuple[int, ...]:

@@ -1,0 +1,165 @@
+"""A module's norm, its modulation and a gated sum as dblocks' ops, dtypes and hooks kept.
+
+Whatever an op cannot do in the module's place, plain PyTorch does: a norm of an unknown class, one
+with hooks, tensors that are not [N, T, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from dblocks import functional as F
+from dblocks.ops._common import FLOATS, Impl, Norm
+
+
+class Described(NamedTuple):
+    """What a norm computes, and the dtype in which its forward returns it."""
+
+    norm: Norm
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+    dtype: torch.dtype
+
+
+def layer_norm(norm: Any, x: Tensor) -> Described | None:
+    """A layer norm over the last dimension."""
+    if len(norm.normalized_shape) != 1:
+        return None
+    return Described("layer", norm.eps, norm.weight, norm.bias, x.dtype)
+
+
+NORMS: dict[type, Callable[[Any, Tensor], Described | None]] = {nn.LayerNorm: layer_norm}
+
+
+def modulate(
+    norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | None, impl: Impl = "auto"
+) -> Tensor:
+    """`norm(x) * (1 + scale) + shift` as one `adaln`.
+
+    Args:
+        norm: a LayerNorm over D; its weight, bias and eps are kept. Its own forward is called
+            instead where it has hooks, or is of a class that is not known.
+        x: [N, T, D].
+        shift: [N, D] or [N, S, D], a first size of 1 or none at all standing for every sample;
+            `None` is 0.
+        scale: as `shift`; `None` is 0.
+        impl: as in `dblocks.functional.adaln`.
+
+    Returns:
+        [N, T, D] in the dtype to which PyTorch promotes the norm's result and the modulation.
+        Autocast takes no part: the norm's result has the dtype of `x` inside it too.
+    """
+    found, fitted = _describe(norm, x), _fitted(x, shift, scale)
+    if found is None or fitted is None:
+        y = norm(x)
+        y = y if scale is None else y * (1 + _broadcast(scale))
+        return y if shift is None else y + _broadcast(shift)
+    return F.adaln(
+        x, *fitted,
+        weight=found.weight, bias=found.bias, norm=found.norm, eps=found.eps,
+        out_dtype=_promoted(found.dtype, shift, scale), impl=impl,
+    )  # fmt: skip
+
+
+def gated_add(x: Tensor, branch: Tensor, gate: Tensor | None, impl: Impl = "auto") -> Tensor:
+    """`x + gate * branch` as one `gated_residual`.
+
+    Args:
+        x: [N, T, D].
+        branch: [N, T, D].
+        gate: as `shift` of `modulate`; `None` is 1.
+        impl: as in `dblocks.functional.gated_residual`.
+
+    Returns:
+        [N, T, D] in the dtype to which PyTorch promotes the three.
+    """
+    fitted = _fitted(x, gate)
+    if fitted is None or branch.shape != x.shape:
+        return x + (branch if gate is None else _broadcast(gate) * branch)
+    return F.gated_residual(x.to(_promoted(x.dtype, branch, gate)), branch, *fitted, impl=impl)
+
+
+def gated_add_and_modulate(
+    norm: nn.Module,
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`x_new = x + gate * branch` and `norm(x_new) * (1 + scale) + shift` as one `residual_adaln`.
+
+    Arguments are as in `gated_add` and `modulate`, which are called one after the other where the
+    single op cannot take their place.
+
+    Returns:
+        x_new and its modulated norm.
+    """
+    x = x.to(_promoted(x.dtype, branch, gate))
+    found, fitted = _describe(norm, x), _fitted(x, gate, shift, scale)
+    if found is None or fitted is None or branch.shape != x.shape:
+        x = gated_add(x, branch, gate, impl)
+        return x, modulate(norm, x, shift, scale, impl)
+    return F.residual_adaln(
+        x, branch, *fitted,
+        weight=found.weight, bias=found.bias, norm=found.norm, eps=found.eps,
+        out_dtype=_promoted(found.dtype, shift, scale), impl=impl,
+    )  # fmt: skip
+
+
+def _describe(norm: nn.Module, x: Tensor) -> Described | None:
+    """What `norm` computes of `x`; None where only its own forward can tell."""
+    describe = NORMS.get(type(norm))
+    return None if describe is None or _observed(norm) else describe(norm, x)
+
+
+def _observed(module: nn.Module) -> bool:
+    """Whether a call of the module is more than the forward of its class."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def _fitted(x: Tensor, *modulation: Tensor | None) -> list[Tensor | None] | None:
+    """The modulation with a row for each sample of `x`; None where the ops do not take them."""
+    if x.ndim != 3 or x.dtype not in FLOATS:
+        return None
+    N, _, D = x.shape
+    fitted: list[Tensor | None] = []
+    segments = None
+    for m in modulation:
+        if m is not None:
+            m = m[None] if m.ndim == 1 else m
+            S = m.shape[1] if m.ndim == 3 else 1
+            if m.ndim > 3 or m.shape[-1] != D or m.shape[0] not in (1, N):
+                return None
+            if segments not in (None, S):
+                return None
+            segments = S
+            m = m if m.shape[0] == N else m.expand(N, *m.shape[1:])
+        fitted.append(m)
+    return fitted
+
+
+def _broadcast(m: Tensor) -> Tensor:
+    """A modulation as it multiplies [N, T, D] in plain PyTorch."""
+    return m[:, None] if m.ndim == 2 else m
+
+
+def _promoted(dtype: torch.dtype, *tensors: Tensor | None) -> torch.dtype:
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
