@@ -29,10 +29,10 @@ test: $(STAMP) ## the whole default test suite, in Triton's interpreter where th
 test-gpu: ## the same tests on a GPU, with the packages of PYTHON
 	PYTHONPATH=. $(PYTHON) -m pytest -q tests/ops tests/kernels tests/models tests/test_train.py
 
-test-hub-old: $(STAMP) ## the tests beside transformers, timm and diffusers, with old versions of them
+test-hub-old: $(STAMP) ## convert and fuse_ with old versions of transformers, timm and diffusers
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/hub-old -r requirements/hub-old.txt
 	PYTHONPATH=build/hub-old $(BIN)/python -m pytest -q tests/adapters tests/test_fuse.py \
-		tests/test_fuse_models.py tests/test_conventions.py tests/test_model_info.py
+		tests/test_fuse_models.py tests/test_conventions.py --ignore tests/adapters/test_find.py
 
 docs: ## the documentation as a site in build/site; a warning is an error
 	test -x build/docs-venv/bin/python || $(PYTHON) -m venv build/docs-venv
@@ -64,6 +64,7 @@ bench: $(STAMP) ## every op and a training step beside their peers, each checked
 	$(BIN)/python -m benchmarks.run --memory --out benchmarks/results
 	$(BIN)/python -m benchmarks.step --out benchmarks/results
 	$(BIN)/python -m benchmarks.fuse --out benchmarks/results/fuse
+	$(BIN)/python -m benchmarks.finetune --out benchmarks/results/finetune
 
 bench-gpu: ## the same on a GPU, 64M elements in bfloat16, with the packages of PYTHON
 	PYTHONPATH=. $(PYTHON) -m benchmarks.run --device cuda --out benchmarks/results

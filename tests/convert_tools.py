@@ -73,11 +73,15 @@ def plain_logits(kind, model, batch):
 
 
 def switch_on_checkpoints(model):
-    """As users of each library do."""
+    """As users of each library do; transformers 4 checkpoints in the old way if not told."""
+    if hasattr(model, "gradient_checkpointing_enable") and not hasattr(
+        model, "activation_checkpointing_enable"
+    ):
+        kwargs = {"use_reentrant": False}
+        return model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     # transformers, newest first; diffusers; timm.
     for name in (
         "activation_checkpointing_enable",
-        "gradient_checkpointing_enable",
         "enable_gradient_checkpointing",
         "set_grad_checkpointing",
     ):
@@ -90,6 +94,8 @@ def without_dropout(blocks):
     for module in blocks.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "dropout_prob"):  # BERT's attention in transformers 4
+            module.dropout_prob = 0.0
     return blocks
 
 

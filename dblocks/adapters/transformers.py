@@ -101,12 +101,19 @@ class BertClassFamily(ViTFamily):
         return backbone(model).embeddings(input_ids=batch["tokens"])
 
     def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
-        from transformers.masking_utils import create_bidirectional_mask
-
-        mask = create_bidirectional_mask(
-            config=model.config, inputs_embeds=rows, attention_mask=batch.get("attention_mask")
-        )
-        return {"attention_mask": mask}
+        mask = batch.get("attention_mask")
+        if mask is None:
+            return {}
+        try:
+            from transformers.masking_utils import create_bidirectional_mask
+        except ImportError:  # transformers 4
+            mask = backbone(model).get_extended_attention_mask(mask, mask.shape, dtype=rows.dtype)
+            return {"attention_mask": mask}
+        return {
+            "attention_mask": create_bidirectional_mask(
+                config=model.config, inputs_embeds=rows, attention_mask=mask
+            )
+        }
 
     def pool(self, model: Any, x: Tensor) -> Tensor:
         return model.dropout(backbone(model).pooler(x))
@@ -210,7 +217,7 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
     width = model.config.hidden_size
     return ConvertedClassifier(
         model,
-        conditioned(layers, width, _unmasked),
+        conditioned(layers, width),
         family,
         num_classes=model.config.num_labels,
         width=width,
@@ -242,7 +249,7 @@ def masked_lm(
             "pass tokenizer.mask_token_id"
         )
     width = model.config.hidden_size
-    parts = conditioned(layers, width, _unmasked)
+    parts = conditioned(layers, width)
     return ConvertedMaskedLM(model, parts, family, width=width, mask_token_id=mask_token_id)
 
 
@@ -334,10 +341,6 @@ def _no_head(model: Any, loader: str) -> ValueError:
         f"model must have a head for the task, got {type(model).__name__} without one; "
         f"load it as {loader}"
     )
-
-
-def _unmasked(_: Tensor) -> dict[str, Any]:
-    return {"attention_mask": None}
 
 
 # Here, so that a model that was pickled finds it where it is loaded.

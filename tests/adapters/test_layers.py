@@ -118,7 +118,7 @@ def layer_of(kind, dtype=torch.float32):
     torch.manual_seed(0)
     for p in layer.parameters():
         nn.init.normal_(p, std=0.2)
-    context = {} if kind.startswith("timm") else {"attention_mask": None}
+    context = {} if kind.startswith(("timm", "vit")) else {"attention_mask": None}
     if kind == "llama":
         turned = model.model.rotary_emb(torch.ones(1, dtype=dtype), torch.arange(8)[None])
         context["position_embeddings"] = tuple(t.to(dtype) for t in turned)
