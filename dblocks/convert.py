@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from dblocks.adapters._find import find_layers
 from dblocks.blocks import Block, DiffusionBlocks
 from dblocks.checkpoint import naming
 from dblocks.mask_schedule import MaskSchedule
-from dblocks.schedule import NoiseSchedule, check_block
+from dblocks.schedule import NoiseSchedule, check_block, check_count
 
 Task = Literal["classes", "tokens", "images"]
 LIBRARIES = ("transformers", "timm", "diffusers")
@@ -200,11 +201,7 @@ def convert(
         raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}")
     if task not in get_args(Task):
         raise ValueError(f"task must be one of {get_args(Task)}, got {task!r}")
-    if clean_loss_weight < 0 or (clean_loss_weight and task == "images"):
-        raise ValueError(
-            "clean_loss_weight must not be negative, and 0 for images, whose only loss is that of "
-            f"denoising, got {clean_loss_weight}"
-        )
+    _check_options(task, clean_loss_weight, embed_scale, tokens_per_sigma)
     library = library_of(model)
     found = find_layers(model, layers)
     sigma_data = config.schedule.sigma_data if isinstance(config.schedule, NoiseSchedule) else 1.0
@@ -261,6 +258,23 @@ def _no_such_task(model: nn.Module, task: str) -> ValueError:
         f"task {task!r} must be one that a {type(model).__name__} has; see dblocks.convert for "
         "those that are known, or write a network with the four parts of dblocks.blocks.BlockModel"
     )
+
+
+def _check_options(
+    task: str, clean_loss_weight: float, embed_scale: float, tokens_per_sigma: int | None
+) -> None:
+    for name, value in (("clean_loss_weight", clean_loss_weight), ("embed_scale", embed_scale)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= clean_loss_weight < math.inf or (clean_loss_weight and task == "images"):
+        raise ValueError(
+            "clean_loss_weight must not be negative or infinite, and 0 for images, whose only loss "
+            f"is that of denoising, got {clean_loss_weight}"
+        )
+    if not 0 < embed_scale < math.inf:
+        raise ValueError(f"embed_scale must be positive and finite, got {embed_scale}")
+    if tokens_per_sigma is not None:
+        check_count("tokens_per_sigma", tokens_per_sigma)
 
 
 @contextmanager

@@ -73,6 +73,9 @@ def fuse_(
         TypeError, RuntimeError, ImportError: for a named `impl` that cannot run on the module's
             parameters, as in the ops. Nothing is changed then.
     """
+    _check_module(model)
+    if not (filter_fn is None or callable(filter_fn)):
+        raise TypeError(f"filter_fn must be a function or None, got {type(filter_fn).__name__}")
     resolve_impl(impl, _sample(model), "fuse_")
     found: list[tuple[str, nn.Module, Fusion]] = []
     unknown: dict[str, None] = {}
@@ -119,6 +122,7 @@ def unfuse_(model: nn.Module) -> list[str]:
         RuntimeError: where something, such as FSDP's `fully_shard`, gave a fused module another
             class since. Nothing is changed then.
     """
+    _check_module(model)
     found: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if isinstance(module, Fused)
     ]
@@ -165,6 +169,11 @@ def register_fusion(
             f"{owner.__qualname__}"
         )
     REGISTERED[cls] = Fusion(forward, ops)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _sample(module: nn.Module) -> torch.Tensor:

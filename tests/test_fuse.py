@@ -423,3 +423,11 @@ def test_no_warning_is_given_for_what_is_not_known():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert fuse_(nn.Linear(2, 2)) == []
+
+
+def test_arguments_of_another_kind():
+    for call in (fuse_, unfuse_):
+        with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+            call(None)
+    with pytest.raises(TypeError, match="filter_fn"):
+        fuse_(nn.Linear(2, 2), filter_fn=3)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dblocks import functional as F
 from dblocks._transformer import over_rows
-from dblocks.adapters._converted import Converted
+from dblocks.adapters._converted import Converted, check_some
 from dblocks.adapters._layers import ConditionedLayer, cond_dim
 from dblocks.blocks import Batch
 from dblocks.models._tokens import IGNORED, TokenBatch
@@ -146,7 +146,9 @@ class ConvertedCausalLM(Converted):
 
     def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
         """[N, T/tokens_per_sigma], or [N]."""
-        N, T = TokenBatch.of(batch, self.sizes).tokens.shape
+        tokens = TokenBatch.of(batch, self.sizes).tokens
+        check_some(tokens)
+        N, T = tokens.shape
         if self.tokens_per_sigma is None:
             return (N,)
         if T % self.tokens_per_sigma:

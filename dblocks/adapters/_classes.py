@@ -11,7 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks import functional as F
-from dblocks.adapters._converted import Converted, at_least_float32
+from dblocks.adapters._converted import Converted, at_least_float32, check_some
 from dblocks.adapters._layers import ConditionedLayer, cond_dim
 from dblocks.blocks import Batch
 from dblocks.models._images import check_label_values, check_labels, check_pairs, entry
@@ -120,6 +120,7 @@ class ConvertedClassifier(Converted):
         """One noise level a sample: [N]."""
         given, labels = self._given(batch), self._labels(batch)
         check_pairs(given, labels)
+        check_some(labels)
         return (len(labels),)
 
     def embed_target(self, batch: Batch) -> Tensor:

@@ -142,6 +142,14 @@ class Converted(nn.Module, ABC):
         return None if self.noise_embedding is None else self.noise_embedding(level.c_noise)
 
 
+def check_some(samples: Tensor) -> None:
+    """Raises for a batch of no samples, which the modules of other libraries do not take."""
+    if len(samples) == 0:
+        raise ValueError(
+            "a batch for a converted model must hold at least one sample, got none; leave it out"
+        )
+
+
 def at_least_float32(logits: Tensor) -> Tensor:
     """Logits as losses and estimates are computed of them."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -10,10 +10,11 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.adapters._causal import Sizes
-from dblocks.adapters._converted import Converted, at_least_float32
+from dblocks.adapters._converted import Converted, at_least_float32, check_some
 from dblocks.adapters._layers import ConditionedLayer, cond_dim
 from dblocks.blocks import Batch
 from dblocks.mask_schedule import MASKED, MaskLevel
+from dblocks.models._masked import MaskedTokens
 from dblocks.models._tokens import IGNORED, TokenBatch
 from dblocks.nn import Modulation
 
@@ -47,7 +48,7 @@ class Hidden(NamedTuple):
     """Conditioning vectors [N, D]."""
 
 
-class ConvertedMaskedLM(Converted):
+class ConvertedMaskedLM(MaskedTokens, Converted):
     """A masked language model, for `DiffusionBlocks` with a `MaskSchedule`.
 
     Masked tokens enter as the model's own mask; rows are modulated by t, and so is what the head
@@ -72,30 +73,11 @@ class ConvertedMaskedLM(Converted):
     ) -> None:
         super().__init__(model, layers, width, conditioned=True)
         self.loss_kind: Literal["masked_cross_entropy"] = "masked_cross_entropy"
-        self.target_embedding = None
         self.family = family
         self.sizes = family.sizes(model)
         self.mask_token_id = mask_token_id
         self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
         self.added_to_()
-
-    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
-        """A t for every sequence, [N]."""
-        return (len(self._batch(batch).tokens),)
-
-    def embed_target(self, batch: Batch) -> Tensor:
-        """`batch["tokens"]`, int64 [N, T]."""
-        return self._batch(batch).tokens
-
-    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor | None:
-        """The tokens that are given, `MASKED` elsewhere; None without any."""
-        if drop is not None:
-            raise ValueError(
-                "a language model is not trained without its condition, so guidance_scale must be 1"
-            )
-        if batch.get("loss_mask") is None:
-            return None
-        return self._batch(batch).tokens.masked_fill(batch["loss_mask"], MASKED)
 
     def run_layers(
         self,
@@ -121,19 +103,11 @@ class ConvertedMaskedLM(Converted):
         masks = torch.arange(logits.shape[-1], device=logits.device) == self.mask_token_id
         return logits.masked_fill(masks, float("-inf"))
 
-    def denoise(self, prediction: Tensor, z: Tensor, level: MaskLevel) -> Tensor:
-        """Probabilities of the tokens [N, T, V]: softmax where masked, else 1 for z itself."""
-        known = nnf.one_hot(z.clamp(min=0), self.sizes.vocab_size).to(prediction.dtype)
-        return torch.where((z == MASKED)[..., None], prediction.softmax(-1), known)
-
     def score(
         self, hidden: Hidden, z: Tensor, level: MaskLevel, y: Tensor, seed: Tensor, batch: Batch
     ) -> Tensor:
         """The cross-entropy summed over masked tokens, over T, of each sample; as `MaskedLM`'s."""
-        masked, mask = z == MASKED, self._batch(batch).loss_mask
-        T: float | Tensor = y.shape[1]
-        if mask is not None:
-            masked, T = masked & mask, (mask.sum() / max(len(y), 1)).clamp(min=1 / max(len(y), 1))
+        masked, T = self.scored(z, batch)
         logits = self.read_out(hidden, z, level)
         labels = torch.where(masked, y, IGNORED)
         losses = nnf.cross_entropy(
@@ -145,7 +119,7 @@ class ConvertedMaskedLM(Converted):
         """The model's own cross-entropy, the mean over the tokens that are masked in z."""
         if z is None:
             raise ValueError("the loss of a masked language model needs z, to say what is masked")
-        tokens = self._batch(batch).tokens
+        tokens = self.checked(batch).tokens
         masked = z == MASKED
         given = tokens.masked_fill(masked, self.mask_token_id)
         logits = at_least_float32(self.family.plain_logits(self.model, given)).flatten(0, 1)
@@ -153,13 +127,20 @@ class ConvertedMaskedLM(Converted):
         total = nnf.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         return total / masked.sum().clamp(min=1)
 
-    def _batch(self, batch: Batch) -> TokenBatch:
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        return self.sizes.vocab_size
+
+    def checked(self, batch: Batch) -> TokenBatch:
+        """The entries of a batch; see `MaskedTokens.checked`."""
         if batch.get("cu_seqlens") is not None:
             raise ValueError(
                 "a masked language model attends to all of a sequence, so a batch must not hold "
                 "'cu_seqlens'; give each document a row of its own, padded, with a 'loss_mask'"
             )
         given = TokenBatch.of(batch, self.sizes)
+        check_some(given.tokens)
         # Looked up where that does not synchronise, as in `check_tokens`.
         seen = given.tokens.is_cpu and not torch.compiler.is_compiling()
         if seen and (given.tokens == self.mask_token_id).any():

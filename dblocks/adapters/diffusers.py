@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dblocks import functional as F
-from dblocks.adapters._converted import Converted
+from dblocks.adapters._converted import Converted, check_some
 from dblocks.blocks import Batch
 from dblocks.models._images import (
     check_floating,
@@ -83,6 +83,7 @@ class ConvertedDiT(Converted):
         """One noise level an image: [N]."""
         images = self._images(batch)
         check_pairs(images, self._labels(batch))
+        check_some(images)
         return (len(images),)
 
     def embed_target(self, batch: Batch) -> Tensor:

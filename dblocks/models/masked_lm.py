@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dblocks import functional as F
 from dblocks.blocks import Batch
 from dblocks.mask_schedule import MASKED, MaskLevel
+from dblocks.models._masked import MaskedTokens
 from dblocks.models._sizes import TokenModelConfig
 from dblocks.models._tokens import IGNORED, TokenBatch
 from dblocks.nn import (
@@ -57,7 +58,7 @@ class Hidden(NamedTuple):
     """Their conditioning vectors [N, cond_dim]; None without conditioning."""
 
 
-class MaskedLM(nn.Module):
+class MaskedLM(MaskedTokens, nn.Module):
     """A bidirectional transformer over masked text, for `DiffusionBlocks` with a `MaskSchedule`.
 
         DiffusionBlocks(MaskedLM(config), BlocksConfig(3, schedule=MaskSchedule("cosine")))
@@ -104,35 +105,7 @@ class MaskedLM(nn.Module):
         self.modulation = Modulation(D, 2, kind) if conditioned else None
         self.readout = None if config.tied else nn.Linear(D, config.vocab_size, bias=False)
         self.loss_kind: Literal["masked_cross_entropy"] = "masked_cross_entropy"
-        self.condition_drop = 0.0
-        self.target_embedding = None
         self._init_weights()
-
-    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
-        """A t for every sequence, [N]."""
-        return (len(self._batch(batch).tokens),)
-
-    def embed_target(self, batch: Batch) -> Tensor:
-        """`batch["tokens"]`, int64 [N, T]."""
-        return self._batch(batch).tokens
-
-    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor | None:
-        """The tokens that are given, int64 [N, T] with `MASKED` elsewhere; None without any.
-
-        Reads "tokens" and "loss_mask" where there is a "loss_mask"; sampling passes neither, as
-        given tokens are in its state.
-
-        Raises:
-            ValueError: `drop` is given; a language model has no null condition.
-        """
-        if drop is not None:
-            raise ValueError(
-                "a MaskedLM is not trained without its condition, so guidance_scale must be 1"
-            )
-        if batch.get("loss_mask") is None:
-            return None
-        given = self._batch(batch)
-        return given.tokens.masked_fill(batch["loss_mask"], MASKED)
 
     def run_layers(
         self,
@@ -163,30 +136,27 @@ class MaskedLM(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             return nnf.linear(rows, self._readout_weight().to(rows.dtype))
 
-    def denoise(self, prediction: Tensor, z: Tensor, level: MaskLevel) -> Tensor:
-        """Probabilities of the tokens [N, T, V]: softmax where masked, else 1 for z itself."""
-        known = nnf.one_hot(z.clamp(min=0), self.config.vocab_size).to(prediction.dtype)
-        return torch.where((z == MASKED)[..., None], prediction.softmax(-1), known)
-
     def score(
         self, hidden: Hidden, z: Tensor, level: MaskLevel, y: Tensor, seed: Tensor, batch: Batch
     ) -> Tensor:
         """The cross-entropy summed over masked tokens, over T, of each sample [N].
 
-        Where tokens are given, the others' are scaled up, so that the mean over all samples is that
-        of the tokens that are scored.
+        Where tokens are given, the others' are scaled up; see `MaskedTokens.scored`.
         """
-        masked, mask = z == MASKED, self._batch(batch).loss_mask
-        T: float | Tensor = y.shape[1]
-        if mask is not None:
-            masked, T = masked & mask, (mask.sum() / max(len(y), 1)).clamp(min=1 / max(len(y), 1))
+        masked, T = self.scored(z, batch)
         losses = F.linear_cross_entropy(
             self._features(hidden), self._readout_weight(), torch.where(masked, y, IGNORED),
             ignore_index=IGNORED, reduction="none",
         )  # fmt: skip
         return losses.sum(1) / T
 
-    def _batch(self, batch: Batch) -> TokenBatch:
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        return self.config.vocab_size
+
+    def checked(self, batch: Batch) -> TokenBatch:
+        """The entries of a batch; see `MaskedTokens.checked`."""
         if batch.get("cu_seqlens") is not None:
             raise ValueError(
                 "a MaskedLM attends to all of a sequence, so a batch must not hold 'cu_seqlens'; "

@@ -167,3 +167,27 @@ def test_libraries():
     assert library_of(model_of("timm")) == "timm"
     assert library_of(model_of("dit")) == "diffusers"
     assert library_of(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "vit", "dit"])
+def test_a_batch_of_no_samples_is_refused(kind):
+    empty = {key: value[:0] for key, value in batch_of(kind).items()}
+    with pytest.raises(ValueError, match="at least one sample"):
+        blocks_of(kind).loss(empty, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"clean_loss_weight": float("nan")}, ValueError),
+        ({"clean_loss_weight": float("inf")}, ValueError),
+        ({"clean_loss_weight": "1"}, TypeError),
+        ({"embed_scale": 0.0}, ValueError),
+        ({"embed_scale": float("nan")}, ValueError),
+        ({"tokens_per_sigma": 0}, ValueError),
+        ({"tokens_per_sigma": 1.5}, ValueError),
+    ],
+)
+def test_options_out_of_range(options, error):
+    with pytest.raises(error, match=next(iter(options))):
+        convert(model_of("llama"), BlocksConfig(2), task="tokens", **options)
