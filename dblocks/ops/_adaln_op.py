@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dblocks.ops import _common
+from dblocks.ops._autograd import apply, first_order
 from dblocks.ops._library import define, triton_kernel
 
 _INPUTS = (
@@ -69,6 +69,12 @@ _FWD = define("adaln_fwd", _FORWARD, _fwd_fake)
 _BWD = define("adaln_bwd", _BACKWARD, _bwd_fake)
 
 
+def _name(ctx: Any) -> str:
+    if not ctx.has_branch:
+        return "adaln"
+    return "residual_adaln" if ctx.normalise else "gated_residual"
+
+
 class _AdaLN(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -94,7 +100,7 @@ class _AdaLN(torch.autograd.Function):
         return (x_new, y) if normalise else x_new
 
     @staticmethod
-    @once_differentiable
+    @first_order(_name)
     def backward(ctx, *upstream):
         dx_new = upstream[0] if ctx.has_branch else None
         dy = upstream[-1] if ctx.normalise else None
@@ -139,7 +145,7 @@ def fused(
     tensors = (x, branch, gate, shift, scale, weight, bias)
     options = (normalise, rms, eps, out_dtype or x.dtype)
     if _common.needs_autograd(*tensors):
-        return _AdaLN.apply(*tensors, *options, impl)
+        return apply(_AdaLN, *tensors, *options, impl)
     x_new, y, _, _ = _FWD[impl](*tensors, *options)
     if branch is None:
         return y

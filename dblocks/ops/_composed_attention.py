@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dblocks.ops import _common
 from dblocks.ops._attention_backends import BACKENDS, choose
@@ -26,6 +25,7 @@ from dblocks.ops._attention_local import (
     from_blocks,
     noisy_blocks,
 )
+from dblocks.ops._autograd import apply, first_order
 from dblocks.ops._library import define, library
 
 _OPTIONS = "int block_size, bool see_block, float scale, Tensor? cu_seqlens, str backend"
@@ -263,7 +263,7 @@ class _Composed(torch.autograd.Function):
         return o.to(q.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order("doubled_attention")
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:3]
         if grad is None or not any(needs):
@@ -290,5 +290,5 @@ def composed(
     backend = choose(backend, q, cu_seqlens)
     options = (block_size, clean_causal == "block", scale, cu_seqlens, backend)
     if _common.needs_autograd(q, k, v):
-        return _Composed.apply(q, k, v, *options)
+        return apply(_Composed, q, k, v, *options)
     return _FWD(q, k, v, *options)[0].to(q.dtype)

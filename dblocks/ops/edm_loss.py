@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dblocks.kernels import reference
 from dblocks.ops import _common
+from dblocks.ops._autograd import apply, first_order
 from dblocks.ops._common import Impl
 from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import (
@@ -68,7 +68,7 @@ class _Loss(torch.autograd.Function):
         return _FWD[impl](f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order("edm_loss")
     def backward(ctx, grad):
         if grad is None or not ctx.needs_input_grad[0]:
             return (None,) * 9
@@ -147,7 +147,7 @@ def edm_loss(
     impl = _common.resolve_impl(impl, widest(f, y), "edm_loss")
     if impl != "reference":
         call = (f, y, sigma, seed_tensor, number, offset, float(sigma_data), row_weight)
-        return _Loss.apply(*call, impl) if _common.needs_autograd(f) else _FWD[impl](*call)
+        return apply(_Loss, *call, impl) if _common.needs_autograd(f) else _FWD[impl](*call)
     return reference.edm_loss(
         f, y, sigma, seed, offset=offset, sigma_data=sigma_data, row_weight=row_weight
     )

@@ -5,11 +5,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
-from torch.autograd.function import once_differentiable
 
 from dblocks.kernels import reference
 from dblocks.ops import _chunked_cross_entropy as chunked
 from dblocks.ops import _common
+from dblocks.ops._autograd import apply, first_order
 from dblocks.ops._library import define, library, triton_kernel
 from dblocks.ops._noise_args import kept
 
@@ -74,7 +74,7 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_cross_entropy")
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 8
@@ -98,7 +98,7 @@ class _RowLosses(torch.autograd.Function):
         return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_cross_entropy")
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 6
@@ -200,14 +200,14 @@ def linear_cross_entropy(
         needs = [False] * 3
         return _OPS[used](h, weight, target, bias, row_weight, ignore_index, needs)[0]
     needs = [h.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
-    return _Loss.apply(h, weight, bias, target, row_weight, ignore_index, needs, used)
+    return apply(_Loss, h, weight, bias, target, row_weight, ignore_index, needs, used)
 
 
 def _row_losses(
     impl: str, h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
 ) -> Tensor:
     if _common.needs_autograd(h, weight, bias):
-        return _RowLosses.apply(h, weight, bias, target, ignore_index, impl)
+        return apply(_RowLosses, h, weight, bias, target, ignore_index, impl)
     return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
 
 
