@@ -4,6 +4,7 @@ Arithmetic is float32, and float64 for float64 inputs. Formulas, shapes and sour
 docstrings of the public functions (`dblocks.functional`); arguments are taken as already checked.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -180,7 +181,7 @@ def edm_loss(
         w = row_weight.to(f.dtype)
         squared = squared * w.reshape(w.shape + (1,) * (f.ndim - w.ndim))
     squared = squared[:, None] if f.ndim == 1 else squared.flatten(1)
-    return squared.sum(1) / max(f[:1].numel(), 1)
+    return squared.sum(1) / max(math.prod(f.shape[1:]), 1)
 
 
 def euler_step(

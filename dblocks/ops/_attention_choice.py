@@ -37,9 +37,10 @@ def resolve(impl: str, backend: str | None, q: Tensor, k: Tensor, options: dict[
                 f"backend must be None with impl={impl!r}, got {backend!r}; "
                 "it says what impl='composed' is made of"
             )
-        return "composed"
+        impl = "composed"
     if impl == "auto":
         return explained(q, k, options["block_size"], options["cu_seqlens"])[0]
+    _common.check_transform(impl, OP)
     if impl == "triton":
         _common.check_triton(q, OP)
     return impl

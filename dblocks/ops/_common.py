@@ -39,6 +39,8 @@ def resolve_impl(impl: str, x: Tensor, op: str) -> Impl:
         impl = _auto(x)
         if impl != "triton":
             return impl
+    else:
+        check_transform(impl, op)
     if impl == "triton":
         check_triton(x, op)
     if impl == "cpp":
@@ -47,10 +49,10 @@ def resolve_impl(impl: str, x: Tensor, op: str) -> Impl:
 
 
 def _auto(x: Tensor) -> Impl:
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or in_transform():
         return "reference"
     if x.is_cpu:
-        return "reference" if _extension.MISSING or in_transform() else "cpp"
+        return "reference" if _extension.MISSING else "cpp"
     return "triton" if x.device.type in GPUS else "reference"
 
 
@@ -59,9 +61,26 @@ def in_transform() -> bool:
 
     Only the reference can take part in one.
     """
-    if torch.compiler.is_compiling():
-        return False
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is active, that of torch.func too."""
+    return forward_ad._current_level >= 0
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the compiler: a graph takes
+# the answer of the moment when it is traced, and guards on both by itself.
+in_transform._dynamo_marked_constant = in_forward_mode._dynamo_marked_constant = True  # pyright: ignore
+
+
+def check_transform(impl: str, op: str) -> None:
+    """Raises where a named implementation meets a transform, whose derivatives it would drop."""
+    if impl != "reference" and in_transform():
+        raise RuntimeError(
+            f"{op}: impl={impl!r} has no part in torch.func transforms and forward-mode "
+            "differentiation; use impl='reference' or impl='auto'"
+        )
 
 
 def is_traced() -> bool:
@@ -111,8 +130,6 @@ def check_triton(x: Tensor, op: str) -> None:
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked of one of the tensors; without, the op is called bare."""
-    if in_transform():
-        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

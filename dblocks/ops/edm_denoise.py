@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _common
-from dblocks.ops._autograd import apply, first_order
+from dblocks.ops._autograd import apply, constant, first_order
 from dblocks.ops._common import Impl
 from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import check_pair, check_sigma, check_sigma_data, kept, widest
@@ -107,10 +107,11 @@ def edm_denoise(
     check_pair("f", f, "z", z)
     check_sigma("sigma", sigma, "f", f)
     check_sigma_data(sigma_data)
+    sigma = constant(sigma)
     impl = _common.resolve_impl(impl, widest(f, z), "edm_denoise")
     if impl != "reference":
-        call = (f, z, sigma.detach(), float(sigma_data))
+        call = (f, z, sigma, float(sigma_data))
         if _common.needs_autograd(f, z):
             return apply(_Denoise, *call, impl)
         return _FWD[impl](*call)
-    return reference.edm_denoise(f, z, sigma.detach(), sigma_data=sigma_data)
+    return reference.edm_denoise(f, z, sigma, sigma_data=sigma_data)

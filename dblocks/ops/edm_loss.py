@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _common
-from dblocks.ops._autograd import apply, first_order
+from dblocks.ops._autograd import apply, constant, first_order
 from dblocks.ops._common import Impl
 from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import (
@@ -142,8 +142,8 @@ def edm_loss(
     check_sigma_data(sigma_data)
     _check_row_weight(row_weight, y)
     seed_tensor, number = split_seed(seed, offset, f)
-    y, sigma = y.detach(), sigma.detach()
-    row_weight = None if row_weight is None else row_weight.detach()
+    y, sigma = constant(y), constant(sigma)
+    row_weight = None if row_weight is None else constant(row_weight)
     impl = _common.resolve_impl(impl, widest(f, y), "edm_loss")
     if impl != "reference":
         call = (f, y, sigma, seed_tensor, number, offset, float(sigma_data), row_weight)

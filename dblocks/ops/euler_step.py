@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _common
-from dblocks.ops._autograd import apply, first_order
+from dblocks.ops._autograd import apply, constant, first_order
 from dblocks.ops._common import Impl
 from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import check_pair, check_sigma, check_sigma_value, kept, widest
@@ -139,7 +139,7 @@ def euler_step(
     _check_level("sigma", sigma, z, zero=False)
     _check_level("sigma_next", sigma_next, z, zero=True)
     sigma, sigma_next = (
-        s.detach() if isinstance(s, Tensor) else float(s) for s in (sigma, sigma_next)
+        constant(s) if isinstance(s, Tensor) else float(s) for s in (sigma, sigma_next)
     )
     _check_segments(sigma, sigma_next)
     impl = _common.resolve_impl(impl, widest(z, denoised), "euler_step")

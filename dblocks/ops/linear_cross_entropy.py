@@ -9,7 +9,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 from dblocks.kernels import reference
 from dblocks.ops import _chunked_cross_entropy as chunked
 from dblocks.ops import _common
-from dblocks.ops._autograd import apply, first_order
+from dblocks.ops._autograd import apply, constant, first_order
 from dblocks.ops._library import define, library, triton_kernel
 from dblocks.ops._noise_args import kept
 
@@ -181,7 +181,7 @@ def linear_cross_entropy(
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     _check(h, weight, target, bias, row_weight, ignore_index)
-    row_weight = None if row_weight is None else row_weight.detach()
+    row_weight = None if row_weight is None else constant(row_weight)
     used = _resolve(impl, h, weight)
     if used == "reference":
         if target.is_cpu and not _common.is_traced():
@@ -222,6 +222,7 @@ def _resolve(impl: str, h: Tensor, weight: Tensor) -> str:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "auto":
         impl = explained(h)[0]
+    _common.check_transform(impl, OP)
     if impl == "triton":
         _common.check_triton(h, OP)
         if weight.shape[0] > MAX_TRITON_CLASSES:

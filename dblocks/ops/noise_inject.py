@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _common
-from dblocks.ops._autograd import apply, first_order
+from dblocks.ops._autograd import apply, constant, first_order
 from dblocks.ops._common import Impl
 from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, kept, split_seed
@@ -141,7 +141,7 @@ def noise_inject(
     if dtype is not None and dtype not in _common.FLOATS:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     seed_tensor, number = split_seed(seed, offset, y)
-    sigma = sigma.detach()
+    sigma = constant(sigma)
     impl = _common.resolve_impl(impl, y, "noise_inject")
     if impl != "reference":
         call = (y, sigma, seed_tensor, number, offset, float(sigma_data), dtype or y.dtype, need_z)
