@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dblocks._parts import Batch, BlockModel, BlocksConfig, Schedule, Weighting
-from dblocks.ops._common import in_forward_mode
+from dblocks.kernels.reference import in_forward_mode
 
 # Weighting "clamped": w reaches 250,000 at the lowest noise, which would outweigh all else.
 CLAMPED_WEIGHT_MAX = 20.0

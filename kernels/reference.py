@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 PHILOX_ROUND_A = 0xD2511F53  # Salmon et al. 2011, table 2 (multipliers and Weyl increments)
 PHILOX_ROUND_B = 0xCD9E8D57
@@ -39,6 +40,26 @@ def _segments(x: Tensor, modulation: Tensor) -> Tensor:
     return modulation[:, :, None].expand(N, S, T // S, D).reshape(N, T, D)
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is active, that of torch.func too."""
+    return forward_ad._current_level >= 0
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the compiler: a graph takes
+# the answer of the moment when it is traced, and guards on the level by itself.
+in_forward_mode._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _layer_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    if not in_forward_mode():
+        return F.layer_norm(h, h.shape[-1:], weight, bias, eps)
+    # Gradients of PyTorch's tangent of layer_norm are wrong: they take mean and variance as given.
+    h = h - h.mean(-1, keepdim=True)
+    h = h * (h.square().mean(-1, keepdim=True) + eps).rsqrt()
+    h = h if weight is None else h * weight
+    return h if bias is None else h + bias
+
+
 def adaln(
     x: Tensor,
     shift: Tensor | None = None,
@@ -53,7 +74,7 @@ def adaln(
     h = x.to(compute_dtype(x))
     weight, bias = (None if p is None else p.to(h.dtype) for p in (weight, bias))
     if norm == "layer":
-        h = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
+        h = _layer_norm(h, weight, bias, eps)
     else:
         h = F.rms_norm(h, h.shape[-1:], weight, eps)
         h = h if bias is None else h + bias

@@ -11,9 +11,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from dblocks.kernels.reference import in_forward_mode
 from dblocks.ops import _extension
 
 Impl = Literal["auto", "reference", "triton", "cpp"]
@@ -61,17 +61,11 @@ def in_transform() -> bool:
 
     Only the reference can take part in one.
     """
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or in_forward_mode()
 
 
-def in_forward_mode() -> bool:
-    """Whether forward-mode differentiation is active, that of torch.func too."""
-    return forward_ad._current_level >= 0
-
-
-# What torch.compiler.assume_constant_result sets, without its import of the compiler: a graph takes
-# the answer of the moment when it is traced, and guards on both by itself.
-in_transform._dynamo_marked_constant = in_forward_mode._dynamo_marked_constant = True  # pyright: ignore
+# As of in_forward_mode: the answer is that of the moment when a graph is traced.
+in_transform._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def check_transform(impl: str, op: str) -> None:

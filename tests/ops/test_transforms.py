@@ -45,6 +45,19 @@ def test_every_argument_has_its_tangent(op):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_gradients_of_a_tangent(op):
+    f, values, tangents = problem(op, torch.float64)
+    given = arguments(op).values()
+    leaves = [v.requires_grad_() for v, t in zip(values, given, strict=True) if t.requires_grad]
+
+    def grads(derivative):
+        return torch.autograd.grad(derivative.square(), leaves)
+
+    got = grads(torch.func.jvp(f, tuple(values), tuple(tangents))[1])
+    torch.testing.assert_close(got, grads(along(f, values, tangents)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_the_tangent_of_float32(op):
     f, values, tangents = problem(op)
     _, derivative = torch.func.jvp(f, tuple(values), tuple(tangents))
