@@ -45,23 +45,29 @@ def doubled_mask(
     if valid is not None:
         inside = _members(T, None, valid)[0]
         position = position - valid[:, :1].to(position.dtype)
-    block = position.div(block_size, rounding_mode="floor")
-
-    def compare(x: Tensor) -> tuple[Tensor, Tensor]:
-        """The values of a row and of a key."""
-        return x.unsqueeze(-1), x.unsqueeze(-2)
-
-    (row, key), (row_block, key_block) = compare(position), compare(block)
-    row_noisy, key_noisy = compare(noisy)
-    own, earlier = row_block == key_block, row_block > key_block
-    within = own if clean_causal == "block" else row >= key
-    seen = torch.where(key_noisy, row_noisy & own, earlier | (~row_noisy & within))
-    row_document, key_document = compare(document)
-    seen = seen & (row_document == key_document)
+    rows = position, noisy
+    seen = sees(rows, rows, block_size=block_size, clean_causal=clean_causal, window=window)
+    seen = seen & (document.unsqueeze(-1) == document.unsqueeze(-2))
     if valid is not None:
-        row_inside, key_inside = compare(inside)
-        seen = seen & row_inside & key_inside
-    return seen if window is None else seen & (row - key < window)
+        seen = seen & inside.unsqueeze(-1) & inside.unsqueeze(-2)
+    return seen
+
+
+def sees(
+    rows: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    *,
+    block_size: int,
+    clean_causal: str,
+    window: int | None,
+) -> Tensor:
+    """Which keys rows of one document attend to, from the positions and whether they are noisy."""
+    (i, noisy_i), (j, noisy_j) = (x.unsqueeze(-1) for x in rows), (x.unsqueeze(-2) for x in keys)
+    block_i, block_j = (x.div(block_size, rounding_mode="floor") for x in (i, j))
+    own, earlier = block_i == block_j, block_i > block_j
+    within = own if clean_causal == "block" else i >= j
+    seen = torch.where(noisy_j, noisy_i & own, earlier | (~noisy_i & within))
+    return seen if window is None else seen & (i - j < window)
 
 
 def doubled_attention(
