@@ -45,28 +45,15 @@ def doubled_mask(
     if valid is not None:
         inside = _members(T, None, valid)[0]
         position = position - valid[:, :1].to(position.dtype)
-    rows = position, noisy
-    seen = sees(rows, rows, block_size=block_size, clean_causal=clean_causal, window=window)
-    seen = seen & (document.unsqueeze(-1) == document.unsqueeze(-2))
-    if valid is not None:
-        seen = seen & inside.unsqueeze(-1) & inside.unsqueeze(-2)
-    return seen
-
-
-def sees(
-    rows: tuple[Tensor, Tensor],
-    keys: tuple[Tensor, Tensor],
-    *,
-    block_size: int,
-    clean_causal: str,
-    window: int | None,
-) -> Tensor:
-    """Which keys rows of one document attend to, from the positions and whether they are noisy."""
-    (i, noisy_i), (j, noisy_j) = (x.unsqueeze(-1) for x in rows), (x.unsqueeze(-2) for x in keys)
-    block_i, block_j = (x.div(block_size, rounding_mode="floor") for x in (i, j))
+    block = position.div(block_size, rounding_mode="floor")
+    i, block_i, document_i, noisy_i = (x.unsqueeze(-1) for x in (position, block, document, noisy))
+    j, block_j, document_j, noisy_j = (x.unsqueeze(-2) for x in (position, block, document, noisy))
     own, earlier = block_i == block_j, block_i > block_j
     within = own if clean_causal == "block" else i >= j
     seen = torch.where(noisy_j, noisy_i & own, earlier | (~noisy_i & within))
+    seen = seen & (document_i == document_j)
+    if valid is not None:
+        seen = seen & inside.unsqueeze(-1) & inside.unsqueeze(-2)
     return seen if window is None else seen & (i - j < window)
 
 

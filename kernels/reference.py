@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dblocks.kernels._arithmetic import compute_dtype, without_autocast
-from dblocks.kernels._reference_attention import doubled_attention, doubled_mask, sees
+from dblocks.kernels._reference_attention import doubled_attention, doubled_mask
 
 __all__ = [
     "adaln",
@@ -25,7 +25,6 @@ __all__ = [
     "normals",
     "philox",
     "residual_adaln",
-    "sees",
     "uniform",
     "without_autocast",
 ]

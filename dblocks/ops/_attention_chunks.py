@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dblocks.kernels import reference
 from dblocks.ops import _attention_backends as backends
 from dblocks.ops._attention_pieces import Options, Piece, Saved
 
-CHUNK = 128  # positions, or the block size where that is more
+NEGLIGIBLE = 40.0
+CHUNK = 64  # positions, or the block size where that is more
 
 
 class _Chunk(NamedTuple):
@@ -28,16 +28,17 @@ class _Chunk(NamedTuple):
     bias: Tensor
 
 
-def _chunks(piece: Piece, options: Options, like: Tensor) -> Iterator[_Chunk]:
+def _chunks(piece: Piece, options: Options, q: Tensor, k: Tensor) -> Iterator[_Chunk]:
     size = max(CHUNK // piece.block_size, 1) * piece.block_size
     reach = piece.length if options.window is None else options.window - 1
     starts = range(0, piece.length, size)
+    least = _least_bias(piece, options, q, k)
     biases = {}  # of a whole chunk that reaches back as far as any, and of the last one
     for start in reversed(starts):
         length = min(size, piece.length - start)
         back = min(start, reach)
         if length not in biases:
-            biases[length] = _bias(length, back, piece, options, like)
+            biases[length] = _bias(length, back, piece, options, least)
         bias = biases[length]
         bias = bias[..., bias.shape[-1] - 2 * length - back :]
         rows = [piece.q_noisy] if piece.q_clean is None else [piece.q_clean, piece.q_noisy]
@@ -55,26 +56,45 @@ def _part(rows: slice, start: int, end: int) -> slice:
     return slice(rows.start + start, rows.start + end)
 
 
-def _bias(length: int, back: int, piece: Piece, options: Options, like: Tensor) -> Tensor:
-    """[rows, keys], or [N or 1, H, rows, keys] with slopes; -inf where a row does not see a key."""
-    position = torch.arange(length)
-    rows = position if piece.q_clean is None else position.repeat(2)
-    noisy = torch.arange(len(rows)) >= len(rows) - length
-    keys = torch.cat([torch.arange(-back, length), position])
-    noisy_keys = torch.arange(len(keys)) >= back + length
-    seen = reference.sees(
-        (rows, noisy),
-        (keys, noisy_keys),
-        block_size=piece.block_size,
-        clean_causal="block" if options.see_block else "token",
-        window=options.window,
-    )
-    bias = like.new_zeros(seen.shape)
-    if options.alibi_slopes is not None:
-        slopes = options.alibi_slopes.to(like.dtype)
-        slopes = slopes[piece.samples] if slopes.ndim == 2 else slopes.unsqueeze(0)
-        bias = -slopes[..., None, None] * (rows[:, None] - keys).abs()
-    return bias.masked_fill_(~seen, -torch.inf)
+def _least_bias(piece: Piece, options: Options, q: Tensor, k: Tensor) -> Tensor:
+    """Below this, a key's probability is less than e^-NEGLIGIBLE of that of the row itself.
+
+    Products with numbers too small for float32's exponent take a hundred times as long as others.
+    """
+    if options.alibi_slopes is None or q.dtype == torch.float64:
+        return q.new_tensor(-torch.inf)
+    largest = q.new_tensor(options.softcap or options.scale)
+    if options.softcap is None:
+        for x, parts in ((q, (piece.q_clean, piece.q_noisy)), (k, (piece.clean, piece.noisy))):
+            norms = [x[:, :, rows].norm(dim=-1).amax() for rows in parts if rows is not None]
+            largest = largest * torch.stack(norms).amax()
+    return -2 * largest - NEGLIGIBLE
+
+
+def _bias(length: int, back: int, piece: Piece, options: Options, least: Tensor) -> Tensor:
+    """[rows, keys], or [1, H, rows, keys] with slopes; -inf where a row does not see a key."""
+    clean, noisy = torch.arange(-back, length), torch.arange(length)
+    rows = noisy if piece.q_clean is None else noisy.repeat(2)
+    is_noisy = torch.arange(len(rows)) >= len(rows) - length
+    block = rows // piece.block_size * piece.block_size
+    block_end = block + piece.block_size
+    first = rows - (back + length if options.window is None else options.window - 1)
+    end = torch.where(is_noisy, block, block_end if options.see_block else rows + 1)
+    of_clean = _within(clean, first, end)
+    of_noisy = _within(noisy, torch.maximum(first, block), block_end.where(is_noisy, -1))
+    seen = torch.cat([of_clean, of_noisy], 1)
+    if options.alibi_slopes is None:
+        return least.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    slopes = options.alibi_slopes.to(least.dtype)
+    slopes = slopes[piece.samples] if slopes.ndim == 2 else slopes.unsqueeze(0)
+    distance = (rows[:, None] - torch.cat([clean, noisy])).abs_().to(least.dtype)
+    bias = distance * -slopes[..., None, None]
+    return bias.masked_fill_(~seen | (bias < least), -torch.inf)
+
+
+def _within(keys: Tensor, first: Tensor, end: Tensor) -> Tensor:
+    """Which keys are from each row's first on and before its end."""
+    return (keys >= first[:, None]) & (keys < end[:, None])
 
 
 def _join(x: Tensor, parts: list[slice]) -> Tensor:
@@ -85,14 +105,14 @@ def forward(
     piece: Piece, options: Options, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> None:
     """Writes `o` and `lse` of the piece."""
-    for chunk in _chunks(piece, options, q):
+    for chunk in _chunks(piece, options, q, k):
         inputs = _join(q, chunk.q), _join(k, chunk.k), _join(v, chunk.k)
         if options.softcap is None:
             part, part_lse = backends.forward(
                 options.backend, *inputs, options.scale, bias=chunk.bias
             )
         else:
-            part, part_lse = _capped(*inputs, options.scale, chunk.bias, options.softcap)
+            part, part_lse = _plain(*inputs, options.scale, chunk.bias, options.softcap)
         _write(o, part, chunk.q)
         _write(lse, part_lse, chunk.q)
 
@@ -100,13 +120,13 @@ def forward(
 def backward(piece: Piece, options: Options, t: Saved) -> None:
     """Writes the gradients of the piece."""
     t.dk[:, :, piece.clean] = t.dv[:, :, piece.clean] = 0
-    for chunk in _chunks(piece, options, t.q):
+    for chunk in _chunks(piece, options, t.q, t.k):
         grad, q, o, lse = (_join(x, chunk.q) for x in (t.grad, t.q, t.o, t.lse))
         inputs = grad, q, _join(t.k, chunk.k), _join(t.v, chunk.k), o, lse
         if options.softcap is None:
             grads = backends.backward(options.backend, *inputs, options.scale, bias=chunk.bias)
         else:
-            grads = _capped_backward(*inputs, options.scale, chunk.bias, options.softcap)
+            grads = _plain_backward(*inputs, options.scale, chunk.bias, options.softcap)
         _write(t.dq, grads[0], chunk.q)
         clean, noisy = chunk.k
         for total, part in zip((t.dk, t.dv), grads[1:], strict=True):
@@ -125,30 +145,35 @@ def _fold(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(1, (heads, -1)).flatten(2, 3)
 
 
-def _bounded(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
-    """tanh of the scores over their bound, `q` folded."""
-    return (q @ k.mT).mul_(scale / softcap).tanh_()
+def _probabilities(
+    q: Tensor, k: Tensor, scale: float, bias: Tensor, softcap: float | None, lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Those, the log-sum-exp (that of more keys if given) and tanh of the scores over their bound.
+
+    `q` is folded, and so are the results.
+    """
+    scores, bounded = q @ k.mT, None
+    if softcap is not None:
+        bounded = scores.mul_(scale / softcap).tanh_()
+        scores, scale = bounded.clone(), softcap
+    heads, rows = k.shape[1], bias.shape[-2]
+    bias = bias if bias.ndim == 2 else bias.unflatten(1, (heads, -1))
+    unfolded = scores.unflatten(2, (-1, rows))  # [N, Hkv, group, rows, keys]
+    torch.add(bias, unfolded, alpha=scale, out=unfolded)
+    lse = scores.logsumexp(-1, keepdim=True) if lse is None else lse
+    return scores.sub_(lse).exp_(), lse, bounded
 
 
-def _scores(bounded: Tensor, bias: Tensor, heads: int, softcap: float) -> Tensor:
-    """[N, Hkv, group, rows, keys]."""
-    scores = (bounded * softcap).unflatten(2, (-1, bias.shape[-2]))
-    return scores.add_(bias if bias.ndim == 2 else bias.unflatten(1, (heads, -1)))
-
-
-def _capped(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, softcap: float
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     heads = k.shape[1]
-    bounded = _bounded(_fold(q, heads), k, scale, softcap)
-    scores = _scores(bounded, bias, heads, softcap)
-    lse = scores.logsumexp(-1)
-    p = scores.sub_(lse.unsqueeze(-1)).exp_().flatten(2, 3)
-    o = (p @ v).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
-    return o, lse.flatten(1, 2)
+    p, lse, _ = _probabilities(_fold(q, heads), k, scale, bias, softcap, None)
+    o, lse = (x.unflatten(2, (-1, q.shape[2])).flatten(1, 2) for x in (p @ v, lse))
+    return o, lse.squeeze(-1)
 
 
-def _capped_backward(
+def _plain_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -157,14 +182,15 @@ def _capped_backward(
     lse: Tensor,
     scale: float,
     bias: Tensor,
-    softcap: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, rows = k.shape[1], q.shape[2]
-    delta = _fold((grad * o).sum(-1, keepdim=True), heads)
-    q, grad = _fold(q, heads), _fold(grad, heads)
-    bounded = _bounded(q, k, scale, softcap)
-    scores = _scores(bounded, bias, heads, softcap)
-    p = scores.sub_(lse.unflatten(1, (heads, -1)).unsqueeze(-1)).exp_().flatten(2, 3)
+    delta = (grad * o).sum(-1, keepdim=True)
+    q, grad, delta, lse = (_fold(x, heads) for x in (q, grad, delta, lse.unsqueeze(-1)))
+    p, _, bounded = _probabilities(q, k, scale, bias, softcap, lse)
     dv = p.mT @ grad
-    ds = (grad @ v.mT).sub_(delta).mul_(p).mul_(bounded.square_().neg_().add_(1)).mul_(scale)
-    return (ds @ k).unflatten(2, (-1, rows)).flatten(1, 2), ds.mT @ q, dv
+    ds = (grad @ v.mT).sub_(delta).mul_(p)
+    if bounded is not None:
+        ds.mul_(bounded.square_().neg_().add_(1))
+    dq = torch.mul(ds @ k, scale).unflatten(2, (-1, rows)).flatten(1, 2)
+    return dq, (ds.mT @ q).mul_(scale), dv

@@ -78,16 +78,19 @@ def pieces(q: Tensor, k: Tensor, options: Options) -> Iterator[Piece]:
 
 
 def _ranges(N: int, T: int, options: Options) -> Iterator[tuple[slice, int, int]]:
+    # What is left out as negligible with slopes must not depend on another sample.
+    apart = options.alibi_slopes is not None
     if options.valid is not None:
-        first = 0
-        for (start, end), group in groupby(options.valid.tolist()):
-            count = len(list(group))
-            yield slice(first, first + count), start, end
-            first += count
+        samples = enumerate(options.valid.tolist())
+        for _, group in groupby(samples, lambda sample: (sample[1], apart and sample[0])):
+            numbers, ((start, end), *_) = zip(*group, strict=True)
+            yield slice(numbers[0], numbers[-1] + 1), start, end
         return
     ends = [0, T] if options.cu_seqlens is None else options.cu_seqlens.tolist()
-    for start, end in pairwise(ends):
-        yield slice(0, N), start, end
+    step = 1 if apart else N
+    for first in range(0, N, step):
+        for start, end in pairwise(ends):
+            yield slice(first, first + step), start, end
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
