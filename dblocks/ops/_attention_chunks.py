@@ -21,39 +21,33 @@ CHUNK = 64  # positions, or the block size where that is more
 
 
 class _Chunk(NamedTuple):
-    """Rows of q, rows of k and v, and what is added to the scores."""
+    """Positions start..end-1 of the piece, those of clean keys from `first` on, and a bias."""
 
-    q: list[slice]
-    k: list[slice]
+    start: int
+    end: int
+    first: int
     bias: Tensor
 
 
+def _chunk_size(piece: Piece) -> int:
+    return max(CHUNK // piece.block_size, 1) * piece.block_size
+
+
 def _chunks(piece: Piece, options: Options, q: Tensor, k: Tensor) -> Iterator[_Chunk]:
-    size = max(CHUNK // piece.block_size, 1) * piece.block_size
+    """From the last to the first, as `_Keys` wants them."""
+    size = _chunk_size(piece)
     reach = piece.length if options.window is None else options.window - 1
-    starts = range(0, piece.length, size)
     least = _least_bias(piece, options, q, k)
-    biases = {}  # of a whole chunk that reaches back as far as any, and of the last one
-    for start in reversed(starts):
-        length = min(size, piece.length - start)
-        back = min(start, reach)
+    biases = {}  # of the last chunk, and of one of all others that reaches back as far as any
+    for start in reversed(range(0, piece.length, size)):
+        end = min(start + size, piece.length)
+        length, back = end - start, min(start, reach)
         if length not in biases:
-            biases[length] = _bias(length, back, piece, options, least)
+            both = piece.q_clean is not None
+            biases[length] = _bias(length, back, both, piece, options, least)
         bias = biases[length]
         bias = bias[..., bias.shape[-1] - 2 * length - back :]
-        rows = [piece.q_noisy] if piece.q_clean is None else [piece.q_clean, piece.q_noisy]
-        yield _Chunk(
-            [_part(r, start, start + length) for r in rows],
-            [
-                _part(piece.clean, start - back, start + length),
-                _part(piece.noisy, start, start + length),
-            ],
-            bias,
-        )
-
-
-def _part(rows: slice, start: int, end: int) -> slice:
-    return slice(rows.start + start, rows.start + end)
+        yield _Chunk(start, end, start - back, bias)
 
 
 def _least_bias(piece: Piece, options: Options, q: Tensor, k: Tensor) -> Tensor:
@@ -61,21 +55,27 @@ def _least_bias(piece: Piece, options: Options, q: Tensor, k: Tensor) -> Tensor:
 
     Products with numbers too small for float32's exponent take a hundred times as long as others.
     """
+    least = q.new_tensor(-torch.inf)
     if options.alibi_slopes is None or q.dtype == torch.float64:
-        return q.new_tensor(-torch.inf)
-    largest = q.new_tensor(options.softcap or options.scale)
-    if options.softcap is None:
-        for x, parts in ((q, (piece.q_clean, piece.q_noisy)), (k, (piece.clean, piece.noisy))):
-            norms = [x[:, :, rows].norm(dim=-1).amax() for rows in parts if rows is not None]
-            largest = largest * torch.stack(norms).amax()
-    return -2 * largest - NEGLIGIBLE
+        return least
+    if options.softcap is not None:
+        return q.new_tensor(-2 * options.softcap - NEGLIGIBLE)
+    largest = [
+        torch.stack(
+            [x[:, :, rows].norm(dim=-1).amax() for rows in parts if rows is not None]
+        ).amax()
+        for x, parts in ((q, (piece.q_clean, piece.q_noisy)), (k, (piece.clean, piece.noisy)))
+    ]
+    return largest[0] * largest[1] * (-2 * options.scale) - NEGLIGIBLE
 
 
-def _bias(length: int, back: int, piece: Piece, options: Options, least: Tensor) -> Tensor:
+def _bias(
+    length: int, back: int, both: bool, piece: Piece, options: Options, least: Tensor
+) -> Tensor:
     """[rows, keys], or [1, H, rows, keys] with slopes; -inf where a row does not see a key."""
     clean, noisy = torch.arange(-back, length), torch.arange(length)
-    rows = noisy if piece.q_clean is None else noisy.repeat(2)
-    is_noisy = torch.arange(len(rows)) >= len(rows) - length
+    rows = noisy.repeat(2) if both else noisy
+    is_noisy = (torch.arange(len(rows)) < length) == (options.noisy_first or not both)
     block = rows // piece.block_size * piece.block_size
     block_end = block + piece.block_size
     first = rows - (back + length if options.window is None else options.window - 1)
@@ -83,13 +83,14 @@ def _bias(length: int, back: int, piece: Piece, options: Options, least: Tensor)
     of_clean = _within(clean, first, end)
     of_noisy = _within(noisy, torch.maximum(first, block), block_end.where(is_noisy, -1))
     seen = torch.cat([of_clean, of_noisy], 1)
+    mask = least.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
     if options.alibi_slopes is None:
-        return least.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        return mask
     slopes = options.alibi_slopes.to(least.dtype)
     slopes = slopes[piece.samples] if slopes.ndim == 2 else slopes.unsqueeze(0)
     distance = (rows[:, None] - torch.cat([clean, noisy])).abs_().to(least.dtype)
-    bias = distance * -slopes[..., None, None]
-    return bias.masked_fill_(~seen | (bias < least), -torch.inf)
+    bias = torch.addcmul(mask, distance, -slopes[..., None, None])
+    return torch.threshold_(bias, least.item(), -torch.inf) if least.isfinite() else bias
 
 
 def _within(keys: Tensor, first: Tensor, end: Tensor) -> Tensor:
@@ -97,47 +98,73 @@ def _within(keys: Tensor, first: Tensor, end: Tensor) -> Tensor:
     return (keys >= first[:, None]) & (keys < end[:, None])
 
 
-def _join(x: Tensor, parts: list[slice]) -> Tensor:
-    return x[:, :, parts[0]] if len(parts) == 1 else torch.cat([x[:, :, p] for p in parts], 2)
+class _Rows:
+    """The rows of a piece in q and what is like it, in the halves it has."""
+
+    def __init__(self, piece: Piece) -> None:
+        self.start, self.halves = piece.start, 1 if piece.q_clean is None else 2
+
+    def _view(self, x: Tensor, chunk: _Chunk) -> Tensor:
+        rows = slice(self.start + chunk.start, self.start + chunk.end)
+        return x.unflatten(2, (self.halves, -1))[:, :, :, rows]
+
+    def read(self, x: Tensor, chunk: _Chunk) -> Tensor:
+        return self._view(x, chunk).flatten(2, 3)
+
+    def write(self, x: Tensor, chunk: _Chunk, part: Tensor) -> None:
+        self._view(x, chunk).copy_(part.unflatten(2, (self.halves, -1)))
+
+
+class _Keys:
+    """The rows of k or v that a chunk sees: clean ones, and behind them the noisy ones.
+
+    These take the place of clean rows of later chunks, which have had their turn.
+    """
+
+    def __init__(self, x: Tensor, piece: Piece) -> None:
+        N, heads, _, width = x.shape
+        self.noisy = x[:, :, piece.noisy]
+        self.rows = x.new_empty(N, heads, piece.length + _chunk_size(piece), width)
+        self.rows[:, :, : piece.length] = x[:, :, piece.clean]
+
+    def read(self, chunk: _Chunk) -> Tensor:
+        end = 2 * chunk.end - chunk.start
+        self.rows[:, :, chunk.end : end] = self.noisy[:, :, chunk.start : chunk.end]
+        return self.rows[:, :, chunk.first : end]
 
 
 def forward(
     piece: Piece, options: Options, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> None:
     """Writes `o` and `lse` of the piece."""
+    rows, keys, values = _Rows(piece), _Keys(k, piece), _Keys(v, piece)
     for chunk in _chunks(piece, options, q, k):
-        inputs = _join(q, chunk.q), _join(k, chunk.k), _join(v, chunk.k)
+        inputs = rows.read(q, chunk), keys.read(chunk), values.read(chunk), options.scale
         if options.softcap is None:
-            part, part_lse = backends.forward(
-                options.backend, *inputs, options.scale, bias=chunk.bias
-            )
+            part, part_lse = backends.forward(options.backend, *inputs, bias=chunk.bias)
         else:
-            part, part_lse = _plain(*inputs, options.scale, chunk.bias, options.softcap)
-        _write(o, part, chunk.q)
-        _write(lse, part_lse, chunk.q)
+            part, part_lse = _plain(*inputs, chunk.bias, options.softcap)
+        rows.write(o, chunk, part)
+        rows.write(lse, chunk, part_lse)
 
 
 def backward(piece: Piece, options: Options, t: Saved) -> None:
     """Writes the gradients of the piece."""
-    t.dk[:, :, piece.clean] = t.dv[:, :, piece.clean] = 0
+    rows, keys, values = _Rows(piece), _Keys(t.k, piece), _Keys(t.v, piece)
+    sums = [x[:, :, piece.clean].zero_() for x in (t.dk, t.dv)]
+    noisy = [x[:, :, piece.noisy] for x in (t.dk, t.dv)]
     for chunk in _chunks(piece, options, t.q, t.k):
-        grad, q, o, lse = (_join(x, chunk.q) for x in (t.grad, t.q, t.o, t.lse))
-        inputs = grad, q, _join(t.k, chunk.k), _join(t.v, chunk.k), o, lse
+        grad, q, o, lse = (rows.read(x, chunk) for x in (t.grad, t.q, t.o, t.lse))
+        inputs = grad, q, keys.read(chunk), values.read(chunk), o, lse, options.scale
         if options.softcap is None:
-            grads = backends.backward(options.backend, *inputs, options.scale, bias=chunk.bias)
+            dq, *grads = backends.backward(options.backend, *inputs, bias=chunk.bias)
         else:
-            grads = _plain_backward(*inputs, options.scale, chunk.bias, options.softcap)
-        _write(t.dq, grads[0], chunk.q)
-        clean, noisy = chunk.k
-        for total, part in zip((t.dk, t.dv), grads[1:], strict=True):
-            count = clean.stop - clean.start
-            total[:, :, clean] += part[:, :, :count]
-            total[:, :, noisy] = part[:, :, count:]
-
-
-def _write(to: Tensor, x: Tensor, parts: list[slice]) -> None:
-    for rows, part in zip(parts, x.split([p.stop - p.start for p in parts], 2), strict=True):
-        to[:, :, rows] = part
+            dq, *grads = _plain_backward(*inputs, chunk.bias, options.softcap)
+        rows.write(t.dq, chunk, dq)
+        for total, own, part in zip(sums, noisy, grads, strict=True):
+            count = chunk.end - chunk.first
+            total[:, :, chunk.first : chunk.end] += part[:, :, :count]
+            own[:, :, chunk.start : chunk.end] = part[:, :, count:]
 
 
 def _fold(x: Tensor, heads: int) -> Tensor:
@@ -146,26 +173,23 @@ def _fold(x: Tensor, heads: int) -> Tensor:
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, scale: float, bias: Tensor, softcap: float | None, lse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Those, the log-sum-exp (that of more keys if given) and tanh of the scores over their bound.
+    q: Tensor, k: Tensor, scale: float, bias: Tensor, softcap: float, lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those, the log-sum-exp unless it is given, and tanh of the scores over their bound.
 
     `q` is folded, and so are the results.
     """
-    scores, bounded = q @ k.mT, None
-    if softcap is not None:
-        bounded = scores.mul_(scale / softcap).tanh_()
-        scores, scale = bounded.clone(), softcap
+    bounded = (q @ k.mT).mul_(scale / softcap).tanh_()
     heads, rows = k.shape[1], bias.shape[-2]
     bias = bias if bias.ndim == 2 else bias.unflatten(1, (heads, -1))
-    unfolded = scores.unflatten(2, (-1, rows))  # [N, Hkv, group, rows, keys]
-    torch.add(bias, unfolded, alpha=scale, out=unfolded)
+    unfolded = bounded.unflatten(2, (-1, rows))  # [N, Hkv, group, rows, keys]
+    scores = torch.add(bias, unfolded, alpha=softcap).flatten(2, 3)
     lse = scores.logsumexp(-1, keepdim=True) if lse is None else lse
     return scores.sub_(lse).exp_(), lse, bounded
 
 
 def _plain(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
     heads = k.shape[1]
     p, lse, _ = _probabilities(_fold(q, heads), k, scale, bias, softcap, None)
@@ -182,15 +206,13 @@ def _plain_backward(
     lse: Tensor,
     scale: float,
     bias: Tensor,
-    softcap: float | None,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, rows = k.shape[1], q.shape[2]
     delta = (grad * o).sum(-1, keepdim=True)
     q, grad, delta, lse = (_fold(x, heads) for x in (q, grad, delta, lse.unsqueeze(-1)))
     p, _, bounded = _probabilities(q, k, scale, bias, softcap, lse)
     dv = p.mT @ grad
-    ds = (grad @ v.mT).sub_(delta).mul_(p)
-    if bounded is not None:
-        ds.mul_(bounded.square_().neg_().add_(1))
+    ds = (grad @ v.mT).sub_(delta).mul_(p).mul_(bounded.square_().neg_().add_(1))
     dq = torch.mul(ds @ k, scale).unflatten(2, (-1, rows)).flatten(1, 2)
     return dq, (ds.mT @ q).mul_(scale), dv

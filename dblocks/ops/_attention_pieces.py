@@ -27,6 +27,8 @@ class Piece(NamedTuple):
     """Some samples, and where their rows of both halves are."""
 
     samples: slice
+    start: int  # positions
+    end: int
     q_clean: slice | None  # rows of q; None where it has noisy rows only
     q_noisy: slice
     clean: slice  # rows of k and v
@@ -35,7 +37,7 @@ class Piece(NamedTuple):
 
     @property
     def length(self) -> int:
-        return self.clean.stop - self.clean.start
+        return self.end - self.start
 
 
 class Saved(NamedTuple):
@@ -69,6 +71,8 @@ def pieces(q: Tensor, k: Tensor, options: Options) -> Iterator[Piece]:
         own = slice(start, end)
         yield Piece(
             samples,
+            start,
+            end,
             clean if both else None,
             noisy if both else own,
             clean,

@@ -49,12 +49,12 @@ def _rows_layout(like: Tensor, dtype: torch.dtype, width: int | None = None) -> 
     return torch.empty(size, dtype=dtype, device=like.device).transpose(1, 2)
 
 
-def _way(piece: Piece, options: Options):
+def _way(piece: Piece, options: Options, q: Tensor):
     """The module that computes the piece."""
     narrow = options.window is not None and options.window < piece.length
     if narrow or options.softcap is not None or options.alibi_slopes is not None:
         return _attention_chunks
-    return _attention_shifted
+    return _attention_chunks if q.is_cpu and piece.block_size > 1 else _attention_shifted
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tenso
     with torch.autocast(q.device.type, enabled=False):
         for piece in pieces(q, k, options):
             tensors = (x[piece.samples] for x in (q, k, v, o, lse))
-            _way(piece, options).forward(piece, options, *tensors)
+            _way(piece, options, q).forward(piece, options, *tensors)
     return o.to(inner), lse
 
 
@@ -86,7 +86,7 @@ def _backward(
     saved = Saved(grad, q, k, v, o, lse, *grads)
     with torch.autocast(q.device.type, enabled=False):
         for piece in pieces(q, k, options):
-            _way(piece, options).backward(piece, options, saved.of(piece.samples))
+            _way(piece, options, q).backward(piece, options, saved.of(piece.samples))
     dq, dk, dv = (x.to(dtype) for x in grads)
     return dq, dk, dv
 
