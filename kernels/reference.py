@@ -4,11 +4,30 @@ Arithmetic is float32, and float64 for float64 inputs. Formulas, shapes and sour
 docstrings of the public functions (`dblocks.functional`); arguments are taken as already checked.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dblocks.kernels._arithmetic import compute_dtype, without_autocast
+from dblocks.kernels._reference_attention import doubled_attention, doubled_mask
+
+__all__ = [
+    "adaln",
+    "compute_dtype",
+    "doubled_attention",
+    "doubled_mask",
+    "edm_denoise",
+    "edm_loss",
+    "euler_step",
+    "gated_residual",
+    "linear_cross_entropy",
+    "noise_inject",
+    "normals",
+    "philox",
+    "residual_adaln",
+    "uniform",
+    "without_autocast",
+]
 
 PHILOX_ROUND_A = 0xD2511F53  # Salmon et al. 2011, table 2 (multipliers and Weyl increments)
 PHILOX_ROUND_B = 0xCD9E8D57
@@ -19,11 +38,6 @@ UNIFORM_SCALE = float.fromhex("0x1.fffffep-32")  # maps 31 bits to [0, 1)
 UNIFORM_MIN = 1e-7  # keeps the logarithm finite, so |eps| <= sqrt(-2 ln 1e-7) = 5.678
 TWO_PI = 6.2831855  # 2 pi in float32
 _LOW32 = 0xFFFFFFFF
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which an op on `x` computes: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _segments(x: Tensor, modulation: Tensor) -> Tensor:
@@ -193,60 +207,6 @@ def euler_step(
     return (a * z + (1 - a) * denoised).contiguous()
 
 
-def doubled_mask(
-    T: int,
-    *,
-    block_size: int = 1,
-    clean_causal: str = "block",
-    cu_seqlens: Tensor | None = None,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Which keys a row of the doubled sequence attends to: bool [2T, 2T], clean rows first."""
-    position = torch.arange(T, device=device)
-    document = torch.zeros_like(position)
-    if cu_seqlens is not None:
-        ends = cu_seqlens[1:].to(position.dtype).contiguous()
-        document = torch.searchsorted(ends, position, right=True)
-        position = position - cu_seqlens.to(position.dtype)[document]
-    block = position // block_size
-    same = document[:, None] == document
-    earlier, own = block[:, None] > block, block[:, None] == block
-    within = own if clean_causal == "block" else position[:, None] >= position
-    clean = torch.cat([same & (earlier | within), torch.zeros_like(same)], dim=1)
-    noisy = torch.cat([same & earlier, same & own], dim=1)
-    return torch.cat([clean, noisy])
-
-
-def doubled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block_size: int = 1,
-    clean_causal: str = "block",
-    scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    query: str = "both",
-) -> tuple[Tensor, Tensor]:
-    """Also returns the natural logarithm of the sums of exponentials, [N, H, rows of q]."""
-    dtype, T = compute_dtype(q), k.shape[2] // 2
-    mask = doubled_mask(
-        T,
-        block_size=block_size,
-        clean_causal=clean_causal,
-        cu_seqlens=cu_seqlens,
-        device=q.device,
-    )
-    mask = mask[T:] if query == "noisy" else mask
-    # Each key/value head serves the next H / Hkv query heads.
-    keys, values = (x.to(dtype).repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with without_autocast(q.device):
-        scores = (q.to(dtype) @ keys.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
-        o = (scores.softmax(-1) @ values).to(q.dtype)
-    return o, scores.logsumexp(-1)
-
-
 def linear_cross_entropy(
     h: Tensor,
     weight: Tensor,
@@ -274,10 +234,3 @@ def linear_cross_entropy(
     if reduction == "none":
         return losses.view(shape)
     return losses.sum() / counted.sum().clamp(min=1)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Keeps matrix products in the dtypes of their operands."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)

@@ -25,7 +25,9 @@ MIN_COMPOSED_TOKENS = 32  # on a CPU
 BACKENDS = tuple(_attention_backends.BACKENDS)
 
 
-def resolve(impl: str, backend: str | None, q: Tensor, k: Tensor, options: dict[str, Any]) -> str:
+def resolve(
+    impl: str, backend: str | None, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+) -> str:
     """The implementation for these tensors; a named one that cannot run raises."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
@@ -39,6 +41,13 @@ def resolve(impl: str, backend: str | None, q: Tensor, k: Tensor, options: dict[
             )
         return "composed"
     if impl == "auto":
+        new = ("valid", "window", "softcap", "alibi_slopes")
+        if (
+            options["order"] != "clean_noisy"
+            or any(options[n] is not None for n in new)
+            or v.shape != k.shape
+        ):
+            return "reference"
         return explained(q, k, options["block_size"], options["cu_seqlens"])[0]
     if impl == "triton":
         _common.check_triton(q, OP)

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dblocks.ops import _common
+from dblocks.ops._attention_checks import refuse_options
 from dblocks.ops._library import define, triton_kernel
 
 MIN_WIDTH, MAX_WIDTH = 16, 256  # of a tile: matrix instructions, registers
@@ -91,8 +92,17 @@ def fused(
     scale: float,
     cu_seqlens: Tensor | None,
     query: str,
+    order: str,
+    valid: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
 ) -> Tensor:
     """o, laid out as [N, rows, H, Dh]; see the public function."""
+    refuse_options(
+        "impl='triton'", q, v, order=order, valid=valid, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes,
+    )  # fmt: skip
     _check(q, k, block_size)
     options = (block_size, clean_causal == "token", scale, cu_seqlens, query == "noisy")
     if _common.needs_autograd(q, k, v):

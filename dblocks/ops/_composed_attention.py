@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from dblocks.ops import _common
 from dblocks.ops._attention_backends import BACKENDS, choose
+from dblocks.ops._attention_checks import refuse_options
 from dblocks.ops._attention_local import (
     BlockTerm,
     SelfTerm,
@@ -284,9 +285,18 @@ def composed(
     scale: float,
     cu_seqlens: Tensor | None,
     query: str,
+    order: str,
+    valid: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
     backend: str | None,
 ) -> Tensor:
     """o of doubled_attention, see there, out of the attention of `backend`."""
+    refuse_options(
+        "impl='composed'", q, v, order=order, valid=valid, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes,
+    )  # fmt: skip
     backend = choose(backend, q, cu_seqlens)
     options = (block_size, clean_causal == "block", scale, cu_seqlens, backend)
     if _common.needs_autograd(q, k, v):

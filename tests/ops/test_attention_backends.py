@@ -266,7 +266,7 @@ def test_what_auto_picks(gpu, monkeypatch):
 
 def test_a_backend_means_composed():
     options = {"block_size": 1, "cu_seqlens": None}
-    resolve = lambda impl, backend: _attention_choice.resolve(impl, backend, Q, Q, options)
+    resolve = lambda impl, backend: _attention_choice.resolve(impl, backend, Q, Q, Q, options)
     assert resolve("auto", "sdpa") == resolve("composed", "sdpa") == "composed"
     expected = reference.doubled_attention(Q + 1, Q + 1, Q + 1)[0]
     torch.testing.assert_close(doubled_attention(Q + 1, Q + 1, Q + 1, backend="sdpa"), expected)
