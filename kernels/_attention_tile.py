@@ -67,7 +67,6 @@ def query_rows(clean, noisy, BLOCK_M: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def block_of(o_t, L, block):
     """First and end position of the block of each position."""
-    # Positions past the last as the last, so that every row of a tile has keys.
     low = tl.minimum(o_t, L - 1) // block * block
     return low, tl.minimum(low + block, L)
 

@@ -92,8 +92,8 @@ def doubled_attention_fwd_kernel(
     slope = None if slopes_ptr is None else tl.load(slopes_ptr + i_n * slopes_sn + i_h) * LOG2E
 
     o_p, o_r, m_noisy = query_rows(clean, noisy if PACKED else 0, BLOCK_M, PACKED)
-    o_t = start + o_p
-    m_t = o_t < L
+    m_t = start + o_p < L
+    o_t = tl.minimum(start + o_p, L - 1)  # rows past the last as the last: each has keys
     b_q = load_rows(q_ptr, start, o_r, m_t, q_st, D, BLOCK_D)
     begin, full, full_end, end, noisy_begin, noisy_end = key_spans(
         start, L, block, window, ROWS, BLOCK_K, PACKED, TOKEN
@@ -113,28 +113,28 @@ def doubled_attention_fwd_kernel(
         b_acc = zeros(BLOCK_M, BLOCK_DV, T)
 
     b_end = clean_end(o_t, m_noisy, L, block, TOKEN)[:, None]
-    o_t = o_t[:, None]
+    b_t = o_t[:, None]
     if window is not None:
         b_acc, b_m, b_l = attend(
             b_acc, b_m, b_l, b_q, clean_k_ptr, clean_v_ptr, k_st, v_st,
-            begin, tl.minimum(full, end), o_t, None, b_end, scale, window, cap, slope,
+            begin, tl.minimum(full, end), b_t, None, b_end, scale, window, cap, slope,
             D, BLOCK_D, DV, BLOCK_DV, BLOCK_K, True,
         )  # fmt: skip
     b_acc, b_m, b_l = attend(
         b_acc, b_m, b_l, b_q, clean_k_ptr, clean_v_ptr, k_st, v_st,
-        full, full_end, o_t, None, b_end, scale, window, cap, slope,
+        full, full_end, b_t, None, b_end, scale, window, cap, slope,
         D, BLOCK_D, DV, BLOCK_DV, BLOCK_K, False,
     )  # fmt: skip
     b_acc, b_m, b_l = attend(
         b_acc, b_m, b_l, b_q, clean_k_ptr, clean_v_ptr, k_st, v_st,
-        full_end, end, o_t, None, b_end, scale, window, cap, slope,
+        full_end, end, b_t, None, b_end, scale, window, cap, slope,
         D, BLOCK_D, DV, BLOCK_DV, BLOCK_K, True,
     )  # fmt: skip
     if not SELF:
-        b_first, b_end = noisy_span(start + o_p, m_noisy, L, block)
+        b_first, b_end = noisy_span(o_t, m_noisy, L, block)
         b_acc, b_m, b_l = attend(
             b_acc, b_m, b_l, b_q, noisy_k_ptr, noisy_v_ptr, k_st, v_st,
-            noisy_begin, noisy_end, o_t, b_first[:, None], b_end[:, None], scale, window, cap,
+            noisy_begin, noisy_end, b_t, b_first[:, None], b_end[:, None], scale, window, cap,
             slope, D, BLOCK_D, DV, BLOCK_DV, BLOCK_K, True,
         )  # fmt: skip
 

@@ -119,28 +119,28 @@ def doubled_attention_bwd_dq_kernel(
         else:
             b_dq = zeros(BLOCK_M, BLOCK_D, T)
         b_end = clean_end(o_t, m_noisy, L, block, TOKEN)[:, None]
-        o_t = o_t[:, None]
+        b_t = o_t[:, None]
         if window is not None:
             b_dq = query_grads(
                 b_dq, b_q, b_do, b_lse, b_delta, clean_k_ptr, clean_v_ptr, k_st, v_st,
-                begin, tl.minimum(full, end), o_t, None, b_end, scale_log2, window, cap, slope,
+                begin, tl.minimum(full, end), b_t, None, b_end, scale_log2, window, cap, slope,
                 D, BLOCK_D, DV, BLOCK_DV, BLOCK_K, True,
             )  # fmt: skip
         b_dq = query_grads(
             b_dq, b_q, b_do, b_lse, b_delta, clean_k_ptr, clean_v_ptr, k_st, v_st,
-            full, full_end, o_t, None, b_end, scale_log2, window, cap, slope,
+            full, full_end, b_t, None, b_end, scale_log2, window, cap, slope,
             D, BLOCK_D, DV, BLOCK_DV, BLOCK_K, False,
         )  # fmt: skip
         b_dq = query_grads(
             b_dq, b_q, b_do, b_lse, b_delta, clean_k_ptr, clean_v_ptr, k_st, v_st,
-            full_end, end, o_t, None, b_end, scale_log2, window, cap, slope,
+            full_end, end, b_t, None, b_end, scale_log2, window, cap, slope,
             D, BLOCK_D, DV, BLOCK_DV, BLOCK_K, True,
         )  # fmt: skip
         if not SELF:
-            b_first, b_end = noisy_span(start + o_p, m_noisy, L, block)
+            b_first, b_end = noisy_span(o_t, m_noisy, L, block)
             b_dq = query_grads(
                 b_dq, b_q, b_do, b_lse, b_delta, noisy_k_ptr, noisy_v_ptr, k_st, v_st,
-                noisy_begin, noisy_end, o_t, b_first[:, None], b_end[:, None], scale_log2, window,
+                noisy_begin, noisy_end, b_t, b_first[:, None], b_end[:, None], scale_log2, window,
                 cap, slope, D, BLOCK_D, DV, BLOCK_DV, BLOCK_K, True,
             )  # fmt: skip
         dq_ptr += (i_n * rows + row) * H * D + i_h * D
