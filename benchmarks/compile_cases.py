@@ -35,8 +35,9 @@ def attention(
         yield "attention valid", lambda: run(valid=True, noisy_first=True)
         yield "attention window", lambda: run(window=96)
         yield "attention scores", lambda: run(softcap=30.0, alibi=True)
-        yield "attention blocked scores", lambda: run(
-            block_size=24, window=96, softcap=30.0, alibi=True, valid=True
+        yield (
+            "attention blocked scores",
+            lambda: run(block_size=24, window=96, softcap=30.0, alibi=True, valid=True),
         )
     if D == 128 and dtype == torch.bfloat16:
         yield "attention values", lambda: run(value_width=64)

@@ -12,17 +12,15 @@ from torch import Tensor
 from dblocks.kernels import _attention
 from dblocks.kernels._attention_tile import (
     LOG2E,
-    clean_end,
     load_rows,
-    noisy_span,
     product,
     query_rows,
     query_spans,
     rounded,
     scored,
+    seen_by,
     store_rows,
     through_cap,
-    visible,
 )
 from dblocks.kernels._segments import segment, tiles_of
 
@@ -32,13 +30,13 @@ SELF_ELEMENTS = 2048  # of a tile in the pass without matrix products: 16 a thre
 @triton.jit
 def key_grads(
     b_dk, b_dv, b_k, b_v, do_ptr, q_ptr, lse_ptr, delta_ptr, do_st, q_st, begin, end,
-    o_p, o_r, m_noisy, o_k, L, block, scale, window, softcap, slope,
+    o_p, o_r, m_noisy, o_k, low, L, block, scale, window, softcap, slope,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, NOISY: tl.constexpr, TOKEN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk / scale [K, D] and dv [K, DV] what queries at begin .. end - 1 contribute.
 
-    NOISY, the keys [K, 1] are; not MASKED, each query sees each key.
+    NOISY, the keys [K, 1] are, in blocks from `low`; not MASKED, each query sees each key.
     """
     for start in range(begin, end, ROWS):
         o_t = start + o_p
@@ -47,12 +45,7 @@ def key_grads(
         b_x = product(b_k, tl.trans(b_q), None) * scale
         b_s = scored(b_x, o_k, o_t[None, :], softcap, slope)
         if MASKED:
-            if NOISY:
-                b_first, b_end = noisy_span(o_t, m_noisy, L, block)
-                m = visible(o_k, o_t[None, :], b_first[None, :], b_end[None, :], window)
-            else:
-                b_end = clean_end(o_t, m_noisy, L, block, TOKEN)
-                m = visible(o_k, o_t[None, :], None, b_end[None, :], window)
+            m = seen_by(o_k, low, o_t[None, :], m_noisy[None, :], block, window, NOISY, TOKEN)
             b_s = tl.where(m, b_s, float("-inf"))
         # exp2(s - inf) = 0 for queries past the last.
         b_lse = tl.load(lse_ptr + start + o_r, mask=m_t, other=float("inf")) * LOG2E
@@ -77,14 +70,14 @@ def doubled_attention_bwd_dkv_kernel(
     clean, noisy, T, rows, Hkv, group, block, heads, scale, window, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    PACKED: tl.constexpr, NOISY: tl.constexpr, TOKEN: tl.constexpr,
+    PACKED: tl.constexpr, NOISY: tl.constexpr, TOKEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = BLOCK_M // 2 if PACKED else BLOCK_M
     i_nh = tl.program_id(0) % heads
     i_n, i_h = tl.cast(i_nh // Hkv, tl.int64), tl.cast(i_nh % Hkv, tl.int64)
     i_tile = tl.program_id(0) // heads
     first, L, key = segment(i_tile, i_n, table_ptr, valid_ptr, T, BLOCK_K)
-    if table_ptr is not None or valid_ptr is not None:
+    if table_ptr is not None or valid_ptr is not None:  # noqa: SIM102 (known to the compiler)
         if key >= L:
             return
     row = tl.cast(first, tl.int64)
@@ -100,36 +93,30 @@ def doubled_attention_bwd_dkv_kernel(
     o_p, o_r, m_noisy = query_rows(clean, noisy if PACKED else 0, BLOCK_M, PACKED)
     o_k = key + tl.arange(0, BLOCK_K)
     m_k = o_k < L
+    low = o_k // block * block
     k_ptr += i_n * k_sn + i_h * k_sh + row * k_st
     v_ptr += i_n * v_sn + i_h * v_sh + row * v_st
     b_k = load_rows(k_ptr, 0, o_k, m_k, k_st, D, BLOCK_D)
     b_v = load_rows(v_ptr, 0, o_k, m_k, v_st, DV, BLOCK_DV)
-    begin, full, full_end, end = query_spans(
-        key, L, block, window, ROWS, BLOCK_K, PACKED, NOISY, TOKEN
-    )
+    low = low[:, None]
+    begin, full, end = query_spans(key, L, block, window, ROWS, BLOCK_K, PACKED, NOISY, TOKEN)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
+    # WHOLE, tiles that see every key have a loop without a mask. With several heads it would spill.
+    masked_end = tl.minimum(full, end) if WHOLE else end
     for i in range(group):
         slope = None if slopes_ptr is None else tl.load(slopes_ptr + i) * LOG2E
         b_dk, b_dv = key_grads(
             b_dk, b_dv, b_k, b_v, do_ptr, q_ptr, lse_ptr, delta_ptr, do_st, q_st,
-            begin, tl.minimum(full, end), o_p, o_r, m_noisy, o_k[:, None], L, block,
-            scale * LOG2E, window, cap, slope, D, BLOCK_D, DV, BLOCK_DV, ROWS, NOISY, TOKEN, True,
+            begin, masked_end, o_p, o_r, m_noisy, o_k[:, None], low, L, block, scale * LOG2E,
+            window, cap, slope, D, BLOCK_D, DV, BLOCK_DV, ROWS, NOISY, TOKEN, True,
         )  # fmt: skip
-        if not NOISY:
+        if WHOLE:
             b_dk, b_dv = key_grads(
                 b_dk, b_dv, b_k, b_v, do_ptr, q_ptr, lse_ptr, delta_ptr, do_st, q_st,
-                full, full_end, o_p, o_r, m_noisy, o_k[:, None], L, block,
-                scale * LOG2E, window, cap, slope, D, BLOCK_D, DV, BLOCK_DV, ROWS, NOISY, TOKEN,
-                False,
+                full, end, o_p, o_r, m_noisy, o_k[:, None], low, L, block, scale * LOG2E,
+                window, cap, slope, D, BLOCK_D, DV, BLOCK_DV, ROWS, NOISY, TOKEN, False,
             )  # fmt: skip
-            if window is not None:
-                b_dk, b_dv = key_grads(
-                    b_dk, b_dv, b_k, b_v, do_ptr, q_ptr, lse_ptr, delta_ptr, do_st, q_st,
-                    full_end, end, o_p, o_r, m_noisy, o_k[:, None], L, block,
-                    scale * LOG2E, window, cap, slope, D, BLOCK_D, DV, BLOCK_DV, ROWS, NOISY,
-                    TOKEN, True,
-                )  # fmt: skip
         do_ptr += do_sh
         q_ptr += q_sh
         lse_ptr += rows
@@ -216,14 +203,16 @@ def key_value_grads(
     sizes = (T, rows, Hkv, H // Hkv)
     widths = _attention.widths(D, DV)
     packed, alone, token = _attention.forms(options)
+    window = _attention.window_of(T, options)
+    whole = H == Hkv and window is None
 
     def launch(queries: list[Tensor], start: int, PACKED: bool, NOISY: bool) -> None:
         do, q, lse, delta = queries
         doubled_attention_bwd_dkv_kernel[(count * N * Hkv,)](
             do, q, half(k, start), half(v, start), lse, delta, table, valid, slopes,
             half(dk, start), half(dv, start), *strides, slopes_sn, clean, noisy, *sizes,
-            options.block_size, N * Hkv, options.scale, _attention.window_of(T, options),
-            options.softcap, *widths, tile.BLOCK_M, tile.BLOCK_K, PACKED, NOISY, token,
+            options.block_size, N * Hkv, options.scale, window, options.softcap, *widths,
+            tile.BLOCK_M, tile.BLOCK_K, PACKED, NOISY, token, whole and not NOISY,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 

@@ -107,34 +107,26 @@ def query_spans(
     key, L, block, window, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     PACKED: tl.constexpr, NOISY: tl.constexpr, TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """Positions of the queries that see BLOCK_K keys from `key`: begin, full, full_end, end.
+    """Positions of the queries that see BLOCK_K keys from `key`: begin, full, end.
 
-    Every query from `full` to `full_end` sees every key; of NOISY keys there is none.
+    Without a window every query from `full` on sees every clean key.
     """
     last = tl.minimum(key + BLOCK_K, L) - 1
     low, high = block_of(key, L, block)
     _, last_high = block_of(last, L, block)
+    end = L
     if NOISY:
         begin = low
         end = last_high
+    elif not PACKED:
+        begin = high
+    elif TOKEN:
+        begin = key
     else:
-        end = L
-        if not PACKED:
-            begin = high
-        elif TOKEN:
-            begin = key
-        else:
-            begin = low
+        begin = low
     if window is not None:
         end = tl.minimum(end, last + window)
-    full = end
-    full_end = end
-    if not NOISY:
-        full = begin + tl.cdiv(last_high - begin, ROWS) * ROWS
-        if window is not None:
-            whole = tl.maximum(tl.minimum(key + window, end) - full, 0)
-            full_end = full + whole // ROWS * ROWS
-    return begin, full, full_end, end
+    return begin, begin + tl.cdiv(last_high - begin, ROWS) * ROWS, end
 
 
 @triton.jit
@@ -157,6 +149,20 @@ def visible(o_k, o_t, first, end, window):
     m = o_k < end
     if first is not None:
         m &= o_k >= first
+    if window is not None:
+        m &= o_k > o_t - window
+    return m
+
+
+@triton.jit
+def seen_by(o_k, low, o_t, m_noisy, block, window, NOISY: tl.constexpr, TOKEN: tl.constexpr):
+    """`visible`, from the keys' side: `low` are the first positions of their blocks."""
+    if NOISY:
+        m = (o_t >= low) & (o_t < low + block)
+    elif TOKEN:
+        m = tl.where(m_noisy, o_t >= low + block, o_t >= o_k)
+    else:
+        m = o_t - tl.where(m_noisy, block, 0) >= low
     if window is not None:
         m &= o_k > o_t - window
     return m

@@ -234,10 +234,7 @@ def test_an_upstream_row_changes_the_keys_that_it_sees_and_no_other_bit(change, 
     before = backward(*inputs, options)
     other = torch.where(own[:, None, :, None], do + 8, do)
     inputs = [x.expand(rows, *x.shape[1:]) for x in (q, k, v, o, lse)]
-    after = [
-        backward(other[i], *(x[i] for x in inputs), options)
-        for i in runs(options, rows)
-    ]
+    after = [backward(other[i], *(x[i] for x in inputs), options) for i in runs(options, rows)]
     dq, dk, dv = (
         (torch.cat([grads[i] for grads in after]) != before[i]).any(-1).any(1) for i in range(3)
     )
