@@ -32,6 +32,15 @@ def attention(
         yield "attention groups", lambda: run(groups=4)
         yield "attention documents", lambda: run(documents=True)
         yield "attention blocked documents", lambda: run(block_size=24, documents=True)
+        yield "attention valid", lambda: run(valid=True, noisy_first=True)
+        yield "attention window", lambda: run(window=96)
+        yield "attention scores", lambda: run(softcap=30.0, alibi=True)
+        yield (
+            "attention blocked scores",
+            lambda: run(block_size=24, window=96, softcap=30.0, alibi=True, valid=True),
+        )
+    if D == 128 and dtype == torch.bfloat16:
+        yield "attention values", lambda: run(value_width=64)
 
 
 def attend(
@@ -42,25 +51,46 @@ def attend(
     block_size: int = 1,
     token: bool = False,
     noisy_only: bool = False,
+    noisy_first: bool = False,
     groups: int = 1,
     documents: bool = False,
+    valid: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi: bool = False,
+    value_width: int | None = None,
 ) -> None:
     """Launches the kernels on heads that lie side by side, as a linear layer leaves them."""
-    from dblocks.kernels._attention import settings
+    from dblocks.kernels._attention import Options, settings
     from dblocks.kernels.attention import doubled_attention_fwd
     from dblocks.kernels.attention_bwd import doubled_attention_bwd
 
-    def heads(count: int, rows: int) -> Tensor:
-        samples = 1 if documents else N
-        return torch.empty(samples, rows, count, D, dtype=dtype, device="meta").transpose(1, 2)
+    samples = 1 if documents else N
 
-    q = heads(HEADS, T if noisy_only else 2 * T)
-    k, v = (heads(HEADS // groups, 2 * T) for _ in range(2))
-    cu_seqlens = torch.empty(5, dtype=torch.int32, device="meta") if documents else None
-    options = (block_size, token, D**-0.5, cu_seqlens, noisy_only)
-    tiles = settings(D, dtype, target)
-    o, lse = doubled_attention_fwd(q, k, v, *options, tiles=tiles.forward)
-    doubled_attention_bwd(o, q, k, v, o, lse, *options, [True, True], tiles=tiles)
+    def heads(count: int, rows: int, width: int) -> Tensor:
+        return torch.empty(samples, rows, count, width, dtype=dtype, device="meta").transpose(1, 2)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    DV = value_width or D
+    q = heads(HEADS, T if noisy_only else 2 * T, D)
+    k, v = (heads(HEADS // groups, 2 * T, width) for width in (D, DV))
+    options = Options(
+        block_size=block_size,
+        token=token,
+        scale=D**-0.5,
+        cu_seqlens=integers(5) if documents else None,
+        noisy_only=noisy_only,
+        noisy_first=noisy_first,
+        valid=integers(samples, 2) if valid else None,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=torch.empty(HEADS, device="meta") if alibi else None,
+    )
+    tiles = settings(max(D, DV), dtype, target)
+    o, lse = doubled_attention_fwd(q, k, v, options, tiles=tiles.forward)
+    doubled_attention_bwd(o, q, k, v, o, lse, options, [True, True], tiles=tiles)
 
 
 def cases(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
