@@ -4,16 +4,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := $(VENV)/oldest-triton
 
-.PHONY: help demo results test test-gpu test-hub-old docs gate static asan lint bench bench-gpu clean
+.PHONY: help demo results test test-gpu test-hub-old docs gate kernels-model host-time static asan lint bench bench-gpu clean
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
-$(STAMP): requirements/pinned.txt requirements/no-deps.txt pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP): $(wildcard requirements/*.txt) pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements/pinned.txt
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/beside -r requirements/no-deps.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLDEST) -r requirements/oldest-triton.txt
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -39,8 +41,15 @@ docs: ## the documentation as a site in build/site; a warning is an error
 	build/docs-venv/bin/pip install --quiet -r requirements/docs.txt
 	build/docs-venv/bin/mkdocs build --strict
 
-gate: $(STAMP) ## compile every kernel for four GPU architectures and read registers, stack and widths
+gate: $(STAMP) ## compile every kernel for five GPU architectures, with the oldest and the pinned Triton
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m benchmarks.compile_gate --once
 	$(BIN)/python -m benchmarks.compile_gate
+
+kernels-model: $(STAMP) ## what a cycle model of an H200 says of each kernel, beside the goals; no GPU
+	$(BIN)/python -m benchmarks.model
+
+host-time: $(STAMP) ## microseconds of the host a call, beside eager PyTorch and Liger; no GPU
+	$(BIN)/python -m benchmarks.model host
 
 static: $(STAMP) ## registers, instructions and launch settings of every kernel: benchmarks/static.md
 	$(BIN)/python -m benchmarks.static

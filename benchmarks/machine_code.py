@@ -22,7 +22,7 @@ def output(*command: object) -> str:
     return done.stdout + done.stderr
 
 
-def usage(cubin: Path) -> tuple[int, int]:
+def usage(cubin: str) -> tuple[int, int]:
     """Registers and stack bytes of a compiled kernel."""
     said = output(NVIDIA_BIN / "cuobjdump", "-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
@@ -36,7 +36,7 @@ def read_nvidia(cubin: bytes, *, code: bool) -> tuple[int, int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        registers, stack = usage(Path(file.name))
+        registers, stack = usage(file.name)
         if not code:
             return registers, stack, 0, NOT_READ
         sass = output(NVIDIA_BIN / "cuobjdump", "-sass", file.name)
