@@ -28,8 +28,14 @@ results: $(STAMP) ## the full recipe with 3 seeds; finished runs are kept; rewri
 test: $(STAMP) ## the whole default test suite, in Triton's interpreter where there is no GPU
 	$(BIN)/python -m pytest -q
 
-test-gpu: ## the same tests on a GPU, with the packages of PYTHON
-	PYTHONPATH=. $(PYTHON) -m pytest -q tests/ops tests/kernels tests/models tests/test_train.py
+# In several processes where PYTHON has pytest-xdist; most of the time goes to compiling kernels.
+JOBS ?= $(shell nproc)
+GPU_TESTS := tests/kernels tests/ops tests/models tests/adapters tests/test_fuse.py \
+	tests/test_fuse_models.py tests/test_generate.py tests/test_train.py
+test-gpu: ## the tests that a GPU can run, with the packages of PYTHON; what is missing is named
+	@$(PYTHON) -c "import xdist" || echo "no pytest-xdist for $(PYTHON): one process, not $(JOBS)"
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -rs $(GPU_TESTS) \
+		$$($(PYTHON) -c "import xdist; print('-n $(JOBS) --dist worksteal')" 2>/dev/null)
 
 test-hub-old: $(STAMP) ## convert and fuse_ with old versions of transformers, timm and diffusers
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/hub-old -r requirements/hub-old.txt
@@ -75,10 +81,15 @@ bench: $(STAMP) ## every op and a training step beside their peers, each checked
 	$(BIN)/python -m benchmarks.fuse --out benchmarks/results/fuse
 	$(BIN)/python -m benchmarks.finetune --out benchmarks/results/finetune
 
-bench-gpu: ## the same on a GPU, 64M elements in bfloat16, with the packages of PYTHON
-	PYTHONPATH=. $(PYTHON) -m benchmarks.run --device cuda --out benchmarks/results
-	PYTHONPATH=. $(PYTHON) -m benchmarks.step --device cuda --out benchmarks/results
-	PYTHONPATH=. $(PYTHON) -m benchmarks.fuse --device cuda --out benchmarks/results/fuse
+# Five minutes: 150 s of ops, the rest for steps; `timeout` ends what takes longer, rows are kept.
+BUDGET ?= 150
+bench-gpu: ## the same on a GPU, 64M elements in bfloat16, with the packages of PYTHON, in 5 minutes
+	PYTHONPATH=. timeout 200 $(PYTHON) -m benchmarks.run --device cuda --rounds 5 \
+		--budget $(BUDGET) --out benchmarks/results || test $$? -eq 124
+	PYTHONPATH=. timeout 45 $(PYTHON) -m benchmarks.step --device cuda --rounds 5 \
+		--out benchmarks/results || test $$? -eq 124
+	PYTHONPATH=. timeout 50 $(PYTHON) -m benchmarks.fuse --device cuda --rounds 5 \
+		--out benchmarks/results/fuse || test $$? -eq 124
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .hypothesis .ruff_cache
