@@ -4,16 +4,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := $(VENV)/oldest-triton
 
-.PHONY: help demo results test test-gpu test-hub-old docs gate static asan lint bench bench-gpu clean
+.PHONY: help demo results test test-gpu test-hub-old docs gate kernels-model host-time static asan lint bench bench-gpu clean
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
-$(STAMP): requirements/pinned.txt requirements/no-deps.txt pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP): $(wildcard requirements/*.txt) pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements/pinned.txt
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/beside -r requirements/no-deps.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(OLDEST) -r requirements/oldest-triton.txt
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -26,8 +28,14 @@ results: $(STAMP) ## the full recipe with 3 seeds; finished runs are kept; rewri
 test: $(STAMP) ## the whole default test suite, in Triton's interpreter where there is no GPU
 	$(BIN)/python -m pytest -q
 
-test-gpu: ## the same tests on a GPU, with the packages of PYTHON
-	PYTHONPATH=. $(PYTHON) -m pytest -q tests/ops tests/kernels tests/models tests/test_train.py
+# In several processes where PYTHON has pytest-xdist; most of the time goes to compiling kernels.
+JOBS ?= $(shell nproc)
+GPU_TESTS := tests/kernels tests/ops tests/models tests/adapters tests/test_fuse.py \
+	tests/test_fuse_models.py tests/test_generate.py tests/test_train.py
+test-gpu: ## the tests that a GPU can run, with the packages of PYTHON; what is missing is named
+	@$(PYTHON) -c "import xdist" || echo "no pytest-xdist for $(PYTHON): one process, not $(JOBS)"
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -rs $(GPU_TESTS) \
+		$$($(PYTHON) -c "import xdist; print('-n $(JOBS) --dist worksteal')" 2>/dev/null)
 
 test-hub-old: $(STAMP) ## convert and fuse_ with old versions of transformers, timm and diffusers
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/hub-old -r requirements/hub-old.txt
@@ -39,8 +47,15 @@ docs: ## the documentation as a site in build/site; a warning is an error
 	build/docs-venv/bin/pip install --quiet -r requirements/docs.txt
 	build/docs-venv/bin/mkdocs build --strict
 
-gate: $(STAMP) ## compile every kernel for four GPU architectures and read registers, stack and widths
+gate: $(STAMP) ## compile every kernel for five GPU architectures, with the oldest and the pinned Triton
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m benchmarks.compile_gate --once
 	$(BIN)/python -m benchmarks.compile_gate
+
+kernels-model: $(STAMP) ## what a cycle model of an H200 says of each kernel, beside the goals; no GPU
+	$(BIN)/python -m benchmarks.model
+
+host-time: $(STAMP) ## microseconds of the host a call, beside eager PyTorch and Liger; no GPU
+	$(BIN)/python -m benchmarks.model host
 
 static: $(STAMP) ## registers, instructions and launch settings of every kernel: benchmarks/static.md
 	$(BIN)/python -m benchmarks.static
@@ -66,10 +81,15 @@ bench: $(STAMP) ## every op and a training step beside their peers, each checked
 	$(BIN)/python -m benchmarks.fuse --out benchmarks/results/fuse
 	$(BIN)/python -m benchmarks.finetune --out benchmarks/results/finetune
 
-bench-gpu: ## the same on a GPU, 64M elements in bfloat16, with the packages of PYTHON
-	PYTHONPATH=. $(PYTHON) -m benchmarks.run --device cuda --out benchmarks/results
-	PYTHONPATH=. $(PYTHON) -m benchmarks.step --device cuda --out benchmarks/results
-	PYTHONPATH=. $(PYTHON) -m benchmarks.fuse --device cuda --out benchmarks/results/fuse
+# Five minutes: 150 s of ops, the rest for steps; `timeout` ends what takes longer, rows are kept.
+BUDGET ?= 150
+bench-gpu: ## the same on a GPU, 64M elements in bfloat16, with the packages of PYTHON, in 5 minutes
+	PYTHONPATH=. timeout 200 $(PYTHON) -m benchmarks.run --device cuda --rounds 5 \
+		--budget $(BUDGET) --out benchmarks/results || test $$? -eq 124
+	PYTHONPATH=. timeout 45 $(PYTHON) -m benchmarks.step --device cuda --rounds 5 \
+		--out benchmarks/results || test $$? -eq 124
+	PYTHONPATH=. timeout 50 $(PYTHON) -m benchmarks.fuse --device cuda --rounds 5 \
+		--out benchmarks/results/fuse || test $$? -eq 124
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -5,20 +5,24 @@ with exactly the settings and argument specialisation that a real launch has. Th
 kernel does not compile, wants more shared memory than there is, or moves contiguous bf16 rows by
 anything narrower than 16 bytes. Kernels over rows may not use the stack (spill) on an NVIDIA target
 at D <= 4,096. Those of attention must multiply 16-bit matrices by the chip's own instruction, and
-may not use the stack on sm_90 at the head widths 64 and 128.
+may not use the stack on sm_90 at the head widths 64 and 128. No kernel may have its matrix products
+on sm_90 one after another (ptxas calls that serialized), and no kernel may be left out.
 
     python -m benchmarks.compile_gate            everything, about 30 minutes on 2 cores
-    python -m benchmarks.compile_gate --slice    what the test suite runs, about two minutes
+    python -m benchmarks.compile_gate --slice    what the test suite runs, about a minute
+    python -m benchmarks.compile_gate --once     every case once, for one GPU: half a minute
+
+Another Triton than the installed one takes its place by a folder on PYTHONPATH; `make gate` and the
+tests do so with the oldest one that is supported.
 """
 
 import argparse
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +33,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from benchmarks import machine_code
+from benchmarks.machine_code import NOT_READ
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -43,6 +50,10 @@ HEAD_WIDTHS = (16, 64, 96, 128, 256)
 SLICE_HEAD_WIDTHS = (64, 128)
 # Of attention the slice has all three forms on one target, and one on the others.
 SLICE_ATTENTION = ("attention", "attention blocked", "attention noisy")
+# Where a case is compiled once: at the first of these widths that has it.
+ONCE_WIDTHS = (1536, 4096, 128)
+ONCE_TARGET = "sm_90"
+TWO_KERNELS = (16384, "bf16", "adaln", ONCE_TARGET)  # a width whose backward is more than one
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 ROW_DTYPES = ("bf16", "f32")
 ROW_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # only attention has tiles for sm_86
@@ -53,7 +64,7 @@ WRITES_NO_ROWS = ("group_grads_kernel", "column_sums_kernel")
 MATRIX = {
     "sm_80": "mma.sync",
     "sm_86": "mma.sync",
-    "sm_90": "wgmma.mma_async",
+    "sm_90": machine_code.WGMMA,
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
@@ -66,14 +77,15 @@ SHARED_BYTES = {
     "sm_100": 227 << 10,
     "gfx942": 64 << 10,
 }
-NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+KERNELS = Path(__file__).parents[1] / "kernels"
 
 
 class Launch(NamedTuple):
     """One caught launch, compiled: `stack` in bytes, `widths` the sizes of its global accesses.
 
     `instructions` are counted for NVIDIA targets only, as they lie in the code; `matrix` are those
-    among them that multiply matrices by the chip's own instruction.
+    among them that multiply matrices by the chip's own instruction. `widths` is NOT_READ where the
+    code was not disassembled; `serialized` is why ptxas lets matrix products wait for each other.
     """
 
     case: str
@@ -88,21 +100,25 @@ class Launch(NamedTuple):
     matrix: int
     instructions: int
     widths: str
+    serialized: str
     error: str
 
 
-class _Caught(NamedTuple):
+class Caught(NamedTuple):
+    """A launch that did not happen."""
+
     fn: JITFunction
     args: tuple
     kwargs: dict[str, Any]
+    grid: tuple[int, ...]
 
 
-def catch(launch: Callable[[], object]) -> list[_Caught]:
+def catch(launch: Callable[[], object]) -> list[Caught]:
     """The kernel launches that `launch` makes, none of which runs."""
-    caught: list[_Caught] = []
+    caught: list[Caught] = []
 
     def run(self, *args, grid, warmup, **kwargs):
-        caught.append(_Caught(self, args, kwargs))
+        caught.append(Caught(self, args, kwargs, grid))
 
     original, JITFunction.run = JITFunction.run, run
     try:
@@ -112,7 +128,7 @@ def catch(launch: Callable[[], object]) -> list[_Caught]:
     return caught
 
 
-def compile_launch(caught: _Caught, target: GPUTarget) -> Any:
+def compile_launch(caught: Caught, target: GPUTarget) -> Any:
     """Compiles a caught launch for `target` with the specialisation of its arguments."""
     backend = make_backend(target)
     bind = create_function_from_signature(caught.fn.signature, caught.fn.params, backend)
@@ -134,66 +150,41 @@ def cases(D: int, dtype: torch.dtype, target: str) -> Iterator[tuple[str, Callab
         yield from compile_cases.cases(D, dtype)
 
 
-def read_nvidia(cubin: bytes) -> tuple[int, int, int, str]:
-    """Registers, stack bytes, instructions, and widths of the global accesses."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = str(NVIDIA_BIN / "cuobjdump")
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed no usage: {usage.stdout}{usage.stderr}")
-    accesses = re.findall(r"\b(LDG|STG)\.E(?:\.[A-Z]+)*?(?:\.(U8|U16|64|128))?\b", sass.stdout)
-    counts: dict[str, int] = {}
-    for op, width in accesses:
-        key = f"{op[0]}{width.lstrip('U') or '32'}"
-        counts[key] = counts.get(key, 0) + 1
-    registers, stack = map(int, found.groups())
-    instructions = sum(
-        1 for i in re.findall(r"/\*[0-9a-f]{4,}\*/ +([^;]+);", sass.stdout) if i.strip() != "NOP"
-    )
-    widths = " ".join(f"{k}x{v}" for k, v in sorted(counts.items()))
-    return registers, stack, instructions, widths
-
-
-def read_amd(asm: str) -> tuple[int, int, int, str]:
-    """Registers and stack bytes from the metadata of the AMD assembly."""
-
-    def field(name: str) -> int:
-        found = re.search(rf"\.{name}:?\s+(\d+)", asm)
-        return int(found.group(1)) if found else 0
-
-    return field("vgpr_count"), field("private_segment_fixed_size"), 0, ""
-
-
-def check_case(job: "Job") -> list[Launch]:
-    """Compiles every launch of one case for one target."""
+def check_case(job: "Job", *, code: bool = True) -> list[Launch]:
+    """Compiles every launch of one case for one target; its code is read if `code`."""
     D, dtype, case, target = job
     launch = dict(cases(D, DTYPES[dtype], target))[case]
     rows = []
     for caught in catch(launch):
-        name = caught.fn.__name__
-        about = (case, name, target, D, dtype)
+        about = (case, caught.fn.__name__, target, D, dtype)
         try:
-            kernel = compile_launch(caught, TARGETS[target])
-            if target == "gfx942":
-                asm = kernel.asm["amdgcn"]
-                registers, stack, instructions, widths = read_amd(asm)
-            else:
-                asm = kernel.asm["ptx"]
-                registers, stack, instructions, widths = read_nvidia(kernel.asm["cubin"])
+            rows.append(_compiled(about, caught, code))
         except Exception as exception:
-            error = f"{type(exception).__name__}: {str(exception)[-300:]}"
-            rows.append(Launch(*about, 0, 0, 0, 0, 0, 0, "", error))
-            continue
-        matrix = asm.count(MATRIX[target])
-        warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-        rows.append(
-            Launch(*about, warps, registers, stack, shared, matrix, instructions, widths, "")
-        )
+            rows.append(Launch(*about, 0, 0, 0, 0, 0, 0, "", "", _cause(exception)))
     return rows
+
+
+def _compiled(about: tuple[str, str, str, int, str], caught: Caught, code: bool) -> Launch:
+    """What the compiler made of a launch."""
+    target = about[2]
+    kernel = compile_launch(caught, TARGETS[target])
+    if target == "gfx942":
+        asm = kernel.asm["amdgcn"]
+        registers, stack, instructions, widths = machine_code.read_amd(asm)
+    else:
+        asm = kernel.asm["ptx"]
+        cubin = kernel.asm["cubin"]
+        registers, stack, instructions, widths = machine_code.read_nvidia(cubin, code=code)
+    waits = machine_code.serialized(asm) if target == "sm_90" else ""
+    of_all = (kernel.metadata.num_warps, registers, stack, kernel.metadata.shared)
+    return Launch(*about, *of_all, asm.count(MATRIX[target]), instructions, widths, waits, "")
+
+
+def _cause(exception: BaseException) -> str:
+    """The first of the exceptions that led to this one, on a line: what the compiler refused."""
+    while exception.__cause__:
+        exception = exception.__cause__
+    return f"{type(exception).__name__}: {' '.join(str(exception).split())[-300:]}"
 
 
 def failures(row: Launch) -> list[str]:
@@ -208,7 +199,9 @@ def failures(row: Launch) -> list[str]:
         found.append(f"no {MATRIX[row.target]}")
     if row.stack and not may_use_stack(row, attention):
         found.append(f"{row.stack} bytes of stack")
-    if row.target != "gfx942" and row.dtype == "bf16":
+    if row.serialized:
+        found.append(f"{MATRIX[row.target]} serialized: {row.serialized}")
+    if row.target != "gfx942" and row.dtype == "bf16" and row.widths != NOT_READ:
         if "L128x" not in row.widths:
             found.append("no 16-byte global load")
         if "S128x" not in row.widths and not writes_no_rows(row):
@@ -244,41 +237,82 @@ def jobs(widths: tuple[int, ...], targets: tuple[str, ...]) -> list[Job]:
 
 
 def slice_jobs() -> list[Job]:
-    """What the test suite runs."""
-    rows = jobs(SLICE_WIDTHS, ("sm_90", "gfx942"))
+    """What the test suite runs; float32, whose accesses nothing is asked of, at one width."""
+    rows = [
+        job
+        for job in jobs(SLICE_WIDTHS, ("sm_90", "gfx942"))
+        if job[1] == "bf16" or job[0] == SLICE_WIDTHS[0]
+    ]
     attention = [
         (D, dtype, case, target)
         for D, dtype, case, target in jobs(SLICE_HEAD_WIDTHS, ROW_TARGETS)
         if dtype == "bf16" and case in SLICE_ATTENTION
         if target == "sm_90" or (D, case) == (128, "attention blocked")
     ]
-    return rows + attention
+    return [*rows, *attention, TWO_KERNELS]
+
+
+def once_jobs() -> list[Job]:
+    """Every case once, in bfloat16."""
+    found: dict[str, Job] = {}
+    for D in ONCE_WIDTHS:
+        for case, _ in cases(D, torch.bfloat16, ONCE_TARGET):
+            found.setdefault(case, (D, "bf16", case, ONCE_TARGET))
+    return [*found.values(), TWO_KERNELS]
+
+
+def launched_kernels() -> set[str]:
+    """The names of the kernels in kernels/."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in KERNELS.glob("*.py"))
+    return set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
+
+
+def checked(todo: list[Job], workers: int, *, code: bool) -> Iterator[Launch]:
+    """The launches of all jobs, as they are compiled."""
+    with ProcessPoolExecutor(workers) as pool:
+        for rows in pool.map(partial(check_case, code=code), todo):
+            yield from rows
+
+
+def report(launches: Iterable[Launch]) -> tuple[int, int, set[str]]:
+    """Prints a line a launch; how many there were, how many failed, and of which kernels."""
+    columns = [f for f in Launch._fields if f not in ("serialized", "error")]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    failed, count, kernels = 0, 0, set()
+    for row in launches:
+        count += 1
+        kernels.add(row.kernel)
+        wrong = failures(row)
+        failed += bool(wrong)
+        note = f" **{'; '.join(wrong)}**" if wrong else ""
+        print(f"| {' | '.join(str(getattr(row, c)) for c in columns)} |{note}", flush=True)
+    return count, failed, kernels
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--slice", action="store_true", help="only what the tests run")
+    parser.add_argument("--once", action="store_true", help="only every case once, for one GPU")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=None)
     parser.add_argument("--widths", nargs="+", type=int, default=None)
     parser.add_argument("--case", default="", help="only the cases whose name contains this")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    print(f"triton {triton.__version__}, torch {torch.__version__}\n")
     widths, targets = args.widths or WIDTHS + HEAD_WIDTHS, args.targets or TARGETS
-    todo = slice_jobs() if args.slice else jobs(tuple(widths), tuple(targets))
+    if args.once or args.slice:
+        todo = once_jobs() if args.once else slice_jobs()
+    else:
+        todo = jobs(tuple(widths), tuple(targets))
     todo = [job for job in todo if args.case in job[2]]
-    columns = [f for f in Launch._fields if f != "error"]
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    failed = count = 0
-    with ProcessPoolExecutor(args.workers) as pool:
-        for rows in pool.map(check_case, todo):
-            for row in rows:
-                count += 1
-                wrong = failures(row)
-                failed += bool(wrong)
-                note = f" **{'; '.join(wrong)}**" if wrong else ""
-                print(f"| {' | '.join(str(v) for v in row[:-1])} |{note}", flush=True)
+    count, failed, kernels = report(checked(todo, args.workers, code=not args.once))
     print(f"{count} kernels compiled, {failed} failed")
-    return 1 if failed or not count else 0
+    if args.case or args.widths:
+        return 1 if failed or not count else 0
+    left_out = launched_kernels() - kernels
+    if left_out:
+        print(f"no case launches {', '.join(sorted(left_out))}: add one to compile_cases.py")
+    return 1 if failed or left_out else 0
 
 
 if __name__ == "__main__":

@@ -241,7 +241,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # diffusers imports transformers, which stops at a torchvision built for another torch.
     sys.modules.setdefault("torchvision", None)  # pyright: ignore[reportArgumentType]
-    import diffusers
+    try:
+        import diffusers
+    except ImportError as error:
+        print(f"absent: diffusers is not installed ({error}), so none of its models is timed")
+        return 0
 
     device = torch.device(args.device)
     rows: list[dict[str, Any]] = []

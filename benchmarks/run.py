@@ -2,6 +2,7 @@
 
     python -m benchmarks.run                          all shapes of this machine's CPU
     python -m benchmarks.run --device cuda            64M elements in bfloat16 (128 MiB a tensor)
+    python -m benchmarks.run --device cuda --budget 180      the first shape of every op first
     python -m benchmarks.run --op adaln --rounds 20
     python -m benchmarks.run --compare old.json       and what has changed since
 
@@ -19,6 +20,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ DIRECTIONS = ("forward", "backward", "both")
 REFERENCE = "reference"  # the name of our own reference where it is a peer
 OVERHEAD_WIDTH = 8  # of one row, where a CPU call is all overhead
 FORMAT = 2
+NO_MEMORY = "out of memory"
 
 
 def measure(
@@ -55,7 +58,8 @@ def measure(
     good: dict[str, Contender] = {}
     for name, peer in peers.items():
         once[name] = _examine(op, peer, inputs, device)
-        if not isinstance(peer, str) and not once[name]["wrong"]:
+        if not once[name].get("absent") and not once[name]["wrong"]:
+            assert not isinstance(peer, str)
             good[name] = contender(peer)
             if device.type == "cuda":
                 forward = call_of(op, good[name].call, inputs, "forward")
@@ -75,6 +79,8 @@ def measure(
             if direction == "forward" or not peer.forward_only
         }
         runs |= {n: call_of(op, p.call, inputs, direction) for n, p in taking_part.items()}
+        full = _without_memory(runs)
+        runs = {n: run for n, run in runs.items() if n not in full}
         # The reference may fill gigabytes, after which the next peer finds the machine slower for
         # more than a call: it takes its turns when the others had theirs.
         last = {n: runs.pop(n) for n in [REFERENCE] if n in runs}
@@ -85,6 +91,8 @@ def measure(
             row = head | {"direction": direction, "peer": name} | once[name]
             if name in good and name not in taking_part:
                 row["absent"] = good[name].forward_only
+            if name in full:
+                row["absent"] = NO_MEMORY
             if name in times:
                 figures = timing.summary(times[name])
                 ms = figures["ms"]
@@ -96,6 +104,18 @@ def measure(
                     row["peak_bytes"] = timing.cuda_peak_bytes((runs | last)[name])
             rows.append(row)
     return rows
+
+
+def _without_memory(runs: dict[str, timing.Run]) -> list[str]:
+    """Those whose call does not fit the device: their rows say so, and the others are timed."""
+    full = []
+    for name, run in runs.items():
+        try:
+            run()
+        except torch.OutOfMemoryError:
+            full.append(name)
+            torch.cuda.empty_cache()
+    return full
 
 
 def contender(peer: Peer | Contender) -> Contender:
@@ -116,8 +136,12 @@ def _examine(
         return {"absent": peer, "wrong": ""}
     peer = contender(peer)
     op = part_of(op, peer)
-    first = timing.first_call_ms(call_of(op, peer.call, inputs, "both"), device)
-    return {"first_ms": first, "wrong": wrong(op, peer.call, inputs, peer.definition)}
+    try:
+        first = timing.first_call_ms(call_of(op, peer.call, inputs, "both"), device)
+        return {"first_ms": first, "wrong": wrong(op, peer.call, inputs, peer.definition)}
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return {"absent": f"{NO_MEMORY} ({str(error)[:60]})", "wrong": ""}
 
 
 def overhead(op: Op, device: torch.device) -> list[dict[str, Any]]:
@@ -165,9 +189,15 @@ def run(
     dtypes: Sequence[str] | None = None,
     rounds: int = 10,
     memory: bool = False,
+    budget: float | None = None,
+    emit: Callable[[dict[str, Any]], object] = lambda row: None,
 ) -> dict[str, Any]:
-    """Everything, as the JSON values of a result file; progress goes to stderr."""
-    kind = device.type
+    """Everything, as the JSON values of a result file; progress goes to stderr.
+
+    `emit` gets each row as it comes. With a `budget` in seconds the first shape of every op comes
+    before the second of any, and what it does not allow has a row that says so.
+    """
+    kind, began = device.type, time.monotonic()
     rows: list[dict[str, Any]] = []
     small: list[dict[str, Any]] = []
     todo = [
@@ -176,13 +206,23 @@ def run(
         for shape in shapes or op.shapes[kind]
         for dtype in dtypes or op.dtypes[kind]
     ]
+    if budget is not None:
+        todo.sort(key=lambda case: list(shapes or case[0].shapes[kind]).index(case[1]))
     for number, (op, shape, dtype) in enumerate(todo, 1):
+        if budget is not None and time.monotonic() - began > budget:
+            head = {"op": op.name, "shape": list(shape), "dtype": dtype}
+            why = {"absent": f"the budget of {budget:.0f} s is spent", "wrong": ""}
+            rows.append(head | {"direction": "both", "peer": "dblocks"} | why)
+            emit(rows[-1])
+            continue
         print(f"[{number}/{len(todo)}] {op.name} {tuple(shape)} {dtype}", file=sys.stderr)
         largest = max(shapes or op.shapes[kind], key=math.prod)
-        rows += measure(
+        for row in measure(
             op, shape, getattr(torch, dtype), device, rounds,
             memory=memory and shape == largest and dtype == (dtypes or op.dtypes[kind])[0],
-        )  # fmt: skip
+        ):  # fmt: skip
+            rows.append(row)
+            emit(row)
     if kind == "cpu":
         small = [row for op in ops for row in overhead(op, device)]
     matmul = {
@@ -197,6 +237,12 @@ def run(
         "rows": rows,
         "overhead": small,
     }
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    """Adds a row to the file that is there until the run has ended, or was cut off."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -214,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="N T D; N H Hkv T Dh of doubled_attention, R V D of linear_cross_entropy; repeatable",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=10, help="turns of every peer")
+    parser.add_argument("--budget", type=float, help="seconds; the least valuable is left out")
     parser.add_argument("--memory", action="store_true", help="peak memory, in fresh processes")
     parser.add_argument("--out", type=Path, help="folder of the result files")
     parser.add_argument("--compare", type=Path, help="a result file to compare with")
@@ -225,6 +272,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected = len(op.shapes[args.device][0])
         if len(shape) != expected:
             parser.error(f"--shape of {op.name} must have {expected} sizes, got {shape}")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        lines = args.out / f"ops-{device.type}.jsonl"
+        lines.unlink(missing_ok=True)
     result = run(
         device,
         ops=ops,
@@ -232,10 +283,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtypes=args.dtype,
         rounds=args.rounds,
         memory=args.memory,
+        budget=args.budget,
+        emit=lambda row: _append(lines, row) if args.out else None,
     )
     print(report.document(result, old))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
+        lines.unlink()  # the whole record takes its place
         path = args.out / f"ops-{device.type}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         report.write(result, path.with_suffix(""), old)

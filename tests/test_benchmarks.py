@@ -138,6 +138,63 @@ def test_a_wrong_output_gets_no_figure(bench, adaln, monkeypatch):
     assert "wrong: error" in bench.report.table(rows)
 
 
+def test_a_peer_without_memory_has_a_row(bench, adaln, monkeypatch):
+    def full(**inputs):
+        raise torch.OutOfMemoryError("34 GB of scores")
+
+    calls = []
+
+    def full_when_timed(**inputs):
+        calls.append(len(calls))
+        if len(calls) > 2:  # after the first call and the comparison
+            raise torch.OutOfMemoryError("fragments")
+        return adaln.eager(**inputs)
+
+    op = adaln._replace(needs_grad=())
+    peers = {"dblocks": op.ours, "full": full, "later": full_when_timed, "eager": op.eager}
+    only(bench, monkeypatch, peers)
+    rows = {row["peer"]: row for row in bench.run.measure(op, SHAPE, torch.float32, CPU, rounds=2)}
+    assert rows["full"]["absent"] == "out of memory (34 GB of scores)"
+    assert rows["later"]["absent"] == "out of memory"
+    assert all("ms" not in rows[name] for name in ("full", "later"))
+    assert all(rows[name]["ms"] > 0 for name in ("dblocks", "eager"))
+    assert "absent: out of memory (34 GB" in bench.report.table(list(rows.values()))
+
+
+def test_the_budget_leaves_out_the_last_shapes_and_names_them(bench, adaln, monkeypatch):
+    only(bench, monkeypatch, {"dblocks": adaln.ours})
+    other = next(op for op in bench.registry.OPS if op.name == "adaln_rms")
+    done = []
+
+    def measure(op, shape, *_, **__):
+        done.append((op.name, shape))
+        clock["now"] += 1.0
+        return [row("dblocks", 1.0, op=op.name, shape=list(shape))]
+
+    clock = {"now": 0.0}
+    monkeypatch.setattr(bench.run, "measure", measure)
+    monkeypatch.setattr(bench.run.time, "monotonic", lambda: clock["now"])
+    seen, shapes = [], [(4, 64, 192), (2, 512, 768)]
+    result = bench.run.run(
+        CPU, ops=[adaln, other], shapes=shapes, dtypes=["float32"], rounds=2, budget=1.5,
+        emit=seen.append,
+    )  # fmt: skip
+    assert done == [("adaln", shapes[0]), ("adaln_rms", shapes[0])]
+    assert seen == result["rows"]
+    left_out = [(r["op"], r["shape"]) for r in seen if r.get("absent", "").startswith("the budget")]
+    assert left_out == [("adaln", list(shapes[1])), ("adaln_rms", list(shapes[1]))]
+    assert "absent: the budget of 2 s is spent" in bench.report.table(seen[2:])
+
+
+def test_the_reference_of_attention_takes_no_part_where_its_scores_are_too_many(bench):
+    q = torch.empty(4, 32, 2 * 4096, 64, dtype=torch.bfloat16, device="meta")
+    is_cuda = type("OnGpu", (), {
+        "is_cuda": True, "shape": q.shape, "element_size": lambda self: q.element_size(),
+    })()  # fmt: skip
+    with pytest.raises(torch.OutOfMemoryError, match="69 GB"):
+        bench.attention.reference(is_cuda, is_cuda, is_cuda)
+
+
 def test_a_wrong_gradient_gets_no_figure(bench, adaln):
     class Halved(torch.autograd.Function):
         @staticmethod

@@ -51,9 +51,9 @@ def op(name, impl):
     return getattr(torch.ops.dblocks, f"{name}_{impl}").default
 
 
-def compiled(module, *arguments):
+def compiled(module, *arguments, **more):
     """Runs a module that compiles for GPUs: the tests' interpreter must not be on in it."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | more
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True,
