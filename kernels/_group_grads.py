@@ -9,7 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dblocks.kernels import _launch
-from dblocks.kernels._rows import load_group, load_rows, load_tokens, store_rows, token_of
+from dblocks.kernels._rows import (
+    load_channels,
+    load_group,
+    load_rows,
+    load_tokens,
+    store_rows,
+    token_of,
+)
 
 COLUMNS = 256  # of the second form for wide rows: 32 lanes of 8 elements
 COLUMN_ROWS = 8
@@ -19,8 +26,9 @@ FINISH_CHUNKS = 32
 
 @triton.jit(do_not_specialize=["T", "S", "L", "chunk", "num_chunks"])
 def column_sums_kernel(
-    dy_ptr, x_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, branch_ptr, partial_ptr,
-    dy_sn, dy_st, x_sn, x_st, scale_sn, scale_ss, branch_sn, branch_st,
+    dy_ptr, dx_new_ptr, x_ptr, scale_ptr, weight_ptr, mean_ptr, rstd_ptr, means_ptr, branch_ptr,
+    partial_ptr,
+    dy_sn, dy_st, dx_new_sn, dx_new_st, x_sn, x_st, scale_sn, scale_ss, branch_sn, branch_st,
     T, S, L, D, chunk, num_chunks,
     RMS: tl.constexpr, PER_TOKEN: tl.constexpr, SUM_NORM: tl.constexpr, SUM_GATE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -34,25 +42,40 @@ def column_sums_kernel(
     b_A = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     b_B = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     b_dgate = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    b_weight = load_channels(weight_ptr, o_d, m_d, 1.0)
+    if not PER_TOKEN:
+        b_scale = load_group(scale_ptr, i_g, S, scale_sn, scale_ss, o_d, m_d, 0.0)
     for first in range(start, min(start + chunk, L), BLOCK_R):
         o_l = first + tl.arange(0, BLOCK_R)
         m_l = o_l < L
         m = m_l[:, None] & m_d[None, :]
         i_n, i_t = token_of(i_g, o_l, T, S, L, PER_TOKEN)
         row = tl.cast(i_g, tl.int64) * L + o_l
-        if SUM_NORM:
+        if PER_TOKEN:
+            b_scale = load_tokens(scale_ptr, i_n, i_t, scale_sn, scale_ss, o_d, m, 0.0)
+        b_dh = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        if dy_ptr is not None:
             b_dy = load_rows(dy_ptr, i_n, i_t, dy_sn, dy_st, o_d, m)
-            if PER_TOKEN:
-                b_dy *= 1 + load_tokens(scale_ptr, i_n, i_t, scale_sn, scale_ss, o_d, m, 0.0)
             b_xhat = load_rows(x_ptr, i_n, i_t, x_sn, x_st, o_d, m)
+            b_rstd = tl.load(rstd_ptr + row, mask=m_l, other=0.0)[:, None]
             if not RMS:
                 b_xhat -= tl.load(mean_ptr + row, mask=m_l, other=0.0)[:, None]
-            b_A += b_dy * b_xhat * tl.load(rstd_ptr + row, mask=m_l, other=0.0)[:, None]
-            b_B += b_dy
+            b_xhat *= b_rstd
+            if SUM_GATE:
+                b_dh = b_dy * (1 + b_scale) * b_weight
+                b_dh -= b_xhat * tl.load(means_ptr + 2 * row + 1, mask=m_l, other=0.0)[:, None]
+                if not RMS:
+                    b_dh -= tl.load(means_ptr + 2 * row, mask=m_l, other=0.0)[:, None]
+                b_dh *= b_rstd
+            if SUM_NORM:
+                if PER_TOKEN:
+                    b_dy *= 1 + b_scale
+                b_A += b_dy * b_xhat
+                b_B += b_dy
         if SUM_GATE:
-            b_branch = load_rows(branch_ptr, i_n, i_t, branch_sn, branch_st, o_d, m)
-            p = dx_ptr + row[:, None] * D + o_d[None, :]
-            b_dgate += tl.load(p, mask=m, other=0.0).to(tl.float32) * b_branch
+            if dx_new_ptr is not None:
+                b_dh += load_rows(dx_new_ptr, i_n, i_t, dx_new_sn, dx_new_st, o_d, m)
+            b_dgate += b_dh * load_rows(branch_ptr, i_n, i_t, branch_sn, branch_st, o_d, m)
     p = partial_ptr + tl.cast(i_p, tl.int64) * 3 * D + o_d
     if SUM_NORM:
         tl.store(p, tl.sum(b_A, axis=0), mask=m_d)
@@ -109,25 +132,31 @@ def group_grads_kernel(
 
 def column_sums(
     dy: Tensor | None,
+    dx_new: Tensor | None,
     x: Tensor,
     scale: Tensor | None,
+    weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    dx: Tensor | None,
+    means: Tensor | None,
     branch: Tensor | None,
     partial: Tensor,
     g: _launch.Groups,
     chunk: int,
     rms: bool,
+    sum_norm: bool,
 ) -> None:
-    """Fills the partial sums of wide rows; `dy` is None without A and B, `dx` without dgate."""
+    """Fills the partial sums of wide rows, without A and B or, where `branch` is None, dgate.
+
+    `means` [N, T, 2] are those of a and of a xhat (see adaln_bwd), of which dh is made again.
+    """
     D = x.shape[-1]
     num_chunks = triton.cdiv(g.L, chunk)
     column_sums_kernel[(g.count * num_chunks * triton.cdiv(D, COLUMNS),)](
-        dy, x, scale, mean, rstd, dx, branch, partial,
-        *_launch.strides(dy, x, scale, branch),
+        dy, dx_new, x, scale, weight, mean, rstd, means, branch, partial,
+        *_launch.strides(dy, dx_new, x, scale, branch),
         x.shape[1], g.S, g.L, D, chunk, num_chunks,
-        rms, g.per_token, dy is not None, dx is not None, COLUMN_ROWS, COLUMNS, num_warps=4,
+        rms, g.per_token, sum_norm, branch is not None, COLUMN_ROWS, COLUMNS, num_warps=4,
     )  # fmt: skip
 
 

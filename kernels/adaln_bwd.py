@@ -12,7 +12,7 @@ With xhat = (x - mean) rstd, a = dy (1 + scale) weight and the mean over D:
 A, B and dgate are sums over the rows that share a modulation. A program keeps them in registers
 for one chunk of rows of one group and writes them once; `_group_grads` adds the chunks in a fixed
 order. Above MAX_ONE_PASS_WIDTH they do not fit beside the row: a second kernel, tiled over D, reads
-the rows again.
+the rows again, and the two means of each row, so that dh need not be read back after rounding.
 """
 
 from collections.abc import Sequence
@@ -38,6 +38,7 @@ from dblocks.kernels._rows import (
 def adaln_bwd_kernel(
     dy_ptr, dx_new_ptr, x_ptr, branch_ptr, gate_ptr, scale_ptr, weight_ptr, bias_ptr,
     mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dgate_ptr, dshift_ptr, dscale_ptr, partial_ptr,
+    means_ptr,
     dy_sn, dy_st, dx_new_sn, dx_new_st, x_sn, x_st, branch_sn, branch_st,
     gate_sn, gate_ss, scale_sn, scale_ss,
     T, S, L, D, chunk, num_chunks, inv_D,
@@ -77,9 +78,15 @@ def adaln_bwd_kernel(
                 b_xhat -= tl.load(mean_ptr + row, mask=m_l, other=0.0)[:, None]
             b_xhat *= b_rstd
             b_a = b_dy * (1 + b_scale) * b_weight
-            b_dh = b_a - b_xhat * (tl.sum(b_a * b_xhat, axis=1) * inv_D)[:, None]
+            b_along = tl.sum(b_a * b_xhat, axis=1) * inv_D
+            b_dh = b_a - b_xhat * b_along[:, None]
+            if means_ptr is not None:
+                tl.store(means_ptr + 2 * row + 1, b_along, mask=m_l)
             if not RMS:
-                b_dh -= (tl.sum(b_a, axis=1) * inv_D)[:, None]
+                b_mean = tl.sum(b_a, axis=1) * inv_D
+                b_dh -= b_mean[:, None]
+                if means_ptr is not None:
+                    tl.store(means_ptr + 2 * row, b_mean, mask=m_l)
             b_dh *= b_rstd
             if PER_TOKEN:
                 if dshift_ptr is not None:
@@ -161,18 +168,18 @@ def adaln_bwd(
     sum_norm = affine is not None or group_grads[1:] != (None, None)
     sum_gate = group_grads[0] is not None
     one_pass = D <= _launch.MAX_ONE_PASS_WIDTH
-    # The second form reads dh back from dx.
-    dx = _empty(x) if sum_gate and not one_pass and grads.x is None else grads.x
     tile = _launch.row_tile(D, g.L)
     chunk = _launch.backward_chunk(g.L, g.count, tile.BLOCK_R)
     num_chunks = triton.cdiv(g.L, chunk)
-    partial = None
+    partial = means = None
+    if sum_gate and not one_pass and dy is not None:
+        means = x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
     if sum_norm or sum_gate:
         partial = x.new_empty(g.count * num_chunks, 3, D, dtype=torch.float32)
     with _launch.device_guard(x):
         adaln_bwd_kernel[(g.count * num_chunks,)](
             dy, dx_new, x, branch, gate, scale, weight, bias,
-            mean, rstd, dx, grads.branch, *row_grads, partial,
+            mean, rstd, grads.x, grads.branch, *row_grads, partial, means,
             *_launch.strides(dy, dx_new, x, branch, gate, scale),
             T, g.S, g.L, D, chunk, num_chunks, 1.0 / D,
             rms, g.per_token, sum_norm and one_pass, sum_gate and one_pass,
@@ -181,8 +188,8 @@ def adaln_bwd(
         )  # fmt: skip
         if partial is not None and not one_pass:
             _group_grads.column_sums(
-                dy if sum_norm else None, x, scale, mean, rstd,
-                dx if sum_gate else None, branch, partial, g, chunk, rms,
+                dy, dx_new, x, scale, weight, mean, rstd, means,
+                branch if sum_gate else None, partial, g, chunk, rms, sum_norm,
             )  # fmt: skip
         if partial is not None:
             _group_grads.group_grads(

@@ -100,11 +100,24 @@ def adaln(
     return h.to(out_dtype or x.dtype).contiguous()
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of `x` after a round trip through `dtype`, its gradients as they are."""
+    if x.dtype == dtype:
+        return x
+    # What is added is 0 and carries the gradient; inf - inf would be NaN.
+    return x.detach().to(dtype).to(x.dtype) + (x - x.detach()).nan_to_num()
+
+
+def _stream(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    """x + gate * branch before it is rounded."""
     h = branch.to(compute_dtype(x))
     if gate is None:
-        return (x.to(h.dtype) + h).to(x.dtype).contiguous()
-    return torch.addcmul(x.to(h.dtype), _segments(h, gate), h).to(x.dtype).contiguous()
+        return x.to(h.dtype) + h
+    return torch.addcmul(x.to(h.dtype), _segments(h, gate), h)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
+    return _stream(x, branch, gate).to(x.dtype).contiguous()
 
 
 def residual_adaln(
@@ -120,11 +133,13 @@ def residual_adaln(
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    x_new = gated_residual(x, branch, gate)
+    h = _stream(x, branch, gate)
+    # The norm sees x_new as it is stored, but no gradient passes through 16 bits on its way to h.
     y = adaln(
-        x_new, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype
-    )
-    return x_new, y
+        _rounded(h, x.dtype), shift, scale,
+        weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype or x.dtype,
+    )  # fmt: skip
+    return h.to(x.dtype).contiguous(), y
 
 
 def philox(seed: int | Tensor, quad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

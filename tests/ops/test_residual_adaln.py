@@ -76,6 +76,53 @@ def test_two_runs_agree_bit_for_bit(impl, problem, norm):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_gradients_are_exact_beside_a_16_bit_stream(impl, norm, dtype):
+    x, d1 = (torch.randn(3, 4, 24, device=DEVICE).to(dtype) for _ in range(2))
+    leaves = [
+        torch.randn(s, device=DEVICE).requires_grad_() for s in [(3, 4, 24)] + 3 * [(3, 2, 24)]
+    ]
+    d2 = torch.randn(3, 4, 24, device=DEVICE)
+    out = residual_adaln(x, *leaves, norm=norm, out_dtype=torch.float32, impl=impl)
+    got = torch.autograd.grad(out, leaves, [d1, d2])
+    # The same in float64, of a stream that is rounded to the same values.
+    leaves64 = [a.detach().double().requires_grad_() for a in leaves]
+    stream = gated_residual(x.double(), *leaves64[:2], impl="reference")
+    rounded = stream + (out.x_new.double() - stream).detach()
+    y = adaln(rounded, *leaves64[2:], norm=norm, impl="reference")
+    expected = torch.autograd.grad([stream, y], leaves64, [d1.double(), d2.double()])
+    for g, e in zip(got, expected, strict=True):
+        assert (g - e).abs().max() <= 2e-6 * e.abs().max()
+
+
+def test_a_stream_that_is_not_finite_is_rounded_as_any_other():
+    x = torch.tensor([[[1.0, torch.inf, 3.0, -2.0]]], dtype=torch.bfloat16)
+    branch = torch.full((1, 1, 4), 1 / 3)
+    y = residual_adaln(x, branch, None, None, None, norm="rms", impl="reference").y
+    assert y[..., 1].isnan().all()
+    assert torch.equal(y[..., [0, 2, 3]].abs(), torch.zeros(1, 1, 3, dtype=x.dtype))
+
+
+@pytest.mark.filterwarnings("default")  # PyTorch's own deprecations
+def test_the_rounded_stream_of_the_reference_keeps_its_tangent():
+    x = torch.randn(2, 3, 8, device=DEVICE, dtype=torch.bfloat16)
+    branch, tangent = (torch.randn(2, 3, 8, device=DEVICE) for _ in range(2))
+
+    def y(branch):
+        options = {"out_dtype": torch.float32, "impl": "reference"}
+        return residual_adaln(x, branch, None, None, None, **options).y
+
+    def of_stream(x_new):
+        return adaln(x_new, None, None, impl="reference")
+
+    stream = gated_residual(x, branch, None, impl="reference").float()
+    expected = torch.func.jvp(of_stream, (stream,), (tangent,))
+    for got, e in zip(torch.func.jvp(y, (branch,), (tangent,)), expected, strict=True):
+        torch.testing.assert_close(got, e, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_the_gated_residual_and_its_adaln(impl, dtype):
     x, branch = (torch.randn(2, 6, 10, device=DEVICE).to(dtype) for _ in range(2))
