@@ -116,6 +116,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_forward(
     const std::optional<Tensor>& shift, const std::optional<Tensor>& scale,
     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, bool normalise,
     bool rms, double eps, ScalarType out_type) {
+  check_rows("adaln_fwd_cpp", x, {{"branch", branch}},
+             {{"gate", gate}, {"shift", shift}, {"scale", scale}},
+             {{"weight", weight}, {"bias", bias}});
   const Groups g(x, {&gate, &shift, &scale});
   const int64_t D = g.D;
   Tensor x_new = branch ? new_like(x) : nothing(x.scalar_type());
@@ -292,6 +295,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_backwar
     const std::optional<Tensor>& shift_, const std::optional<Tensor>& scale_,
     const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_, const Tensor& mean_,
     const Tensor& rstd_, bool rms, const std::vector<bool>& needs) {
+  constexpr const char* kOp = "adaln_bwd_cpp";
+  check_rows(kOp, x_, {{"dy", dy_}, {"dx_new", dx_new_}, {"branch", branch_}},
+             {{"gate", gate_}, {"shift", shift_}, {"scale", scale_}},
+             {{"weight", weight_}, {"bias", bias_}});
+  STD_TORCH_CHECK(dy_ || dx_new_, kOp, ": one of dy and dx_new must be a tensor");
+  STD_TORCH_CHECK(needs.size() == 7, kOp, ": needs must have 7 elements, got ", needs.size());
+  if (dy_) check_statistics(kOp, x_, {"rstd", rstd_});
+  if (dy_ && !rms) check_statistics(kOp, x_, {"mean", mean_});
   const std::optional<Tensor> inputs[7] = {x_, branch_, gate_, shift_, scale_, weight_, bias_};
   std::optional<Tensor> grads[7];
   for (int i = 0; i < 7; ++i) grads[i] = grad_of(inputs[i], needs[i]);
