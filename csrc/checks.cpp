@@ -101,6 +101,7 @@ void check_rows(const char* op, const Tensor& x, const Arguments& rows,
 }
 
 void check_statistics(const char* op, const Tensor& x, const Argument& a) {
+  STD_TORCH_CHECK(a.tensor, op, ": ", a.name, " must be a tensor");
   const Tensor& s = *a.tensor;
   STD_TORCH_CHECK(
       s.is_cpu() && s.scalar_type() == ScalarType::Float && s.dim() == 2 &&
