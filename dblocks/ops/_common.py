@@ -78,10 +78,12 @@ def check_transform(impl: str, op: str) -> None:
 
 
 def is_traced() -> bool:
-    """Whether values may be unknown: in a graph, a transform or a dispatch mode (make_fx)."""
+    """Whether values may be unknown: in a graph, trace, transform or dispatch mode (make_fx)."""
     if torch.compiler.is_compiling():
         return True
-    return in_transform() or _get_current_dispatch_mode() is not None
+    if _get_current_dispatch_mode() is not None or torch._C._get_tracing_state() is not None:
+        return True
+    return in_transform()
 
 
 def _check_cpp(x: Tensor, op: str) -> None:

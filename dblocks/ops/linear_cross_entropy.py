@@ -28,6 +28,7 @@ _SCHEMA = (
 
 
 @torch.library.impl(library, "linear_cross_entropy_chunked", "CompositeExplicitAutograd")
+@torch.library.impl(library, "linear_cross_entropy_again_chunked", "CompositeExplicitAutograd")
 def _chunked(h, weight, target, bias, row_weight, ignore_index, needs):
     return chunked.forward(
         h, weight, target, bias, row_weight, ignore_index, needs,
@@ -36,6 +37,7 @@ def _chunked(h, weight, target, bias, row_weight, ignore_index, needs):
 
 
 @triton_kernel("linear_cross_entropy")
+@triton_kernel("linear_cross_entropy_again")
 def _triton(h, weight, target, bias, row_weight, ignore_index, needs):
     from dblocks.kernels.cross_entropy import cross_entropy
 
@@ -61,6 +63,8 @@ def _fake(h, weight, target, bias, row_weight, ignore_index, needs):
 
 
 _OPS = define("linear_cross_entropy", _SCHEMA, _fake, ("chunked", "triton"))
+# The same for the gradients of a second pass, whose work is counted without that of the first.
+_AGAIN = define("linear_cross_entropy_again", _SCHEMA, _fake, ("chunked", "triton"))
 
 
 class _Loss(torch.autograd.Function):
@@ -104,7 +108,7 @@ class _RowLosses(torch.autograd.Function):
             return (None,) * 6
         h, weight, bias, target = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        out = _OPS[ctx.impl](h, weight, target, bias, grad, ctx.ignore_index, needs)
+        out = _AGAIN[ctx.impl](h, weight, target, bias, grad, ctx.ignore_index, needs)
         _, scale, *sums, _ = out
         # The op divides by the number of rows that count.
         factor = scale * (target != ctx.ignore_index).sum().clamp(min=1)
