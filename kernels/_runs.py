@@ -113,7 +113,7 @@ def plan_runs(
         vec, span = 1, L + 3
     tile = TILE if offset is None else NOISE_TILE
     block = _block_length(span, tile)
-    BLOCK_U = max(1, min(tile // block, next_power_of_2(N * R)))
+    BLOCK_U = max(1, min(TILE // block, next_power_of_2(N * R)))
     warps = max(4 * BLOCK_U * block // tile, 1)
     return Runs(N * R, R, L, R // S, triton.cdiv(span, block), BLOCK_U, block, vec, warps)
 

@@ -359,32 +359,26 @@ def _weight_strides(row_weight: Tensor | None) -> tuple[int, int]:
     return row_weight.stride(0), row_weight.stride(1) if row_weight.ndim == 2 else 0
 
 
-def rest_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What f - target is kept in between the passes: float16 has too small a range for it."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def edm_loss_fwd(
     f: Tensor, y: Tensor, sigma: Tensor, seed_tensor: Tensor | None, seed: int, offset: int,
-    sigma_data: float, row_weight: Tensor | None, need_rest: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The loss [N] of non-empty tensors and, if needed, f - target.
+    sigma_data: float, row_weight: Tensor | None, rest: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The loss [N] of non-empty tensors: partial sums, then their sum in a fixed order.
 
-    The loss is made of partial sums and then of their sum in a fixed order.
+    f - target is written to `rest`, a contiguous tensor of the shape of `f`, where there is one.
     """
     N = y.shape[0]
     x, x_f, sigma = as_tokens(y), as_tokens(f), sigma_table(sigma, N)
     by_token = row_weight is not None and row_weight.ndim == 2
     runs = plan_runs([x_f, x], sigma.shape[1], by_token=by_token, offset=offset)
     partial = torch.empty((N, runs.R * runs.chunks), dtype=torch.float32, device=y.device)
-    rest = empty_like_runs(f, rest_dtype(f.dtype)) if need_rest else None
     with device_guard(y):
         edm_loss_kernel[runs.grid](
             x_f, x, sigma, seed_tensor, row_weight, partial, rest, seed, offset, sigma_data,
             N / y.numel(), *runs.strides(x_f), *runs.strides(x), *_weight_strides(row_weight),
             *sigma.stride(), *runs.sizes, **runs.blocks, **runs.noise(offset),
         )  # fmt: skip
-    return (partial.sum(1) if partial.shape[1] > 1 else partial.view(-1)), rest
+    return partial.sum(1) if partial.shape[1] > 1 else partial.view(-1)
 
 
 def edm_loss_bwd(

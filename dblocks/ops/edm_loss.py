@@ -34,15 +34,13 @@ def _empty_rest(f: Tensor, need_rest: bool) -> Tensor:
 
 @triton_kernel("edm_loss_fwd")
 def _fwd_triton(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, need_rest):
+    rest = _empty_rest(f, need_rest)
     if y.numel() == 0:
-        loss = torch.zeros(y.shape[0], dtype=torch.float32, device=y.device)
-        return loss, _empty_rest(f, need_rest)
+        return torch.zeros(y.shape[0], dtype=torch.float32, device=y.device), rest
     from dblocks.kernels.edm import edm_loss_fwd
 
-    loss, rest = edm_loss_fwd(
-        f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, need_rest
-    )
-    return loss, _empty_rest(f, False) if rest is None else rest
+    levels = (sigma, seed_tensor, seed, offset, sigma_data)
+    return edm_loss_fwd(f, y, *levels, row_weight, rest if need_rest else None), rest
 
 
 @triton_kernel("edm_loss_bwd")
