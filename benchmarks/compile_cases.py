@@ -172,9 +172,11 @@ def diffusion(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], ob
     )
     yield "edm_loss", lambda: edm.edm_loss_fwd(f, y, sample, None, 1, 0, 0.5, None)
     yield (
-        "edm_loss backward",
-        lambda: edm.edm_loss_bwd(sample, f, y, token, seed, 0, 0, 0.5, token),
+        "edm_loss for backward",
+        lambda: edm.edm_loss_fwd(f, y, token, seed, 0, 0, 0.5, token, f),
     )
+    yield "edm_loss backward", lambda: edm.edm_loss_bwd(sample, f, None, dtype)
+    yield "edm_loss backward per token", lambda: edm.edm_loss_bwd(sample, f, token, dtype)
     yield "euler_step", lambda: edm.euler_step_fwd(z, z, [None, None], [1.0, 0.5])
     yield "euler_step per token", lambda: edm.euler_step_fwd(z, z, [token, token], [1.0, 0.5])
     yield "euler_step to a number", lambda: edm.euler_step_fwd(z, z, [sample, None], [1.0, 0.5])

@@ -121,9 +121,7 @@ void check_noised(const char* op, const Arguments& samples, const Arguments& lev
   check_levels(op, *samples.begin()->tensor, levels);
 }
 
-void check_loss(const char* op, const Tensor& f, const Tensor& y, const Tensor& sigma,
-                const Argument& weight) {
-  check_noised(op, {{"f", f}, {"y", y}}, {{"sigma", sigma}});
+void check_weight(const char* op, const Tensor& y, const Argument& weight) {
   if (!weight.tensor) return;
   if (weight.tensor->dim() != 2) return check_per_sample(op, y, weight);
   check_floating(op, weight);

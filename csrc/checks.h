@@ -32,9 +32,8 @@ void check_statistics(const char* op, const torch::stable::Tensor& x, const Argu
 // [N, S] of one S that divides T.
 void check_noised(const char* op, const Arguments& samples, const Arguments& levels);
 
-// As check_noised of f, y and sigma; the weights are [N], or [N, T] of [N, T, D].
-void check_loss(const char* op, const torch::stable::Tensor& f, const torch::stable::Tensor& y,
-                const torch::stable::Tensor& sigma, const Argument& weight);
+// The weights are [N], or [N, T] of y [N, T, D]; or absent.
+void check_weight(const char* op, const torch::stable::Tensor& y, const Argument& weight);
 
 // [N] of x [N, ...].
 void check_per_sample(const char* op, const torch::stable::Tensor& x, const Argument& values);

@@ -264,12 +264,21 @@ std::tuple<Tensor, Tensor> edm_denoise_backward(
 
 namespace {
 
-// What the loss and its backward have in common: operands, weights, and f - target in blocks.
+// Factors [N] or [N, T] of the loss, or 1.
+struct RowWeight {
+  Table table;
+  bool by_token;
+
+  explicit RowWeight(const MaybeTensor& a)
+      : table(a ? Table(*a) : Table(1)), by_token(a && a->dim() == 2) {}
+  double at(int64_t n, int64_t token) const { return table.at(n, by_token ? token : 0); }
+};
+
+// The loss: operands, weights, and what f - target is made of in blocks.
 struct LossProblem {
   Samples f, y;
   Table levels;
-  std::optional<Table> weight;
-  bool by_token;
+  RowWeight weight;
   Runs runs;
   uint64_t key;
   int64_t offset;
@@ -278,15 +287,10 @@ struct LossProblem {
   LossProblem(
       const Tensor& f_, const Tensor& y_, const Tensor& sigma, const MaybeTensor& seed,
       int64_t number, int64_t offset_, double sigma_data_, const MaybeTensor& row_weight)
-      : f(f_), y(y_), levels(sigma),
-        weight(row_weight ? std::optional<Table>(Table(*row_weight)) : std::nullopt),
-        by_token(row_weight && row_weight->dim() == 2), runs({&f, &y}, levels.S, by_token),
-        key(seed_of(seed, number)), offset(offset_), sigma_data(sigma_data_) {}
+      : f(f_), y(y_), levels(sigma), weight(row_weight),
+        runs({&f, &y}, levels.S, weight.by_token), key(seed_of(seed, number)), offset(offset_),
+        sigma_data(sigma_data_) {}
 
-  int64_t elements() const { return runs.R * runs.L; }  // of a sample
-  double weight_of(int64_t n, int64_t token) const {
-    return weight ? weight->at(n, by_token ? token : 0) : 1;
-  }
   // What a block's kernel reads, and its coefficients p and q.
   std::tuple<const float*, const float*, const float*, float, float> block(
       const Block& b, Scratch& scratch) const {
@@ -299,22 +303,31 @@ struct LossProblem {
 
 }  // namespace
 
-Tensor edm_loss_forward(
+std::tuple<Tensor, Tensor> edm_loss_forward(
     const Tensor& f, const Tensor& y, const Tensor& sigma, const MaybeTensor& seed,
-    int64_t seed_number, int64_t offset, double sigma_data, const MaybeTensor& row_weight) {
-  check_loss("edm_loss_fwd_cpp", f, y, sigma, {"row_weight", row_weight});
+    int64_t seed_number, int64_t offset, double sigma_data, const MaybeTensor& row_weight,
+    bool need_rest) {
+  check_noised("edm_loss_fwd_cpp", {{"f", f}, {"y", y}}, {{"sigma", sigma}});
+  check_weight("edm_loss_fwd_cpp", y, {"row_weight", row_weight});
   Tensor loss = empty({y.size(0)}, ScalarType::Float);
+  // The range of float16 is too small for f - target.
+  const bool narrow = f.scalar_type() == ScalarType::BFloat16;
+  const ScalarType type = narrow ? ScalarType::BFloat16 : ScalarType::Float;
+  Tensor rest = need_rest ? new_like(f, type) : nothing(type);
   float* out = (float*)loss.data_ptr();
   if (y.numel() == 0) {
     std::fill_n(out, y.size(0), 0.0f);
-    return loss;
+    return {loss, rest};
   }
   const LossProblem problem(f, y, sigma, seed, seed_number, offset, sigma_data, row_weight);
+  const Samples to(rest);
   const Runs& runs = problem.runs;
   std::vector<float> sums(runs.count() * runs.blocks());
-  each_block(runs, 3, kNoiseCost, [&](const Block& b, Scratch& scratch) {
+  each_block(runs, 4, kNoiseCost, [&](const Block& b, Scratch& scratch) {
     const auto [in_f, in_y, eps, p, q] = problem.block(b, scratch);
-    sums[b.number] = kernels().squared_error(in_f, in_y, eps, p, q, b.size);
+    float* values = need_rest ? place(to, runs, b, scratch[3]) : nullptr;
+    sums[b.number] = kernels().squared_error(in_f, in_y, eps, p, q, values, b.size);
+    if (need_rest) finish(to, runs, b, values);
   });
   const float* sum = sums.data();
   for (int64_t n = 0; n < runs.N; ++n) {
@@ -322,31 +335,30 @@ Tensor edm_loss_forward(
     for (int64_t r = 0; r < runs.R; ++r) {
       double of_run = 0;
       for (int64_t i = 0; i < runs.blocks(); ++i) of_run += *sum++;
-      total += problem.weight_of(n, r * runs.tokens) * of_run;
+      total += problem.weight.at(n, r * runs.tokens) * of_run;
     }
-    out[n] = (float)(total / (double)problem.elements());
+    out[n] = (float)(total / (double)(runs.R * runs.L));
   }
-  return loss;
+  return {loss, rest};
 }
 
 Tensor edm_loss_backward(
-    const Tensor& grad, const Tensor& f, const Tensor& y, const Tensor& sigma,
-    const MaybeTensor& seed, int64_t seed_number, int64_t offset, double sigma_data,
-    const MaybeTensor& row_weight) {
-  check_loss("edm_loss_bwd_cpp", f, y, sigma, {"row_weight", row_weight});
-  check_per_sample("edm_loss_bwd_cpp", y, {"grad", grad});
-  Tensor df = new_like(f);
-  if (y.numel() == 0) return df;
-  const LossProblem problem(f, y, sigma, seed, seed_number, offset, sigma_data, row_weight);
+    const Tensor& grad, const Tensor& rest, const MaybeTensor& row_weight, ScalarType type) {
+  check_noised("edm_loss_bwd_cpp", {{"rest", rest}}, {});
+  check_weight("edm_loss_bwd_cpp", rest, {"row_weight", row_weight});
+  check_per_sample("edm_loss_bwd_cpp", rest, {"grad", grad});
+  Tensor df = new_like(rest, type);
+  if (rest.numel() == 0) return df;
+  const RowWeight weight(row_weight);
   const Table upstream(grad);
-  const Samples to(df);
-  const double scale = 2.0 / (double)problem.elements();
-  each_block(problem.runs, 4, kNoiseCost, [&](const Block& b, Scratch& scratch) {
-    const auto [in_f, in_y, eps, p, q] = problem.block(b, scratch);
-    const double k = scale * upstream.at(b.n, 0) * problem.weight_of(b.n, b.token);
-    float* values = place(to, problem.runs, b, scratch[3]);
-    kernels().error(in_f, in_y, eps, p, q, (float)k, values, b.size);
-    finish(to, problem.runs, b, values);
+  const Samples in(rest), to(df);
+  const Runs runs({&in}, 1, weight.by_token);
+  const double scale = 2.0 / (double)(runs.R * runs.L);
+  each_block(runs, 2, 1, [&](const Block& b, Scratch& scratch) {
+    const double k = scale * upstream.at(b.n, 0) * weight.at(b.n, b.token);
+    float* values = place(to, runs, b, scratch[1]);
+    kernels().blend((float)k, read(in, b, scratch[0]), 0, nullptr, values, b.size);
+    finish(to, runs, b, values);
   });
   return df;
 }

@@ -72,12 +72,9 @@ struct Kernels {
   void (*normals)(float* out, int64_t n, uint64_t seed, uint64_t first);
   // out = a*x + b*y; y may be null (0). out may be x or y.
   void (*blend)(float a, const float* x, float b, const float* y, float* out, int64_t n);
-  // Sum over n of (f - (p*y - q*eps))^2.
+  // Sum over n of rest^2, rest = f - (p*y - q*eps), which is written where it is not null.
   float (*squared_error)(
-      const float* f, const float* y, const float* eps, float p, float q, int64_t n);
-  // out = k*(f - (p*y - q*eps)); out may be f, y or eps.
-  void (*error)(
-      const float* f, const float* y, const float* eps, float p, float q, float k, float* out,
+      const float* f, const float* y, const float* eps, float p, float q, float* rest,
       int64_t n);
 };
 

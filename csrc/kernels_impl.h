@@ -23,7 +23,6 @@ const Kernels DBLOCKS_TABLE = {
     normals,
     blend,
     squared_error,
-    error,
 };
 
 }  // namespace dblocks

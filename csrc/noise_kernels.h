@@ -144,30 +144,16 @@ void blend(float a, const float* x, float b, const float* y, float* out, int64_t
   });
 }
 
-template <class Part>
-DBLOCKS_INLINE vf error_of(
-    Part lanes, const float* f, const float* y, const float* eps, vf p, vf q, int64_t i) {
-  return lanes.load(f + i) - (p * lanes.load(y + i) - q * lanes.load(eps + i));
-}
-
 float squared_error(
-    const float* f, const float* y, const float* eps, float p, float q, int64_t n) {
+    const float* f, const float* y, const float* eps, float p, float q, float* rest, int64_t n) {
   const vf vp = splat(p), vq = splat(q);
   vf total[UNROLL] = {};
   each(n, [&](int64_t i, int k, auto lanes) {
-    const vf e = error_of(lanes, f, y, eps, vp, vq, i);
+    const vf e = lanes.load(f + i) - (vp * lanes.load(y + i) - vq * lanes.load(eps + i));
+    if (rest != nullptr) lanes.store(rest + i, e);
     total[k] = fma(e, e, total[k]);
   });
   return sum(total);
-}
-
-void error(
-    const float* f, const float* y, const float* eps, float p, float q, float k, float* out,
-    int64_t n) {
-  const vf vp = splat(p), vq = splat(q), vk = splat(k);
-  each(n, [&](int64_t i, int, auto lanes) {
-    lanes.store(out + i, vk * error_of(lanes, f, y, eps, vp, vq, i));
-  });
 }
 
 }  // namespace

@@ -47,15 +47,14 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> edm_denoise_backward(
     const torch::stable::Tensor& grad, const torch::stable::Tensor& sigma, double sigma_data,
     const MaybeType& f_type, const MaybeType& z_type);
 
-torch::stable::Tensor edm_loss_forward(
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> edm_loss_forward(
     const torch::stable::Tensor& f, const torch::stable::Tensor& y,
     const torch::stable::Tensor& sigma, const MaybeTensor& seed, int64_t seed_number,
-    int64_t offset, double sigma_data, const MaybeTensor& row_weight);
+    int64_t offset, double sigma_data, const MaybeTensor& row_weight, bool need_rest);
 
 torch::stable::Tensor edm_loss_backward(
-    const torch::stable::Tensor& grad, const torch::stable::Tensor& f,
-    const torch::stable::Tensor& y, const torch::stable::Tensor& sigma, const MaybeTensor& seed,
-    int64_t seed_number, int64_t offset, double sigma_data, const MaybeTensor& row_weight);
+    const torch::stable::Tensor& grad, const torch::stable::Tensor& rest,
+    const MaybeTensor& row_weight, torch::headeronly::ScalarType type);
 
 torch::stable::Tensor euler_step_forward(
     const torch::stable::Tensor& z, const torch::stable::Tensor& denoised,

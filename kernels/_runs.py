@@ -15,7 +15,9 @@ from torch import Tensor
 from dblocks.kernels._launch import TILE, next_power_of_2, unit_last
 from dblocks.kernels._philox import tile_normals
 
-ELEMENTS_PER_WARP = 512
+NOISE_TILE = 4096  # of kernels with noise: half the work of indices and keys an element
+MIN_PART = 256
+MAX_PARTS = 4  # of such a tile, drawn one after another: few registers, so many warps
 MIN_BLOCK_L = 32
 MAX_VEC = 8  # 16 bytes of a 16-bit dtype
 
@@ -33,6 +35,7 @@ class Runs(NamedTuple):
     BLOCK_U: int
     BLOCK_L: int
     VEC: int
+    num_warps: int
 
     @property
     def grid(self) -> tuple[int]:
@@ -45,14 +48,20 @@ class Runs(NamedTuple):
 
     @property
     def blocks(self) -> dict[str, int | bool]:
-        warps = min(max(self.BLOCK_U * self.BLOCK_L // ELEMENTS_PER_WARP, 1), 4)
         return {
             "BLOCK_U": self.BLOCK_U,
             "BLOCK_L": self.BLOCK_L,
             "VEC": self.VEC,
             "ONE_RUN": self.R == 1,
-            "num_warps": warps,
+            "num_warps": self.num_warps,
         }
+
+    def noise(self, offset: int) -> dict[str, int | bool]:
+        """Whether runs start on a quad of the noise, and tiles cover nothing else; their parts."""
+        aligned = offset % 4 == 0 and self.L % 4 == 0
+        even = aligned and self.L % self.BLOCK_L == 0 and self.U % self.BLOCK_U == 0
+        parts = min(max(self.BLOCK_L // MIN_PART, 1), MAX_PARTS)
+        return {"ALIGNED": aligned, "EVEN": even, "PARTS": parts}
 
     def strides(self, x: Tensor) -> tuple[int, int]:
         """Distances between samples and between runs of `x` [N, T, D], in steps of VEC."""
@@ -72,9 +81,9 @@ def sigma_table(sigma: Tensor, N: int) -> Tensor:
     return sigma if sigma.ndim == 2 else sigma.reshape(-1, 1).expand(N, 1)
 
 
-def _block_length(L: int) -> int:
+def _block_length(L: int, tile: int = TILE) -> int:
     """The longest block that wastes at most an eighth of its lanes."""
-    block = TILE
+    block = tile
     while block >= MIN_BLOCK_L:
         if 8 * triton.cdiv(L, block) * block <= 9 * L:
             return block
@@ -102,9 +111,11 @@ def plan_runs(
     span = L
     if offset is not None and (offset % 4 or L % 4):
         vec, span = 1, L + 3
-    block = _block_length(span)
+    tile = TILE if offset is None else NOISE_TILE
+    block = _block_length(span, tile)
     BLOCK_U = max(1, min(TILE // block, next_power_of_2(N * R)))
-    return Runs(N * R, R, L, R // S, triton.cdiv(span, block), BLOCK_U, block, vec)
+    warps = max(4 * BLOCK_U * block // tile, 1)
+    return Runs(N * R, R, L, R // S, triton.cdiv(span, block), BLOCK_U, block, vec, warps)
 
 
 def empty_like_runs(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,9 +124,20 @@ def empty_like_runs(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
+def program():
+    """The program's number, unsigned: that divides in half the instructions."""
+    return tl.cast(tl.program_id(0), tl.uint32)
+
+
+@triton.jit
+def chunk_number(chunks):
+    return program() % tl.cast(chunks, tl.uint32)
+
+
+@triton.jit
 def run_numbers(chunks, R, BLOCK_U: tl.constexpr, ONE_RUN: tl.constexpr):
     """Numbers [BLOCK_U] of this program's runs, of their samples, and of the runs in those."""
-    first = tl.cast(tl.program_id(0) // chunks, tl.int64) * BLOCK_U
+    first = tl.cast(program() // tl.cast(chunks, tl.uint32), tl.int64) * BLOCK_U
     o_u = first + tl.arange(0, BLOCK_U)
     o_n, o_r = o_u, o_u * 0
     if not ONE_RUN:
@@ -131,7 +153,7 @@ def run_numbers(chunks, R, BLOCK_U: tl.constexpr, ONE_RUN: tl.constexpr):
 @triton.jit
 def chunk_start(chunks, BLOCK_L: tl.constexpr):
     """Where in its runs this program starts."""
-    return tl.cast(tl.program_id(0) % chunks, tl.int64) * BLOCK_L
+    return tl.cast(chunk_number(chunks), tl.int64) * BLOCK_L
 
 
 @triton.jit
@@ -156,3 +178,20 @@ def run_normals(
     if not ALIGNED:
         o_l = o_l - (first & 3)[:, None]
     return tile_normals(seed, ((first + start) >> 2)[:, None], BLOCK_L, WIDE), o_l
+
+
+@triton.jit
+def load_run(x_ptr, o, m, EVEN: tl.constexpr):
+    """Elements `o` in float32, 0 where `m` is false; EVEN: it is true everywhere."""
+    if EVEN:
+        return tl.cast(tl.load(x_ptr + o), tl.float32)
+    else:
+        return tl.cast(tl.load(x_ptr + o, mask=m, other=0.0), tl.float32)
+
+
+@triton.jit
+def store_run(x_ptr, o, m, b_x, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(x_ptr + o, b_x)
+    else:
+        tl.store(x_ptr + o, b_x, mask=m)

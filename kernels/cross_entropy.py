@@ -26,10 +26,10 @@ def load_logits(logits_ptr, bias_ptr, o_v, V, MASKED: tl.constexpr):
 
 
 @triton.jit
-def add_exponentials(b_x, peak, total):
-    """The largest logit so far, and the sum of exponentials below it, with `b_x` taken in."""
-    largest = tl.maximum(peak, tl.max(b_x, 0))
-    return largest, total * tl.exp(peak - largest) + tl.sum(tl.exp(b_x - largest), 0)
+def add_exponentials(b_x, b_peak, b_total):
+    """Lane-wise: the largest logit so far, and the sum of exponentials below it, with `b_x`."""
+    b_largest = tl.maximum(b_peak, b_x)
+    return b_largest, b_total * tl.exp(b_peak - b_largest) + tl.exp(b_x - b_largest)
 
 
 @triton.jit
@@ -75,14 +75,16 @@ def cross_entropy_kernel(
     # Whole blocks go without a mask, which would cut their accesses into single elements.
     whole = V // BLOCK_V * BLOCK_V
     o_block = tl.arange(0, BLOCK_V)
-    peak = tl.full([], LOWEST, tl.float32)
-    total = tl.full([], 0.0, tl.float32)
+    b_peak = tl.full([BLOCK_V], LOWEST, tl.float32)
+    b_total = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, whole, BLOCK_V):
         b_x = load_logits(logits_ptr, bias_ptr, start + o_block, V, False)
-        peak, total = add_exponentials(b_x, peak, total)
+        b_peak, b_total = add_exponentials(b_x, b_peak, b_total)
     o_rest = whole + o_block
     b_rest = load_logits(logits_ptr, bias_ptr, o_rest, V, True)
-    peak, total = add_exponentials(b_rest, peak, total)
+    b_peak, b_total = add_exponentials(b_rest, b_peak, b_total)
+    peak = tl.max(b_peak, 0)
+    total = tl.sum(b_total * tl.exp(b_peak - peak), 0)
     tl.store(loss_ptr + i_r, tl.log(total) + (peak - own))
     if HAS_GRAD:
         for start in range(0, whole, BLOCK_V):

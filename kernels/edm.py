@@ -9,13 +9,16 @@ from dblocks.kernels._launch import device_guard
 from dblocks.kernels._runs import (
     INTEGERS,
     as_tokens,
+    chunk_number,
     chunk_start,
     empty_like_runs,
+    load_run,
     load_sigma,
     plan_runs,
     run_normals,
     run_numbers,
     sigma_table,
+    store_run,
 )
 
 # How the coefficients of a linear combination come about.
@@ -59,6 +62,16 @@ def target_factors(b_s, sigma_data):
     sd = tl.cast(sigma_data, tl.float32)
     c_in = 1.0 / tl.sqrt(b_s * b_s + sd * sd)
     return b_s / sd * c_in, sd * c_in
+
+
+@triton.jit
+def load_weight(weight_ptr, stride_n, stride_r, o_n, o_r, m_u):
+    """The weight of each run in float32, 1 without weights."""
+    if weight_ptr is None:
+        return tl.where(m_u, 1.0, 0.0)
+    else:
+        o_w = o_n * stride_n + o_r * stride_r
+        return tl.cast(tl.load(weight_ptr + o_w, mask=m_u, other=0.0), tl.float32)
 
 
 @triton.jit(do_not_specialize=[*_MIX, "w_stride_n", "w_stride_r"])
@@ -156,20 +169,19 @@ def mix_bwd_kernel(
         tl.store(dw_ptr + o_d, b[:, None] * b_g, mask=m_l)
 
 
-@triton.jit(do_not_specialize=[*_LOSS, "grad_stride"])
+@triton.jit(do_not_specialize=[*_LOSS])
 def edm_loss_kernel(
     f_ptr,
     y_ptr,
     sigma_ptr,
     seed_ptr,
     weight_ptr,
-    grad_ptr,
-    out_ptr,
+    partial_ptr,
+    rest_ptr,
     seed: tl.int64,
     offset: tl.int64,
     sigma_data,
     inverse_count,
-    grad_stride: tl.int64,
     f_stride_n: tl.int64,
     f_stride_r: tl.int64,
     y_stride_n: tl.int64,
@@ -188,38 +200,68 @@ def edm_loss_kernel(
     VEC: tl.constexpr,
     ONE_RUN: tl.constexpr,
     ALIGNED: tl.constexpr,
-    SEED_PTR: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    BACKWARD: tl.constexpr,
+    EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     o_u, o_n, o_r = run_numbers(chunks, R, BLOCK_U, ONE_RUN)
     L = L * VEC
     m_u = o_u < U
     b_s = load_sigma(sigma_ptr, sigma_stride_n, sigma_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
     of_y, of_eps = target_factors(b_s, sigma_data)
-    b_scale = b_s * 0.0 + tl.cast(inverse_count, tl.float32)
-    if HAS_WEIGHT:
-        o_w = o_n * weight_stride_n + o_r * weight_stride_r
-        b_scale *= tl.cast(tl.load(weight_ptr + o_w, mask=m_u, other=0.0), tl.float32)
-    if SEED_PTR:
+    if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     start = chunk_start(chunks, BLOCK_L)
     WIDE: tl.constexpr = ALIGNED and f_ptr.dtype.element_ty.primitive_bitwidth == 16
-    b_eps, o_l = run_normals(seed, offset, o_u, start, L, BLOCK_L, ALIGNED, WIDE)
-    m_l = m_u[:, None] & (o_l >= 0) & (o_l < L)
     o_f = (o_n * f_stride_n + o_r * f_stride_r) * VEC
     o_y = (o_n * y_stride_n + o_r * y_stride_r) * VEC
-    b_f = tl.cast(tl.load(f_ptr + o_f[:, None] + o_l, mask=m_l, other=0.0), tl.float32)
-    b_y = tl.cast(tl.load(y_ptr + o_y[:, None] + o_l, mask=m_l, other=0.0), tl.float32)
-    b_rest = b_f - tl.fma(b_y, of_y[:, None], -(b_eps * of_eps[:, None]))
-    if BACKWARD:
-        b_g = tl.cast(tl.load(grad_ptr + o_n * grad_stride, mask=m_u, other=0.0), tl.float32)
-        b_df = b_rest * (2.0 * b_scale * b_g)[:, None]
-        tl.store(out_ptr + (o_u * L)[:, None] + o_l, b_df, mask=m_l)
-    else:
-        b_rest = tl.where(m_l, b_rest, 0.0)
-        partial = tl.sum(b_rest * b_rest, 1) * b_scale
-        tl.store(out_ptr + o_u * chunks + tl.program_id(0) % chunks, partial, mask=m_u)
+    PART: tl.constexpr = BLOCK_L // PARTS
+    b_sum = tl.zeros([BLOCK_U, PART], tl.float32)
+    for i in tl.static_range(PARTS):
+        b_eps, o_l = run_normals(seed, offset, o_u, start + i * PART, L, PART, ALIGNED, WIDE)
+        m_l = m_u[:, None] & (o_l >= 0) & (o_l < L)
+        b_f = load_run(f_ptr, o_f[:, None] + o_l, m_l, EVEN)
+        b_y = load_run(y_ptr, o_y[:, None] + o_l, m_l, EVEN)
+        b_rest = tl.fma(b_eps, of_eps[:, None], tl.fma(b_y, -of_y[:, None], b_f))
+        if rest_ptr is not None:
+            store_run(rest_ptr, (o_u * L)[:, None] + o_l, m_l, b_rest, EVEN)
+        if not EVEN:
+            b_rest = tl.where(m_l, b_rest, 0.0)
+        b_sum = tl.fma(b_rest, b_rest, b_sum)
+    partial = tl.sum(b_sum, 1) * tl.cast(inverse_count, tl.float32)
+    partial *= load_weight(weight_ptr, weight_stride_n, weight_stride_r, o_n, o_r, m_u)
+    tl.store(partial_ptr + o_u * chunks + chunk_number(chunks), partial, mask=m_u)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "grad_stride", "weight_stride_n", "weight_stride_r"])
+def edm_loss_bwd_kernel(
+    rest_ptr,
+    weight_ptr,
+    grad_ptr,
+    df_ptr,
+    factor,
+    grad_stride: tl.int64,
+    weight_stride_n: tl.int64,
+    weight_stride_r: tl.int64,
+    U: tl.int64,
+    R: tl.int64,
+    L: tl.int64,
+    segment: tl.int64,
+    chunks: tl.int32,
+    BLOCK_U: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    VEC: tl.constexpr,
+    ONE_RUN: tl.constexpr,
+):
+    o_u, o_n, o_r = run_numbers(chunks, R, BLOCK_U, ONE_RUN)
+    m_u = o_u < U
+    b_g = tl.cast(tl.load(grad_ptr + o_n * grad_stride, mask=m_u, other=0.0), tl.float32)
+    b_g *= load_weight(weight_ptr, weight_stride_n, weight_stride_r, o_n, o_r, m_u)
+    b_g *= tl.cast(factor, tl.float32)
+    o_l = chunk_start(chunks, BLOCK_L) + tl.arange(0, BLOCK_L)[None, :]
+    m_l = m_u[:, None] & (o_l < L * VEC)
+    o_d = (o_u * (L * VEC))[:, None] + o_l
+    b_rest = load_run(rest_ptr, o_d, m_l, False)
+    tl.store(df_ptr + o_d, b_rest * b_g[:, None], mask=m_l)
 
 
 def _tables(sigmas: list[Tensor | None], N: int) -> tuple[list[Tensor | None], int]:
@@ -310,49 +352,45 @@ def euler_step_bwd(
     return _mix_bwd(grad, *_euler(sigmas, values), z_dtype, denoised_dtype)
 
 
-def _loss(
-    f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, grad, BACKWARD: bool
-) -> Tensor:
-    """Partial sums [N, chunks] of the loss, or the gradient to f."""
-    N = y.shape[0]
-    x, x_f, sigma = as_tokens(y), as_tokens(f), sigma_table(sigma, N)
-    by_token = row_weight is not None and row_weight.ndim == 2
-    runs = plan_runs([x_f, x], sigma.shape[1], by_token=by_token, offset=offset)
-    weight_strides = (0, 0)
-    if row_weight is not None:
-        weight_strides = row_weight.stride() if by_token else (row_weight.stride(0), 0)
-    if BACKWARD:
-        out = empty_like_runs(f, f.dtype)
-    else:
-        out = torch.empty((N, runs.R * runs.chunks), dtype=torch.float32, device=y.device)
-    with device_guard(y):
-        edm_loss_kernel[runs.grid](
-            x_f, x, sigma, seed_tensor, row_weight, grad, out, seed, offset, sigma_data,
-            N / y.numel(), 0 if grad is None else grad.stride(0),
-            *runs.strides(x_f), *runs.strides(x), *weight_strides, *sigma.stride(), *runs.sizes,
-            **runs.blocks, ALIGNED=offset % 4 == 0 and runs.L % 4 == 0,
-            SEED_PTR=seed_tensor is not None, HAS_WEIGHT=row_weight is not None,
-            BACKWARD=BACKWARD,
-        )  # fmt: skip
-    return out
+def _weight_strides(row_weight: Tensor | None) -> tuple[int, int]:
+    """Distances between samples and between runs of weights [N] or [N, T]."""
+    if row_weight is None:
+        return 0, 0
+    return row_weight.stride(0), row_weight.stride(1) if row_weight.ndim == 2 else 0
 
 
 def edm_loss_fwd(
     f: Tensor, y: Tensor, sigma: Tensor, seed_tensor: Tensor | None, seed: int, offset: int,
-    sigma_data: float, row_weight: Tensor | None,
+    sigma_data: float, row_weight: Tensor | None, rest: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The loss [N] of non-empty tensors: partial sums, then their sum in a fixed order."""
-    partial = _loss(
-        f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, None, BACKWARD=False
-    )
+    """The loss [N] of non-empty tensors: partial sums, then their sum in a fixed order.
+
+    f - target is written to `rest`, a contiguous tensor of the shape of `f`, where there is one.
+    """
+    N = y.shape[0]
+    x, x_f, sigma = as_tokens(y), as_tokens(f), sigma_table(sigma, N)
+    by_token = row_weight is not None and row_weight.ndim == 2
+    runs = plan_runs([x_f, x], sigma.shape[1], by_token=by_token, offset=offset)
+    partial = torch.empty((N, runs.R * runs.chunks), dtype=torch.float32, device=y.device)
+    with device_guard(y):
+        edm_loss_kernel[runs.grid](
+            x_f, x, sigma, seed_tensor, row_weight, partial, rest, seed, offset, sigma_data,
+            N / y.numel(), *runs.strides(x_f), *runs.strides(x), *_weight_strides(row_weight),
+            *sigma.stride(), *runs.sizes, **runs.blocks, **runs.noise(offset),
+        )  # fmt: skip
     return partial.sum(1) if partial.shape[1] > 1 else partial.view(-1)
 
 
 def edm_loss_bwd(
-    grad: Tensor, f: Tensor, y: Tensor, sigma: Tensor, seed_tensor: Tensor | None, seed: int,
-    offset: int, sigma_data: float, row_weight: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The gradient to f; the noise is drawn again."""
-    return _loss(
-        f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, grad, BACKWARD=True
-    )
+    grad: Tensor, rest: Tensor, row_weight: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The gradient to f from that of the loss [N] and from f - target."""
+    x = as_tokens(rest)
+    runs = plan_runs([x], 1, by_token=row_weight is not None and row_weight.ndim == 2)
+    df = empty_like_runs(rest, dtype)
+    with device_guard(rest):
+        edm_loss_bwd_kernel[runs.grid](
+            x, row_weight, grad, df, 2.0 * len(rest) / rest.numel(), grad.stride(0),
+            *_weight_strides(row_weight), *runs.sizes, **runs.blocks,
+        )  # fmt: skip
+    return df

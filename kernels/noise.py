@@ -11,11 +11,13 @@ from dblocks.kernels._runs import (
     as_tokens,
     chunk_start,
     empty_like_runs,
+    load_run,
     load_sigma,
     plan_runs,
     run_normals,
     run_numbers,
     sigma_table,
+    store_run,
 )
 
 _FIXED = (*INTEGERS, "seed", "offset", "y_stride_n", "y_stride_r", "sigma_stride_n")
@@ -46,8 +48,8 @@ def noise_inject_fwd_kernel(
     VEC: tl.constexpr,
     ONE_RUN: tl.constexpr,
     ALIGNED: tl.constexpr,
-    SEED_PTR: tl.constexpr,
-    HAS_Z: tl.constexpr,
+    EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     o_u, o_n, o_r = run_numbers(chunks, R, BLOCK_U, ONE_RUN)
     L = L * VEC
@@ -55,19 +57,21 @@ def noise_inject_fwd_kernel(
     b_s = load_sigma(sigma_ptr, sigma_stride_n, sigma_stride_s, o_n, o_r, segment, m_u, ONE_RUN)
     sd = tl.cast(sigma_data, tl.float32)
     c_in = 1.0 / tl.sqrt(b_s * b_s + sd * sd)
-    if SEED_PTR:
+    if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     start = chunk_start(chunks, BLOCK_L)
     WIDE: tl.constexpr = ALIGNED and y_ptr.dtype.element_ty.primitive_bitwidth == 16
-    b_eps, o_l = run_normals(seed, offset, o_u, start, L, BLOCK_L, ALIGNED, WIDE)
-    m_l = m_u[:, None] & (o_l >= 0) & (o_l < L)
     o_y = (o_n * y_stride_n + o_r * y_stride_r) * VEC
-    b_y = tl.load(y_ptr + o_y[:, None] + o_l, mask=m_l, other=0.0)
-    b_z = tl.fma(b_eps, b_s[:, None], tl.cast(b_y, tl.float32))
-    o_z = (o_u * L)[:, None] + o_l
-    if HAS_Z:
-        tl.store(z_ptr + o_z, b_z, mask=m_l)
-    tl.store(z_in_ptr + o_z, b_z * c_in[:, None], mask=m_l)
+    PART: tl.constexpr = BLOCK_L // PARTS
+    for i in tl.static_range(PARTS):
+        b_eps, o_l = run_normals(seed, offset, o_u, start + i * PART, L, PART, ALIGNED, WIDE)
+        m_l = m_u[:, None] & (o_l >= 0) & (o_l < L)
+        b_y = load_run(y_ptr, o_y[:, None] + o_l, m_l, EVEN)
+        b_z = tl.fma(b_eps, b_s[:, None], b_y)
+        o_z = (o_u * L)[:, None] + o_l
+        if z_ptr is not None:
+            store_run(z_ptr, o_z, m_l, b_z, EVEN)
+        store_run(z_in_ptr, o_z, m_l, b_z * c_in[:, None], EVEN)
 
 
 @triton.jit(do_not_specialize=[*_FIXED_BWD, "sigma_stride_n", "sigma_stride_s"])
@@ -92,7 +96,6 @@ def noise_inject_bwd_kernel(
     BLOCK_L: tl.constexpr,
     VEC: tl.constexpr,
     ONE_RUN: tl.constexpr,
-    HAS_DZ: tl.constexpr,
 ):
     o_u, o_n, o_r = run_numbers(chunks, R, BLOCK_U, ONE_RUN)
     m_u = o_u < U
@@ -104,7 +107,7 @@ def noise_inject_bwd_kernel(
     o_g = (o_n * dz_in_stride_n + o_r * dz_in_stride_r) * VEC
     b_g = tl.load(dz_in_ptr + o_g[:, None] + o_l, mask=m_l, other=0.0)
     b_dy = tl.cast(b_g, tl.float32) * c_in[:, None]
-    if HAS_DZ:
+    if dz_ptr is not None:
         o_dz = (o_n * dz_stride_n + o_r * dz_stride_r) * VEC
         b_dz = tl.load(dz_ptr + o_dz[:, None] + o_l, mask=m_l, other=0.0)
         b_dy += tl.cast(b_dz, tl.float32)
@@ -120,11 +123,11 @@ def noise_inject_fwd(
     sigma_data: float,
     dtype: torch.dtype,
     need_z: bool,
-) -> tuple[Tensor, Tensor]:
-    """z (empty unless needed) and z_in of a non-empty y."""
+) -> tuple[Tensor | None, Tensor]:
+    """z, if needed, and z_in of a non-empty y."""
     x, sigma = as_tokens(y), sigma_table(sigma, y.shape[0])
     runs = plan_runs([x], sigma.shape[1], offset=offset)
-    z = empty_like_runs(y, torch.float32) if need_z else y.new_empty(0, dtype=torch.float32)
+    z = empty_like_runs(y, torch.float32) if need_z else None
     z_in = empty_like_runs(y, dtype)
     with device_guard(y):
         noise_inject_fwd_kernel[runs.grid](
@@ -140,9 +143,7 @@ def noise_inject_fwd(
             *sigma.stride(),
             *runs.sizes,
             **runs.blocks,
-            ALIGNED=offset % 4 == 0 and runs.L % 4 == 0,
-            SEED_PTR=seed_tensor is not None,
-            HAS_Z=need_z,
+            **runs.noise(offset),
         )
     return z, z_in
 
@@ -153,8 +154,8 @@ def noise_inject_bwd(
     """The gradient to y from those to z and z_in, all of one shape."""
     sigma = sigma_table(sigma, dz_in.shape[0])
     g_in = as_tokens(dz_in)
-    g = g_in if dz is None else as_tokens(dz)
-    runs = plan_runs([g, g_in], sigma.shape[1])
+    g = None if dz is None else as_tokens(dz)
+    runs = plan_runs([g_in] if g is None else [g, g_in], sigma.shape[1])
     dy = empty_like_runs(dz_in, dtype)
     with device_guard(dz_in):
         noise_inject_bwd_kernel[runs.grid](
@@ -163,11 +164,10 @@ def noise_inject_bwd(
             sigma,
             dy,
             sigma_data,
-            *runs.strides(g),
+            *runs.strides(g_in if g is None else g),
             *runs.strides(g_in),
             *sigma.stride(),
             *runs.sizes,
             **runs.blocks,
-            HAS_DZ=dz is not None,
         )
     return dy

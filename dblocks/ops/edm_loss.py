@@ -12,7 +12,6 @@ from dblocks.ops._noise_args import (
     check_pair,
     check_sigma,
     check_sigma_data,
-    keep,
     kept,
     split_seed,
     widest,
@@ -22,34 +21,44 @@ _INPUTS = (
     "Tensor f, Tensor y, Tensor sigma, Tensor? seed_tensor, SymInt seed, SymInt offset, "
     "float sigma_data, Tensor? row_weight"
 )
-_FORWARD = f"({_INPUTS}) -> Tensor"
-_BACKWARD = f"(Tensor grad, {_INPUTS}) -> Tensor"
+# rest is f - target, without elements where it is not needed.
+_FORWARD = f"({_INPUTS}, bool need_rest) -> (Tensor loss, Tensor rest)"
+_BACKWARD = "(Tensor grad, Tensor rest, Tensor? row_weight, ScalarType dtype) -> Tensor"
+
+
+def _empty_rest(f: Tensor, need_rest: bool) -> Tensor:
+    # The range of float16 is too small for f - target.
+    dtype = torch.bfloat16 if f.dtype == torch.bfloat16 else torch.float32
+    return torch.empty(f.shape if need_rest else 0, dtype=dtype, device=f.device)
 
 
 @triton_kernel("edm_loss_fwd")
-def _fwd_triton(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
+def _fwd_triton(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, need_rest):
+    rest = _empty_rest(f, need_rest)
     if y.numel() == 0:
-        return torch.zeros(y.shape[0], dtype=torch.float32, device=y.device)
+        return torch.zeros(y.shape[0], dtype=torch.float32, device=y.device), rest
     from dblocks.kernels.edm import edm_loss_fwd
 
-    return edm_loss_fwd(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
+    levels = (sigma, seed_tensor, seed, offset, sigma_data)
+    return edm_loss_fwd(f, y, *levels, row_weight, rest if need_rest else None), rest
 
 
 @triton_kernel("edm_loss_bwd")
-def _bwd_triton(grad, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
-    if y.numel() == 0:
-        return torch.empty(f.shape, dtype=f.dtype, device=f.device)
+def _bwd_triton(grad, rest, row_weight, dtype):
+    if rest.numel() == 0:
+        return torch.empty(rest.shape, dtype=dtype, device=rest.device)
     from dblocks.kernels.edm import edm_loss_bwd
 
-    return edm_loss_bwd(grad, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
+    return edm_loss_bwd(grad, rest, row_weight, dtype)
 
 
-def _fwd_fake(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
-    return torch.empty(y.shape[0], dtype=torch.float32, device=y.device)
+def _fwd_fake(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, need_rest):
+    loss = torch.empty(y.shape[0], dtype=torch.float32, device=y.device)
+    return loss, _empty_rest(f, need_rest)
 
 
-def _bwd_fake(grad, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight):
-    return torch.empty(f.shape, dtype=f.dtype, device=f.device)
+def _bwd_fake(grad, rest, row_weight, dtype):
+    return torch.empty(rest.shape, dtype=dtype, device=rest.device)
 
 
 _FWD = define("edm_loss_fwd", _FORWARD, _fwd_fake)
@@ -60,22 +69,19 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, impl):
         ctx.set_materialize_grads(False)
-        # A counter may be stepped before backward, so the seed is copied in eager mode as well.
-        used_seed = None if seed_tensor is None else keep(seed_tensor)
-        used_sigma, used_weight = kept(sigma, row_weight)
-        ctx.save_for_backward(f, y, used_sigma, used_seed, used_weight)
-        ctx.seed, ctx.offset, ctx.sigma_data, ctx.impl = seed, offset, sigma_data, impl
-        return _FWD[impl](f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
+        loss, rest = _FWD[impl](
+            f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, True
+        )
+        ctx.save_for_backward(rest, *kept(row_weight))
+        ctx.dtype, ctx.impl = f.dtype, impl
+        return loss
 
     @staticmethod
     @first_order("edm_loss")
     def backward(ctx, grad):
         if grad is None or not ctx.needs_input_grad[0]:
             return (None,) * 9
-        f, y, sigma, seed_tensor, row_weight = ctx.saved_tensors
-        df = _BWD[ctx.impl](
-            grad, f, y, sigma, seed_tensor, ctx.seed, ctx.offset, ctx.sigma_data, row_weight
-        )
+        df = _BWD[ctx.impl](grad, *ctx.saved_tensors, ctx.dtype)
         return (df, *(None,) * 8)
 
 
@@ -111,14 +117,15 @@ def edm_loss(
 
     This is the EDM-weighted `w * mean((denoised - y)^2)` without its cancellation at small sigma
     and without its weight, up to 250,004. eps is not stored: `seed`, `offset` and `y` that
-    `noise_inject` had give it again, in backward too.
+    `noise_inject` had give it again. For the backward `f - target` is kept, and nothing else of
+    the size of `f`: in bfloat16 where `f` has it, so that a gradient is rounded twice, else in
+    float32.
 
     Args:
         f: Network output `[N, ...]`, strides as `y` of `noise_inject`. Alone gets a gradient.
-        y: Clean target of the shape of `f`; may differ in dtype. It is saved: a compiled graph must
-            not change `f` or `y` in place after the loss.
+        y: Clean target of the shape of `f`; may differ in dtype.
         sigma: Noise levels > 0, 0-d, `[N]` or `[N, S]`.
-        seed: As in `noise_inject`. A tensor is copied, and may be changed before backward.
+        seed: As in `noise_inject`. A tensor may be changed before backward.
         offset: As in `noise_inject`.
         sigma_data: Standard deviation of the data.
         row_weight: Factors `[N]`, or `[N, T]` for y `[N, T, D]`: other weightings, or 0 for
@@ -147,7 +154,9 @@ def edm_loss(
     impl = _common.resolve_impl(impl, widest(f, y), "edm_loss")
     if impl != "reference":
         call = (f, y, sigma, seed_tensor, number, offset, float(sigma_data), row_weight)
-        return apply(_Loss, *call, impl) if _common.needs_autograd(f) else _FWD[impl](*call)
+        if _common.needs_autograd(f):
+            return apply(_Loss, *call, impl)
+        return _FWD[impl](*call, False)[0]
     return reference.edm_loss(
         f, y, sigma, seed, offset=offset, sigma_data=sigma_data, row_weight=row_weight
     )

@@ -37,7 +37,8 @@ def _fwd_triton(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z):
         return _empty_outputs(y, dtype, need_z)
     from dblocks.kernels.noise import noise_inject_fwd
 
-    return noise_inject_fwd(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)
+    z, z_in = noise_inject_fwd(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)
+    return y.new_empty(0, dtype=torch.float32) if z is None else z, z_in
 
 
 @triton_kernel("noise_inject_bwd")

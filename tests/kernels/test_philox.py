@@ -16,16 +16,16 @@ SEEDS_AND_QUADS = [(0, 0), (7, 2**32 - 100), (-3, 2**40 + 5), (2**62 + 1, 2**31 
 @triton.jit
 def bits_kernel(out_ptr, seed: tl.int64, first: tl.int64, COUNT: tl.constexpr):
     o_q = tl.arange(0, COUNT)
-    bits = _philox.philox_bits(seed, first + o_q)
+    bits = _philox.philox_bits(seed, tl.full((1,), 0, tl.int64) + first, o_q)
     for lane in tl.static_range(4):
         tl.store(out_ptr + 4 * o_q + lane, tl.cast(bits[lane], tl.int64))
 
 
 @triton.jit
-def uniform_kernel(bits_ptr, out_ptr, COUNT: tl.constexpr):
+def uniform_kernel(bits_ptr, out_ptr, COUNT: tl.constexpr, CLAMPED: tl.constexpr):
     o = tl.arange(0, COUNT)
     bits = tl.cast(tl.load(bits_ptr + o), tl.uint32)
-    tl.store(out_ptr + o, _philox.uniform(bits))
+    tl.store(out_ptr + o, _philox.clamped_uniform(bits) if CLAMPED else _philox.uniform(bits))
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def normals_kernel(
 def functions_kernel(u_ptr, log_ptr, cos_ptr, sin_ptr, size, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(u_ptr + o, mask=o < size, other=0.5)
-    cos, sin = _philox.cos_sin(u * 6.2831855)
+    cos, sin = _philox.polar(u * 0.0 + 1.0, u * 6.2831855)
     tl.store(log_ptr + o, _philox.minus_2_log(u), mask=o < size)
     tl.store(cos_ptr + o, cos, mask=o < size)
     tl.store(sin_ptr + o, sin, mask=o < size)
@@ -110,13 +110,17 @@ def test_bits_across_the_32_bit_boundary_of_the_counter():
 
 
 def test_uniforms_are_equal_bit_for_bit():
-    edges = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, 2**24, 2**24 + 1])
-    bits = torch.cat([edges, reference_bits(1, 0, 1022).flatten()])[:4096].to(DEVICE)
+    # The middle ones are those about 2**31 * 1e-7 = 214.7.
+    edges = [0, 1, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, 2**24, 2**24 + 1, 214, 215, 2**32 - 216]
+    edges = torch.tensor(edges)
+    bits = torch.cat([edges, reference_bits(1, 0, 1024).flatten()])[:4096].to(DEVICE)
     out = torch.empty(4096, device=DEVICE)
-    uniform_kernel[(1,)](bits, out, COUNT=4096)
     expected = reference.uniform(bits)
-    assert torch.equal(out, expected)
     assert 0 <= expected.min() <= expected.max() < 1
+    uniform_kernel[(1,)](bits, out, COUNT=4096, CLAMPED=False)
+    assert torch.equal(out, expected)
+    uniform_kernel[(1,)](bits, out, COUNT=4096, CLAMPED=True)
+    assert torch.equal(out, expected.clamp(min=1e-7))
 
 
 @pytest.mark.parametrize("wide", [False, True])

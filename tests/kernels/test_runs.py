@@ -36,7 +36,7 @@ def test_steps_divide_lengths_and_strides():
 def test_sizes_beyond_32_bits():
     runs = _runs.plan_runs([meta(3, 2**20, 4096)], 1, offset=2**40)
     assert runs.L == 2**32
-    assert runs.grid == (3 * 2**21,)
+    assert runs.grid == (3 * 2**20,)
     assert runs.strides(meta(3, 2**20, 4096))[0] * runs.VEC == 2**32
 
 

@@ -36,8 +36,10 @@ OPS = {
     "noise_inject_bwd": {**rows("dz", "dz_in"), **LEVELS, "sigma_data": 0.5, "dtype": F32},
     "edm_denoise_fwd": {**rows("f", "z"), **LEVELS, "sigma_data": 0.5},
     "edm_denoise_bwd": {**rows("grad"), **LEVELS, "sigma_data": 0.5, "f": F32, "z": F32},
-    "edm_loss_fwd": LOSS,
-    "edm_loss_bwd": {"grad": torch.rand(N), **LOSS},
+    "edm_loss_fwd": {**LOSS, "need_rest": True},
+    "edm_loss_bwd": {
+        "grad": torch.rand(N), **rows("rest"), "row_weight": LOSS["row_weight"], "dtype": F32,
+    },
     "euler_step_fwd": {**rows("z", "denoised"), **BOTH_LEVELS},
     "euler_step_bwd": {**rows("grad"), **BOTH_LEVELS, "z": F32, "denoised": F32},
 }  # fmt: skip
@@ -55,7 +57,7 @@ WRONG = {
 FINE = {
     (name, argument, wrong)
     for name, argument in (("noise_inject_fwd", "y"), ("edm_denoise_bwd", "grad"),
-                           ("euler_step_bwd", "grad"))
+                           ("euler_step_bwd", "grad"), ("edm_loss_bwd", "rest"))
     for wrong in ("wider", "narrower")
 } | {(name, "sigma", "narrower") for name in OPS} | {
     (name, "sigma_next", "narrower") for name in OPS
@@ -83,7 +85,7 @@ def test_a_tensor_that_does_not_fit_is_refused(name, argument, wrong):
 
 
 @pytest.mark.parametrize("seed", [torch.zeros(2, dtype=torch.int64), torch.tensor(3.0)])
-@pytest.mark.parametrize("name", ["noise_inject_fwd", "edm_loss_fwd", "edm_loss_bwd"])
+@pytest.mark.parametrize("name", ["noise_inject_fwd", "edm_loss_fwd"])
 def test_a_seed_is_one_integer(name, seed):
     with pytest.raises(RuntimeError, match="seed must be a 0-d int64 tensor"):
         op(name, "cpp")(*(OPS[name] | {"seed_tensor": seed}).values())

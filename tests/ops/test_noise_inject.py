@@ -61,6 +61,17 @@ def test_ends_of_the_noise_range(impl, sigma, dtype):
     check_against_reference(call, inputs, [y, y], impl=impl, needs_grad=["y"])
 
 
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8192), (1, 2, 1000)])
+def test_long_samples_of_every_dtype(impl, dtype, shape):
+    y = torch.randn(shape, device=DEVICE).to(dtype)
+    sigma = torch.linspace(0.1, 5, shape[0], device=DEVICE)
+    call = lambda impl, y, sigma: noise_inject(y, sigma, 3, offset=4, impl=impl)
+    inputs = {"y": y, "sigma": sigma}
+    check_against_reference(call, inputs, [y, y], impl=impl, needs_grad=["y"])
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_options(impl):
     y, sigma = torch.randn(2, 6, 8, device=DEVICE), torch.tensor(0.7, device=DEVICE)
