@@ -62,7 +62,7 @@ def implementation(op: str, device: str) -> tuple[str, str]:
     """The implementation that `impl="auto"` picks for float32 tensors on `device`, and why."""
     if op == _attention_choice.OP:
         rows = torch.empty(1, 1, 2048, 64, device=device)
-        return _attention_choice.explained(rows, rows)
+        return _attention_choice.explained(rows, rows, rows)
     if op == linear_cross_entropy.OP:
         return linear_cross_entropy.explained(torch.empty(1, 1, device=device))
     impl = resolve_impl("auto", torch.empty(1, 1, 1, device=device), op)

@@ -46,22 +46,15 @@ def doubled_mask(
         inside = _members(T, None, valid)[0]
         position = position - valid[:, :1].to(position.dtype)
     block = position.div(block_size, rounding_mode="floor")
-
-    def compare(x: Tensor) -> tuple[Tensor, Tensor]:
-        """The values of a row and of a key."""
-        return x.unsqueeze(-1), x.unsqueeze(-2)
-
-    (row, key), (row_block, key_block) = compare(position), compare(block)
-    row_noisy, key_noisy = compare(noisy)
-    own, earlier = row_block == key_block, row_block > key_block
-    within = own if clean_causal == "block" else row >= key
-    seen = torch.where(key_noisy, row_noisy & own, earlier | (~row_noisy & within))
-    row_document, key_document = compare(document)
-    seen = seen & (row_document == key_document)
+    i, block_i, document_i, noisy_i = (x.unsqueeze(-1) for x in (position, block, document, noisy))
+    j, block_j, document_j, noisy_j = (x.unsqueeze(-2) for x in (position, block, document, noisy))
+    own, earlier = block_i == block_j, block_i > block_j
+    within = own if clean_causal == "block" else i >= j
+    seen = torch.where(noisy_j, noisy_i & own, earlier | (~noisy_i & within))
+    seen = seen & (document_i == document_j)
     if valid is not None:
-        row_inside, key_inside = compare(inside)
-        seen = seen & row_inside & key_inside
-    return seen if window is None else seen & (row - key < window)
+        seen = seen & inside.unsqueeze(-1) & inside.unsqueeze(-2)
+    return seen if window is None else seen & (i - j < window)
 
 
 def doubled_attention(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -28,8 +29,8 @@ class Backend(NamedTuple):
     package: str | None  # beside torch
     dtypes: tuple[torch.dtype, ...]
     max_width: int  # Dh is a multiple of 8 up to it
-    forward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Grads]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., Grads]
 
 
 def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,20 +39,29 @@ def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
     return state, state
 
 
-def _sdpa_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _sdpa_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     if q.is_cpu:
         return aten._scaled_dot_product_flash_attention_for_cpu.default(
-            q, k, v, 0.0, True, scale=scale
+            q, k, v, 0.0, bias is None, attn_mask=bias, scale=scale
         )
     return aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, True, scale=scale)[:2]
 
 
 def _sdpa_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> Grads:
     if q.is_cpu:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-            grad, q, k, v, o, lse, 0.0, True, scale=scale
+            grad, q, k, v, o, lse, 0.0, bias is None, attn_mask=bias, scale=scale
         )
     rows = q.shape[2]
     return aten._scaled_dot_product_flash_attention_backward.default(
@@ -160,8 +170,45 @@ BACKENDS = {
 MIN_CAPABILITY = (8, 0)  # of NVIDIA's GPUs, for flash attention's kernels
 
 
-def obstacle(name: str, q: Tensor, cu_seqlens: Tensor | None = None) -> Exception | None:
-    """Why the backend cannot run on tensors such as `q`, as the error to raise; None if it can."""
+def forward(
+    name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, **options: Tensor
+) -> tuple[Tensor, Tensor]:
+    """That of the backend, for values of any width."""
+    inputs = _of_one_width(q, k, v)
+    o, lse = BACKENDS[name].forward(*inputs, scale, **options)
+    return o[..., : v.shape[-1]], lse
+
+
+def backward(
+    name: str,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    **options: Tensor,
+) -> Grads:
+    """That of the backend, for values of any width."""
+    widths = q.shape[-1], k.shape[-1], v.shape[-1]
+    grad, q, k, v, o = _of_one_width(grad, q, k, v, o)
+    grads = BACKENDS[name].backward(grad, q, k, v, o, lse, scale, **options)
+    dq, dk, dv = (g[..., :width] for g, width in zip(grads, widths, strict=True))
+    return dq, dk, dv
+
+
+def _of_one_width(*tensors: Tensor) -> list[Tensor]:
+    """Filled up with zeros, which add nothing to a product."""
+    width = max(x.shape[-1] for x in tensors)
+    return [F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors]
+
+
+def obstacle(name: str, q: Tensor, v: Tensor, **options: Tensor | float | None) -> Exception | None:
+    """Why the backend cannot run on tensors such as `q` and `v`, as the error to raise.
+
+    None if it can. The options are those of doubled_attention that are more than a causal mask.
+    """
     backend = BACKENDS[name]
     label = f"doubled_attention: backend={name!r}"
     if backend.package and not importlib.util.find_spec(backend.package):
@@ -182,15 +229,17 @@ def obstacle(name: str, q: Tensor, cu_seqlens: Tensor | None = None) -> Exceptio
         return TypeError(
             f"{label} takes {names} on a GPU, got {q.dtype}; convert, or use impl='reference'"
         )
-    width = q.shape[-1]
-    if width % 8 or width > backend.max_width:
-        return ValueError(
-            f"{label} takes Dh a multiple of 8 up to {backend.max_width} on a GPU, got {width}; "
-            "use impl='reference'"
-        )
-    if cu_seqlens is not None:
+    for letter, x in (("Dk", q), ("Dv", v)):
+        width = x.shape[-1]
+        if width % 8 or width > backend.max_width:
+            return ValueError(
+                f"{label} takes {letter} a multiple of 8 up to {backend.max_width} on a GPU, got "
+                f"{width}; use impl='reference'"
+            )
+    given = ", ".join(option for option, value in options.items() if value is not None)
+    if given:
         return RuntimeError(
-            "doubled_attention: impl='composed' takes cu_seqlens on a CPU only; use impl='triton'"
+            f"doubled_attention: impl='composed' takes {given} on a CPU only; use impl='triton'"
         )
     if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < MIN_CAPABILITY:
         return RuntimeError(
@@ -199,16 +248,16 @@ def obstacle(name: str, q: Tensor, cu_seqlens: Tensor | None = None) -> Exceptio
     return None
 
 
-def choose(name: str | None, q: Tensor, cu_seqlens: Tensor | None = None) -> str:
+def choose(name: str | None, q: Tensor, v: Tensor, **options: Tensor | float | None) -> str:
     """The named backend, or the first that can run; raises where there is none."""
     if name is not None:
-        error = obstacle(name, q, cu_seqlens)
+        error = obstacle(name, q, v, **options)
         if error is not None:
             raise error
         return name
     errors = []
     for candidate in BACKENDS:
-        error = obstacle(candidate, q, cu_seqlens)
+        error = obstacle(candidate, q, v, **options)
         if error is None:
             return candidate
         errors.append(error)

@@ -41,23 +41,26 @@ def resolve(
             )
         return "composed"
     if impl == "auto":
-        new = ("valid", "window", "softcap", "alibi_slopes")
-        if (
-            options["order"] != "clean_noisy"
-            or any(options[n] is not None for n in new)
-            or v.shape != k.shape
-        ):
-            return "reference"
-        return explained(q, k, options["block_size"], options["cu_seqlens"])[0]
+        return explained(q, k, v, **options)[0]
     if impl == "triton":
         _common.check_triton(q, OP)
     return impl
 
 
 def explained(
-    q: Tensor, k: Tensor, block_size: int = 1, cu_seqlens: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int = 1,
+    cu_seqlens: Tensor | None = None,
+    valid: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    **_: Any,
 ) -> tuple[str, str]:
-    """What impl="auto" picks, and why."""
+    """What impl="auto" picks, and why; options are those of doubled_attention."""
     if q.dtype == torch.float64:
         return "reference", "plain PyTorch: the tensors are float64"
     if _common.in_transform():
@@ -67,19 +70,25 @@ def explained(
             return "reference", f"plain PyTorch: a CPU, and T < {MIN_COMPOSED_TOKENS}"
         return "composed", "the tensors are on a CPU: PyTorch's flash attention, twice, merged"
     if q.device.type in _common.GPUS:
-        if _common.HAS_TRITON and _triton_takes(q, k, block_size):
+        if _common.HAS_TRITON and _triton_takes(q, k, v, block_size):
             return "triton", "the tensors are on a GPU"
         for name in BACKENDS:
-            if _attention_backends.obstacle(name, q, cu_seqlens) is None:
+            error = _attention_backends.obstacle(
+                name, q, v, cu_seqlens=cu_seqlens, valid=valid, window=window, softcap=softcap,
+                alibi_slopes=alibi_slopes,
+            )  # fmt: skip
+            if error is None:
                 return "composed", f"a GPU, but no Triton or not its sizes: {name}, twice, merged"
     return "reference", "plain PyTorch: no other implementation serves these tensors"
 
 
-def _triton_takes(q: Tensor, k: Tensor, block_size: int) -> bool:
-    width, T = q.shape[-1], k.shape[2] // 2
+def _triton_takes(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> bool:
     return (
-        _attention_op.MIN_WIDTH <= width <= _attention_op.MAX_WIDTH
-        and width % _attention_op.WIDTH_STEP == 0
+        all(
+            _attention_op.MIN_WIDTH <= width <= _attention_op.MAX_WIDTH
+            and width % _attention_op.WIDTH_STEP == 0
+            for width in (q.shape[-1], v.shape[-1])
+        )
         and block_size <= _attention_op.MAX_BLOCK_SIZE
-        and T <= _attention_op.MAX_TOKENS
+        and k.shape[2] // 2 <= _attention_op.MAX_TOKENS
     )

@@ -2,115 +2,15 @@ import itertools
 
 import pytest
 import torch
+from attention_tools import DTYPES, IMPLS, ON_GPU, check, composed_dtype, problems, run, tensors
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dblocks.functional import doubled_attention
 from dblocks.kernels import reference
-from dblocks.ops import _composed_attention
-from dblocks.testing import error_budget
+from dblocks.ops import _attention_chunks, _composed_attention
 from tools import DEVICE, op
-
-IMPLS = ("composed", "triton")
-# The interpreter multiplies bfloat16 matrices wrongly, and a GPU's composition is of 16-bit ones.
-ON_GPU = DEVICE.type == "cuda"
-DTYPES = {
-    "composed": [torch.float16, torch.bfloat16]
-    + ([] if ON_GPU else [torch.float32, torch.float64]),
-    "triton": [torch.float16, torch.float32] + ([torch.bfloat16] if ON_GPU else []),
-}
-WIDTHS = {"composed": [8, 16, 64] if ON_GPU else [1, 3, 8, 16, 40], "triton": [16, 24, 32]}
-GROWTH = 4  # of a rounding in sums and exponentials
-
-
-def wide(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@st.composite
-def problems(draw, impl, max_rows=40):
-    """The inputs q, k, v; the upstream gradient; the options."""
-    dtype = draw(st.sampled_from(DTYPES[impl]))
-    N, T = draw(st.sampled_from([1, 1, 2])), draw(st.integers(1, max_rows))
-    heads, group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3]))
-    width = draw(st.sampled_from(WIDTHS[impl]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    query = draw(st.sampled_from(["both", "noisy"]))
-    rows = T if query == "noisy" else 2 * T
-    cu_seqlens = None
-    if N == 1 and not (impl == "composed" and ON_GPU) and draw(st.booleans()):
-        cuts = draw(st.lists(st.integers(0, T), max_size=3))
-        cu_seqlens = torch.tensor([0, *sorted(cuts), T], dtype=torch.int32, device=DEVICE)
-
-    def tensor(heads, rows):
-        layout = draw(st.sampled_from(["contiguous", "qkv", "expanded", "transposed"]))
-        size = {"expanded": (1, heads, rows, width), "qkv": (N, rows, 3, heads, width)}
-        size |= {"transposed": (N, heads, width, rows)}
-        x = torch.randn(size.get(layout, (N, heads, rows, width)), generator=generator)
-        x = x.to(DEVICE, dtype)
-        views = {"expanded": lambda: x.expand(N, -1, -1, -1), "transposed": lambda: x.mT}
-        views |= {"qkv": lambda: x[:, :, 1].transpose(1, 2)}
-        return views.get(layout, lambda: x)()
-
-    options = {
-        "block_size": draw(st.sampled_from([1, 1, 2, 3, 4, 7, 16, 50])),
-        "clean_causal": draw(st.sampled_from(["block", "token"])),
-        "scale": draw(st.sampled_from([None, 0.3, 2.0])),
-        "cu_seqlens": cu_seqlens,
-        "query": query,
-    }
-    H = heads * group
-    inputs = tensor(H, rows), tensor(heads, 2 * T), tensor(heads, 2 * T)
-    return inputs, tensor(H, rows), options
-
-
-def run(impl, inputs, upstream, options, dtype=None):
-    """o and the gradients of q, k and v."""
-    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
-    o = doubled_attention(*leaves, impl=impl, **options)
-    return [o.detach(), *torch.autograd.grad(o, leaves, upstream.to(o.dtype))]
-
-
-def magnitudes(inputs, upstream, options):
-    """o and the gradients with every term taken positive, and the largest score."""
-    q, k, v, grad = (x.double() for x in (*inputs, upstream))
-    T, group = k.shape[2] // 2, q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    names = ("block_size", "clean_causal", "cu_seqlens")
-    mask = reference.doubled_mask(T, **{n: options[n] for n in names}, device=q.device)
-    mask = mask[T:] if options["query"] == "noisy" else mask
-    scale = options["scale"] or q.shape[-1] ** -0.5
-    scores = q @ k.mT * scale
-    p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    q, k, v, grad = (x.abs() for x in (q, k, v, grad))
-    o = p @ v
-    ds = p * scale * (grad @ v.mT + (grad * o).sum(-1, keepdim=True))
-    summed = (x.unflatten(1, (-1, group)).sum(2) for x in (ds.mT @ q, p.mT @ grad))
-    return [o, ds @ k, *summed], scores.abs().max().item()
-
-
-def check(impl, inputs, upstream, options):
-    """Within the budget around float64, and the rounding of what flash attention computes.
-
-    Its backward takes exp(score - lse), with a relative error of eps |score|, and the difference of
-    two sums, grad . v - grad . o, which may cancel: softmax's own backward is exactly 0 for a row
-    with one key. Triton's matrix products take o and the probabilities in the dtype of q.
-    """
-    dtype = inputs[0].dtype
-    got = run(impl, inputs, upstream, options)
-    ref64 = run("reference", inputs, upstream, options, torch.float64)
-    eager = run("reference", inputs, upstream, options)
-    terms, score = magnitudes(inputs, upstream, options)
-    eps = torch.finfo(wide(dtype) if impl == "composed" and not ON_GPU else dtype).eps
-    eps += score * torch.finfo(wide(dtype)).eps
-    for name, g, r, e, m in zip("oqkv", got, ref64, eager, terms, strict=True):
-        assert g.shape == r.shape
-        assert g.dtype == dtype
-        error = (g.double() - r).abs().max().item()
-        budget = error_budget(r, e, dtype) + GROWTH * eps * m.max().item()
-        assert error <= budget, f"{impl}, {name}: error {error:.3e} is over {budget:.3e}"
 
 
 @given(problem=problems("composed"))
@@ -123,16 +23,6 @@ def test_composed_is_within_budget(problem):
 @settings(max_examples=8)
 def test_triton_is_within_budget(problem):
     check("triton", *problem)
-
-
-def tensors(N=1, H=2, heads=2, T=6, width=16, rows=None, dtype=torch.float32):
-    """Normal q, k, v."""
-    make = lambda *shape: torch.randn(shape, device=DEVICE).to(dtype)
-    return make(N, H, rows or 2 * T, width), *(make(N, heads, 2 * T, width) for _ in range(2))
-
-
-def composed_dtype():
-    return torch.float16 if ON_GPU else torch.float32
 
 
 def test_the_mask_is_that_of_the_definition():
@@ -298,7 +188,7 @@ def test_compiles_to_one_graph(impl, size):
 @pytest.mark.skipif(ON_GPU, reason="float32 and documents are composed on the CPU only")
 def test_opcheck(dtype, ends):
     q, k, v = tensors(H=4, dtype=dtype)
-    options = (3, True, 0.25, ends, "sdpa")
+    options = (3, True, 0.25, ends, False, None, None, None, None, "sdpa")
     forward, backward = (op(f"doubled_attention_{d}", "composed") for d in ("fwd", "bwd"))
     torch.library.opcheck(forward, (q, k, v, *options))
     o, lse = forward(q, k, v, *options)
@@ -373,63 +263,11 @@ def test_what_is_saved_is_linear_in_T(impl):
 def test_no_tensor_of_the_composition_is_quadratic_in_T(size, query):
     T, width = 512, 16
     q, k, v = tensors(H=1, heads=1, T=T, width=width, rows=T if query == "noisy" else None)
-    options = (size, True, 0.25, None, "sdpa")
+    options = (size, True, 0.25, None, False, None, None, None, None, "sdpa")
     # The operations inside of a registered one are not seen from outside of it.
     with Largest() as largest:
         o, lse = _composed_attention._forward(q, k, v, *options)
         _composed_attention._backward(q, q, k, v, o, lse, *options)
-    assert 0 < largest.elements <= 2 * T * width
-
-
-Q = torch.zeros(1, 2, 4, 16)
-TRITON = {"impl": "triton"}
-DOCUMENTS = torch.tensor([0, 1, 2], dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "arguments"),
-    [
-        (TypeError, "q must be a tensor, got NoneType", {"q": None}),
-        (TypeError, "k must be float64, .* got torch.int64", {"k": Q.long()}),
-        (TypeError, "v must have the dtype of q, .*32, got .*16", {"v": Q.half()}),
-        (RuntimeError, "k must be on cpu .* got meta", {"k": Q.to("meta")}),
-        (ValueError, r"q must have shape \[N, heads, rows, Dh\], got \[2, 4, 16\]", {"q": Q[0]}),
-        (ValueError, "query must be one of .* got 'clean'", {"query": "clean"}),
-        (ValueError, "clean_causal must be one of .* got 'row'", {"clean_causal": "row"}),
-        (TypeError, "block_size must be an int, got float", {"block_size": 1.0}),
-        (TypeError, "block_size must be an int, got bool", {"block_size": True}),
-        (ValueError, "block_size must be at least 1, got 0", {"block_size": 0}),
-        (TypeError, "scale must be a real number, got str", {"scale": "1"}),
-        (ValueError, r"k and v must have shape .* \[1, Hkv, 2T, 16\] and", {"v": Q[:, :, :2]}),
-        (ValueError, "k and v must have shape", {"k": Q[..., :8], "v": Q[..., :8]}),
-        (ValueError, "got the odd number 3", {"k": Q[:, :, :3], "v": Q[:, :, :3]}),
-        (ValueError, "q must have 4 rows .* query='both', got 2", {"q": Q[:, :, :2]}),
-        (ValueError, "q must have 2 rows .* query='noisy', got 4", {"query": "noisy"}),
-        (ValueError, "multiple of those of k, got 3 and 2", {"q": torch.zeros(1, 3, 4, 16)}),
-        (ValueError, "Dk must be at least 1", dict.fromkeys("qkv", Q[..., :0])),
-        (TypeError, "cu_seqlens must be a tensor, got list", {"cu_seqlens": [0, 2]}),
-        (TypeError, "cu_seqlens must be int32, got torch.int64", {"cu_seqlens": DOCUMENTS.long()}),
-        (RuntimeError, "cu_seqlens must be on cpu", {"cu_seqlens": DOCUMENTS.to("meta")}),
-        (ValueError, r"must have shape \[documents \+ 1\]", {"cu_seqlens": DOCUMENTS[:1]}),
-        (
-            ValueError,
-            "cu_seqlens needs N = 1, got N = 2",
-            dict.fromkeys("qkv", torch.zeros(2, 2, 4, 16)) | {"cu_seqlens": DOCUMENTS},
-        ),
-        (ValueError, r"start with 0, .* T = 2, got \[1, 2\]", {"cu_seqlens": DOCUMENTS[1:]}),
-        (ValueError, r"end with T = 2, got \[0, 1\]", {"cu_seqlens": DOCUMENTS[:2]}),
-        (
-            ValueError,
-            r"never decrease .* got \[0, 2, 1, 2\]",
-            {"cu_seqlens": torch.tensor([0, 2, 1, 2], dtype=torch.int32)},
-        ),
-        (ValueError, "impl must be one of auto, .* got 'cpp'", {"impl": "cpp"}),
-        (ValueError, "backend must be one of sdpa, .* got 'math'", {"backend": "math"}),
-        (TypeError, "impl='triton' .* got float64", dict.fromkeys("qkv", Q.double()) | TRITON),
-    ],
-)  # fmt: skip
-@pytest.mark.skipif(ON_GPU, reason="the same checks, with tensors on the CPU")
-def test_bad_arguments(error, message, arguments):
-    given = {"q": Q, "k": Q, "v": Q} | arguments
-    with pytest.raises(error, match=message):
-        doubled_attention(**given)
+    chunk = _attention_chunks.CHUNK
+    limit = 2 * T * width if size == 1 else 2 * chunk * (T + chunk)
+    assert 0 < largest.elements <= limit
