@@ -204,7 +204,7 @@ def key_value_grads(
     widths = _attention.widths(D, DV)
     packed, alone, token = _attention.forms(options)
     window = _attention.window_of(T, options)
-    whole = Hkv == H and window is None
+    whole = window is None and H // Hkv == 1
 
     def launch(queries: list[Tensor], start: int, PACKED: bool, NOISY: bool) -> None:
         do, q, lse, delta = queries

@@ -9,13 +9,13 @@ from dblocks.testing import error_budget
 from tools import DEVICE
 
 IMPLS = ("composed", "triton")
-NEW_OPTION_IMPLS = ("composed",)  # those of IMPLS that take all of `extras`
-# The interpreter multiplies bfloat16 matrices wrongly, and a GPU's composition is of 16-bit ones.
+NEW_OPTION_IMPLS = ("composed", "triton")  # those of IMPLS that take all of `extras`
+# A GPU's composition is of 16-bit matrices.
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = {
     "composed": [torch.float16, torch.bfloat16]
     + ([] if ON_GPU else [torch.float32, torch.float64]),
-    "triton": [torch.float16, torch.float32] + ([torch.bfloat16] if ON_GPU else []),
+    "triton": [torch.float16, torch.float32, torch.bfloat16],
 }
 WIDTHS = {"composed": [8, 16, 64] if ON_GPU else [1, 3, 8, 16, 40], "triton": [16, 24, 32]}
 GROWTH = 4  # of a rounding in sums and exponentials

@@ -272,6 +272,10 @@ def with_doubled_attention(attention: nn.Module) -> nn.Module:
     return view
 
 
+# What transformers hands to every attention, and what of it changes nothing.
+WITHOUT_EFFECT = {"output_attentions": (None, False), "use_cache": (None, False, True)}
+
+
 def doubled(
     module: nn.Module,
     query: Tensor,
@@ -281,9 +285,11 @@ def doubled(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     dblocks_cu_seqlens: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of rows `[clean | noisy]` as transformers calls it; see `F.doubled_attention`.
 
@@ -291,35 +297,63 @@ def doubled(
 
     Args:
         module: the attention.
-        query: [N, H, 2T, Dh].
-        key: [N, Hkv, 2T, Dh].
-        value: as the key.
+        query: [N, H, 2T, Dk].
+        key: [N, Hkv, 2T, Dk].
+        value: [N, Hkv, 2T, Dv].
         attention_mask: none; what is padding at the end is not attended to anyway.
         scaling: of the products of queries and keys.
         dropout: of the attention's weights.
-        sliding_window: how far back a row sees; no less than T.
+        is_causal: as the module says by default; the doubled attention always is.
+        sliding_window: how many positions back a row sees, its own included.
+        softcap: bound of the scores.
         dblocks_cu_seqlens: ends of packed documents.
+        **others: refused unless they are `None` or change nothing.
 
     Returns:
-        [N, 2T, H, Dh], and no weights.
+        [N, 2T, H, Dv], and no weights.
+
+    Raises:
+        ValueError: it is asked for what it does not do.
     """
-    T = query.shape[2] // 2
-    if sliding_window is not None and sliding_window < T:
-        raise ValueError(
-            f"sequences must be at most sliding_window={sliding_window} long, as the doubled "
-            f"attention has no window, got {T}; cut them"
-        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    _refuse(module, others | {"attention_mask": attention_mask}, causal)
     # Rotary positions come in float32 under autocast, which casts the arguments of torch's own.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if dropout == 0:
-        o = F.doubled_attention(query, key, value, scale=scaling, cu_seqlens=dblocks_cu_seqlens)
-    else:
-        mask = doubled_mask(T, cu_seqlens=dblocks_cu_seqlens, device=query.device)
-        o = nnf.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+    if not dropout:
+        o = F.doubled_attention(
+            query, key, value, scale=scaling, cu_seqlens=dblocks_cu_seqlens,
+            window=sliding_window, softcap=softcap,
         )  # fmt: skip
+        return o.transpose(1, 2), None
+    if softcap is not None:
+        raise ValueError(
+            f"the doubled attention takes softcap or dropout, got softcap={softcap} and "
+            f"dropout={dropout}; set the dropout of the attention in the model's config to 0"
+        )
+    mask = doubled_mask(
+        query.shape[2] // 2, cu_seqlens=dblocks_cu_seqlens, window=sliding_window,
+        device=query.device,
+    )  # fmt: skip
+    o = nnf.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
     return o.transpose(1, 2), None
+
+
+def _refuse(module: nn.Module, others: Mapping[str, Any], causal: bool) -> None:
+    unread = [
+        name
+        for name, value in others.items()
+        if not any(value is allowed for allowed in WITHOUT_EFFECT.get(name, (None,)))
+    ]
+    if not causal:
+        unread.append("is_causal=False")
+    if unread:
+        raise ValueError(
+            f"the doubled attention does not do what {type(module).__name__} asks for with "
+            f"{', '.join(sorted(unread))}; a model that needs it cannot be converted"
+        )
 
 
 Family = TypeVar("Family")
