@@ -31,6 +31,7 @@ class Backend(NamedTuple):
     max_width: int  # Dh is a multiple of 8 up to it
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., Grads]
+    capability: tuple[int, int] = (8, 0)  # of NVIDIA's GPUs, at least
 
 
 def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,6 +119,30 @@ def _flash_attn_backward(
     return dq, dk, dv
 
 
+def _flash_attn_3_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    import flash_attn_interface as library  # pyright: ignore[reportMissingImports]
+
+    o, lse, *_ = library._flash_attn_forward(
+        *_rows_first(q, k, v), softmax_scale=scale, causal=True
+    )
+    return o.transpose(1, 2), lse
+
+
+def _flash_attn_3_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> Grads:
+    import flash_attn_interface as library  # pyright: ignore[reportMissingImports]
+
+    grad, q, k, v, o = _rows_first(grad, q, k, v, o)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    library._flash_attn_backward(
+        grad, q, k, v, o, lse.contiguous(), dq=dq, dk=dk, dv=dv, softmax_scale=scale,
+        is_causal=True, deterministic=True,
+    )  # fmt: skip
+    dq, dk, dv = _rows_first(dq, dk, dv)
+    return dq, dk, dv
+
+
 def _groups(q: Tensor, k: Tensor, *others: Tensor) -> Sequence[tuple[Tensor, ...]]:
     """Views of the heads of `q` and the others such that each head has a key/value head alone."""
     grouped = [x.unflatten(1, (k.shape[1], -1)) for x in (q, *others)]
@@ -162,12 +187,16 @@ _HALF = (torch.float16, torch.bfloat16)
 BACKENDS = {
     "sdpa": Backend(None, _HALF, 256, _sdpa_forward, _sdpa_backward),
     "cudnn": Backend(None, _HALF, 128, _cudnn_forward, _cudnn_backward),
+    "flash_attn_3": Backend(
+        "flash_attn_interface", _HALF, 256, _flash_attn_3_forward, _flash_attn_3_backward, (9, 0)
+    ),
     "flash_attn": Backend("flash_attn", _HALF, 256, _flash_attn_forward, _flash_attn_backward),
     "xformers": Backend(
         "xformers", (*_HALF, torch.float32), 256, _xformers_forward, _xformers_backward
     ),
 }
-MIN_CAPABILITY = (8, 0)  # of NVIDIA's GPUs, for flash attention's kernels
+_NAMES = {"flash_attn_interface": "flash-attn-3"}  # of packages, where they are called otherwise
+HOPPER = (9, 0)
 
 
 def forward(
@@ -212,7 +241,7 @@ def obstacle(name: str, q: Tensor, v: Tensor, **options: Tensor | float | None) 
     backend = BACKENDS[name]
     label = f"doubled_attention: backend={name!r}"
     if backend.package and not importlib.util.find_spec(backend.package):
-        package = backend.package.replace("_", "-")
+        package = _NAMES.get(backend.package, backend.package.replace("_", "-"))
         return ImportError(
             f"{label} needs the package {package}, which is not installed; "
             f"`pip install {package}`, or use backend='sdpa'"
@@ -241,24 +270,47 @@ def obstacle(name: str, q: Tensor, v: Tensor, **options: Tensor | float | None) 
         return RuntimeError(
             f"doubled_attention: impl='composed' takes {given} on a CPU only; use impl='triton'"
         )
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < MIN_CAPABILITY:
+    if torch.version.hip is None and _capability(q) < backend.capability:
         return RuntimeError(
-            f"{label} needs a GPU of compute capability {MIN_CAPABILITY} or more; use impl='triton'"
+            f"{label} needs a GPU of compute capability {backend.capability} or more; "
+            "use impl='triton'"
         )
     return None
 
 
+def _capability(q: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(q.device)
+
+
+def is_fast(name: str, q: Tensor) -> bool:
+    """Whether the backend is of FlashAttention 3's class on the GPU of `q`.
+
+    PyTorch's flash attention is after `torch.nn.attention.activate_flash_attention_impl`. cuDNN's
+    gradients do not repeat bit for bit, so that it is not where they are asked to.
+    """
+    if torch.version.hip is not None or _capability(q) < HOPPER:
+        return False
+    if name == "cudnn":
+        return not torch.are_deterministic_algorithms_enabled()
+    return name == "flash_attn_3" or (name == "sdpa" and _flash_of_sdpa() in ("FA3", "FA4"))
+
+
+def _flash_of_sdpa() -> str | None:
+    """What stands in for PyTorch's own flash attention."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return None if current is None else current()
+
+
 def choose(name: str | None, q: Tensor, v: Tensor, **options: Tensor | float | None) -> str:
-    """The named backend, or the first that can run; raises where there is none."""
+    """The named backend, or the first that can run, fast ones first; raises if there is none."""
     if name is not None:
         error = obstacle(name, q, v, **options)
         if error is not None:
             raise error
         return name
-    errors = []
-    for candidate in BACKENDS:
-        error = obstacle(candidate, q, v, **options)
-        if error is None:
-            return candidate
-        errors.append(error)
-    raise errors[0]
+    errors = {candidate: obstacle(candidate, q, v, **options) for candidate in BACKENDS}
+    able = [candidate for candidate, error in errors.items() if error is None]
+    if not able:
+        raise next(error for error in errors.values() if error is not None)
+    fast = [candidate for candidate in able if not q.is_cpu and is_fast(candidate, q)]
+    return (fast or able)[0]

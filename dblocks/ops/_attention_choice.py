@@ -5,11 +5,14 @@
 | float64, or in a torch.func transform or forward-mode differentiation | reference |
 | on a CPU, T < 32 | reference: fewer operations, which are all overhead at such sizes |
 | on a CPU, T >= 32 | composed: as fast at 32, two to three times as fast at 128 |
-| on a GPU, of sizes that the Triton kernels take | triton: one launch, and no merge |
+| on a GPU, block_size 1, T of COMPOSED_TOKENS, a backend as fast as FlashAttention 3 | composed |
+| on a GPU, else, of sizes that the Triton kernels take | triton: one launch, and no merge |
 | on a GPU, else, where a backend takes them | composed |
 | elsewhere | reference |
 
-The rows for GPUs follow from the designs and are not measured. A given `backend` means composed.
+The rows for GPUs, and COMPOSED_TOKENS, follow from the designs and are not measured: for few tokens
+the launches and the merge cost more than faster matrix products save. Options that a backend does
+not take leave the tensors to the next row. A given `backend` means composed.
 """
 
 from typing import Any
@@ -22,6 +25,8 @@ from dblocks.ops import _attention_backends, _attention_op, _common
 OP = "doubled_attention"
 IMPLS = ("auto", "reference", "triton", "composed")
 MIN_COMPOSED_TOKENS = 32  # on a CPU
+# T from which on, by the widest head: a measurement replaces these numbers.
+COMPOSED_TOKENS = {64: 4096, 128: 2048, 256: 2048}
 BACKENDS = tuple(_attention_backends.BACKENDS)
 
 
@@ -71,16 +76,28 @@ def explained(
             return "reference", f"plain PyTorch: a CPU, and T < {MIN_COMPOSED_TOKENS}"
         return "composed", "the tensors are on a CPU: PyTorch's flash attention, twice, merged"
     if q.device.type in _common.GPUS:
-        if _common.HAS_TRITON and _triton_takes(q, k, v, block_size):
-            return "triton", "the tensors are on a GPU"
-        for name in BACKENDS:
-            error = _attention_backends.obstacle(
+        able = [
+            name
+            for name in BACKENDS
+            if _attention_backends.obstacle(
                 name, q, v, cu_seqlens=cu_seqlens, valid=valid, window=window, softcap=softcap,
                 alibi_slopes=alibi_slopes,
-            )  # fmt: skip
-            if error is None:
-                return "composed", f"a GPU, but no Triton or not its sizes: {name}, twice, merged"
+            ) is None
+        ]  # fmt: skip
+        fast = [name for name in able if _attention_backends.is_fast(name, q)]
+        if fast and block_size == 1 and k.shape[2] // 2 >= _composed_tokens(q, v):
+            return "composed", f"a GPU with fast attention, and many tokens: {fast[0]}, merged"
+        if _common.HAS_TRITON and _triton_takes(q, k, v, block_size):
+            return "triton", "the tensors are on a GPU"
+        if able:
+            name = (fast or able)[0]
+            return "composed", f"a GPU, but no Triton or not its sizes: {name}, twice, merged"
     return "reference", "plain PyTorch: no other implementation serves these tensors"
+
+
+def _composed_tokens(q: Tensor, v: Tensor) -> float:
+    widest = max(q.shape[-1], v.shape[-1])
+    return next((T for width, T in COMPOSED_TOKENS.items() if widest <= width), float("inf"))
 
 
 def _triton_takes(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> bool:

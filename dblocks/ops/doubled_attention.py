@@ -9,7 +9,7 @@ from dblocks.ops import _attention_choice
 from dblocks.ops._attention_checks import CleanCausal, Order, Query, check
 
 AttentionImpl = Literal["auto", "reference", "triton", "composed"]
-Backend = Literal["sdpa", "cudnn", "flash_attn", "xformers"]
+Backend = Literal["sdpa", "cudnn", "flash_attn_3", "flash_attn", "xformers"]
 
 
 def doubled_attention(
@@ -83,7 +83,9 @@ def doubled_attention(
             `cu_seqlens` nor `valid`, and of `window`, `softcap` and `alibi_slopes` what its backend
             has), or "auto", see `dblocks.ops._attention_choice`.
         backend: which attention "composed" is made of: "sdpa" (PyTorch's flash kernels; the only
-            one on CPUs), "cudnn", "flash_attn" or "xformers"; by default the first that can run.
+            one on CPUs; FlashAttention 3 or 4 after its `activate_flash_attention_impl`), "cudnn",
+            "flash_attn_3", "flash_attn" or "xformers"; by default the first that can run, those as
+            fast as FlashAttention 3 before others.
 
     Returns:
         o `[N, H, rows of q, Dv]`, of the dtype of `q`. Arithmetic is float32 (float64 for float64

@@ -10,7 +10,7 @@ import torch
 from dblocks.functional import doubled_attention
 from dblocks.kernels import reference
 from dblocks.ops import _attention_backends as backends
-from dblocks.ops import _attention_choice, _composed_attention
+from dblocks.ops import _attention_choice, _attention_shifted, _composed_attention
 from tools import seeded
 
 aten = torch.ops.aten
@@ -80,6 +80,32 @@ def flash_attn():
     return {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
 
 
+def flash_attn_3():
+    """flash_attn_interface, of FlashAttention 3: as flash_attn, by keywords."""
+    causal_of = globals()["causal"]
+
+    def forward(q, k, v, *, softmax_scale=None, causal=False, window_size_left=-1):
+        assert causal
+        o, lse = causal_of(*rows_first(q, k, v), softmax_scale)
+        return o.transpose(1, 2), lse, torch.tensor([]), torch.tensor([])
+
+    def backward(
+        dout, q, k, v, out, softmax_lse, *, dq=None, dk=None, dv=None, softmax_scale=None,
+        is_causal=False, deterministic=False,
+    ):  # fmt: skip
+        assert is_causal
+        assert deterministic
+        assert softmax_lse.is_contiguous()
+        dout, q, k, v, out = rows_first(dout, q, k, v, out)
+        grads = causal_backward(dout, q, k, v, out, softmax_lse, softmax_scale)
+        for to, part in zip((dq, dk, dv), rows_first(*grads), strict=True):
+            to.copy_(part)
+
+    interface = ModuleType("flash_attn_interface")
+    interface._flash_attn_forward, interface._flash_attn_backward = forward, backward
+    return {"flash_attn_interface": interface}
+
+
 def xformers():
     """xformers.ops.fmha: [N, T, heads, Dh], as many heads everywhere, log-sum-exp rows padded."""
 
@@ -134,10 +160,9 @@ def cudnn():
 @pytest.fixture(params=backends.BACKENDS)
 def backend(request, monkeypatch):
     """The name of a backend that can be called on the CPU."""
-    if request.param in ("flash_attn", "xformers"):
-        for name, module in {"flash_attn": flash_attn, "xformers": xformers}[
-            request.param
-        ]().items():
+    packages = {"flash_attn": flash_attn, "flash_attn_3": flash_attn_3, "xformers": xformers}
+    if request.param in packages:
+        for name, module in packages[request.param]().items():
             monkeypatch.setitem(sys.modules, name, module)
     if request.param == "cudnn":
         monkeypatch.setattr(backends, "aten", cudnn())
@@ -162,11 +187,14 @@ def test_a_backend_is_causal_attention(backend, heads):
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("query", ["both", "noisy"])
-def test_the_composition_of_each_backend(backend, monkeypatch, size, query):
-    monkeypatch.setattr(_composed_attention, "choose", lambda name, q, cu_seqlens: name)
+@pytest.mark.parametrize("v_width", [8, 16, 4])
+def test_the_composition_of_each_backend(backend, monkeypatch, size, query, v_width):
+    monkeypatch.setattr(_composed_attention, "choose", lambda name, q, v, **options: name)
+    # As on a GPU, where blocks are not computed in chunks.
+    monkeypatch.setattr(_composed_attention, "_way", lambda *_: _attention_shifted)
     q = normal(2, 4, 7 if query == "noisy" else 14, 8)
-    k, v = normal(2, 2, 2, 14, 8, seed=1)
-    options = {"block_size": size, "query": query}
+    k, v = normal(2, 2, 14, 8, seed=1), normal(2, 2, 14, v_width, seed=2)
+    options = {"block_size": size, "query": query, "order": "noisy_clean", "scale": -0.3}
     results = []
     for impl, name in (("composed", backend), ("reference", None)):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -223,49 +251,109 @@ def gpu(monkeypatch):
     return found
 
 
+def choose(name, q, v=None, **options):
+    return backends.choose(name, q, q if v is None else v, **options)
+
+
+@pytest.fixture
+def installed(gpu, monkeypatch):
+    """The packages that there are: those of this environment, and what is added."""
+    names, find = set(), importlib.util.find_spec
+    there = lambda name, *a: object() if name in names else find(name, *a)
+    monkeypatch.setattr(importlib.util, "find_spec", there)
+    return names
+
+
 def test_what_a_backend_takes_on_a_gpu(gpu):
-    assert backends.choose(None, on_gpu()) == "sdpa"
-    assert backends.choose("cudnn", on_gpu(width=128)) == "cudnn"
+    gpu.capability = (8, 9)
+    assert choose(None, on_gpu()) == "sdpa"
+    assert choose("cudnn", on_gpu(width=128)) == "cudnn"
     for q, error, message in (
         (on_gpu(torch.float32), TypeError, "takes float16, bfloat16 on a GPU, got torch.float32"),
-        (on_gpu(width=136), ValueError, "a multiple of 8 up to 128 on a GPU, got 136"),
-        (on_gpu(width=12), ValueError, "a multiple of 8 up to 128 on a GPU, got 12"),
+        (on_gpu(width=136), ValueError, "takes Dk a multiple of 8 up to 128 on a GPU, got 136"),
+        (on_gpu(width=12), ValueError, "takes Dk a multiple of 8 up to 128 on a GPU, got 12"),
     ):
         with pytest.raises(error, match=message):
-            backends.choose("cudnn", q)
-    with pytest.raises(RuntimeError, match="cu_seqlens on a CPU only; use impl='triton'"):
-        backends.choose("sdpa", on_gpu(), torch.tensor([0, 4]))
+            choose("cudnn", q)
+    with pytest.raises(ValueError, match="takes Dv a multiple of 8 up to 128 on a GPU, got 160"):
+        choose("cudnn", on_gpu(), on_gpu(width=160))
+    for name in ("cu_seqlens", "valid", "window", "softcap", "alibi_slopes"):
+        with pytest.raises(RuntimeError, match=f"{name} on a CPU only; use impl='triton'"):
+            choose("sdpa", on_gpu(), **{name: 4})
     gpu.capability = (7, 5)
     with pytest.raises(RuntimeError, match=r"capability \(8, 0\) or more"):
-        backends.choose("sdpa", on_gpu())
+        choose("sdpa", on_gpu())
 
 
-def test_a_package_is_looked_for_when_it_is_asked_for(gpu, monkeypatch):
-    find = importlib.util.find_spec
-    there = lambda name, *a: object() if name in ("flash_attn", "xformers") else find(name, *a)
-    monkeypatch.setattr(importlib.util, "find_spec", there)
-    assert backends.choose("flash_attn", on_gpu()) == "flash_attn"
-    assert backends.choose(None, on_gpu(torch.float32)) == "xformers"
+def test_a_package_is_looked_for_when_it_is_asked_for(gpu, installed):
+    with pytest.raises(ImportError, match="needs the package flash-attn-3, which is not installed"):
+        choose("flash_attn_3", on_gpu())
+    installed |= {"flash_attn", "flash_attn_interface", "xformers"}
+    assert choose("flash_attn", on_gpu()) == "flash_attn"
+    assert choose("flash_attn_3", on_gpu()) == "flash_attn_3"
+    assert choose(None, on_gpu(torch.float32)) == "xformers"
+    gpu.capability = (8, 9)
+    with pytest.raises(RuntimeError, match=r"'flash_attn_3' needs .* capability \(9, 0\) or more"):
+        choose("flash_attn_3", on_gpu())
+
+
+@pytest.fixture
+def any_order():
+    """Without the determinism that other tests of the ops ask for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("any_order")
+def test_fast_backends_come_first(gpu, installed, monkeypatch):
+    assert choose(None, on_gpu()) == "cudnn"
+    assert choose(None, on_gpu(width=192)) == "sdpa"  # too wide for cuDNN
+    torch.use_deterministic_algorithms(True)
+    assert choose(None, on_gpu()) == "sdpa"
+    installed.add("flash_attn_interface")
+    assert choose(None, on_gpu()) == choose(None, on_gpu(width=192)) == "flash_attn_3"
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA4")
+    assert choose(None, on_gpu()) == "sdpa"
+    gpu.capability = (8, 0)
+    assert not any(backends.is_fast(name, on_gpu()) for name in backends.BACKENDS)
+
+
+def pick(q, v=None, **options):
+    return _attention_choice.explained(q, q, q if v is None else v, **options)[0]
 
 
 def test_what_auto_picks(gpu, monkeypatch):
-    def pick(q, block_size=1, cu_seqlens=None):
-        return _attention_choice.explained(q, q, block_size, cu_seqlens)[0]
-
     rows = torch.zeros(1, 2, 64, 16)
-    assert pick(rows) == pick(rows.bfloat16()) == "composed"
+    assert pick(rows) == pick(rows.bfloat16()) == pick(rows, window=3, softcap=1.0) == "composed"
     assert pick(rows[:, :, :62]) == pick(rows.double()) == pick(rows.to("meta")) == "reference"
     monkeypatch.setattr(_attention_choice._common, "HAS_TRITON", True)
-    assert pick(on_gpu()) == pick(on_gpu(torch.float32)) == "triton"
-    assert pick(on_gpu(), 200) == pick(on_gpu(width=8)) == "composed"
-    assert pick(on_gpu(), 200, torch.tensor([0, 4])) == "reference"
+    assert pick(on_gpu()) == pick(on_gpu(torch.float32)) == pick(on_gpu(), window=3) == "triton"
+    assert pick(on_gpu(), block_size=200) == pick(on_gpu(width=8)) == "composed"
+    assert pick(on_gpu(), on_gpu(width=8)) == "composed"
+    for option in ("cu_seqlens", "valid", "window", "softcap", "alibi_slopes"):
+        assert pick(on_gpu(), block_size=200, **{option: 1}) == "reference"
     assert pick(on_gpu(torch.float32, width=20)) == "reference"
     monkeypatch.setattr(_attention_choice._common, "HAS_TRITON", False)
     assert pick(on_gpu()) == "composed"
 
 
+@pytest.mark.usefixtures("any_order")
+@pytest.mark.parametrize(("width", "T"), [(64, 4096), (80, 2048), (128, 2048)])
+def test_auto_has_a_crossover_where_attention_is_fast(gpu, monkeypatch, width, T):
+    monkeypatch.setattr(_attention_choice._common, "HAS_TRITON", True)
+    below, above = (on_gpu(width=width, rows=rows) for rows in (2 * T - 2, 2 * T))
+    assert pick(below) == "triton"
+    assert pick(above) == "composed"
+    assert pick(above, block_size=2) == pick(above, valid=1) == pick(above, window=9) == "triton"
+    assert pick(on_gpu(torch.float32, width, 2 * T)) == "triton"
+    gpu.capability = (8, 9)
+    assert pick(above) == "triton"
+
+
 def test_a_backend_means_composed():
-    options = {"block_size": 1, "cu_seqlens": None}
+    options = {"block_size": 1}
     resolve = lambda impl, backend: _attention_choice.resolve(impl, backend, Q, Q, Q, options)
     assert resolve("auto", "sdpa") == resolve("composed", "sdpa") == "composed"
     expected = reference.doubled_attention(Q + 1, Q + 1, Q + 1)[0]
