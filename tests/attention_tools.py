@@ -9,7 +9,6 @@ from dblocks.testing import error_budget
 from tools import DEVICE
 
 IMPLS = ("composed", "triton")
-NEW_OPTION_IMPLS = ("composed", "triton")  # those of IMPLS that take all of `extras`
 # A GPU's composition is of 16-bit matrices.
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = {

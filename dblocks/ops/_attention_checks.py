@@ -174,14 +174,3 @@ def _assert(fits: Tensor, values: Tensor, message: str) -> None:
         torch.ops.aten._assert_async.msg(fits, message)
     elif not fits:
         raise ValueError(f"{message}, got {values.tolist()}")
-
-
-def refuse_options(label: str, q: Tensor, v: Tensor, *, order: str, **options: object) -> None:
-    """Raises for what an implementation does not take yet."""
-    given = [name for name, value in options.items() if value is not None]
-    given += ["order"] if order != "clean_noisy" else []
-    given += ["Dv"] if v.shape[-1] != q.shape[-1] else []
-    if given:
-        raise RuntimeError(
-            f"doubled_attention: {label} does not take {', '.join(given)}; use impl='reference'"
-        )

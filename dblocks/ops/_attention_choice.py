@@ -87,7 +87,7 @@ def explained(
         fast = [name for name in able if _attention_backends.is_fast(name, q)]
         if fast and block_size == 1 and k.shape[2] // 2 >= _composed_tokens(q, v):
             return "composed", f"a GPU with fast attention, and many tokens: {fast[0]}, merged"
-        if _common.HAS_TRITON and _triton_takes(q, k, v, block_size):
+        if _common.HAS_TRITON and _attention_op.obstacle(q, k, v, block_size) is None:
             return "triton", "the tensors are on a GPU"
         if able:
             name = (fast or able)[0]
@@ -98,15 +98,3 @@ def explained(
 def _composed_tokens(q: Tensor, v: Tensor) -> float:
     widest = max(q.shape[-1], v.shape[-1])
     return next((T for width, T in COMPOSED_TOKENS.items() if widest <= width), float("inf"))
-
-
-def _triton_takes(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> bool:
-    return (
-        all(
-            _attention_op.MIN_WIDTH <= width <= _attention_op.MAX_WIDTH
-            and width % _attention_op.WIDTH_STEP == 0
-            for width in (q.shape[-1], v.shape[-1])
-        )
-        and block_size <= _attention_op.MAX_BLOCK_SIZE
-        and k.shape[2] // 2 <= _attention_op.MAX_TOKENS
-    )

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from attention_tools import IMPLS, NEW_OPTION_IMPLS, ON_GPU
+from attention_tools import IMPLS, ON_GPU
 
 from dblocks.functional import doubled_attention
 from tools import DEVICE, normal
@@ -65,8 +65,6 @@ CASES = [("reference", True), ("reference", False), *((impl, False) for impl in 
 @pytest.mark.parametrize(("impl", "compiles"), CASES)
 @pytest.mark.parametrize("size", [1, 2])
 def test_documents(impl, compiles, size):
-    if impl == "triton" and "triton" not in NEW_OPTION_IMPLS:
-        pytest.skip("of the Triton kernels finite documents are isolated")
     ends = torch.tensor(ENDS, dtype=torch.int32, device=DEVICE)
     outside = (torch.arange(T, device=DEVICE) < 3)[None]
     call = caller(impl, {"cu_seqlens": ends, "block_size": size}, compiles)
@@ -74,7 +72,7 @@ def test_documents(impl, compiles, size):
     check_isolation(call, 1, "both", ~outside, zero=False)
 
 
-@pytest.mark.parametrize("impl", ["reference", *NEW_OPTION_IMPLS])
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 @pytest.mark.parametrize(("order", "query"), LAYOUTS)
 @pytest.mark.parametrize("extra", [{}, EXTRA], ids=["plain", "extra"])
 def test_documents_with_options(impl, order, query, extra):
@@ -84,7 +82,7 @@ def test_documents_with_options(impl, order, query, extra):
     check_isolation(caller(impl, options, False), 1, query, outside, zero=False)
 
 
-@pytest.mark.parametrize("impl", ["reference", *NEW_OPTION_IMPLS])
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 @pytest.mark.parametrize(("order", "query"), LAYOUTS)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("extra", [{}, EXTRA], ids=["plain", "extra"])
@@ -96,7 +94,7 @@ def test_padding(impl, order, query, size, extra):
     check_isolation(caller(impl, options, False), 3, query, outside, zero=True)
 
 
-@pytest.mark.parametrize("impl", NEW_OPTION_IMPLS)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("extra", [{}, EXTRA], ids=["plain", "extra"])
 def test_samples(impl, extra):
     """Of a batch: the others do not see it, with the same range of positions or another."""

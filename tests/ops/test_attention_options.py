@@ -4,15 +4,8 @@ import itertools
 
 import pytest
 import torch
-from attention_tools import (
-    NEW_OPTION_IMPLS,
-    ON_GPU,
-    check,
-    composed_dtype,
-    problems,
-    run,
-    tensors,
-)
+from attention_tools import IMPLS as FUSED
+from attention_tools import ON_GPU, check, composed_dtype, problems, run, tensors
 from hypothesis import given, settings
 
 from dblocks.functional import doubled_attention
@@ -20,12 +13,9 @@ from dblocks.kernels import reference
 from dblocks.ops import _attention_chunks
 from tools import DEVICE, op
 
-IMPLS = ("reference", *NEW_OPTION_IMPLS)
+IMPLS = ("reference", *FUSED)
 ORDERS = ("clean_noisy", "noisy_clean")
 composed_on_cpu = pytest.mark.skipif(ON_GPU, reason="composed on the CPU only")
-triton_takes_them = pytest.mark.skipif(
-    "triton" not in NEW_OPTION_IMPLS, reason="the Triton kernels do not take these options"
-)
 
 
 def ints(*rows):
@@ -47,7 +37,6 @@ def test_many_chunks_are_within_budget(problem):
         check("composed", *problem)
 
 
-@triton_takes_them
 @given(problem=problems("triton", extra=True))
 @settings(max_examples=8)
 def test_triton_is_within_budget(problem):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as nnf
-from attention_tools import NEW_OPTION_IMPLS, composed_dtype, tensors
+from attention_tools import IMPLS, composed_dtype, tensors
 
 from dblocks.functional import doubled_attention
 from tools import DEVICE
@@ -22,7 +22,7 @@ def three_parts(T, block_size):
     return (block_diagonal | offset_block_causal | block_causal).to(DEVICE)
 
 
-@pytest.mark.parametrize("impl", ["reference", *NEW_OPTION_IMPLS])
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 @pytest.mark.parametrize(("T", "size"), [(96, 32), (40, 16), (33, 1), (10, 4), (7, 50)])
 def test_it_takes_the_place_of_their_mask(impl, T, size):
     inputs = tensors(N=2, H=4, heads=2, T=T, dtype=composed_dtype())
