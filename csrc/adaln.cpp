@@ -116,12 +116,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_forward(
     const std::optional<Tensor>& shift, const std::optional<Tensor>& scale,
     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, bool normalise,
     bool rms, double eps, ScalarType out_type) {
+  check_rows("adaln_fwd_cpp", x, {{"branch", branch}},
+             {{"gate", gate}, {"shift", shift}, {"scale", scale}},
+             {{"weight", weight}, {"bias", bias}});
   const Groups g(x, {&gate, &shift, &scale});
   const int64_t D = g.D;
   Tensor x_new = branch ? new_like(x) : nothing(x.scalar_type());
-  Tensor y = normalise ? new_like(x, out_type) : nothing(out_type);
-  Tensor mean = normalise && !rms ? empty({g.N, g.T}, ScalarType::Float) : nothing(ScalarType::Float);
-  Tensor rstd = normalise ? empty({g.N, g.T}, ScalarType::Float) : nothing(ScalarType::Float);
+  Tensor y = normalise ? new_like(x, out_type) : nothing(x.scalar_type());
+  Tensor mean = normalise && !rms ? empty({g.N, g.T}, ScalarType::Float)
+                                   : nothing(x.scalar_type());
+  Tensor rstd = normalise ? empty({g.N, g.T}, ScalarType::Float) : nothing(x.scalar_type());
   const auto result = std::make_tuple(x_new, y, mean, rstd);
   if (g.N * g.T * D == 0) return result;
 
@@ -290,8 +294,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_backwar
     const std::optional<Tensor>& dy_, const std::optional<Tensor>& dx_new_, const Tensor& x_,
     const std::optional<Tensor>& branch_, const std::optional<Tensor>& gate_,
     const std::optional<Tensor>& shift_, const std::optional<Tensor>& scale_,
-    const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_, const Tensor& mean_,
-    const Tensor& rstd_, bool rms, const std::vector<bool>& needs) {
+    const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_,
+    const std::optional<Tensor>& mean_, const std::optional<Tensor>& rstd_, bool rms,
+    const std::vector<bool>& needs) {
+  constexpr const char* kOp = "adaln_bwd_cpp";
+  check_rows(kOp, x_, {{"dy", dy_}, {"dx_new", dx_new_}, {"branch", branch_}},
+             {{"gate", gate_}, {"shift", shift_}, {"scale", scale_}},
+             {{"weight", weight_}, {"bias", bias_}});
+  STD_TORCH_CHECK(dy_ || dx_new_, kOp, ": one of dy and dx_new must be a tensor");
+  STD_TORCH_CHECK(needs.size() == 7, kOp, ": needs must have 7 elements, got ", needs.size());
+  if (dy_) check_statistics(kOp, x_, {"rstd", rstd_});
+  if (dy_ && !rms) check_statistics(kOp, x_, {"mean", mean_});
   const std::optional<Tensor> inputs[7] = {x_, branch_, gate_, shift_, scale_, weight_, bias_};
   std::optional<Tensor> grads[7];
   for (int i = 0; i < 7; ++i) grads[i] = grad_of(inputs[i], needs[i]);
@@ -312,8 +325,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_backwar
       bias(bias_), dx(grads[0]), dbranch(grads[1]), dgate(grads[2]), dshift(grads[3]),
       dscale(grads[4]), dweight(grads[5]), dbias(grads[6]);
   const Rows branch = sums_branch ? Rows(branch_) : Rows();
-  const float* mean = dy && !rms ? (const float*)mean_.data_ptr() : nullptr;
-  const float* rstd = dy ? (const float*)rstd_.data_ptr() : nullptr;
+  const float* mean = dy && !rms ? (const float*)mean_->data_ptr() : nullptr;
+  const float* rstd = dy ? (const float*)rstd_->data_ptr() : nullptr;
   const BackwardRows rows(g, dy, x, dx_new, branch, dx, dbranch);
   const bool affine = dweight || dbias, partial = g.chunks > 1;
   // Not a vector: tasks clear their own part, side by side.

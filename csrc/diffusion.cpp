@@ -146,6 +146,7 @@ void finish(const Samples& out, const Runs& runs, const Block& b, const float* v
 }
 
 uint64_t seed_of(const std::optional<Tensor>& seed, int64_t number) {
+  check_seed({"seed", seed});
   return seed ? *(const uint64_t*)seed->data_ptr() : (uint64_t)number;
 }
 
@@ -192,6 +193,7 @@ std::tuple<Tensor, Tensor> scaled(
 std::tuple<Tensor, Tensor> noise_inject_forward(
     const Tensor& y, const Tensor& sigma, const MaybeTensor& seed, int64_t seed_number,
     int64_t offset, double sigma_data, ScalarType type, bool need_z) {
+  check_noised("noise_inject_fwd_cpp", {{"y", y}}, {{"sigma", sigma}});
   Tensor z = need_z ? new_like(y, ScalarType::Float) : nothing(ScalarType::Float);
   Tensor z_in = new_like(y, type);
   if (y.numel() == 0) return {z, z_in};
@@ -216,6 +218,7 @@ std::tuple<Tensor, Tensor> noise_inject_forward(
 Tensor noise_inject_backward(
     const MaybeTensor& dz, const Tensor& dz_in, const Tensor& sigma, double sigma_data,
     ScalarType type) {
+  check_noised("noise_inject_bwd_cpp", {{"dz_in", dz_in}, {"dz", dz}}, {{"sigma", sigma}});
   Tensor dy = new_like(dz_in, type);
   if (dz_in.numel() == 0) return dy;
   const Table levels(sigma);
@@ -234,6 +237,7 @@ Tensor noise_inject_backward(
 
 Tensor edm_denoise_forward(
     const Tensor& f, const Tensor& z, const Tensor& sigma, double sigma_data) {
+  check_noised("edm_denoise_fwd_cpp", {{"f", f}, {"z", z}}, {{"sigma", sigma}});
   Tensor denoised = new_like(z, ScalarType::Float);
   if (z.numel() == 0) return denoised;
   const Table levels(sigma);
@@ -250,6 +254,7 @@ Tensor edm_denoise_forward(
 std::tuple<Tensor, Tensor> edm_denoise_backward(
     const Tensor& grad, const Tensor& sigma, double sigma_data, const MaybeType& f_type,
     const MaybeType& z_type) {
+  check_noised("edm_denoise_bwd_cpp", {{"grad", grad}}, {{"sigma", sigma}});
   const Table levels(sigma);
   return scaled(grad, levels.S, f_type, z_type, [&](const Block& b) {
     const Coefficients c(levels.at(b.n, b.segment), sigma_data);
@@ -297,6 +302,7 @@ struct LossProblem {
 Tensor edm_loss_forward(
     const Tensor& f, const Tensor& y, const Tensor& sigma, const MaybeTensor& seed,
     int64_t seed_number, int64_t offset, double sigma_data, const MaybeTensor& row_weight) {
+  check_loss("edm_loss_fwd_cpp", f, y, sigma, {"row_weight", row_weight});
   Tensor loss = empty({y.size(0)}, ScalarType::Float);
   float* out = (float*)loss.data_ptr();
   if (y.numel() == 0) {
@@ -327,6 +333,8 @@ Tensor edm_loss_backward(
     const Tensor& grad, const Tensor& f, const Tensor& y, const Tensor& sigma,
     const MaybeTensor& seed, int64_t seed_number, int64_t offset, double sigma_data,
     const MaybeTensor& row_weight) {
+  check_loss("edm_loss_bwd_cpp", f, y, sigma, {"row_weight", row_weight});
+  check_per_sample("edm_loss_bwd_cpp", y, {"grad", grad});
   Tensor df = new_like(f);
   if (y.numel() == 0) return df;
   const LossProblem problem(f, y, sigma, seed, seed_number, offset, sigma_data, row_weight);
@@ -361,6 +369,8 @@ struct EulerLevels {
 Tensor euler_step_forward(
     const Tensor& z, const Tensor& denoised, const MaybeTensor& sigma,
     const MaybeTensor& sigma_next, double sigma_value, double sigma_next_value) {
+  check_noised("euler_step_fwd_cpp", {{"z", z}, {"denoised", denoised}},
+               {{"sigma", sigma}, {"sigma_next", sigma_next}});
   Tensor z_next = new_like(z, ScalarType::Float);
   if (z.numel() == 0) return z_next;
   const EulerLevels levels(sigma, sigma_next, sigma_value, sigma_next_value);
@@ -378,6 +388,8 @@ std::tuple<Tensor, Tensor> euler_step_backward(
     const Tensor& grad, const MaybeTensor& sigma, const MaybeTensor& sigma_next,
     double sigma_value, double sigma_next_value, const MaybeType& z_type,
     const MaybeType& denoised_type) {
+  check_noised("euler_step_bwd_cpp", {{"grad", grad}},
+               {{"sigma", sigma}, {"sigma_next", sigma_next}});
   const EulerLevels levels(sigma, sigma_next, sigma_value, sigma_next_value);
   return scaled(grad, levels.segments(), z_type, denoised_type, [&](const Block& b) {
     const double a = levels.a(b);

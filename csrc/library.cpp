@@ -8,7 +8,7 @@
 namespace {
 
 // Of the schemas and their meaning; dblocks/ops/_extension.py wants the same number.
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 int64_t cpp_version() { return kVersion; }
 

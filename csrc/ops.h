@@ -27,7 +27,7 @@ adaln_backward(
     const MaybeTensor& dy, const MaybeTensor& dx_new, const torch::stable::Tensor& x,
     const MaybeTensor& branch, const MaybeTensor& gate, const MaybeTensor& shift,
     const MaybeTensor& scale, const MaybeTensor& weight, const MaybeTensor& bias,
-    const torch::stable::Tensor& mean, const torch::stable::Tensor& rstd, bool rms,
+    const MaybeTensor& mean, const MaybeTensor& rstd, bool rms,
     const std::vector<bool>& needs);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> noise_inject_forward(

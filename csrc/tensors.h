@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "checks.h"
 #include "kernels.h"
 
 namespace dblocks {

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dblocks._parts import Batch, BlockModel, BlocksConfig, Schedule, Weighting
+from dblocks.kernels.reference import in_forward_mode
 
 # Weighting "clamped": w reaches 250,000 at the lowest noise, which would outweigh all else.
 CLAMPED_WEIGHT_MAX = 20.0
@@ -155,8 +158,9 @@ class Bound:
         model, layers = self.denoiser.parts(block)
         z_in = self.denoiser.config.schedule.scale_in(z, level)
         condition = self._condition(model, z, drop)
-        hidden = model.run_layers(layers, z_in, level, condition)
-        prediction = model.read_out(hidden, z, level)
+        with attention_with_tangents():
+            hidden = model.run_layers(layers, z_in, level, condition)
+            prediction = model.read_out(hidden, z, level)
         return prediction if logits else model.denoise(prediction, z, level)
 
     def _condition(self, model: BlockModel, z: Tensor, drop: bool) -> Any:
@@ -203,6 +207,11 @@ def loss_factors(weighting: Weighting, loss_kind: str, w: Tensor) -> Tensor:
     else:
         factor = torch.ones_like(w)
     return factor / w if loss_kind == "l2" else factor
+
+
+def attention_with_tangents() -> AbstractContextManager:
+    """In forward-mode differentiation, PyTorch's attention in the form that alone can take part."""
+    return sdpa_kernel(SDPBackend.MATH) if in_forward_mode() else nullcontext()
 
 
 def unwrapped(model: Any) -> Any:

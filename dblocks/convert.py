@@ -10,7 +10,6 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dblocks import _pretrained
 from dblocks._denoiser import Draw, Loss
@@ -20,6 +19,7 @@ from dblocks.adapters._find import find_layers
 from dblocks.blocks import Block, DiffusionBlocks
 from dblocks.checkpoint import naming
 from dblocks.mask_schedule import MaskSchedule
+from dblocks.ops._autograd import apply, first_order
 from dblocks.schedule import NoiseSchedule, check_block, check_count
 
 Task = Literal["classes", "tokens", "images"]
@@ -296,7 +296,7 @@ def _with_gradients(
 ) -> Tensor:
     """`value` 0-d, as a function of parameters that has these gradients."""
     pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-    return _Known.apply(value, *(p for p, _ in pairs), *(g for _, g in pairs))
+    return apply(_Known, value, *(p for p, _ in pairs), *(g for _, g in pairs))
 
 
 class _Known(torch.autograd.Function):
@@ -308,7 +308,7 @@ class _Known(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order("the clean loss of ConvertedBlocks", "set clean_loss_weight=0")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
         return (None, *(grad.to(g.dtype) * g for g in gradients), *(None for _ in gradients))

@@ -109,7 +109,8 @@ class LabelEmbedding(nn.Module):
 class NoiseEmbedding(nn.Module):
     """The conditioning vector of a noise level: `MLP(sincos(c_noise))`.
 
-    `sincos` is [cos | sin] of `c_noise * exp(-ln(1e4) k/128)`, in float32 also under autocast.
+    `sincos` is [cos | sin] of `c_noise * exp(-ln(1e4) k/128)`, in float32 (float64 for float64),
+    also under autocast.
 
     Args:
         cond_dim: width of the conditioning vector.
@@ -133,7 +134,9 @@ class NoiseEmbedding(nn.Module):
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """Embeds `c_noise` [N] or [N, S] as [N, cond_dim] or [N, S, cond_dim]."""
-        angle = c_noise.float()[..., None] * self.frequencies.float()
+        angle = (c_noise if c_noise.dtype == torch.float64 else c_noise.float())[
+            ..., None
+        ] * self.frequencies.float()
         sincos = torch.cat([angle.cos(), angle.sin()], dim=-1)
         # Autocast would round the angles' functions to bfloat16; the work is one row a sample.
         with torch.autocast(c_noise.device.type, enabled=False):

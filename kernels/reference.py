@@ -4,9 +4,12 @@ Arithmetic is float32, and float64 for float64 inputs. Formulas, shapes and sour
 docstrings of the public functions (`dblocks.functional`); arguments are taken as already checked.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dblocks.kernels._arithmetic import compute_dtype, without_autocast
 from dblocks.kernels._reference_attention import doubled_attention, doubled_mask
@@ -20,6 +23,7 @@ __all__ = [
     "edm_loss",
     "euler_step",
     "gated_residual",
+    "in_forward_mode",
     "linear_cross_entropy",
     "noise_inject",
     "normals",
@@ -52,6 +56,26 @@ def _segments(x: Tensor, modulation: Tensor) -> Tensor:
     return modulation[:, :, None].expand(N, S, T // S, D).reshape(N, T, D)
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is active, that of torch.func too."""
+    return forward_ad._current_level >= 0
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the compiler: a graph takes
+# the answer of the moment when it is traced, and guards on the level by itself.
+in_forward_mode._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _layer_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    if not in_forward_mode():
+        return F.layer_norm(h, h.shape[-1:], weight, bias, eps)
+    # Gradients of PyTorch's tangent of layer_norm are wrong: they take mean and variance as given.
+    h = h - h.mean(-1, keepdim=True)
+    h = h * (h.square().mean(-1, keepdim=True) + eps).rsqrt()
+    h = h if weight is None else h * weight
+    return h if bias is None else h + bias
+
+
 def adaln(
     x: Tensor,
     shift: Tensor | None = None,
@@ -66,7 +90,7 @@ def adaln(
     h = x.to(compute_dtype(x))
     weight, bias = (None if p is None else p.to(h.dtype) for p in (weight, bias))
     if norm == "layer":
-        h = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
+        h = _layer_norm(h, weight, bias, eps)
     else:
         h = F.rms_norm(h, h.shape[-1:], weight, eps)
         h = h if bias is None else h + bias
@@ -194,7 +218,7 @@ def edm_loss(
         w = row_weight.to(f.dtype)
         squared = squared * w.reshape(w.shape + (1,) * (f.ndim - w.ndim))
     squared = squared[:, None] if f.ndim == 1 else squared.flatten(1)
-    return squared.sum(1) / max(f[:1].numel(), 1)
+    return squared.sum(1) / max(math.prod(f.shape[1:]), 1)
 
 
 def euler_step(

@@ -1,16 +1,17 @@
 """adaln, residual_adaln and gated_residual in Triton and C++: schema, fake kernel, autograd.
 
 One pair of ops serves all three: `branch` is absent for adaln, `normalise` is false for
-gated_residual. An output that was not asked for has no elements.
+gated_residual. An output that was not asked for
+is None, from an op without elements and of the dtype of x.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dblocks.ops import _common
+from dblocks.ops._autograd import apply, first_order
 from dblocks.ops._library import define, triton_kernel
 
 _INPUTS = (
@@ -22,7 +23,7 @@ _FORWARD = (
     " -> (Tensor x_new, Tensor y, Tensor mean, Tensor rstd)"
 )
 _BACKWARD = (
-    f"(Tensor? dy, Tensor? dx_new, {_INPUTS}, Tensor mean, Tensor rstd, bool rms, bool[] needs)"
+    f"(Tensor? dy, Tensor? dx_new, {_INPUTS}, Tensor? mean, Tensor? rstd, bool rms, bool[] needs)"
     " -> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale, Tensor dweight,"
     " Tensor dbias)"
 )
@@ -32,26 +33,30 @@ _BACKWARD = (
 def _fwd_triton(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype):
     from dblocks.kernels.adaln_fwd import adaln_fwd
 
-    return adaln_fwd(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype)
+    x_new, y, mean, rstd = adaln_fwd(
+        x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype
+    )
+    if not normalise:
+        return x_new, None, None, None
+    return x_new if branch is not None else None, y, None if rms else mean, rstd
 
 
 @triton_kernel("adaln_bwd")
 def _bwd_triton(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, needs):
     from dblocks.kernels.adaln_bwd import adaln_bwd
 
-    grads = adaln_bwd(
+    return adaln_bwd(
         dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, needs
     )
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
 def _fwd_fake(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype):
     N, T, D = x.shape
     return (
-        x.new_empty((N, T, D) if branch is not None else 0),
-        x.new_empty((N, T, D) if normalise else 0, dtype=out_dtype),
-        x.new_empty((N, T) if normalise and not rms else 0, dtype=torch.float32),
-        x.new_empty((N, T) if normalise else 0, dtype=torch.float32),
+        x.new_empty((N, T, D)) if branch is not None else x.new_empty(0),
+        x.new_empty((N, T, D), dtype=out_dtype) if normalise else x.new_empty(0),
+        x.new_empty((N, T), dtype=torch.float32) if normalise and not rms else x.new_empty(0),
+        x.new_empty((N, T), dtype=torch.float32) if normalise else x.new_empty(0),
     )
 
 
@@ -67,6 +72,12 @@ def _bwd_fake(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rst
 
 _FWD = define("adaln_fwd", _FORWARD, _fwd_fake)
 _BWD = define("adaln_bwd", _BACKWARD, _bwd_fake)
+
+
+def _name(ctx: Any) -> str:
+    if not ctx.has_branch:
+        return "adaln"
+    return "residual_adaln" if ctx.normalise else "gated_residual"
 
 
 class _AdaLN(torch.autograd.Function):
@@ -94,7 +105,7 @@ class _AdaLN(torch.autograd.Function):
         return (x_new, y) if normalise else x_new
 
     @staticmethod
-    @once_differentiable
+    @first_order(_name)
     def backward(ctx, *upstream):
         dx_new = upstream[0] if ctx.has_branch else None
         dy = upstream[-1] if ctx.normalise else None
@@ -139,7 +150,7 @@ def fused(
     tensors = (x, branch, gate, shift, scale, weight, bias)
     options = (normalise, rms, eps, out_dtype or x.dtype)
     if _common.needs_autograd(*tensors):
-        return _AdaLN.apply(*tensors, *options, impl)
+        return apply(_AdaLN, *tensors, *options, impl)
     x_new, y, _, _ = _FWD[impl](*tensors, *options)
     if branch is None:
         return y

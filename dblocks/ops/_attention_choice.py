@@ -44,9 +44,10 @@ def resolve(
                 f"backend must be None with impl={impl!r}, got {backend!r}; "
                 "it says what impl='composed' is made of"
             )
-        return "composed"
+        impl = "composed"
     if impl == "auto":
         return explained(q, k, v, **options)[0]
+    _common.check_transform(impl, OP)
     if impl == "triton":
         _common.check_triton(q, OP)
     return impl

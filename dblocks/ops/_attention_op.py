@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dblocks.ops import _common
 from dblocks.ops._attention_checks import refuse_options
+from dblocks.ops._autograd import apply, first_order
 from dblocks.ops._library import define, triton_kernel
 
 MIN_WIDTH, MAX_WIDTH = 16, 256  # of a tile: matrix instructions, registers
@@ -69,7 +69,7 @@ class _DoubledAttention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @first_order("doubled_attention")
     def backward(ctx, do):
         q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
         needs_q, *needs_kv = ctx.needs_input_grad[:3]
@@ -106,7 +106,7 @@ def fused(
     _check(q, k, block_size)
     options = (block_size, clean_causal == "token", scale, cu_seqlens, query == "noisy")
     if _common.needs_autograd(q, k, v):
-        return _DoubledAttention.apply(q, k, v, *options)
+        return apply(_DoubledAttention, q, k, v, *options)
     return _FWD(q, k, v, *options)[0]
 
 

@@ -11,9 +11,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from dblocks.kernels.reference import in_forward_mode
 from dblocks.ops import _extension
 
 Impl = Literal["auto", "reference", "triton", "cpp"]
@@ -39,6 +39,8 @@ def resolve_impl(impl: str, x: Tensor, op: str) -> Impl:
         impl = _auto(x)
         if impl != "triton":
             return impl
+    else:
+        check_transform(impl, op)
     if impl == "triton":
         check_triton(x, op)
     if impl == "cpp":
@@ -47,10 +49,10 @@ def resolve_impl(impl: str, x: Tensor, op: str) -> Impl:
 
 
 def _auto(x: Tensor) -> Impl:
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or in_transform():
         return "reference"
     if x.is_cpu:
-        return "reference" if _extension.MISSING or in_transform() else "cpp"
+        return "reference" if _extension.MISSING else "cpp"
     return "triton" if x.device.type in GPUS else "reference"
 
 
@@ -59,16 +61,29 @@ def in_transform() -> bool:
 
     Only the reference can take part in one.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or in_forward_mode()
+
+
+# As of in_forward_mode: the answer is that of the moment when a graph is traced.
+in_transform._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def check_transform(impl: str, op: str) -> None:
+    """Raises where a named implementation meets a transform, whose derivatives it would drop."""
+    if impl != "reference" and in_transform():
+        raise RuntimeError(
+            f"{op}: impl={impl!r} has no part in torch.func transforms and forward-mode "
+            "differentiation; use impl='reference' or impl='auto'"
+        )
 
 
 def is_traced() -> bool:
-    """Whether values may be unknown: in a graph, a transform or a dispatch mode (make_fx)."""
+    """Whether values may be unknown: in a graph, trace, transform or dispatch mode (make_fx)."""
     if torch.compiler.is_compiling():
         return True
-    return in_transform() or _get_current_dispatch_mode() is not None
+    if _get_current_dispatch_mode() is not None or torch._C._get_tracing_state() is not None:
+        return True
+    return in_transform()
 
 
 def _check_cpp(x: Tensor, op: str) -> None:
@@ -111,8 +126,6 @@ def check_triton(x: Tensor, op: str) -> None:
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked of one of the tensors; without, the op is called bare."""
-    if in_transform():
-        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -7,11 +7,11 @@ of the scores is more than these can do, in chunks.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dblocks.ops import _attention_chunks, _attention_shifted, _common
 from dblocks.ops._attention_backends import choose
 from dblocks.ops._attention_pieces import Options, Piece, Saved, pieces, wide
+from dblocks.ops._autograd import apply, first_order
 from dblocks.ops._library import define, library
 
 _OPTIONS = (
@@ -119,7 +119,7 @@ class _Composed(torch.autograd.Function):
         return o.to(q.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order("doubled_attention")
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:3]
         none = (None,) * len(ctx.options)
@@ -163,5 +163,5 @@ def composed(
         window, softcap, alibi_slopes, backend,
     )  # fmt: skip
     if _common.needs_autograd(q, k, v):
-        return _Composed.apply(q, k, v, *options)
+        return apply(_Composed, q, k, v, *options)
     return _FWD(q, k, v, *options)[0].to(q.dtype)

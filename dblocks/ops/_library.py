@@ -8,18 +8,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from dblocks.ops import _common, _flops
 
 FUSED = ("triton", "cpp")
+PLAIN = (Tensor, torch.nn.Parameter)
 
 library = torch.library.Library("dblocks", "FRAGMENT")
+
+_kernels: dict[str, Callable[..., Any]] = {}
 
 
 def define(
     name: str, schema: str, fake: Callable[..., Any], impls: Sequence[str] = FUSED
 ) -> dict[str, Any]:
-    """Defines `dblocks::<name>_<impl>` for each fused implementation; returns the ops by it.
+    """Defines `dblocks::<name>_<impl>` for each fused implementation; returns their calls by it.
 
-    The C++ ops get their kernels from csrc/library.cpp.
+    The C++ ops get their kernels from csrc/library.cpp. A Triton kernel is launched without a
+    detour by PyTorch's library where nobody watches; a result that is absent is then None, and
+    from the op a tensor without elements.
 
     Args:
         name: such as "adaln_fwd".
@@ -27,12 +35,32 @@ def define(
         fake: computes shapes and dtypes of the results.
         impls: those that the op has.
     """
+    calls, flops = {}, _flops.FORMULAS.get(name)
     for impl in impls:
         library.define(f"{name}_{impl}{schema}")
         torch.library.register_fake(f"dblocks::{name}_{impl}", fake, lib=library)
         # autograd.Function takes care of gradients; PyTorch's check of ops without any costs 3 us.
         library.impl(f"{name}_{impl}", torch.library.fallthrough_kernel, "Autograd")
-    return {impl: getattr(torch.ops.dblocks, f"{name}_{impl}").default for impl in impls}
+        op = getattr(torch.ops.dblocks, f"{name}_{impl}").default
+        if flops is not None:
+            _flops.register(op, flops)
+        kernel = _kernels.get(f"{name}_{impl}")
+        calls[impl] = op if not kernel and not flops else _call(op, kernel)
+    return calls
+
+
+def _call(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if _common.is_traced():
+            _flops.watch()
+            return op(*args)
+        if kernel is None or any(isinstance(a, Tensor) and type(a) not in PLAIN for a in args):
+            return op(*args)
+        return kernel(*args)
+
+    return call
 
 
 def triton_kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -40,4 +68,18 @@ def triton_kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
     It imports its kernels when it is called, so that `import dblocks` needs no triton.
     """
-    return torch.library.impl(library, f"{name}_triton", "CompositeExplicitAutograd")
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def whole(*args: Any) -> Any:
+            results = kernel(*args)
+            if isinstance(results, Tensor):
+                return results
+            first = next(a for a in args if isinstance(a, Tensor))
+            # Each absent one is a tensor of its own: an op may not return one tensor twice.
+            return tuple(first.new_empty(0) if r is None else r for r in results)
+
+        torch.library.impl(library, f"{name}_triton", "CompositeExplicitAutograd")(whole)
+        _kernels[f"{name}_triton"] = kernel
+        return kernel
+
+    return register

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dblocks.kernels import reference
 from dblocks.ops import _common
+from dblocks.ops._autograd import apply, constant, first_order
 from dblocks.ops._common import Impl
 from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import check_pair, check_sigma, check_sigma_data, kept, widest
@@ -64,7 +64,7 @@ class _Denoise(torch.autograd.Function):
         return _FWD[impl](f, z, sigma, sigma_data)
 
     @staticmethod
-    @once_differentiable
+    @first_order("edm_denoise")
     def backward(ctx, grad):
         need_f, need_z = ctx.needs_input_grad[:2]
         if grad is None or not (need_f or need_z):
@@ -107,10 +107,11 @@ def edm_denoise(
     check_pair("f", f, "z", z)
     check_sigma("sigma", sigma, "f", f)
     check_sigma_data(sigma_data)
+    sigma = constant(sigma)
     impl = _common.resolve_impl(impl, widest(f, z), "edm_denoise")
     if impl != "reference":
-        call = (f, z, sigma.detach(), float(sigma_data))
+        call = (f, z, sigma, float(sigma_data))
         if _common.needs_autograd(f, z):
-            return _Denoise.apply(*call, impl)
+            return apply(_Denoise, *call, impl)
         return _FWD[impl](*call)
-    return reference.edm_denoise(f, z, sigma.detach(), sigma_data=sigma_data)
+    return reference.edm_denoise(f, z, sigma, sigma_data=sigma_data)

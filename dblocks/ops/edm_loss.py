@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dblocks.kernels import reference
 from dblocks.ops import _common
+from dblocks.ops._autograd import apply, constant, first_order
 from dblocks.ops._common import Impl
 from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import (
@@ -68,7 +68,7 @@ class _Loss(torch.autograd.Function):
         return _FWD[impl](f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order("edm_loss")
     def backward(ctx, grad):
         if grad is None or not ctx.needs_input_grad[0]:
             return (None,) * 9
@@ -142,12 +142,12 @@ def edm_loss(
     check_sigma_data(sigma_data)
     _check_row_weight(row_weight, y)
     seed_tensor, number = split_seed(seed, offset, f)
-    y, sigma = y.detach(), sigma.detach()
-    row_weight = None if row_weight is None else row_weight.detach()
+    y, sigma = constant(y), constant(sigma)
+    row_weight = None if row_weight is None else constant(row_weight)
     impl = _common.resolve_impl(impl, widest(f, y), "edm_loss")
     if impl != "reference":
         call = (f, y, sigma, seed_tensor, number, offset, float(sigma_data), row_weight)
-        return _Loss.apply(*call, impl) if _common.needs_autograd(f) else _FWD[impl](*call)
+        return apply(_Loss, *call, impl) if _common.needs_autograd(f) else _FWD[impl](*call)
     return reference.edm_loss(
         f, y, sigma, seed, offset=offset, sigma_data=sigma_data, row_weight=row_weight
     )

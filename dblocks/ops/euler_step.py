@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dblocks.kernels import reference
 from dblocks.ops import _common
+from dblocks.ops._autograd import apply, constant, first_order
 from dblocks.ops._common import Impl
 from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import check_pair, check_sigma, check_sigma_value, kept, widest
@@ -60,7 +60,7 @@ class _EulerStep(torch.autograd.Function):
         return _FWD[impl](z, denoised, sigma, sigma_next, sigma_value, sigma_next_value)
 
     @staticmethod
-    @once_differentiable
+    @first_order("euler_step")
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:2]
         if grad is None or not any(needs):
@@ -139,7 +139,7 @@ def euler_step(
     _check_level("sigma", sigma, z, zero=False)
     _check_level("sigma_next", sigma_next, z, zero=True)
     sigma, sigma_next = (
-        s.detach() if isinstance(s, Tensor) else float(s) for s in (sigma, sigma_next)
+        constant(s) if isinstance(s, Tensor) else float(s) for s in (sigma, sigma_next)
     )
     _check_segments(sigma, sigma_next)
     impl = _common.resolve_impl(impl, widest(z, denoised), "euler_step")
@@ -147,6 +147,6 @@ def euler_step(
         (level, value), (level_next, value_next) = _level(sigma, z), _level(sigma_next, z)
         call = (z, denoised, level, level_next, value, value_next)
         if _common.needs_autograd(z, denoised):
-            return _EulerStep.apply(*call, impl)
+            return apply(_EulerStep, *call, impl)
         return _FWD[impl](*call)
     return reference.euler_step(z, denoised, sigma, sigma_next)

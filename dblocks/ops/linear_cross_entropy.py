@@ -5,11 +5,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
-from torch.autograd.function import once_differentiable
 
 from dblocks.kernels import reference
 from dblocks.ops import _chunked_cross_entropy as chunked
 from dblocks.ops import _common
+from dblocks.ops._autograd import apply, constant, first_order
 from dblocks.ops._library import define, library, triton_kernel
 from dblocks.ops._noise_args import kept
 
@@ -28,6 +28,7 @@ _SCHEMA = (
 
 
 @torch.library.impl(library, "linear_cross_entropy_chunked", "CompositeExplicitAutograd")
+@torch.library.impl(library, "linear_cross_entropy_again_chunked", "CompositeExplicitAutograd")
 def _chunked(h, weight, target, bias, row_weight, ignore_index, needs):
     return chunked.forward(
         h, weight, target, bias, row_weight, ignore_index, needs,
@@ -36,6 +37,7 @@ def _chunked(h, weight, target, bias, row_weight, ignore_index, needs):
 
 
 @triton_kernel("linear_cross_entropy")
+@triton_kernel("linear_cross_entropy_again")
 def _triton(h, weight, target, bias, row_weight, ignore_index, needs):
     from dblocks.kernels.cross_entropy import cross_entropy
 
@@ -61,6 +63,8 @@ def _fake(h, weight, target, bias, row_weight, ignore_index, needs):
 
 
 _OPS = define("linear_cross_entropy", _SCHEMA, _fake, ("chunked", "triton"))
+# The same for the gradients of a second pass, whose work is counted without that of the first.
+_AGAIN = define("linear_cross_entropy_again", _SCHEMA, _fake, ("chunked", "triton"))
 
 
 class _Loss(torch.autograd.Function):
@@ -74,7 +78,7 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_cross_entropy")
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 8
@@ -98,13 +102,13 @@ class _RowLosses(torch.autograd.Function):
         return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_cross_entropy")
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 6
         h, weight, bias, target = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        out = _OPS[ctx.impl](h, weight, target, bias, grad, ctx.ignore_index, needs)
+        out = _AGAIN[ctx.impl](h, weight, target, bias, grad, ctx.ignore_index, needs)
         _, scale, *sums, _ = out
         # The op divides by the number of rows that count.
         factor = scale * (target != ctx.ignore_index).sum().clamp(min=1)
@@ -181,7 +185,7 @@ def linear_cross_entropy(
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     _check(h, weight, target, bias, row_weight, ignore_index)
-    row_weight = None if row_weight is None else row_weight.detach()
+    row_weight = None if row_weight is None else constant(row_weight)
     used = _resolve(impl, h, weight)
     if used == "reference":
         if target.is_cpu and not _common.is_traced():
@@ -200,14 +204,14 @@ def linear_cross_entropy(
         needs = [False] * 3
         return _OPS[used](h, weight, target, bias, row_weight, ignore_index, needs)[0]
     needs = [h.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
-    return _Loss.apply(h, weight, bias, target, row_weight, ignore_index, needs, used)
+    return apply(_Loss, h, weight, bias, target, row_weight, ignore_index, needs, used)
 
 
 def _row_losses(
     impl: str, h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
 ) -> Tensor:
     if _common.needs_autograd(h, weight, bias):
-        return _RowLosses.apply(h, weight, bias, target, ignore_index, impl)
+        return apply(_RowLosses, h, weight, bias, target, ignore_index, impl)
     return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
 
 
@@ -222,6 +226,7 @@ def _resolve(impl: str, h: Tensor, weight: Tensor) -> str:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "auto":
         impl = explained(h)[0]
+    _common.check_transform(impl, OP)
     if impl == "triton":
         _common.check_triton(h, OP)
         if weight.shape[0] > MAX_TRITON_CLASSES:

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dblocks.kernels import reference
 from dblocks.ops import _common
+from dblocks.ops._autograd import apply, constant, first_order
 from dblocks.ops._common import Impl
 from dblocks.ops._library import define, triton_kernel
 from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, kept, split_seed
@@ -73,7 +73,7 @@ class _NoiseInject(torch.autograd.Function):
         return z, z_in
 
     @staticmethod
-    @once_differentiable
+    @first_order("noise_inject")
     def backward(ctx, dz, dz_in):
         dz = dz if ctx.need_z else None
         if dz_in is None:
@@ -141,11 +141,11 @@ def noise_inject(
     if dtype is not None and dtype not in _common.FLOATS:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     seed_tensor, number = split_seed(seed, offset, y)
-    sigma = sigma.detach()
+    sigma = constant(sigma)
     impl = _common.resolve_impl(impl, y, "noise_inject")
     if impl != "reference":
         call = (y, sigma, seed_tensor, number, offset, float(sigma_data), dtype or y.dtype, need_z)
-        fused = _NoiseInject.apply(*call, impl) if _common.needs_autograd(y) else _FWD[impl](*call)
+        fused = apply(_NoiseInject, *call, impl) if _common.needs_autograd(y) else _FWD[impl](*call)
         return Noised(fused[0] if need_z else None, fused[1])
     return Noised(
         *reference.noise_inject(

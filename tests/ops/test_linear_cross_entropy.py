@@ -389,16 +389,6 @@ def test_a_target_that_is_no_class(impl, wrong):
         linear_cross_entropy(h, weight, target, impl=impl)
 
 
-def test_the_first_derivative_only():
-    h, weight, target = problem()
-    h.requires_grad_()
-    upstream = torch.ones((), device=DEVICE, requires_grad=True)
-    loss = linear_cross_entropy(h, weight, target)
-    (grad,) = torch.autograd.grad(loss, h, upstream, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

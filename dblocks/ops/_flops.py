@@ -1,0 +1,92 @@
+"""What `torch.utils.flop_counter` counts for an op: its useful work, the same for every `impl`.
+
+Formulas see shapes and options. The lengths of documents and valid ranges are values: what their
+rows cannot see is counted as seen.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+Shape = Sequence[int]
+
+_registered: dict[Any, Callable[..., int]] = {}
+
+
+def register(op: torch._ops.OpOverload, formula: Callable[..., int]) -> None:
+    """Counts `formula(**arguments)`, of the op's arguments by name with shapes for tensors."""
+    names = [argument.name for argument in op._schema.arguments]
+
+    def counted(*args: Any, out_shape: Any = None, **named: Any) -> int:
+        return formula(**dict(zip(names, args, strict=False)), **named)
+
+    _registered[op.overloadpacket] = counted
+    watch()
+
+
+def watch() -> None:
+    """Tells the flop counters about the formulas, those too that are counting already.
+
+    PyTorch's module, which imports triton, is not imported for it.
+    """
+    module: Any = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    for packet, formula in _registered.items():
+        if packet not in module.flop_registry:
+            module.register_flop_formula(packet)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, module.FlopCounterMode):
+            for packet in _registered:
+                counter.flop_registry.setdefault(packet, module.flop_registry[packet])
+
+
+def doubled_pairs(T: int, block_size: int, window: int | None, *, token: bool, both: bool) -> int:
+    """Pairs of a row and a key that it attends to, of one head of one sequence."""
+    full, rest = T // block_size, T % block_size
+    to_block_end = block_size * block_size * full * (full + 1) // 2 + rest * T
+    pairs = to_block_end  # noisy rows
+    if both:
+        pairs += T * (T + 1) // 2 if token else to_block_end
+    beyond = 0 if window is None else max(T - window, 0)
+    return pairs - (1 + both) * (beyond * (beyond + 1) // 2)
+
+
+def doubled_attention(
+    *, q: Shape, k: Shape, v: Shape, block_size: int, window: int | None = None, **options: Any
+) -> int:
+    """Two products of a query with a key and a probability with a value, for each pair."""
+    T = k[2] // 2
+    token = options["token"] if "token" in options else not options["see_block"]
+    pairs = doubled_pairs(T, block_size, window, token=token, both=q[2] != T)
+    return 2 * q[0] * q[1] * pairs * (k[3] + v[3])
+
+
+def doubled_attention_backward(**arguments: Any) -> int:
+    """Five products for the forward's two, as PyTorch counts it: the scores are made again."""
+    return 5 * doubled_attention(**arguments) // 2
+
+
+def linear_cross_entropy(*, h: Shape, weight: Shape, needs: Sequence[bool], **_: Any) -> int:
+    """The logits, and a product for each of the gradients of h and weight."""
+    return 2 * h[0] * h[1] * weight[0] * (1 + sum(needs[:2]))
+
+
+def linear_cross_entropy_again(**arguments: Any) -> int:
+    """The gradients alone: that the logits are made again for them is no useful work."""
+    return linear_cross_entropy(**arguments) - linear_cross_entropy(
+        **{**arguments, "needs": (False,) * 3}
+    )
+
+
+# By the names that ops are defined by.
+FORMULAS = {
+    "doubled_attention_fwd": doubled_attention,
+    "doubled_attention_bwd": doubled_attention_backward,
+    "linear_cross_entropy": linear_cross_entropy,
+    "linear_cross_entropy_again": linear_cross_entropy_again,
+}
