@@ -124,7 +124,9 @@ def _is_readable(x: Tensor) -> bool:
     """Whether the values can be had, without waiting for a GPU and outside of traced code."""
     if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(x):
         return False
-    return x.is_cpu and type(x) is Tensor and _get_current_dispatch_mode() is None
+    if _get_current_dispatch_mode() is not None or torch._C._get_tracing_state() is not None:
+        return False
+    return x.is_cpu and type(x) is Tensor
 
 
 def _by_slices(

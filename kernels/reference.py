@@ -23,6 +23,7 @@ __all__ = [
     "edm_loss",
     "euler_step",
     "gated_residual",
+    "in_forward_mode",
     "linear_cross_entropy",
     "noise_inject",
     "normals",
