@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from attention_tools import IMPLS, NEW_OPTION_IMPLS, ON_GPU
+from attention_tools import NEW_OPTION_IMPLS, ON_GPU
 
 from dblocks.functional import doubled_attention
 from tools import DEVICE, normal
@@ -59,14 +59,12 @@ def caller(impl, options, compiles):
     return compiled(call) if compiles else call
 
 
-CASES = [("reference", True), ("reference", False), *((impl, False) for impl in IMPLS)]
+CASES = [("reference", True), ("reference", False), *((impl, False) for impl in NEW_OPTION_IMPLS)]
 
 
 @pytest.mark.parametrize(("impl", "compiles"), CASES)
 @pytest.mark.parametrize("size", [1, 2])
 def test_documents(impl, compiles, size):
-    if impl == "triton" and "triton" not in NEW_OPTION_IMPLS:
-        pytest.skip("of the Triton kernels finite documents are isolated")
     ends = torch.tensor(ENDS, dtype=torch.int32, device=DEVICE)
     outside = (torch.arange(T, device=DEVICE) < 3)[None]
     call = caller(impl, {"cu_seqlens": ends, "block_size": size}, compiles)

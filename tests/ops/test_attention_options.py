@@ -23,9 +23,6 @@ from tools import DEVICE, op
 IMPLS = ("reference", *NEW_OPTION_IMPLS)
 ORDERS = ("clean_noisy", "noisy_clean")
 composed_on_cpu = pytest.mark.skipif(ON_GPU, reason="composed on the CPU only")
-triton_takes_them = pytest.mark.skipif(
-    "triton" not in NEW_OPTION_IMPLS, reason="the Triton kernels do not take these options"
-)
 
 
 def ints(*rows):
@@ -47,7 +44,6 @@ def test_many_chunks_are_within_budget(problem):
         check("composed", *problem)
 
 
-@triton_takes_them
 @given(problem=problems("triton", extra=True))
 @settings(max_examples=8)
 def test_triton_is_within_budget(problem):
