@@ -508,7 +508,9 @@ def test_empty(shape, query):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_to_one_graph(backend):
     leaves = [normal(2, h, 20, 16, seed=h).requires_grad_() for h in (4, 2, 2)]
-    f = lambda q, k, v: call(q.sin(), k, v, block_size=3).square().sum()
+    options = {"valid": ranges((0, 7), (2, 10)), "window": 4, "softcap": 9.0}
+    options["alibi_slopes"] = torch.ones(4, device=DEVICE)
+    f = lambda q, k, v: call(q.sin(), k, v, block_size=3, **options).square().sum()
     torch._dynamo.reset()
     compiled = torch.compile(f, fullgraph=True, backend=backend)
     own = torch.autograd.grad(f(*leaves), leaves)

@@ -4,7 +4,11 @@ import itertools
 
 import pytest
 import torch
+<<<<<<< HEAD
 from attention_tools import IMPLS, ON_GPU
+=======
+from attention_tools import NEW_OPTION_IMPLS, ON_GPU
+>>>>>>> w-triton
 
 from dblocks.functional import doubled_attention
 from tools import DEVICE, normal
@@ -59,7 +63,7 @@ def caller(impl, options, compiles):
     return compiled(call) if compiles else call
 
 
-CASES = [("reference", True), ("reference", False), *((impl, False) for impl in IMPLS)]
+CASES = [("reference", True), ("reference", False), *((impl, False) for impl in NEW_OPTION_IMPLS)]
 
 
 @pytest.mark.parametrize(("impl", "compiles"), CASES)
