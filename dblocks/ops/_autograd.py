@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from dblocks.ops import _common
 
@@ -17,8 +18,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     of all views add up.
     """
     if torch.compiler.is_compiling():
-        args = _distinct(args)
-    return function.apply(*args)
+        return function.apply(*_distinct(args))
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    # What Function.apply does then, without some microseconds of what transforms need: tensors that
+    # a transform has left behind are unwrapped, or their gradients would be lost.
+    args = tuple([unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])
+    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore
 
 
 def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:

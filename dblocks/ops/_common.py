@@ -6,7 +6,8 @@ Nothing here looks at the values of a tensor on an accelerator, so no check sync
 import importlib.util
 import numbers
 import os
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -178,6 +179,10 @@ def check_device(like: Tensor, **tensors: Tensor | None) -> None:
             )
 
 
+_fitting: set[Any] = set()  # what arguments that fit looked like; emptied where it grows large
+MAX_FITTING = 4096
+
+
 def rows_fit(
     x: Tensor,
     rows: tuple[Tensor, ...],
@@ -188,6 +193,44 @@ def rows_fit(
 
     It cannot say what is wrong: where it returns False the checks run, and raise.
     """
+    kind = (len(rows), len(modulation))
+    args = (x, rows, modulation, channels)
+    return _fits(_rows_fit, args, kind, (x, *rows, *modulation, *channels))
+
+
+def samples_fit(x: Tensor, *others: Tensor) -> bool:
+    """As `rows_fit`, for tensors [N, ...] of one shape."""
+    tensors = (x, *others)
+    return _fits(_samples_fit, tensors, "samples", tensors)
+
+
+def _fits(
+    check: Callable[..., bool], args: tuple[Any, ...], kind: object, tensors: tuple[Any, ...]
+) -> bool:
+    """`check(*args)`, which is known where such `tensors` have passed as arguments of a `kind`."""
+    if torch.compiler.is_compiling():
+        return check(*args)
+    try:
+        seen = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
+        key = (kind, *seen)
+        if key in _fitting:
+            return True
+    except (AttributeError, TypeError, RuntimeError):  # no tensor; unknown or nested sizes
+        return check(*args)
+    if not check(*args):
+        return False
+    if len(_fitting) >= MAX_FITTING:
+        _fitting.clear()
+    _fitting.add(key)
+    return True
+
+
+def _rows_fit(
+    x: Tensor,
+    rows: tuple[Tensor, ...],
+    modulation: tuple[Tensor | None, ...],
+    channels: tuple[Tensor | None, ...],
+) -> bool:
     if not isinstance(x, Tensor) or x.ndim != 3:
         return False
     shape, device = x.shape, x.device
@@ -211,8 +254,7 @@ def rows_fit(
     return all(p is None or (_is_plain(p, device) and p.shape == (D,)) for p in channels)
 
 
-def samples_fit(x: Tensor, *others: Tensor) -> bool:
-    """As `rows_fit`, for tensors [N, ...] of one shape."""
+def _samples_fit(x: Tensor, *others: Tensor) -> bool:
     if not isinstance(x, Tensor) or x.ndim == 0:
         return False
     shape, device = x.shape, x.device

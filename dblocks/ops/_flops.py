@@ -6,7 +6,7 @@ rows cannot see is counted as seen.
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -32,17 +32,17 @@ def watch() -> None:
 
     PyTorch's module, which imports triton, is not imported for it.
     """
-    module: Any = sys.modules.get("torch.utils.flop_counter")
-    if module is None:
+    if "torch.utils.flop_counter" not in sys.modules:
         return
+    module: Any = sys.modules["torch.utils.flop_counter"]
     for packet, formula in _registered.items():
         if packet not in module.flop_registry:
             module.register_flop_formula(packet)(formula)
     for mode in _get_current_dispatch_mode_stack():
-        counter = getattr(mode, "counter", None)
-        if isinstance(counter, module.FlopCounterMode):
+        if isinstance(counter := getattr(mode, "counter", None), module.FlopCounterMode):
+            registry = cast(Any, counter).flop_registry
             for packet in _registered:
-                counter.flop_registry.setdefault(packet, module.flop_registry[packet])
+                registry.setdefault(packet, module.flop_registry[packet])
 
 
 def doubled_pairs(T: int, block_size: int, window: int | None, *, token: bool, both: bool) -> int:

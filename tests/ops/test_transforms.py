@@ -99,3 +99,14 @@ def test_a_named_implementation_says_that_it_has_no_part_in_them(op, impl, graph
     if not graph:
         with forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no part in"):
             f(*map(forward_ad.make_dual, values, tangents), impl=impl)
+
+
+@pytest.mark.parametrize(("op", "impl"), CASES)
+def test_a_tensor_that_a_transform_has_left_behind(op, impl):
+    f, values, _ = problem(op)
+    leaf = values[0].requires_grad_()
+    left = []
+    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(leaf)
+    (got,) = torch.autograd.grad(f(left[0], *values[1:], impl=impl), leaf)
+    (expected,) = torch.autograd.grad(f(leaf, *values[1:], impl=impl), leaf)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
