@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+JOBS ?= $(shell nproc)# processes of the tests
 OLDEST := $(VENV)/oldest-triton
 
 .PHONY: help demo results test test-gpu test-hub-old docs gate kernels-model host-time static asan lint bench bench-gpu clean
@@ -26,10 +27,9 @@ results: $(STAMP) ## the full recipe with 3 seeds; finished runs are kept; rewri
 	$(BIN)/python -m dblocks.experiments results
 
 test: $(STAMP) ## the whole default test suite, in Triton's interpreter where there is no GPU
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 # In several processes where PYTHON has pytest-xdist; most of the time goes to compiling kernels.
-JOBS ?= $(shell nproc)
 GPU_TESTS := tests/kernels tests/ops tests/models tests/adapters tests/test_fuse.py \
 	tests/test_fuse_models.py tests/test_generate.py tests/test_train.py
 test-gpu: ## the tests that a GPU can run, with the packages of PYTHON; what is missing is named

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from hub_tools import library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.swa_utils import AveragedModel
@@ -235,6 +236,7 @@ def test_bfloat16(plain):
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_checkpoints(tmp_path, plain):
+    library("safetensors")
     model = lm_of(tied=False) if plain else blocks_of(shared="private")
     save_model(tmp_path, model)
     loaded = load_model(tmp_path).to(DEVICE)

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from dit_tools import batch_of, blocks_of, dit_of, some_labels
+from hub_tools import library
 from torch.optim.swa_utils import AveragedModel
 
 from dblocks import functional as F
@@ -98,6 +99,7 @@ def test_without_classes_and_without_dropping():
 
 @pytest.mark.parametrize("num_blocks", [1, 3])
 def test_saved_and_loaded_it_draws_the_same(tmp_path, num_blocks):
+    library("safetensors")
     model, labels = blocks_of(num_blocks), some_labels()
     save_model(tmp_path, model)
     loaded = load_model(tmp_path).to(DEVICE)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as nnf
+from hub_tools import library
 from masked_tools import SIZES, blocks_of, lm_of, tokens_of
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
@@ -218,6 +219,7 @@ def test_blocks_learn_a_repetitive_text():
 
 @pytest.mark.parametrize("shared", ["train", "private"])
 def test_a_saved_model_writes_the_same(tmp_path, shared):
+    library("safetensors")
     model = blocks_of(shared=shared, tied=False)
     save_model(tmp_path, model)
     loaded = load_model(tmp_path).to(DEVICE)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from hub_tools import library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -183,6 +184,7 @@ def test_bfloat16(plain):
     [(True, 1, "train"), (False, 1, "train"), (False, 1, "private"), (False, 2, "private")],
 )
 def test_checkpoints(tmp_path, plain, num_blocks, shared):
+    library("safetensors")
     lm = recurrent_of(tied=False)
     model = lm if plain else DiffusionBlocks(lm, BlocksConfig(num_blocks, shared=shared))
     randomized(model)  # private copies of the shared parts too
