@@ -9,12 +9,9 @@ from dblocks.testing import error_budget
 from tools import DEVICE
 
 IMPLS = ("composed", "triton")
-<<<<<<< HEAD
-=======
 # Those of IMPLS that are tried with each new option by itself. Of Triton, whose interpreter is slow,
 # tests/kernels/test_attention.py does so, in tiles of few rows.
 NEW_OPTION_IMPLS = ("composed",)
->>>>>>> w-triton
 # A GPU's composition is of 16-bit matrices.
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = {

@@ -4,11 +4,7 @@ import itertools
 
 import pytest
 import torch
-<<<<<<< HEAD
-from attention_tools import IMPLS, ON_GPU
-=======
 from attention_tools import NEW_OPTION_IMPLS, ON_GPU
->>>>>>> w-triton
 
 from dblocks.functional import doubled_attention
 from tools import DEVICE, normal
@@ -76,7 +72,7 @@ def test_documents(impl, compiles, size):
     check_isolation(call, 1, "both", ~outside, zero=False)
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("impl", ["reference", *NEW_OPTION_IMPLS])
 @pytest.mark.parametrize(("order", "query"), LAYOUTS)
 @pytest.mark.parametrize("extra", [{}, EXTRA], ids=["plain", "extra"])
 def test_documents_with_options(impl, order, query, extra):
@@ -86,7 +82,7 @@ def test_documents_with_options(impl, order, query, extra):
     check_isolation(caller(impl, options, False), 1, query, outside, zero=False)
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+@pytest.mark.parametrize("impl", ["reference", *NEW_OPTION_IMPLS])
 @pytest.mark.parametrize(("order", "query"), LAYOUTS)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("extra", [{}, EXTRA], ids=["plain", "extra"])
@@ -98,7 +94,7 @@ def test_padding(impl, order, query, size, extra):
     check_isolation(caller(impl, options, False), 3, query, outside, zero=True)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", NEW_OPTION_IMPLS)
 @pytest.mark.parametrize("extra", [{}, EXTRA], ids=["plain", "extra"])
 def test_samples(impl, extra):
     """Of a batch: the others do not see it, with the same range of positions or another."""
