@@ -41,7 +41,7 @@ def _fwd_triton(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps
     return x_new if branch is not None else None, y, None if rms else mean, rstd
 
 
-@triton_kernel("adaln_bwd")
+@triton_kernel("adaln_bwd", like=2)
 def _bwd_triton(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, needs):
     from dblocks.kernels.adaln_bwd import adaln_bwd
 

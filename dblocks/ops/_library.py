@@ -63,10 +63,11 @@ def _call(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
     return call
 
 
-def triton_kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def triton_kernel(name: str, like: int = 0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function the Triton implementation of the op `name`, on GPUs and, interpreted, CPUs.
 
-    It imports its kernels when it is called, so that `import dblocks` needs no triton.
+    It imports its kernels when it is called, so that `import dblocks` needs no triton. A result
+    that is None is, from the op, without elements and of the dtype of argument number `like`.
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,9 +75,8 @@ def triton_kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
             results = kernel(*args)
             if isinstance(results, Tensor):
                 return results
-            first = next(a for a in args if isinstance(a, Tensor))
             # Each absent one is a tensor of its own: an op may not return one tensor twice.
-            return tuple(first.new_empty(0) if r is None else r for r in results)
+            return tuple(args[like].new_empty(0) if r is None else r for r in results)
 
         torch.library.impl(library, f"{name}_triton", "CompositeExplicitAutograd")(whole)
         _kernels[f"{name}_triton"] = kernel

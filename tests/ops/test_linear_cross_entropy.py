@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dblocks.ops import _chunked_cross_entropy as chunked
-from dblocks.ops.linear_cross_entropy import _OPS, linear_cross_entropy
+from dblocks.ops.linear_cross_entropy import linear_cross_entropy
 from dblocks.testing import DTYPES, LAYOUTS, assert_within_budget, check_against_reference, make
+from tools import op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FUSED = ("chunked", "triton")
@@ -320,8 +321,10 @@ def test_autocast_has_no_effect(impl):
 def test_opcheck(impl, needs, dtype):
     h, weight, target = problem(dtype=dtype)
     bias, row_weight = torch.randn(7, device=DEVICE), torch.rand(10, device=DEVICE)
-    torch.library.opcheck(_OPS[impl], (h, weight, target, bias, row_weight, IGNORE, needs))
-    torch.library.opcheck(_OPS[impl], (h, weight, target, None, None, IGNORE, needs))
+    for name in ("linear_cross_entropy", "linear_cross_entropy_again"):
+        registered = op(name, impl)
+        torch.library.opcheck(registered, (h, weight, target, bias, row_weight, IGNORE, needs))
+        torch.library.opcheck(registered, (h, weight, target, None, None, IGNORE, needs))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
