@@ -16,7 +16,7 @@ from torch import Tensor
 from dblocks.ops import _attention_backends as backends
 from dblocks.ops._attention_pieces import Options, Piece, Saved
 
-NEGLIGIBLE = 40.0
+NEGLIGIBLE = 40.0  # e^-40 is 4e-18, far below the rounding of float32
 CHUNK = 64  # positions, or the block size where that is more
 
 

@@ -90,14 +90,14 @@ def flash_attn_3():
         return o.transpose(1, 2), lse, torch.tensor([]), torch.tensor([])
 
     def backward(
-        dout, q, k, v, out, softmax_lse, *, dq=None, dk=None, dv=None, softmax_scale=None,
+        upstream, q, k, v, out, softmax_lse, *, dq=None, dk=None, dv=None, softmax_scale=None,
         is_causal=False, deterministic=False,
     ):  # fmt: skip
         assert is_causal
         assert deterministic
         assert softmax_lse.is_contiguous()
-        dout, q, k, v, out = rows_first(dout, q, k, v, out)
-        grads = causal_backward(dout, q, k, v, out, softmax_lse, softmax_scale)
+        upstream, q, k, v, out = rows_first(upstream, q, k, v, out)
+        grads = causal_backward(upstream, q, k, v, out, softmax_lse, softmax_scale)
         for to, part in zip((dq, dk, dv), rows_first(*grads), strict=True):
             to.copy_(part)
 
