@@ -68,6 +68,7 @@ MATRIX = {
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
+DKV, DKV_STACK = "doubled_attention_bwd_dkv_kernel", 64  # bytes that cost less than smaller tiles
 HAS_NO_MATRICES = "doubled_attention_bwd_self_kernel"
 # What a program may have: CUDA programming guide, compute capabilities; CDNA 3 white paper.
 SHARED_BYTES = {
@@ -212,7 +213,8 @@ def failures(row: Launch) -> list[str]:
 def may_use_stack(row: Launch, attention: bool) -> bool:
     """Whether spilling is no failure: on AMD, at great widths, and of attention in other places."""
     if attention:
-        return row.target != "sm_90" or row.dtype == "f32" or row.D not in SLICE_HEAD_WIDTHS
+        few = row.kernel == DKV and row.stack <= DKV_STACK
+        return few or row.target != "sm_90" or row.dtype == "f32" or row.D not in SLICE_HEAD_WIDTHS
     return row.target == "gfx942" or row.D > MAX_WIDTH_WITHOUT_STACK
 
 
