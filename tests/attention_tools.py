@@ -9,7 +9,7 @@ from dblocks.testing import error_budget
 from tools import DEVICE
 
 IMPLS = ("composed", "triton")
-# Those of IMPLS that are tried with each new option by itself. Of Triton, whose interpreter is slow,
+# Those of IMPLS that are tried with each new option by itself. Of Triton, interpreted slowly,
 # tests/kernels/test_attention.py does so, in tiles of few rows.
 NEW_OPTION_IMPLS = ("composed",)
 # A GPU's composition is of 16-bit matrices.
