@@ -40,11 +40,15 @@ def settings(widths: Iterable[int]) -> str:
     """The tile of each width, as the launches of adaln and its backward choose it."""
     rows = []
     for D in widths:
-        tile = _launch.row_tile(D, 4096)
-        elements = tile.BLOCK_R * tile.BLOCK_D // (32 * tile.num_warps)
         form = "one pass" if D <= _launch.MAX_ONE_PASS_WIDTH else "two kernels"
-        rows.append((D, tile.BLOCK_R, tile.BLOCK_D, tile.num_warps, elements, form))
-    header = ("D", "rows a tile", "columns a tile", "warps", "elements a thread", "backward")
+        for name, most in (("forward", _launch.FORWARD_PARTS), ("backward", _launch.BACKWARD_PARTS)):
+            rows_a_tile, columns, parts, warps = _launch.row_tile(D, 4096, most)
+            elements = rows_a_tile * columns // (32 * warps)
+            rows.append((D, name, rows_a_tile, parts, columns // parts, warps, elements, form))
+    header = (
+        "D", "pass", "rows a tile", "parts a row", "columns a part", "warps", "elements a thread",
+        "backward",
+    )  # fmt: skip
     return table(rows, header)
 
 
@@ -89,10 +93,11 @@ heads of width D.
 
 ## Launch settings
 
-A thread holds 16 elements of a tile: a 16-byte access of a 16-bit dtype takes 8, so two of them
-are in flight for each tensor. A tile has at least 2,048 elements, so narrow rows share one; 16
-warps are the most that devices of 64 threads a warp can start, so above D = 8,192 a thread holds
-more, and the sums of the backward no longer fit beside the row.
+A row is cut into parts of equal width, of which a thread holds 8 elements each, one 16-byte access
+of a 16-bit dtype. The forward has up to five parts, the backward three, since its sums take
+registers too; only the last part may be masked. A part is 256 columns, those of one warp, or as
+much wider as that number of parts asks for; 16 warps are the most that devices of 64 threads a warp
+can start. Above D = 8,192 the sums of the backward no longer fit beside the row.
 
 {settings(widths)}
 

@@ -4,8 +4,9 @@ Every choice depends on shapes only, never on the device, so a result is the sam
 kernel is compiled for.
 """
 
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +14,20 @@ from torch import Tensor
 MAX_WIDTH = 16384  # a row is held in the registers of one program
 MAX_ONE_PASS_WIDTH = 8192  # above, the sums for the modulation gradients no longer fit beside it
 TILE = 2048  # elements that a program of 4 warps works on at once
-PROGRAMS = 512  # about four for each multiprocessor of the GPUs of 2020 to 2026
+PROGRAMS = 256  # about two for each multiprocessor of the GPUs of 2020 to 2026
 MIN_CHUNK_ROWS = 16  # fewer, and writing the partial sums would cost more than 10 %
+PART = 256  # columns of a warp of 32 threads that move 16 bytes of a 16-bit dtype each
+MAX_PART = 4096  # 16 warps, the most that a device with 64 threads a warp can start
+FORWARD_PARTS = 5  # 8 elements a thread each
+BACKWARD_PARTS = 3  # fewer, since the sums of a program take registers too
 
 
 class Tile(NamedTuple):
-    """A tile of rows: sizes are powers of two, BLOCK_D covers the whole row."""
+    """A tile of rows, each as PARTS tensors of one width that cover BLOCK_D columns together."""
 
     BLOCK_R: int
     BLOCK_D: int
+    PARTS: int
     num_warps: int
 
 
@@ -29,12 +35,27 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def row_tile(D: int, rows: int) -> Tile:
-    """The tile for rows of width `D` of which `rows` follow one another: 16 elements a thread."""
-    BLOCK_D = next_power_of_2(D)
-    BLOCK_R = max(1, min(TILE // BLOCK_D, next_power_of_2(rows)))
-    # 16 warps is the most that a device with 64 threads a warp can start.
-    return Tile(BLOCK_R, BLOCK_D, min(max(BLOCK_R * BLOCK_D // 512, 4), 16))
+def row_tile(D: int, rows: int, parts: int) -> Tile:
+    """The tile for rows of width `D` of which `rows` follow one another, in up to `parts` parts.
+
+    A part is as narrow as that allows: then few warps, or only one, share a row and its sums.
+    """
+    W = min(PART, next_power_of_2(D))
+    while W * parts < D and W < MAX_PART:
+        W *= 2
+    count = -(-D // W)
+    num_warps = max(W // PART, 4)
+    # Narrow rows have one part, so a thread works on two of them.
+    BLOCK_R = max(num_warps * PART // W * (2 if count == 1 else 1), 1)
+    return Tile(min(BLOCK_R, next_power_of_2(rows)), W * count, count, num_warps)
+
+
+def common_step(*sizes: int) -> int:
+    """What sizes and strides are counted in: 8 elements where all are multiples, else one.
+
+    A kernel told so moves 16 bytes at once, also where a width is no multiple of Triton's own 16.
+    """
+    return 1 if any(size % 8 for size in sizes) else 8
 
 
 def forward_chunk(rows: int, groups: int, BLOCK_R: int) -> int:
@@ -84,3 +105,45 @@ def strides(*tensors: Tensor | None) -> list[int]:
         result.append(0 if tensor is None else tensor.stride(0))
         result.append(tensor.stride(1) if tensor is not None and tensor.ndim == 3 else 0)
     return result
+
+
+class Launch:
+    """A launch of a kernel but for its tensors, which are handed in each time.
+
+    It keeps the compiled kernel, so that a repeated launch does not look for it again; the tensors
+    must then have the dtypes and alignments of the first time. Triton's interpreter has none.
+    """
+
+    def __init__(self, fn: Any, programs: int, numbers: tuple, **options: Any) -> None:
+        self.fn, self.grid, self.numbers, self.options = fn, (programs, 1, 1), numbers, options
+        self.kernel = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if self.kernel is not None:
+            self.kernel[self.grid](*tensors, *self.numbers)
+        else:
+            self.kernel = self.fn[self.grid](*tensors, *self.numbers, **self.options)
+
+
+MAX_PLANS = 1024  # then all are forgotten: a bound, for programs whose shapes never repeat
+_PLANS: dict[Hashable, Any] = {}
+
+
+def plan(key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` returned for `key`: the launches for inputs of one layout and their options.
+
+    Threads may make the same plan twice; both are right, and one is kept.
+    """
+    found = _PLANS.get(key)
+    if found is None:
+        if len(_PLANS) >= MAX_PLANS:
+            _PLANS.clear()
+        found = _PLANS[key] = make()
+    return found
+
+
+def layout(x: Tensor | None) -> Hashable:
+    """All of a tensor that launches depend on: Triton compiles for the alignment of the data too."""
+    if x is None:
+        return None
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15

@@ -1,4 +1,9 @@
-"""Device functions that the kernels over rows [N, T, D] share."""
+"""Device functions that the kernels over rows [N, T, D] share.
+
+A tile is BLOCK_R rows, and a row PARTS tensors [BLOCK_R, W] of equal width in a tuple, since the
+shapes of Triton's tensors are powers of two and the width of a model need not be one. A thread
+holds the same columns of every part, so a sum over a row adds the parts first and then reduces once.
+"""
 
 import triton
 import triton.language as tl
@@ -20,43 +25,145 @@ def token_of(i_g, o_l, T, S, L, PER_TOKEN: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, i_n, i_t, stride_n, stride_t, o_d, m):
-    """The rows (i_n, i_t) in float32 [BLOCK_R, BLOCK_D], zero outside of the mask."""
-    o_r = tl.cast(i_n, tl.int64) * stride_n + tl.cast(i_t, tl.int64) * stride_t
-    return tl.load(ptr + o_r[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+def offset_of(i_n, i_t, stride_n, stride_t, STEP: tl.constexpr):
+    """Where the rows (i_n, i_t) begin, int64; strides count STEP elements."""
+    return (tl.cast(i_n, tl.int64) * stride_n + tl.cast(i_t, tl.int64) * stride_t) * STEP
 
 
 @triton.jit
-def load_group(ptr, i_g, S, stride_n, stride_s, o_d, m_d, DEFAULT: tl.constexpr):
-    """The modulation of group `i_g` in float32 [1, BLOCK_D]; DEFAULT where there is none."""
-    if ptr is None:
-        return tl.full([1, 1], DEFAULT, tl.float32)
+def rows_of(first, end, BLOCK_R: tl.constexpr):
+    """Numbers of the rows of a tile within their group, and which of them there are."""
+    o_l = first + tl.arange(0, BLOCK_R)
+    return o_l, o_l < end
+
+
+@triton.jit
+def mask_of(m_l, o_d, D, k: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr):
+    """Which elements of part `k` there are; only the last part may lack columns."""
+    if FULL or k < PARTS - 1:
+        return m_l[:, None] & tl.full([1, o_d.shape[0]], True, tl.int1)
     else:
-        i_n = i_g // S
-        o_r = tl.cast(i_n, tl.int64) * stride_n + tl.cast(i_g - i_n * S, tl.int64) * stride_s
-        return tl.load(ptr + o_r + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        return m_l[:, None] & (o_d + k * o_d.shape[0] < D)[None, :]
 
 
 @triton.jit
-def load_tokens(ptr, i_n, i_t, stride_n, stride_t, o_d, m, DEFAULT: tl.constexpr):
-    """A modulation per token in float32 [BLOCK_R, BLOCK_D]; DEFAULT where there is none."""
+def load_raw(ptr, o_r, m_l, o_d, D, PARTS: tl.constexpr, FULL: tl.constexpr):
+    """The rows that begin at `o_r` [BLOCK_R] as they are stored, 0 outside and where `ptr` is None.
+
+    In 16 bits they take half the registers, so they are widened where they are used.
+    """
+    parts = ()
+    for k in tl.static_range(PARTS):
+        if ptr is None:
+            parts = parts + (tl.full([1, 1], 0, tl.float32),)
+        else:
+            p = ptr + o_r[:, None] + (o_d + k * o_d.shape[0])[None, :]
+            parts = parts + (tl.load(p, mask=mask_of(m_l, o_d, D, k, PARTS, FULL), other=0.0),)
+    return parts
+
+
+@triton.jit
+def widen(raw):
+    parts = ()
+    for k in tl.static_range(len(raw)):
+        parts = parts + (raw[k].to(tl.float32),)
+    return parts
+
+
+@triton.jit
+def load_parts(
+    ptr, o_r, m_l, o_d, D, PARTS: tl.constexpr, FULL: tl.constexpr, DEFAULT: tl.constexpr
+):
+    """The rows that begin at `o_r` [BLOCK_R] in float32; DEFAULT where `ptr` is None."""
     if ptr is None:
-        return tl.full([1, 1], DEFAULT, tl.float32)
+        parts = ()
+        for _ in tl.static_range(PARTS):
+            parts = parts + (tl.full([1, 1], DEFAULT, tl.float32),)
+        return parts
     else:
-        return load_rows(ptr, i_n, i_t, stride_n, stride_t, o_d, m)
+        return widen(load_raw(ptr, o_r, m_l, o_d, D, PARTS, FULL))
 
 
 @triton.jit
-def load_channels(ptr, o_d, m_d, DEFAULT: tl.constexpr):
-    """A weight or bias [D] in float32 [1, BLOCK_D]; DEFAULT where there is none."""
-    if ptr is None:
-        return tl.full([1, 1], DEFAULT, tl.float32)
-    else:
-        return tl.load(ptr + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+def load_channels(ptr, o_d, D, PARTS: tl.constexpr, FULL: tl.constexpr, DEFAULT: tl.constexpr):
+    """A weight or bias [D] as one row [1, W] a part; DEFAULT where `ptr` is None."""
+    first, m_l = tl.full([1], 0, tl.int64), tl.full([1], True, tl.int1)
+    return load_parts(ptr, first, m_l, o_d, D, PARTS, FULL, DEFAULT)
 
 
 @triton.jit
-def store_rows(ptr, row, D, o_d, m, value):
-    """Stores to the rows `row` of a contiguous output, rounding to its dtype once."""
-    p = ptr + tl.cast(row, tl.int64)[:, None] * D + o_d[None, :]
-    tl.store(p, value.to(ptr.dtype.element_ty), mask=m)
+def load_group(
+    ptr, i_g, S, stride_n, stride_s, o_d, D,
+    STEP: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr, DEFAULT: tl.constexpr,
+):  # fmt: skip
+    """The modulation of group `i_g` as one row [1, W] a part; DEFAULT where `ptr` is None."""
+    i_n = i_g // S + tl.full([1], 0, tl.int64)
+    o_r = offset_of(i_n, i_g - i_n * S, stride_n, stride_s, STEP)
+    return load_parts(ptr, o_r, tl.full([1], True, tl.int1), o_d, D, PARTS, FULL, DEFAULT)
+
+
+@triton.jit
+def store_parts(ptr, o_r, m_l, o_d, D, FULL: tl.constexpr, parts):
+    """Stores to the rows that begin at `o_r`, rounding to the dtype of `ptr` once."""
+    for k in tl.static_range(len(parts)):
+        p = ptr + o_r[:, None] + (o_d + k * o_d.shape[0])[None, :]
+        m = mask_of(m_l, o_d, D, k, len(parts), FULL)
+        tl.store(p, parts[k].to(ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def zeros(PARTS: tl.constexpr, BLOCK_R: tl.constexpr, W: tl.constexpr):
+    parts = ()
+    for _ in tl.static_range(PARTS):
+        parts = parts + (tl.full([BLOCK_R, W], 0, tl.float32),)
+    return parts
+
+
+@triton.jit
+def plus(a, b):
+    parts = ()
+    for k in tl.static_range(len(a)):
+        parts = parts + (a[k] + b[k],)
+    return parts
+
+
+@triton.jit
+def times(a, b):
+    parts = ()
+    for k in tl.static_range(len(a)):
+        parts = parts + (a[k] * b[k],)
+    return parts
+
+
+@triton.jit
+def plus_product(total, a, b):
+    parts = ()
+    for k in tl.static_range(len(total)):
+        parts = parts + (total[k] + a[k] * b[k],)
+    return parts
+
+
+@triton.jit
+def plus_one(a):
+    parts = ()
+    for k in tl.static_range(len(a)):
+        parts = parts + (1 + a[k],)
+    return parts
+
+
+@triton.jit
+def standardised(x, b_mean, b_rstd, RMS: tl.constexpr):
+    """xhat = (x - mean) rstd, or x rstd."""
+    parts = ()
+    for k in tl.static_range(len(x)):
+        b_x = x[k]
+        if not RMS:
+            b_x -= b_mean[:, None]
+        parts = parts + (b_x * b_rstd[:, None],)
+    return parts
+
+
+@triton.jit
+def sum_both(b_0, b_1):
+    """The sums over the rows of two tensors, in one reduction: one exchange between warps."""
+    return tl.split(tl.sum(tl.join(b_0, b_1), axis=1))

@@ -27,14 +27,107 @@ from dblocks.kernels import _group_grads, _launch
 from dblocks.kernels._rows import (
     load_channels,
     load_group,
-    load_rows,
-    load_tokens,
-    store_rows,
+    load_parts,
+    load_raw,
+    offset_of,
+    plus,
+    plus_one,
+    plus_product,
+    rows_of,
+    standardised,
+    store_parts,
+    sum_both,
+    times,
     token_of,
+    widen,
+    zeros,
 )
 
 
-@triton.jit(do_not_specialize=["T", "S", "L", "chunk", "num_chunks"])
+@triton.jit
+def fetch(
+    dy_ptr, x_ptr, dx_new_ptr, branch_ptr, mean_ptr, rstd_ptr,
+    dy_sn, dy_st, x_sn, x_st, dx_new_sn, dx_new_st, branch_sn, branch_st,
+    i_g, first, end, T, S, L, o_d, D,
+    RMS: tl.constexpr, PER_TOKEN: tl.constexpr, STEP: tl.constexpr, BLOCK_R: tl.constexpr,
+    PARTS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """All that is read of the tile that begins at row `first` of group `i_g`, as it is stored."""
+    o_l, m_l = rows_of(first, end, BLOCK_R)
+    i_n, i_t = token_of(i_g, o_l, T, S, L, PER_TOKEN)
+    row = tl.cast(i_g, tl.int64) * L + o_l
+    o_dy = offset_of(i_n, i_t, dy_sn, dy_st, STEP)
+    o_dx_new = offset_of(i_n, i_t, dx_new_sn, dx_new_st, STEP)
+    o_branch = offset_of(i_n, i_t, branch_sn, branch_st, STEP)
+    r_x, b_rstd = zeros(PARTS, 1, 1), tl.full([BLOCK_R], 0, tl.float32)
+    b_mean = b_rstd
+    if dy_ptr is not None:
+        r_x = load_raw(x_ptr, offset_of(i_n, i_t, x_sn, x_st, STEP), m_l, o_d, D, PARTS, FULL)
+        b_rstd = tl.load(rstd_ptr + row, mask=m_l, other=0.0)
+        if not RMS:
+            b_mean = tl.load(mean_ptr + row, mask=m_l, other=0.0)
+    return (
+        load_raw(dy_ptr, o_dy, m_l, o_d, D, PARTS, FULL),
+        r_x,
+        load_raw(dx_new_ptr, o_dx_new, m_l, o_d, D, PARTS, FULL),
+        load_raw(branch_ptr, o_branch, m_l, o_d, D, PARTS, FULL),
+        b_mean,
+        b_rstd,
+    )
+
+
+@triton.jit
+def dscale_of(dy, xhat, weight, bias):
+    parts = ()
+    for k in tl.static_range(len(dy)):
+        parts = parts + (dy[k] * (xhat[k] * weight[k] + bias[k]),)
+    return parts
+
+
+@triton.jit
+def means_of(a, xhat, inv_D, RMS: tl.constexpr):
+    """The means of a and of a xhat over each row [BLOCK_R]; rms needs the second only."""
+    b_along = a[0] * xhat[0]
+    b_a = a[0]
+    for k in tl.static_range(1, len(a)):
+        b_along += a[k] * xhat[k]
+        b_a += a[k]
+    if RMS:
+        b_along = tl.sum(b_along, axis=1) * inv_D
+        return b_along, b_along
+    else:
+        b_a, b_along = sum_both(b_a, b_along)
+        return b_a * inv_D, b_along * inv_D
+
+
+@triton.jit
+def through_norm(a, xhat, b_a, b_along, b_rstd, RMS: tl.constexpr):
+    """rstd (a - mean(a) - xhat mean(a xhat))."""
+    parts = ()
+    for k in tl.static_range(len(a)):
+        b_dh = a[k] - xhat[k] * b_along[:, None]
+        if not RMS:
+            b_dh -= b_a[:, None]
+        parts = parts + (b_dh * b_rstd[:, None],)
+    return parts
+
+
+@triton.jit
+def store_sums(ptr, o_d, D, FULL: tl.constexpr, parts):
+    """Adds the rows of a tile and stores the sums [D]."""
+    sums = ()
+    for k in tl.static_range(len(parts)):
+        sums = sums + (tl.sum(parts[k], axis=0)[None, :],)
+    store_parts(ptr, tl.full([1], 0, tl.int64), tl.full([1], True, tl.int1), o_d, D, FULL, sums)
+
+
+_INTEGERS = [
+    "dy_sn", "dy_st", "dx_new_sn", "dx_new_st", "x_sn", "x_st", "branch_sn", "branch_st",
+    "gate_sn", "gate_ss", "scale_sn", "scale_ss", "T", "S", "L", "D", "chunk", "num_chunks",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def adaln_bwd_kernel(
     dy_ptr, dx_new_ptr, x_ptr, branch_ptr, gate_ptr, scale_ptr, weight_ptr, bias_ptr,
     mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr, dgate_ptr, dshift_ptr, dscale_ptr, partial_ptr,
@@ -43,78 +136,90 @@ def adaln_bwd_kernel(
     gate_sn, gate_ss, scale_sn, scale_ss,
     T, S, L, D, chunk, num_chunks, inv_D,
     RMS: tl.constexpr, PER_TOKEN: tl.constexpr, SUM_NORM: tl.constexpr, SUM_GATE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    FULL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     i_g = tl.program_id(0) // num_chunks
     start = (tl.program_id(0) - i_g * num_chunks) * chunk
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    b_weight = load_channels(weight_ptr, o_d, m_d, 1.0)
+    end = min(start + chunk, L)
+    D = D * STEP
+    W: tl.constexpr = BLOCK_D // PARTS
+    o_d = tl.arange(0, W)
+    b_weight = load_channels(weight_ptr, o_d, D, PARTS, FULL, 1.0)
     if PER_TOKEN:
-        b_bias = load_channels(bias_ptr, o_d, m_d, 0.0)
+        b_bias = load_channels(bias_ptr, o_d, D, PARTS, FULL, 0.0)
     else:
-        b_gate = load_group(gate_ptr, i_g, S, gate_sn, gate_ss, o_d, m_d, 1.0)
-        b_scale = load_group(scale_ptr, i_g, S, scale_sn, scale_ss, o_d, m_d, 0.0)
+        b_gate = load_group(gate_ptr, i_g, S, gate_sn, gate_ss, o_d, D, STEP, PARTS, FULL, 1.0)
+        b_scale = load_group(scale_ptr, i_g, S, scale_sn, scale_ss, o_d, D, STEP, PARTS, FULL, 0.0)
+        b_factor = times(plus_one(b_scale), b_weight)
     if SUM_NORM:
-        b_A = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-        b_B = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        b_A = zeros(PARTS, BLOCK_R, W)
+        b_B = zeros(PARTS, BLOCK_R, W)
     if SUM_GATE:
-        b_dgate = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for first in range(start, min(start + chunk, L), BLOCK_R):
-        o_l = first + tl.arange(0, BLOCK_R)
-        m_l = o_l < L
-        m = m_l[:, None] & m_d[None, :]
+        b_dgate = zeros(PARTS, BLOCK_R, W)
+    if AHEAD:
+        r_dy, r_x, r_dx_new, r_branch, n_mean, n_rstd = fetch(
+            dy_ptr, x_ptr, dx_new_ptr, branch_ptr, mean_ptr, rstd_ptr,
+            dy_sn, dy_st, x_sn, x_st, dx_new_sn, dx_new_st, branch_sn, branch_st,
+            i_g, start, end, T, S, L, o_d, D, RMS, PER_TOKEN, STEP, BLOCK_R, PARTS, FULL,
+        )  # fmt: skip
+    for first in range(start, end, BLOCK_R):
+        if AHEAD:
+            b_dy, b_x, b_dx_new, b_branch = r_dy, r_x, r_dx_new, r_branch
+            b_mean, b_rstd = n_mean, n_rstd
+        # Ahead, these are the rows of the next tile: asked for before this one's sums.
+        r_dy, r_x, r_dx_new, r_branch, n_mean, n_rstd = fetch(
+            dy_ptr, x_ptr, dx_new_ptr, branch_ptr, mean_ptr, rstd_ptr,
+            dy_sn, dy_st, x_sn, x_st, dx_new_sn, dx_new_st, branch_sn, branch_st,
+            i_g, first + BLOCK_R if AHEAD else first, end, T, S, L, o_d, D,
+            RMS, PER_TOKEN, STEP, BLOCK_R, PARTS, FULL,
+        )  # fmt: skip
+        if not AHEAD:
+            b_dy, b_x, b_dx_new, b_branch = r_dy, r_x, r_dx_new, r_branch
+            b_mean, b_rstd = n_mean, n_rstd
+        o_l, m_l = rows_of(first, end, BLOCK_R)
         i_n, i_t = token_of(i_g, o_l, T, S, L, PER_TOKEN)
         row = tl.cast(i_g, tl.int64) * L + o_l
         if PER_TOKEN:
-            b_gate = load_tokens(gate_ptr, i_n, i_t, gate_sn, gate_ss, o_d, m, 1.0)
-            b_scale = load_tokens(scale_ptr, i_n, i_t, scale_sn, scale_ss, o_d, m, 0.0)
-        b_dh = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+            o_gate = offset_of(i_n, i_t, gate_sn, gate_ss, STEP)
+            o_scale = offset_of(i_n, i_t, scale_sn, scale_ss, STEP)
+            b_gate = load_parts(gate_ptr, o_gate, m_l, o_d, D, PARTS, FULL, 1.0)
+            b_scale = load_parts(scale_ptr, o_scale, m_l, o_d, D, PARTS, FULL, 0.0)
+            b_factor = times(plus_one(b_scale), b_weight)
+        b_dh = widen(b_dx_new)
         if dy_ptr is not None:
-            b_dy = load_rows(dy_ptr, i_n, i_t, dy_sn, dy_st, o_d, m)
-            b_xhat = load_rows(x_ptr, i_n, i_t, x_sn, x_st, o_d, m)
-            b_rstd = tl.load(rstd_ptr + row, mask=m_l, other=0.0)[:, None]
-            if not RMS:
-                b_xhat -= tl.load(mean_ptr + row, mask=m_l, other=0.0)[:, None]
-            b_xhat *= b_rstd
-            b_a = b_dy * (1 + b_scale) * b_weight
-            b_along = tl.sum(b_a * b_xhat, axis=1) * inv_D
-            b_dh = b_a - b_xhat * b_along[:, None]
+            b_dy = widen(b_dy)
+            b_xhat = standardised(widen(b_x), b_mean, b_rstd, RMS)
+            b_a = times(b_dy, b_factor)
+            b_mean_a, b_along = means_of(b_a, b_xhat, inv_D, RMS)
             if means_ptr is not None:
+                tl.store(means_ptr + 2 * row, b_mean_a, mask=m_l)
                 tl.store(means_ptr + 2 * row + 1, b_along, mask=m_l)
-            if not RMS:
-                b_mean = tl.sum(b_a, axis=1) * inv_D
-                b_dh -= b_mean[:, None]
-                if means_ptr is not None:
-                    tl.store(means_ptr + 2 * row, b_mean, mask=m_l)
-            b_dh *= b_rstd
+            b_dh = plus(through_norm(b_a, b_xhat, b_mean_a, b_along, b_rstd, RMS), b_dh)
             if PER_TOKEN:
                 if dshift_ptr is not None:
-                    store_rows(dshift_ptr, row, D, o_d, m, b_dy)
+                    store_parts(dshift_ptr, row * D, m_l, o_d, D, FULL, b_dy)
                 if dscale_ptr is not None:
-                    store_rows(dscale_ptr, row, D, o_d, m, b_dy * (b_xhat * b_weight + b_bias))
-                b_dy *= 1 + b_scale
+                    b_dscale = dscale_of(b_dy, b_xhat, b_weight, b_bias)
+                    store_parts(dscale_ptr, row * D, m_l, o_d, D, FULL, b_dscale)
+                b_dy = times(b_dy, plus_one(b_scale))
             if SUM_NORM:
-                b_A += b_dy * b_xhat
-                b_B += b_dy
-        if dx_new_ptr is not None:
-            b_dh += load_rows(dx_new_ptr, i_n, i_t, dx_new_sn, dx_new_st, o_d, m)
+                b_A = plus_product(b_A, b_dy, b_xhat)
+                b_B = plus(b_B, b_dy)
         if dx_ptr is not None:
-            store_rows(dx_ptr, row, D, o_d, m, b_dh)
+            store_parts(dx_ptr, row * D, m_l, o_d, D, FULL, b_dh)
         if dbranch_ptr is not None:
-            store_rows(dbranch_ptr, row, D, o_d, m, b_gate * b_dh)
-        if SUM_GATE or dgate_ptr is not None:
-            b_dh *= load_rows(branch_ptr, i_n, i_t, branch_sn, branch_st, o_d, m)
+            store_parts(dbranch_ptr, row * D, m_l, o_d, D, FULL, times(b_dh, b_gate))
         if dgate_ptr is not None:
-            store_rows(dgate_ptr, row, D, o_d, m, b_dh)
+            store_parts(dgate_ptr, row * D, m_l, o_d, D, FULL, times(b_dh, widen(b_branch)))
         if SUM_GATE:
-            b_dgate += b_dh
-    o_p = tl.cast(tl.program_id(0), tl.int64) * 3 * D + o_d
+            b_dgate = plus_product(b_dgate, b_dh, widen(b_branch))
+    o_p = tl.cast(tl.program_id(0), tl.int64) * 3 * D
     if SUM_NORM:
-        tl.store(partial_ptr + o_p, tl.sum(b_A, axis=0), mask=m_d)
-        tl.store(partial_ptr + o_p + D, tl.sum(b_B, axis=0), mask=m_d)
+        store_sums(partial_ptr + o_p, o_d, D, FULL, b_A)
+        store_sums(partial_ptr + o_p + D, o_d, D, FULL, b_B)
     if SUM_GATE:
-        tl.store(partial_ptr + o_p + 2 * D, tl.sum(b_dgate, axis=0), mask=m_d)
+        store_sums(partial_ptr + o_p + 2 * D, o_d, D, FULL, b_dgate)
 
 
 class Grads(NamedTuple):
@@ -168,7 +273,7 @@ def adaln_bwd(
     sum_norm = affine is not None or group_grads[1:] != (None, None)
     sum_gate = group_grads[0] is not None
     one_pass = D <= _launch.MAX_ONE_PASS_WIDTH
-    tile = _launch.row_tile(D, g.L)
+    tile = _launch.row_tile(D, g.L, _launch.BACKWARD_PARTS)
     chunk = _launch.backward_chunk(g.L, g.count, tile.BLOCK_R)
     num_chunks = triton.cdiv(g.L, chunk)
     partial = means = None
@@ -176,14 +281,21 @@ def adaln_bwd(
         means = x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
     if sum_norm or sum_gate:
         partial = x.new_empty(g.count * num_chunks, 3, D, dtype=torch.float32)
+    strides = _launch.strides(dy, dx_new, x, branch, gate, scale)
+    step = _launch.common_step(D, *strides)
+    sum_here = one_pass and sum_gate
+    reads_branch = sum_here or row_grads[0] is not None
+    # Three parts with their sums and the next tile need more than 255 registers a thread.
+    ahead = not reads_branch or tile.PARTS <= 2 or tile.num_warps > 4
+    ahead &= min(chunk, g.L) > tile.BLOCK_R
     with _launch.device_guard(x):
         adaln_bwd_kernel[(g.count * num_chunks,)](
-            dy, dx_new, x, branch, gate, scale, weight, bias,
+            dy, dx_new, x, branch if reads_branch else None, gate, scale, weight, bias,
             mean, rstd, grads.x, grads.branch, *row_grads, partial, means,
-            *_launch.strides(dy, dx_new, x, branch, gate, scale),
-            T, g.S, g.L, D, chunk, num_chunks, 1.0 / D,
-            rms, g.per_token, sum_norm and one_pass, sum_gate and one_pass,
-            tile.BLOCK_R, tile.BLOCK_D,
+            *(s // step for s in strides),
+            T, g.S, g.L, D // step, chunk, num_chunks, 1.0 / D,
+            rms, g.per_token, sum_norm and one_pass, sum_here,
+            step, *tile[:3], tile.BLOCK_D == D, ahead,
             num_warps=tile.num_warps, enable_fp_fusion=D > 1,
         )  # fmt: skip
         if partial is not None and not one_pass:

@@ -13,60 +13,162 @@ from dblocks.kernels import _launch
 from dblocks.kernels._rows import (
     load_channels,
     load_group,
-    load_rows,
-    load_tokens,
-    store_rows,
+    load_parts,
+    load_raw,
+    mask_of,
+    offset_of,
+    plus_product,
+    rows_of,
+    standardised,
+    store_parts,
+    sum_both,
     token_of,
+    widen,
 )
 
 
-@triton.jit(do_not_specialize=["T", "S", "L", "chunk", "num_chunks"])
+@triton.jit
+def fetch(
+    x_ptr, branch_ptr, x_sn, x_st, branch_sn, branch_st, i_g, first, end, T, S, L, o_d, D,
+    PER_TOKEN: tl.constexpr, STEP: tl.constexpr, BLOCK_R: tl.constexpr, PARTS: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """x and branch of the tile that begins at row `first` of group `i_g`, as they are stored."""
+    o_l, m_l = rows_of(first, end, BLOCK_R)
+    i_n, i_t = token_of(i_g, o_l, T, S, L, PER_TOKEN)
+    o_x = offset_of(i_n, i_t, x_sn, x_st, STEP)
+    o_branch = offset_of(i_n, i_t, branch_sn, branch_st, STEP)
+    return (
+        load_raw(x_ptr, o_x, m_l, o_d, D, PARTS, FULL),
+        load_raw(branch_ptr, o_branch, m_l, o_d, D, PARTS, FULL),
+    )
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    parts = ()
+    for k in tl.static_range(len(x)):
+        parts = parts + (x[k].to(dtype).to(tl.float32),)
+    return parts
+
+
+@triton.jit
+def fold(scale, shift, weight, bias):
+    """`factor` and `term` with (h weight + bias) (1 + scale) + shift = h factor + term."""
+    factor, term = (), ()
+    for k in tl.static_range(len(scale)):
+        factor = factor + (weight[k] * (1 + scale[k]),)
+        term = term + (bias[k] * (1 + scale[k]) + shift[k],)
+    return factor, term
+
+
+@triton.jit
+def modulated(h, factor, term):
+    parts = ()
+    for k in tl.static_range(len(h)):
+        parts = parts + (h[k] * factor[k] + term[k],)
+    return parts
+
+
+@triton.jit
+def mean_square(x, inv_D):
+    b_sum = x[0] * x[0]
+    for k in tl.static_range(1, len(x)):
+        b_sum += x[k] * x[k]
+    return tl.sum(b_sum, axis=1) * inv_D
+
+
+@triton.jit
+def mean_and_variance(x, m_l, o_d, D, inv_D, FULL: tl.constexpr):
+    """Of each row [BLOCK_R], in two passes over the registers."""
+    b_sum = x[0]
+    for k in tl.static_range(1, len(x)):
+        b_sum += x[k]
+    b_mean = tl.sum(b_sum, axis=1) * inv_D
+    b_sum = tl.zeros_like(x[0])
+    b_square = tl.zeros_like(x[0])
+    for k in tl.static_range(len(x)):
+        # Masked again, or the padding would add mean^2 to the variance.
+        b_d = tl.where(mask_of(m_l, o_d, D, k, len(x), FULL), x[k] - b_mean[:, None], 0.0)
+        b_sum += b_d
+        b_square += b_d * b_d
+    b_sum, b_square = sum_both(b_sum, b_square)
+    # The mean of what is left corrects the mean's last bit: equal elements must give 0.
+    b_rest = b_sum * inv_D
+    # Not tl.maximum, which would turn NaN into 0.
+    b_var = b_square * inv_D - b_rest * b_rest
+    return b_mean + b_rest, tl.where(b_var < 0, 0.0, b_var)
+
+
+_INTEGERS = [
+    "x_sn", "x_st", "branch_sn", "branch_st", "gate_sn", "gate_ss", "shift_sn", "shift_ss",
+    "scale_sn", "scale_ss", "T", "S", "L", "D", "chunk", "num_chunks",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def adaln_fwd_kernel(
     x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, weight_ptr, bias_ptr,
     x_new_ptr, y_ptr, mean_ptr, rstd_ptr,
     x_sn, x_st, branch_sn, branch_st, gate_sn, gate_ss, shift_sn, shift_ss, scale_sn, scale_ss,
     T, S, L, D, chunk, num_chunks, inv_D, eps,
-    RMS: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    RMS: tl.constexpr, PER_TOKEN: tl.constexpr, STEP: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     i_g = tl.program_id(0) // num_chunks
     start = (tl.program_id(0) - i_g * num_chunks) * chunk
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    b_weight = load_channels(weight_ptr, o_d, m_d, 1.0)
-    b_bias = load_channels(bias_ptr, o_d, m_d, 0.0)
+    end = min(start + chunk, L)
+    D = D * STEP
+    o_d = tl.arange(0, BLOCK_D // PARTS)
+    b_weight = load_channels(weight_ptr, o_d, D, PARTS, FULL, 1.0)
+    b_bias = load_channels(bias_ptr, o_d, D, PARTS, FULL, 0.0)
     if not PER_TOKEN:
-        b_gate = load_group(gate_ptr, i_g, S, gate_sn, gate_ss, o_d, m_d, 1.0)
-        b_shift = load_group(shift_ptr, i_g, S, shift_sn, shift_ss, o_d, m_d, 0.0)
-        b_scale = load_group(scale_ptr, i_g, S, scale_sn, scale_ss, o_d, m_d, 0.0)
-    for first in range(start, min(start + chunk, L), BLOCK_R):
-        o_l = first + tl.arange(0, BLOCK_R)
-        m_l = o_l < L
-        m = m_l[:, None] & m_d[None, :]
+        b_gate = load_group(gate_ptr, i_g, S, gate_sn, gate_ss, o_d, D, STEP, PARTS, FULL, 1.0)
+        b_shift = load_group(shift_ptr, i_g, S, shift_sn, shift_ss, o_d, D, STEP, PARTS, FULL, 0.0)
+        b_scale = load_group(scale_ptr, i_g, S, scale_sn, scale_ss, o_d, D, STEP, PARTS, FULL, 0.0)
+        b_factor, b_term = fold(b_scale, b_shift, b_weight, b_bias)
+    if AHEAD:
+        r_x, r_branch = fetch(
+            x_ptr, branch_ptr, x_sn, x_st, branch_sn, branch_st, i_g, start, end, T, S, L, o_d, D,
+            PER_TOKEN, STEP, BLOCK_R, PARTS, FULL,
+        )  # fmt: skip
+    for first in range(start, end, BLOCK_R):
+        if AHEAD:
+            b_x, b_branch = widen(r_x), widen(r_branch)
+        # Ahead, these are the rows of the next tile: asked for before this one's sums.
+        r_x, r_branch = fetch(
+            x_ptr, branch_ptr, x_sn, x_st, branch_sn, branch_st,
+            i_g, first + BLOCK_R if AHEAD else first, end, T, S, L, o_d, D,
+            PER_TOKEN, STEP, BLOCK_R, PARTS, FULL,
+        )  # fmt: skip
+        if not AHEAD:
+            b_x, b_branch = widen(r_x), widen(r_branch)
+        o_l, m_l = rows_of(first, end, BLOCK_R)
         i_n, i_t = token_of(i_g, o_l, T, S, L, PER_TOKEN)
         row = tl.cast(i_g, tl.int64) * L + o_l
         if PER_TOKEN:
-            b_gate = load_tokens(gate_ptr, i_n, i_t, gate_sn, gate_ss, o_d, m, 1.0)
-            b_shift = load_tokens(shift_ptr, i_n, i_t, shift_sn, shift_ss, o_d, m, 0.0)
-            b_scale = load_tokens(scale_ptr, i_n, i_t, scale_sn, scale_ss, o_d, m, 0.0)
-        b_x = load_rows(x_ptr, i_n, i_t, x_sn, x_st, o_d, m)
+            o_gate = offset_of(i_n, i_t, gate_sn, gate_ss, STEP)
+            o_shift = offset_of(i_n, i_t, shift_sn, shift_ss, STEP)
+            o_scale = offset_of(i_n, i_t, scale_sn, scale_ss, STEP)
+            b_gate = load_parts(gate_ptr, o_gate, m_l, o_d, D, PARTS, FULL, 1.0)
+            b_shift = load_parts(shift_ptr, o_shift, m_l, o_d, D, PARTS, FULL, 0.0)
+            b_scale = load_parts(scale_ptr, o_scale, m_l, o_d, D, PARTS, FULL, 0.0)
+            b_factor, b_term = fold(b_scale, b_shift, b_weight, b_bias)
         if branch_ptr is not None:
-            b_x += b_gate * load_rows(branch_ptr, i_n, i_t, branch_sn, branch_st, o_d, m)
             # The norm sees what the backward will read: x_new after rounding.
-            b_x = b_x.to(x_new_ptr.dtype.element_ty).to(tl.float32)
-            store_rows(x_new_ptr, row, D, o_d, m, b_x)
+            b_x = rounded(plus_product(b_x, b_gate, b_branch), x_new_ptr.dtype.element_ty)
+            store_parts(x_new_ptr, row * D, m_l, o_d, D, FULL, b_x)
         if y_ptr is not None:
-            if not RMS:
-                b_mean = tl.sum(b_x, axis=1) * inv_D
-                # The mean of what is left corrects its last bit: equal elements must give 0.
-                b_mean += tl.sum(tl.where(m, b_x - b_mean[:, None], 0.0), axis=1) * inv_D
+            if RMS:
+                b_var = mean_square(b_x, inv_D)
+                b_mean = b_var
+            else:
+                b_mean, b_var = mean_and_variance(b_x, m_l, o_d, D, inv_D, FULL)
                 tl.store(mean_ptr + row, b_mean, mask=m_l)
-                # Masked again, or the padding would add mean^2 to the variance.
-                b_x = tl.where(m, b_x - b_mean[:, None], 0.0)
-            b_var = tl.sum(b_x * b_x, axis=1) * inv_D
             b_rstd = tl.rsqrt(b_var + tl.cast(eps, tl.float32))
             tl.store(rstd_ptr + row, b_rstd, mask=m_l)
-            b_y = b_x * b_rstd[:, None] * b_weight + b_bias
-            store_rows(y_ptr, row, D, o_d, m, b_y * (1 + b_scale) + b_shift)
+            b_y = modulated(standardised(b_x, b_mean, b_rstd, RMS), b_factor, b_term)
+            store_parts(y_ptr, row * D, m_l, o_d, D, FULL, b_y)
 
 
 def adaln_fwd(
@@ -91,21 +193,41 @@ def adaln_fwd(
     rstd = x.new_empty((N, T) if normalise else 0, dtype=torch.float32)
     if x.numel() == 0:
         return x_new, y, mean, rstd
-    x, branch, gate, shift, scale, weight, bias = (
-        None if a is None else _launch.unit_last(a)
-        for a in (x, branch, gate, shift, scale, weight, bias)
-    )
-    g = _launch.groups(x, gate, shift, scale)
-    tile = _launch.row_tile(D, g.L)
-    chunk = _launch.forward_chunk(g.L, g.count, tile.BLOCK_R)
-    num_chunks = triton.cdiv(g.L, chunk)
+    tensors = (x, branch, gate, shift, scale, weight, bias)
+    key = (adaln_fwd, rms, normalise, eps, out_dtype, *map(_launch.layout, tensors))
+    copies, launch = _launch.plan(key, lambda: _plan(tensors, rms, normalise, eps))
+    if copies:
+        tensors = tuple(None if a is None else _launch.unit_last(a) for a in tensors)
     with _launch.device_guard(x):
-        adaln_fwd_kernel[(g.count * num_chunks,)](
-            x, branch, gate, shift, scale, weight, bias,
-            None if branch is None else x_new, y if normalise else None, mean, rstd,
-            *_launch.strides(x, branch, gate, shift, scale),
-            T, g.S, g.L, D, chunk, num_chunks, 1.0 / D, eps,
-            rms, g.per_token, tile.BLOCK_R, tile.BLOCK_D,
-            num_warps=tile.num_warps, enable_fp_fusion=D > 1,
+        launch(
+            *tensors, None if branch is None else x_new, y if normalise else None, mean, rstd
         )  # fmt: skip
     return x_new, y, mean, rstd
+
+
+def _plan(
+    tensors: tuple[Tensor | None, ...], rms: bool, normalise: bool, eps: float
+) -> tuple[bool, _launch.Launch]:
+    """Whether a tensor must be copied first, and the launch."""
+    given = [None if a is None else _launch.unit_last(a) for a in tensors]
+    copies = any(a is not b for a, b in zip(given, tensors, strict=True))
+    x, branch, gate, shift, scale, _, _ = given
+    T, D = x.shape[1:]
+    g = _launch.groups(x, gate, shift, scale)
+    tile = _launch.row_tile(D, g.L, _launch.FORWARD_PARTS)
+    chunk = _launch.forward_chunk(g.L, g.count, tile.BLOCK_R)
+    num_chunks = triton.cdiv(g.L, chunk)
+    strides = _launch.strides(x, branch, gate, shift, scale)
+    step = _launch.common_step(D, *strides)
+    # With a branch there is room for the next tile at every width.
+    ahead = min(chunk, g.L) > tile.BLOCK_R and (tile.num_warps == 4 or branch is not None)
+    numbers = (
+        *(s // step for s in strides),
+        T, g.S, g.L, D // step, chunk, num_chunks, 1.0 / D, eps,
+        rms, g.per_token, step, *tile[:3], tile.BLOCK_D == D, ahead,
+    )  # fmt: skip
+    launch = _launch.Launch(
+        adaln_fwd_kernel, g.count * num_chunks, numbers,
+        num_warps=tile.num_warps, enable_fp_fusion=D > 1,
+    )  # fmt: skip
+    return copies, launch

@@ -33,8 +33,28 @@ def _round_like_hardware() -> None:
     interpreter._convert_float = convert_float
 
 
+def _patch_once() -> None:
+    """Spares the interpreter to patch the language again for each call of our device functions.
+
+    The launch of the kernel has done so, and each time costs about a millisecond.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patching, patched = InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        # Triton's own functions see another module of the language, which stays patched.
+        if self.fn.__module__.startswith("triton.") and self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            return patching(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_like_hardware()
+    _patch_once()
 
 
 @pytest.fixture(autouse=True)
