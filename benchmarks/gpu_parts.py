@@ -218,11 +218,13 @@ def diffusion(run: Run) -> None:
         "noise": lambda: D.noise_inject(y, sigma, 1, **ours),
         "noise_z_in": lambda: D.noise_inject(y, sigma, 1, need_z=False, **ours),
         "loss_fwd": lambda: D.edm_loss(f, y, sigma, 1, **ours),
+        "loss_fwd_training": lambda: D.edm_loss(fg, y, sigma, 1, **ours),
         "loss_bwd": lambda: grad(loss, fg, up, **AGAIN),
         "euler": lambda: D.euler_step(z, z, 1.0, 0.5, **ours),
     })  # fmt: skip
-    bytes_each = {"noise": 2 * e + 4, "noise_z_in": 2 * e, "loss_fwd": 2 * e, "loss_bwd": 3 * e}
-    shares = of_copy(run, y.numel(), ms, **bytes_each, euler=12)
+    losses = {"loss_fwd": 2 * e, "loss_fwd_training": 3 * e, "loss_bwd": 2 * e}
+    noises = {"noise": 2 * e + 4, "noise_z_in": 2 * e}
+    shares = of_copy(run, y.numel(), ms, **noises, **losses, euler=12)
     run.row(part="diffusion", D=W, noise_apart=apart.item(), **shares)
 
 

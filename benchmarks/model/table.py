@@ -22,6 +22,7 @@ OF_COPY = {
     "residual_adaln bwd": (0.85, WIDTHS),
     "noise_inject z_in": (0.60, (2048,)),
     "edm_loss fwd": (0.60, (2048,)),
+    "edm_loss fwd in training": (0.60, (2048,)),
     "edm_loss bwd": (0.85, (2048,)),
     "cross_entropy": (0.85, CLASSES),
 }
