@@ -41,7 +41,10 @@ def settings(widths: Iterable[int]) -> str:
     rows = []
     for D in widths:
         form = "one pass" if D <= _launch.MAX_ONE_PASS_WIDTH else "two kernels"
-        for name, most in (("forward", _launch.FORWARD_PARTS), ("backward", _launch.BACKWARD_PARTS)):
+        for name, most in (
+            ("forward", _launch.FORWARD_PARTS),
+            ("backward", _launch.BACKWARD_PARTS),
+        ):
             rows_a_tile, columns, parts, warps = _launch.row_tile(D, 4096, most)
             elements = rows_a_tile * columns // (32 * warps)
             rows.append((D, name, rows_a_tile, parts, columns // parts, warps, elements, form))

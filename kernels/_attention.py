@@ -46,7 +46,8 @@ class Settings(NamedTuple):
 # By the most columns of a head. The accumulators take M x D registers in the forward and in dq and
 # 2 x K x D in dkv, of the 64K that the 8 warps of a program can have; 4 warps leave room for a
 # second program. Scores of M x K take most of the rest, stages what shared memory is left. 128 rows
-# are what two warp groups multiply at once by wgmma.
+# are what two warp groups multiply at once by wgmma. In dkv two programs of 64 keys wait less than
+# one of 128.
 _LARGE = {
     64: Settings(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
     128: Settings(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 64, 4, 2)),

@@ -187,9 +187,10 @@ def group_grads(
     num_chunks = partial.shape[0] // g.count
     strides = _launch.strides(scale)
     step = _launch.common_step(D, *strides)
+    BLOCK_C = min(FINISH_CHUNKS, _launch.next_power_of_2(num_chunks))
     group_grads_kernel[(g.count * triton.cdiv(D, FINISH_COLUMNS),)](
         partial, scale, weight, bias, dgate, dshift, dscale, affine,
         *(s // step for s in strides), g.S, D // step, num_chunks,
-        step, min(FINISH_CHUNKS, _launch.next_power_of_2(num_chunks)), FINISH_COLUMNS,
-        num_warps=8,
+        step, BLOCK_C, FINISH_COLUMNS,
+        num_warps=min(max(BLOCK_C * FINISH_COLUMNS // 128, 1), 8),  # 16 bytes a thread
     )  # fmt: skip

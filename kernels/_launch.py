@@ -143,7 +143,7 @@ def plan(key: Hashable, make: Callable[[], Any]) -> Any:
 
 
 def layout(x: Tensor | None) -> Hashable:
-    """All of a tensor that launches depend on: Triton compiles for the alignment of the data too."""
+    """What launches depend on of a tensor; Triton compiles for the alignment of its data too."""
     if x is None:
         return None
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15

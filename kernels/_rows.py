@@ -2,8 +2,10 @@
 
 A tile is BLOCK_R rows, and a row PARTS tensors [BLOCK_R, W] of equal width in a tuple, since the
 shapes of Triton's tensors are powers of two and the width of a model need not be one. A thread
-holds the same columns of every part, so a sum over a row adds the parts first and then reduces once.
+holds the same columns of every part, so a sum over a row adds the parts first and reduces once.
 """
+
+# ruff: noqa: RUF005  (Triton has no unpacking in tuples)
 
 import triton
 import triton.language as tl

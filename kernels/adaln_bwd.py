@@ -18,6 +18,7 @@ the rows again, and the two means of each row, so that dh need not be read back 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# ruff: noqa: RUF005  (Triton has no unpacking in tuples)
 import torch
 import triton
 import triton.language as tl
@@ -288,16 +289,25 @@ def adaln_bwd(
     # Three parts with their sums and the next tile need more than 255 registers a thread.
     ahead = not reads_branch or tile.PARTS <= 2 or tile.num_warps > 4
     ahead &= min(chunk, g.L) > tile.BLOCK_R
-    with _launch.device_guard(x):
-        adaln_bwd_kernel[(g.count * num_chunks,)](
-            dy, dx_new, x, branch if reads_branch else None, gate, scale, weight, bias,
-            mean, rstd, grads.x, grads.branch, *row_grads, partial, means,
-            *(s // step for s in strides),
-            T, g.S, g.L, D // step, chunk, num_chunks, 1.0 / D,
-            rms, g.per_token, sum_norm and one_pass, sum_here,
-            step, *tile[:3], tile.BLOCK_D == D, ahead,
+    numbers = (
+        *(s // step for s in strides),
+        T, g.S, g.L, D // step, chunk, num_chunks, 1.0 / D,
+        rms, g.per_token, sum_norm and one_pass, sum_here,
+        step, *tile[:3], tile.BLOCK_D == D, ahead,
+    )  # fmt: skip
+    read = (
+        dy, dx_new, x, branch if reads_branch else None, gate, scale, weight, bias, mean, rstd
+    )  # fmt: skip
+    key = (adaln_bwd, needs, numbers, *map(_launch.layout, (*read, shift)))
+    launch = _launch.plan(
+        key,
+        lambda: _launch.Launch(
+            adaln_bwd_kernel, g.count * num_chunks, numbers,
             num_warps=tile.num_warps, enable_fp_fusion=D > 1,
-        )  # fmt: skip
+        ),
+    )  # fmt: skip
+    with _launch.device_guard(x):
+        launch(*read, grads.x, grads.branch, *row_grads, partial, means)
         if partial is not None and not one_pass:
             _group_grads.column_sums(
                 dy, dx_new, x, scale, weight, mean, rstd, means,

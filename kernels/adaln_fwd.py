@@ -4,6 +4,8 @@ The branch is left out for adaln, the normalised output for gated_residual; a te
 is decided when the kernel is compiled.
 """
 
+# ruff: noqa: RUF005  (Triton has no unpacking in tuples)
+
 import torch
 import triton
 import triton.language as tl
