@@ -287,7 +287,8 @@ def adaln_bwd(
     sum_here = one_pass and sum_gate
     reads_branch = sum_here or row_grads[0] is not None
     # Three parts with their sums and the next tile need more than 255 registers a thread.
-    ahead = not reads_branch or tile.PARTS <= 2 or tile.num_warps > 4
+    # and 16 warps have 128.
+    ahead = not reads_branch or tile.num_warps == 8 or (tile.PARTS <= 2 and tile.num_warps == 4)
     ahead &= min(chunk, g.L) > tile.BLOCK_R
     numbers = (
         *(s // step for s in strides),

@@ -11,8 +11,8 @@ def test_a_row_is_covered_by_parts_of_which_only_the_last_lacks_columns(D, parts
     W = tile.BLOCK_D // tile.PARTS
     assert W * tile.PARTS == tile.BLOCK_D
     assert W & (W - 1) == 0
-    assert tile.BLOCK_D - W < D <= tile.BLOCK_D
-    assert tile.PARTS <= parts or W == _launch.MAX_PART
+    assert 0 <= tile.BLOCK_D - D < W
+    assert W == _launch.MAX_PART or tile.PARTS <= parts  # noqa: SIM300
     assert 4 <= tile.num_warps <= 16
 
 
