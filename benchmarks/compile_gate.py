@@ -60,6 +60,7 @@ ROW_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # only attention has tiles
 MAX_WIDTH_WITHOUT_STACK = 4096
 # These write sums over rows and losses, a few numbers a program: no rows that could be wide.
 WRITES_NO_ROWS = ("group_grads_kernel", "column_sums_kernel")
+MOVES_NO_ROWS = "segments_kernel"  # but three numbers for each tile of packed documents
 # The instruction that multiplies 16-bit matrices, as the assembly of each target calls it.
 MATRIX = {
     "sm_80": "mma.sync",
@@ -68,7 +69,9 @@ MATRIX = {
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
-DKV, DKV_STACK = "doubled_attention_bwd_dkv_kernel", 64  # bytes that cost less than smaller tiles
+# Bytes that cost less than smaller tiles: registers of the loop over heads, saved once for each.
+# The pinned Triton stays within the 64 of the goals; the oldest one needs up to 96.
+DKV, DKV_STACK = "doubled_attention_bwd_dkv_kernel", 96
 HAS_NO_MATRICES = "doubled_attention_bwd_self_kernel"
 # What a program may have: CUDA programming guide, compute capabilities; CDNA 3 white paper.
 SHARED_BYTES = {
@@ -202,7 +205,8 @@ def failures(row: Launch) -> list[str]:
         found.append(f"{row.stack} bytes of stack")
     if row.serialized:
         found.append(f"{MATRIX[row.target]} serialized: {row.serialized}")
-    if row.target != "gfx942" and row.dtype == "bf16" and row.widths != NOT_READ:
+    is_read = row.widths != NOT_READ and row.kernel != MOVES_NO_ROWS
+    if row.target != "gfx942" and row.dtype == "bf16" and is_read:
         if "L128x" not in row.widths:
             found.append("no 16-byte global load")
         if "S128x" not in row.widths and not writes_no_rows(row):

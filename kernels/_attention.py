@@ -34,6 +34,12 @@ class Options(NamedTuple):
     softcap: float | None = None
     alibi_slopes: Tensor | None = None
 
+    @property
+    def loaded(self) -> bool:
+        """Whether a score takes more registers than the plain mask does."""
+        extras = (self.window, self.softcap, self.alibi_slopes)
+        return (self.token and self.block_size > 1) or extras != (None, None, None)
+
 
 class Settings(NamedTuple):
     """The tiles of the three kernels with matrix products."""
@@ -71,11 +77,11 @@ _FLOAT32 = {
 }
 
 
-def settings(width: int, dtype: torch.dtype, target: str) -> Settings:
+def settings(width: int, dtype: torch.dtype, target: str, loaded: bool = False) -> Settings:
     """The tiles for a head width on a target such as "sm_90": a function of these alone.
 
-    Results repeat bit for bit on one target; between targets they differ in the last bits, as tiles
-    and matrix units do.
+    A `loaded` forward has 8 warps, since 4 would spill. Results repeat bit for bit on one target;
+    between targets they differ in the last bits, as tiles and matrix units do.
     """
     if dtype == torch.float32:
         table = _FLOAT32
@@ -83,7 +89,10 @@ def settings(width: int, dtype: torch.dtype, target: str) -> Settings:
         table = _AMD
     else:
         table = _LARGE if target in LARGE else _SMALL
-    return table[next(columns for columns in table if width <= columns)]
+    found = table[next(columns for columns in table if width <= columns)]
+    if loaded and table is _LARGE:
+        found = found._replace(forward=found.forward._replace(num_warps=8))
+    return found
 
 
 @functools.cache

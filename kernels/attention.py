@@ -164,7 +164,7 @@ def doubled_attention_fwd(
         return o, lse
     q, k, v = (_launch.unit_last(x) for x in (q, k, v))
     target = _attention.target(q.device)
-    tile = tiles or _attention.settings(max(D, DV), q.dtype, target).forward
+    tile = tiles or _attention.settings(max(D, DV), q.dtype, target, options.loaded).forward
     slopes, slopes_sn = _attention.slopes_of(options)
     with _launch.device_guard(q):
         step = tile.BLOCK_M if options.noisy_only else tile.BLOCK_M // 2

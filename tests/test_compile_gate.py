@@ -113,7 +113,7 @@ assert failures(Launch(**good | {"stack": 8, "target": "sm_80"})) == []
 assert failures(Launch(**good | {"stack": 8, "D": 256})) == []
 dkv = good | {"kernel": "doubled_attention_bwd_dkv_kernel"}
 assert failures(Launch(**dkv | {"stack": 64})) == []
-assert failures(Launch(**dkv | {"stack": 72})) == ["72 bytes of stack"]
+assert failures(Launch(**dkv | {"stack": 104})) == ["104 bytes of stack"]
 for D in (128, 256):
     (wrong,) = failures(Launch(**good | {"serialized": "a call", "D": D}))
     assert wrong == "wgmma.mma_async serialized: a call"
