@@ -11,6 +11,10 @@ CleanCausal = Literal["block", "token"]
 Query = Literal["both", "noisy"]
 Order = Literal["clean_noisy", "noisy_clean"]
 
+MAX_COUNT = 2**31 - 1
+# Beyond these, scores of float32 or what is divided by the bound leave its range.
+MAX_SCALE, MIN_SOFTCAP, MAX_SOFTCAP = 1e30, 1e-18, 1e18
+
 
 def check(
     q: Tensor,
@@ -40,11 +44,16 @@ def check(
     if window is not None:
         _check_count("window", window)
     if scale is not None:
-        _check_finite("scale", scale)
+        _common.check_number("scale", scale)
+        if not abs(scale) <= MAX_SCALE:
+            raise ValueError(f"scale must be from {-MAX_SCALE} to {MAX_SCALE}, got {scale}")
     if softcap is not None:
-        _check_finite("softcap", softcap)
-        if not softcap > 0:
-            raise ValueError(f"softcap must be more than 0, got {softcap}; None is no bound")
+        _common.check_number("softcap", softcap)
+        if not MIN_SOFTCAP <= softcap <= MAX_SOFTCAP:
+            raise ValueError(
+                f"softcap must be from {MIN_SOFTCAP} to {MAX_SOFTCAP}, got {softcap}; "
+                "None is no bound"
+            )
     T = _check_shapes(q, k, v, query)
     if alibi_slopes is not None:
         _check_slopes(q, alibi_slopes)
@@ -77,14 +86,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {_common.type_name(value)}; convert it first")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _check_finite(name: str, value: float) -> None:
-    _common.check_number(name, value)
-    if not -float("inf") < value < float("inf"):
-        raise ValueError(f"{name} must be finite, got {value}")
+    if not 1 <= value <= MAX_COUNT:
+        raise ValueError(f"{name} must be at least 1 and at most {MAX_COUNT}, got {value}")
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, query: str) -> int:

@@ -58,7 +58,7 @@ def doubled_attention(
         block_size: tokens in a block, >= 1; T need not be a multiple of it.
         clean_causal: whether clean rows see all of their own block ("block") or no later token
             ("token"); the same at `block_size=1`.
-        scale: of the scores, any finite number; `Dk**-0.5` by default.
+        scale: of the scores, any number of a size up to 1e30; `Dk**-0.5` by default.
         cu_seqlens: int32 `[documents + 1]`, on the device of `q`: the first row of each document of
             one half and, last, T. Needs N = 1. Each half holds all documents; positions and blocks
             start again in each document, and no row sees another document, whatever it holds: NaN
@@ -73,7 +73,7 @@ def doubled_attention(
             hold. Positions and blocks count from each sample's start. Checked as `cu_seqlens`,
             which excludes it.
         window: how many positions back a row sees, its own included, >= 1; None for all.
-        softcap: bound of the scores' size, > 0; None for none.
+        softcap: bound of the scores' size, from 1e-18 to 1e18; None for none.
         alibi_slopes: float32 `[H]` or `[N, H]`, constants; None for none.
         impl: "reference" (dense mask in plain PyTorch, memory O(T^2): any device and dtype, any
             transform; where `cu_seqlens` cannot be read, on a GPU or in a graph, it computes all
