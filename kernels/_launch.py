@@ -116,13 +116,14 @@ class Launch:
 
     def __init__(self, fn: Any, programs: int, numbers: tuple, **options: Any) -> None:
         self.fn, self.grid, self.numbers, self.options = fn, (programs, 1, 1), numbers, options
-        self.kernel = None
+        self.run = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        if self.kernel is not None:
-            self.kernel[self.grid](*tensors, *self.numbers)
-        else:
-            self.kernel = self.fn[self.grid](*tensors, *self.numbers, **self.options)
+        if self.run is not None:
+            self.run(*tensors, *self.numbers)
+            return
+        kernel = self.fn[self.grid](*tensors, *self.numbers, **self.options)
+        self.run = kernel and kernel[self.grid]
 
 
 MAX_PLANS = 1024  # then all are forgotten: a bound, for programs whose shapes never repeat
