@@ -58,9 +58,13 @@ def common_step(*sizes: int) -> int:
     return 1 if any(size % 8 for size in sizes) else 8
 
 
-def forward_chunk(rows: int, groups: int, BLOCK_R: int) -> int:
-    """Rows a forward program walks: up to 8 tiles, so that the modulation is read once for them."""
-    return BLOCK_R * min(max(rows * groups // (4 * PROGRAMS * BLOCK_R), 1), 8)
+def forward_chunk(rows: int, groups: int, tile: Tile) -> int:
+    """Rows a forward program walks: up to 16 tiles, so that the modulation is read once for them.
+
+    Fewer where there would be too few programs, of more warps each where rows are wide.
+    """
+    programs = 4 * PROGRAMS * 4 // tile.num_warps
+    return tile.BLOCK_R * min(max(rows * groups // (programs * tile.BLOCK_R), 1), 16)
 
 
 def backward_chunk(rows: int, groups: int, BLOCK_R: int) -> int:

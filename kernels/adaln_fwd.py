@@ -218,7 +218,7 @@ def _plan(
     T, D = x.shape[1:]
     g = _launch.groups(x, gate, shift, scale)
     tile = _launch.row_tile(D, g.L, _launch.FORWARD_PARTS)
-    chunk = _launch.forward_chunk(g.L, g.count, tile.BLOCK_R)
+    chunk = _launch.forward_chunk(g.L, g.count, tile)
     num_chunks = triton.cdiv(g.L, chunk)
     strides = _launch.strides(x, branch, gate, shift, scale)
     step = _launch.common_step(D, *strides)
