@@ -13,17 +13,17 @@ from dblocks.kernels._rows import (
     load_channels,
     load_group,
     load_parts,
-    mask_of,
     offset_of,
     rows_of,
-    store_parts,
     token_of,
 )
 
 COLUMNS = 256  # of the second form for wide rows: 32 lanes of 8 elements
 COLUMN_ROWS = 8
-FINISH_COLUMNS = 32  # narrow, since there may be only one group to spread over the device
-FINISH_CHUNKS = 128  # many at once, since there are few programs to hide the latency of each other
+FINISH_COLUMNS = 16  # narrow, since there may be only one group to spread over the device
+FINISH_CHUNKS = 256  # all at once where there are few programs to hide the latency of each other
+FINISH_TILE = 4096  # elements of a program, or its columns would be few
+FINISH_WARPS = 4
 
 
 @triton.jit
@@ -98,45 +98,53 @@ def column_sums_kernel(
 
 
 @triton.jit
-def add_chunks(ptr, i_g, num_chunks, o_d, D, BLOCK_C: tl.constexpr):
+def add_chunks(ptr, i_g, num_chunks, o_d, m_d, D, BLOCK_C: tl.constexpr):
     """One of the three sums of group `i_g` [1, BLOCK_D], its chunks added in their order."""
     b_sum = tl.zeros([BLOCK_C, o_d.shape[0]], tl.float32)
     for first in range(0, num_chunks, BLOCK_C):
         o_c, m_c = rows_of(first, num_chunks, BLOCK_C)
         p = ptr + (tl.cast(i_g, tl.int64) * num_chunks + o_c)[:, None] * 3 * D + o_d[None, :]
-        b_sum += tl.load(p, mask=mask_of(m_c, o_d, D, 0, 1, False), other=0.0)
+        b_sum += tl.load(p, mask=m_c[:, None] & m_d[None, :], other=0.0)
     return tl.sum(b_sum, axis=0)[None, :]
+
+
+@triton.jit
+def store_columns(ptr, o_g, o_d, m_d, b):
+    tl.store(ptr + o_g + o_d[None, :], b.to(ptr.dtype.element_ty), mask=m_d[None, :])
 
 
 @triton.jit(do_not_specialize=["scale_sn", "scale_ss", "S", "D", "num_chunks"])
 def group_grads_kernel(
     partial_ptr, scale_ptr, weight_ptr, bias_ptr, dgate_ptr, dshift_ptr, dscale_ptr, affine_ptr,
     scale_sn, scale_ss, S, D, num_chunks,
-    STEP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr, FIRST: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     D = D * STEP
     num_columns = tl.cdiv(D, BLOCK_D)
-    i_g = tl.program_id(0) // num_columns
-    o_d = (tl.program_id(0) - i_g * num_columns) * BLOCK_D + tl.arange(0, BLOCK_D)
-    o_g = tl.cast(i_g, tl.int64) * D + tl.full([1], 0, tl.int64)
-    m_1 = tl.full([1], True, tl.int1)
-    if dscale_ptr is not None or affine_ptr is not None:
-        b_A = add_chunks(partial_ptr, i_g, num_chunks, o_d, D, BLOCK_C)
-    if dscale_ptr is not None or affine_ptr is not None or dshift_ptr is not None:
-        b_B = add_chunks(partial_ptr + D, i_g, num_chunks, o_d, D, BLOCK_C)
+    # A program makes one sum: masks, not branches, choose what it stores.
+    i_s = FIRST + tl.program_id(0) % SUMS
+    i_g = tl.program_id(0) // SUMS // num_columns
+    o_d = (tl.program_id(0) // SUMS - i_g * num_columns) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    o_g = tl.cast(i_g, tl.int64) * D
+    b_sum = add_chunks(partial_ptr + i_s * D, i_g, num_chunks, o_d, m_d, D, BLOCK_C)
     if dgate_ptr is not None:
-        b_dgate = add_chunks(partial_ptr + 2 * D, i_g, num_chunks, o_d, D, BLOCK_C)
-        store_parts(dgate_ptr, o_g, m_1, o_d, D, False, (b_dgate,))
+        store_columns(dgate_ptr, o_g, o_d, m_d & (i_s == 2), b_sum)
     if dshift_ptr is not None:
-        store_parts(dshift_ptr, o_g, m_1, o_d, D, False, (b_B,))
+        store_columns(dshift_ptr, o_g, o_d, m_d & (i_s == 1), b_sum)
     if dscale_ptr is not None:
-        b_weight = load_channels(weight_ptr, o_d, D, 1, False, 1.0)[0]
-        b_bias = load_channels(bias_ptr, o_d, D, 1, False, 0.0)[0]
-        store_parts(dscale_ptr, o_g, m_1, o_d, D, False, (b_A * b_weight + b_B * b_bias,))
+        m_A = m_d & (i_s == 0)
+        b_dscale = b_sum * load_channels(weight_ptr, o_d, D, 1, False, 1.0)[0]
+        if bias_ptr is not None:
+            b_B = add_chunks(partial_ptr + D, i_g, num_chunks, o_d, m_A, D, BLOCK_C)
+            b_dscale += b_B * load_channels(bias_ptr, o_d, D, 1, False, 0.0)[0]
+        store_columns(dscale_ptr, o_g, o_d, m_A, b_dscale)
     if affine_ptr is not None:
         b_scale = load_group(scale_ptr, i_g, S, scale_sn, scale_ss, o_d, D, STEP, 1, False, 0.0)[0]
-        store_parts(affine_ptr, 2 * o_g, m_1, o_d, D, False, ((1 + b_scale) * b_A,))
-        store_parts(affine_ptr, 2 * o_g + D, m_1, o_d, D, False, ((1 + b_scale) * b_B,))
+        store_columns(
+            affine_ptr, 2 * o_g + i_s * D, o_d, m_d & (i_s < 2), (1 + b_scale) * b_sum
+        )  # fmt: skip
 
 
 def column_sums(
@@ -144,53 +152,56 @@ def column_sums(
     dx_new: Tensor | None,
     x: Tensor,
     scale: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    means: Tensor | None,
     branch: Tensor | None,
-    partial: Tensor,
-    g: _launch.Groups,
     chunk: int,
     rms: bool,
     sum_norm: bool,
-) -> None:
+    g: _launch.Groups,
+) -> _launch.Launch:
     """Fills the partial sums of wide rows, without A and B or, where `branch` is None, dgate.
 
-    `means` [N, T, 2] are those of a and of a xhat (see adaln_bwd), of which dh is made again.
+    The tensors of the launch are dy, dx_new, x, scale, weight, mean, rstd, means, branch and
+    partial, where `means` [N, T, 2] are those of a and of a xhat (see adaln_bwd), of which dh is
+    made again.
     """
     D = x.shape[-1]
     num_chunks = triton.cdiv(g.L, chunk)
     strides = _launch.strides(dy, dx_new, x, scale, branch)
     step = _launch.common_step(D, *strides)
-    column_sums_kernel[(g.count * num_chunks * triton.cdiv(D, COLUMNS),)](
-        dy, dx_new, x, scale, weight, mean, rstd, means, branch, partial,
+    numbers = (
         *(s // step for s in strides),
         x.shape[1], g.S, g.L, D // step, chunk, num_chunks,
-        rms, g.per_token, sum_norm, step, COLUMN_ROWS, COLUMNS, num_warps=4,
+        rms, g.per_token, sum_norm, step, COLUMN_ROWS, COLUMNS,
     )  # fmt: skip
+    programs = g.count * num_chunks * triton.cdiv(D, COLUMNS)
+    return _launch.Launch(column_sums_kernel, programs, numbers, num_warps=4)
 
 
 def group_grads(
-    partial: Tensor,
+    D: int,
+    num_chunks: int,
     scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dgate: Tensor | None,
-    dshift: Tensor | None,
-    dscale: Tensor | None,
-    affine: Tensor | None,
+    dgate: bool,
+    dshift: bool,
+    dscale: bool,
+    affine: bool,
     g: _launch.Groups,
-) -> None:
-    """Adds the chunks of every group and writes what they are the gradients of."""
-    D = partial.shape[-1]
-    num_chunks = partial.shape[0] // g.count
+) -> _launch.Launch:
+    """Adds the chunks of every group and writes what they are the gradients of.
+
+    The tensors of the launch are partial, scale, weight, bias, dgate, dshift, dscale and affine.
+    """
     strides = _launch.strides(scale)
     step = _launch.common_step(D, *strides)
     BLOCK_C = min(FINISH_CHUNKS, _launch.next_power_of_2(num_chunks))
-    group_grads_kernel[(g.count * triton.cdiv(D, FINISH_COLUMNS),)](
-        partial, scale, weight, bias, dgate, dshift, dscale, affine,
+    BLOCK_D = min(max(FINISH_TILE // BLOCK_C, FINISH_COLUMNS), COLUMNS)
+    used = (dscale or affine, dshift or affine, dgate)  # A, B and that of the gate
+    first, last = used.index(True), 2 - used[::-1].index(True)
+    sums = last - first + 1
+    numbers = (
         *(s // step for s in strides), g.S, D // step, num_chunks,
-        step, BLOCK_C, FINISH_COLUMNS,
-        num_warps=min(max(BLOCK_C * FINISH_COLUMNS // 128, 1), 8),  # 16 bytes a thread
+        step, first, sums, BLOCK_C, BLOCK_D,
     )  # fmt: skip
+    programs = g.count * triton.cdiv(D, BLOCK_D) * sums
+    num_warps = min(max(BLOCK_C * BLOCK_D // 128, 1), FINISH_WARPS)  # 16 bytes a thread
+    return _launch.Launch(group_grads_kernel, programs, numbers, num_warps=num_warps)

@@ -58,9 +58,13 @@ def common_step(*sizes: int) -> int:
     return 1 if any(size % 8 for size in sizes) else 8
 
 
-def forward_chunk(rows: int, groups: int, BLOCK_R: int) -> int:
-    """Rows a forward program walks: up to 8 tiles, so that the modulation is read once for them."""
-    return BLOCK_R * min(max(rows * groups // (4 * PROGRAMS * BLOCK_R), 1), 8)
+def forward_chunk(rows: int, groups: int, tile: Tile) -> int:
+    """Rows a forward program walks: up to 16 tiles, so that the modulation is read once for them.
+
+    Fewer where there would be too few programs, of more warps each where rows are wide.
+    """
+    programs = 4 * PROGRAMS * 4 // tile.num_warps
+    return tile.BLOCK_R * min(max(rows * groups // (programs * tile.BLOCK_R), 1), 16)
 
 
 def backward_chunk(rows: int, groups: int, BLOCK_R: int) -> int:
@@ -116,13 +120,14 @@ class Launch:
 
     def __init__(self, fn: Any, programs: int, numbers: tuple, **options: Any) -> None:
         self.fn, self.grid, self.numbers, self.options = fn, (programs, 1, 1), numbers, options
-        self.kernel = None
+        self.run = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        if self.kernel is not None:
-            self.kernel[self.grid](*tensors, *self.numbers)
-        else:
-            self.kernel = self.fn[self.grid](*tensors, *self.numbers, **self.options)
+        if self.run is not None:
+            self.run(*tensors, *self.numbers)
+            return
+        kernel = self.fn[self.grid](*tensors, *self.numbers, **self.options)
+        self.run = kernel and kernel[self.grid]
 
 
 MAX_PLANS = 1024  # then all are forgotten: a bound, for programs whose shapes never repeat

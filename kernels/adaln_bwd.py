@@ -245,8 +245,8 @@ def adaln_bwd(
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     rms: bool,
     needs: Sequence[bool],
 ) -> Grads:
@@ -254,73 +254,103 @@ def adaln_bwd(
 
     With a branch `x` is x_new. `dy` is None where only x_new was used, `dx_new` where only y was.
     """
-    inputs = Grads(x, branch, gate, shift, scale, weight, bias)
-    needs = Grads(*(n and a is not None for n, a in zip(needs, inputs, strict=True)))
+    inputs = (x, branch, gate, shift, scale, weight, bias)
     if x.numel() == 0:
-        return Grads(*(_zeros(a) if n else None for a, n in zip(inputs, needs, strict=True)))
-    dy, dx_new, x, branch, gate, scale, weight, bias = (
-        None if a is None else _launch.unit_last(a)
-        for a in (dy, dx_new, x, branch, gate, scale, weight, bias)
-    )
-    T, D = x.shape[1:]
-    g = _launch.groups(x, gate, shift, scale)
-    grads = Grads(*(_empty(a) if n else None for a, n in zip(inputs, needs, strict=True)))
-    row_grads, group_grads = (grads.gate, grads.shift, grads.scale), (None, None, None)
-    if not g.per_token:
-        row_grads, group_grads = group_grads, row_grads
-    affine = None
-    if needs.weight or needs.bias:
-        affine = x.new_empty(g.count, 2, D, dtype=torch.float32)
-    sum_norm = affine is not None or group_grads[1:] != (None, None)
-    sum_gate = group_grads[0] is not None
+        return Grads(
+            *(
+                _zeros(a) if n and a is not None else None
+                for a, n in zip(inputs, needs, strict=True)
+            )
+        )
+    tensors = (dy, dx_new, *inputs, mean, rstd)
+    key = (adaln_bwd, rms, tuple(needs), *[_launch.layout(a) for a in tensors])
+    plan = _launch.plan(key, lambda: _plan(tensors, rms, needs))
+    if plan.copies:
+        tensors = [None if a is None else _launch.unit_last(a) for a in tensors]
+    dy, dx_new, x, branch, gate, _, scale, weight, bias, mean, rstd = tensors
+    grads = Grads(*[_empty(a) if n else None for a, n in zip(inputs, plan.needs, strict=True)])
+    in_rows, in_groups = grads[2:5], _NONE
+    if not plan.per_token:
+        in_rows, in_groups = in_groups, in_rows
+    partial, means, affine = [
+        None if size is None else x.new_empty(size, dtype=torch.float32) for size in plan.sizes
+    ]
+    with _launch.device_guard(x):
+        plan.rows(
+            dy, dx_new, x, branch if plan.reads_branch else None, gate, scale, weight, bias,
+            mean, rstd, grads.x, grads.branch, *in_rows, partial, means,
+        )  # fmt: skip
+        if plan.columns is not None:
+            summed = branch if in_groups[0] is not None else None
+            plan.columns(dy, dx_new, x, scale, weight, mean, rstd, means, summed, partial)
+        if plan.finish is not None:
+            shared = None if plan.per_token else scale
+            plan.finish(partial, shared, weight, bias, *in_groups, affine)
+    if affine is None:
+        return grads
+    return grads._replace(**_affine_grads(affine, weight, bias, plan.needs))
+
+
+_NONE = (None, None, None)
+
+
+class _Plan(NamedTuple):
+    """All of a backward that its tensors' layouts decide."""
+
+    copies: bool  # whether a tensor must be copied first
+    needs: Grads  # which gradients there are
+    per_token: bool
+    reads_branch: bool  # in the kernel over rows
+    sizes: tuple[tuple[int, ...] | None, ...]  # of partial, means and affine
+    rows: _launch.Launch
+    columns: _launch.Launch | None  # of wide rows
+    finish: _launch.Launch | None
+
+
+def _plan(tensors: Sequence[Tensor | None], rms: bool, needs: Sequence[bool]) -> _Plan:
+    given = [None if a is None else _launch.unit_last(a) for a in tensors]
+    copies = any(a is not b for a, b in zip(given, tensors, strict=True))
+    dy, dx_new, x, branch, gate, shift, scale = given[:7]
+    needs = Grads(*[n and a is not None for n, a in zip(needs, given[2:9], strict=True)])
+    (N, T, D), g = x.shape, _launch.groups(x, gate, shift, scale)
+    affine = needs.weight or needs.bias
+    sum_norm = affine or (not g.per_token and (needs.shift or needs.scale))
+    sum_gate = not g.per_token and needs.gate
     one_pass = D <= _launch.MAX_ONE_PASS_WIDTH
     tile = _launch.row_tile(D, g.L, _launch.BACKWARD_PARTS)
     chunk = _launch.backward_chunk(g.L, g.count, tile.BLOCK_R)
     num_chunks = triton.cdiv(g.L, chunk)
-    partial = means = None
-    if sum_gate and not one_pass and dy is not None:
-        means = x.new_empty(*x.shape[:2], 2, dtype=torch.float32)
-    if sum_norm or sum_gate:
-        partial = x.new_empty(g.count * num_chunks, 3, D, dtype=torch.float32)
-    strides = _launch.strides(dy, dx_new, x, branch, gate, scale)
-    step = _launch.common_step(D, *strides)
-    sum_here = one_pass and sum_gate
-    reads_branch = sum_here or row_grads[0] is not None
-    # Three parts with their sums and the next tile need more than 255 registers a thread.
+    reads_branch = needs.gate and (g.per_token or one_pass)
+    # Three parts with their sums and the next tile need more than 255 registers a thread,
     # and 16 warps have 128.
     ahead = not reads_branch or tile.num_warps == 8 or (tile.PARTS <= 2 and tile.num_warps == 4)
     ahead &= min(chunk, g.L) > tile.BLOCK_R
+    strides = _launch.strides(dy, dx_new, x, branch, gate, scale)
+    step = _launch.common_step(D, *strides)
     numbers = (
         *(s // step for s in strides),
         T, g.S, g.L, D // step, chunk, num_chunks, 1.0 / D,
-        rms, g.per_token, sum_norm and one_pass, sum_here,
+        rms, g.per_token, sum_norm and one_pass, sum_gate and one_pass,
         step, *tile[:3], tile.BLOCK_D == D, ahead,
     )  # fmt: skip
-    read = (
-        dy, dx_new, x, branch if reads_branch else None, gate, scale, weight, bias, mean, rstd
+    rows = _launch.Launch(
+        adaln_bwd_kernel, g.count * num_chunks, numbers,
+        num_warps=tile.num_warps, enable_fp_fusion=D > 1,
     )  # fmt: skip
-    key = (adaln_bwd, needs, numbers, *map(_launch.layout, (*read, shift)))
-    launch = _launch.plan(
-        key,
-        lambda: _launch.Launch(
-            adaln_bwd_kernel, g.count * num_chunks, numbers,
-            num_warps=tile.num_warps, enable_fp_fusion=D > 1,
-        ),
-    )  # fmt: skip
-    with _launch.device_guard(x):
-        launch(*read, grads.x, grads.branch, *row_grads, partial, means)
-        if partial is not None and not one_pass:
-            _group_grads.column_sums(
-                dy, dx_new, x, scale, weight, mean, rstd, means,
-                branch if sum_gate else None, partial, g, chunk, rms, sum_norm,
-            )  # fmt: skip
-        if partial is not None:
-            _group_grads.group_grads(
-                partial, None if g.per_token else scale, weight, bias, *group_grads, affine, g
-            )
-    if affine is None:
-        return grads
-    return grads._replace(**_affine_grads(affine, weight, bias, needs))
+    sizes, columns, finish = [None, None, None], None, None
+    if sum_norm or sum_gate:
+        sizes[0] = (g.count * num_chunks, 3, D)
+        shared = None if g.per_token else scale
+        wanted = [not g.per_token and n for n in needs[2:5]]
+        finish = _group_grads.group_grads(D, num_chunks, shared, *wanted, affine, g)
+        if not one_pass:
+            sums = (branch if sum_gate else None, chunk, rms, sum_norm)
+            columns = _group_grads.column_sums(dy, dx_new, x, scale, *sums, g)
+    if sum_gate and not one_pass and dy is not None:
+        sizes[1] = (N, T, 2)
+    if affine:
+        sizes[2] = (g.count, 2, D)
+    return _Plan(copies, needs, g.per_token, reads_branch, tuple(sizes), rows, columns, finish)
 
 
 def _affine_grads(
@@ -335,7 +365,7 @@ def _affine_grads(
 
 
 def _empty(a: Tensor) -> Tensor:
-    return torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
 def _zeros(a: Tensor) -> Tensor:

@@ -185,26 +185,27 @@ def adaln_fwd(
     rms: bool,
     eps: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_new, y, mean and rstd; those that were not asked for have no elements."""
-    N, T, D = x.shape
-    # Each absent output is a tensor of its own: an op may not return one tensor twice.
-    x_new = x.new_empty((N, T, D) if branch is not None else 0)
-    y = x.new_empty((N, T, D) if normalise else 0, dtype=out_dtype)
-    mean = x.new_empty((N, T) if normalise and not rms else 0, dtype=torch.float32)
-    rstd = x.new_empty((N, T) if normalise else 0, dtype=torch.float32)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """x_new, y, mean and rstd; those that were not asked for are None."""
+    x_new = None if branch is None else _empty(x, x.dtype)
+    y = mean = rstd = None
+    if normalise:
+        y, rstd = _empty(x, out_dtype), x.new_empty(x.shape[:2], dtype=torch.float32)
+        mean = None if rms else torch.empty_like(rstd)
     if x.numel() == 0:
         return x_new, y, mean, rstd
     tensors = (x, branch, gate, shift, scale, weight, bias)
-    key = (adaln_fwd, rms, normalise, eps, out_dtype, *map(_launch.layout, tensors))
+    key = (adaln_fwd, rms, normalise, eps, out_dtype, *[_launch.layout(a) for a in tensors])
     copies, launch = _launch.plan(key, lambda: _plan(tensors, rms, normalise, eps))
     if copies:
         tensors = tuple(None if a is None else _launch.unit_last(a) for a in tensors)
     with _launch.device_guard(x):
-        launch(
-            *tensors, None if branch is None else x_new, y if normalise else None, mean, rstd
-        )  # fmt: skip
+        launch(*tensors, x_new, y, mean, rstd)
     return x_new, y, mean, rstd
+
+
+def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _plan(
@@ -217,7 +218,7 @@ def _plan(
     T, D = x.shape[1:]
     g = _launch.groups(x, gate, shift, scale)
     tile = _launch.row_tile(D, g.L, _launch.FORWARD_PARTS)
-    chunk = _launch.forward_chunk(g.L, g.count, tile.BLOCK_R)
+    chunk = _launch.forward_chunk(g.L, g.count, tile)
     num_chunks = triton.cdiv(g.L, chunk)
     strides = _launch.strides(x, branch, gate, shift, scale)
     step = _launch.common_step(D, *strides)

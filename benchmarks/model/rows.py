@@ -159,10 +159,10 @@ def group_grads_launches() -> tuple[Caught, Caught]:
     return launch_of(found["adaln bwd"]), launch_of(found["adaln group_grads"])
 
 
-def group_grads_on_top() -> float:
+def group_grads_on_top() -> tuple[float, float]:
     """Time of group_grads_kernel over that of the backward before it, at GROUP_SHAPE.
 
-    Its sums are taken as read from DRAM, though some of them still lie in L2.
+    First with its sums read from DRAM, then as if all of them still lay in L2.
     """
     N, T, D = GROUP_SHAPE
     backward, sums = group_grads_launches()
@@ -173,11 +173,15 @@ def group_grads_on_top() -> float:
     before = sim.run(kernel, parts, -(-backward.grid[0] // sass.SMS), scale=scale)
 
     kernel, names = sass.compiled(sums), sass.named(sums)
-    code, parts = kernel.code, []
-    if kernel.loops:
-        begin, end = max(kernel.loops, key=lambda loop: loop[1] - loop[0])
-        trips = -(-names["num_chunks"] // names["BLOCK_C"])
-        parts = [Segment(code[:begin], 1, False), Segment(code[begin : end + 1], trips, False)]
-        code = code[end + 1 :]
-    on_top = sim.run(kernel, [*parts, Segment(code, 1, False)], -(-sums.grid[0] // sass.SMS))
-    return on_top.clocks / before.clocks
+    begin, end = max(kernel.loops, key=lambda loop: loop[1] - loop[0])
+    trips = -(-names["num_chunks"] // names["BLOCK_C"])
+    found = []
+    for in_l2 in (False, True):
+        parts = [
+            Segment(kernel.code[:begin], 1, in_l2),
+            Segment(kernel.code[begin : end + 1], trips, in_l2),
+            Segment(kernel.code[end + 1 :], 1, False),
+        ]
+        on_top = sim.run(kernel, parts, -(-sums.grid[0] // sass.SMS))
+        found.append(on_top.clocks / before.clocks)
+    return found[0], found[1]

@@ -89,8 +89,8 @@ def _of_copy(name: str, width: int, wanted: float) -> Figure:
 
 
 def _group_grads() -> Figure:
-    on_top = rows.group_grads_on_top()
-    return Figure(f"+{on_top:.0%}", round(on_top, 2) <= GROUP_GRADS, "")
+    on_top, from_l2 = rows.group_grads_on_top()
+    return Figure(f"+{on_top:.0%}", round(on_top, 2) <= GROUP_GRADS, f"+{from_l2:.0%} from L2")
 
 
 def _forward(which: str, D: int, block: int) -> Figure:

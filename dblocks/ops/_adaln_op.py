@@ -33,12 +33,7 @@ _BACKWARD = (
 def _fwd_triton(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype):
     from dblocks.kernels.adaln_fwd import adaln_fwd
 
-    x_new, y, mean, rstd = adaln_fwd(
-        x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype
-    )
-    if not normalise:
-        return x_new, None, None, None
-    return x_new if branch is not None else None, y, None if rms else mean, rstd
+    return adaln_fwd(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype)
 
 
 @triton_kernel("adaln_bwd", like=2)

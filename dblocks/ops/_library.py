@@ -14,6 +14,7 @@ from dblocks.ops import _common, _flops
 
 FUSED = ("triton", "cpp")
 PLAIN = (Tensor, torch.nn.Parameter)
+KNOWN = {*PLAIN, type(None), bool, int, float, str, list, torch.dtype}  # none is watched
 
 library = torch.library.Library("dblocks", "FRAGMENT")
 
@@ -56,11 +57,15 @@ def _call(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
         if _common.is_traced():
             _flops.watch()
             return op(*args)
-        if kernel is None or any(isinstance(a, Tensor) and type(a) not in PLAIN for a in args):
+        if kernel is None or not (KNOWN.issuperset(map(type, args)) or _plain(args)):
             return op(*args)
         return kernel(*args)
 
     return call
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    return all(not isinstance(a, Tensor) or type(a) in PLAIN for a in args)
 
 
 def triton_kernel(name: str, like: int = 0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
