@@ -50,6 +50,7 @@ HEAD_WIDTHS = (16, 64, 96, 128, 256)
 SLICE_HEAD_WIDTHS = (64, 128)
 # Of attention the slice has all three forms on one target, and one on the others.
 SLICE_ATTENTION = ("attention", "attention blocked", "attention noisy")
+DOCUMENTS = "attention documents"  # whose table has a kernel of its own
 # Where a case is compiled once: at the first of these widths that has it.
 ONCE_WIDTHS = (1536, 4096, 128)
 ONCE_TARGET = "sm_90"
@@ -255,6 +256,7 @@ def slice_jobs() -> list[Job]:
         if dtype == "bf16" and case in SLICE_ATTENTION
         if target == "sm_90" or (D, case) == (128, "attention blocked")
     ]
+    attention.append((SLICE_HEAD_WIDTHS[0], "bf16", DOCUMENTS, "sm_90"))
     return [*rows, *attention, TWO_KERNELS]
 
 

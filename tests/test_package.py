@@ -334,7 +334,7 @@ with warnings.catch_warnings(record=True) as caught:
 """,
         root_on_path=True,
     )
-    assert "built from other sources (version 1, -1 is needed)" in out
+    assert "built from other sources (version 2, -1 is needed)" in out
 
 
 def test_importing_starts_no_other_program():

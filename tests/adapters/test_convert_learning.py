@@ -37,7 +37,7 @@ def test_llama_learns_a_text_that_repeats():
         starts = torch.randint(0, 40, (16,), generator=seeded(100 + step))
         return {"tokens": torch.stack([text[s : s + 16] for s in starts.tolist()])}
 
-    trained(blocks, batch_at, 200, lr=1e-2)
+    trained(blocks, batch_at, 500)
     tokens = batch_at(999)["tokens"]
     for num_steps in (1, 2):
         nll = next_token_nll(blocks, tokens, num_steps=num_steps, generator=seeded())
