@@ -1,8 +1,8 @@
 """adaln, residual_adaln and gated_residual in Triton and C++: schema, fake kernel, autograd.
 
 One pair of ops serves all three: `branch` is absent for adaln, `normalise` is false for
-gated_residual. An output that was not asked for
-is None, from an op without elements and of the dtype of x.
+gated_residual. An output that was not asked for is None; from an op it has no elements, and the
+dtype of x.
 """
 
 from typing import Any
