@@ -88,7 +88,8 @@ def edm_denoise(
     Args:
         f: Network output `[N, ...]`, strides as `y` of `noise_inject`.
         z: Noised target of the shape of `f`; may differ in dtype.
-        sigma: Noise levels > 0, 0-d, `[N]` or `[N, S]`. No gradient.
+        sigma: Noise levels > 0, 0-d, `[N]` or `[N, S]`. No gradient, but a
+            tangent in forward mode.
         sigma_data: Standard deviation of the data.
         impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`.
 

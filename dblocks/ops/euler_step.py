@@ -117,7 +117,8 @@ def euler_step(
     Args:
         z: State at `sigma`, `[N, ...]`, strides as `y` of `noise_inject`.
         denoised: Estimate of the clean target, of the shape of `z`; may differ in dtype.
-        sigma: Noise level > 0: a float, or a tensor, 0-d, `[N]` or `[N, S]`. No gradient.
+        sigma: Noise level > 0: a float, or a tensor, 0-d, `[N]` or `[N, S]`. No
+            gradient, but a tangent in forward mode.
         sigma_next: Noise level >= 0, likewise; two `[N, S]` have one S.
         impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`. Two
             floats are divided on the host in float64, in a compiled graph in float32 but by the

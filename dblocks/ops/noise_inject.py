@@ -107,8 +107,9 @@ def noise_inject(
             strides of samples and tokens, zero and chunk views included; a last stride other than
             1, and other shapes whose samples are not contiguous, cost a copy.
         sigma: Noise levels > 0 and finite, 0-d, `[N]` or `[N, S]`: segment s covers T/S consecutive
-            tokens. No gradient. On the CPU its values are checked. In a compiled graph
-            the reference alone does not allow a change in place before backward.
+            tokens. No gradient, but a tangent in forward mode. On the CPU its values are checked.
+            In a compiled graph the reference alone does not allow a change in place before
+            backward.
         seed: An int of 64 bits (two's complement), or a 0-d int64 tensor on the device.
         offset: The number of the first element, >= 0; that of the last is < 2**63.
         sigma_data: Standard deviation of the data.
