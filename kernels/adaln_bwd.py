@@ -321,9 +321,10 @@ def _plan(tensors: Sequence[Tensor | None], rms: bool, needs: Sequence[bool]) ->
     chunk = _launch.backward_chunk(g.L, g.count, tile.BLOCK_R)
     num_chunks = triton.cdiv(g.L, chunk)
     reads_branch = needs.gate and (g.per_token or one_pass)
-    # Three parts with their sums and the next tile need more than 255 registers a thread,
-    # and 16 warps have 128.
-    ahead = not reads_branch or tile.num_warps == 8 or (tile.PARTS <= 2 and tile.num_warps == 4)
+    # A thread has 255 registers, of 16 warps 128: too few for the next tile beside three parts with
+    # their sums, or beside four parts of a row of 16,384.
+    room = {4: 2, 8: 3, 16: 0} if reads_branch else {4: 3, 8: 3, 16: 2}
+    ahead = room[tile.num_warps] >= tile.PARTS
     ahead &= min(chunk, g.L) > tile.BLOCK_R
     strides = _launch.strides(dy, dx_new, x, branch, gate, scale)
     step = _launch.common_step(D, *strides)
