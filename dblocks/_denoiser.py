@@ -81,7 +81,8 @@ class Denoiser(nn.Module, ABC):
         shape = model.sigma_shape(batch)
         sigma = self.config.schedule.sample(
             block, self.config.num_blocks, shape,
-            overlap=self.config.overlap, generator=on_device, device=device,
+            overlap=self.config.overlap, top_share=self.config.top_share,
+            generator=on_device, device=device,
         )  # fmt: skip
         drop = None
         if model.condition_drop > 0:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dblocks import functional as F
 from dblocks._config import JsonConfig
+from dblocks._numbers import check_count, check_share
 from dblocks.mask_schedule import MaskSchedule
-from dblocks.schedule import OVERLAP, NoiseSchedule, check_count
+from dblocks.schedule import OVERLAP, NoiseSchedule
 
 Batch = Mapping[str, Any]
 Weighting = Literal["auto", "edm", "clamped", "none", "batch_mean"]
@@ -61,6 +62,7 @@ class Schedule(Protocol):
         shape: Sequence[int],
         *,
         overlap: float = ...,
+        top_share: float = ...,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
@@ -228,6 +230,10 @@ class BlocksConfig(JsonConfig):
     overlap: float = OVERLAP
     """Widening of each block's range in training, as a fraction of its length (of ln sigma, or of
     the share of masked tokens)."""
+    top_share: float = 0.0
+    """Share of every block's draws that are at the highest level (sigma_max, or all masked), where
+    the condition alone tells anything: so later blocks learn to read it too. It changes training
+    only, not which block a level belongs to."""
     weighting: Weighting = "auto"
     """Weight of a sample's loss; auto is edm for L2, batch_mean for cross-entropy, and the weight
     of the bound for masks."""
@@ -251,6 +257,7 @@ class BlocksConfig(JsonConfig):
                 "shared='reduce' needs block-parallel training, which comes with "
                 "dblocks.distributed; use 'train', 'frozen' or 'private'"
             )
+        check_share("top_share", self.top_share)
         # The schedule checks that its partition makes as many blocks, and the overlap.
         self.schedule.range_of(0, self.num_blocks, overlap=self.overlap)
         self._check_layers()

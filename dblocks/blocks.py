@@ -20,12 +20,12 @@ from dblocks._denoiser import Draw as Draw
 from dblocks._denoiser import Loss as Loss
 from dblocks._denoiser import loss_factors as loss_factors
 from dblocks._denoiser import unwrapped as unwrapped
+from dblocks._numbers import check_block
 from dblocks._parts import Batch as Batch
 from dblocks._parts import BlockModel as BlockModel
 from dblocks._parts import BlocksConfig as BlocksConfig
 from dblocks._parts import Divisible, check_model
 from dblocks._parts import Weighting as Weighting
-from dblocks.schedule import check_block
 
 
 class DiffusionBlocks(Denoiser):

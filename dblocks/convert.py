@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dblocks import _pretrained
 from dblocks._denoiser import Draw, Loss
+from dblocks._numbers import check_block, check_count
 from dblocks._parts import Batch, BlockModel, BlocksConfig
 from dblocks.adapters._converted import Converted
 from dblocks.adapters._find import find_layers
@@ -20,7 +21,7 @@ from dblocks.blocks import Block, DiffusionBlocks
 from dblocks.checkpoint import naming
 from dblocks.mask_schedule import MaskSchedule
 from dblocks.ops._autograd import apply, first_order
-from dblocks.schedule import NoiseSchedule, check_block, check_count
+from dblocks.schedule import NoiseSchedule
 
 Task = Literal["classes", "tokens", "images"]
 LIBRARIES = ("transformers", "timm", "diffusers")

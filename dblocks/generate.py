@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dblocks import functional as F
 from dblocks._kv_cache import KVCache, Slots
+from dblocks._numbers import check_count
 from dblocks.adapters._causal import ConvertedCausalLM
 from dblocks.blocks import DiffusionBlocks, unwrapped
 from dblocks.models._causal import LanguageModel
 from dblocks.models._tokens import TokenSizes, check_tokens
 from dblocks.sample import blocks_of, grid_of, levels_of
-from dblocks.schedule import check_count
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 MAX_SEED = 2**63 - 1

@@ -16,15 +16,8 @@ from torch import Tensor
 
 from dblocks import functional as F
 from dblocks._config import JsonConfig
-from dblocks.schedule import (
-    OVERLAP,
-    check_block,
-    check_count,
-    check_overlap,
-    clamp_inside,
-    computed,
-    owner_of,
-)
+from dblocks._numbers import check_block, check_count, check_overlap, check_share
+from dblocks.schedule import OVERLAP, clamp_inside, computed, owner_of, with_top
 
 MASKED = -1  # in the place of a token that is masked
 # No t below is drawn: the weight 1/masked(t) stays a float32, and what of the bound is left out is
@@ -154,6 +147,7 @@ class MaskSchedule(JsonConfig):
         shape: Sequence[int],
         *,
         overlap: float = OVERLAP,
+        top_share: float = 0.0,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
@@ -162,13 +156,15 @@ class MaskSchedule(JsonConfig):
         alpha (or t, see `draw`) is uniform on the block's widened range: its place in the range is
         `(u + i/N) mod 1` for element i of N and u uniform, so that a batch covers the range evenly
         and the loss varies less. Drawn in float64, rounded to float32, clamped to the float32
-        numbers of the range, and never below 1e-6.
+        numbers of the range, and never below 1e-6. Each is 1, all masked, instead with probability
+        `top_share`.
 
         Args:
             block: the block.
             num_blocks: number of blocks.
             shape: shape of the result, [N].
             overlap: how far the range is widened, as a fraction of 1/B.
+            top_share: share of draws, in [0, 1], that are 1 whatever the block.
             generator: source of the draw; its device is the default of `device`.
             device: device of the draw.
 
@@ -176,6 +172,7 @@ class MaskSchedule(JsonConfig):
             float32 t of the given shape.
         """
         low, high = self.range_of(block, num_blocks, overlap=overlap)
+        check_share("top_share", top_share)
         if device is None:
             device = generator.device if generator is not None else "cpu"
         N = math.prod(shape)
@@ -187,7 +184,8 @@ class MaskSchedule(JsonConfig):
         else:
             first, last = self._shares(block, num_blocks, overlap)
             t = self.time_at(first + (last - first) * place)
-        return clamp_inside(t.float(), max(low, T_MIN), high)
+        t = clamp_inside(t.float(), max(low, T_MIN), high)
+        return with_top(t, 1.0, top_share, generator)
 
     def block_of(self, t: Tensor, num_blocks: int) -> Tensor:
         """The block that owns each t: the number of inner boundaries >= t.

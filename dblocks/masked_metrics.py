@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from dblocks._numbers import check_count
 from dblocks.blocks import Denoiser, unwrapped
 from dblocks.mask_schedule import MASKED, MaskSchedule, uniforms
-from dblocks.schedule import check_count
 from dblocks.text import Text, consecutive_windows
 
 POINTS = 12  # divisible by 1, 2, 3, 4, 6 and 12 blocks

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from dblocks._numbers import check_count
 from dblocks.blocks import DiffusionBlocks, unwrapped
 from dblocks.models._causal import LanguageModel
 from dblocks.sample import initial_noise, sample_logits
-from dblocks.schedule import check_count
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

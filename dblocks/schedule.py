@@ -8,7 +8,6 @@ torch's default device; only drawing touches a device, and it never synchronises
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from dblocks import functional as F
 from dblocks._config import JsonConfig
+from dblocks._numbers import check_block, check_count, check_finite, check_overlap, check_share
 
 # Karras et al. 2022, table 1
 SIGMA_MIN = 0.002
@@ -72,7 +72,7 @@ class NoiseSchedule(JsonConfig):
 
     def __post_init__(self) -> None:
         for name in ("sigma_min", "sigma_max", "p_mean", "p_std", "sigma_data"):
-            _check_finite(name, getattr(self, name))
+            check_finite(name, getattr(self, name))
         for name in ("sigma_min", "p_std", "sigma_data"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -129,10 +129,13 @@ class NoiseSchedule(JsonConfig):
         shape: Sequence[int],
         *,
         overlap: float = OVERLAP,
+        top_share: float = 0.0,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draws noise levels of one block: the log-normal, truncated to the widened range.
+
+        Each of them is sigma_max instead with probability `top_share`.
 
         Drawn in float64 on the device by inverting the distribution function, then rounded to
         float32 and clamped to the float32 numbers inside the range. The device must have float64:
@@ -143,6 +146,7 @@ class NoiseSchedule(JsonConfig):
             num_blocks: number of blocks.
             shape: shape of the result, [N], [N, S] or [N, T].
             overlap: how far the range is widened in log space, as a fraction of its length.
+            top_share: share of draws, in [0, 1], that are sigma_max whatever the block.
             generator: source of the draw; its device is the default of `device`.
             device: device of the draw.
 
@@ -150,6 +154,7 @@ class NoiseSchedule(JsonConfig):
             float32 sigma of the given shape.
         """
         lo, hi = self.range_of(block, num_blocks, overlap=overlap)
+        check_share("top_share", top_share)
         if device is None:
             device = generator.device if generator is not None else "cpu"
         u = torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float64)
@@ -160,7 +165,7 @@ class NoiseSchedule(JsonConfig):
         else:
             x = -torch.special.ndtri(above + mass * u)
         sigma = torch.exp(self.p_mean + self.p_std * x).float()
-        return clamp_inside(sigma, lo, hi)
+        return with_top(clamp_inside(sigma, lo, hi), self.sigma_max, top_share, generator)
 
     def block_of(self, sigma: Tensor, num_blocks: int) -> Tensor:
         """The block that owns each sigma: the number of inner boundaries >= sigma.
@@ -202,7 +207,7 @@ class NoiseSchedule(JsonConfig):
         if kind == "equal_mass":
             levels = [self._quantile(i, n - 1) for i in range(n)]
         else:
-            _check_finite("rho", rho)
+            check_finite("rho", rho)
             if rho <= 0:
                 raise ValueError(f"rho must be positive, got {rho}")
             first, last = self.sigma_max ** (1 / rho), self.sigma_min ** (1 / rho)
@@ -299,54 +304,6 @@ def _boundaries(schedule: NoiseSchedule, num_blocks: int) -> tuple[float, ...]:
     return (hi, *map(float, inner), lo)
 
 
-def check_block(block: int, num_blocks: int) -> int:
-    """`block` as an int, which must be one of 0 .. num_blocks - 1.
-
-    Integers of any library will do; a tensor on a GPU is read, which synchronises.
-    """
-    index = _integer(block)
-    if index is None:
-        raise TypeError(
-            f"block must be an integer, got {block!r} of type {type(block).__name__}; "
-            "convert it with int()"
-        )
-    if not 0 <= index < num_blocks:
-        raise ValueError(f"block must be in 0..{num_blocks - 1}, got {index}")
-    return index
-
-
-def check_overlap(overlap: float) -> None:
-    """Raises unless `overlap` is a finite number that is not negative."""
-    _check_finite("overlap", overlap)
-    if overlap < 0:
-        raise ValueError(f"overlap must not be negative, got {overlap}")
-
-
-def check_count(name: str, value: int) -> int:
-    """`value` as an int, which must be positive; integers of any library will do."""
-    count = _integer(value)
-    if count is None or count < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return count
-
-
-def _integer(value: object) -> int | None:
-    # Not operator.index alone: a compiled graph need not know it.
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    try:
-        return operator.index(value)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        return None
-
-
-def _check_finite(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-
-
 def _normal_cdf(x: float) -> float:
     return math.erfc(-x / math.sqrt(2)) / 2
 
@@ -359,6 +316,14 @@ def owner_of(levels: Tensor, boundaries: Tensor, symbol: str) -> Tensor:
         levels = levels.float()
     inner = boundaries[1:-1].to(device=levels.device, dtype=levels.dtype)
     return (inner >= levels[..., None]).sum(-1)
+
+
+def with_top(levels: Tensor, top: float, share: float, generator: torch.Generator | None) -> Tensor:
+    """float32 `levels`, each with probability `share` replaced by the highest level `top`."""
+    if share == 0:
+        return levels
+    uniform = torch.rand(levels.shape, generator=generator, device=levels.device)
+    return levels.masked_fill(uniform < share, _float32_at_most(top))
 
 
 def clamp_inside(levels: Tensor, lo: float, hi: float) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dblocks._numbers import check_block
 from dblocks.blocks import Batch, DiffusionBlocks, Loss
-from dblocks.schedule import check_block
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 
