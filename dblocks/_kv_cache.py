@@ -21,12 +21,16 @@ class Slots:
         lengths: of the prompts; Python numbers, so that nothing synchronises.
         capacity: number of slots.
         device: device of the cache.
+        block_size: tokens that are written at once; the end of a prompt ends a block.
     """
 
-    def __init__(self, lengths: list[int], capacity: int, device: torch.device) -> None:
+    def __init__(
+        self, lengths: list[int], capacity: int, device: torch.device, block_size: int = 1
+    ) -> None:
         self.prompt = max(lengths, default=0)
         self.capacity = capacity
         self.device = device
+        self.block_size = block_size
         self.lengths: Tensor | None = None
         if any(length < self.prompt for length in lengths):
             self.lengths = torch.tensor(lengths, device=device)
@@ -42,24 +46,35 @@ class Slots:
         """Which of the slots 0 to last - 1 those from `first` on attend to.
 
         bool [R, last], or [N, 1, R, last] for ragged prompts; None for a single row that attends to
-        all, and for a square of rows that attend to the earlier ones, where no prompt is shorter.
+        all, and for a square of rows that attend to the earlier ones, where no prompt is shorter
+        and blocks are of one token. A row attends to earlier slots and to those of its own block.
         """
-        if self.lengths is None and (first == 0 or last - first == 1):
+        plain = self.lengths is None and self.block_size == 1
+        if plain and (first == 0 or last - first == 1):
             return None
         slot = torch.arange(last, device=self.device)
-        mask = slot[first:, None] >= slot
+        block = slot if self.block_size == 1 else self._blocks(last)
+        mask = block[..., first:, None] >= block[..., None, :]
         if self.lengths is None:
             return mask
         used = (slot < self.lengths[:, None]) | (slot >= self.prompt)
+        mask = mask if mask.ndim == 2 else mask[:, None]
         return mask & used[:, None, None]
+
+    def _blocks(self, last: int) -> Tensor:
+        """The blocks of the slots 0 to last - 1, int64 [last], or [N, last] for ragged prompts."""
+        k = self.block_size
+        if self.lengths is None:
+            return (self.positions(0, last) + -self.prompt % k) // k
+        return (self.positions(0, last) + (-self.lengths % k)[:, None]) // k
 
 
 class KVCache:
     """Keys and values of some layers, [N, Hkv, capacity, Dh] each, allocated at the first use.
 
     Rows are first written, by the functions of `attends`, and then counted, by `commit`; what was
-    not counted is overwritten by the next rows. Beside the keys and values the cache holds one row
-    of features, that of the last token, for networks in which a token looks back at it.
+    not counted is overwritten by the next rows. Beside the keys and values the cache holds rows of
+    features, those of the last tokens, for networks in which a row is of an earlier token.
 
     Args:
         slots: where tokens stand; caches of several blocks share it.
@@ -86,25 +101,29 @@ class KVCache:
         mask = self.slots.mask(self.committed, self.committed + rows)
         return [partial(self._attend, layer, mask) for layer in range(len(self._kv))[first:last]]
 
-    def before(self, x: Tensor) -> Tensor:
-        """What stands before each of the next R slots and before the one after them.
+    def before(self, x: Tensor, distance: int = 1) -> Tensor:
+        """What stands `distance` tokens before each of the next R slots and as many after them.
 
         Args:
             x: features of the next R slots, [N, R, D].
+            distance: how many tokens to look back.
 
         Returns:
-            [N, R + 1, D]: the features of the token before; 0 before the first token.
+            [N, R + distance, D]: the features of those tokens; 0 before the first token.
         """
-        held = x.new_zeros(len(x), 1, x.shape[2]) if self._last is None else self._last
+        held = x.new_zeros(len(x), distance, x.shape[2]) if self._last is None else self._last
         rows = torch.cat([held, x], dim=1)
         lengths, first = self.slots.lengths, self.slots.prompt - self.committed
         if lengths is not None and 0 < first <= x.shape[1]:
             # Of a shorter prompt, slots without tokens lie between its end and the next token.
-            rows[:, first] = self._prompt_ends(x, lengths)[:, 0]
+            back = torch.arange(-distance, 0, device=x.device)
+            index = (lengths - self.committed)[:, None] + back + distance
+            index = index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2])
+            rows[:, first : first + distance] = rows.gather(1, index)
         return rows
 
     def commit(self, rows: int, last: Tensor | None = None) -> None:
-        """Keeps the first `rows` of the rows written last, and `last` [N, 1, D] for `before`."""
+        """Keeps the first `rows` of the rows written last, and `last` for `before`."""
         self.committed += rows
         self._last = self._last if last is None else last
 

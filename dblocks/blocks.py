@@ -206,6 +206,16 @@ class Block(Denoiser):
         return self.bind(guidance_scale=guidance_scale, **cond)(z, sigma, block=self.index)
 
 
+def check_trained_at_top(model: DiffusionBlocks) -> None:
+    """Raises unless every block was trained at the highest level."""
+    config = model.config
+    if config.num_blocks > 1 and config.top_share == 0:
+        raise ValueError(
+            "the product of blocks needs blocks that were all trained at sigma_max, got "
+            "BlocksConfig.top_share = 0; train with a top_share such as .6, or use the first block"
+        )
+
+
 def _check_loss_kind(model: BlockModel, config: BlocksConfig) -> None:
     schedule = config.schedule
     if model.loss_kind not in schedule.loss_kinds:

@@ -31,7 +31,12 @@ NETWORKS: dict[str, tuple[type[nn.Module], type[JsonConfig]]] = {
     "masked_lm": (MaskedLM, MaskedLMConfig),
     "recurrent": (RecurrentLM, RecurrentConfig),
 }
-FORMAT = 1
+FORMAT = 2
+# Of fields that format 1 did not have: what its networks were.
+FORMAT_1: dict[str, dict[str, Any]] = {
+    "causal_lm": {"rows": "doubled", "head": "learned"},
+    "recurrent": {"rows": "doubled", "head": "learned"},
+}
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config"}
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -194,11 +199,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has unknown keys {unknown}; known are {sorted(KEYS)}")
     if missing := sorted(KEYS - set(config)):
         raise ValueError(f"{path} lacks the keys {missing}")
-    if config["format"] != FORMAT or config["model"] not in list(NETWORKS):
+    if config["format"] not in (1, FORMAT) or config["model"] not in list(NETWORKS):
         raise ValueError(
-            f"{path} must be of format {FORMAT} and a model of {list(NETWORKS)}, "
+            f"{path} must be of format {FORMAT} or 1 and a model of {list(NETWORKS)}, "
             f"got {config['format']!r} and {config['model']!r}"
         )
+    if config["format"] == 1:
+        config["model_config"] = FORMAT_1.get(config["model"], {}) | config["model_config"]
     return config
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol, cast
+from itertools import islice
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from dblocks import functional as F
-from dblocks._kv_cache import KVCache, Slots
+from dblocks._kv_cache import Slots
 from dblocks._numbers import check_count
+from dblocks._writers import BlockWriter, PlainWriter, WholeWriter, Writer
 from dblocks.adapters._causal import ConvertedCausalLM
-from dblocks.blocks import DiffusionBlocks, unwrapped
+from dblocks.blocks import DiffusionBlocks, check_trained_at_top, unwrapped
 from dblocks.models._causal import LanguageModel
 from dblocks.models._tokens import TokenSizes, check_tokens
 from dblocks.sample import blocks_of, grid_of, levels_of
@@ -35,6 +37,7 @@ def generate(
     generator: torch.Generator | None = None,
     stop_token: int | None = None,
     cache: bool = True,
+    product: bool = False,
 ) -> list[Tensor]:
     """The tokens that continue each prompt: what `stream` yields, collected.
 
@@ -48,6 +51,7 @@ def generate(
         model, prompts,
         max_new_tokens=max_new_tokens, num_steps=num_steps, sigmas=sigmas, temperature=temperature,
         top_k=top_k, top_p=top_p, generator=generator, stop_token=stop_token, cache=cache,
+        product=product,
     )  # fmt: skip
     tokens = torch.stack(list(steps), dim=1)
     if stop_token is None:
@@ -69,19 +73,25 @@ def stream(
     generator: torch.Generator | None = None,
     stop_token: int | None = None,
     cache: bool = True,
+    product: bool = False,
 ) -> Iterator[Tensor]:
     """Yields the next token of every prompt, step after step.
 
     In blocks, a token comes of Euler's method from noise: every level calls the block that owns
     it, each call but the last takes the expected embedding as its estimate, and the last call's
     logits are sampled. One step, at sigma_max, runs the top block only: a next-token model of that
-    block's layers.
+    block's layers. With `product` a token comes of one call of every block at sigma_max, where the
+    noise tells nothing: it is drawn from the normalised geometric mean of their predictions, the
+    distribution of `dblocks.metrics.product_nll`. Networks that write `tokens_per_block` tokens at
+    once take the same number of calls for all of them.
 
     Each block keeps keys and values of the clean tokens in its own layers. A token's rows are added
     with that block's first call for the next token, beside the noisy row, so that a token costs
     `num_steps` calls and no more; the prelude of a `RecurrentLM` runs in each block's first only.
     A plain `RecurrentLM` keeps those of every recurrence. Without the cache all rows are computed
-    at each call, with the same result but for rounding.
+    at each call, with the same result but for rounding. In a single stream the rows of known tokens
+    hold noise too: at the highest level that their block was trained at, sigma_max with a
+    `top_share` and in the first block.
 
     A prompt's tokens depend on the generator's state, on the prompt, and on its place in the batch,
     not on the other prompts or on `max_new_tokens`, but for rounding; noise does not depend on the
@@ -104,6 +114,8 @@ def stream(
         stop_token: prompts that wrote it repeat it, and when all did, the iterator ends; that is
             looked up after every token, the only thing that synchronises with a GPU.
         cache: whether keys and values are kept.
+        product: draw from the product of all blocks' predictions instead of by Euler steps; for
+            blocks of a language model trained with a `top_share`.
 
     Yields:
         int64 [N], on the device of the model.
@@ -113,7 +125,8 @@ def stream(
         ValueError: for prompts that are empty or, with the new tokens, longer than the context;
             for tokens outside the vocabulary; for both of `num_steps` and `sigmas`, `sigmas` with
             a plain model, or `num_steps` with one that has no steps; for a cache with a converted
-            model; for other values that do not fit.
+            model; for `product` with steps, or with blocks that never saw sigma_max; for other
+            values that do not fit.
     """
     model = unwrapped(model)
     network = model.base_model if isinstance(model, DiffusionBlocks) else model
@@ -144,15 +157,23 @@ def stream(
             "prompt and new tokens must fit in the context of "
             f"{sizes.context} tokens, got {longest} and {max_new_tokens}; shorten one"
         )
-    slots = Slots([len(row) for row in rows], longest + max_new_tokens, device)
+    k = network.block_size if isinstance(network, LanguageModel) and network is not model else 1
+    # Blocks of tokens are written whole, the last one too.
+    capacity = longest + -(-max_new_tokens // k) * k
+    slots = Slots([len(row) for row in rows], capacity, device, k)
+    if product:
+        _check_product(model, network, num_steps, sigmas)
     if isinstance(model, DiffusionBlocks):
         levels = levels_of(grid_of(model, num_steps, sigmas))
         # One step is asked for as what it is, the top block alone; other grids may skip by mistake.
         blocks = [0] if num_steps == 1 else blocks_of(model, levels)
+        if product:
+            blocks = list(range(model.config.num_blocks))
+            levels = levels[:1].expand(len(blocks))
         if isinstance(network, LanguageModel):
-            writer = _BlockWriter(model, levels, blocks, slots, cache=cache)
+            writer = BlockWriter(model, levels, blocks, slots, cache=cache, product=product)
         else:
-            writer = _WholeWriter(model, levels, blocks, slots)
+            writer = WholeWriter(model, levels, blocks, slots)
     elif sigmas is not None:
         raise ValueError(
             f"sigmas must be None for a plain {type(network).__name__}, which has no noise levels, "
@@ -160,14 +181,16 @@ def stream(
         )
     else:
         plain = cast(LanguageModel, network)
-        writer = _PlainWriter(plain, plain.plain_steps(num_steps), slots, cache=cache)
+        writer = PlainWriter(plain, plain.plain_steps(num_steps), slots, cache=cache)
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
     seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
     tokens = torch.zeros(len(rows), slots.capacity, dtype=torch.int64)
     for row, given in zip(tokens, rows, strict=True):
         row[: len(given)] = given
-    return _steps(writer, tokens.to(device), slots, choice, seed, stop_token, sizes.context)
+    stride = sizes.context + k - 1  # rows of noise between one prompt's and the next one's
+    written = _steps(writer, tokens.to(device), slots, choice, seed, stop_token, stride)
+    return islice(written, max_new_tokens)
 
 
 class Choice:
@@ -215,155 +238,27 @@ class Choice:
         return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
-class _Writer(Protocol):
-    """Gives the logits of the next token."""
-
-    @property
-    def noise_shape(self) -> tuple[int, int]:
-        """Rows of normals that are drawn for each prompt, and how many are in one."""
-        ...
-
-    def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
-        """Logits [N, V] of the token after `tokens` [N, P].
-
-        Args:
-            tokens: the prompts, and what was written at the `step` steps before.
-            noise: normals [N, *noise_shape]; a row is of a step, or of a position.
-            step: number of the step.
-        """
-        ...
-
-
-class _PlainWriter:
-    """Logits from a plain model."""
-
-    def __init__(self, lm: LanguageModel, num_steps: int, slots: Slots, *, cache: bool) -> None:
-        self.lm = lm
-        self.num_steps = num_steps
-        self.slots = slots
-        self.noise_shape = (slots.capacity, lm.plain_noise_width)
-        self.readout = lm.current_readout()
-        self.cache = self._new_cache() if cache else None
-
-    def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
-        """See `_Writer`; noise is of positions, as every token needs what was drawn for it."""
-        cache = self.cache or self._new_cache()
-        return self.lm.next_logits(
-            tokens[:, cache.committed :], cache, self.readout, num_steps=self.num_steps, noise=noise
-        )
-
-    def _new_cache(self) -> KVCache:
-        return self.lm.new_plain_cache(self.slots, self.num_steps)
-
-
-class _BlockWriter:
-    """Logits from blocks, by Euler steps."""
-
-    def __init__(
-        self,
-        model: DiffusionBlocks,
-        sigmas: Tensor,
-        blocks: list[int],
-        slots: Slots,
-        *,
-        cache: bool,
-    ) -> None:
-        self.model = model
-        self.grid: list[float] = sigmas.tolist()
-        self.blocks = blocks
-        self.slots = slots
-        self.lms = {b: cast(LanguageModel, model.parts(b)[0]) for b in set(blocks)}
-        self.noise_shape = (slots.capacity - slots.prompt, self.lms[blocks[0]].config.width)
-        self.readouts = {block: lm.current_readout() for block, lm in self.lms.items()}
-        self.caches = {block: self._new_cache(block) for block in self.lms} if cache else None
-
-    def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
-        """See `_Writer`; noise is of steps."""
-        noise = noise[:, step]
-        z = self.grid[0] * noise[:, None]
-        for i, (sigma, block) in enumerate(zip(self.grid, self.blocks, strict=True)):
-            lm, readout = self.lms[block], self.readouts[block]
-            cache = self._new_cache(block) if self.caches is None else self.caches[block]
-            level = self.model.config.noise_schedule.level(torch.full_like(noise[:, 0], sigma))
-            hidden = lm.run_cached(
-                self.model.parts(block)[1], level.c_in[:, None, None] * z, level,
-                tokens[:, cache.committed :], cache, readout,
-            )  # fmt: skip
-            logits = lm.read_out(hidden, z, level, readout)
-            if i + 1 < len(self.grid):
-                denoised = lm.denoise(logits, z, level, readout)
-                z = F.euler_step(z, denoised, sigma, self.grid[i + 1])
-        return logits[:, 0]
-
-    def _new_cache(self, block: int) -> KVCache:
-        return self.lms[block].new_cache(self.slots, self.model.parts(block)[1])
-
-
-class _WholeWriter:
-    """Logits from the blocks of a converted model, by Euler steps that run all rows."""
-
-    def __init__(
-        self, model: DiffusionBlocks, sigmas: Tensor, blocks: list[int], slots: Slots
-    ) -> None:
-        self.model = model
-        self.grid: list[float] = sigmas.tolist()
-        self.blocks = blocks
-        self.slots = slots
-        width = cast(ConvertedCausalLM, model.base_model).width
-        self.noise_shape = (slots.capacity - slots.prompt, width)
-
-    def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
-        """See `_Writer`; noise is of steps."""
-        tokens, end = self._in_rows(tokens)
-        sample = torch.arange(len(tokens), device=tokens.device)
-        noise = noise[:, step]
-        z = self.grid[0] * noise[:, None]
-        for i, (sigma, block) in enumerate(zip(self.grid, self.blocks, strict=True)):
-            lm, layers = self.model.parts(block)
-            level = self.model.config.noise_schedule.level(torch.full_like(noise[:, 0], sigma))
-            # A noisy row feeds no other, so those that are not read may be anything.
-            z_in = (level.c_in[:, None, None] * z).expand(-1, tokens.shape[1], -1)
-            hidden = lm.run_layers(
-                layers, z_in, level, lm.embed_condition({"tokens": tokens}, None)
-            )
-            hidden = hidden._replace(x=hidden.x[sample, end][:, None])
-            logits = lm.read_out(hidden, z, level)
-            if i + 1 < len(self.grid):
-                z = F.euler_step(z, lm.denoise(logits, z, level), sigma, self.grid[i + 1])
-        return logits[:, 0]
-
-    def _in_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [N, C + 1] without the gaps after short prompts, and where the next one is."""
-        slots, C = self.slots, tokens.shape[1]
-        lengths = torch.full((len(tokens),), C, device=tokens.device)
-        tokens = torch.cat([tokens, tokens[:, :1]], dim=1)
-        if slots.lengths is None:
-            return tokens, lengths
-        gap = (slots.prompt - slots.lengths)[:, None]
-        place = torch.arange(C + 1, device=tokens.device)
-        slot = torch.where(place < slots.lengths[:, None], place, place + gap)
-        return tokens.gather(1, slot.clamp(max=C)), lengths - gap[:, 0]
-
-
 @torch.no_grad()
 def _steps(
-    writer: _Writer,
+    writer: Writer,
     tokens: Tensor,
     slots: Slots,
     choice: Choice,
     seed: int,
     stop_token: int | None,
-    context: int,
+    stride: int,
 ) -> Iterator[Tensor]:
     """Writes into `tokens` [N, capacity] from the end of the longest prompt on."""
     first, new = slots.prompt, slots.capacity - slots.prompt
     count, width = writer.noise_shape
-    noise = _noise(len(tokens), count, context, width + 1, seed, tokens.device)
+    noise = _noise(len(tokens), count, stride, width + 1, seed, tokens.device)
     uniform = torch.special.ndtr(noise[:, :, -1].double())
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for j in range(new):
-        logits = writer.next_logits(tokens[:, : first + j], noise[:, :, :-1], j)
-        token = choice.token(logits, uniform[:, j])
+        place = j % slots.block_size
+        if place == 0:
+            logits = writer.next_logits(tokens[:, : first + j], noise[:, :, :-1], j)
+        token = choice.token(logits[:, place], uniform[:, j])
         if stop_token is not None:
             token = torch.where(finished, stop_token, token)
             finished = token == stop_token
@@ -373,11 +268,25 @@ def _steps(
             return
 
 
-def _noise(N: int, rows: int, context: int, width: int, seed: int, device: torch.device) -> Tensor:
+def _check_product(model: object, network: object, num_steps: object, sigmas: object) -> None:
+    if not isinstance(model, DiffusionBlocks) or not isinstance(network, LanguageModel):
+        raise ValueError(
+            "product must be False for all but the blocks of a CausalLM or a RecurrentLM, "
+            f"got True for a {type(network).__name__}"
+        )
+    if num_steps is not None or sigmas is not None:
+        raise ValueError(
+            "product calls every block once, at sigma_max, so num_steps and sigmas must be None, "
+            f"got {num_steps} and {sigmas}"
+        )
+    check_trained_at_top(model)
+
+
+def _noise(N: int, rows: int, stride: int, width: int, seed: int, device: torch.device) -> Tensor:
     """Normals [N, rows, width] that are functions of the seed, sample, row and column."""
     zeros = torch.zeros(1, rows * width, device=device)
     one = torch.ones((), device=device)
-    drawn = [F.noise_inject(zeros, one, seed, offset=n * context * width).z for n in range(N)]
+    drawn = [F.noise_inject(zeros, one, seed, offset=n * stride * width).z for n in range(N)]
     return torch.cat(cast(list[Tensor], drawn)).view(N, rows, width)
 
 

@@ -8,8 +8,11 @@ from dblocks.models.recurrent import RecurrentConfig, RecurrentLM
 from tools import DEVICE, randomized, seeded
 
 KINDS = ("dit", "official", "none")
+PUBLISHED = {"rows": "doubled", "head": "learned"}
 SIZES = {"vocab_size": 11, "context": 12, "width": 16, "depth": 6, "heads": 4, "kv_heads": 2}
+SIZES |= PUBLISHED
 RECURRENT_SIZES = {"vocab_size": 11, "context": 24, "width": 16, "heads": 4, "kv_heads": 2}
+RECURRENT_SIZES |= PUBLISHED
 RECURRENT_SIZES |= {"mean_recurrence": 5, "backprop_depth": 8}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

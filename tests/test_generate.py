@@ -16,9 +16,11 @@ from dblocks.metrics import next_token_nll
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.models.vit import ViT, ViTConfig
 from dblocks.sample import sample_logits
+from lm_tools import PUBLISHED
 from tools import DEVICE, normal, randomized, seeded
 
 SIZES = {"vocab_size": 11, "context": 24, "width": 16, "depth": 6, "heads": 4, "kv_heads": 2}
+SIZES |= PUBLISHED
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dblocks import text_metrics
 from dblocks.checkpoint import load_model, prepare, save_model
 from dblocks.experiments._base import Records
-from dblocks.metrics import next_token_nll
+from dblocks.likelihood import next_token_nll
 from dblocks.plots import Measure
 from dblocks.recipes._text import PROMPT, continuations
 from dblocks.recipes.causal_lm import CausalLMRun
@@ -37,11 +37,12 @@ QUALITY = (
 )
 
 
-def score(name: str, key: Callable[[Record], str]) -> Callable[[Record], float | None]:
+def score(name: str, key: Callable[[Record], str | None]) -> Callable[[Record], float | None]:
     """Reads what `add_scores` found of those samples of a record that `key` names."""
 
     def of(record: Record) -> float | None:
-        found = record["scores"].get(key(record))
+        of_samples = key(record)
+        found = None if of_samples is None else record["scores"].get(of_samples)
         return None if found is None else found[name]
 
     return of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,17 +20,26 @@ from dblocks.recipes._text import PROMPT, SAMPLES
 from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.report import COSTS, README_COSTS, Column, Record, Rows, spread
 
-# A layer is evaluated once a step end to end; in blocks twice, on clean and on noisy rows, but the
-# last layer of a block once, as its clean rows give keys and values only: 7 a step in 4 layers.
-BLOCKS = CausalLMRun(blocks=3, steps=1440)
-END_TO_END = CausalLMRun(end_to_end=True, steps=840)
-END_TO_END_LONG = CausalLMRun(end_to_end=True, steps=1440)
+# 840 steps of 12 layers run as many layers as 2,520 of 4, or, in doubled rows, 1,440 of 7: there
+# clean and noisy rows count each, but in a block's last layer clean ones give keys and values only.
+BLOCKS = CausalLMRun(blocks=3, steps=2520)
+PUBLISHED = CausalLMRun(
+    blocks=3, steps=1440, rows="doubled", head="learned", conditioning="dit", top_share=0.0
+)
 ROWS: Mapping[str, tuple[str, CausalLMRun]] = {
-    "blocks": ("3 blocks, equal layer evaluations", BLOCKS),
-    "end_to_end": ("end to end", END_TO_END),
-    "end_to_end_long": ("end to end, 1.7 times the steps (equal samples)", END_TO_END_LONG),
+    "blocks": ("3 blocks", BLOCKS),
+    "ensemble": ("3 blocks, all draws at sigma_max", dataclasses.replace(BLOCKS, top_share=1.0)),
+    "published": ("3 blocks, doubled rows, learned head", PUBLISHED),
+    "small": ("a plain model of 4 layers", CausalLMRun(end_to_end=True, depth=4, steps=2520)),
+    "end_to_end": ("end to end", CausalLMRun(end_to_end=True, steps=840)),
+    "end_to_end_long": (
+        "end to end, 3 times the steps (equal samples)",
+        CausalLMRun(end_to_end=True, steps=2520),
+    ),
 }
-LRS = (5e-4, 1e-3, 2e-3)
+LRS = (5e-4, 1e-3, 2e-3, 4e-3)
+SHORTER = {"blocks": 3, "published": 3, "small": 3, "end_to_end": 1}
+RATES_OF = {"ensemble": "blocks", "end_to_end_long": "end_to_end"}
 
 
 def bits(record: Record) -> float:
@@ -37,22 +47,47 @@ def bits(record: Record) -> float:
     return record["bits"]
 
 
-def bits_of_all_blocks(record: Record) -> float | None:
-    """The bound with a denoising step for each block; None end to end."""
-    return record["bits_by_denoising_steps"].get(str(record["run"]["blocks"]))
+def product_bits(record: Record) -> float | None:
+    """Of the product of all blocks; None where there is none."""
+    return record.get("product_bits")
+
+
+def bound_bits(record: Record) -> float | None:
+    """The bound of all blocks; None end to end."""
+    return record["bound"]["bits"] if "bound" in record else None
 
 
 def main_samples(record: Record) -> str:
-    """The name of a record's samples with a step for each block, or of the plain model's."""
-    return "plain" if record["run"]["end_to_end"] else str(record["run"]["blocks"])
+    """The samples, of the product or the plain model, whose bits are nearest to the text's own.
+
+    Of blocks without a product those with a step for each block.
+    """
+    kind = "plain" if record["run"]["end_to_end"] else "product"
+    scores = record["scores"]
+    found = [name for name in scores if name.startswith(f"{kind}@")]
+    if not found:
+        return f"{record['run']['blocks']}@1"
+    return min(found, key=lambda name: abs(scores[name]["bits"] - scores["reference"]["bits"]))
+
+
+def euler_samples(record: Record) -> str | None:
+    """The samples with an Euler step for each block; None end to end."""
+    return None if record["run"]["end_to_end"] else f"{record['run']['blocks']}@1"
+
+
+def temperature(record: Record) -> float:
+    """That of `main_samples`."""
+    return float(main_samples(record).split("@")[1])
 
 
 BITS_COLUMNS = (
     Column("Bits a character, next token", lambda r: spread(r, bits, ".3f")),
-    Column("Bits a character, all blocks (bound)", lambda r: spread(r, bits_of_all_blocks, ".3f")),
+    Column("Bits a character, product of all blocks", lambda r: spread(r, product_bits, ".3f")),
+    Column("Bits a character, bound of all blocks", lambda r: spread(r, bound_bits, ".3f")),
 )
-COLUMNS = (*BITS_COLUMNS, *quality_columns(main_samples), *COSTS)
-README_COLUMNS = (*BITS_COLUMNS[:1], *quality_columns(main_samples), *README_COSTS)
+TEMPERATURE = Column("Samples: temperature", lambda r: spread(r, temperature, ".2f"))
+COLUMNS = (*BITS_COLUMNS, TEMPERATURE, *quality_columns(main_samples), *COSTS)
+README_COLUMNS = (*BITS_COLUMNS, *quality_columns(main_samples), *README_COSTS)
 
 
 def caption(rows: Rows) -> str:
@@ -60,20 +95,24 @@ def caption(rows: Rows) -> str:
     first = next(iter(rows.values()))
     run = first[0]["run"]
     rates = ", ".join(f"{lr:g}" for lr in LRS)
-    one_step = ", ".join(spread(first, score(n, lambda _: "1"), form) for n, _, form in QUALITY)
+    euler = ", ".join(spread(first, score(n, euler_samples), form) for n, _, form in QUALITY)
     return (
         f"A Llama-like model of {run['depth']} layers and width {run['width']} "
         f"{text_and_training(first[0], EXPERIMENT.seeds)}. Each line's learning rate is the best "
-        f"of {{{rates}}} on the tenth before the held-out one, in runs of a third of the steps. A "
-        "layer evaluation is one batch of rows through one layer: in blocks clean and noisy rows "
-        "count each, but in a block's last layer, where clean rows give keys and values only. "
-        '"Next token" is in blocks the first block alone, one call from sigma_max; "all blocks" '
-        f"takes the probabilities of the last of {run['blocks']} Euler steps, and bounds the bits "
-        f"from above. Samples continue {SAMPLES} places of the held-out text by "
-        f"{run['context'] - PROMPT} characters at temperature 1, in blocks with a step for each "
-        f"block; with the first block alone they reach, in the order of the columns, {one_step}; "
-        f"the held-out text in its place {reference_scores(first[0])}. The other model is trained "
-        "as the last line, from another seed."
+        f"of {{{rates}}} on the tenth before the held-out one, in runs of a third of the steps, end "
+        "to end of all of them; the lines of all draws at sigma_max and of equal samples take over "
+        "the rates of the blocks and of end to end. A layer evaluation is one batch of rows "
+        "through one layer. In blocks, the next token is the first block's, by one call from "
+        "sigma_max; the product is the normalised geometric mean of all blocks' predictions there, "
+        "as exact; the bound is that of the stochastic reverse process in the limit of small "
+        "steps, not of Euler's method, and its standard error by the draws is "
+        f"{first[0]['bound']['std_error']:.3f} bits. Samples continue {SAMPLES} places of the "
+        f"held-out text by {run['context'] - PROMPT} characters, in blocks by their product, at the "
+        "temperature from .7 to 1 that brings their bits under another model nearest to the "
+        f"held-out text's own ({reference_scores(first[0])}, in the order of the columns); blocks "
+        "without a product take an Euler step for each block at temperature 1, with which the "
+        f"first line's samples have {euler}. The other model is a plain one of 12 layers, from "
+        "another seed."
     )
 
 
@@ -92,7 +131,8 @@ EXPERIMENT = Experiment(
     name="causal-lm-pydoc",
     rows=ROWS,
     lrs=LRS,
-    selection_shorter={"blocks": 3, "end_to_end": 3, "end_to_end_long": 3},
+    selection_shorter=SHORTER,
+    rates_of=RATES_OF,
     error=bits,
     headline=lambda record: f"{bits(record):.3f} bits a character",
     columns=COLUMNS,

@@ -59,14 +59,23 @@ class Readout(NamedTuple):
 class LanguageModel(nn.Module, ABC):
     """A model that predicts a token by denoising its embedding, or as plain next-token model.
 
-    As denoiser it runs clean and noisy rows side by side, both at positions 0..T-1, clean ones
-    under the null conditioning. With F the normalised noisy row, W the rows of unit norm (`tied`)
-    or a matrix of its own, and g a learned number,
+    As denoiser it has one row a token (`rows="single"`): the row before which a token is known is
+    what it is predicted from, and holds its noisy embedding. Rows before it hold noise about tokens
+    that it knows anyway, each at a level of its own, so nothing leaks. Or clean and noisy rows run
+    side by side (`rows="doubled"`, as published), both at positions 0..T-1, clean ones under the
+    null conditioning.
 
-        m = c_skip*z + c_out*F,   logits = g * W (m*(1 + scale) + shift)
+    With h the normalised row of the noisy embedding z, E the token embeddings, W the rows of E at
+    unit norm (`tied`) or a matrix of its own, and g a learned number,
 
-    with shift and scale from the noise level; the loss is their cross-entropy with the token of
-    the same position. The denoised estimate is the expected token embedding under the logits.
+        posterior   logits = g W h + E z / sigma^2
+        learned     logits = g W (m*(1 + scale) + shift),   m = c_skip*z + c_out*h
+
+    with shift and scale from the noise level. The first is Bayes' rule: where g W h is ln p(k)
+    given the text, the logits are ln p(k) given text and z, since all rows of E are of one norm;
+    its terms are float32. The second has to learn a factor that goes from 4 to 250,000. The loss is
+    the cross-entropy with the token of the same position; the denoised estimate is the expected
+    token embedding under the logits.
 
     A batch holds "tokens", int64 [N, T]. The first token of a sequence is given (a token that marks
     the beginning, or the first of a text) and is never predicted, so that both ways are scored on
@@ -77,10 +86,12 @@ class LanguageModel(nn.Module, ABC):
     RMS norms, rotary positions, SwiGLU, no biases but in modulations. Linear layers start from a
     normal of deviation s = sqrt(2/(5 D)) (Nguyen and Salazar 2019; .023 at D = 768), those that end
     a branch from s/sqrt(2*depth) (GPT-2), modulations at zero, but for gates at `gate_init`. A
-    noisy row enters as `r + a*embed_scale/sqrt(D) * z_in`, r learned and at the start as large as a
-    clean row, a learned and .1 at the start. Without r its queries would be noise, and attention
-    could not begin to look at the token before; as large as r, noise would drown what the first
-    branches add: both made the first block learn several times more slowly (tried).
+    noisy embedding enters as `r + a*embed_scale/sqrt(D) * z_in`, where r is the row of the token
+    before or, without one, learned and at the start as large as a clean row; a is learned and .1 at
+    the start. A single stream without AdaLN also adds a vector of the level. Without r its queries
+    would be noise, and attention could not begin to look at the token before; as large as r, noise
+    would drown what the first branches add: both made the first block learn several times more
+    slowly (tried).
 
     Subclasses say which layers there are and how rows run through them.
 
@@ -94,14 +105,15 @@ class LanguageModel(nn.Module, ABC):
         super().__init__()
         self.config = config
         D, kind = config.width, config.conditioning
-        conditioned = kind != "none"
+        conditioned, single = kind != "none", config.rows == "single"
         self.target_embedding = LabelEmbedding(config.vocab_size, D, config.embed_scale)
         self.noise_embedding = (
-            NoiseEmbedding(conditioning_of(kind).width(D)) if conditioned else None
+            NoiseEmbedding(conditioning_of(kind).width(D)) if conditioned or single else None
         )
         self._make_layers()
         self.norm = Norm(D, "none", norm="rms")
-        self.modulation = Modulation(D, 2, kind) if conditioned else None
+        learned = config.head == "learned"
+        self.modulation = Modulation(D, 2, kind) if conditioned and learned else None
         self.readout = None if config.tied else nn.Linear(D, config.vocab_size, bias=False)
         # The logarithm, so that a step changes it by a factor.
         self.noisy_row = nn.Parameter(torch.empty(D))
@@ -115,6 +127,11 @@ class LanguageModel(nn.Module, ABC):
     def width(self) -> int:
         """Width D of a target."""
         return self.config.width
+
+    @property
+    def block_size(self) -> int:
+        """How many consecutive tokens are predicted at once."""
+        return 1
 
     # How rows run through the layers
 
@@ -134,7 +151,7 @@ class LanguageModel(nn.Module, ABC):
     def run_layers(
         self, layers: Sequence[nn.Module], z_in: Tensor, level: NoiseLevel, condition: Any
     ) -> Hidden:
-        """Runs `layers` on the noisy embeddings [N, T, D] beside the clean ones."""
+        """Runs `layers` on the noisy embeddings [N, T, D], in clean rows or beside them."""
 
     @abstractmethod
     def new_cache(self, slots: Slots, layers: Sequence[nn.Module]) -> KVCache:
@@ -150,10 +167,14 @@ class LanguageModel(nn.Module, ABC):
         cache: KVCache,
         readout: Readout,
     ) -> Hidden:
-        """As `run_layers` for one noisy row [N, 1, D] that follows the cached rows and `tokens`.
+        """As `run_layers` for the noisy rows that follow the cached rows and `tokens`.
 
         `tokens` [N, C], C >= 0, are the clean ones after those of the cache, to which their rows
-        are added; the noisy row is not kept.
+        are added; the noisy rows are not kept. In doubled rows z_in [N, R, D] is theirs; in a
+        single stream [N, C + R, D] and the level [N, C + R] are of the rows of `tokens` too.
+
+        Returns:
+            What the layers leave of the R noisy rows.
         """
 
     # The plain model
@@ -195,7 +216,9 @@ class LanguageModel(nn.Module, ABC):
 
     def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
         """A noise level for every `tokens_per_sigma` tokens, [N, T/tokens_per_sigma], or [N]."""
-        N, T = TokenBatch.of(batch, self.config).tokens.shape
+        given = TokenBatch.of(batch, self.config)
+        given.check_blocks(self.block_size)
+        N, T = given.tokens.shape
         each = self.config.tokens_per_sigma
         if each is None:
             return (N,)
@@ -216,7 +239,9 @@ class LanguageModel(nn.Module, ABC):
     ) -> Tensor:
         """Logits [N, T, V], float32; `readout` as `self.current_readout()` made it, if it did."""
         readout = self.current_readout() if readout is None else readout
-        return self._logits(self._denoised_features(hidden, z, level), readout, hidden.cond)
+        rows, weight = self._scored_rows(hidden, z, level, readout)
+        with torch.autocast(z.device.type, enabled=False):
+            return nnf.linear(rows, weight.to(rows.dtype))
 
     def denoise(
         self, prediction: Tensor, z: Tensor, level: NoiseLevel, readout: Readout | None = None
@@ -236,11 +261,10 @@ class LanguageModel(nn.Module, ABC):
         """
         labels = TokenBatch.of(batch, self.config).labels()
         readout = self.current_readout()
-        m = self._denoised_features(hidden, z, level)
+        rows, weight = self._scored_rows(hidden, z, level, readout)
         losses = F.linear_cross_entropy(
-            self._readout_rows(m, readout, hidden.cond), readout.weight, labels,
-            ignore_index=IGNORED, reduction="none",
-        )  # fmt: skip
+            rows, weight, labels, ignore_index=IGNORED, reduction="none"
+        )
         losses = losses * (labels.numel() / (labels != IGNORED).sum().clamp(min=1))
         sigma = level.sigma
         return losses if sigma.shape == losses.shape else losses.view(*sigma.shape, -1).mean(-1)
@@ -279,15 +303,39 @@ class LanguageModel(nn.Module, ABC):
             rows, readout.weight, batch.labels()[:, 1:], ignore_index=IGNORED
         )
 
-    def _denoised_features(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
+    def _scored_rows(
+        self, hidden: Hidden, z: Tensor, level: NoiseLevel, readout: Readout
+    ) -> tuple[Tensor, Tensor]:
+        """What is multiplied for the logits at a noise level: rows [N, T, C] and a matrix [V, C].
+
+        Both terms of a posterior are one product: of the sum of rows where both matrices are the
+        same but for a factor, else of rows side by side.
+        """
         f = self.norm.modulate(hidden.x, None, None)
-        return F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
+        if self.config.head == "learned":
+            m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
+            return self._readout_rows(m, readout, hidden.cond), readout.weight
+        rows, precision = self._readout_rows(f, readout), level.sigma.square().reciprocal()
+        evidence = over_rows(precision.view(len(z), -1, 1), z) * z.to(rows.dtype)
+        if self.readout is None:
+            return rows + self.config.embed_scale * evidence, readout.weight
+        weight = readout.weight.to(readout.rows.dtype)
+        return torch.cat([rows, evidence], -1), torch.cat([weight, readout.rows], -1)
 
     def _embed(self, tokens: Tensor, rows: Tensor) -> Tensor:
         return rows[tokens].to(self.target_embedding.weight.dtype)
 
     def _noisy_rows(self, z_in: Tensor, clean: Tensor) -> Tensor:
-        return (self.noisy_row + self._element * self.noise_scale * z_in).to(clean.dtype)
+        return (self.noisy_row + self._noise(z_in)).to(clean.dtype)
+
+    def _noise(self, z_in: Tensor) -> Tensor:
+        return self._element * self.noise_scale * z_in
+
+    def _with_level(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The rows of a single stream, and the conditioning of its layers."""
+        if cond is None or self.config.conditioning != "none":
+            return x, cond
+        return x + (self._element * over_rows(cond, x)).to(x.dtype), None
 
     @property
     def _element(self) -> float:

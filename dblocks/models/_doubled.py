@@ -11,12 +11,14 @@ from dblocks import functional as F
 from dblocks.nn import Attend, Rotary, TransformerLayer
 
 
-def attend_doubled(cu_seqlens: Tensor | None) -> Attend:
+def attend_doubled(cu_seqlens: Tensor | None, block_size: int = 1) -> Attend:
     """The attention of doubled sequences, for `run_doubled`; queries may be of noisy rows alone."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         query = "both" if q.shape[2] == k.shape[2] else "noisy"
-        return F.doubled_attention(q, k, v, cu_seqlens=cu_seqlens, query=query)
+        return F.doubled_attention(
+            q, k, v, cu_seqlens=cu_seqlens, query=query, block_size=block_size
+        )
 
     return attend
 
@@ -27,7 +29,7 @@ def run_doubled(
     noisy: Tensor,
     cond: Tensor | None,
     rotary: Rotary,
-    attends: Iterable[Attend],
+    attends: Iterable[Attend | None],
     *,
     last: nn.Module,
 ) -> tuple[Tensor, Tensor]:
@@ -51,6 +53,7 @@ def run_doubled(
             noisy = layer(noisy, cond, rotary=rotary, attend=attend)
         else:
             clean, noisy = layer.doubled(
-                clean, noisy, cond, rotary=rotary, attend=attend, keys_only=layer is last
-            )
+                clean, noisy, cond,
+                rotary=rotary, attend=cast(Attend, attend), keys_only=layer is last,
+            )  # fmt: skip
     return clean, noisy

@@ -66,6 +66,17 @@ class TokenBatch(NamedTuple):
             _check_loss_mask(given.loss_mask, tokens)
         return given
 
+    def check_blocks(self, block_size: int) -> None:
+        """Raises unless every document is a multiple of a block of tokens long."""
+        ends = self.cu_seqlens
+        if block_size == 1 or ends is None or not ends.is_cpu or torch.compiler.is_compiling():
+            return
+        if (ends % block_size).any():
+            raise ValueError(
+                f"documents must be multiples of tokens_per_block={block_size} long, got ends "
+                f"{ends.tolist()}; pad each, with a loss_mask"
+            )
+
     def positions(self) -> Tensor:
         """Positions of the tokens, which begin again in each document, int64 [T]."""
         row = torch.arange(self.tokens.shape[1], device=self.tokens.device)
@@ -80,13 +91,19 @@ class TokenBatch(NamedTuple):
             predicted = predicted & self.loss_mask
         return torch.where(predicted, self.tokens, IGNORED)
 
-    def attend_within_documents(self) -> Attend | None:
-        """Causal attention that stays in each document; None where there is one only."""
-        if self.cu_seqlens is None:
+    def attend_causally(self, block_size: int = 1) -> Attend | None:
+        """Attention of a row to those of earlier tokens and of its own block, in its document.
+
+        None where that is plain causal attention: blocks of one token, and one document.
+        """
+        if self.cu_seqlens is None and block_size == 1:
             return None
-        row = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        document = _document_of(row, self.cu_seqlens)
-        mask = (row[:, None] >= row) & (document[:, None] == document)
+        block = self.positions() // block_size
+        mask = block[:, None] >= block
+        if self.cu_seqlens is not None:
+            row = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+            document = _document_of(row, self.cu_seqlens)
+            mask = mask & (document[:, None] == document)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return nnf.scaled_dot_product_attention(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from dblocks.models._causal import Hidden, LanguageModel, Readout
 from dblocks.models._causal_config import LanguageModelConfig
 from dblocks.models._doubled import attend_doubled, run_doubled
 from dblocks.models._tokens import TokenBatch
-from dblocks.nn import Rotary
+from dblocks.nn import Attend, Rotary
 from dblocks.schedule import NoiseLevel
 
 
@@ -30,31 +30,51 @@ class CausalLMConfig(LanguageModelConfig):
 
     depth: int = 12
     """Number of layers."""
+    tokens_per_block: int = 1
+    """How many consecutive tokens are predicted, and written, at once, from the tokens before them
+    and from each other's noisy embeddings; `tokens_per_sigma` must be a multiple of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth < 1:
-            raise ValueError(f"depth must be positive, got {self.depth}")
+        for name in ("depth", "tokens_per_block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.tokens_per_sigma is not None and self.tokens_per_sigma % self.tokens_per_block:
+            raise ValueError(
+                "tokens_per_sigma must be None or a multiple of "
+                f"tokens_per_block={self.tokens_per_block}, whose tokens share a noise level, "
+                f"got {self.tokens_per_sigma}"
+            )
 
 
 class Context(NamedTuple):
     """What noisy rows are predicted from."""
 
     x: Tensor
-    """Embeddings of the clean tokens, [N, T, D]."""
+    """Embeddings of the clean tokens, [N, T, D]; in a single stream those of the tokens before."""
     rotary: Rotary
-    """Rotations of both halves' rows, clean ones first."""
-    cu_seqlens: Tensor | None
-    """Where the documents of a packed sequence begin and end."""
+    """Rotations of the rows; of doubled ones clean ones first."""
+    attend: Attend | None
+    """The attention of the layers; None for plain causal attention."""
 
 
 class CausalLM(LanguageModel):
     """A Llama-like language model; `DiffusionBlocks(CausalLM(config), ...)` trains it in blocks.
 
-    As denoiser it runs clean and noisy rows side by side: clean row i attends to clean rows up to
-    i, noisy row i to the clean rows before i and to itself. Clean rows have the null conditioning,
-    so a cache of them serves every noise level. `LanguageModel` tells of batches, the readout, the
-    loss and the start of the weights.
+    As denoiser of a single stream, with k = `tokens_per_block`, row i is
+
+        E[token i - k] + a*embed_scale/sqrt(D) * c_in*z_i + embed_scale/sqrt(D) * level_i
+
+    (without the last term where layers have AdaLN), and attends to the rows of its block of k
+    tokens and of earlier ones: under k = 1 it is plain causal attention. A step costs the block's
+    layers once, for one row a token.
+
+    In doubled rows, clean row i attends to clean rows up to the end of its block of k tokens, noisy
+    row i to the clean rows before its block and to the noisy ones in it. Clean rows have the null
+    conditioning, so a cache of them serves every noise level. Either way noisy tokens of a block
+    see each other, and no clean token of their own block.
+
+    `LanguageModel` tells of batches, the readout, the loss and the start of the weights.
 
     End to end, `lm(tokens)` is the plain model under the null conditioning: row i predicts token
     i + 1.
@@ -69,6 +89,11 @@ class CausalLM(LanguageModel):
 
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__(config)
+
+    @property
+    def block_size(self) -> int:
+        """`tokens_per_block`."""
+        return self.config.tokens_per_block
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The plain model: tokens [N, T] to logits [N, T, V] of the tokens that follow, float32.
@@ -91,21 +116,24 @@ class CausalLM(LanguageModel):
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
         """The clean rows; see `LanguageModel.embed_condition`."""
-        given = self._checked(batch, drop)
-        return Context(
-            self._embed(given.tokens, self.target_embedding.rows()),
-            self._rotary(given.positions().repeat(2)),
-            given.cu_seqlens,
-        )
+        given, k = self._checked(batch, drop), self.block_size
+        given.check_blocks(k)
+        e, positions = self._embed(given.tokens, self.target_embedding.rows()), given.positions()
+        if self.config.rows == "single":
+            before = self._or_start(e.roll(k, 1), positions)
+            return Context(before, self._rotary(positions), given.attend_causally(k))
+        return Context(e, self._rotary(positions.repeat(2)), attend_doubled(given.cu_seqlens, k))
 
     def run_layers(
         self, layers: Sequence[nn.Module], z_in: Tensor, level: NoiseLevel, condition: Context
     ) -> Hidden:
-        """Runs `layers` on the noisy embeddings [N, T, D] beside the clean ones."""
-        cond = self._cond(level)
+        """Runs `layers` on the noisy embeddings; see `LanguageModel.run_layers`."""
+        cond, attends = self._cond(level), [cast(Attend, condition.attend)] * len(layers)
+        if self.config.rows == "single":
+            return self._run_single(layers, condition.x, z_in, cond, condition.rotary, attends)
         _, noisy = run_doubled(
             layers, condition.x, self._noisy_rows(z_in, condition.x), cond, condition.rotary,
-            [attend_doubled(condition.cu_seqlens)] * len(layers), last=layers[-1],
+            attends, last=layers[-1],
         )  # fmt: skip
         return Hidden(noisy, cond)
 
@@ -122,14 +150,23 @@ class CausalLM(LanguageModel):
         cache: KVCache,
         readout: Readout,
     ) -> Hidden:
-        """As `run_layers` for one noisy row; see `LanguageModel.run_cached`."""
-        C = tokens.shape[1]
-        rotary = self._rotary(cache.positions(C + 1))
-        clean, cond = self._embed(tokens, readout.rows), self._cond(level)
-        _, noisy = run_doubled(
-            layers, clean, self._noisy_rows(z_in, clean), cond, rotary, cache.attends(C + 1),
-            last=layers[-1],
+        """As `run_layers` for some noisy rows; see `LanguageModel.run_cached`."""
+        C, single = tokens.shape[1], self.config.rows == "single"
+        rows = z_in.shape[1] + (0 if single else C)
+        positions, attends = cache.positions(rows), cache.attends(rows)
+        clean, cond, rotary = (
+            self._embed(tokens, readout.rows), self._cond(level), self._rotary(positions)
         )  # fmt: skip
+        if single:
+            e = cache.before(clean, self.block_size)
+            before = self._or_start(e, positions)
+            hidden = self._run_single(layers, before, z_in, cond, rotary, attends)
+            cache.commit(C, e[:, C:])
+            noisy_cond = None if hidden.cond is None else hidden.cond[:, C:]
+            return Hidden(hidden.x[:, C:], noisy_cond)
+        _, noisy = run_doubled(
+            layers, clean, self._noisy_rows(z_in, clean), cond, rotary, attends, last=layers[-1]
+        )
         cache.commit(C)
         return Hidden(noisy, cond)
 
@@ -179,12 +216,32 @@ class CausalLM(LanguageModel):
         cache.commit(C)
         return self._logits(self.norm.modulate(x, None, None), readout)[:, 0]
 
+    def _run_single(
+        self,
+        layers: Sequence[nn.Module],
+        before: Tensor,
+        z_in: Tensor,
+        cond: Tensor | None,
+        rotary: Rotary,
+        attends: Sequence[Attend | None],
+    ) -> Hidden:
+        """Runs rows of a single stream: what is known before them, and their noisy embeddings."""
+        x, inner = self._with_level(before + self._noise(z_in).to(before.dtype), cond)
+        for layer, attend in zip(layers, attends, strict=True):
+            x = layer(x, inner, rotary=rotary, attend=attend)
+        return Hidden(x, cond)
+
+    def _or_start(self, e: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings `e` of the tokens a block before; a learned row where there is none."""
+        known = positions >= self.block_size
+        return torch.where(known[..., None], e, self.noisy_row.to(e.dtype))
+
     def _make_layers(self) -> None:
         self.layers = self._layers_of(self.config.depth, self.config.conditioning)
 
     def _plain_features(self, batch: TokenBatch, readout: Readout) -> Tensor:
         x, rotary = self._embed(batch.tokens, readout.rows), self._rotary(batch.positions())
-        attend = batch.attend_within_documents()
+        attend = batch.attend_causally()
         for layer in self.layers:
             x = layer(x, None, rotary=rotary, attend=attend)
         return self.norm.modulate(x, None, None)

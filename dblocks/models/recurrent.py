@@ -65,14 +65,14 @@ class RecurrentContext(NamedTuple):
     """What noisy rows are predicted from."""
 
     x: Tensor
-    """Embeddings of the clean tokens, [N, T, D]."""
+    """Embeddings of the clean tokens that have rows, [N, T, D]; in a single stream [N, 0, D]."""
     before: Tensor
-    """For both halves' rows, what the prelude made of the token before, [N, 2T, D]; 0 for a first
-    token."""
+    """For all rows, clean ones first, what the prelude made of the token before, [N, 2T, D], or
+    [N, T, D] in a single stream; 0 for a first token."""
     rotary: Rotary
-    """Rotations of both halves' rows, clean ones first."""
-    cu_seqlens: Tensor | None
-    """Where the documents of a packed sequence begin and end."""
+    """Rotations of these rows."""
+    attend: Attend | None
+    """The attention of core and coda; None for plain causal attention."""
 
 
 class RecurrentLM(LanguageModel):
@@ -84,10 +84,11 @@ class RecurrentLM(LanguageModel):
     * As denoiser, row i is of token i: `h = coda(norm(core(A [s_i; e_{i-1}])))`, where the state
       s_i is the exact embedding in clean rows, under the null conditioning, and the noisy one in
       noisy rows; both times sqrt(D)/embed_scale, so that s and e are alike in size. Noisy row i
-      sees the clean rows before its own and itself. The prelude is causal, knows no noise, and runs
-      once for any number of Euler steps: K of them are K calls of core and coda. In several blocks
-      each has some of the core's layers, and all use the prelude (where text is written, once for
-      each block's cache), the adapter, the norm and the coda.
+      sees the clean rows before its own and itself. In a single stream there are the noisy rows
+      only, under causal attention: e_{i-1} tells each of its token before. The prelude is causal,
+      knows no noise, and runs once for any number of Euler steps: K of them are K calls of core and
+      coda. In several blocks each has some of the core's layers, and all use the prelude (where
+      text is written, once for each block's cache), the adapter, the norm and the coda.
     * The plain model is Huginn: from a random s, `s <- norm(core(A [s; e]))` r times, then
       `coda(s)`; row i predicts token i + 1. Training draws r from `Poisson(exp(u)) + 1` with
       `u ~ N(ln(mean_recurrence) - 1/8, 1/4)`, so 33 on the average for 32; gradients go through the
@@ -181,10 +182,13 @@ class RecurrentLM(LanguageModel):
         positions, T = given.positions(), given.tokens.shape[1]
         x = self._embed(given.tokens, self.target_embedding.rows())
         rotary = self._rotary(positions.repeat(2))
-        attends = [given.attend_within_documents()] * len(self.prelude)
-        e = self._read(x, rotary.rows(0, T), attends)
+        causal = given.attend_causally()
+        e = self._read(x, rotary.rows(0, T), [causal] * len(self.prelude))
         before = e.roll(1, 1) * (positions > 0).to(e.dtype)[:, None]
-        return RecurrentContext(x, before.repeat(1, 2, 1), rotary, given.cu_seqlens)
+        if self.config.rows == "single":
+            return RecurrentContext(x[:, :0], before, rotary.rows(0, T), causal)
+        doubled = attend_doubled(given.cu_seqlens)
+        return RecurrentContext(x, before.repeat(1, 2, 1), rotary, doubled)
 
     def run_layers(
         self,
@@ -193,8 +197,8 @@ class RecurrentLM(LanguageModel):
         level: NoiseLevel,
         condition: RecurrentContext,
     ) -> Hidden:
-        """Runs layers of the core, and the coda, on the noisy rows [N, T, D] beside the clean."""
-        attends = [attend_doubled(condition.cu_seqlens)] * (len(layers) + len(self.coda))
+        """Runs layers of the core, and the coda, on the noisy rows [N, T, D]."""
+        attends = [condition.attend] * (len(layers) + len(self.coda))
         cond = self._cond(level)
         noisy = self._denoised(
             layers, condition.x, z_in, condition.before, cond, condition.rotary, attends
@@ -214,7 +218,7 @@ class RecurrentLM(LanguageModel):
         cache: KVCache,
         readout: Readout,
     ) -> Hidden:
-        """As `run_layers` for one noisy row; see `LanguageModel.run_cached`.
+        """As `run_layers` for a noisy row; see `LanguageModel.run_cached`.
 
         The prelude runs on `tokens` alone, and the cache keeps what it made of the last of them.
         """
@@ -224,11 +228,13 @@ class RecurrentLM(LanguageModel):
         if C > 0:
             e = self._read(clean, rotary.rows(0, C), cache.attends(C, last=len(self.prelude)))
         before, cond = cache.before(e), self._cond(level)
+        rows = clean[:, :0] if self.config.rows == "single" else clean
         noisy = self._denoised(
-            layers, clean, z_in, before, cond, rotary,
+            layers, rows, z_in, before, cond, rotary,
             cache.attends(C + 1, first=len(self.prelude)),
-        )  # fmt: skip
+        )[:, -1:]  # fmt: skip
         cache.commit(C, before[:, C:])
+        cond = cond[:, -1:] if cond is not None and cond.ndim == 3 else cond
         return Hidden(noisy, cond)
 
     @property
@@ -303,7 +309,7 @@ class RecurrentLM(LanguageModel):
         before: Tensor,
         cond: Tensor | None,
         rotary: Rotary,
-        attends: Sequence[Attend],
+        attends: Sequence[Attend | None],
     ) -> Tensor:
         """Noisy rows [N, R, D] after core and coda.
 
@@ -316,7 +322,10 @@ class RecurrentLM(LanguageModel):
             rotary: rotations of all rows.
             attends: the attention of each layer, of core and coda.
         """
-        state = torch.cat([clean, self._noisy_rows(z_in, clean)], dim=1) / self._element
+        noisy = self._noisy_rows(z_in, clean)
+        if self.config.rows == "single":
+            noisy, cond = self._with_level(noisy, cond)
+        state = torch.cat([clean, noisy], dim=1) / self._element
         rows, n = self._enter(state, before), len(layers)
         clean, noisy = rows.split((clean.shape[1], z_in.shape[1]), dim=1)
         coda = cast(Sequence[nn.Module], self.coda)
@@ -329,7 +338,7 @@ class RecurrentLM(LanguageModel):
     def _plain_features(
         self, batch: TokenBatch, readout: Readout, num_recurrences: int, noise: Tensor
     ) -> Tensor:
-        attend = batch.attend_within_documents()
+        attend = batch.attend_causally()
         x = self._recurred(
             self._embed(batch.tokens, readout.rows), self._rotary(batch.positions()),
             lambda: attend, num_recurrences, noise,

@@ -6,8 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
-from dblocks.recipes._autoregressive import AutoregressiveLearner, AutoregressiveRun
+from dblocks.recipes._autoregressive import (
+    AutoregressiveLearner,
+    AutoregressiveRun,
+    bound_of,
+)
 from dblocks.text import Corpus
+
+TEMPERATURES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # of the samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +23,20 @@ class CausalLMRun(AutoregressiveRun):
     The defaults are for two cores and ten minutes; `GPU` is a larger recipe.
     """
 
-    steps: int = 1440
+    steps: int = 2520
     """Training steps, of one batch each."""
     p_mean: float = 0.0
     """Mean of the logarithm of the noise levels: the first block owns 2.4 to 80, where a noisy
     embedding of norm 1 tells nothing, so that it learns to predict from the text alone."""
+    tokens_per_block: int = 1
+    """Tokens that are predicted, and written, at once; they share a noise level."""
 
     def model_config(self, vocab_size: int) -> CausalLMConfig:
         """The network."""
-        return CausalLMConfig(depth=self.depth, **self.sizes(vocab_size))
+        k = 1 if self.end_to_end else self.tokens_per_block
+        return CausalLMConfig(
+            depth=self.depth, tokens_per_block=k, tokens_per_sigma=k, **self.sizes(vocab_size)
+        )
 
     def learner(self) -> CausalLMLearner:
         """The network of this run with its data, ready to train."""
@@ -66,13 +77,35 @@ class CausalLMLearner(AutoregressiveLearner):
         )
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
-        """Bits per character of all of the held-out text, and samples."""
-        steps = (None,) if self.model is None else sorted({1, self.num_blocks})
-        by_steps = {str(n): self.bits(num_steps=n) for n in steps if n is not None}
-        return {
+        """Bits per character of all of the held-out text; of final runs samples too."""
+        found = {
             "adaln": self.network.config.conditioning != "none",
             "sha256": self.corpus.sha256,
-            "bits": by_steps["1"] if by_steps else self.bits(),
-            "bits_by_denoising_steps": by_steps,
-            "samples_written": {str(n or "plain"): self.samples(num_steps=n) for n in steps},
+            "bits": self.bits(),
         }
+        if self.model is not None and self.has_product:
+            found["product_bits"] = self.bits(product=True)
+        if self.text.part == "selection":
+            return found
+        if self.model is not None:
+            model, text = self.model, self.corpus.evaluated
+            found["bound"] = bound_of(model, text, self.text.context)
+        return found | {"samples_written": self._samples()}
+
+    @property
+    def has_product(self) -> bool:
+        """Whether all blocks were trained at sigma_max, so that their product says something."""
+        config = self.config
+        return config is not None and (config.top_share > 0 or config.num_blocks == 1)
+
+    def _samples(self) -> dict[str, list[str]]:
+        """Samples by name: "plain", "product" or the Euler steps, and "@" the temperature."""
+        if self.model is None:
+            return {f"plain@{t:g}": self.samples(temperature=t) for t in TEMPERATURES}
+        steps = sorted({1, self.num_blocks})
+        written = {f"{n}@1": self.samples(num_steps=n) for n in steps}
+        if self.has_product:
+            written |= {
+                f"product@{t:g}": self.samples(product=True, temperature=t) for t in TEMPERATURES
+            }
+        return written

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dblocks.models.recurrent import RecurrentConfig, RecurrentLM
-from dblocks.recipes._autoregressive import AutoregressiveLearner, AutoregressiveRun
+from dblocks.nn import ConditioningKind
+from dblocks.recipes._autoregressive import AutoregressiveLearner, AutoregressiveRun, bound_of
 from dblocks.recipes._base import Batch
 from dblocks.text import Corpus
 
 STEPS = (1, 2, 4, 8, 16, 32)  # Euler steps, or recurrences, whose quality is measured
 STEPS_WINDOWS = 32  # windows of the held-out text, spread evenly, that each is measured on
-DRAWS = 4  # of noise, or of initial states, whose probabilities are averaged there
 SAMPLE_STEPS = 8  # Euler steps of the samples that stand for the model
 
 
@@ -30,6 +30,14 @@ class RecurrentRun(AutoregressiveRun):
     """Number of blocks that the core is divided into: 1 block applies all of it at every step."""
     steps: int = 600
     """Training steps, of one batch each."""
+    rows: Literal["single", "doubled"] = "doubled"
+    """How noisy embeddings enter the blocks; see `LanguageModelConfig`."""
+    head: Literal["posterior", "learned"] = "learned"
+    """What the blocks' logits are; see `LanguageModelConfig`."""
+    top_share: float = 0.0
+    """Share of every block's draws that are at sigma_max."""
+    conditioning: ConditioningKind = "dit"
+    """AdaLN of the blocks; the network trained end to end has none."""
     width: int = 96
     """Width of the rows."""
     heads: int = 2
@@ -141,11 +149,14 @@ class RecurrentLearner(AutoregressiveLearner):
 
     def _against_steps(self) -> dict[str, Any]:
         counts = self.recurrent.measured_steps
+        plain = counts if self.model is None else [1]
         return {
             "windows": STEPS_WINDOWS,
-            "draws": DRAWS,
-            "bits_by_steps": {
-                str(n): self.bits(num_steps=n, windows=STEPS_WINDOWS, draws=DRAWS) for n in counts
-            },
+            "bits_by_steps": {str(n): self.bits(num_steps=n, windows=STEPS_WINDOWS) for n in plain},
+            "bound": None if self.model is None else self._bound(),
             "samples_written": {str(n): self.samples(num_steps=n) for n in counts},
         }
+
+    def _bound(self) -> dict[str, Any]:
+        text, context = self.corpus.evaluated, self.text.context
+        return bound_of(self.model, text, context, windows=STEPS_WINDOWS)

@@ -1,0 +1,181 @@
+"""What gives the logits of the next tokens when text is written: a plain model, or blocks."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from dblocks import functional as F
+from dblocks._kv_cache import KVCache, Slots
+from dblocks.adapters._causal import ConvertedCausalLM
+from dblocks.blocks import DiffusionBlocks
+from dblocks.models._causal import Hidden, LanguageModel
+from dblocks.schedule import NoiseLevel
+
+
+class Writer(Protocol):
+    """Gives the logits of the next token."""
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Rows of normals that are drawn for each prompt, and how many are in one."""
+        ...
+
+    def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
+        """Logits [N, k, V] of the k tokens after `tokens` [N, P], k = `Slots.block_size`.
+
+        Args:
+            tokens: the prompts, and what was written after them.
+            noise: normals [N, *noise_shape]; a row is of a step, or of a position.
+            step: how many tokens were written before.
+        """
+        ...
+
+
+class PlainWriter:
+    """Logits from a plain model."""
+
+    def __init__(self, lm: LanguageModel, num_steps: int, slots: Slots, *, cache: bool) -> None:
+        self.lm = lm
+        self.num_steps = num_steps
+        self.slots = slots
+        self.noise_shape = (slots.capacity, lm.plain_noise_width)
+        self.readout = lm.current_readout()
+        self.cache = self._new_cache() if cache else None
+
+    def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
+        """See `Writer`; noise is of positions, as every token needs what was drawn for it."""
+        cache = self.cache or self._new_cache()
+        return self.lm.next_logits(
+            tokens[:, cache.committed :], cache, self.readout, num_steps=self.num_steps, noise=noise
+        )[:, None]
+
+    def _new_cache(self) -> KVCache:
+        return self.lm.new_plain_cache(self.slots, self.num_steps)
+
+
+class BlockWriter:
+    """Logits from blocks: by Euler steps, or of the product of their predictions at the top."""
+
+    def __init__(
+        self,
+        model: DiffusionBlocks,
+        sigmas: Tensor,
+        blocks: list[int],
+        slots: Slots,
+        *,
+        cache: bool,
+        product: bool,
+    ) -> None:
+        self.model = model
+        self.grid: list[float] = sigmas.tolist()
+        self.blocks = blocks
+        self.slots = slots
+        self.product = product
+        self.lms = {b: cast(LanguageModel, model.parts(b)[0]) for b in set(blocks)}
+        # In a single stream also the rows of known tokens hold noise, each position its own.
+        self.single = self.lms[blocks[0]].config.rows == "single"
+        rows = slots.capacity if self.single else slots.capacity - slots.prompt
+        self.noise_shape = (rows, self.lms[blocks[0]].config.width)
+        self.readouts = {block: lm.current_readout() for block, lm in self.lms.items()}
+        self.caches = {block: self._new_cache(block) for block in self.lms} if cache else None
+
+    def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
+        """See `Writer`; noise is of steps, in a single stream of positions."""
+        k, end = self.slots.block_size, tokens.shape[1]
+        fresh = self._of(noise, end, end + k) if self.single else noise[:, step : step + k]
+        z, total = self.grid[0] * fresh, torch.zeros_like(fresh[:, :, :1])
+        for i, (sigma, block) in enumerate(zip(self.grid, self.blocks, strict=True)):
+            lm, readout = self.lms[block], self.readouts[block]
+            level = self.model.config.noise_schedule.level(z.new_full(z.shape[:1], sigma))
+            logits = lm.read_out(self._run(block, tokens, noise, z, level), z, level, readout)
+            if self.product:
+                total = total + logits.log_softmax(-1) / len(self.grid)
+            elif i + 1 < len(self.grid):
+                denoised = lm.denoise(logits, z, level, readout)
+                z = F.euler_step(z, denoised, sigma, self.grid[i + 1])
+        return total if self.product else logits
+
+    def _run(
+        self, block: int, tokens: Tensor, noise: Tensor, z: Tensor, level: NoiseLevel
+    ) -> Hidden:
+        """What a block's layers leave of the noisy rows z, beside known tokens."""
+        lm, readout = self.lms[block], self.readouts[block]
+        cache = self._new_cache(block) if self.caches is None else self.caches[block]
+        known = tokens[:, cache.committed :]
+        schedule = self.model.config.noise_schedule
+        if self.single:
+            top = self._top(block)
+            held = top * self._of(noise, cache.committed, tokens.shape[1])
+            if top < schedule.sigma_max:
+                # At sigma_max noise is all that there is, as where sampling starts.
+                held = held + readout.rows[known]
+            z = torch.cat([held, z], dim=1)
+            noisy = level.sigma[:, None].expand(-1, z.shape[1] - known.shape[1])
+            level = schedule.level(torch.cat([z.new_full(known.shape, top), noisy], dim=1))
+        z_in = schedule.scale_in(z, level)
+        return lm.run_cached(self.model.parts(block)[1], z_in, level, known, cache, readout)
+
+    def _top(self, block: int) -> float:
+        """The highest level at which a block was trained."""
+        config = self.model.config
+        trained = config.noise_schedule.boundaries(config.num_blocks)[block].item()
+        return config.noise_schedule.sigma_max if config.top_share > 0 else trained
+
+    def _of(self, noise: Tensor, first: int, last: int) -> Tensor:
+        """The noise of the positions of the slots first to last - 1, [N, last - first, D]."""
+        positions = self.slots.positions(first, last)
+        if positions.ndim == 1:
+            return noise[:, first:last]
+        return noise.gather(1, positions[..., None].expand(-1, -1, noise.shape[2]))
+
+    def _new_cache(self, block: int) -> KVCache:
+        return self.lms[block].new_cache(self.slots, self.model.parts(block)[1])
+
+
+class WholeWriter:
+    """Logits from the blocks of a converted model, by Euler steps that run all rows."""
+
+    def __init__(
+        self, model: DiffusionBlocks, sigmas: Tensor, blocks: list[int], slots: Slots
+    ) -> None:
+        self.model = model
+        self.grid: list[float] = sigmas.tolist()
+        self.blocks = blocks
+        self.slots = slots
+        width = cast(ConvertedCausalLM, model.base_model).width
+        self.noise_shape = (slots.capacity - slots.prompt, width)
+
+    def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
+        """See `Writer`; noise is of steps."""
+        tokens, end = self._in_rows(tokens)
+        sample = torch.arange(len(tokens), device=tokens.device)
+        noise = noise[:, step]
+        z = self.grid[0] * noise[:, None]
+        for i, (sigma, block) in enumerate(zip(self.grid, self.blocks, strict=True)):
+            lm, layers = self.model.parts(block)
+            level = self.model.config.noise_schedule.level(torch.full_like(noise[:, 0], sigma))
+            # A noisy row feeds no other, so those that are not read may be anything.
+            z_in = (level.c_in[:, None, None] * z).expand(-1, tokens.shape[1], -1)
+            hidden = lm.run_layers(
+                layers, z_in, level, lm.embed_condition({"tokens": tokens}, None)
+            )
+            hidden = hidden._replace(x=hidden.x[sample, end][:, None])
+            logits = lm.read_out(hidden, z, level)
+            if i + 1 < len(self.grid):
+                z = F.euler_step(z, lm.denoise(logits, z, level), sigma, self.grid[i + 1])
+        return logits
+
+    def _in_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [N, C + 1] without the gaps after short prompts, and where the next one is."""
+        slots, C = self.slots, tokens.shape[1]
+        lengths = torch.full((len(tokens),), C, device=tokens.device)
+        tokens = torch.cat([tokens, tokens[:, :1]], dim=1)
+        if slots.lengths is None:
+            return tokens, lengths
+        gap = (slots.prompt - slots.lengths)[:, None]
+        place = torch.arange(C + 1, device=tokens.device)
+        slot = torch.where(place < slots.lengths[:, None], place, place + gap)
+        return tokens.gather(1, slot.clamp(max=C)), lengths - gap[:, 0]
