@@ -105,6 +105,18 @@ GOOD = packed(some_bytes(4, 2, 3))
         (GOOD[:4] + b"\xff" * 12 + GOOD[16:], r"4294967295\] says, .* got 24"),
         (packed(some_bytes(0, 2, 3)), r"\[0, 2, 3\] says, 0, and at least one, got 0"),
     ],
+    ids=[
+        "empty",
+        "two bytes",
+        "no sizes",
+        "labels",
+        "floats",
+        "gzip",
+        "cut off",
+        "longer",
+        "sizes",
+        "no images",
+    ],
 )
 def test_a_damaged_idx_file_is_named(tmp_path, content, message):
     mnist(tmp_path)

@@ -69,9 +69,10 @@ def test_long_text_is_looked_up_in_parts(monkeypatch):
 
 
 def test_letters_and_spaces():
-    sample = b"  The 40-year old's\n\tCAF\xc3\x89, 1913!Z 9"
+    sample = b"  The 40-year old's\n\tNA\xc3\x8fVE, 1913!Z 9"
     assert (
-        text.letters_and_spaces(sample) == "the four zero year old s caf one nine one three z nine"
+        text.letters_and_spaces(sample)
+        == "the four zero year old s na ve one nine one three z nine"
     )
     assert text.letters_and_spaces(b"0123456789") == " ".join(w.decode() for w in text.DIGITS)
     assert text.letters_and_spaces(b" \n!") == ""
