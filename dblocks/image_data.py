@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dblocks._byte_images import ByteImages, is_idx, read_idx, read_parts
 from dblocks.data import Images, Part, choose_part, digits, split
 
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 MAX_BYTE = 255.0
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ROWS_AT_A_TIME = 1024  # of a Hugging Face data set
@@ -42,9 +44,12 @@ def load_images(
     """What to train on and what to evaluate on, from what a name or a path stands for.
 
     Args:
-        source: "digits", "cifar10", `hf:NAME` for a data set of Hugging Face, a folder of images,
-            or a .npy or .npz file.
-        part: see `dblocks.data.digits`; CIFAR-10 holds out its own test images.
+        source: "digits"; "fashion-mnist", which Debian's package dataset-fashion-mnist installs;
+            "cifar10"; `hf:NAME` for a data set of Hugging Face; a folder of images, of IDX files
+            (train-images-idx3-ubyte and so on, as of MNIST, also .gz) or of the binary version of
+            CIFAR; an IDX file of images with its labels beside it; or a .npy or .npz file.
+        part: see `dblocks.data.digits`; Fashion-MNIST, CIFAR and folders of IDX files hold out
+            their own test images.
         size: see `image_folder`, the only source that takes it.
         scale: see `array_file` and `hugging_face`, the sources that take it.
 
@@ -60,17 +65,22 @@ def load_images(
         raise ValueError(f"scale is for arrays and latents, got {scale} with {source!r}; leave it")
     if source == "digits":
         return digits(part)
+    if source == "fashion-mnist":
+        return choose_part(*fashion_mnist(), part)
     if source == "cifar10":
         return choose_part(cifar10(train=True), cifar10(train=False), part)
     if source.startswith("hf:"):
         return split(hugging_face(source.removeprefix("hf:"), scale=scale), part)
     if folder:
-        return split(image_folder(path, size=size), part)
+        return _of_folder(path, part, size)
+    if is_idx(path):
+        return split(_of_bytes(read_idx(path), source), part)
     if array:
         return split(array_file(path, scale=scale), part)
     raise ValueError(
-        "data must be digits, cifar10, hf:NAME, a folder of images, or a .npy or .npz file, "
-        f"got {source!r}"
+        "data must be digits, fashion-mnist, cifar10, hf:NAME, a folder of images, of IDX files or "
+        "of CIFAR's binary version, an IDX file of images (NAME-images-idx3-ubyte[.gz]), or a .npy "
+        f"or .npz file, got {source!r}"
     )
 
 
@@ -150,6 +160,22 @@ def array_file(path: str | Path, *, scale: float = 1.0) -> Images:
     return _images_of(arrays[found[0]], arrays.get("labels"), scale, str(path))
 
 
+def fashion_mnist() -> tuple[Images, Images]:
+    """Fashion-MNIST's 60,000 training and 10,000 test images of 28x28, from Debian's package.
+
+    Raises:
+        ValueError: the package dataset-fashion-mnist is not installed, or a file is damaged.
+    """
+    parts = read_parts(FASHION_MNIST)
+    if parts is None:
+        raise ValueError(
+            f"fashion-mnist must be in {FASHION_MNIST}, and is not; install Debian's package "
+            "dataset-fashion-mnist, or give the folder of its IDX files instead of the name"
+        )
+    training, held_out = (_of_bytes(found, "fashion-mnist") for found in parts)
+    return training, held_out
+
+
 def cifar10(root: str | Path = "data", *, train: bool = True) -> Images:
     """CIFAR-10 through torchvision, which downloads it into `root` where it is not there.
 
@@ -198,6 +224,23 @@ def hugging_face(
     arrays = numpy.concatenate([numpy.stack(list(batch[columns[0]])) for batch in batches])
     labels = numpy.concatenate([batch[label] for batch in batches]) if labelled else None
     return _images_of(arrays, labels, scale, name)
+
+
+def _of_folder(folder: Path, part: Part, size: Size | None) -> tuple[Images, Images]:
+    parts = read_parts(folder)
+    if parts is None:
+        return split(image_folder(folder, size=size), part)
+    if size is not None:
+        raise ValueError(
+            f"size is for a folder of images, got {size} with {folder}, whose IDX or CIFAR files "
+            "have one; leave it"
+        )
+    training, held_out = (_of_bytes(found, str(folder)) for found in parts)
+    return choose_part(training, held_out, part)
+
+
+def _of_bytes(found: ByteImages, of: str) -> Images:
+    return _images_of(found.pixels, found.labels, 1.0, of)
 
 
 def _images_of(array: Any, labels: Any, scale: float, of: str) -> Images:

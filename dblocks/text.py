@@ -1,13 +1,18 @@
-"""Text as tokens: the prose that ships with Python or any file, tokenizers, splits and windows.
+"""Text as tokens: Python's own prose, a dictionary or any file; tokenizers, splits and windows.
 
 Nothing is downloaded. Batches are functions of (seed, step), as those of `dblocks.data`.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib
 import json
+import re
+import string
+import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +24,15 @@ from torch import Tensor
 from dblocks.data import Part, generator_of
 
 PYDOC_CHARACTERS = 400_000  # a prefix, so that a longer later edition is cut to the same size
+GCIDE = Path("/usr/share/dictd/gcide.dict.dz")  # where Debian's package dict-gcide puts it
+GCIDE_CHARACTERS = 20_000_000  # a prefix too, from A to "prosiliency"
+SOURCE_LINE = re.compile(rb"^\s*\[[^\[\]\n]*\]$", re.MULTILINE)  # such as [1913 Webster]
+LETTERS_AND_DIGITS = string.ascii_lowercase + string.digits
+DIGITS = b"zero one two three four five six seven eight nine".split()
 HELD_OUT = 0.1  # the tail of the text
 VALIDATION = 0.1  # the tail of what is left
+CHARACTERS_AT_A_TIME = 1 << 20  # that are looked up
+UTF_32 = f"utf-32-{sys.byteorder[0]}e"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -55,7 +67,10 @@ class Characters:
 
     def __init__(self, characters: Iterable[str]) -> None:
         self.characters = (UNKNOWN, *sorted(set(characters) - {UNKNOWN}))
-        self._number = {character: i for i, character in enumerate(self.characters)}
+        codes = [ord(character) for character in self.characters]
+        # Of each code point; the one after the largest known stands for all beyond.
+        self._numbers = torch.zeros(max(codes) + 2, dtype=torch.int64, device="cpu")
+        self._numbers[codes] = torch.arange(len(codes), device="cpu")
 
     @property
     def size(self) -> int:
@@ -64,7 +79,18 @@ class Characters:
 
     def encode(self, text: str) -> list[int]:
         """The number of each character; 0 for an unknown one."""
-        return [self._number.get(character, 0) for character in text]
+        return self.encode_tensor(text).tolist()
+
+    def encode_tensor(self, text: str) -> Tensor:
+        """As `encode`, int64 [characters]: for long texts, with no Python object a character."""
+        found = torch.empty(len(text), dtype=torch.int64, device="cpu")
+        for start in range(0, len(text), CHARACTERS_AT_A_TIME):
+            # A str may hold single surrogates, which are no text in UTF-32 but code points.
+            part = text[start : start + CHARACTERS_AT_A_TIME].encode(UTF_32, "surrogatepass")
+            codes = torch.frombuffer(bytearray(part), dtype=torch.int32)
+            known = codes.clamp_(max=len(self._numbers) - 1)
+            found[start : start + len(codes)] = self._numbers[known]
+        return found
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The characters of these numbers."""
@@ -162,21 +188,59 @@ def read_text(data: str | Path = "pydoc") -> str:
     Args:
         data: "pydoc", the first 400,000 characters of the documentation that Python ships
             (`pydoc_data.topics`, joined in the order of their names; another edition with another
-            version of Python), or the path of a text file in UTF-8.
+            version of Python); "gcide", the first 20,000,000 characters of the Collaborative
+            International Dictionary of English, which Debian's package dict-gcide installs, made
+            letters and spaces by `letters_and_spaces`; or the path of a text file in UTF-8.
 
     Raises:
-        ValueError: the file is not there or not UTF-8, or the text is empty.
+        ValueError: the file or the package is not there, the file is damaged or not UTF-8, or the
+            text is empty.
     """
     if data == "pydoc":
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
         return "\n".join(topics[name] for name in sorted(topics))[:PYDOC_CHARACTERS]
+    if data == "gcide":
+        return letters_and_spaces(_gcide())[:GCIDE_CHARACTERS]
     try:
         text = Path(data).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data must be 'pydoc' or a text file in UTF-8: {error}") from error
+        raise ValueError(
+            f"data must be 'pydoc', 'gcide' or a text file in UTF-8: {error}"
+        ) from error
     if not text:
         raise ValueError(f"data must hold some text, got the empty file {data}")
     return text
+
+
+def letters_and_spaces(text: bytes) -> str:
+    """English as text8 has it: lower-case a to z, and single spaces between words.
+
+    Digits are spelled out one by one; any other byte is a space. There is none at the ends.
+
+    Args:
+        text: in ASCII, or in an encoding that extends it; case is that of ASCII.
+
+    Source: Mahoney 2006, about the test data of the Large Text Compression Benchmark.
+    """
+    kept = bytes(byte if chr(byte) in LETTERS_AND_DIGITS else 32 for byte in range(256))
+    text = text.lower().translate(kept)
+    for digit, word in enumerate(DIGITS):
+        text = text.replace(str(digit).encode(), b" " + word + b" ")
+    return b" ".join(text.split()).decode()
+
+
+def _gcide() -> bytes:
+    """The dictionary as it is installed, without the lines that only name an entry's source."""
+    try:
+        with gzip.open(GCIDE) as file:
+            return SOURCE_LINE.sub(b"", file.read())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"gcide must be in {GCIDE}, and is not; install Debian's package dict-gcide, or give a "
+            "text file instead of the name"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{GCIDE} cannot be read: {error}") from error
 
 
 def load_corpus(
@@ -209,6 +273,8 @@ def _split(text: str, fraction: float) -> tuple[str, str]:
 
 
 def _text(text: str, tokenizer: Tokenizer) -> Text:
+    if isinstance(tokenizer, Characters):
+        return Text(tokenizer.encode_tensor(text), len(text))
     return Text(torch.tensor(tokenizer.encode(text), dtype=torch.int64), len(text))
 
 

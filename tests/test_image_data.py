@@ -242,7 +242,7 @@ def test_load_images_tells_sources_apart(tmp_path):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("mnist", {}, r"data must be digits, cifar10, .* got 'mnist'"),
+        ("mnist", {}, r"data must be digits, fashion-mnist, cifar10, .* got 'mnist'"),
         ("digits", {"size": 4}, "size is for a folder of images, got 4 with 'digits'"),
         ("cifar10", {"scale": 2.0}, "scale is for arrays and latents, got 2.0 with 'cifar10'"),
     ],

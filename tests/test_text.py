@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import sys
 import types
@@ -43,6 +44,90 @@ def test_unknown_characters_become_one_token():
     assert tokenizer.decode([1, 0]) == "a" + text.UNKNOWN
 
 
+@given(
+    st.text(max_size=20),
+    st.text(st.characters(exclude_categories=()), max_size=60),  # single surrogates too
+)
+def test_numbers_are_those_of_a_dictionary(characters, sample):
+    tokenizer = text.Characters(characters)
+    number = {character: i for i, character in enumerate(tokenizer.characters)}
+    expected = [number.get(character, 0) for character in sample]
+    assert tokenizer.encode(sample) == expected
+    tensor = tokenizer.encode_tensor(sample)
+    assert (tensor.dtype, tensor.tolist()) == (torch.int64, expected)
+
+
+def test_long_text_is_looked_up_in_parts(monkeypatch):
+    monkeypatch.setattr(text, "CHARACTERS_AT_A_TIME", 3)
+    tokenizer = text.Characters("a\u00fc\U0001f40d")
+    for count in (2, 3, 4, 7):
+        sample = "a\u00fcx\U0001f40d\U0001f40e\u00fca"[:count]
+        assert tokenizer.encode(sample) == [1, 2, 0, 3, 0, 2, 1][:count]
+
+
+# The dictionary
+
+
+def test_letters_and_spaces():
+    sample = b"  The 40-year old's\n\tNA\xc3\x8fVE, 1913!Z 9"
+    assert (
+        text.letters_and_spaces(sample)
+        == "the four zero year old s na ve one nine one three z nine"
+    )
+    assert text.letters_and_spaces(b"0123456789") == " ".join(w.decode() for w in text.DIGITS)
+    assert text.letters_and_spaces(b" \n!") == ""
+
+
+@given(st.binary(max_size=60))
+def test_nothing_but_words_and_single_spaces_is_left(sample):
+    found = text.letters_and_spaces(sample)
+    assert found == " ".join(found.split())
+    assert set(found) <= set("abcdefghijklmnopqrstuvwxyz ")
+    assert text.letters_and_spaces(found.encode()) == found
+
+
+ENTRY = b"""
+Largo \\Lar"go\\, a. & adv. [It., large, L. largus.]
+   (Mus.) Slow or slowly. [Obs.]
+   [1913 Webster]
+
+      [WordNet 1.5 +PJC]
+Lari 2.
+"""
+ENTRY_TEXT = "largo lar go a adv it large l largus mus slow or slowly obs lari two"
+
+
+@pytest.fixture
+def gcide(tmp_path, monkeypatch):
+    path = tmp_path / "gcide.dict.dz"
+    path.write_bytes(gzip.compress(ENTRY))
+    monkeypatch.setattr(text, "GCIDE", path)
+    return path
+
+
+def test_the_dictionary_is_a_prefix_without_its_sources(gcide, monkeypatch):
+    assert text.read_text("gcide") == ENTRY_TEXT
+    monkeypatch.setattr(text, "GCIDE_CHARACTERS", 30)
+    corpus = text.load_corpus("gcide")
+    assert (corpus.training.characters, corpus.evaluated.characters) == (27, 3)
+    whole = torch.cat([corpus.training.tokens, corpus.evaluated.tokens]).tolist()
+    assert corpus.tokenizer.decode(whole) == ENTRY_TEXT[:30]
+    assert corpus.sha256 == hashlib.sha256(ENTRY_TEXT[:30].encode()).hexdigest()
+
+
+def test_without_the_dictionary_its_package_is_named(gcide):
+    gcide.unlink()
+    with pytest.raises(ValueError, match=r"gcide must be in .*; install Debian's package dict-gci"):
+        text.read_text("gcide")
+
+
+@pytest.mark.parametrize("damage", [lambda c: b"other", lambda c: c[:-9], lambda c: c[:20]])
+def test_a_damaged_dictionary_is_named(gcide, damage):
+    gcide.write_bytes(damage(gcide.read_bytes()))
+    with pytest.raises(ValueError, match=r"gcide\.dict\.dz cannot be read: "):
+        text.read_text("gcide")
+
+
 def test_any_text_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("abcdefghij" * 10, encoding="utf-8")
@@ -53,8 +138,8 @@ def test_any_text_file(tmp_path):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (None, "must be 'pydoc' or a text file in UTF-8"),
-        (b"\xff\xfe\x00", "must be 'pydoc' or a text file in UTF-8"),
+        (None, "must be 'pydoc', 'gcide' or a text file in UTF-8"),
+        (b"\xff\xfe\x00", "must be 'pydoc', 'gcide' or a text file in UTF-8"),
         (b"", "must hold some text"),
         (b"a", "long enough to split, got 1 characters"),
     ],

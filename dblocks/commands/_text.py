@@ -21,7 +21,8 @@ class TrainText:
     """Options of training a language model."""
 
     data: str = "pydoc"
-    """What to train on: pydoc, the documentation that ships with Python, or a text file."""
+    """What to train on: pydoc, the documentation that ships with Python; gcide, 20 million
+    characters of the dictionary of Debian's package dict-gcide; or a text file."""
     tokenizer: Path | None = None
     """A Hugging Face tokenizer.json; by default every character is a token."""
     recipe: Literal["small", "gpu"] = "small"

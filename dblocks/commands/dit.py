@@ -26,8 +26,9 @@ class Train:
 
     data: str = "digits"
     """What to train on: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
-    cifar10; hf:NAME of Hugging Face; a folder of images, with a sub-folder for each class; or a
-    .npy or .npz file of images or latents."""
+    fashion-mnist, of Debian's package dataset-fashion-mnist; cifar10; hf:NAME of Hugging Face; a
+    folder of images, with a sub-folder for each class, of IDX files (MNIST's format) or of CIFAR's
+    binary version; or a .npy or .npz file of images or latents."""
     image_size: int | None = None
     """Height and width to scale and crop the images of a folder to."""
     scale: float = 1.0

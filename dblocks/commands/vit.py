@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from dblocks.commands._base import check_steps, load_network, train_and_save
 from dblocks.recipes._base import check_seed
@@ -21,8 +20,16 @@ class Train:
     model.safetensors, config.json and run.json into --out.
     """
 
-    data: Literal["digits"] = "digits"
-    """What to train on: digits, the 1,797 8x8 digits of scikit-learn; 30 % are held out."""
+    data: str = "digits"
+    """What to train on: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
+    fashion-mnist, of Debian's package dataset-fashion-mnist; cifar10; hf:NAME of Hugging Face; a
+    folder of images, with a sub-folder for each class, of IDX files (MNIST's format) or of CIFAR's
+    binary version; or a .npz file of images and labels."""
+    image_size: int | None = None
+    """Height and width to scale and crop the images of a folder to."""
+    patch_size: int | None = None
+    """Side of a patch. By default the largest up to 7 that leaves at least 4 patches along each
+    side: 2 for digits, 7 for 28x28 images, 4 for 32x32."""
     blocks: int = 3
     """Blocks that the 12 layers are split into: more blocks, less memory, shorter steps."""
     end_to_end: bool = False
@@ -44,6 +51,9 @@ class Train:
         from dblocks.recipes.vit import ViTRun
 
         run = ViTRun(
+            data=self.data,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
             blocks=self.blocks,
             end_to_end=self.end_to_end,
             steps=self.steps,
@@ -58,8 +68,10 @@ class Train:
 class Eval:
     """Measure the accuracy of a saved vision transformer on held-out data."""
 
-    data: Literal["digits"] = "digits"
-    """What to evaluate on: the held-out part of this data."""
+    data: str = "digits"
+    """What to evaluate on: the held-out part of this data; see `dblocks train vit`."""
+    image_size: int | None = None
+    """Height and width to scale and crop the images of a folder to."""
     checkpoint: Path = Path("runs/vit")
     """Folder that `dblocks train vit` wrote."""
     steps: int | None = None
@@ -69,7 +81,7 @@ class Eval:
 
     def __call__(self) -> None:
         """Load, classify the held-out part, and print the accuracy."""
-        from dblocks import data
+        from dblocks.image_data import load_images
         from dblocks.models.vit import ViT
         from dblocks.recipes.vit import Classifier
 
@@ -81,6 +93,12 @@ class Eval:
         else:
             classifier = Classifier(network, None)
             how = "all layers once (trained end to end)"
-        _, held_out = data.digits("final")
+        _, held_out = load_images(self.data, size=self.image_size)
+        known, largest = network.config.num_classes, int(held_out.labels.max())
+        if largest >= known:
+            raise ValueError(
+                f"labels must be among the {known} classes that the network knows, got {largest}; "
+                "give --data as in training"
+            )
         value = classifier.accuracy(held_out, self.steps, seed=self.seed)
-        print(f"held-out accuracy {100 * value:.1f} % on {len(held_out)} images, {how}")
+        print(f"held-out accuracy {100 * value:.1f} % on {len(held_out):,} images, {how}")

@@ -31,7 +31,7 @@ class TextRun(_base.Run, ABC):
     """Everything that decides the outcome of a run on text; see `dblocks.text.load_corpus`."""
 
     data: str = "pydoc"
-    """The text: pydoc, or the path of a file in UTF-8."""
+    """The text: pydoc, gcide, or the path of a file in UTF-8; see `dblocks.text.read_text`."""
     tokenizer: str | None = None
     """Path of a Hugging Face tokenizer.json; characters by default."""
     context: int = 128

@@ -39,7 +39,7 @@ class DiTRun(_base.Run):
     """Everything that decides the outcome of a run on images; see `load_images`."""
 
     data: str = "digits"
-    """digits, cifar10, hf:NAME, a folder of images, or a .npy or .npz file."""
+    """digits, fashion-mnist, cifar10, hf:NAME, or a folder or file as `load_images` takes it."""
     image_size: int | None = None
     """Height and width to scale and crop the images of a folder to."""
     scale: float = 1.0

@@ -1,7 +1,8 @@
-"""The vision transformer on handwritten digits: the network, the answers, what is measured."""
+"""The vision transformer on images: the network, the answers, what is measured."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.data import IMAGE_SIZE, NUM_CLASSES, Images, batch_indices, digits
+from dblocks.data import Images, batch_indices
+from dblocks.image_data import load_images
 from dblocks.metrics import evaluate
 from dblocks.models.vit import ViT, ViTConfig, classify
 from dblocks.nn import ConditioningKind
@@ -18,12 +20,18 @@ from dblocks.recipes import _base
 
 NOISE_SEED = 7  # of the noise that evaluation starts from
 DENOISING_STEPS = (1, 2, 3, 6, 12)  # with which the final accuracy is measured too
+AT_ONCE = 2000  # images that are classified at a time
+MOST_PATCH = 7  # side of a patch that is taken by default
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTRun(_base.Run):
-    """Everything that decides the outcome of a run on digits; see `dblocks.data.digits`."""
+    """Everything that decides the outcome of a run on images; see `load_images`."""
 
+    data: str = "digits"
+    """digits, fashion-mnist, cifar10, hf:NAME, or a folder or file as `load_images` takes it."""
+    image_size: int | None = None
+    """Height and width to scale and crop the images of a folder to."""
     steps: int = 4500
     """Training steps, of one batch each."""
     batch_size: int = 128
@@ -38,27 +46,52 @@ class ViTRun(_base.Run):
     """AdaLN of the blocks; the network trained end to end has none."""
     gate_init: float = 1.0
     """Of the blocks' layers: they start as the plain layers of the network trained end to end."""
-    patch_size: int = 2
-    """Side of a patch."""
+    patch_size: int | None = None
+    """Side of a patch; by default of the images' size, see `patch_size_of`."""
 
-    def vit_config(self) -> ViTConfig:
-        """The network: AdaLN where there is a noise level to follow, plain end to end."""
+    def images(self) -> tuple[Images, Images]:
+        """What to train on and what to evaluate on."""
+        return load_images(self.data, self.part, size=self.image_size)
+
+    def vit_config(self, data: Images, evaluated: Images) -> ViTConfig:
+        """The network for such images: AdaLN where there is a noise level, plain end to end.
+
+        Raises:
+            ValueError: all images are of one class.
+        """
+        num_classes = 1 + max(int(part.labels.max()) for part in (data, evaluated))
+        if num_classes < 2:
+            raise ValueError(
+                "images must be of at least 2 classes to learn them, got 1; "
+                "give each class a sub-folder, or an array file its labels"
+            )
+        _, channels, height, width = data.images.shape
+        patch_size = patch_size_of(height, width) if self.patch_size is None else self.patch_size
         return ViTConfig(
-            image_size=IMAGE_SIZE,
-            channels=1,
-            patch_size=self.patch_size,
+            image_size=height if height == width else (height, width),
+            channels=channels,
+            patch_size=patch_size,
             width=self.width,
             depth=self.depth,
             heads=self.heads,
             mlp_ratio=self.mlp_ratio,
-            num_classes=NUM_CLASSES,
+            num_classes=num_classes,
             conditioning="none" if self.end_to_end else self.conditioning,
             gate_init=0.0 if self.end_to_end else self.gate_init,
         )
 
     def learner(self) -> ViTLearner:
         """The network of this run with its data, ready to train."""
-        return ViTLearner(self, *digits(self.part))
+        return ViTLearner(self, *self.images())
+
+
+def patch_size_of(height: int, width: int) -> int:
+    """The largest side up to 7 that divides both and leaves at least 4 patches along each.
+
+    2 for digits of 8x8, 7 for 28x28, 4 for 32x32 and 64x64; 1 where there is none.
+    """
+    sides = range(1, min(MOST_PATCH, height // 4, width // 4) + 1)
+    return max((p for p in sides if math.gcd(height, width) % p == 0), default=1)
 
 
 class Classifier(NamedTuple):
@@ -78,18 +111,24 @@ class Classifier(NamedTuple):
     ) -> Tensor:
         """Logits [N, classes], by Euler steps from noise where the network is in blocks.
 
+        Images are taken 2,000 at a time, which draw their noise one after another.
+
         Args:
             images: [N, C, H, W].
             num_steps: denoising steps; one for each block by default.
             sigmas: noise levels of the steps, to use instead.
             seed: of the noise.
         """
-        if self.blocks is None:
-            return self.vit(images)
         generator = torch.Generator().manual_seed(seed)
-        return classify(
-            self.blocks, images, num_steps=num_steps, sigmas=sigmas, generator=generator
-        )
+
+        def some(images: Tensor) -> Tensor:
+            if self.blocks is None:
+                return self.vit(images)
+            return classify(
+                self.blocks, images, num_steps=num_steps, sigmas=sigmas, generator=generator
+            )
+
+        return torch.cat([some(chunk.float()) for chunk in images.split(AT_ONCE)])
 
     def accuracy(
         self,
@@ -122,9 +161,11 @@ class ViTLearner(_base.Learner):
                 f"batch_size must be at most the number of training images {len(data)}, "
                 f"got {run.batch_size}"
             )
+        if not len(evaluated):
+            raise ValueError(f"images must be enough to hold some out, got {len(data)}; give more")
         super().__init__(
             run,
-            lambda: ViT(run.vit_config()),
+            lambda: ViT(run.vit_config(data, evaluated)),
             lambda: BlocksConfig(num_blocks=run.blocks, weighting=run.weighting),
             lambda vit, batch: nn.functional.cross_entropy(vit(batch["images"]), batch["labels"]),
         )
@@ -135,7 +176,7 @@ class ViTLearner(_base.Learner):
         """Batch number `step`, on the CPU."""
         run, data = self.run, self.data
         chosen = data[batch_indices(len(data), run.batch_size, seed=run.seed, step=step)]
-        return {"images": chosen.images, "labels": chosen.labels}
+        return {"images": chosen.images.float(), "labels": chosen.labels}
 
     def measure(self) -> dict[str, Any]:
         """The accuracy, and that after each block's call on the way; the last is it."""

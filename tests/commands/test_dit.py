@@ -116,7 +116,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "labels must be in 0..3, got 7..7" in mistake(capsys, *sample, "--classes", "7")
     assert "multiples of patch_size=2" in mistake(capsys, *sample, "--size", "5", "4")
     assert "seed must be at least 0" in mistake(capsys, *sample, "--seed", "-1")
-    assert "data must be digits, cifar10" in mistake(
+    assert "data must be digits, fashion-mnist" in mistake(
         capsys, "train", "dit", "--data", "mnist", "--out", str(tmp_path / "c")
     )
 

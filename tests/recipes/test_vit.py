@@ -1,8 +1,15 @@
+import math
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dblocks.data import Images
-from dblocks.recipes.vit import ViTLearner, ViTRun
+from dblocks.data import Images, digits
+from dblocks.models.vit import classify
+from dblocks.recipes import vit as recipe
+from dblocks.recipes.vit import ViTLearner, ViTRun, patch_size_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,3 +113,99 @@ def test_classifier_repeats_itself():
     first, again = (learner.classifier.logits(data.images, 3, seed=1) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first, learner.classifier.logits(data.images, 3, seed=2))
+
+
+def test_images_are_classified_some_at_a_time(monkeypatch):
+    data, learner = make_data(7), begin(ViTRun(**TINY))
+    torch.nn.init.normal_(learner.network.classifier.weight)
+    classifier, images = learner.classifier, data.images
+    at_once = classifier.logits(images, 3, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(at_once, classify(learner.model, images, num_steps=3, generator=generator))
+    monkeypatch.setattr(recipe, "AT_ONCE", 3)
+    generator = torch.Generator().manual_seed(1)
+    chunks = [
+        classify(learner.model, images[i : i + 3], num_steps=3, generator=generator)
+        for i in (0, 3, 6)
+    ]
+    assert torch.equal(classifier.logits(images, 3, seed=1), torch.cat(chunks))
+    assert classifier.logits(images[:0]).shape == (0, 10)
+    right = torch.cat(chunks).argmax(-1)
+    assert classifier.accuracy(Images(images, right), 3, seed=1) == 1
+
+
+def test_all_digits_are_one_batch():
+    assert max(map(len, digits())) <= recipe.AT_ONCE
+
+
+# Other images than digits
+
+
+def test_the_default_patches():
+    sizes = {8: 2, 16: 4, 28: 7, 32: 4, 64: 4, 96: 6, 224: 7, 31: 1, 3: 1}
+    assert {size: patch_size_of(size, size) for size in sizes} == sizes
+    assert patch_size_of(28, 32) == 4
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_default_patches_cut_every_image(height, width):
+    size = patch_size_of(height, width)
+    assert math.gcd(height, width) % size == 0
+    assert size == 1 or min(height, width) >= 4 * size
+    assert 1 <= size <= 7
+
+
+def test_the_digits_network_is_what_it_was():
+    config = ViTRun().vit_config(*digits())
+    assert (config.image_size, config.channels, config.patch_size) == (8, 1, 2)
+    assert config.num_classes == 10
+
+
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_the_network_follows_the_images(tmp_path, end_to_end):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 12, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(40) % 4)
+    sizes = {**TINY, "patch_size": None, "end_to_end": end_to_end}
+    learner = ViTRun(steps=1, data=str(tmp_path / "a.npz"), **sizes).learner()
+    config = learner.network.config
+    assert (config.height_width, config.channels, config.num_classes) == ((8, 12), 3, 4)
+    assert config.patch_size == 2
+    learner.step(0)
+    assert 0 <= learner.measure()["accuracy"] <= 1
+
+
+def test_arrays_of_half_precision_are_trained_on():
+    data = make_data()
+    half = Images(data.images.half(), data.labels)
+    learner = ViTLearner(ViTRun(steps=1, **TINY), half, half)
+    learner.step(0)
+    assert learner.measure()["block_accuracy"]
+
+
+def test_a_class_of_the_held_out_images_alone_is_known():
+    data = make_data()
+    fewer = data[data.labels < 9]
+    assert ViTRun(**TINY).vit_config(fewer, data).num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("data", "evaluated", "message"),
+    [
+        (make_data(4), make_data(4), "batch_size must be at most .* images 4, got 8"),
+        (make_data(), make_data(0), "enough to hold some out, got 16; give more"),
+        (
+            Images(make_data().images, torch.zeros(16, dtype=torch.int64)),
+            Images(make_data().images, torch.zeros(16, dtype=torch.int64)),
+            "at least 2 classes to learn them, got 1; give each class a sub-folder",
+        ),
+    ],
+)
+def test_images_that_cannot_be_learned_are_refused(data, evaluated, message):
+    with pytest.raises(ValueError, match=message):
+        ViTLearner(ViTRun(**TINY), data, evaluated)
+
+
+def test_a_patch_that_does_not_fit_is_refused():
+    for size in (0, 3):
+        with pytest.raises(ValueError, match="patch_size"):
+            ViTLearner(ViTRun(**{**TINY, "patch_size": size}), make_data(), make_data())
