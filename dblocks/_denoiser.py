@@ -81,7 +81,7 @@ class Denoiser(nn.Module, ABC):
         shape = model.sigma_shape(batch)
         sigma = self.config.schedule.sample(
             block, self.config.num_blocks, shape,
-            overlap=self.config.overlap, top_share=self.config.top_share,
+            overlap=self.config.overlap, top_share=self.config.top_share_for(model.loss_kind),
             generator=on_device, device=device,
         )  # fmt: skip
         drop = None
@@ -192,13 +192,13 @@ def loss_factors(weighting: Weighting, loss_kind: str, w: Tensor) -> Tensor:
     of the denoised estimate. An L2 loss in F space already carries w_i, which is divided out.
 
     Args:
-        weighting: the rule; `auto` is w_i for "l2" and "masked_cross_entropy", and `batch_mean` for
+        weighting: the rule; `auto` is w_i for "l2" and "masked_cross_entropy", and `none` for
             "cross_entropy".
         loss_kind: "l2", "cross_entropy" or "masked_cross_entropy".
         w: the schedule's loss weights, of the shape of sigma.
     """
     if weighting == "auto":
-        weighting = "batch_mean" if loss_kind == "cross_entropy" else "edm"
+        weighting = "none" if loss_kind == "cross_entropy" else "edm"
     if weighting == "edm":
         return torch.ones_like(w) if loss_kind == "l2" else w
     if weighting == "clamped":
@@ -208,6 +208,21 @@ def loss_factors(weighting: Weighting, loss_kind: str, w: Tensor) -> Tensor:
     else:
         factor = torch.ones_like(w)
     return factor / w if loss_kind == "l2" else factor
+
+
+def check_trained_at_top(model: Denoiser) -> None:
+    """Raises unless every block was trained at the highest level."""
+    config = model.config
+    if config.num_blocks > 1 and not trained_at_top(model):
+        raise ValueError(
+            "the product of blocks needs blocks that were all trained at sigma_max, got "
+            "BlocksConfig.top_share = 0; train with a top_share such as .6, or use the first block"
+        )
+
+
+def trained_at_top(model: Denoiser) -> bool:
+    """Whether blocks after the first one were trained at the highest level too."""
+    return model.config.top_share_for(model.parts(0)[0].loss_kind) > 0
 
 
 def attention_with_tangents() -> AbstractContextManager:

@@ -30,6 +30,7 @@ PARTS = (
     "denoise",
     "score",
 )
+TOP_SHARE = 0.6  # of targets that are one of K; chosen on validation data, see docs/results.md
 VALUES = ("loss_kind", "condition_drop", "target_embedding")
 
 
@@ -230,13 +231,13 @@ class BlocksConfig(JsonConfig):
     overlap: float = OVERLAP
     """Widening of each block's range in training, as a fraction of its length (of ln sigma, or of
     the share of masked tokens)."""
-    top_share: float = 0.0
+    top_share: float | Literal["auto"] = "auto"
     """Share of every block's draws that are at the highest level (sigma_max, or all masked), where
     the condition alone tells anything: so later blocks learn to read it too. It changes training
-    only, not which block a level belongs to."""
+    only, not which block a level belongs to. auto is .6 for a cross-entropy with noise, else 0."""
     weighting: Weighting = "auto"
-    """Weight of a sample's loss; auto is edm for L2, batch_mean for cross-entropy, and the weight
-    of the bound for masks."""
+    """Weight of a sample's loss; auto is edm for L2, none for cross-entropy, and the weight of the
+    bound for masks."""
     shared: Shared = "train"
     """What happens to parameters outside the layers: train, frozen, private or reduce."""
 
@@ -257,7 +258,8 @@ class BlocksConfig(JsonConfig):
                 "shared='reduce' needs block-parallel training, which comes with "
                 "dblocks.distributed; use 'train', 'frozen' or 'private'"
             )
-        check_share("top_share", self.top_share)
+        if self.top_share != "auto":
+            check_share("top_share", self.top_share)
         # The schedule checks that its partition makes as many blocks, and the overlap.
         self.schedule.range_of(0, self.num_blocks, overlap=self.overlap)
         self._check_layers()
@@ -275,6 +277,12 @@ class BlocksConfig(JsonConfig):
                 f"got a {type(self.schedule).__name__}; masked tokens are sampled by dblocks.unmask"
             )
         return self.schedule
+
+    def top_share_for(self, loss_kind: str) -> float:
+        """`top_share`, as "auto" means it for this kind of loss."""
+        if self.top_share == "auto":
+            return TOP_SHARE if loss_kind == "cross_entropy" else 0.0
+        return self.top_share
 
     def layer_ranges(self, num_layers: int) -> tuple[tuple[int, int], ...]:
         """The layers [first, last) of each block, which cover every layer once.

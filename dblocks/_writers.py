@@ -10,7 +10,7 @@ from torch import Tensor
 from dblocks import functional as F
 from dblocks._kv_cache import KVCache, Slots
 from dblocks.adapters._causal import ConvertedCausalLM
-from dblocks.blocks import DiffusionBlocks
+from dblocks.blocks import DiffusionBlocks, trained_at_top
 from dblocks.models._causal import Hidden, LanguageModel
 from dblocks.schedule import NoiseLevel
 
@@ -120,9 +120,10 @@ class BlockWriter:
 
     def _top(self, block: int) -> float:
         """The highest level at which a block was trained."""
-        config = self.model.config
-        trained = config.noise_schedule.boundaries(config.num_blocks)[block].item()
-        return config.noise_schedule.sigma_max if config.top_share > 0 else trained
+        schedule = self.model.config.noise_schedule
+        if trained_at_top(self.model):
+            return schedule.sigma_max
+        return schedule.boundaries(self.model.config.num_blocks)[block].item()
 
     def _of(self, noise: Tensor, first: int, last: int) -> Tensor:
         """The noise of the positions of the slots first to last - 1, [N, last - first, D]."""

@@ -18,7 +18,9 @@ from dblocks._denoiser import Bound as Bound
 from dblocks._denoiser import Denoiser as Denoiser
 from dblocks._denoiser import Draw as Draw
 from dblocks._denoiser import Loss as Loss
+from dblocks._denoiser import check_trained_at_top as check_trained_at_top
 from dblocks._denoiser import loss_factors as loss_factors
+from dblocks._denoiser import trained_at_top as trained_at_top
 from dblocks._denoiser import unwrapped as unwrapped
 from dblocks._numbers import check_block
 from dblocks._parts import Batch as Batch
@@ -204,16 +206,6 @@ class Block(Denoiser):
     ) -> Tensor:
         """The estimate of the clean target; see `DiffusionBlocks.forward`."""
         return self.bind(guidance_scale=guidance_scale, **cond)(z, sigma, block=self.index)
-
-
-def check_trained_at_top(model: DiffusionBlocks) -> None:
-    """Raises unless every block was trained at the highest level."""
-    config = model.config
-    if config.num_blocks > 1 and config.top_share == 0:
-        raise ValueError(
-            "the product of blocks needs blocks that were all trained at sigma_max, got "
-            "BlocksConfig.top_share = 0; train with a top_share such as .6, or use the first block"
-        )
 
 
 def _check_loss_kind(model: BlockModel, config: BlocksConfig) -> None:

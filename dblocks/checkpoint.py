@@ -36,7 +36,9 @@ FORMAT = 2
 FORMAT_1: dict[str, dict[str, Any]] = {
     "causal_lm": {"rows": "doubled", "head": "learned"},
     "recurrent": {"rows": "doubled", "head": "learned"},
+    "vit": {"head": "learned", "noise_scale": None},
 }
+FORMAT_1_BLOCKS = {"top_share": 0.0}
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config"}
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -206,6 +208,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     if config["format"] == 1:
         config["model_config"] = FORMAT_1.get(config["model"], {}) | config["model_config"]
+        if config["blocks_config"] is not None:
+            config["blocks_config"] = FORMAT_1_BLOCKS | config["blocks_config"]
     return config
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dblocks._numbers import check_count
-from dblocks.blocks import DiffusionBlocks, check_trained_at_top, unwrapped
+from dblocks.blocks import DiffusionBlocks, unwrapped
 from dblocks.models._causal import LanguageModel
-from dblocks.sample import initial_noise
+from dblocks.sample import initial_noise, product_logits
 
 
 class Bound(NamedTuple):
@@ -76,7 +76,9 @@ def next_token_nll(
                 "num_steps must be 1 or None in blocks, as several steps have no likelihood, got "
                 f"{num_steps}; see dblocks.likelihood.denoising_bound"
             )
-        logits = _logits_at_top(model, tokens, 0, generator)[:, 1:]
+        z = _noise_at_top(model, tokens, generator)
+        top = torch.full((len(z),), model.config.noise_schedule.sigma_max, device=z.device)
+        logits = model.logits(z, top, block=0, tokens=tokens)[:, 1:]
     elif isinstance(model, LanguageModel):
         steps = model.plain_steps(num_steps)
         logits = model.next_token_logits(tokens, num_steps=steps, generator=generator)[:, :-1]
@@ -97,7 +99,7 @@ def product_nll(
         ln p(k) = mean over blocks of ln p_b(k), normalised
 
     Each block is called once at sigma_max, whose noise tells nothing, so this is exact; it is the
-    distribution that `generate(product=True)` draws from.
+    distribution that `generate(product=True)` draws from. See `dblocks.sample.product_logits`.
 
     Args:
         model: the blocks of a language model, trained with a `BlocksConfig.top_share`.
@@ -112,13 +114,8 @@ def product_nll(
         ValueError: blocks after the first one never saw sigma_max in training.
     """
     model = _blocks(model)
-    check_trained_at_top(model)
-    total = torch.zeros((), device=tokens.device)
-    for block in range(model.config.num_blocks):
-        logits = _logits_at_top(model, tokens, block, generator)[:, 1:]
-        total = total + logits.log_softmax(-1)
-    mean = total / model.config.num_blocks
-    return nnf.cross_entropy(mean.transpose(1, 2), tokens[:, 1:], reduction="none")
+    logits = product_logits(model, _noise_at_top(model, tokens, generator), tokens=tokens)[:, 1:]
+    return nnf.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
 
 @torch.no_grad()
@@ -210,16 +207,14 @@ def _blocks(model: Any) -> DiffusionBlocks:
     return model
 
 
-def _logits_at_top(
-    model: DiffusionBlocks, tokens: Tensor, block: int, generator: torch.Generator | None
+def _noise_at_top(
+    model: DiffusionBlocks, tokens: Tensor, generator: torch.Generator | None
 ) -> Tensor:
-    """A block's logits [N, T, V] at sigma_max, each position from noise of its own."""
-    schedule = model.config.noise_schedule
-    width = cast(Any, model.base_model).width
+    """A state [N, T, D] at sigma_max for every token, noise of its own alone."""
+    schedule, width = model.config.noise_schedule, cast(Any, model.base_model).width
     device = tokens.device if generator is None else generator.device
     z = initial_noise((*tokens.shape, width), schedule, generator=generator, device=device)
-    sigma = torch.full((len(tokens),), schedule.sigma_max, device=tokens.device)
-    return model.logits(z.to(tokens.device), sigma, block=block, tokens=tokens)
+    return z.to(tokens.device)
 
 
 def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:

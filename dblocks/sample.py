@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dblocks import functional as F
-from dblocks.blocks import Bound, Denoiser, DiffusionBlocks, unwrapped
+from dblocks.blocks import Bound, Denoiser, DiffusionBlocks, check_trained_at_top, unwrapped
 from dblocks.schedule import NoiseSchedule
 
 Callback = Callable[[dict[str, Any]], object]
@@ -108,6 +108,41 @@ def sample_logits(
     bound, blocks = _bind(model, levels, cond)
     z = _to_last_level(bound, z, grid, blocks, callback)
     return bound.logits(z, _full(z, grid[-1]), **blocks[-1])
+
+
+@torch.no_grad()
+def product_logits(
+    model: Denoiser, z: Tensor, *, guidance_scale: float = 1.0, **cond: Any
+) -> Tensor:
+    """The normalised geometric mean of all blocks' predictions at sigma_max: log-probabilities.
+
+        mean over blocks of log_softmax(logits_b),   normalised
+
+    for models of classes or tokens. The noise tells nothing there, so that each block predicts from
+    the condition alone; it costs one call of each.
+
+    Args:
+        model: a `DiffusionBlocks` whose blocks were all trained at sigma_max, see
+            `BlocksConfig.top_share`.
+        z: state at sigma_max, [N, ...].
+        guidance_scale: see `Bound`.
+        **cond: what the model's `embed_condition` reads.
+
+    Returns:
+        float32 [N, ..., K].
+
+    Raises:
+        ValueError: blocks after the first one never saw sigma_max in training.
+    """
+    model = unwrapped(model)
+    check_trained_at_top(model)
+    config = model.config
+    bound = model.bind(guidance_scale=guidance_scale, **cond)
+    sigma = _full(z, config.noise_schedule.sigma_max)
+    total = torch.zeros((), device=z.device)
+    for block in range(config.num_blocks):
+        total = total + bound.logits(z, sigma, block=block).log_softmax(-1)
+    return (total / config.num_blocks).log_softmax(-1)
 
 
 def grid_of(

@@ -14,6 +14,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
     for e in (
         vit.EXPERIMENT,
+        vit.FASHION,
         dit.EXPERIMENT,
         causal_lm.EXPERIMENT,
         masked_lm.EXPERIMENT,

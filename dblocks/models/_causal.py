@@ -19,6 +19,7 @@ from dblocks._kv_cache import KVCache, Slots
 from dblocks._transformer import over_rows
 from dblocks.blocks import Batch
 from dblocks.models._causal_config import LanguageModelConfig
+from dblocks.models._posterior import precision_of
 from dblocks.models._tokens import IGNORED, TokenBatch
 from dblocks.nn import (
     ConditioningKind,
@@ -315,8 +316,7 @@ class LanguageModel(nn.Module, ABC):
         if self.config.head == "learned":
             m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
             return self._readout_rows(m, readout, hidden.cond), readout.weight
-        rows, precision = self._readout_rows(f, readout), level.sigma.square().reciprocal()
-        evidence = over_rows(precision.view(len(z), -1, 1), z) * z.to(rows.dtype)
+        rows, evidence = self._readout_rows(f, readout), precision_of(level, z) * z
         if self.readout is None:
             return rows + self.config.embed_scale * evidence, readout.weight
         weight = readout.weight.to(readout.rows.dtype)

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dblocks.models._posterior import Head, check_head
 from dblocks.models._sizes import TokenModelConfig
 
 ROWS = ("single", "doubled")
-HEADS = ("posterior", "learned")
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class LanguageModelConfig(TokenModelConfig):
     rows: Literal["single", "doubled"] = "single"
     """How noisy embeddings enter: "single", in the rows of the tokens before, one row a token; or
     "doubled", as published, in rows of their own beside clean ones."""
-    head: Literal["posterior", "learned"] = "posterior"
-    """What logits are: "posterior", a prediction from the text plus the exact log-likelihood of the
-    noisy embedding; or "learned", as published, a readout of the EDM-preconditioned row."""
+    head: Head = "posterior"
+    """What logits are: "posterior", a prediction from the text plus the exact log-likelihood of
+    the noisy embedding; or "learned", as published, a readout of the EDM-preconditioned row."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,9 +35,9 @@ class LanguageModelConfig(TokenModelConfig):
             raise ValueError(
                 f"tokens_per_sigma must be positive or None, got {self.tokens_per_sigma}"
             )
-        for name, known in (("rows", ROWS), ("head", HEADS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        check_head(self.head)
+        if self.rows not in ROWS:
+            raise ValueError(f"rows must be one of {ROWS}, got {self.rows!r}")
         for name in ("embed_scale", "logit_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")

@@ -16,7 +16,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks import functional as F
-from dblocks.blocks import Batch, DiffusionBlocks, unwrapped
+from dblocks.blocks import Batch, DiffusionBlocks, trained_at_top, unwrapped
 from dblocks.models._images import (
     ImageModelConfig,
     check_floating,
@@ -25,6 +25,7 @@ from dblocks.models._images import (
     check_pairs,
     entry,
 )
+from dblocks.models._posterior import Head, check_head, posterior_logits
 from dblocks.nn import (
     ConditioningKind,
     LabelEmbedding,
@@ -34,13 +35,15 @@ from dblocks.nn import (
     TransformerLayer,
     conditioning_of,
 )
-from dblocks.sample import grid_of, initial_noise, sample_logits
+from dblocks.sample import grid_of, initial_noise, product_logits, sample_logits
 from dblocks.schedule import NoiseLevel
 
 INIT_STD = 0.02  # class token and null image; Dosovitskiy et al. 2021
 # As large as the patch tokens that Xavier weights make of pixels: at .02 the layers hardly see
 # positions, and blocks learn digits much more slowly (tried).
 POSITION_STD = 0.5
+
+Noise = Literal["none", "paper", "unit_variance"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,12 @@ class ViTConfig(ImageModelConfig):
     """Probability of training without the image, for guidance."""
     embed_scale: float = 1.0
     """Norm of a label's embedding."""
+    head: Head = "posterior"
+    """What logits are: "posterior", a prediction from the image plus the exact log-likelihood of
+    the noisy label; or "learned", as published, a readout of the EDM-preconditioned token."""
+    noise_scale: float | None = 0.1
+    """What a learned factor of the noisy label starts at, beside the class token; None: the noisy
+    label is the first token itself, as published."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +70,11 @@ class ViTConfig(ImageModelConfig):
             raise ValueError(f"num_classes must be positive, got {self.num_classes}")
         if not 0 < self.embed_scale < math.inf:
             raise ValueError(f"embed_scale must be positive and finite, got {self.embed_scale}")
+        check_head(self.head)
+        if self.noise_scale is not None and not 0 <= self.noise_scale < math.inf:
+            raise ValueError(
+                f"noise_scale must be None or a finite number >= 0, got {self.noise_scale}"
+            )
         if not 0 <= self.image_drop < 1:
             raise ValueError(f"image_drop must be in [0, 1), got {self.image_drop}")
 
@@ -83,10 +97,16 @@ class Hidden(NamedTuple):
 class ViT(nn.Module):
     """A vision transformer; `DiffusionBlocks(ViT(config), ...)` trains it in blocks.
 
-    As denoiser: the noisy label embedding, scaled by c_in, is the first token, the patches are the
-    others; `m = c_skip*z + c_out*LN(h)[:, 0]` and `logits = Linear(m*(1 + scale) + shift)`, with
-    shift and scale from the noise level; the loss is their cross-entropy. The denoised estimate is
-    the expectation of the label embedding under the logits.
+    As denoiser, the first token is `class token + a*c_in*z`, of the noisy label embedding z and a
+    learned number a, the patches are the others. With h the first token after the layers, E the
+    label embeddings, and shift and scale from the noise level,
+
+        posterior   logits = Linear(LN(h)) + E z / sigma^2
+        learned     logits = Linear(m*(1 + scale) + shift),   m = c_skip*z + c_out*LN(h)
+
+    The first is Bayes' rule: what the layers have to learn is ln p(class | image), at every level.
+    The loss is the logits' cross-entropy; the denoised estimate is the expectation of the label
+    embedding under them.
 
     End to end, `vit(images)` is the plain classifier with a learned class token and, where the
     layers are conditioned on noise, the null conditioning.
@@ -120,10 +140,13 @@ class ViT(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = Norm(D, "none")
-        self.modulation = Modulation(D, 2, kind) if conditioned else None
+        learned = config.head == "learned"
+        self.modulation = Modulation(D, 2, kind) if conditioned and learned else None
         self.classifier = nn.Linear(D, config.num_classes)
         self.loss_kind: Literal["cross_entropy", "l2"] = "cross_entropy"
         self.condition_drop = config.image_drop
+        scale = config.noise_scale
+        self.noise_scale = None if scale is None else nn.Parameter(torch.tensor(float(scale)))
         self._init_weights()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -175,6 +198,8 @@ class ViT(nn.Module):
     ) -> Hidden:
         """Runs `layers` on the noisy label embedding [N, D] beside the patch tokens."""
         cond = None if self.noise_embedding is None else self.noise_embedding(level.c_noise)
+        if self.noise_scale is not None:
+            z_in = self.class_token + self.noise_scale * z_in
         x = self._tokens(z_in, condition)
         for layer in layers:
             x = layer(x, cond)
@@ -183,6 +208,8 @@ class ViT(nn.Module):
     def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
         """Logits [N, num_classes], float32."""
         f = self._normed_token(hidden.x)
+        if self.config.head == "posterior":
+            return posterior_logits(self._classify(f, None), z, self.target_embedding.rows(), level)
         m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
         return self._classify(m, hidden.cond)
 
@@ -245,20 +272,27 @@ def classify(
     *,
     num_steps: int | None = None,
     sigmas: Tensor | Sequence[float] | None = None,
-    noise: Literal["paper", "unit_variance"] = "paper",
+    noise: Noise = "none",
     generator: torch.Generator | None = None,
     guidance_scale: float = 1.0,
 ) -> Tensor:
-    """Logits of a block-wise trained `ViT`: Euler steps from noise, the last call's logits.
+    """Logits of a block-wise trained `ViT`.
+
+    By default log-probabilities of the product of all blocks' predictions, one call each, see
+    `dblocks.sample.product_logits`; where blocks were trained without a `top_share`, or steps are
+    asked for, Euler steps, and the last call's logits. Steps begin at 0, the mean of the noise at
+    sigma_max, and end near the most likely class; from noise, as published, they end in a class
+    drawn from what the blocks think likely, which is right less often. The last call is at
+    sigma_min, where logits are nearly those of one class: their order tells the class, not how sure
+    the model is.
 
     Args:
         model: the blocks of a `ViT`, also inside torch.compile's or AveragedModel's wrapper.
         images: [N, C, H, W].
         num_steps: steps of the equal-mass grid; the number of blocks by default.
         sigmas: a grid to use instead.
-        noise: kind of the initial state, see `initial_noise`.
-        generator: source of the initial state, on any device; by default that of the images'
-            device.
+        noise: the initial state: "none", or a kind of `initial_noise`.
+        generator: source of the noise, on any device; by default that of the images' device.
         guidance_scale: weight of the image against the null image; 1 is no guidance.
 
     Returns:
@@ -274,11 +308,15 @@ def classify(
             f"model must be the DiffusionBlocks of a ViT, got {type(model).__name__}; "
             "a plain classifier is called as vit(images)"
         )
-    grid = grid_of(model, num_steps, sigmas)
-    schedule = model.config.noise_schedule
     config: Any = model.base_model.config  # pyright: ignore[reportAttributeAccessIssue]
     shape = (images.shape[0], config.width)
-    device = images.device if generator is None else generator.device
-    z = initial_noise(shape, schedule, kind=noise, generator=generator, device=device)
-    z = z.to(images.device)
+    z = torch.zeros(shape, device=images.device)
+    if noise != "none":
+        schedule = model.config.noise_schedule
+        device = images.device if generator is None else generator.device
+        z = initial_noise(shape, schedule, kind=noise, generator=generator, device=device)
+        z = z.to(images.device)
+    if num_steps is None and sigmas is None and trained_at_top(model):
+        return product_logits(model, z, images=images, guidance_scale=guidance_scale)
+    grid = grid_of(model, num_steps, sigmas)
     return sample_logits(model, z, grid, images=images, guidance_scale=guidance_scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dblocks.blocks import trained_at_top
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.recipes._autoregressive import (
     AutoregressiveLearner,
@@ -95,8 +96,8 @@ class CausalLMLearner(AutoregressiveLearner):
     @property
     def has_product(self) -> bool:
         """Whether all blocks were trained at sigma_max, so that their product says something."""
-        config = self.config
-        return config is not None and (config.top_share > 0 or config.num_blocks == 1)
+        model = self.model
+        return model is not None and (model.config.num_blocks == 1 or trained_at_top(model))
 
     def _samples(self) -> dict[str, list[str]]:
         """Samples by name: "plain", "product" or the Euler steps, and "@" the temperature."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.blocks import BlocksConfig, DiffusionBlocks, Weighting
 from dblocks.data import Images, batch_indices
 from dblocks.image_data import load_images
-from dblocks.metrics import evaluate
-from dblocks.models.vit import ViT, ViTConfig, classify
+from dblocks.metrics import accuracy, evaluate
+from dblocks.models._posterior import Head
+from dblocks.models.vit import Noise, ViT, ViTConfig, classify
 from dblocks.nn import ConditioningKind
 from dblocks.recipes import _base
 
@@ -42,6 +43,16 @@ class ViTRun(_base.Run):
     """Attention heads."""
     mlp_ratio: float = 2.0
     """Width inside an MLP over that of the tokens."""
+    head: Head = "posterior"
+    """What the blocks' logits are; see `ViTConfig`."""
+    noise_scale: float | None = 0.1
+    """What the noisy label's factor starts at; see `ViTConfig`."""
+    top_share: float = 0.6
+    """Share of every block's draws that are at sigma_max."""
+    noise: Noise = "none"
+    """What Euler steps start from, where blocks classify by steps; see `classify`."""
+    weighting: Weighting = "none"
+    """Weight of a noise level's loss in blocks."""
     conditioning: ConditioningKind = "official"
     """AdaLN of the blocks; the network trained end to end has none."""
     gate_init: float = 1.0
@@ -78,6 +89,14 @@ class ViTRun(_base.Run):
             num_classes=num_classes,
             conditioning="none" if self.end_to_end else self.conditioning,
             gate_init=0.0 if self.end_to_end else self.gate_init,
+            head="learned" if self.end_to_end else self.head,
+            noise_scale=None if self.end_to_end else self.noise_scale,
+        )
+
+    def blocks_config(self) -> BlocksConfig:
+        """How the network is cut and trained."""
+        return BlocksConfig(
+            num_blocks=self.blocks, weighting=self.weighting, top_share=self.top_share
         )
 
     def learner(self) -> ViTLearner:
@@ -106,17 +125,17 @@ class Classifier(NamedTuple):
         images: Tensor,
         num_steps: int | None = None,
         *,
-        sigmas: Tensor | None = None,
+        noise: Noise = "none",
         seed: int = NOISE_SEED,
     ) -> Tensor:
-        """Logits [N, classes], by Euler steps from noise where the network is in blocks.
+        """Logits [N, classes], by `classify` where the network is in blocks.
 
         Images are taken 2,000 at a time, which draw their noise one after another.
 
         Args:
             images: [N, C, H, W].
-            num_steps: denoising steps; one for each block by default.
-            sigmas: noise levels of the steps, to use instead.
+            num_steps: denoising steps; by default as of `classify`.
+            noise: what steps start from, see `classify`.
             seed: of the noise.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -125,8 +144,19 @@ class Classifier(NamedTuple):
             if self.blocks is None:
                 return self.vit(images)
             return classify(
-                self.blocks, images, num_steps=num_steps, sigmas=sigmas, generator=generator
+                self.blocks, images, num_steps=num_steps, noise=noise, generator=generator
             )
+
+        return torch.cat([some(chunk.float()) for chunk in images.split(AT_ONCE)])
+
+    def alone(self, images: Tensor, block: int) -> Tensor:
+        """Logits of one block alone, by one call from the mean of the noise at sigma_max."""
+        blocks = cast(DiffusionBlocks, self.blocks)
+        top = blocks.config.noise_schedule.sigma_max
+
+        def some(images: Tensor) -> Tensor:
+            z = torch.zeros(len(images), self.vit.config.width, device=images.device)
+            return blocks.logits(z, z.new_full((len(z),), top), block=block, images=images)
 
         return torch.cat([some(chunk.float()) for chunk in images.split(AT_ONCE)])
 
@@ -135,13 +165,13 @@ class Classifier(NamedTuple):
         data: Images,
         num_steps: int | None = None,
         *,
-        sigmas: Tensor | None = None,
+        noise: Noise = "none",
         seed: int = NOISE_SEED,
     ) -> float:
         """The accuracy on `data`; arguments as of `logits`."""
 
         def predict(images: Tensor) -> Tensor:
-            return self.logits(images, num_steps, sigmas=sigmas, seed=seed)
+            return self.logits(images, num_steps, noise=noise, seed=seed)
 
         return evaluate(predict, data.images, data.labels, batch_size=len(data))
 
@@ -166,10 +196,10 @@ class ViTLearner(_base.Learner):
         super().__init__(
             run,
             lambda: ViT(run.vit_config(data, evaluated)),
-            lambda: BlocksConfig(num_blocks=run.blocks, weighting=run.weighting),
+            run.blocks_config,
             lambda vit, batch: nn.functional.cross_entropy(vit(batch["images"]), batch["labels"]),
         )
-        self.data, self.evaluated = data, evaluated
+        self.data, self.evaluated, self.noise = data, evaluated, run.noise
         self.classifier = Classifier(self.network, self.model)
 
     def host_batch(self, step: int) -> _base.Batch:
@@ -179,38 +209,40 @@ class ViTLearner(_base.Learner):
         return {"images": chosen.images.float(), "labels": chosen.labels}
 
     def measure(self) -> dict[str, Any]:
-        """The accuracy, and that after each block's call on the way; the last is it."""
-        by_block = self._block_accuracies()
-        return {"accuracy": by_block[-1], "block_accuracy": by_block}
+        """The accuracy, and in blocks that of each alone."""
+        reached = self.classifier.accuracy(self.evaluated, noise=self.noise)
+        return {"accuracy": reached, "blocks_alone": self._alone()}
 
     def progress(self, point: dict[str, Any]) -> str:
         """The accuracy."""
         return f"accuracy {100 * point['accuracy']:.1f} %"
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
-        """The accuracy, also with several numbers of denoising steps."""
+        """The accuracy, also with several numbers of denoising steps, from their mean and noise."""
+        by_steps = self.model is not None and self.run.part == "final"
         return {
             "accuracy": last["accuracy"],
+            "blocks_alone": last["blocks_alone"],
             "adaln": self.network.config.conditioning != "none",
-            "accuracy_by_denoising_steps": self._by_denoising_steps(),
+            "accuracy_by_denoising_steps": self._by_denoising_steps("none") if by_steps else None,
+            "accuracy_from_noise": self._by_denoising_steps("paper") if by_steps else None,
         }
 
-    def _block_accuracies(self) -> list[float]:
-        if self.model is None:
-            return [self.classifier.accuracy(self.evaluated)]
-        grid = self.model.config.schedule.steps(self.num_blocks)
-        with warnings.catch_warnings():
-            # A way that is cut short skips the later blocks, as it should.
-            warnings.simplefilter("ignore", UserWarning)
-            return [
-                self.classifier.accuracy(self.evaluated, sigmas=grid[: b + 1])
-                for b in range(self.num_blocks)
-            ]
-
-    def _by_denoising_steps(self) -> dict[str, float] | None:
+    @torch.no_grad()
+    def _alone(self) -> list[float] | None:
         if self.model is None:
             return None
+        data = self.evaluated
+        return [
+            accuracy(self.classifier.alone(data.images, block), data.labels)
+            for block in range(self.num_blocks)
+        ]
+
+    def _by_denoising_steps(self, noise: Noise) -> dict[str, float]:
         with warnings.catch_warnings():
             # Fewer steps than blocks skip some of them: that is what is asked here.
             warnings.simplefilter("ignore", UserWarning)
-            return {str(n): self.classifier.accuracy(self.evaluated, n) for n in DENOISING_STEPS}
+            return {
+                str(n): self.classifier.accuracy(self.evaluated, n, noise=noise)
+                for n in DENOISING_STEPS
+            }
