@@ -128,8 +128,8 @@ def caption_of(data: str, seeds: str, selection: str) -> Callable[[Rows], str]:
             f"training part that selection runs do not train on, in runs of another seed and "
             f"{selection}; all draws at sigma_max take over the rate of the blocks, equal samples "
             "that of end to end. Blocks classify by the product of their predictions, one call "
-            "each, which with all draws at sigma_max are an ensemble; as published by 3 Euler steps "
-            "from noise. Memory is counted in tensors: what autograd saves for one backward "
+            "each, which with all draws at sigma_max are an ensemble; as published by 3 Euler "
+            "steps from noise. Memory is counted in tensors: what autograd saves for one backward "
             "pass; and parameters, gradients and optimizer state of what one step trains (all that "
             "a worker of one block holds), and of the whole process, which holds every block."
         )
