@@ -37,6 +37,8 @@ class TrainText:
     """Windows of text in a batch."""
     context: int | None = None
     """Tokens in a window: the longest text that the model sees."""
+    windows: int | None = None
+    """Windows of held-out text that the result is measured on, spread evenly; 1024 by default."""
     seed: int = 0
     """Of weights, order of the data and noise; the held-out text is always the same."""
 
@@ -44,7 +46,7 @@ class TrainText:
         """The recipe with the options that were given, and `more` fields of it."""
         given = {
             name: value
-            for name in ("steps", "lr", "batch_size", "context")
+            for name in ("steps", "lr", "batch_size", "context", "windows")
             if (value := getattr(self, name)) is not None
         }
         return dataclasses.replace(
@@ -75,8 +77,10 @@ class SampleText:
     seed: int = 0
     """Of noise and choices."""
 
-    def write(self, model: Any, tokenizer: Any, steps: int | None) -> None:
-        """Prints the prompt and what follows, with so many steps for each token."""
+    def write(
+        self, model: Any, tokenizer: Any, steps: int | None, *, product: bool = False
+    ) -> None:
+        """Prints the prompt and what follows, with so many steps for each token or the product."""
         import torch
 
         from dblocks.generate import stream
@@ -88,6 +92,7 @@ class SampleText:
             [prompt],
             max_new_tokens=self.tokens,
             num_steps=steps,
+            product=product,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
@@ -110,6 +115,27 @@ def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, A
     except OSError as error:
         raise ValueError(f"{folder} must hold a {TOKENIZER_FILE}: {error}") from error
     return model, network, tokenizer_from_json(text)
+
+
+def print_bits(model: Any, text: Any, context: int, windows: int) -> None:
+    """Prints what is known of the bits per character of a text under a language model."""
+    from dblocks.blocks import DiffusionBlocks, trained_at_top
+    from dblocks.recipes._autoregressive import bits_per_character, bound_of
+
+    bits = bits_per_character(model, text, context, windows=windows)
+    in_blocks = isinstance(model, DiffusionBlocks)
+    how = "the first block alone" if in_blocks else "trained end to end"
+    print(f"{bits:.3f} bits a character on {text.characters:,} held-out characters, {how}")
+    if not isinstance(model, DiffusionBlocks):
+        return
+    if trained_at_top(model):
+        bits = bits_per_character(model, text, context, product=True, windows=windows)
+        print(f"{bits:.3f} bits a character, the product of all blocks")
+    bound = bound_of(model, text, context, windows=windows)
+    print(
+        f"{bound['bits']:.3f} bits a character, a bound of denoising by all blocks "
+        f"(standard error {bound['std_error']:.3f})"
+    )
 
 
 def prompt_tokens(prompt: str, tokenizer: Any) -> list[int]:

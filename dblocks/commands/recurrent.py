@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dblocks.commands._base import train_and_save
-from dblocks.commands._text import SampleText, TrainText, load_text_model
+from dblocks.commands._text import SampleText, TrainText, load_text_model, print_bits
 
 DEFAULT_OUT = Path("runs/recurrent")
 
@@ -49,11 +49,9 @@ class Eval:
     checkpoint: Path = DEFAULT_OUT
     """Folder that `dblocks train recurrent` wrote."""
     steps: int | None = None
-    """Denoising steps from noise to a token, each of which applies the core once. By default 1; of
-    a network trained end to end, how often the core is applied, by default as in training."""
-    draws: int = 1
-    """Draws of noise whose probabilities are averaged: with several denoising steps the more, the
-    tighter the bound."""
+    """Of a network trained end to end, how often the core is applied; by default as in training."""
+    windows: int = 1024
+    """Windows of the text to score, spread evenly; all of them where there are fewer."""
 
     def __call__(self) -> None:
         """Load, score the held-out part, and print the bits per character."""
@@ -64,13 +62,21 @@ class Eval:
 
         check_steps(self.steps)
         model, network, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")
-        in_blocks = isinstance(model, DiffusionBlocks)
-        text = load_corpus(self.data, tokenizer=tokenizer).evaluated
-        steps = self.steps or (1 if in_blocks else network.config.mean_recurrence)
-        bits = bits_per_character(
-            model, text, network.config.context, num_steps=steps, draws=self.draws
+        text, context = (
+            load_corpus(self.data, tokenizer=tokenizer).evaluated,
+            network.config.context,
         )
-        how = f"{steps} {'denoising step' if in_blocks else 'recurrence'}{'s' * (steps > 1)}"
+        if isinstance(model, DiffusionBlocks):
+            if self.steps is not None:
+                raise ValueError(
+                    "--steps counts recurrences of a network trained end to end, and the network in "
+                    f"{self.checkpoint} was trained as a denoiser; leave --steps out"
+                )
+            print_bits(model, text, context, self.windows)
+            return
+        steps = self.steps or network.config.mean_recurrence
+        bits = bits_per_character(model, text, context, num_steps=steps, windows=self.windows)
+        how = f"{steps} recurrence{'s' * (steps > 1)}"
         print(f"{bits:.3f} bits a character on {text.characters:,} held-out characters, {how}")
 
 

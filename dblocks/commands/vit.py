@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dblocks.commands._base import check_steps, load_network, train_and_save
 from dblocks.recipes._base import check_seed
@@ -34,6 +35,9 @@ class Train:
     """Blocks that the 12 layers are split into: more blocks, less memory, shorter steps."""
     end_to_end: bool = False
     """Train all layers together instead, the usual way, to compare with."""
+    published: bool = False
+    """As in the paper: a learned head, the noisy label as it is, and each block's draws in its own
+    range of noise only."""
     steps: int = 4500
     """Training steps of one batch each; a step trains one block, drawn at random."""
     lr: float = 1e-3
@@ -48,7 +52,7 @@ class Train:
     def __call__(self) -> None:
         """Train, save, and print the table of what it cost and reached."""
         from dblocks.experiments.vit import COLUMNS
-        from dblocks.recipes.vit import ViTRun
+        from dblocks.recipes.vit import PUBLISHED, ViTRun
 
         run = ViTRun(
             data=self.data,
@@ -60,6 +64,7 @@ class Train:
             lr=self.lr,
             batch_size=self.batch_size,
             seed=self.seed,
+            **(PUBLISHED if self.published else {}),
         )
         train_and_save(run, self.out, COLUMNS)
 
@@ -75,12 +80,16 @@ class Eval:
     checkpoint: Path = Path("runs/vit")
     """Folder that `dblocks train vit` wrote."""
     steps: int | None = None
-    """Denoising steps from noise to a label, one block each; by default, one for each block."""
+    """Denoising steps to a label, one block each. By default the product of all blocks' predictions
+    or, of blocks trained as published, one step for each block."""
+    noise: Literal["none", "paper"] = "none"
+    """What steps start from: none, the mean of the noise, or noise, as in the paper."""
     seed: int = NOISE_SEED
-    """Of the noise that denoising starts from; by default that of training's own measurement."""
+    """Of the noise; by default that of training's own measurement."""
 
     def __call__(self) -> None:
         """Load, classify the held-out part, and print the accuracy."""
+        from dblocks.blocks import trained_at_top
         from dblocks.image_data import load_images
         from dblocks.models.vit import ViT
         from dblocks.recipes.vit import Classifier
@@ -90,6 +99,8 @@ class Eval:
         if check_steps(self.steps, self.checkpoint, model):
             classifier = Classifier(network, model)
             how = f"{self.steps or model.config.num_blocks} denoising steps of one block each"
+            if self.steps is None and trained_at_top(model):
+                how = f"the product of {model.config.num_blocks} blocks"
         else:
             classifier = Classifier(network, None)
             how = "all layers once (trained end to end)"
@@ -100,5 +111,5 @@ class Eval:
                 f"labels must be among the {known} classes that the network knows, got {largest}; "
                 "give --data as in training"
             )
-        value = classifier.accuracy(held_out, self.steps, seed=self.seed)
+        value = classifier.accuracy(held_out, self.steps, noise=self.noise, seed=self.seed)
         print(f"held-out accuracy {100 * value:.1f} % on {len(held_out):,} images, {how}")

@@ -10,7 +10,7 @@ from typing import Any
 from dblocks.checkpoint import make_folder
 from dblocks.experiments._base import Experiment, draw_comparison
 from dblocks.plots import ACCURACY
-from dblocks.recipes.vit import ViTRun
+from dblocks.recipes.vit import PUBLISHED, ViTRun
 from dblocks.records import train, use_one_thread, write_record
 from dblocks.report import COSTS, README_COSTS, Column, Record, Rows, percent, text_table
 
@@ -38,14 +38,7 @@ def rows_of(run: ViTRun, steps: int) -> Table:
         ),
         "published": (
             "3 blocks, as published",
-            dataclasses.replace(
-                blocks,
-                head="learned",
-                noise_scale=None,
-                top_share=0.0,
-                weighting="batch_mean",
-                noise="paper",
-            ),
+            dataclasses.replace(blocks, **PUBLISHED),
         ),
         "small": (
             "a plain ViT of 4 layers",

@@ -40,6 +40,9 @@ class TextRun(_base.Run, ABC):
     """Width of the rows."""
     heads: int = 3
     """Attention heads."""
+    windows: int = 1024
+    """Windows of the held-out text, spread evenly, that results are measured on; all of them where
+    there are fewer, as of pydoc."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -129,8 +129,8 @@ class MaskedLMLearner(TextLearner):
         )
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
-        """Bits per character of all of the held-out text, and samples."""
-        bits = self.bits()
+        """Bits per character of the held-out text, and samples."""
+        bits = self.bits(windows=self.text.windows)
         prompts, truth = continuations(self.corpus.evaluated, self.text.context)
         gaps = torch.full_like(truth, MASKED)
         written = unmask(

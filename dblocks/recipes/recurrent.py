@@ -134,7 +134,7 @@ class RecurrentLearner(AutoregressiveLearner):
         )
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
-        """Bits per character of all of the held-out text; of final runs more.
+        """Bits per character of the held-out text; of final runs more.
 
         That is bits of a part of the text, and samples, for several numbers of steps: minutes,
         that the choice of a learning rate has no use for.
@@ -143,7 +143,7 @@ class RecurrentLearner(AutoregressiveLearner):
             "adaln": self.network.config.conditioning != "none",
             "parameters": sum(p.numel() for p in self.network.parameters()),
             "sha256": self.corpus.sha256,
-            "bits": self.bits(),
+            "bits": self.bits(windows=self.text.windows),
         }
         return found | self._against_steps() if self.text.part == "final" else found
 

@@ -104,6 +104,13 @@ class ViTRun(_base.Run):
         return ViTLearner(self, *self.images())
 
 
+# How the paper's blocks differ.
+PUBLISHED: dict[str, Any] = {
+    "head": "learned", "noise_scale": None, "top_share": 0.0, "weighting": "batch_mean",
+    "noise": "paper",
+}  # fmt: skip
+
+
 def patch_size_of(height: int, width: int) -> int:
     """The largest side up to 7 that divides both and leaves at least 4 patches along each.
 
