@@ -62,14 +62,12 @@ class Eval:
 
         check_steps(self.steps)
         model, network, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")
-        text, context = (
-            load_corpus(self.data, tokenizer=tokenizer).evaluated,
-            network.config.context,
-        )
+        text = load_corpus(self.data, tokenizer=tokenizer).evaluated
+        context = network.config.context
         if isinstance(model, DiffusionBlocks):
             if self.steps is not None:
                 raise ValueError(
-                    "--steps counts recurrences of a network trained end to end, and the network in "
+                    "--steps counts recurrences of a network trained end to end, and that in "
                     f"{self.checkpoint} was trained as a denoiser; leave --steps out"
                 )
             print_bits(model, text, context, self.windows)

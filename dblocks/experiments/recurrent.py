@@ -15,7 +15,7 @@ from dblocks.experiments._text import (
     text_and_training,
 )
 from dblocks.recipes._text import PROMPT, SAMPLES
-from dblocks.recipes.recurrent import SAMPLE_STEPS, STEPS, STEPS_WINDOWS, RecurrentRun
+from dblocks.recipes.recurrent import STEPS, STEPS_WINDOWS, RecurrentRun
 from dblocks.report import COSTS, README_COSTS, Column, Record, Rows, mean, spread
 
 # Seconds of a step end to end over those of a block step: medians of steps taken in turn on one
@@ -68,10 +68,18 @@ def bits_of_windows(record: Record) -> float:
     return record["bits_by_steps"][main_samples(record) if run_of(record).end_to_end else "1"]
 
 
-def bits_of_sampling(record: Record) -> float | None:
-    """Of the same windows with the Euler steps of the samples, a bound; None end to end."""
-    run = run_of(record)
-    return None if run.end_to_end else record["bits_by_steps"][main_samples(record)]
+def bound_bits(record: Record) -> float | None:
+    """The bound of denoising, of the same windows; None end to end, and of runs before it was
+    measured."""
+    bound = record.get("bound")
+    return None if bound is None else bound["bits"]
+
+
+def recurrence_bits(record: Record, steps: str) -> float | None:
+    """Bits of these windows with so many recurrences; None in blocks, but for one step."""
+    if not run_of(record).end_to_end and steps != "1":
+        return None
+    return record["bits_by_steps"].get(steps)
 
 
 def layers_per_character(record: Record, steps: int | None = None) -> int:
@@ -105,8 +113,8 @@ BITS_COLUMNS = (
         lambda r: spread(r, bits_of_windows, ".3f"),
     ),
     Column(
-        f"Bits of these windows, {SAMPLE_STEPS} Euler steps (bound)",
-        lambda r: spread(r, bits_of_sampling, ".3f"),
+        "Bits of these windows, bound of denoising",
+        lambda r: spread(r, bound_bits, ".3f"),
     ),
 )
 COST_COLUMNS = (
@@ -117,8 +125,8 @@ COST_COLUMNS = (
 COLUMNS = (
     *BITS_COLUMNS,
     *by_steps(
-        "Bits of these windows, by Euler steps or recurrences",
-        lambda r, n: r["bits_by_steps"].get(n),
+        "Bits of these windows, by recurrences",
+        recurrence_bits,
     ),
     *quality_columns(main_samples),
     *by_steps(
@@ -208,11 +216,8 @@ def _measures(records: Mapping[str, Sequence[Record]]) -> str:
     one, measures = layers_per_character(first, 1), ", ".join(name for name, _, _ in QUALITY)
     return (
         "The next token's bits are as a block those of one call from sigma_max, end to end those "
-        f"of {run['mean_recurrence']} recurrences. Those of {first['windows']} windows, which are "
-        "spread evenly over the held-out text, are from the mean probabilities of "
-        f"{first['draws']} draws of the noise or of the initial state, whatever the number of "
-        "steps. After more Euler steps than one a token's probability depends on the noise: they "
-        "bound the bits from above, loosely, as each draw decides for one token. Samples continue "
+        f"of {run['mean_recurrence']} recurrences. {first['windows']} windows are spread evenly "
+        "over the held-out text. Samples continue "
         f"{SAMPLES} places of the held-out text by {run['context'] - PROMPT} characters at "
         f"temperature 1, as a block with {main_samples(first)} Euler steps, end to end with "
         f"{run['mean_recurrence']} recurrences, unless a line says otherwise; with one Euler step "
