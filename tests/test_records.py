@@ -50,8 +50,8 @@ def test_curve_ends_in_the_accuracy(blocks, whole):
         assert [point["step"] for point in curve] == [4, 8, 12]
         assert curve[-1]["accuracy"] == trained.record["accuracy"]
     point = blocks.record["curve"][-1]
-    assert len(point["block_accuracy"]) == len(point["block_loss"]) == 3
-    assert point["block_accuracy"][-1] == point["accuracy"]
+    assert len(point["blocks_alone"]) == len(point["block_loss"]) == 3
+    assert point["blocks_alone"] == blocks.record["blocks_alone"]
 
 
 def test_record_says_what_was_run_and_where(blocks, whole):
@@ -61,7 +61,9 @@ def test_record_says_what_was_run_and_where(blocks, whole):
         assert record["environment"]["threads"] == torch.get_num_threads()
         assert record["seconds"] > 0
     assert ViTRun.from_dict(blocks.record["run"]) == TINY
-    assert set(blocks.record["accuracy_by_denoising_steps"]) == {"1", "2", "3", "6", "12"}
+    for key in ("accuracy_by_denoising_steps", "accuracy_from_noise"):
+        assert set(blocks.record[key]) == {"1", "2", "3", "6", "12"}
+        assert whole.record[key] is None
     assert (blocks.record["adaln"], whole.record["adaln"]) == (True, False)
     assert isinstance(whole.learner.network, ViT)
     assert whole.learner.model is None

@@ -18,9 +18,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def tiny(monkeypatch):
     """The demonstration with a network and numbers of steps that take no time."""
-    for name in ("BLOCKS", "END_TO_END"):
-        run = getattr(vit, name)
-        monkeypatch.setattr(vit, name, dataclasses.replace(run, steps=run.steps // 500, **TINY))
+    rows = {
+        name: (title, dataclasses.replace(run, steps=run.steps // 500, **TINY))
+        for name, (title, run) in vit.DIGITS.items()
+    }
+    monkeypatch.setattr(vit, "DIGITS", rows)
 
 
 def fake_record(run: ViTRun, accuracy: float) -> dict:
@@ -33,7 +35,9 @@ def fake_record(run: ViTRun, accuracy: float) -> dict:
         "adaln": not run.end_to_end,
         "environment": {"commit": "0123456789ab"},
         "accuracy": accuracy,
-        "accuracy_by_denoising_steps": None if run.end_to_end else {"1": accuracy - 0.05},
+        "blocks_alone": None if run.end_to_end else [accuracy - 0.1] * 3,
+        "accuracy_by_denoising_steps": None if run.end_to_end else _by_steps(accuracy - 0.05),
+        "accuracy_from_noise": None if run.end_to_end else _by_steps(accuracy - 0.2),
         "layer_evaluations": evaluations[-1],
         "layers_per_step": per_step,
         "samples": run.steps * run.batch_size,
@@ -45,10 +49,14 @@ def fake_record(run: ViTRun, accuracy: float) -> dict:
     }
 
 
+def _by_steps(accuracy: float) -> dict[str, float]:
+    return {str(n): accuracy for n in (1, 2, 3, 6, 12)}
+
+
 def write_all(folder):
     """Made-up records: the second learning rate is the best; row i reaches (90 + i + seed) %."""
     for i, row in enumerate(EXPERIMENT.rows):
-        for run in EXPERIMENT.selection_runs(row):
+        for run in EXPERIMENT.selection_runs(row) if row in EXPERIMENT.selection_shorter else ():
             accuracy = 0.9 if run.lr == EXPERIMENT.lrs[1] else 0.8
             path = _base.record_path(folder, row, run)
             write_record(path, fake_record(run, accuracy))
@@ -58,15 +66,23 @@ def write_all(folder):
 
 
 def test_rows_are_equal_in_what_they_claim():
-    (blocks, whole, longer) = (EXPERIMENT.rows[r][1] for r in EXPERIMENT.rows)
-    assert whole.steps * whole.depth == blocks.steps * blocks.depth // blocks.blocks
-    assert longer.steps * longer.batch_size == blocks.steps * blocks.batch_size
-    for field in ("batch_size", "width", "depth", "heads", "mlp_ratio", "clip", "weight_decay"):
-        assert getattr(whole, field) == getattr(blocks, field) == getattr(longer, field)
+    for experiment in (vit.EXPERIMENT, vit.FASHION):
+        blocks, ensemble, published, small, whole, longer = (
+            run for _, run in experiment.rows.values()
+        )
+        assert whole.steps * whole.depth == blocks.steps * blocks.depth // blocks.blocks
+        assert small.steps * small.depth == whole.steps * whole.depth
+        assert ensemble.steps == published.steps == blocks.steps == longer.steps
+        for field in ("batch_size", "width", "heads", "mlp_ratio", "clip", "weight_decay", "data"):
+            assert len({getattr(run, field) for _, run in experiment.rows.values()}) == 1
+        runs = (blocks, ensemble, published, whole, longer)
+        assert {run.depth for run in runs} == {12}
+        chosen = set(experiment.selection_shorter)
+        assert chosen | set(experiment.rates_of) == set(experiment.rows)
 
 
 def test_selection_never_uses_the_held_out_part_or_a_final_seed():
-    for row in EXPERIMENT.rows:
+    for row in EXPERIMENT.selection_shorter:
         runs = EXPERIMENT.selection_runs(row)
         assert [run.lr for run in runs] == list(EXPERIMENT.lrs)
         assert {run.part for run in runs} == {"selection"}
@@ -96,16 +112,16 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys, pages):
     for text in (short, whole):
         assert text.startswith("# Title\n")
         assert text.endswith("end\n")
-    assert "| 3 blocks, equal layer evaluations | 91.0 ± 1.0 % |" in short
-    assert "| end to end | 92.0 ± 1.0 % | 18,000 (12 a step) | 192,000 |" in short
-    lines = {line[:30].strip(): line[30:].split() for line in whole.splitlines()}
-    assert lines["learning rate"] == [lr, lr, lr]
-    assert lines["AdaLN"] == ["yes", "no", "no"]
+    assert "| 3 blocks | 92.0 ± 1.6 % | 87.0 ± 1.6 % | 18,000 (4 a step) | 576,000 |" in short
+    assert "| end to end | 96.0 ± 1.6 % | - | 18,000 (12 a step) | 192,000 |" in short
+    lines = {line[:35].strip(): line[35:].split() for line in whole.splitlines()}
+    assert lines["learning rate"] == [lr] * 6
+    assert lines["AdaLN"] == ["yes", "yes", "yes", "no", "no", "no"]
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert "the first block alone, with 1 step, reaches 86.0 ± 1.0 %" in whole
     out = capsys.readouterr().out
-    assert "9 of 9 runs are there, 0 to do" in out
-    records = len(EXPERIMENT.rows) * (len(EXPERIMENT.lrs) + len(EXPERIMENT.seeds))
+    assert "30 of 30 runs are there, 0 to do" in out
+    chosen = len(EXPERIMENT.selection_shorter)
+    records = chosen * len(EXPERIMENT.lrs) + len(EXPERIMENT.rows) * len(EXPERIMENT.seeds)
     assert f"commits that made the {records} records: 0123456789ab\n" in out
     assert "warning" not in out
 

@@ -7,7 +7,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models.vit import LabelEmbedding, ViT, ViTConfig, classify
-from dblocks.sample import initial_noise, sample_logits
+from dblocks.sample import initial_noise, product_logits, sample_logits
 from dblocks.train import make_optimizers, train_step
 from tools import DEVICE, randomized, seeded
 
@@ -62,24 +62,34 @@ def test_denoised_is_the_expectation_under_the_logits():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_head_is_its_formula(kind):
-    vit = randomized(vit_of(conditioning=kind))
+@pytest.mark.parametrize("head", ["posterior", "learned"])
+@pytest.mark.parametrize("noise_scale", [None, 0.1])
+def test_the_head_is_its_formula(kind, head, noise_scale):
+    vit = randomized(vit_of(conditioning=kind, head=head, noise_scale=noise_scale))
     model = DiffusionBlocks(vit, BlocksConfig(3))
     data, z = easy_batch(4), torch.randn(4, 24, generator=seeded()).to(DEVICE)
     sigma = torch.tensor([0.2, 0.3, 0.4, 0.5], device=DEVICE)
     level = model.config.schedule.level(sigma)
     cond = None if kind == "none" else vit.noise_embedding(level.c_noise)
     patches = vit.embed_condition(data)
-    x = torch.cat([(level.c_in[:, None] * z + vit.positions[:, 0])[:, None], patches], dim=1)
+    first = level.c_in[:, None] * z
+    if noise_scale is not None:
+        first = vit.class_token + vit.noise_scale * first
+    x = torch.cat([(first + vit.positions[:, 0])[:, None], patches], dim=1)
     for layer in vit.layers[2:4]:
         x = layer(x, cond)
     f = nnf.layer_norm(x, (24,), vit.norm.weight, vit.norm.bias, vit.norm.eps)[:, 0]
     m = level.c_skip[:, None] * z + level.c_out[:, None] * f
-    if kind != "none":
+    if head == "posterior":
+        m = f
+    elif kind != "none":
         shift, scale = vit.modulation(cond, 4)
         m = m * (1 + scale) + shift
+    expected = vit.classifier(m)
+    if head == "posterior":
+        expected = expected + z @ vit.target_embedding.rows().T / sigma[:, None] ** 2
     got = model.logits(z, sigma, block=1, images=data["images"])
-    torch.testing.assert_close(got, vit.classifier(m), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,19 +126,44 @@ def test_blocks_train_and_classify(kind):
     assert (logits.argmax(-1) == data["labels"]).float().mean() > 0.7  # chance is 0.25
 
 
-def test_classify_is_euler_from_noise():
-    model = DiffusionBlocks(randomized(vit_of(image_drop=0.1)), BlocksConfig(3))
+@pytest.mark.parametrize("noise", ["none", "paper", "unit_variance"])
+@pytest.mark.parametrize("top_share", [0.0, 0.5])
+def test_classify_is_euler(noise, top_share):
+    config = BlocksConfig(3, top_share=top_share)
+    model = DiffusionBlocks(randomized(vit_of(image_drop=0.1)), config)
     images, schedule = easy_batch(4)["images"], model.config.schedule
-    z = initial_noise((4, 24), schedule, generator=seeded()).to(DEVICE)
+    z = torch.zeros(4, 24, device=DEVICE)
+    if noise != "none":
+        z = initial_noise((4, 24), schedule, kind=noise, generator=seeded()).to(DEVICE)
+    given = {"noise": noise, "generator": seeded(), "guidance_scale": 2.0}
     for options, sigmas in (
-        ({}, schedule.steps(3)),
+        ({"num_steps": 3} if top_share else {}, schedule.steps(3)),
         ({"num_steps": 5}, schedule.steps(5)),
         ({"sigmas": [80.0, 0.4, 0.01]}, [80.0, 0.4, 0.01]),
     ):
-        got = classify(model, images, generator=seeded(), guidance_scale=2.0, **options)
+        got = classify(model, images, **{**given, "generator": seeded()}, **options)
         assert torch.equal(got, sample_logits(model, z, sigmas, images=images, guidance_scale=2.0))
-    other = classify(model, images, generator=seeded(), noise="unit_variance")
-    assert not torch.equal(other, classify(model, images, generator=seeded()))
+
+
+@pytest.mark.parametrize("noise", ["none", "paper"])
+def test_by_default_classes_are_those_of_the_product(noise):
+    model = DiffusionBlocks(randomized(vit_of()), BlocksConfig(3))
+    images, top = easy_batch(4)["images"], torch.tensor(80.0, device=DEVICE)
+    z = torch.zeros(4, 24, device=DEVICE)
+    if noise == "paper":
+        z = initial_noise((4, 24), model.config.schedule, generator=seeded()).to(DEVICE)
+    each = [model.logits(z, top, block=b, images=images).log_softmax(-1) for b in range(3)]
+    expected = (sum(each) / 3).log_softmax(-1)
+    got = classify(model, images, noise=noise, generator=seeded())
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got.exp().sum(-1), torch.ones(4, device=DEVICE))
+    torch.testing.assert_close(got, product_logits(model, z, images=images))
+    untrained = DiffusionBlocks(vit_of(), BlocksConfig(3, top_share=0.0))
+    with pytest.raises(ValueError, match=r"trained at sigma_max, got BlocksConfig\.top_share = 0"):
+        product_logits(untrained, z, images=images)
+    one = DiffusionBlocks(randomized(vit_of()), BlocksConfig(1, top_share=0.0))
+    alone = one.logits(z, top, images=images).log_softmax(-1)
+    torch.testing.assert_close(product_logits(one, z, images=images), alone)
 
 
 def test_dropped_images_leave_the_null_image():
@@ -159,7 +194,8 @@ def test_state_dict_and_deepcopy(kind):
 
 
 def test_the_classical_vit_has_no_modulation():
-    names = [name for name, _ in vit_of(conditioning="none").named_parameters()]
+    plain = vit_of(conditioning="none", noise_scale=None)
+    names = [name for name, _ in plain.named_parameters()]
     assert not [name for name in names if "modulation" in name or "noise" in name]
     assert "layers.0.norm1.weight" in names
     assert vit_of(conditioning="official").noise_embedding.fc2.out_features == 4

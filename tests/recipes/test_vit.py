@@ -110,28 +110,33 @@ def test_classifier_repeats_itself():
     data = make_data()
     learner = begin(ViTRun(**TINY))
     torch.nn.init.normal_(learner.network.classifier.weight)
-    first, again = (learner.classifier.logits(data.images, 3, seed=1) for _ in range(2))
+    noisy = {"num_steps": 3, "noise": "paper"}
+    first, again = (learner.classifier.logits(data.images, **noisy, seed=1) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, learner.classifier.logits(data.images, 3, seed=2))
+    assert not torch.equal(first, learner.classifier.logits(data.images, **noisy, seed=2))
+    first, other = (learner.classifier.logits(data.images, 3, seed=seed) for seed in (1, 2))
+    assert torch.equal(first, other)
 
 
 def test_images_are_classified_some_at_a_time(monkeypatch):
     data, learner = make_data(7), begin(ViTRun(**TINY))
     torch.nn.init.normal_(learner.network.classifier.weight)
     classifier, images = learner.classifier, data.images
-    at_once = classifier.logits(images, 3, seed=1)
+    noisy = {"num_steps": 3, "noise": "paper"}
+    at_once = classifier.logits(images, **noisy, seed=1)
     generator = torch.Generator().manual_seed(1)
-    assert torch.equal(at_once, classify(learner.model, images, num_steps=3, generator=generator))
+    assert torch.equal(at_once, classify(learner.model, images, **noisy, generator=generator))
     monkeypatch.setattr(recipe, "AT_ONCE", 3)
     generator = torch.Generator().manual_seed(1)
     chunks = [
-        classify(learner.model, images[i : i + 3], num_steps=3, generator=generator)
-        for i in (0, 3, 6)
+        classify(learner.model, images[i : i + 3], **noisy, generator=generator) for i in (0, 3, 6)
     ]
-    assert torch.equal(classifier.logits(images, 3, seed=1), torch.cat(chunks))
+    assert torch.equal(classifier.logits(images, **noisy, seed=1), torch.cat(chunks))
     assert classifier.logits(images[:0]).shape == (0, 10)
     right = torch.cat(chunks).argmax(-1)
-    assert classifier.accuracy(Images(images, right), 3, seed=1) == 1
+    assert classifier.accuracy(Images(images, right), **noisy, seed=1) == 1
+    alone = [learner.model.logits(torch.zeros(7, 12), torch.tensor(80.0), block=1, images=images)]
+    torch.testing.assert_close(classifier.alone(images, 1), alone[0])
 
 
 def test_all_digits_are_one_batch():
@@ -179,7 +184,7 @@ def test_arrays_of_half_precision_are_trained_on():
     half = Images(data.images.half(), data.labels)
     learner = ViTLearner(ViTRun(steps=1, **TINY), half, half)
     learner.step(0)
-    assert learner.measure()["block_accuracy"]
+    assert len(learner.measure()["blocks_alone"]) == 3
 
 
 def test_a_class_of_the_held_out_images_alone_is_known():
