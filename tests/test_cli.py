@@ -47,7 +47,7 @@ def test_train_help_tells_a_newcomer_what_to_set(capsys, network):
 def test_eval_help(capsys, network):
     text = run_help(capsys, "eval", network)
     assert "--checkpoint" in text
-    assert "Denoising steps" in text
+    assert ("Denoising steps" if network == "vit" else "Windows") in text
 
 
 def test_sample_help(capsys):
@@ -87,7 +87,16 @@ def story(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("flags", [("--blocks", "3"), ("--end-to-end",)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--blocks", "3"),
+        ("--blocks", "2", "--tokens-per-block", "4"),
+        ("--published",),
+        ("--end-to-end",),
+    ],
+    ids=" ".join,
+)
 def test_a_language_model_is_trained_evaluated_and_sampled(tmp_path, capsys, story, flags):
     out = tmp_path / "lm"
     sizes = ("--steps", "2", "--batch-size", "2", "--context", "20")
@@ -97,8 +106,16 @@ def test_a_language_model_is_trained_evaluated_and_sampled(tmp_path, capsys, sto
     assert files == {"model.safetensors", "config.json", "tokenizer.json", "run.json"}
     record = json.loads((out / "run.json").read_text())
     there = ("--checkpoint", str(out))
-    text = stdout(capsys, "eval", "causal-lm", "--data", str(story), *there)
+    evaluate = ("eval", "causal-lm", "--data", str(story), *there)
+    text = stdout(capsys, *evaluate)
     assert text.startswith(f"{record['bits']:.3f} bits a character on ")
+    in_blocks = "--end-to-end" not in flags
+    assert (", trained end to end\n" in text) != in_blocks
+    assert ("bound of denoising" in text) == in_blocks
+    assert ("product of all blocks" in text) == (in_blocks and "--published" not in flags)
+    if "product_bits" in record:
+        assert f"{record['product_bits']:.3f} bits a character, the product" in text
+    assert text != stdout(capsys, *evaluate, "--windows", "2")
     sample = ("sample", "causal-lm", *there, "--prompt", "12 is", "--tokens", "10")
     first, again = stdout(capsys, *sample), stdout(capsys, *sample)
     assert first == again
@@ -120,7 +137,8 @@ SIZES = {"image_size": 8, "channels": 1, "patch_size": 4, "width": 12, "depth": 
 @pytest.fixture
 def checkpoint(tmp_path):
     """A network whose answers depend on the noise that denoising starts from; its folder."""
-    vit = ViT(ViTConfig(**SIZES))
+    torch.manual_seed(1)
+    vit = ViT(ViTConfig(**SIZES, noise_scale=1.0))
     torch.nn.init.normal_(vit.classifier.weight)
     save_model(tmp_path / "saved", DiffusionBlocks(vit, CONFIG))
     return vit, tmp_path / "saved"
@@ -130,14 +148,22 @@ def test_eval_measures_as_training_does(checkpoint, capsys):
     vit, folder = checkpoint
     classifier = Classifier(vit, DiffusionBlocks(vit, CONFIG))
     _, held_out = data.digits("final")
-    # As in `dblocks.records.train`, without a seed.
-    measured, other = (
-        f"{100 * classifier.accuracy(held_out, **k):.1f} %" for k in ({}, {"seed": 0})
-    )
-    assert measured != other
-    assert f"accuracy {measured} on" in stdout(capsys, "eval", "vit", "--checkpoint", str(folder))
-    args = ("eval", "vit", "--checkpoint", str(folder), "--seed", "0")
-    assert f"accuracy {other} on" in stdout(capsys, *args)
+    # As in `dblocks.records.train`: the product, without noise.
+    measured, noisy, other = (
+        f"{100 * classifier.accuracy(held_out, **k):.1f} %"
+        for k in ({}, {"num_steps": 3, "noise": "paper"},
+                  {"num_steps": 3, "noise": "paper", "seed": 0})
+    )  # fmt: skip
+    assert len({measured, noisy, other}) == 3
+    evaluate = ("eval", "vit", "--checkpoint", str(folder))
+    text = stdout(capsys, *evaluate)
+    assert f"accuracy {measured} on" in text
+    assert "the product of 3 blocks" in text
+    steps = ("--steps", "3", "--noise", "paper")
+    text = stdout(capsys, *evaluate, *steps)
+    assert f"accuracy {noisy} on" in text
+    assert "3 denoising steps" in text
+    assert f"accuracy {other} on" in stdout(capsys, *evaluate, *steps, "--seed", "0")
 
 
 @pytest.mark.filterwarnings("default::UserWarning")

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from dblocks.blocks import DiffusionBlocks
-from dblocks.metrics import next_token_nll
+from dblocks.likelihood import next_token_nll, product_nll
+from dblocks.recipes import causal_lm
 from dblocks.recipes._autoregressive import bits_per_character
-from dblocks.recipes._text import PROMPT, SAMPLES, continuations
-from dblocks.recipes.causal_lm import GPU, CausalLMRun
+from dblocks.recipes._text import NOISE_SEED, PROMPT, SAMPLES, continuations
+from dblocks.recipes.causal_lm import GPU, PUBLISHED, CausalLMRun
 from dblocks.records import train
 from dblocks.text import Characters, Text, load_corpus, scored_windows
 
@@ -63,15 +64,28 @@ def test_autocast_computes_in_bfloat16(story):
     assert dtypes == {torch.bfloat16}
 
 
-def test_record_counts_clean_and_noisy_rows(story):
-    run = CausalLMRun(steps=4, points=2, data=story, blocks=1, **SIZES)
+@pytest.fixture(autouse=True)
+def _few_temperatures(monkeypatch):
+    monkeypatch.setattr(causal_lm, "TEMPERATURES", (0.7, 1.0))
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_record_counts_the_rows_of_each_layer(story, published):
+    fields = PUBLISHED if published else {}
+    run = CausalLMRun(steps=4, points=2, data=story, blocks=1, **SIZES, **fields)
     record = train(run).record
-    # Two layers on both halves, the last on noisy rows alone.
-    assert record["layers_per_step"] == 5
+    # Doubled: two layers on both halves, the last on noisy rows alone.
+    assert record["layers_per_step"] == (5 if published else 3)
     assert record["samples"] == 16
-    assert record["bits"] == record["bits_by_denoising_steps"]["1"]
-    assert set(record["samples_written"]) == {"1"}
-    assert {len(text) for text in record["samples_written"]["1"]} == {20 - PROMPT}
+    assert record["adaln"] == published
+    # One block is the product of all blocks.
+    assert record["product_bits"] == pytest.approx(record["bits"])
+    names = {"1@1", "product@0.7", "product@1"}
+    assert set(record["samples_written"]) == names
+    assert {len(text) for n in names for text in record["samples_written"][n]} == {20 - PROMPT}
+    bound = record["bound"]
+    assert bound["bits"] > sum(bound["by_block"]) > 0
+    assert bound["std_error"] > 0
     assert record["sha256"] == load_corpus(story).sha256
     assert [point["step"] for point in record["curve"]] == [2, 4]
     assert all(point["bits"] > 0 for point in record["curve"])
@@ -80,9 +94,35 @@ def test_record_counts_clean_and_noisy_rows(story):
 def test_plain_record_has_one_prediction(story):
     record = train(CausalLMRun(steps=2, points=1, data=story, end_to_end=True, **SIZES)).record
     assert record["layers_per_step"] == 3
-    assert record["bits_by_denoising_steps"] == {}
-    assert set(record["samples_written"]) == {"plain"}
+    assert not {"product_bits", "bound"} & record.keys()
+    assert set(record["samples_written"]) == {"plain@0.7", "plain@1"}
     assert not record["adaln"]
+
+
+def test_blocks_without_draws_at_the_top_have_no_product(story):
+    record = train(CausalLMRun(steps=2, points=1, data=story, **SIZES, **PUBLISHED)).record
+    assert "product_bits" not in record
+    assert set(record["samples_written"]) == {"1@1", "3@1"}
+
+
+def test_a_run_that_chooses_a_learning_rate_measures_no_more_than_that_needs(story):
+    record = train(CausalLMRun(steps=2, part="selection", data=story, **SIZES)).record
+    assert record["product_bits"] > 0
+    assert not {"bound", "samples_written"} & record.keys()
+
+
+def test_tokens_are_written_in_blocks(story):
+    record = train(CausalLMRun(steps=2, data=story, tokens_per_block=4, **SIZES)).record
+    assert record["model"]["tokens_per_block"] == record["model"]["tokens_per_sigma"] == 4
+    assert record["bound"]["bits"] > 0
+    plain = CausalLMRun(data=story, tokens_per_block=4, end_to_end=True, **SIZES)
+    assert plain.model_config(5).tokens_per_block == 1
+
+
+def test_results_are_of_no_more_windows_than_asked(story):
+    learner = begin(story, windows=2, part="selection")
+    torch.nn.init.normal_(learner.network.log_logit_scale)
+    assert learner.results({})["bits"] == learner.bits(windows=2) != learner.bits()
 
 
 def test_an_untrained_plain_model_is_near_the_uniform(story):
@@ -117,9 +157,21 @@ def test_bits_of_some_windows_are_of_all_parts_of_the_text(story):
 def test_blocks_are_measured_with_the_same_noise_each_time(story):
     learner = begin(story)
     torch.nn.init.normal_(learner.network.log_logit_scale)
-    assert learner.bits(num_steps=3) == learner.bits(num_steps=3)
-    assert learner.samples(num_steps=3) == learner.samples(num_steps=3)
+    for options in ({}, {"product": True}):
+        assert learner.bits(**options) == learner.bits(**options)
+    for options in ({"num_steps": 3}, {"product": True}):
+        assert learner.samples(**options) == learner.samples(**options)
     assert isinstance(learner.trained, DiffusionBlocks)
+
+
+def test_the_product_is_scored_as_any_other_model(story):
+    learner = begin(story)
+    text = Text(learner.corpus.evaluated.tokens[:20], 20)
+    torch.nn.init.normal_(learner.network.log_logit_scale)
+    generator = torch.Generator().manual_seed(NOISE_SEED)
+    nats = product_nll(learner.model, text.tokens[None], generator=generator).mean().item()
+    found = bits_per_character(learner.model, text, 20, product=True)
+    assert found == pytest.approx(nats / math.log(2))
 
 
 def test_continuations_are_of_the_text():
