@@ -1,0 +1,165 @@
+"""Tokens a second against the quality of what is written: `python -m benchmarks.writing`.
+
+Language models of one size on one text: end to end with its cache, blocks that write a token at a
+time, and blocks that write 4, 8 or 16 at once, with several numbers of Euler steps; a masked model
+beside them. All train by as many layer evaluations, and are trained where their checkpoint is not
+there. Quality is judged as in docs/results.md; speed is of batch 1, one thread, peers in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.timing import environment, interleaved
+from dblocks.checkpoint import load_model, prepare, save_model
+from dblocks.experiments._text import SCORER, score_all
+from dblocks.generate import generate
+from dblocks.mask_schedule import MASKED
+from dblocks.recipes._text import NOISE_SEED, PROMPT, TextRun, continuations
+from dblocks.recipes.causal_lm import CausalLMRun
+from dblocks.recipes.masked_lm import MaskedLMRun
+from dblocks.records import read_record, train, use_one_thread, write_record
+from dblocks.text import Corpus
+from dblocks.unmask import unmask
+
+TOKENS = 64  # that are written to take the time
+ROUNDS = 5
+MODELS = Path("runs/writing")
+OUT = Path("benchmarks/results/writing")
+EVALUATIONS = 10_080
+BLOCKS = CausalLMRun(blocks=3, steps=EVALUATIONS // 4, points=1)
+RUNS: dict[str, TextRun] = {
+    "end to end": CausalLMRun(end_to_end=True, steps=EVALUATIONS // 12, points=1),
+    "1 token": BLOCKS,
+    "4 tokens": dataclasses.replace(BLOCKS, tokens_per_block=4),
+    "8 tokens": dataclasses.replace(BLOCKS, tokens_per_block=8),
+    "16 tokens": dataclasses.replace(BLOCKS, tokens_per_block=16),
+    "masked": MaskedLMRun(blocks=3, steps=EVALUATIONS // 4, width=192, heads=3, points=1),
+}
+STEPS = (1, 3, 6, 12, 24, 48)
+AT_A_TIME = {"4 tokens": 4, "8 tokens": 8, "16 tokens": 16}
+
+
+class Way(NamedTuple):
+    """A way to write: a model and how many steps a block of tokens, or a text, takes."""
+
+    model: str
+    how: str
+    calls: float
+    """Calls of 4 layers for each token."""
+    options: dict[str, Any]
+
+
+def ways(names: Sequence[str], steps: Sequence[int]) -> list[Way]:
+    """What is compared."""
+    found = []
+    for name in names:
+        k = AT_A_TIME.get(name, 1)
+        if name == "end to end":
+            found.append(Way(name, "with its cache", 3, {}))
+        elif name == "masked":
+            found += [Way(name, f"{n} steps", n / TOKENS, {"num_steps": n}) for n in steps if n > 3]
+        else:
+            found.append(Way(name, "product of 3 blocks", 3 / k, {"product": True}))
+            # As many steps as a token takes end to end are enough for one token.
+            several = [n for n in steps if n >= 3 and (k > 1 or n == 3)]
+            found += [Way(name, f"{n} steps", n / k, {"num_steps": n}) for n in several]
+    return found
+
+
+def model_of(name: str, run: TextRun) -> Any:
+    """The trained model, from its folder or trained now."""
+    folder = MODELS / name.replace(" ", "-")
+    made = folder / "run.json"
+    if made.exists() and type(run).from_dict(read_record(made)["run"]) == run:
+        return load_model(folder)
+    prepare(folder)
+    trained = train(run, progress=True)
+    save_model(folder, trained.learner.trained)
+    write_record(made, trained.record)
+    return trained.learner.trained
+
+
+def writer(model: Any, way: Way, prompts: torch.Tensor, tokens: int) -> Callable[[], torch.Tensor]:
+    """Writes so many tokens after each prompt, int64 [N, tokens]."""
+
+    def write() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(NOISE_SEED)
+        if way.model == "masked":
+            gaps = torch.full((len(prompts), tokens), MASKED)
+            text = torch.cat([prompts, gaps], dim=1)
+            return unmask(model, text, generator=generator, **way.options).tokens[:, PROMPT:]
+        rows = generate(model, prompts, max_new_tokens=tokens, generator=generator, **way.options)
+        return torch.stack(rows)
+
+    return write
+
+
+def measure(names: Sequence[str], steps: Sequence[int], out: Path) -> list[dict[str, Any]]:
+    """Every way's quality and speed; rows are printed as they come."""
+    use_one_thread()
+    corpus: Corpus = SCORER.corpus()
+    prompts, _ = continuations(corpus.evaluated, SCORER.context)
+    models = {name: model_of(name, RUNS[name]) for name in names}
+    chosen = ways(names, steps)
+    length, cpu = SCORER.context - PROMPT, torch.device("cpu")
+    runs = {
+        f"{way.model}, {way.how}": writer(models[way.model], way, prompts[:1], TOKENS)
+        for way in chosen
+    }
+    times = interleaved(runs, cpu, ROUNDS)
+    rows = []
+    for way in chosen:
+        key = f"{way.model}, {way.how}"
+        written = writer(models[way.model], way, prompts, length)()
+        texts = [corpus.tokenizer.decode(row.tolist()) for row in written]
+        seconds = statistics.median(times[key]) / 1e3
+        row = {
+            "run": {"model": way.model, "how": way.how},
+            "calls": way.calls,
+            "tokens_per_second": TOKENS / seconds,
+            "scores": score_all({key: texts}, corpus)[key],
+        }
+        rows.append(row)
+        print(key, f"{row['tokens_per_second']:.0f} tokens a second", row["scores"], flush=True)
+    reference = score_all({}, corpus)["reference"]
+    where = environment(cpu)
+    write_record(out / "writing-cpu.json", {"format": 1, "environment": where, "rows": rows,
+                                            "reference": reference})  # fmt: skip
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="*", choices=[*RUNS], default=[*RUNS])
+    parser.add_argument("--steps", nargs="*", type=int, default=[*STEPS])
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args(argv)
+    rows = measure(args.models, args.steps, args.out)
+    print(table(rows))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| model | steps | calls a token | tokens a second | bits | divergence | repeats |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    for row in rows:
+        scores = row["scores"]
+        lines.append(
+            f"| {row['run']['model']} | {row['run']['how']} | {row['calls']:.2f} "
+            f"| {row['tokens_per_second']:.0f} | {scores['bits']:.2f} "
+            f"| {scores['divergence']:.3f} | {scores['repetition']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
