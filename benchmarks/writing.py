@@ -125,11 +125,11 @@ def measure(names: Sequence[str], steps: Sequence[int], out: Path) -> list[dict[
             "run": {"model": way.model, "how": way.how},
             "calls": way.calls,
             "tokens_per_second": TOKENS / seconds,
-            "scores": score_all({key: texts}, corpus)[key],
+            "scores": score_all({key: texts}, corpus, SCORER)[key],
         }
         rows.append(row)
         print(key, f"{row['tokens_per_second']:.0f} tokens a second", row["scores"], flush=True)
-    reference = score_all({}, corpus)["reference"]
+    reference = score_all({}, corpus, SCORER)["reference"]
     where = environment(cpu)
     write_record(out / "writing-cpu.json", {"format": 1, "environment": where, "rows": rows,
                                             "reference": reference})  # fmt: skip

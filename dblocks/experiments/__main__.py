@@ -17,6 +17,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         vit.FASHION,
         dit.EXPERIMENT,
         causal_lm.EXPERIMENT,
+        causal_lm.GCIDE,
         masked_lm.EXPERIMENT,
         recurrent.EXPERIMENT,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ NGRAM = 4  # characters; the held-out text has some 13,000 different runs of fou
 REPEATED = 12  # characters: a run of so many that comes again in a sample is a loop, not a word
 # As the longest row of the language model's table, from a seed that no row has.
 SCORER = CausalLMRun(end_to_end=True, steps=1440, lr=1e-3, seed=1000)
-SCORER_FOLDER = Path("runs/causal-lm-scorer")
+SCORER_FOLDER = Path("runs/causal-lm-scorer")  # of pydoc; other texts' have their names behind it
 SCORES_FILE = "scores.json"
 RUN_FILE = "run.json"
 
@@ -81,12 +82,25 @@ def reference_scores(record: Record) -> str:
     return ", ".join(f"{scores[name]:{form}}" for name, _, form in QUALITY)
 
 
+TEXTS = {
+    "pydoc": "characters of the documentation that ships with Python (`pydoc_data.topics`), "
+    "400,000 of them",
+    "gcide": "20,000,000 letters and spaces of the Collaborative International Dictionary of "
+    "English (Debian's package dict-gcide), whose last words are held out",
+}
+
+
+def _of_windows(run: Mapping[str, Any]) -> str:
+    return "" if run["data"] == "pydoc" else f", and {run['windows']} windows of them scored"
+
+
 def text_and_training(record: Record, seeds: Sequence[int]) -> str:
     """What all comparisons on text have in common, for a caption."""
     run = record["run"]
+    text = TEXTS.get(run["data"], run["data"])
     return (
-        "on characters of the documentation that ships with Python (`pydoc_data.topics`), 400,000 "
-        f"of them (sha256 {record['sha256'][:12]}...), the last 10 % held out; windows of "
+        f"on {text} (sha256 {record['sha256'][:12]}...), the last 10 % held out"
+        f"{_of_windows(run)}; windows of "
         f"{run['context']}, {run['batch_size']} a batch, AdamW with a cosine; mean ± sample "
         f"standard deviation of seeds {', '.join(map(str, seeds))}"
     )
@@ -104,11 +118,12 @@ def add_scores(folder: Path, records: Mapping[str, Records]) -> None:
         for record in many
         for key, texts in record["samples_written"].items()
     }
-    corpus = SCORER.corpus()
-    made = {"run": SCORER.to_dict(), "sha256": corpus.sha256, "samples": samples}
+    scorer = scorer_of(next(iter(records.values()))[0]["run"]["data"])
+    corpus = scorer.corpus()
+    made = {"run": scorer.to_dict(), "sha256": corpus.sha256, "samples": samples}
     stored = _stored(folder / SCORES_FILE)
     if stored is None or any(stored[key] != value for key, value in made.items()):
-        stored = {"format": FORMAT, **made, "scores": score_all(samples, corpus)}
+        stored = {"format": FORMAT, **made, "scores": score_all(samples, corpus, scorer)}
         write_record(folder / SCORES_FILE, stored)
     for row, many in records.items():
         for record in many:
@@ -119,10 +134,17 @@ def add_scores(folder: Path, records: Mapping[str, Records]) -> None:
             record["scores"]["reference"] = stored["scores"]["reference"]
 
 
-def score_all(samples: Mapping[str, Sequence[str]], corpus: Corpus) -> dict[str, Any]:
+def scorer_of(data: str) -> CausalLMRun:
+    """What trains the model that judges samples of a text."""
+    return dataclasses.replace(SCORER, data=data)
+
+
+def score_all(
+    samples: Mapping[str, Sequence[str]], corpus: Corpus, scorer: CausalLMRun
+) -> dict[str, Any]:
     """Scores of the samples, and under "reference" of the held-out text in their place."""
-    model = _scorer()
-    prompts, truth = continuations(corpus.evaluated, SCORER.context)
+    model = _trained(scorer)
+    prompts, truth = continuations(corpus.evaluated, scorer.context)
     reference = [corpus.tokenizer.decode(row.tolist()) for row in truth]
     held_out = corpus.tokenizer.decode(corpus.evaluated.tokens.tolist())
     return {
@@ -140,16 +162,19 @@ def _stored(path: Path) -> dict[str, Any] | None:
     return read_record(path) if path.exists() else None
 
 
-def _scorer() -> Any:
-    if (SCORER_FOLDER / RUN_FILE).exists():
-        record = read_record(SCORER_FOLDER / RUN_FILE)
-        if CausalLMRun.from_dict(record["run"]) == SCORER:
-            return load_model(SCORER_FOLDER)
-    print(f"training the model that scores samples, for {SCORER_FOLDER}")
-    prepare(SCORER_FOLDER)
-    trained = train(SCORER, progress=True)
-    save_model(SCORER_FOLDER, trained.learner.trained)
-    write_record(SCORER_FOLDER / RUN_FILE, trained.record)
+def _trained(scorer: CausalLMRun) -> Any:
+    folder = SCORER_FOLDER
+    if scorer.data != SCORER.data:
+        folder = folder.with_name(f"{folder.name}-{Path(scorer.data).stem}")
+    if (folder / RUN_FILE).exists():
+        record = read_record(folder / RUN_FILE)
+        if CausalLMRun.from_dict(record["run"]) == scorer:
+            return load_model(folder)
+    print(f"training the model that scores samples, for {folder}")
+    prepare(folder)
+    trained = train(scorer, progress=True)
+    save_model(folder, trained.learner.trained)
+    write_record(folder / RUN_FILE, trained.record)
     return trained.learner.trained
 
 

@@ -20,23 +20,42 @@ from dblocks.recipes._text import PROMPT, SAMPLES
 from dblocks.recipes.causal_lm import PUBLISHED, CausalLMRun
 from dblocks.report import COSTS, README_COSTS, Column, Record, Rows, spread
 
-# 840 steps of 12 layers run as many layers as 2,520 of 4, or, in doubled rows, 1,440 of 7: there
-# clean and noisy rows count each, but in a block's last layer clean ones give keys and values only.
-BLOCKS = CausalLMRun(blocks=3, steps=2520)
-AS_PUBLISHED = CausalLMRun(blocks=3, steps=1440, **PUBLISHED)
-ROWS: Mapping[str, tuple[str, CausalLMRun]] = {
-    "blocks": ("3 blocks", BLOCKS),
-    "ensemble": ("3 blocks, all draws at sigma_max", dataclasses.replace(BLOCKS, top_share=1.0)),
-    "published": ("3 blocks, doubled rows, learned head", AS_PUBLISHED),
-    "small": ("a plain model of 4 layers", CausalLMRun(end_to_end=True, depth=4, steps=2520)),
-    "end_to_end": ("end to end", CausalLMRun(end_to_end=True, steps=840)),
-    "end_to_end_long": (
-        "end to end, 3 times the steps (equal samples)",
-        CausalLMRun(end_to_end=True, steps=2520),
-    ),
-}
+EVALUATIONS = 10_080  # of layers, in every row but the last
+
+Table = Mapping[str, tuple[str, CausalLMRun]]
+
+
+def rows_of(run: CausalLMRun) -> Table:
+    """The rows of a comparison, by as many layer evaluations.
+
+    A block of 4 of 12 layers takes 4 a step; in doubled rows 7, as clean and noisy rows count each,
+    but in its last layer, where clean ones give keys and values only.
+    """
+    blocks = dataclasses.replace(run, blocks=3, depth=12, steps=EVALUATIONS // 4)
+    whole = dataclasses.replace(blocks, end_to_end=True, steps=EVALUATIONS // 12)
+    published = dataclasses.replace(blocks, steps=EVALUATIONS // 7, **PUBLISHED)
+    return {
+        "blocks": ("3 blocks", blocks),
+        "ensemble": (
+            "3 blocks, all draws at sigma_max",
+            dataclasses.replace(blocks, top_share=1.0),
+        ),
+        "published": ("3 blocks, doubled rows, learned head", published),
+        "small": (
+            "a plain model of 4 layers",
+            dataclasses.replace(whole, depth=4, steps=blocks.steps),
+        ),
+        "end_to_end": ("end to end", whole),
+        "end_to_end_long": (
+            "end to end, 3 times the steps (equal samples)",
+            dataclasses.replace(whole, steps=blocks.steps),
+        ),
+    }
+
+
 LRS = (5e-4, 1e-3, 2e-3, 4e-3)
 SHORTER = {"blocks": 3, "published": 3, "small": 3, "end_to_end": 1}
+SEEDS = (0, 1, 2)
 RATES_OF = {"ensemble": "blocks", "end_to_end_long": "end_to_end"}
 
 
@@ -96,7 +115,7 @@ def caption(rows: Rows) -> str:
     euler = ", ".join(spread(first, score(n, euler_samples), form) for n, _, form in QUALITY)
     return (
         f"A Llama-like model of {run['depth']} layers and width {run['width']} "
-        f"{text_and_training(first[0], EXPERIMENT.seeds)}. Each line's learning rate is the best "
+        f"{text_and_training(first[0], SEEDS)}. Each line's learning rate is the best "
         f"of {{{rates}}} on the tenth before the held-out one, in runs of a third of the steps, "
         "end to end of all of them; the lines of all draws at sigma_max and of equal samples take "
         "over the rates of the blocks and of end to end. A layer evaluation is one batch of rows "
@@ -114,28 +133,34 @@ def caption(rows: Rows) -> str:
     )
 
 
-def draw(rows: Rows, path: Path) -> None:
-    """The figure of finished runs: bits a character against layer evaluations, and the noise."""
-    draw_comparison(
-        rows,
-        path,
-        lambda point: point["bits"],
-        title="A 12-layer language model on Python's documentation, end to end and in blocks",
-        measure=next_token_measure(rows),
+def experiment_of(name: str, run: CausalLMRun, what: str) -> Experiment:
+    """A comparison of language models on a text called `what`."""
+
+    def draw(rows: Rows, path: Path) -> None:
+        draw_comparison(
+            rows,
+            path,
+            lambda point: point["bits"],
+            title=f"A 12-layer language model on {what}, end to end and in blocks",
+            measure=next_token_measure(rows),
+        )
+
+    return Experiment(
+        name=name,
+        rows=rows_of(run),
+        lrs=LRS,
+        seeds=SEEDS,
+        selection_shorter=SHORTER,
+        rates_of=RATES_OF,
+        error=bits,
+        headline=lambda record: f"{bits(record):.3f} bits a character",
+        columns=COLUMNS,
+        readme_columns=README_COLUMNS,
+        caption=caption,
+        draw=draw,
+        finish=add_scores,
     )
 
 
-EXPERIMENT = Experiment(
-    name="causal-lm-pydoc",
-    rows=ROWS,
-    lrs=LRS,
-    selection_shorter=SHORTER,
-    rates_of=RATES_OF,
-    error=bits,
-    headline=lambda record: f"{bits(record):.3f} bits a character",
-    columns=COLUMNS,
-    readme_columns=README_COLUMNS,
-    caption=caption,
-    draw=draw,
-    finish=add_scores,
-)
+EXPERIMENT = experiment_of("causal-lm-pydoc", CausalLMRun(), "Python's documentation")
+GCIDE = experiment_of("causal-lm-gcide", CausalLMRun(data="gcide", windows=512), "a dictionary")
