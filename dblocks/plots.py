@@ -208,6 +208,9 @@ def comparison_figure(
         mask_panel(right, schedule, config.num_blocks, layers)
     else:
         noise_panel(right, schedule, config.num_blocks, layers)
+        if config.top_share != "auto" and config.top_share > 0:
+            beside = f"beside {config.top_share:.0%} of its draws, at $\\sigma$ max"
+            right.set_title(f"{right.get_title()}\n{beside}")
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=TEXT_SIZE)
