@@ -53,7 +53,7 @@ def rows_of(run: CausalLMRun) -> Table:
     }
 
 
-LRS = (5e-4, 1e-3, 2e-3, 4e-3)
+LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
 SHORTER = {"blocks": 3, "published": 3, "small": 3, "end_to_end": 1}
 SEEDS = (0, 1, 2)
 RATES_OF = {"ensemble": "blocks", "end_to_end_long": "end_to_end"}
