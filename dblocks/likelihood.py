@@ -33,10 +33,17 @@ class Bound(NamedTuple):
 
         Args:
             scored: bool [N, T - 1]; all by default.
+
+        Raises:
+            ValueError: no token is scored.
         """
         nll, variance = self.nll.double(), self.variance.double()
         if scored is not None:
             nll, variance = nll[scored], variance[scored]
+        if nll.numel() == 0:
+            raise ValueError(
+                "the mean of a bound needs at least one token that is scored, got none"
+            )
         return nll.mean().item(), variance.sum().sqrt().item() / nll.numel()
 
 
@@ -80,7 +87,7 @@ def next_token_nll(
                 f"{num_steps}; see dblocks.likelihood.denoising_bound"
             )
         z = _noise_at_top(model, tokens, generator)
-        top = torch.full((len(z),), model.config.noise_schedule.sigma_max, device=z.device)
+        top = z.new_full(z.shape[:1], model.config.noise_schedule.sigma_max)
         logits = model.logits(z, top, block=0, tokens=tokens)[:, 1:]
     elif isinstance(model, LanguageModel):
         steps = model.plain_steps(num_steps)
@@ -167,7 +174,7 @@ def denoising_bound(
     by_block = torch.stack(parts)
     prior = y.square().sum(-1)[:, 1:] / (2 * schedule.sigma_max**2)
     z = y + schedule.sigma_min * _normal(y.shape, tokens, generator)
-    sigma = torch.full((len(tokens),), schedule.sigma_min, device=tokens.device)
+    sigma = z.new_full(z.shape[:1], schedule.sigma_min)
     logits = model.logits(z, sigma, block=num_blocks - 1, tokens=tokens)[:, 1:]
     choice = nnf.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
     return Bound(by_block.sum(0) + prior + choice, by_block, torch.stack(variances).sum(0))

@@ -222,18 +222,35 @@ def test_each_level_is_called_of_the_block_that_owns_it(k):
         return forward(z, sigma, block=block, **cond)
 
     model.forward = recorded
-    denoising_bound(model, tokens_of(2, 10), draws=3, generator=seeded())
+    denoising_bound(model, tokens_of(2, 12), draws=3, generator=seeded())
     assert [block for block, _ in seen] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     ends = NoiseSchedule().boundaries(3).log()
     for number, (block, sigma) in enumerate(seen):
         high, low = ends[block].item(), ends[block + 1].item()
         place = (sigma.double().log().cpu() - low) / (high - low) * 3 - number % 3
         assert ((place > -1e-4) & (place < 1 + 1e-4)).all()
-        assert torch.equal(sigma, sigma[:, ::k].repeat_interleave(k, 1)[:, :10])
-        assert len(sigma.unique()) == 2 * -(-10 // k)
+        assert torch.equal(sigma, sigma[:, ::k].repeat_interleave(k, 1))
+        assert len(sigma.unique()) == 2 * 12 // k
+
+
+def test_levels_may_be_whole_numbers():
+    schedule = NoiseSchedule(sigma_min=1, sigma_max=80)
+    model = DiffusionBlocks(model_of().base_model, BlocksConfig(3, schedule=schedule))
+    for price in (next_token_nll, product_nll):
+        assert price(model, tokens_of(), generator=seeded()).isfinite().all()
+    bound = denoising_bound(model, tokens_of(), generator=seeded())
+    assert bound.nll.isfinite().all()
 
 
 # Errors
+
+
+def test_a_mean_needs_a_token():
+    bound = denoising_bound(model_of(), tokens_of(2, 4), generator=seeded())
+    with pytest.raises(ValueError, match="at least one token that is scored, got none"):
+        bound.mean(torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="at least one token that is scored, got none"):
+        denoising_bound(model_of(), tokens_of(2, 1), generator=seeded()).mean()
 
 
 @pytest.mark.parametrize("price", [next_token_nll, product_nll, denoising_bound])

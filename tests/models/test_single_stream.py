@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.likelihood import denoising_bound, next_token_nll, product_nll
 from lm_tools import CLOSE, SINGLE, lm_of, recurrent_of, tokens_of
 from tools import DEVICE, normal, randomized, seeded
 
@@ -18,7 +19,7 @@ def model_of(kind="causal", num_blocks=2, **options):
     if kind == "recurrent":
         lm = recurrent_of(**{**options, "core": 2})
     else:
-        lm = lm_of(**{**options, "depth": 4, "context": 16})
+        lm = lm_of(**{"depth": 4, "context": 16, **options})
     return DiffusionBlocks(randomized(lm), BlocksConfig(num_blocks))
 
 
@@ -174,6 +175,26 @@ def test_documents_end_with_a_block_of_tokens(rows):
         model.logits(normal(1, 8, 16), 0.3, **batch)
 
 
+@pytest.mark.parametrize("rows", ["single", "doubled"])
+@pytest.mark.parametrize("each", [None, 4])
+@pytest.mark.parametrize("length", [3, 7])
+def test_sequences_end_with_a_block_of_tokens(rows, each, length):
+    """Row i holds token i - k, so that rows of a shorter block would not see the last tokens."""
+    model = model_of(tokens_per_block=4, tokens_per_sigma=each, rows=rows)
+    batch = {"tokens": tokens_of(1, length)}
+    message = f"multiples of tokens_per_block=4 long, got {length}; pad them, with a loss_mask"
+    for call in (
+        lambda: model.loss(batch, 0),
+        lambda: model.logits(normal(1, length, 16), 0.3, **batch),
+        lambda: next_token_nll(model, batch["tokens"]),
+        lambda: product_nll(model, batch["tokens"]),
+        lambda: denoising_bound(model, batch["tokens"]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert model.base_model(batch["tokens"]).shape == (1, length, 11)  # the plain model
+
+
 @models
 def test_padding_at_the_end_changes_nothing_before_it(kind, options):
     model, k = model_of(kind, **options), options.get("tokens_per_block", 1)
@@ -220,7 +241,7 @@ def test_every_parameter_of_a_block_gets_a_gradient(kind, options):
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_a_loss_compiles_as_one_graph(k):
-    model = model_of(tokens_per_block=k)
+    model = model_of(tokens_per_block=k, depth=2)
     batch = {"tokens": tokens_of(2, T)}
     draw = model.draw(batch, 1, generator=seeded())
     compiled = torch.compile(model.loss_at, fullgraph=True, backend="eager")
