@@ -83,7 +83,8 @@ def stream(
     block's layers. With `product` a token comes of one call of every block at sigma_max, where the
     noise tells nothing: it is drawn from the normalised geometric mean of their predictions, the
     distribution of `dblocks.likelihood.product_nll`. Networks that write `tokens_per_block` tokens
-    at once take the same number of calls for all of them.
+    at once take the same number of calls for all of them; the end of a prompt ends a block of
+    tokens, as in training the multiples of its length do, so prompts of such a length serve best.
 
     Each block keeps keys and values of the clean tokens in its own layers. A token's rows are added
     with that block's first call for the next token, beside the noisy row, so that a token costs
