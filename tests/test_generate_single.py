@@ -228,7 +228,7 @@ def test_a_stop_token_inside_a_block_of_tokens(rows, k):
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("lengths", [[6], [5, 2], [23, 1]])
 def test_the_context_may_be_filled(rows, k, lengths):
-    """The last block of tokens may reach beyond; noise of one prompt is never the next one's."""
+    """The last block of tokens may reach beyond it."""
     model, prompts = model_of(k=k, rows=rows), prompts_of(lengths)
     new = CONTEXT - max(lengths)
     tokens, logits = written(model, prompts, num_steps=3, max_new_tokens=new)
