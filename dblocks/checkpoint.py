@@ -207,9 +207,12 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"got {config['format']!r} and {config['model']!r}"
         )
     if config["format"] == 1:
-        config["model_config"] = FORMAT_1.get(config["model"], {}) | config["model_config"]
-        if config["blocks_config"] is not None:
-            config["blocks_config"] = FORMAT_1_BLOCKS | config["blocks_config"]
+        added = {
+            "model_config": FORMAT_1.get(config["model"], {}),
+            "blocks_config": FORMAT_1_BLOCKS,
+        }
+        # What is no object is refused where it is read.
+        config |= {k: v | config[k] for k, v in added.items() if isinstance(config[k], dict)}
     return config
 
 

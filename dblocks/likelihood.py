@@ -11,6 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dblocks._numbers import check_count
+from dblocks.adapters._causal import ConvertedCausalLM
 from dblocks.blocks import DiffusionBlocks, unwrapped
 from dblocks.models._causal import LanguageModel
 from dblocks.sample import initial_noise, product_logits
@@ -24,17 +25,25 @@ class Bound(NamedTuple):
     by_block: Tensor
     """What each block's denoising adds to it, [B, N, T - 1]."""
     variance: Tensor
-    """An estimate, rather too large than too small, of the variance of `nll`, [N, T - 1]."""
+    """What each token adds to the variance of the sum of `nll`, estimated and rather too large than
+    too small, [N, T - 1]; tokens of a block of tokens, which share their levels, add alike."""
 
     def mean(self, scored: Tensor | None = None) -> tuple[float, float]:
         """The mean over tokens, and its standard error, of the draws and not of the text.
 
         Args:
             scored: bool [N, T - 1]; all by default.
+
+        Raises:
+            ValueError: no token is scored.
         """
         nll, variance = self.nll.double(), self.variance.double()
         if scored is not None:
             nll, variance = nll[scored], variance[scored]
+        if nll.numel() == 0:
+            raise ValueError(
+                "the mean of a bound needs at least one token that is scored, got none"
+            )
         return nll.mean().item(), variance.sum().sqrt().item() / nll.numel()
 
 
@@ -71,13 +80,14 @@ def next_token_nll(
     """
     model = unwrapped(model)
     if isinstance(model, DiffusionBlocks):
+        _of_tokens(model)
         if num_steps not in (None, 1):
             raise ValueError(
                 "num_steps must be 1 or None in blocks, as several steps have no likelihood, got "
                 f"{num_steps}; see dblocks.likelihood.denoising_bound"
             )
         z = _noise_at_top(model, tokens, generator)
-        top = torch.full((len(z),), model.config.noise_schedule.sigma_max, device=z.device)
+        top = z.new_full(z.shape[:1], model.config.noise_schedule.sigma_max)
         logits = model.logits(z, top, block=0, tokens=tokens)[:, 1:]
     elif isinstance(model, LanguageModel):
         steps = model.plain_steps(num_steps)
@@ -110,7 +120,7 @@ def product_nll(
         float32 [N, T - 1].
 
     Raises:
-        TypeError: `model` is no `DiffusionBlocks`.
+        TypeError: `model` is no `DiffusionBlocks` of a language model.
         ValueError: blocks after the first one never saw sigma_max in training.
     """
     model = _blocks(model)
@@ -146,7 +156,7 @@ def denoising_bound(
         generator: source of levels and noise; by default that of the tokens' device.
 
     Raises:
-        TypeError: `model` is no `DiffusionBlocks`.
+        TypeError: `model` is no `DiffusionBlocks` of a language model.
         ValueError: `draws` is less than 2.
     """
     model = _blocks(model)
@@ -154,19 +164,17 @@ def denoising_bound(
         raise ValueError(f"draws must be at least 2, for the standard error, got {draws}")
     network = cast(Any, model.base_model)
     schedule, num_blocks = model.config.noise_schedule, model.config.num_blocks
-    y = network.embed_target({"tokens": tokens})
+    y, k = network.embed_target({"tokens": tokens}), _block_size(model)
     ends = schedule.boundaries(num_blocks).tolist()
     parts, variances = [], []
     for block, (high, low) in enumerate(pairwise(ends)):
         errors = _scaled_errors(model, tokens, y, block, (low, high), draws, generator)
         parts.append(errors.sum(0))
-        # Of neighbouring strata, as if a pair were two draws from both.
-        pairs = errors[1:] - errors[:-1]
-        variances.append(pairs.square().sum(0) * (draws / (2 * (draws - 1))))
+        variances.append(_variance(errors, k))
     by_block = torch.stack(parts)
     prior = y.square().sum(-1)[:, 1:] / (2 * schedule.sigma_max**2)
     z = y + schedule.sigma_min * _normal(y.shape, tokens, generator)
-    sigma = torch.full((len(tokens),), schedule.sigma_min, device=tokens.device)
+    sigma = z.new_full(z.shape[:1], schedule.sigma_min)
     logits = model.logits(z, sigma, block=num_blocks - 1, tokens=tokens)[:, 1:]
     choice = nnf.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
     return Bound(by_block.sum(0) + prior + choice, by_block, torch.stack(variances).sum(0))
@@ -183,8 +191,7 @@ def _scaled_errors(
 ) -> Tensor:
     """What each stratum of a block's levels adds to the integral, [draws, N, T - 1]."""
     low, high = map(math.log, levels)
-    k = getattr(model.base_model, "block_size", 1)
-    N, T = tokens.shape
+    k, (N, T) = _block_size(model), tokens.shape
     device = tokens.device if generator is None else generator.device
     errors = []
     for draw in range(draws):
@@ -197,12 +204,40 @@ def _scaled_errors(
     return torch.stack(errors)[:, :, 1:]
 
 
+def _variance(errors: Tensor, k: int) -> Tensor:
+    """The variance of the sum over strata of errors [draws, N, T - 1], shared out over tokens.
+
+    Tokens of a block of k share their levels, so that their sum is what varies, not each alone.
+    """
+    draws, N, rows = errors.shape
+    # Of neighbouring strata, as if a pair were two draws from both. The first token is no row.
+    ends = (1, -(rows + 1) % k)
+    pairs = nnf.pad(errors[1:] - errors[:-1], ends).view(draws - 1, N, -1, k).sum(-1)
+    counts = nnf.pad(errors.new_ones(rows), ends).view(-1, k).sum(-1).clamp(min=1)
+    shares = pairs.square().sum(0) * (draws / (2 * (draws - 1))) / counts
+    return shares.repeat_interleave(k, 1)[:, 1 : rows + 1]
+
+
+def _block_size(model: DiffusionBlocks) -> int:
+    """How many tokens share a level: those that are written at once."""
+    return getattr(model.base_model, "block_size", 1)
+
+
 def _blocks(model: Any) -> DiffusionBlocks:
     model = unwrapped(model)
     if not isinstance(model, DiffusionBlocks):
         raise TypeError(
             f"model must be the DiffusionBlocks of a language model, got {type(model).__name__}; "
             "next_token_nll takes a plain model too"
+        )
+    return _of_tokens(model)
+
+
+def _of_tokens(model: DiffusionBlocks) -> DiffusionBlocks:
+    if not isinstance(model.base_model, (LanguageModel, ConvertedCausalLM)):
+        raise TypeError(
+            "model must be the DiffusionBlocks of a language model, whose targets are tokens' "
+            f"embeddings, got those of a {type(model.base_model).__name__}; see dblocks.models"
         )
     return model
 

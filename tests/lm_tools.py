@@ -9,6 +9,7 @@ from tools import DEVICE, randomized, seeded
 
 KINDS = ("dit", "official", "none")
 PUBLISHED = {"rows": "doubled", "head": "learned"}
+SINGLE = {"rows": "single", "head": "posterior"}
 SIZES = {"vocab_size": 11, "context": 12, "width": 16, "depth": 6, "heads": 4, "kv_heads": 2}
 SIZES |= PUBLISHED
 RECURRENT_SIZES = {"vocab_size": 11, "context": 24, "width": 16, "heads": 4, "kv_heads": 2}

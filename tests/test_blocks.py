@@ -6,6 +6,7 @@ from torch import nn
 
 from dblocks import functional as F
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.mask_schedule import MaskSchedule
 from dblocks.nn import NoiseEmbedding
 from dblocks.sample import initial_noise, sample_euler
 from dblocks.schedule import NoiseSchedule
@@ -108,6 +109,34 @@ def test_config_json():
         BlocksConfig.from_json('{"num_blocks": 2, "layers": 3}')
     with pytest.raises(ValueError, match=r"config type must be one of .* got 'Cosine'"):
         BlocksConfig.from_json('{"num_blocks": 2, "schedule": {"type": "Cosine"}}')
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule(), MaskSchedule()])
+def test_the_share_of_draws_at_the_top(schedule):
+    config = BlocksConfig(3, schedule=schedule)
+    assert config.top_share == "auto"
+    auto = {"cross_entropy": 0.6, "l2": 0.0, "masked_cross_entropy": 0.0}
+    assert {kind: config.top_share_for(kind) for kind in auto} == auto
+    for share in ("auto", 0.0, 0.25, 1.0):
+        config = BlocksConfig(3, schedule=schedule, top_share=share)
+        assert BlocksConfig.from_json(config.to_json()) == config
+        if share != "auto":
+            assert {config.top_share_for(kind) for kind in auto} == {share}
+    with pytest.raises(ValueError, match=r"top_share must be .*, got 'all'"):
+        BlocksConfig.from_json('{"num_blocks": 3, "top_share": "all"}')
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_training_draws_the_share_and_routing_stays(share):
+    model = DiffusionBlocks(vit(), BlocksConfig(3, top_share=share))
+    sigma = model.loss(batch(200), 2, generator=seeded()).sigma
+    assert (
+        abs((sigma == 80).double().mean().item() - share)
+        < 5 * (share * (1 - share) / 200) ** 0.5 + 1e-9
+    )
+    assert model.config.schedule.block_of(torch.tensor([80.0, 0.01]), 3).tolist() == [0, 2]
+    view = model.block(2).loss(batch(200), generator=seeded())
+    assert torch.equal(view.sigma, sigma)
 
 
 def test_a_model_needs_layers():

@@ -12,7 +12,6 @@ from dblocks._kv_cache import KVCache, Slots
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import load_model, save_model
 from dblocks.generate import Choice, generate, stream
-from dblocks.metrics import next_token_nll
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.models.vit import ViT, ViTConfig
 from dblocks.sample import sample_logits
@@ -302,34 +301,6 @@ def test_filters_keep_the_most_likely(scores, top_k, top_p):
         total = allowed.softmax(-1)[0]
         assert total[kept].sum() >= top_p - 1e-12
         assert total[kept].sum() - total[kept].min() < top_p
-
-
-# Scoring
-
-
-def test_what_the_plain_model_pays_for_tokens():
-    lm, tokens = lm_of(), torch.randint(11, (3, 7), generator=seeded()).to(DEVICE)
-    nll = next_token_nll(lm, tokens)
-    assert nll.shape == (3, 6)
-    torch.testing.assert_close(nll.mean(), lm.next_token_loss({"tokens": tokens}))
-    assert torch.equal(nll, next_token_nll(lm, tokens, num_steps=1))
-    with pytest.raises(ValueError, match=r"num_steps must be 1 or None for a plain .* got 3"):
-        next_token_nll(lm, tokens, num_steps=3)
-
-
-@pytest.mark.parametrize("num_steps", [1, 3])
-def test_what_blocks_pay_for_tokens(num_steps):
-    model, tokens = blocks_of(), torch.randint(11, (3, 7), generator=seeded()).to(DEVICE)
-    nll = next_token_nll(model, tokens, num_steps=num_steps, generator=seeded())
-    assert torch.equal(nll, next_token_nll(model, tokens, num_steps=num_steps, generator=seeded()))
-    assert nll.shape == (3, 6)
-    # A token's price does not depend on itself: the prices of all tokens make a distribution.
-    prices = []
-    for token in range(11):
-        other = tokens.clone()
-        other[:, -1] = token
-        prices.append(next_token_nll(model, other, num_steps=num_steps, generator=seeded())[:, -1])
-    torch.testing.assert_close((-torch.stack(prices)).exp().sum(0), torch.ones(3, device=DEVICE))
 
 
 # Errors

@@ -143,6 +143,22 @@ def test_draws_are_antithetic_and_inside_the_range(kind, draw, num_blocks, block
     assert torch.equal(t, again)
 
 
+@pytest.mark.parametrize("draw", ["alpha", "t"])
+def test_a_share_of_the_draws_is_all_masked(draw):
+    schedule, n = MaskSchedule(draw=draw), 4000
+    for block in range(3):
+        low, high = schedule.range_of(block, 3, overlap=0.05)
+        t = schedule.sample(block, 3, (n,), top_share=0.25, generator=seeded(block))
+        top = t == 1
+        assert abs(top.double().mean().item() - 0.25) < 5 * math.sqrt(0.19 / n)
+        assert ((t[~top] >= low - 1e-6) & (t[~top] <= high)).all()
+        free, state = schedule.sample(block, 3, (n,), generator=seeded(block)), seeded(block)
+        assert torch.equal(t[~top], free[~top])
+        none = schedule.sample(block, 3, (n,), top_share=0.0, generator=state)
+        assert torch.equal(none, free)
+        assert (schedule.sample(block, 3, (n,), top_share=1.0, generator=seeded()) == 1).all()
+
+
 def test_zero_is_never_drawn():
     schedule = MaskSchedule("cosine")
     smallest = min(schedule.sample(2, 3, (4096,), generator=seeded(s)).min() for s in range(20))

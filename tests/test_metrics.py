@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dblocks.metrics import accuracy, evaluate, mean_std, next_token_nll
+from dblocks.metrics import accuracy, evaluate, mean_std
 
 
 def test_accuracy_counts_the_largest_logits():
@@ -48,8 +48,3 @@ def test_mean_std_of_one_value_has_no_spread():
 def test_mean_std_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="at least one value"):
         mean_std([])
-
-
-def test_only_language_models_have_next_tokens():
-    with pytest.raises(TypeError, match="the DiffusionBlocks of one, got Linear"):
-        next_token_nll(torch.nn.Linear(2, 2), torch.zeros(1, 2, dtype=torch.int64))

@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from dblocks.blocks import BlocksConfig
+from dblocks.mask_schedule import MaskSchedule
 from dblocks.schedule import NoiseSchedule
+from tools import seeded
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -170,6 +173,52 @@ def test_karras_steps_that_skip_a_block():
         if len(schedule.block_of(schedule.steps(n, "karras"), 3).unique()) < 3
     ]
     assert skips == [1, 2, 3, 5, 6, 9]
+
+
+def test_a_share_of_the_draws_is_at_the_top():
+    """Whatever the block; the others are in its widened range."""
+    schedule, n = NoiseSchedule(), 4000
+    for block in range(3):
+        lo, hi = schedule.range_of(block, 3, overlap=0.05)
+        sigma = schedule.sample(block, 3, (n, 2), top_share=0.6, generator=seeded(block))
+        top = sigma == 80.0
+        # Five deviations of a binomial.
+        assert abs(top.double().mean().item() - 0.6) < 5 * math.sqrt(0.24 / (2 * n))
+        assert ((sigma[~top] >= lo) & (sigma[~top] <= hi)).all()
+        # Independent of each other and of the levels: rows are all kinds, and medians agree.
+        assert abs(top.all(1).double().mean().item() - 0.36) < 5 * math.sqrt(0.23 / n)
+        free = schedule.sample(block, 3, (n, 2), generator=seeded(block))
+        assert abs((free[~top] < free.median()).double().mean().item() - 0.5) < 0.05
+        assert torch.equal(sigma[~top], free[~top])
+
+
+def test_no_share_at_the_top_draws_as_without_one():
+    schedule = NoiseSchedule()
+    before, after = seeded(), seeded()
+    plain = schedule.sample(1, 3, (64,), generator=before)
+    none = schedule.sample(1, 3, (64,), top_share=0.0, generator=after)
+    assert torch.equal(plain, none)
+    assert torch.equal(before.get_state(), after.get_state())
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("sigma_max", [80.0, 0.1])
+def test_all_draws_at_the_top(block, sigma_max):
+    schedule = NoiseSchedule(sigma_max=sigma_max)
+    sigma = schedule.sample(block, 3, (1000,), top_share=1.0, generator=seeded())
+    assert sigma.dtype == torch.float32
+    assert len(sigma.unique()) == 1
+    # The largest float32 that is not above sigma_max: it is routed to the first block.
+    assert sigma_max * (1 - 2**-23) <= sigma[0].item() <= sigma_max
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan, "x", True])
+@pytest.mark.parametrize("schedule", [NoiseSchedule(), MaskSchedule()])
+def test_a_share_is_a_number_from_0_to_1(schedule, share):
+    with pytest.raises(ValueError, match="top_share must"):
+        schedule.sample(0, 3, (4,), top_share=share)
+    with pytest.raises(ValueError, match="top_share must"):
+        BlocksConfig(3, schedule=schedule, top_share=share)
 
 
 def test_preconditioning():

@@ -1,6 +1,6 @@
 """What autoregressive language models share: embeddings, noisy rows, the readout, the loss.
 
-`dblocks.generate` and `dblocks.metrics` work with every `LanguageModel`.
+`dblocks.generate` and `dblocks.likelihood` work with every `LanguageModel`.
 """
 
 from __future__ import annotations

@@ -67,8 +67,13 @@ class TokenBatch(NamedTuple):
         return given
 
     def check_blocks(self, block_size: int) -> None:
-        """Raises unless every document is a multiple of a block of tokens long."""
-        ends = self.cu_seqlens
+        """Raises unless every sequence or document is a multiple of a block of tokens long."""
+        T, ends = self.tokens.shape[1], self.cu_seqlens
+        if T % block_size:
+            raise ValueError(
+                f"tokens must be multiples of tokens_per_block={block_size} long, got {T}; "
+                "pad them, with a loss_mask"
+            )
         if block_size == 1 or ends is None or not ends.is_cpu or torch.compiler.is_compiling():
             return
         if (ends % block_size).any():

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from hub_tools import library
@@ -11,7 +9,6 @@ from dblocks._kv_cache import Slots
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import load_model, save_model
 from dblocks.generate import generate, stream
-from dblocks.metrics import next_token_nll
 from dblocks.sample import sample_logits
 from lm_tools import CLOSE, recurrent_of, tokens_of
 from tools import DEVICE, normal, randomized, seeded
@@ -206,42 +203,6 @@ def test_checkpoints(tmp_path, plain, num_blocks, shared):
         assert written(loaded, num_steps=num_steps) == written(model, num_steps=num_steps)
 
 
-# Scoring
-
-
-@pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize(("num_steps", "draws"), [(1, 1), (3, 1), (3, 4)])
-def test_the_prices_of_all_tokens_make_a_distribution(plain, num_steps, draws):
-    model, tokens, prices = model_of(plain), tokens_of(3, 7), []
-    options = {"num_steps": num_steps, "draws": draws}
-    for token in range(11):
-        other = tokens.clone()
-        other[:, -1] = token
-        nll = next_token_nll(model, other, generator=seeded(), **options)
-        assert nll.shape == (3, 6)
-        prices.append(nll[:, -1])
-    torch.testing.assert_close((-torch.stack(prices)).exp().sum(0), torch.ones(3, device=DEVICE))
-
-
-@pytest.mark.parametrize("plain", [False, True])
-def test_draws_average_probabilities(plain):
-    model, tokens, generator = model_of(plain), tokens_of(3, 7), seeded()
-    each = [next_token_nll(model, tokens, num_steps=2, generator=generator) for _ in range(3)]
-    together = next_token_nll(model, tokens, num_steps=2, draws=3, generator=seeded())
-    p = torch.stack(each).double().neg().exp().mean(0)
-    torch.testing.assert_close(together.double(), -p.log(), rtol=1e-4, atol=1e-5)
-    assert (together <= torch.stack(each).mean(0) + 1e-5).all()  # Jensen
-
-
-def test_by_default_scoring_takes_one_step_or_the_recurrences_of_training():
-    tokens = tokens_of(3, 7)
-    for plain, steps in ((False, 1), (True, 5)):
-        model = model_of(plain)
-        got = next_token_nll(model, tokens, generator=seeded())
-        same = next_token_nll(model, tokens, num_steps=steps, generator=seeded())
-        assert torch.equal(got, same)
-
-
 # Errors
 
 
@@ -258,9 +219,3 @@ def test_arguments_are_checked(plain, options, message):
     options = {"max_new_tokens": 1, **options}
     with pytest.raises(ValueError, match=message):
         stream(model_of(plain), PROMPTS, **options)  # at the call, not at the first token
-
-
-@pytest.mark.parametrize("draws", [0, 1.5, math.nan])
-def test_draws_are_checked(draws):
-    with pytest.raises(ValueError, match="draws must be a positive integer, got"):
-        next_token_nll(model_of(False), tokens_of(), draws=draws)
