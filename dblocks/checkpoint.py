@@ -213,6 +213,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         }
         # What is no object is refused where it is read.
         config |= {k: v | config[k] for k, v in added.items() if isinstance(config[k], dict)}
+        blocks = config["blocks_config"]
+        if config["model"] in FORMAT_1 and isinstance(blocks, dict):
+            # What "auto" meant for a cross-entropy.
+            old = blocks.get("weighting", "auto")
+            blocks["weighting"] = "batch_mean" if old == "auto" else old
     return config
 
 

@@ -29,7 +29,7 @@ def networks():
     }  # fmt: skip
 
 
-def in_format_1(folder, fields):
+def in_format_1(folder, fields, weighting="none"):
     """Writes a config.json as format 1 had it."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -39,17 +39,23 @@ def in_format_1(folder, fields):
         del config["model_config"][field]
     if config["blocks_config"] is not None:
         assert config["blocks_config"].pop("top_share") == 0.0
+        config["blocks_config"]["weighting"] = weighting
     path.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("name", networks())
 @pytest.mark.parametrize("shared", ["train", "private"])
-def test_blocks_of_format_1_are_what_they_were(tmp_path, name, shared):
+@pytest.mark.parametrize("weighting", ["batch_mean", "none", "auto"])
+def test_blocks_of_format_1_are_what_they_were(tmp_path, name, shared, weighting):
     network, fields, cond, z = networks()[name]
-    model = DiffusionBlocks(network, BlocksConfig(2, shared=shared, top_share=0.0))
+    meant = weighting
+    if weighting == "auto" and network.loss_kind == "cross_entropy":
+        meant = "batch_mean"
+    config = BlocksConfig(2, shared=shared, top_share=0.0, weighting=meant)
+    model = DiffusionBlocks(network, config)
     randomized(model)
     save_model(tmp_path, model)
-    in_format_1(tmp_path, fields)
+    in_format_1(tmp_path, fields, weighting)
     loaded = load_model(tmp_path).to(DEVICE)
     assert loaded.config == model.config
     assert loaded.base_model.config == network.config
