@@ -8,7 +8,8 @@ from convert_tools import blocks_of, model_of
 from hub_tools import library
 
 from dblocks import make_optimizers, train_step
-from dblocks.metrics import accuracy, next_token_nll
+from dblocks.likelihood import next_token_nll
+from dblocks.metrics import accuracy
 from dblocks.sample import initial_noise, sample_logits
 from tools import seeded
 
