@@ -75,7 +75,6 @@ ARMS = (
     Arm("blocks, layers and what is added, clean loss 1", "added", 1.0),
     Arm("blocks, all shared parameters, denoising only", "shared"),
     Arm("blocks, all shared parameters, clean loss 1", "shared", 1.0),
-    Arm("as published, layers, clean loss 1", "layers", 1.0, *PUBLISHED),
     Arm("as published, layers and what is added, clean loss 1", "added", 1.0, *PUBLISHED),
     Arm("as published, all shared parameters, denoising only", "shared", 0.0, *PUBLISHED),
 )
