@@ -21,7 +21,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,14 +33,17 @@ from benchmarks import finetune_report, finetune_text, pretrained, timing
 from benchmarks.pretrained import Pretraining
 from benchmarks.saved import PeakSaved
 from dblocks import BlocksConfig, info, make_optimizers, train_step
+from dblocks.adapters._causal import Rows
 from dblocks.convert import ConvertedBlocks, convert
-from dblocks.recipes._autoregressive import bits_per_character
+from dblocks.models._posterior import Head
+from dblocks.recipes._autoregressive import bits_per_character, bound_of
 from dblocks.records import read_record, use_one_thread, write_record
 from dblocks.schedule import NoiseSchedule
 from dblocks.text import Text
 
 FORMAT = 1
 DENOISING_SEED = 11  # of the levels and the noise that held-out denoising is measured with
+BOUND_WINDOWS = 16  # of a text, whose bound takes two calls of every block
 SCHEDULE = NoiseSchedule(p_mean=0.0, p_std=2.0)  # as of the text models of dblocks.recipes
 OVERLAP = 0.1
 PARTS = ("training", "validation", "held_out")
@@ -55,7 +58,8 @@ class Arm:
     """Everything end to end; or of a block its layers alone, what the conversion adds outside the
     layers too, or all that is outside."""
     clean_loss_weight: float = 0.0
-    weighting: Literal["none", "batch_mean"] = "none"
+    rows: Rows = "single"
+    head: Head = "posterior"
 
     @property
     def by_plain(self) -> bool:
@@ -63,15 +67,16 @@ class Arm:
         return self.trains == "all" or self.clean_loss_weight > 0
 
 
+PUBLISHED: tuple[Rows, Head] = ("doubled", "learned")
 ARMS = (
     Arm("end to end", "all"),
     Arm("blocks, layers, denoising only", "layers"),
     Arm("blocks, layers, clean loss 1", "layers", 1.0),
-    Arm("blocks, layers, clean loss 10", "layers", 10.0),
-    Arm("blocks, layers, clean loss 1, weighting batch_mean", "layers", 1.0, "batch_mean"),
     Arm("blocks, layers and what is added, clean loss 1", "added", 1.0),
     Arm("blocks, all shared parameters, denoising only", "shared"),
     Arm("blocks, all shared parameters, clean loss 1", "shared", 1.0),
+    Arm("as published, layers and what is added, clean loss 1", "added", 1.0, *PUBLISHED),
+    Arm("as published, all shared parameters, denoising only", "shared", 0.0, *PUBLISHED),
 )
 
 
@@ -139,12 +144,14 @@ def converted(model: Any, arm: Arm, settings: Settings, seed: int) -> ConvertedB
         num_blocks=settings.blocks,
         schedule=SCHEDULE,
         overlap=OVERLAP,
-        weighting=arm.weighting,
         shared="frozen" if arm.trains == "layers" else "train",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        blocks = convert(model, config, task="tokens", clean_loss_weight=arm.clean_loss_weight)
+        blocks = convert(
+            model, config, task="tokens",
+            clean_loss_weight=arm.clean_loss_weight, rows=arm.rows, head=arm.head,
+        )  # fmt: skip
     if arm.trains == "added":
         own = {id(p) for p in model.parameters()}
         for parameter in blocks.shared_parameters():
@@ -170,13 +177,16 @@ def finetune(
 
 
 def scores(network: Any, settings: Settings, text: Text) -> dict[str, float]:
-    """Bits a character of a text: of the plain model, of the first block's one call, and the
-    denoising loss, a mean over blocks and over the levels of each."""
+    """Bits a character of a text: of the plain model, of the first block's one call, of the
+    product of all blocks, the bound of all blocks, and the denoising loss, a mean over blocks and
+    over the levels of each."""
     context, windows = settings.pretraining.context, settings.windows
     if not isinstance(network, ConvertedBlocks):
         return {"plain": pretrained.plain_bits(network, text, context, windows)}
     found = {"plain": pretrained.plain_bits(network.base_model.model, text, context, windows)}
     found["block"] = bits_per_character(network, text, context, windows=windows)
+    found["product"] = bits_per_character(network, text, context, windows=windows, product=True)
+    found["bound"] = bound_of(network, text, context, windows=BOUND_WINDOWS)["bits"]
     tokens = pretrained.windows_of(text, settings.pretraining, 16, seed=DENOISING_SEED, step=0)
     found["denoising"] = denoising_bits(network, tokens)
     return found
@@ -184,14 +194,15 @@ def scores(network: Any, settings: Settings, text: Text) -> dict[str, float]:
 
 @torch.no_grad()
 def denoising_bits(blocks: ConvertedBlocks, tokens: Tensor) -> float:
-    """The mean of the blocks' cross-entropies, in bits."""
+    """The mean of the blocks' cross-entropies, each over its own levels, in bits."""
     generator = torch.Generator().manual_seed(DENOISING_SEED)
-    weight, blocks.clean_loss_weight = blocks.clean_loss_weight, 0.0
+    weight, config = blocks.clean_loss_weight, blocks.config
+    blocks.clean_loss_weight, blocks.config = 0.0, replace(config, top_share=0.0)
     losses = [
         blocks.loss({"tokens": tokens}, b, generator=generator).losses.mean().item()
         for b in range(blocks.config.num_blocks)
     ]
-    blocks.clean_loss_weight = weight
+    blocks.clean_loss_weight, blocks.config = weight, config
     return statistics.fmean(losses) / math.log(2)
 
 

@@ -22,7 +22,10 @@ from dblocks.checkpoint import load_safetensors, make_folder, naming, replacing,
 if TYPE_CHECKING:
     from dblocks.convert import ConvertedBlocks
 
-FORMAT = 1
+FORMAT = 2
+# Of what format 1 did not say: what its models were.
+FORMAT_1_OPTIONS = {"rows": "doubled", "head": "learned"}
+FORMAT_1_BLOCKS = {"top_share": 0.0}
 CONFIG_FILE = "dblocks.json"
 SHARED_FILE = "shared.safetensors"
 CARD_FILE = "README.md"
@@ -84,8 +87,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{folder} must hold a {CONFIG_FILE} written by save_pretrained()")
     with naming(path):
         config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or set(config) != KEYS or config["format"] != FORMAT:
-            raise ValueError(f"it must be of format {FORMAT} with the keys {sorted(KEYS)}")
+        known = isinstance(config, dict) and set(config) == KEYS
+        if not known or config["format"] not in (1, FORMAT):
+            raise ValueError(f"it must be of format {FORMAT} or 1 with the keys {sorted(KEYS)}")
+        if config["format"] == 1:
+            config["options"] = FORMAT_1_OPTIONS | config["options"]
+            config["blocks_config"] = FORMAT_1_BLOCKS | config["blocks_config"]
     return config
 
 

@@ -107,7 +107,7 @@ class BlockWriter:
         known = tokens[:, cache.committed :]
         schedule = self.model.config.noise_schedule
         if self.single:
-            top = self._top(block)
+            top = top_level(self.model, block)
             held = top * self._of(noise, cache.committed, tokens.shape[1])
             if top < schedule.sigma_max:
                 # At sigma_max noise is all that there is, as where sampling starts.
@@ -117,13 +117,6 @@ class BlockWriter:
             level = schedule.level(torch.cat([z.new_full(known.shape, top), noisy], dim=1))
         z_in = schedule.scale_in(z, level)
         return lm.run_cached(self.model.parts(block)[1], z_in, level, known, cache, readout)
-
-    def _top(self, block: int) -> float:
-        """The highest level at which a block was trained."""
-        schedule = self.model.config.noise_schedule
-        if trained_at_top(self.model):
-            return schedule.sigma_max
-        return schedule.boundaries(self.model.config.num_blocks)[block].item()
 
     def _of(self, noise: Tensor, first: int, last: int) -> Tensor:
         """The noise of the positions of the slots first to last - 1, [N, last - first, D]."""
@@ -136,38 +129,79 @@ class BlockWriter:
         return self.lms[block].new_cache(self.slots, self.model.parts(block)[1])
 
 
+def top_level(model: DiffusionBlocks, block: int) -> float:
+    """The highest level at which a block was trained."""
+    schedule = model.config.noise_schedule
+    if trained_at_top(model):
+        return schedule.sigma_max
+    return schedule.boundaries(model.config.num_blocks)[block].item()
+
+
 class WholeWriter:
-    """Logits from the blocks of a converted model, by Euler steps that run all rows."""
+    """As `BlockWriter`, for the blocks of a converted model: every call runs all rows."""
 
     def __init__(
-        self, model: DiffusionBlocks, sigmas: Tensor, blocks: list[int], slots: Slots
+        self,
+        model: DiffusionBlocks,
+        sigmas: Tensor,
+        blocks: list[int],
+        slots: Slots,
+        *,
+        product: bool,
     ) -> None:
         self.model = model
         self.grid: list[float] = sigmas.tolist()
         self.blocks = blocks
         self.slots = slots
-        width = cast(ConvertedCausalLM, model.base_model).width
-        self.noise_shape = (slots.capacity - slots.prompt, width)
+        self.product = product
+        network = cast(ConvertedCausalLM, model.base_model)
+        self.single = network.rows_kind == "single"
+        rows = slots.capacity if self.single else slots.capacity - slots.prompt
+        self.noise_shape = (rows, network.width)
 
     def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
-        """See `Writer`; noise is of steps."""
+        """See `Writer`; noise is of steps, in a single stream of positions."""
         tokens, end = self._in_rows(tokens)
         sample = torch.arange(len(tokens), device=tokens.device)
-        noise = noise[:, step]
-        z = self.grid[0] * noise[:, None]
+        fresh = noise[sample, end] if self.single else noise[:, step]
+        z, total = self.grid[0] * fresh[:, None], torch.zeros_like(fresh[:, None, :1])
         for i, (sigma, block) in enumerate(zip(self.grid, self.blocks, strict=True)):
             lm, layers = self.model.parts(block)
-            level = self.model.config.noise_schedule.level(torch.full_like(noise[:, 0], sigma))
-            # A noisy row feeds no other, so those that are not read may be anything.
-            z_in = (level.c_in[:, None, None] * z).expand(-1, tokens.shape[1], -1)
-            hidden = lm.run_layers(
-                layers, z_in, level, lm.embed_condition({"tokens": tokens}, None)
-            )
-            hidden = hidden._replace(x=hidden.x[sample, end][:, None])
+            level = self.model.config.noise_schedule.level(torch.full_like(fresh[:, 0], sigma))
+            z_in, levels = self._rows_in(block, tokens, noise, z, level, end)
+            condition = lm.embed_condition({"tokens": tokens}, None)
+            hidden = lm.run_layers(layers, z_in, levels, condition)
+            cond = hidden.cond if hidden.cond.ndim == 2 else hidden.cond[sample, end][:, None]
+            hidden = hidden._replace(x=hidden.x[sample, end][:, None], cond=cond)
             logits = lm.read_out(hidden, z, level)
-            if i + 1 < len(self.grid):
+            if self.product:
+                total = total + logits.log_softmax(-1) / len(self.grid)
+            elif i + 1 < len(self.grid):
                 z = F.euler_step(z, lm.denoise(logits, z, level), sigma, self.grid[i + 1])
-        return logits
+        return total if self.product else logits
+
+    def _rows_in(
+        self,
+        block: int,
+        tokens: Tensor,
+        noise: Tensor,
+        z: Tensor,
+        level: NoiseLevel,
+        end: Tensor,
+    ) -> tuple[Tensor, NoiseLevel]:
+        """What enters in all rows, of which z [N, 1, D] is that at `end`, and the rows' levels."""
+        schedule = self.model.config.noise_schedule
+        if not self.single:
+            # A noisy row feeds no other, so those that are not read may be anything.
+            return schedule.scale_in(z, level).expand(-1, tokens.shape[1], -1), level
+        top = top_level(self.model, block)
+        held = top * noise[:, : tokens.shape[1]]
+        if top < schedule.sigma_max:
+            held = held + cast(ConvertedCausalLM, self.model.parts(block)[0]).rows()[tokens]
+        last = torch.arange(tokens.shape[1], device=tokens.device) == end[:, None]
+        states = torch.where(last[..., None], z, held)
+        levels = schedule.level(torch.where(last, level.sigma[:, None], top))
+        return schedule.scale_in(states, levels), levels
 
     def _in_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [N, C + 1] without the gaps after short prompts, and where the next one is."""

@@ -15,11 +15,13 @@ from dblocks import _pretrained
 from dblocks._denoiser import Draw, Loss
 from dblocks._numbers import check_block, check_count
 from dblocks._parts import Batch, BlockModel, BlocksConfig
+from dblocks.adapters._causal import Rows
 from dblocks.adapters._converted import Converted
 from dblocks.adapters._find import find_layers
 from dblocks.blocks import Block, DiffusionBlocks
 from dblocks.checkpoint import naming
 from dblocks.mask_schedule import MaskSchedule
+from dblocks.models._posterior import Head, check_head
 from dblocks.ops._autograd import apply, first_order
 from dblocks.schedule import NoiseSchedule
 
@@ -156,13 +158,15 @@ def convert(
     embed_scale: float = 1.0,
     tokens_per_sigma: int | None = 1,
     mask_token_id: int | None = None,
+    rows: Rows = "single",
+    head: Head = "posterior",
 ) -> ConvertedBlocks:
     """An existing model, to be trained in blocks; a new object around it, which leaves it as it is.
 
     What is added, at first without an effect on the layers: a noise embedding, a modulation of each
-    layer (a DiT has its own), a noisy target's way in, and the readout's dependence on the noise.
-    It has float32 parameters. The model's own modules and weights are used, not copied: training
-    the blocks trains the model.
+    layer (a DiT has its own), a noisy target's way in, and, where the head is learned, the
+    readout's dependence on the noise. It has float32 parameters. The model's own modules and
+    weights are used, not copied: training the blocks trains the model.
 
     - "classes": the target is the embedding of the class. ViT and BERT of transformers, with a
       classification head, and timm's ViTs. A batch holds "labels", and "images" or "tokens".
@@ -183,6 +187,12 @@ def convert(
         embed_scale: norm of a class' or token's embedding.
         tokens_per_sigma: how many consecutive tokens share a noise level; None: all of a sequence.
         mask_token_id: the mask's number, for masked tokens.
+        rows: how noisy embeddings of tokens enter, with a `NoiseSchedule`: "single", in the rows of
+            the tokens before them, one row a token; or "doubled", as published, in rows of their
+            own beside clean ones.
+        head: what logits of classes, or of tokens with a `NoiseSchedule`, are: "posterior", what
+            the model says of its input plus the exact log-likelihood of the noisy embedding; or
+            "learned", as published, a readout of the EDM-preconditioned row.
 
     Raises:
         ValueError: the layers are not found or are no transformer layers, the head is missing, or
@@ -203,6 +213,9 @@ def convert(
     if task not in get_args(Task):
         raise ValueError(f"task must be one of {get_args(Task)}, got {task!r}")
     _check_options(task, clean_loss_weight, embed_scale, tokens_per_sigma)
+    check_head(head)
+    if rows not in get_args(Rows):
+        raise ValueError(f"rows must be one of {get_args(Rows)}, got {rows!r}")
     library = library_of(model)
     found = find_layers(model, layers)
     sigma_data = config.schedule.sigma_data if isinstance(config.schedule, NoiseSchedule) else 1.0
@@ -211,7 +224,7 @@ def convert(
 
         if task == "classes":
             converted = adapter.classifier(
-                model, found, sigma_data=sigma_data, embed_scale=embed_scale
+                model, found, sigma_data=sigma_data, embed_scale=embed_scale, head_kind=head
             )
         elif task == "tokens" and isinstance(config.schedule, NoiseSchedule):
             converted = adapter.causal_lm(
@@ -220,6 +233,8 @@ def convert(
                 sigma_data=sigma_data,
                 embed_scale=embed_scale,
                 tokens_per_sigma=tokens_per_sigma,
+                rows_kind=rows,
+                head_kind=head,
             )
         elif task == "tokens":
             converted = adapter.masked_lm(model, found, mask_token_id=mask_token_id)
@@ -228,7 +243,9 @@ def convert(
     elif library == "timm" and task == "classes":
         from dblocks.adapters import timm
 
-        converted = timm.classifier(model, found, sigma_data=sigma_data, embed_scale=embed_scale)
+        converted = timm.classifier(
+            model, found, sigma_data=sigma_data, embed_scale=embed_scale, head_kind=head
+        )
     elif library == "diffusers" and task == "images":
         from dblocks.adapters import diffusers
 
@@ -240,6 +257,8 @@ def convert(
         "embed_scale": embed_scale,
         "tokens_per_sigma": tokens_per_sigma,
         "mask_token_id": mask_token_id,
+        "rows": rows,
+        "head": head,
     }
     return ConvertedBlocks(converted, config, task, options)
 

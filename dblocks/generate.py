@@ -174,7 +174,7 @@ def stream(
         if isinstance(network, LanguageModel):
             writer = BlockWriter(model, levels, blocks, slots, cache=cache, product=product)
         else:
-            writer = WholeWriter(model, levels, blocks, slots)
+            writer = WholeWriter(model, levels, blocks, slots, product=product)
     elif sigmas is not None:
         raise ValueError(
             f"sigmas must be None for a plain {type(network).__name__}, which has no noise levels, "
@@ -270,10 +270,10 @@ def _steps(
 
 
 def _check_product(model: object, network: object, num_steps: object, sigmas: object) -> None:
-    if not isinstance(model, DiffusionBlocks) or not isinstance(network, LanguageModel):
+    if not isinstance(model, DiffusionBlocks):
         raise ValueError(
-            "product must be False for all but the blocks of a CausalLM or a RecurrentLM, "
-            f"got True for a {type(network).__name__}"
+            "product must be False for all but blocks, of which it is the product, "
+            f"got True for a plain {type(network).__name__}"
         )
     if num_steps is not None or sigmas is not None:
         raise ValueError(

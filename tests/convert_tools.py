@@ -19,6 +19,15 @@ CLASSIFIERS = ("bert-classes", "roberta-classes", "vit", "timm", "timm-pooled")
 CONDITIONED = (*CAUSAL, *MASKED, *CLASSIFIERS)
 ALL = (*CONDITIONED, "dit")
 MASK = 4
+PUBLISHED = {"rows": "doubled", "head": "learned"}
+SINGLE = {"rows": "single", "head": "posterior"}
+FORMS = (PUBLISHED, SINGLE)
+# Of attention in windows, in the models that have it.
+WINDOWS = {
+    "mistral": {"sliding_window": 3},
+    "qwen2": {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 2},
+    "qwen3": {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 2},
+}
 
 
 def model_of(kind, **options):

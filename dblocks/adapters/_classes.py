@@ -15,6 +15,7 @@ from dblocks.adapters._converted import Converted, at_least_float32, check_some
 from dblocks.adapters._layers import ConditionedLayer, cond_dim
 from dblocks.blocks import Batch
 from dblocks.models._images import check_label_values, check_labels, check_pairs, entry
+from dblocks.models._posterior import Head, posterior_logits
 from dblocks.nn import LabelEmbedding, Modulation
 from dblocks.schedule import NoiseLevel
 
@@ -71,13 +72,16 @@ class Hidden(NamedTuple):
 class ConvertedClassifier(Converted):
     """A classifier, for `DiffusionBlocks` with a `NoiseSchedule`.
 
-    The noisy embedding of the class, scaled by c_in and by a learned number, is added to the row of
-    the class token, or to all rows where the model pools them. With h the layers' rows and the
-    model's own pooling and head,
+    The noisy embedding z of the class, scaled by c_in and by a learned number, is added to the row
+    of the class token, or to all rows where the model pools them. With h the layers' rows, E the
+    embeddings of the classes and the model's own pooling and head,
 
-        m = c_skip*z + c_out*pool(h) ,   logits = head(g*(m*(1 + scale) + shift))
+        posterior   logits = head(pool(h)) + E z / sigma^2
+        learned     logits = head(g*(m*(1 + scale) + shift)),   m = c_skip*z + c_out*pool(h)
 
-    with g a learned number, 1/sigma_data at the start: at the highest noise the head sees pool(h).
+    The first is Bayes' rule: what the layers have to give is ln p(class | what is classified), as
+    the model itself does. In the second, g is a learned number, 1/sigma_data at the start: at the
+    highest noise the head sees pool(h).
 
     A batch holds "labels" [N], and what is classified, which is all that sampling needs.
 
@@ -89,6 +93,7 @@ class ConvertedClassifier(Converted):
         width: D of its rows.
         sigma_data: of the schedule.
         embed_scale: norm of a class' embedding.
+        head_kind: what logits are.
     """
 
     def __init__(
@@ -101,15 +106,18 @@ class ConvertedClassifier(Converted):
         width: int,
         sigma_data: float,
         embed_scale: float,
+        head_kind: Head,
     ) -> None:
         super().__init__(model, layers, width, conditioned=True)
         self.loss_kind: Literal["cross_entropy"] = "cross_entropy"
         self.family = family
         self.num_classes = num_classes
         self.target_embedding = LabelEmbedding(num_classes, width, embed_scale)
-        self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
+        self.head_kind: Head = head_kind
         self.noise_scale = nn.Parameter(torch.tensor(NOISE_SCALE))
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
+        if head_kind == "learned":
+            self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
         self.added_to_()
 
     def rows(self) -> Tensor:
@@ -155,8 +163,11 @@ class ConvertedClassifier(Converted):
         return Hidden(x, cond)
 
     def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
-        """Logits [N, num_classes], float32 where the head's arithmetic is."""
+        """Logits [N, num_classes], float32 or float64."""
         pooled = self.family.pool(self.model, hidden.x)
+        if self.head_kind == "posterior":
+            logits = at_least_float32(self.family.head(self.model, pooled))
+            return posterior_logits(logits, z, self.rows(), level)
         m = F.edm_denoise(pooled, z, level.sigma, sigma_data=level.sigma_data)
         with torch.autocast(m.device.type, enabled=False):
             shift, scale = self.readout_modulation(hidden.cond, len(m))

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-from dblocks import functional as F
 from dblocks.adapters._causal import ConvertedCausalLM, Sizes
 from dblocks.adapters._classes import ConvertedClassifier
 from dblocks.adapters._converted import at_least_float32
 from dblocks.adapters._layers import conditioned
 from dblocks.adapters._masked import ConvertedMaskedLM
+from dblocks.adapters._row_attention import CAUSAL, DOUBLED, with_attention
 from dblocks.blocks import Batch
-from dblocks.kernels.reference import doubled_mask
 from dblocks.models._tokens import IGNORED
-
-DOUBLED = "dblocks_doubled"  # name of the attention in transformers' registry
 
 
 class RotaryFamily:
@@ -176,7 +172,7 @@ MASKED_FAMILIES = {"bert": BertMaskedFamily(), "roberta": RobertaMaskedFamily()}
 
 
 def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedCausalLM:
-    """A causal language model of transformers, with the doubled attention in its layers.
+    """A causal language model of transformers, with the attention of its rows in its layers.
 
     Args:
         model: such as a `LlamaForCausalLM`.
@@ -194,7 +190,8 @@ def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> Co
         return family.context(model, rows, torch.arange(rows.shape[1], device=rows.device))
 
     width = model.config.hidden_size
-    parts = conditioned(layers, width, context, with_doubled_attention)
+    name = CAUSAL if options["rows_kind"] == "single" else DOUBLED
+    parts = conditioned(layers, width, context, partial(with_attention, name=name))
     return ConvertedCausalLM(model, parts, family, **options)
 
 
@@ -259,103 +256,6 @@ def backbone(model: Any) -> Any:
     return getattr(own, own.base_model_prefix, own)
 
 
-def with_doubled_attention(attention: nn.Module) -> nn.Module:
-    """A view of an attention, with the same parameters, that attends as the doubled sequence does.
-
-    transformers looks up the function that attends in the module's config, which all modules of a
-    model share; the view has a copy of it.
-    """
-    view = copy.copy(attention)
-    config = copy.copy(cast(Any, attention).config)
-    config._attn_implementation = DOUBLED
-    cast(Any, view).config = config
-    return view
-
-
-# What transformers hands to every attention, and what of it changes nothing.
-WITHOUT_EFFECT = {"output_attentions": (None, False), "use_cache": (None, False, True)}
-
-
-def doubled(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    dblocks_cu_seqlens: Tensor | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Attention of rows `[clean | noisy]` as transformers calls it; see `F.doubled_attention`.
-
-    With dropout, which the fused op has not, a mask of (2T)^2 elements is made.
-
-    Args:
-        module: the attention.
-        query: [N, H, 2T, Dk].
-        key: [N, Hkv, 2T, Dk].
-        value: [N, Hkv, 2T, Dv].
-        attention_mask: none; what is padding at the end is not attended to anyway.
-        scaling: of the products of queries and keys.
-        dropout: of the attention's weights.
-        is_causal: as the module says by default; the doubled attention always is.
-        sliding_window: how many positions back a row sees, its own included.
-        softcap: bound of the scores.
-        dblocks_cu_seqlens: ends of packed documents.
-        **others: refused unless they are `None` or change nothing.
-
-    Returns:
-        [N, 2T, H, Dv], and no weights.
-
-    Raises:
-        ValueError: it is asked for what it does not do.
-    """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    _refuse(module, others | {"attention_mask": attention_mask}, causal)
-    # Rotary positions come in float32 under autocast, which casts the arguments of torch's own.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    if not dropout:
-        o = F.doubled_attention(
-            query, key, value, scale=scaling, cu_seqlens=dblocks_cu_seqlens,
-            window=sliding_window, softcap=softcap,
-        )  # fmt: skip
-        return o.transpose(1, 2), None
-    if softcap is not None:
-        raise ValueError(
-            f"the doubled attention takes softcap or dropout, got softcap={softcap} and "
-            f"dropout={dropout}; set the dropout of the attention in the model's config to 0"
-        )
-    mask = doubled_mask(
-        query.shape[2] // 2, cu_seqlens=dblocks_cu_seqlens, window=sliding_window,
-        device=query.device,
-    )  # fmt: skip
-    o = nnf.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    return o.transpose(1, 2), None
-
-
-def _refuse(module: nn.Module, others: Mapping[str, Any], causal: bool) -> None:
-    unread = [
-        name
-        for name, value in others.items()
-        if not any(value is allowed for allowed in WITHOUT_EFFECT.get(name, (None,)))
-    ]
-    if not causal:
-        unread.append("is_causal=False")
-    if unread:
-        raise ValueError(
-            f"the doubled attention does not do what {type(module).__name__} asks for with "
-            f"{', '.join(sorted(unread))}; a model that needs it cannot be converted"
-        )
-
-
 Family = TypeVar("Family")
 
 
@@ -375,7 +275,3 @@ def _no_head(model: Any, loader: str) -> ValueError:
         f"model must have a head for the task, got {type(model).__name__} without one; "
         f"load it as {loader}"
     )
-
-
-# Here, so that a model that was pickled finds it where it is loaded.
-AttentionInterface.register(DOUBLED, doubled)

@@ -2,19 +2,25 @@
 
 import pytest
 import torch
-from convert_tools import CAUSAL, batch_of, blocks_of, model_of, plain_logits, shaken
+from convert_tools import (
+    CAUSAL,
+    PUBLISHED,
+    SINGLE,
+    WINDOWS,
+    batch_of,
+    blocks_of,
+    model_of,
+    plain_logits,
+    shaken,
+)
 from torch import nn
 
-from dblocks.adapters.transformers import DOUBLED, doubled
+from dblocks.adapters import _row_attention
+from dblocks.adapters._row_attention import causal, doubled
 from dblocks.functional import doubled_attention
 from tools import normal, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WINDOWS = {
-    "mistral": {"sliding_window": 3},
-    "qwen2": {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 2},
-    "qwen3": {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 2},
-}
 MODULE = nn.Identity()
 
 
@@ -27,7 +33,7 @@ Q, K, V = rows(4), rows(seed=1), rows(seed=2)
 
 def clean_logits(kind, model):
     """The model's own head over the clean rows."""
-    blocks, tokens = blocks_of(kind, model=model), batch_of(kind)["tokens"]
+    blocks, tokens = blocks_of(kind, model=model, **PUBLISHED), batch_of(kind)["tokens"]
     network = blocks.base_model
     condition = network.embed_condition({"tokens": tokens})
     level = blocks.config.schedule.level(torch.ones(3, 8))
@@ -51,26 +57,30 @@ def test_clean_rows_have_the_window_of_the_model(kind):
 def test_dropout_keeps_the_window(kind, monkeypatch):
     batch = batch_of(kind)
     options = [WINDOWS[kind] | {"attention_dropout": p} for p in (0.0, 1e-12)]
-    none, tiny = (shaken(blocks_of(kind, model=model_of(kind, **o)).train()) for o in options)
+    models = [model_of(kind, **o) for o in options]
+    none, tiny = (shaken(blocks_of(kind, model=m, **PUBLISHED).train()) for m in models)
     expected = none.loss(batch, 1, generator=seeded()).loss
     monkeypatch.setattr("dblocks.functional.doubled_attention", None)
     torch.testing.assert_close(tiny.loss(batch, 1, generator=seeded()).loss, expected)
 
 
+@pytest.mark.parametrize("form", [PUBLISHED, SINGLE], ids=lambda form: form["rows"])
 @pytest.mark.parametrize("kind", CAUSAL)
-def test_what_the_layers_hand_over_is_read(kind, monkeypatch):
+def test_what_the_layers_hand_over_is_read(kind, form, monkeypatch):
     """A model's own layers call it with nothing that it refuses, and with no mask."""
     calls = []
+    name = {"single": "CAUSAL", "doubled": "DOUBLED"}[form["rows"]]
+    function = {"single": causal, "doubled": doubled}[form["rows"]]
 
     def recorded(module, *arguments, **options):
         calls.append(options)
-        return doubled(module, *arguments, **options)
+        return function(module, *arguments, **options)
 
     from transformers import AttentionInterface
 
     interface = AttentionInterface()
-    monkeypatch.setitem(interface._global_mapping, DOUBLED, recorded)
-    blocks_of(kind).loss(batch_of(kind), 0)
+    monkeypatch.setitem(interface._global_mapping, getattr(_row_attention, name), recorded)
+    blocks_of(kind, **form).loss(batch_of(kind), 0)
     assert calls
     assert all("scaling" in options or kind == "gpt2" for options in calls)
 
@@ -102,8 +112,9 @@ def test_options_are_passed_on():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_not_read_is_refused(options, named):
-    with pytest.raises(ValueError, match=f"does not do what Identity asks for with {named}"):
-        doubled(MODULE, Q, K, V, None, **options)
+    for function in (doubled, causal):
+        with pytest.raises(ValueError, match=f"does not do what Identity asks for with {named}"):
+            function(MODULE, Q, K, V, None, **options)
 
 
 def test_other_refusals():
@@ -113,5 +124,27 @@ def test_other_refusals():
         doubled(MODULE, Q, K, V, None, softcap=2.0, dropout=0.1)
     module = nn.Identity()
     module.is_causal = False
-    with pytest.raises(ValueError, match="is_causal=False"):
-        doubled(module, Q, K, V, None)
+    for function in (doubled, causal):
+        with pytest.raises(ValueError, match="is_causal=False"):
+            function(module, Q, K, V, None)
+    with pytest.raises(ValueError, match="asks for with softcap;"):
+        causal(MODULE, Q, K, V, None, softcap=2.0)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 16])
+def test_the_attention_of_a_single_stream(window):
+    """Against softmax written out; a mask narrows what the window leaves."""
+    R = Q.shape[2]
+    row = torch.arange(R)
+    back = row[:, None] - row
+    for given in (None, (back >= 0) & ((row[:, None] < 7) == (row < 7))):
+        seen = (back >= 0) if given is None else given
+        seen = seen if window is None else seen & (back < window)
+        scores = 0.3 * Q.double() @ K.repeat_interleave(2, 1).double().mT
+        expected = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        expected = expected @ V.repeat_interleave(2, 1).double()
+        found, weights = causal(MODULE, Q, K, V, given, scaling=0.3, sliding_window=window)
+        assert weights is None
+        torch.testing.assert_close(found, expected.transpose(1, 2).float())
+    dropped = causal(MODULE, Q, K, V, None, dropout=0.5)[0]
+    assert not torch.allclose(dropped, causal(MODULE, Q, K, V, None)[0], atol=0.1)

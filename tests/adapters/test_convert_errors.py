@@ -186,6 +186,8 @@ def test_a_batch_of_no_samples_is_refused(kind):
         ({"embed_scale": float("nan")}, ValueError),
         ({"tokens_per_sigma": 0}, ValueError),
         ({"tokens_per_sigma": 1.5}, ValueError),
+        ({"rows": "triple"}, ValueError),
+        ({"head": "exact"}, ValueError),
     ],
 )
 def test_options_out_of_range(options, error):

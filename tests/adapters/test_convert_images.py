@@ -17,7 +17,7 @@ from convert_tools import (
 
 from dblocks import BlocksConfig, NoiseSchedule
 from dblocks.convert import convert
-from dblocks.sample import initial_noise, sample_euler, sample_logits
+from dblocks.sample import initial_noise, product_logits, sample_euler, sample_logits
 from tools import normal, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,9 +28,9 @@ def given(kind, batch):
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_at_the_highest_noise_a_new_classifier_says_what_the_model_says(kind):
+def test_at_the_highest_noise_a_new_learned_head_says_what_the_model_says(kind):
     """But for the noise, which c_in leaves small, in a model that is one block."""
-    blocks, batch = blocks_of(kind, 1), batch_of(kind)
+    blocks, batch = blocks_of(kind, 1, head="learned"), batch_of(kind)
     with torch.no_grad():
         blocks.base_model.noise_scale.zero_()
     z = torch.zeros(3, 16)
@@ -40,8 +40,69 @@ def test_at_the_highest_noise_a_new_classifier_says_what_the_model_says(kind):
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_the_loss_of_a_classifier_is_that_of_its_logits(kind):
-    blocks, batch = shaken(blocks_of(kind, embed_scale=2.0)), batch_of(kind)
+def test_a_new_classifier_without_noise_says_what_the_model_says(kind):
+    """In one block, with z = 0 at any level; with noise that does not enter, plus its evidence."""
+    blocks, batch = blocks_of(kind, 1), batch_of(kind)
+    own = plain_logits(kind, blocks.base_model, batch)
+    z = normal(3, 16)
+    for sigma in (0.1, 1.0, 80.0):
+        level = torch.tensor(sigma)
+        found = blocks.logits(torch.zeros(3, 16), level, block=0, **given(kind, batch))
+        torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        blocks.base_model.noise_scale.zero_()
+    found = blocks.logits(z, level, block=0, **given(kind, batch))
+    evidence = z @ blocks.base_model.rows().T / sigma**2
+    torch.testing.assert_close(found, own + evidence, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+@pytest.mark.parametrize("sigma", [0.05, 0.7, 20.0])
+def test_the_posterior_is_bayes_rule(kind, sigma):
+    """p(class | z, image) of the model's own p(class | image) and the density of z, in float64."""
+    blocks = blocks_of(kind, 1, model=model_of(kind).double(), embed_scale=1.5)
+    network, batch = blocks.base_model, batch_of(kind)
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    with torch.no_grad():
+        network.noise_scale.zero_()
+    rows = network.rows().double()
+    z = rows[batch["labels"]] + sigma * normal(3, 16).double()
+    density = -(z[:, None] - rows).square().sum(-1) / (2 * sigma**2)
+    prior = plain_logits(kind, network, batch).log_softmax(-1)
+    level = torch.full((3,), sigma, dtype=torch.float64)
+    found = blocks.logits(z, level, block=0, **given(kind, batch))
+    assert found.dtype == torch.float64
+    # All embeddings are of one norm but for float32, in which they are made.
+    off = 4 * torch.finfo(torch.float32).eps * 1.5**2 / sigma**2
+    torch.testing.assert_close(
+        found.log_softmax(-1), (prior + density).log_softmax(-1), rtol=1e-9, atol=off
+    )
+
+
+def test_the_parameters_of_a_learned_head_are_not_there():
+    names = {n for n, _ in blocks_of("vit").named_parameters()}
+    learned = {n for n, _ in blocks_of("vit", head="learned").named_parameters()}
+    added = {n.split(".")[1] for n in learned - names}
+    assert added == {"readout_modulation", "log_scale"}
+    assert names < learned
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_the_product_of_blocks(kind):
+    blocks, batch = shaken(blocks_of(kind)), batch_of(kind)
+    z, level = torch.zeros(3, 16), torch.full((3,), 80.0)
+    each = [blocks.logits(z, level, block=b, **given(kind, batch)).log_softmax(-1) for b in (0, 1)]
+    found = product_logits(blocks, z, **given(kind, batch))
+    torch.testing.assert_close(found, ((each[0] + each[1]) / 2).log_softmax(-1))
+    untrained = blocks_of(kind, config={"top_share": 0.0})
+    with pytest.raises(ValueError, match=r"the product of blocks needs .* top_share"):
+        product_logits(untrained, z, **given(kind, batch))
+
+
+@pytest.mark.parametrize("head", ["posterior", "learned"])
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_the_loss_of_a_classifier_is_that_of_its_logits(kind, head):
+    blocks, batch = shaken(blocks_of(kind, embed_scale=2.0, head=head)), batch_of(kind)
     draw = blocks.draw(batch, 1, generator=seeded())
     result = blocks.loss_at(batch, 1, draw)
     network, schedule = blocks.base_model, blocks.config.schedule

@@ -22,8 +22,8 @@ from hub_tools import library
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dblocks import make_optimizers, train_step
+from dblocks.likelihood import next_token_nll
 from dblocks.memory import SavedActivations
-from dblocks.metrics import next_token_nll
 from dblocks.sample import initial_noise, sample_euler
 from tools import DEVICE, ROOT, seeded
 

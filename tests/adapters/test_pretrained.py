@@ -4,7 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-from convert_tools import ALL, adamw, batch_of, blocks_of, model_of, plain_logits, shaken
+from convert_tools import (
+    ALL,
+    PUBLISHED,
+    adamw,
+    batch_of,
+    blocks_of,
+    model_of,
+    plain_logits,
+    shaken,
+)
 from hub_tools import library
 
 from dblocks import make_optimizers, train_step
@@ -147,6 +156,38 @@ def test_what_is_wrong_with_a_folder(tmp_path):
     file.write_text("")
     with pytest.raises(ValueError, match="must be a folder to write files in"):
         blocks.save_pretrained(file)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "timm", "dit"])
+def test_files_of_format_1_are_what_they_were(kind, tmp_path):
+    """Doubled rows, a learned head, and no share of the draws at the highest level."""
+    blocks = shaken(blocks_of(kind, config={"top_share": 0.0}, **PUBLISHED))
+    blocks.save_pretrained(tmp_path)
+    config = tmp_path / "dblocks.json"
+    values = json.loads(config.read_text())
+    assert values["format"] == 2
+    options = {k: v for k, v in values["options"].items() if k not in PUBLISHED}
+    division = {k: v for k, v in values["blocks_config"].items() if k != "top_share"}
+    old = {**values, "format": 1, "options": options, "blocks_config": division}
+    config.write_text(json.dumps(old))
+    loaded = ConvertedBlocks.from_pretrained(tmp_path, model_of(kind))
+    assert same(loaded, blocks)
+    assert (loaded.config, loaded.options) == (blocks.config, blocks.options)
+    for b in range(2):
+        losses = [m.loss(batch_of(kind), b, generator=seeded()).loss for m in (blocks, loaded)]
+        assert losses[0].equal(losses[1])
+    config.write_text(json.dumps({**old, "format": 3}))
+    with pytest.raises(ValueError, match=r"dblocks.json cannot be used: .* of format 2 or 1"):
+        ConvertedBlocks.from_pretrained(tmp_path, model_of(kind))
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+def test_a_form_is_kept(kind, tmp_path):
+    blocks = shaken(blocks_of(kind, **PUBLISHED))
+    blocks.save_pretrained(tmp_path)
+    loaded = ConvertedBlocks.from_pretrained(tmp_path, model_of(kind))
+    assert same(loaded, blocks)
+    assert loaded.options == blocks.options
 
 
 def test_the_card_names_the_blocks(tmp_path):
