@@ -92,7 +92,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             raise ValueError(f"it must be of format {FORMAT} or 1 with the keys {sorted(KEYS)}")
         if config["format"] == 1:
             config["options"] = FORMAT_1_OPTIONS | config["options"]
-            config["blocks_config"] = FORMAT_1_BLOCKS | config["blocks_config"]
+            blocks = config["blocks_config"] = FORMAT_1_BLOCKS | config["blocks_config"]
+            of_noise = blocks["schedule"]["type"] == "NoiseSchedule"
+            if blocks["weighting"] == "auto" and of_noise and config["task"] != "images":
+                blocks["weighting"] = "batch_mean"  # what "auto" meant for a cross-entropy
     return config
 
 

@@ -161,13 +161,15 @@ def test_what_is_wrong_with_a_folder(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "bert", "timm", "dit"])
 def test_files_of_format_1_are_what_they_were(kind, tmp_path):
     """Doubled rows, a learned head, and no share of the draws at the highest level."""
-    blocks = shaken(blocks_of(kind, config={"top_share": 0.0}, **PUBLISHED))
+    config = {"top_share": 0.0, "weighting": "batch_mean"}
+    blocks = shaken(blocks_of(kind, config=config, **PUBLISHED))
     blocks.save_pretrained(tmp_path)
     config = tmp_path / "dblocks.json"
     values = json.loads(config.read_text())
     assert values["format"] == 2
     options = {k: v for k, v in values["options"].items() if k not in PUBLISHED}
     division = {k: v for k, v in values["blocks_config"].items() if k != "top_share"}
+    division["weighting"] = "auto"  # of a cross-entropy that was batch_mean
     old = {**values, "format": 1, "options": options, "blocks_config": division}
     config.write_text(json.dumps(old))
     loaded = ConvertedBlocks.from_pretrained(tmp_path, model_of(kind))
