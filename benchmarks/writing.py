@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.timing import environment, interleaved
+from benchmarks.timing import Run, environment, interleaved
 from dblocks.checkpoint import load_model, prepare, save_model
 from dblocks.experiments._text import SCORER, score_all
 from dblocks.generate import generate
@@ -110,7 +110,7 @@ def measure(names: Sequence[str], steps: Sequence[int], out: Path) -> list[dict[
     models = {name: model_of(name, RUNS[name]) for name in names}
     chosen = ways(names, steps)
     length, cpu = SCORER.context - PROMPT, torch.device("cpu")
-    runs = {
+    runs: dict[str, Run] = {
         f"{way.model}, {way.how}": writer(models[way.model], way, prompts[:1], TOKENS)
         for way in chosen
     }

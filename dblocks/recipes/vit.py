@@ -206,7 +206,8 @@ class ViTLearner(_base.Learner):
             run.blocks_config,
             lambda vit, batch: nn.functional.cross_entropy(vit(batch["images"]), batch["labels"]),
         )
-        self.data, self.evaluated, self.noise = data, evaluated, run.noise
+        self.data, self.evaluated = data, evaluated
+        self.noise: Noise = run.noise
         self.classifier = Classifier(self.network, self.model)
 
     def host_batch(self, step: int) -> _base.Batch:
