@@ -217,13 +217,23 @@ def _measures(records: Mapping[str, Sequence[Record]]) -> str:
     return (
         "The next token's bits are as a block those of one call from sigma_max, end to end those "
         f"of {run['mean_recurrence']} recurrences. {first['windows']} windows are spread evenly "
-        "over the held-out text. Samples continue "
+        f"over the held-out text{_of_draws(first)}. Samples continue "
         f"{SAMPLES} places of the held-out text by {run['context'] - PROMPT} characters at "
         f"temperature 1, as a block with {main_samples(first)} Euler steps, end to end with "
         f"{run['mean_recurrence']} recurrences, unless a line says otherwise; with one Euler step "
         f"a character takes {one} layer evaluations. The other model is the plain one of the "
         "autoregressive table; the held-out text in the samples' place has "
         f"({measures}) {reference_scores(first)}."
+    )
+
+
+def _of_draws(record: Record) -> str:
+    # Records of the time before the bound have the mean of several draws.
+    if "draws" not in record:
+        return ""
+    return (
+        f"; their bits are of the mean probabilities of {record['draws']} draws of the noise or of "
+        "the initial state"
     )
 
 
