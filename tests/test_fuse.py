@@ -1,10 +1,21 @@
 import copy
 import io
 import pickle
-import warnings
 
 import pytest
 import torch
+from fuse_network import (
+    Block,
+    D,
+    Doubled,
+    FinalLayer,
+    Mixer,
+    Network,
+    Renamed,
+    inputs,
+    network,
+    registered,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,9 +23,7 @@ from dblocks.adapters._fusion import REGISTERED
 from dblocks.fuse import (
     Replacement,
     dit_block,
-    dit_final_layer,
     fuse_,
-    register_fusion,
     unfuse_,
 )
 from dblocks.testing import assert_within_budget
@@ -22,88 +31,11 @@ from tools import DEVICE, IMPLS, normal, randomized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-N, T, D = 2, 6, 16
-
-
-def modulated(x, shift, scale):
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-class Mixer(nn.Module):
-    """Stands for an attention: rows see each other."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.linear = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        return self.linear(x + x.mean(1, keepdim=True)).tanh()
-
-
-class Block(nn.Module):
-    def __init__(self, dim=D, affine=False, eps=1e-6, norm=nn.LayerNorm):
-        super().__init__()
-        self.norm1 = norm(dim, elementwise_affine=affine, eps=eps)
-        self.attn = Mixer(dim)
-        self.norm2 = norm(dim, elementwise_affine=affine, eps=eps)
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-
-    def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(modulated(self.norm1(x), shift1, scale1))
-        return x + gate2.unsqueeze(1) * self.mlp(modulated(self.norm2(x), shift2, scale2))
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, dim=D, affine=False, eps=1e-6):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=affine, eps=eps)
-        self.linear = nn.Linear(dim, 3)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
-
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulated(self.norm_final(x), shift, scale))
-
-
-class Network(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(**options) for _ in range(2))
-        self.final = FinalLayer(**options)
-
-    def forward(self, x, c):
-        for block in self.blocks:
-            x = block(x, c)
-        return self.final(x, c)
-
-
-class Renamed(Block):
-    """Runs the forward of Block."""
-
-
-class Doubled(Block):
-    def forward(self, x, c):
-        return 2 * super().forward(x, c)
-
 
 @pytest.fixture(autouse=True)
 def _registered():
-    before = dict(REGISTERED)
-    register_fusion(Block, dit_block, "residual_adaln + gated_residual")
-    register_fusion(FinalLayer, dit_final_layer, "adaln")
-    yield
-    REGISTERED.clear()
-    REGISTERED.update(before)
-
-
-def network(**options):
-    return randomized(Network(**options)).to(DEVICE)
-
-
-def inputs(dtype=torch.float32):
-    return normal(N, T, D).to(dtype), normal(N, D, seed=1).to(dtype)
+    with registered():
+        yield
 
 
 def results(model, dtype, *, call=None):
@@ -355,79 +287,3 @@ def test_compiles_to_one_graph(impl, backend):
     got = results(block, torch.float32, call=compiled)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4)
-
-
-def test_class_changed_since_is_an_error():
-    model = network()
-    fuse_(model)
-    block = model.blocks[1]
-    block.__class__ = type("Sharded", (type(block),), {})
-    with pytest.raises(RuntimeError, match=r"blocks.1 must have the class .* got Sharded made of"):
-        unfuse_(model)
-    assert "FusedBlock" in repr(model.blocks[0])
-    x, c = inputs()
-    assert copy.deepcopy(model.blocks[0])(x, c).shape == x.shape
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "impl", "dtype"),
-    [
-        (ValueError, r"impl must be one of auto, .* got 'cuda'", "cuda", torch.float32),
-        (TypeError, r"fuse_: impl='triton' takes float32, .* float64", "triton", torch.float64),
-        (TypeError, r"fuse_: impl='cpp' takes float32, .* float64", "cpp", torch.float64),
-    ],
-)
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="the same checks, with tensors on the CPU")
-def test_an_implementation_that_cannot_run_changes_nothing(error, message, impl, dtype):
-    model = network().to(dtype)
-    with pytest.raises(error, match=message):
-        fuse_(model, impl=impl)
-    assert unfuse_(model) == []
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="Triton runs there")
-def test_triton_without_a_gpu_or_without_triton(monkeypatch):
-    from dblocks.ops import _common
-
-    model = network()
-    monkeypatch.setattr(_common, "INTERPRETED", False)
-    with pytest.raises(RuntimeError, match=r"fuse_: impl='triton' needs tensors on a GPU"):
-        fuse_(model, impl="triton")
-    monkeypatch.setattr(_common, "HAS_TRITON", False)
-    with pytest.raises(ImportError, match=r"fuse_: impl='triton' needs the package triton"):
-        fuse_(model, impl="triton")
-    assert unfuse_(model) == []
-
-
-def test_register_fusion_checks_its_arguments():
-    with pytest.raises(TypeError, match=r"cls must be a subclass of torch.nn.Module, got 3"):
-        register_fusion(3, dit_block)
-    with pytest.raises(TypeError, match=r"forward must be a function, got None"):
-        register_fusion(Block, None)
-    with pytest.raises(ValueError, match=r"must define forward, got Renamed, .* register Block"):
-        register_fusion(Renamed, dit_block)
-
-
-def test_registered_forward_may_call_the_original():
-    class Halved(nn.Module):
-        def forward(self, x):
-            return x / 2
-
-    register_fusion(Halved, lambda self, x: self.unfused.forward(self, x) + 1)
-    model = Halved()
-    assert fuse_(model) == [Replacement("", f"{Halved.__qualname__}", "registered")]
-    assert model(4.0) == 3.0
-
-
-def test_no_warning_is_given_for_what_is_not_known():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert fuse_(nn.Linear(2, 2)) == []
-
-
-def test_arguments_of_another_kind():
-    for call in (fuse_, unfuse_):
-        with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
-            call(None)
-    with pytest.raises(TypeError, match="filter_fn"):
-        fuse_(nn.Linear(2, 2), filter_fn=3)
