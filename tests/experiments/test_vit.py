@@ -112,8 +112,8 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys, pages):
     for text in (short, whole):
         assert text.startswith("# Title\n")
         assert text.endswith("end\n")
-    assert "| 3 blocks | 91.0 ± 1.0 % | 86.0 ± 1.0 % | 18,000 (4 a step) | 576,000 |" in short
-    assert "| end to end | 95.0 ± 1.0 % | - | 18,000 (12 a step) | 192,000 |" in short
+    assert "| 3 blocks | 92.0 ± 1.6 % | 87.0 ± 1.6 % | 18,000 (4 a step) | 576,000 |" in short
+    assert "| end to end | 96.0 ± 1.6 % | - | 18,000 (12 a step) | 192,000 |" in short
     lines = {line[:35].strip(): line[35:].split() for line in whole.splitlines()}
     assert lines["learning rate"] == [lr] * 6
     assert lines["AdaLN"] == ["yes", "yes", "yes", "no", "no", "no"]
