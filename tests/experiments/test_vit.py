@@ -119,7 +119,7 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys, pages):
     assert lines["AdaLN"] == ["yes", "yes", "yes", "no", "no", "no"]
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert "18 of 18 runs are there, 0 to do" in out
+    assert "30 of 30 runs are there, 0 to do" in out
     chosen = len(EXPERIMENT.selection_shorter)
     records = chosen * len(EXPERIMENT.lrs) + len(EXPERIMENT.rows) * len(EXPERIMENT.seeds)
     assert f"commits that made the {records} records: 0123456789ab\n" in out
