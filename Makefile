@@ -21,10 +21,10 @@ $(STAMP): $(wildcard requirements/*.txt) pyproject.toml setup.py $(wildcard csrc
 	touch $@
 
 demo: $(STAMP) ## train a ViT end to end and block by block on handwritten digits, print one table
-	$(BIN)/python -m dblocks.experiments demo
+	$(BIN)/python -m benchmarks.study demo
 
 results: $(STAMP) ## the full recipe with 3 seeds; finished runs are kept; rewrites the README's table
-	$(BIN)/python -m dblocks.experiments results
+	$(BIN)/python -m benchmarks.study results
 
 test: $(STAMP) ## the whole default test suite, in Triton's interpreter where there is no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
@@ -48,17 +48,17 @@ docs: ## the documentation as a site in build/site; a warning is an error
 	build/docs-venv/bin/mkdocs build --strict
 
 gate: $(STAMP) ## compile every kernel for five GPU architectures, with the oldest and the pinned Triton
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m benchmarks.compile_gate --once
-	$(BIN)/python -m benchmarks.compile_gate
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m benchmarks.kernels.check --once
+	$(BIN)/python -m benchmarks.kernels.check
 
 kernels-model: $(STAMP) ## what a cycle model of an H200 says of each kernel, beside the goals; no GPU
-	$(BIN)/python -m benchmarks.model
+	$(BIN)/python -m benchmarks.kernels.model
 
 host-time: $(STAMP) ## microseconds of the host a call, beside eager PyTorch and Liger; no GPU
-	$(BIN)/python -m benchmarks.model host
+	$(BIN)/python -m benchmarks.kernels.model host
 
 static: $(STAMP) ## registers, instructions and launch settings of every kernel: benchmarks/static.md
-	$(BIN)/python -m benchmarks.static
+	$(BIN)/python -m benchmarks.kernels.static
 
 asan: $(STAMP) ## the tests of the C++ ops under the address and undefined-behaviour sanitizers
 	rm -rf build/asan && mkdir -p build/asan
@@ -76,19 +76,19 @@ lint: $(STAMP) ## formatting, lint, types and spelling
 	$(BIN)/codespell $$(git ls-files '*.py' '*.md' '*.toml' Makefile)
 
 bench: $(STAMP) ## every op and a training step beside their peers, each checked before it is timed
-	$(BIN)/python -m benchmarks.run --memory --out benchmarks/results
-	$(BIN)/python -m benchmarks.step --out benchmarks/results
-	$(BIN)/python -m benchmarks.fuse --out benchmarks/results/fuse
-	$(BIN)/python -m benchmarks.finetune --out benchmarks/results/finetune
+	$(BIN)/python -m benchmarks.ops.run --memory --out benchmarks/results
+	$(BIN)/python -m benchmarks.models.step --out benchmarks/results
+	$(BIN)/python -m benchmarks.models.fuse --out benchmarks/results/fuse
+	$(BIN)/python -m benchmarks.models.finetune --out benchmarks/results/finetune
 
 # Five minutes: 150 s of ops, the rest for steps; `timeout` ends what takes longer, rows are kept.
 BUDGET ?= 150
 bench-gpu: ## the same on a GPU, 64M elements in bfloat16, with the packages of PYTHON, in 5 minutes
-	PYTHONPATH=. timeout 200 $(PYTHON) -m benchmarks.run --device cuda --rounds 5 \
+	PYTHONPATH=. timeout 200 $(PYTHON) -m benchmarks.ops.run --device cuda --rounds 5 \
 		--budget $(BUDGET) --out benchmarks/results || test $$? -eq 124
-	PYTHONPATH=. timeout 45 $(PYTHON) -m benchmarks.step --device cuda --rounds 5 \
+	PYTHONPATH=. timeout 45 $(PYTHON) -m benchmarks.models.step --device cuda --rounds 5 \
 		--out benchmarks/results || test $$? -eq 124
-	PYTHONPATH=. timeout 50 $(PYTHON) -m benchmarks.fuse --device cuda --rounds 5 \
+	PYTHONPATH=. timeout 50 $(PYTHON) -m benchmarks.models.fuse --device cuda --rounds 5 \
 		--out benchmarks/results/fuse || test $$? -eq 124
 
 clean: ## remove what the targets made

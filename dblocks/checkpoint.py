@@ -14,9 +14,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dblocks._config import JsonConfig
 from dblocks._version import __version__
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, unwrapped
+from dblocks.config import JsonConfig
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.models.dit import DiT, DiTConfig
 from dblocks.models.masked_lm import MaskedLM, MaskedLMConfig

@@ -11,7 +11,9 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from dblocks.commands import causal_lm, dit, masked_lm, recurrent, vit
+from benchmarks.models.fuse import dit
+from dblocks.commands import recurrent, vit
+from dblocks.integrations.convert.transformers import causal_lm, masked_lm
 
 DESCRIPTION = """DiffusionBlocks: train a residual network one block of layers at a time.
 

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from dblocks.adapters._fusion import REGISTERED
-from dblocks.fuse import dit_block, dit_final_layer, register_fusion
+from dblocks.integrations.fuse.apply import dit_block, dit_final_layer, register_fusion
+from dblocks.integrations.fuse.fusion import REGISTERED
 from tools import DEVICE, normal, randomized
 
 N, T, D = 2, 6, 16

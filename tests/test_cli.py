@@ -148,7 +148,7 @@ def test_eval_measures_as_training_does(checkpoint, capsys):
     vit, folder = checkpoint
     classifier = Classifier(vit, DiffusionBlocks(vit, CONFIG))
     _, held_out = data.digits("final")
-    # As in `dblocks.records.train`: the product, without noise.
+    # As in `dblocks.recipes.records.train`: the product, without noise.
     measured, noisy, other = (
         f"{100 * classifier.accuracy(held_out, **k):.1f} %"
         for k in ({}, {"num_steps": 3, "noise": "paper"},
@@ -290,10 +290,10 @@ def test_bench_runs_the_benchmark_of_the_checkout(monkeypatch, tmp_path):
     out = str(tmp_path / "out")
     assert main(["bench", "--op", "adaln", "euler_step", "--rounds", "3", "--out", out]) == 0
     assert main(["bench", "--what", "step", "--device", "cuda"]) == 0
-    ops = ["-m", "benchmarks.run", "--device", "cpu", "--rounds", "3", "--out", out]
+    ops = ["-m", "benchmarks.ops.run", "--device", "cpu", "--rounds", "3", "--out", out]
     assert commands == [
         [*ops, "--op", "adaln", "--op", "euler_step"],
-        ["-m", "benchmarks.step", "--device", "cuda", "--rounds", "10"],
+        ["-m", "benchmarks.models.step", "--device", "cuda", "--rounds", "10"],
     ]
 
 

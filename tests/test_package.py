@@ -36,7 +36,7 @@ def test_import_needs_and_loads_no_optional_package():
 import importlib, pkgutil, sys
 for name in {OPTIONAL}:
     sys.modules[name] = None
-import dblocks, dblocks.functional, dblocks.nn, dblocks.models.vit
+import dblocks, dblocks.functional, dblocks.nn.layer, dblocks.models.vit
 from dblocks.functional import residual_adaln
 import torch
 x = torch.randn(2, 3, 4, requires_grad=True)

@@ -1,1 +1,1 @@
-"""Networks with the four parts of `dblocks.blocks.BlockModel`, one a file."""
+"""Networks with the four parts of `dblocks.blocks.network.BlockModel`, one a file."""

@@ -14,14 +14,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dblocks._kv_cache import KVCache, Slots
 from dblocks.blocks import Batch
-from dblocks.models._causal import Hidden, LanguageModel, Readout
-from dblocks.models._causal_config import LanguageModelConfig
-from dblocks.models._doubled import attend_doubled, run_doubled
-from dblocks.models._tokens import TokenBatch
+from dblocks.models.doubled_rows import attend_doubled, run_doubled
+from dblocks.models.language_config import LanguageModelConfig
+from dblocks.models.language_model import Hidden, LanguageModel, Readout
+from dblocks.models.token_batch import TokenBatch
 from dblocks.nn import Attend, Rotary
-from dblocks.schedule import NoiseLevel
+from dblocks.sampling.cache import KVCache, Slots
+from dblocks.schedules.noise import NoiseLevel
 
 
 @dataclass(frozen=True)

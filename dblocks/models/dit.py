@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dblocks import functional as F
 from dblocks.blocks import Batch, DiffusionBlocks, unwrapped
-from dblocks.models._images import (
+from dblocks.models.images import (
     ImageModelConfig,
     check_floating,
     check_label_values,
@@ -23,16 +23,16 @@ from dblocks.models._images import (
     check_pairs,
     entry,
 )
-from dblocks.models._patches import sincos_positions, unpatchify
+from dblocks.models.patches import sincos_positions, unpatchify
 from dblocks.nn import (
-    EMBEDDING_STD,
     AdaLayerNorm,
     NoiseEmbedding,
     TransformerLayer,
     conditioning_of,
 )
-from dblocks.sample import Callback, grid_of, initial_noise, sample_euler
-from dblocks.schedule import NoiseLevel
+from dblocks.nn.embeddings import EMBEDDING_STD
+from dblocks.sampling.euler import Callback, grid_of, initial_noise, sample_euler
+from dblocks.schedules.noise import NoiseLevel
 
 NUM_STEPS = 50  # and the scale of guidance; Shing et al. 2026
 GUIDANCE_SCALE = 2.0
@@ -283,7 +283,7 @@ def generate_images(
 ) -> Tensor:
     """Images of a `DiT` in blocks, by Euler steps from noise; a step runs one block only.
 
-    `dblocks.sample.sampling_cost` tells how often each block runs.
+    `dblocks.sampling.euler.sampling_cost` tells how often each block runs.
 
     Args:
         model: the blocks of a `DiT`, also inside torch.compile's or AveragedModel's wrapper.

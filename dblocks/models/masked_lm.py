@@ -1,6 +1,6 @@
 """A masked diffusion language model: it predicts the masked tokens of a text, from both sides.
 
-`dblocks.unmask` writes text with it, also in the gaps of a given one, and `dblocks.masked_metrics`
+`dblocks.unmask` writes text with it, also in the gaps of a given one, and `dblocks.sampling.masked_likelihood`
 measures its bound.
 """
 
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from dblocks import functional as F
 from dblocks.blocks import Batch
-from dblocks.mask_schedule import MASKED, MaskLevel
-from dblocks.models._masked import MaskedTokens
-from dblocks.models._sizes import TokenModelConfig
-from dblocks.models._tokens import IGNORED, TokenBatch
+from dblocks.models.masked_tokens import MaskedTokens
+from dblocks.models.token_batch import IGNORED, TokenBatch
+from dblocks.models.token_sizes import TokenModelConfig
 from dblocks.nn import (
     Modulation,
     NoiseEmbedding,
@@ -29,6 +28,7 @@ from dblocks.nn import (
     conditioning_of,
     rotary_of,
 )
+from dblocks.schedules.mask import MASKED, MaskLevel
 
 # Standard deviation of a number of an embedding at the start. With .06 a small model on characters
 # took twice the steps to learn more than their frequencies, with .7 a few more (tried), though with

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from dblocks import functional as F
-from dblocks._kv_cache import KVCache, Slots
-from dblocks._numbers import check_count
 from dblocks.blocks import Batch
-from dblocks.models._causal import Hidden, LanguageModel, Readout
-from dblocks.models._causal_config import LanguageModelConfig
-from dblocks.models._doubled import attend_doubled, run_doubled
-from dblocks.models._tokens import TokenBatch
+from dblocks.config import check_count
+from dblocks.models.doubled_rows import attend_doubled, run_doubled
+from dblocks.models.language_config import LanguageModelConfig
+from dblocks.models.language_model import Hidden, LanguageModel, Readout
+from dblocks.models.token_batch import TokenBatch
 from dblocks.nn import Attend, Norm, Rotary
-from dblocks.schedule import NoiseLevel
+from dblocks.sampling.cache import KVCache, Slots
+from dblocks.schedules.noise import NoiseLevel
 
 # Geiping et al. 2025 and the code they published
 STATE_STD = math.sqrt(2 / 5)  # of the initial state, before it is cut off

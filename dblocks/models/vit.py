@@ -16,8 +16,13 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks import functional as F
-from dblocks.blocks import Batch, DiffusionBlocks, trained_at_top, unwrapped
-from dblocks.models._images import (
+from dblocks.blocks import (
+    Batch,
+    DiffusionBlocks,
+    trained_at_top,
+    unwrapped,
+)
+from dblocks.models.images import (
     ImageModelConfig,
     check_floating,
     check_label_values,
@@ -25,7 +30,7 @@ from dblocks.models._images import (
     check_pairs,
     entry,
 )
-from dblocks.models._posterior import Head, check_head, posterior_logits
+from dblocks.models.posterior import Head, check_head, posterior_logits
 from dblocks.nn import (
     ConditioningKind,
     LabelEmbedding,
@@ -35,8 +40,8 @@ from dblocks.nn import (
     TransformerLayer,
     conditioning_of,
 )
-from dblocks.sample import grid_of, initial_noise, product_logits, sample_logits
-from dblocks.schedule import NoiseLevel
+from dblocks.sampling.euler import grid_of, initial_noise, product_logits, sample_logits
+from dblocks.schedules.noise import NoiseLevel
 
 INIT_STD = 0.02  # class token and null image; Dosovitskiy et al. 2021
 # As large as the patch tokens that Xavier weights make of pixels: at .02 the layers hardly see
@@ -279,7 +284,7 @@ def classify(
     """Logits of a block-wise trained `ViT`.
 
     By default log-probabilities of the product of all blocks' predictions, one call each, see
-    `dblocks.sample.product_logits`; where blocks were trained without a `top_share`, or steps are
+    `dblocks.sampling.euler.product_logits`; where blocks were trained without a `top_share`, or steps are
     asked for, Euler steps, and the last call's logits. Steps begin at 0, the mean of the noise at
     sigma_max, and end near the most likely class; from noise, as published, they end in a class
     drawn from what the blocks think likely, which is right less often. The last call is at

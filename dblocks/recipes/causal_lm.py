@@ -7,12 +7,12 @@ from typing import Any
 
 from dblocks.blocks import trained_at_top
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
-from dblocks.recipes._autoregressive import (
+from dblocks.recipes.autoregressive import (
     AutoregressiveLearner,
     AutoregressiveRun,
     bound_of,
 )
-from dblocks.text import Corpus
+from dblocks.recipes.data.text import Corpus
 
 TEMPERATURES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # of the samples
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dblocks import image_grid
-from dblocks.blocks import BlocksConfig, DiffusionBlocks, Draw, Weighting
-from dblocks.data import Images, batch_indices
-from dblocks.image_data import load_images
-from dblocks.image_metrics import deviation, frechet_distance, in_batches
-from dblocks.metrics import accuracy
+from dblocks.blocks import (
+    BlocksConfig,
+    DiffusionBlocks,
+    Draw,
+    Weighting,
+)
 from dblocks.models.dit import (
     GUIDANCE_SCALE,
     NUM_STEPS,
@@ -24,9 +25,13 @@ from dblocks.models.dit import (
     generate_images,
 )
 from dblocks.recipes import _base
-from dblocks.recipes._judge import FEATURES, train_judge
-from dblocks.sample import sampling_cost
-from dblocks.schedule import NoiseSchedule
+from dblocks.recipes.data.digits import Images, batch_indices
+from dblocks.recipes.data.images import load_images
+from dblocks.recipes.judge import FEATURES, train_judge
+from dblocks.recipes.metrics.classes import accuracy
+from dblocks.recipes.metrics.images import deviation, frechet_distance, in_batches
+from dblocks.sampling.euler import sampling_cost
+from dblocks.schedules.noise import NoiseSchedule
 
 NOISE_SEED = 7  # of the noise that evaluation and samples start from
 LEVELS = 12  # noise levels at which the loss is measured

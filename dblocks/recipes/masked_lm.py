@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 
 from dblocks.blocks import BlocksConfig, Weighting
-from dblocks.mask_schedule import MASKED, MaskSchedule, ScheduleKind
-from dblocks.masked_metrics import Bits, bits_per_character, points_for
 from dblocks.models.masked_lm import MaskedLM, MaskedLMConfig
 from dblocks.nn import ConditioningKind
-from dblocks.recipes._text import NOISE_SEED, TextLearner, TextRun, continuations
-from dblocks.text import Corpus
-from dblocks.unmask import unmask
+from dblocks.recipes.data.text import Corpus
+from dblocks.recipes.text_run import NOISE_SEED, TextLearner, TextRun, continuations
+from dblocks.sampling.masked_likelihood import Bits, bits_per_character, points_for
+from dblocks.sampling.unmasking import unmask
+from dblocks.schedules.mask import MASKED, MaskSchedule, ScheduleKind
 
 SAMPLED = "unmasked"  # the name of the samples in records
 POINT_WINDOWS = 16  # windows of the held-out text that a point of the curve looks at

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from dblocks.models.recurrent import RecurrentConfig, RecurrentLM
 from dblocks.nn import ConditioningKind
-from dblocks.recipes._autoregressive import AutoregressiveLearner, AutoregressiveRun, bound_of
-from dblocks.recipes._base import Batch
-from dblocks.text import Corpus
+from dblocks.recipes.autoregressive import AutoregressiveLearner, AutoregressiveRun, bound_of
+from dblocks.recipes.data.text import Corpus
+from dblocks.recipes.run import Batch
 
 STEPS = (1, 2, 4, 8, 16, 32)  # Euler steps, or recurrences, whose quality is measured
 STEPS_WINDOWS = 32  # windows of the held-out text, spread evenly, that each is measured on

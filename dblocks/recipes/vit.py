@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, Weighting
-from dblocks.data import Images, batch_indices
-from dblocks.image_data import load_images
-from dblocks.metrics import accuracy, evaluate
-from dblocks.models._posterior import Head
+from dblocks.models.posterior import Head
 from dblocks.models.vit import Noise, ViT, ViTConfig, classify
 from dblocks.nn import ConditioningKind
 from dblocks.recipes import _base
+from dblocks.recipes.data.digits import Images, batch_indices
+from dblocks.recipes.data.images import load_images
+from dblocks.recipes.metrics.classes import accuracy, evaluate
 
 NOISE_SEED = 7  # of the noise that evaluation starts from
 DENOISING_STEPS = (1, 2, 3, 6, 12)  # with which the final accuracy is measured too

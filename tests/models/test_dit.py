@@ -7,9 +7,9 @@ from dit_tools import SIZES, batch_of, blocks_of, dit_of, some_labels
 from torch import nn
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.models._patches import sincos_positions, unpatchify
 from dblocks.models.dit import DiT, DiTConfig, generate_images
-from dblocks.sample import initial_noise, sample_euler, sampling_cost
+from dblocks.models.patches import sincos_positions, unpatchify
+from dblocks.sampling.euler import initial_noise, sample_euler, sampling_cost
 from tools import DEVICE, seeded
 
 # Patches and positions

@@ -6,8 +6,8 @@ import torch.nn.functional as nnf
 from torch import nn
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.models._patches import sincos_positions
 from dblocks.models.dit import DiT, DiTConfig
+from dblocks.models.patches import sincos_positions
 from tools import randomized, seeded
 
 SIZES = {"image_size": (4, 6), "channels": 3, "width": 24, "heads": 2, "num_classes": 5}

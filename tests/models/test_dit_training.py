@@ -7,10 +7,9 @@ from hub_tools import library
 from torch.optim.swa_utils import AveragedModel
 
 from dblocks import functional as F
-from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.checkpoint import load_model, save_model
 from dblocks.models.dit import generate_images
-from dblocks.train import make_optimizers, train_step
 from tools import DEVICE, seeded
 
 

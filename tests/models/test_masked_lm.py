@@ -6,13 +6,12 @@ import torch.nn.functional as nnf
 from hub_tools import library
 from masked_tools import SIZES, blocks_of, lm_of, tokens_of
 
-from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.checkpoint import load_model, save_model
-from dblocks.mask_schedule import MASKED, MaskSchedule
-from dblocks.masked_metrics import bound_terms
 from dblocks.models.masked_lm import MaskedLMConfig
-from dblocks.train import make_optimizers, train_step
-from dblocks.unmask import unmask
+from dblocks.sampling.masked_likelihood import bound_terms
+from dblocks.sampling.unmasking import unmask
+from dblocks.schedules.mask import MASKED, MaskSchedule
 from tools import DEVICE, randomized, seeded
 
 KINDS = ("dit", "official", "none")

@@ -14,8 +14,8 @@ from dblocks.models.recurrent import (
     initial_state,
 )
 from dblocks.nn import rotary_of
-from dblocks.sample import initial_noise, sample_logits
-from dblocks.schedule import NoiseSchedule
+from dblocks.sampling.euler import initial_noise, sample_logits
+from dblocks.schedules.noise import NoiseSchedule
 from lm_tools import (
     CLOSE,
     KINDS,

@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dblocks import functional as F
-from dblocks._kv_cache import Slots
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import load_model, save_model
-from dblocks.generate import generate, stream
-from dblocks.sample import sample_logits
+from dblocks.sampling.cache import Slots
+from dblocks.sampling.euler import sample_logits
+from dblocks.sampling.text import generate, stream
 from lm_tools import CLOSE, recurrent_of, tokens_of
 from tools import DEVICE, normal, randomized, seeded
 

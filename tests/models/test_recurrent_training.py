@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.memory import SavedActivations
-from dblocks.train import make_optimizers, train_step
+from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
+from dblocks.blocks.memory import SavedActivations
 from lm_tools import CLOSE, adamw, recurrent_blocks_of, recurrent_of, tokens_of
 from tools import DEVICE, normal, randomized, seeded
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from dblocks.blocks import DiffusionBlocks
-from dblocks.likelihood import next_token_nll, product_nll
 from dblocks.recipes import causal_lm
-from dblocks.recipes._autoregressive import bits_per_character
-from dblocks.recipes._text import NOISE_SEED, PROMPT, SAMPLES, continuations
+from dblocks.recipes.autoregressive import bits_per_character
 from dblocks.recipes.causal_lm import GPU, PUBLISHED, CausalLMRun
-from dblocks.records import train
-from dblocks.text import Characters, Text, load_corpus, scored_windows
+from dblocks.recipes.data.text import Characters, Text, load_corpus, scored_windows
+from dblocks.recipes.records import train
+from dblocks.recipes.text_run import NOISE_SEED, PROMPT, SAMPLES, continuations
+from dblocks.sampling.likelihood import next_token_nll, product_nll
 
 SIZES = {"width": 16, "depth": 3, "heads": 2, "context": 20, "batch_size": 4}
 

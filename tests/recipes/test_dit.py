@@ -7,12 +7,12 @@ import torch
 
 from dblocks import image_grid
 from dblocks.blocks import DiffusionBlocks
-from dblocks.data import Images, digits
-from dblocks.image_metrics import deviation
 from dblocks.recipes import dit as recipe
-from dblocks.recipes._judge import ImageClassifier, train_judge
+from dblocks.recipes.data.digits import Images, digits
 from dblocks.recipes.dit import GPU, DiTLearner, DiTRun, held_out_loss
-from dblocks.records import train
+from dblocks.recipes.judge import ImageClassifier, train_judge
+from dblocks.recipes.metrics.images import deviation
+from dblocks.recipes.records import train
 from tools import randomized
 
 TINY = {"width": 12, "depth": 3, "heads": 2, "patch_size": 4, "batch_size": 16, "points": 1}

@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from dblocks.mask_schedule import MaskSchedule
-from dblocks.recipes._text import PROMPT, SAMPLES
+from dblocks.recipes.data.text import load_corpus
 from dblocks.recipes.masked_lm import GPU, MaskedLMRun
-from dblocks.records import train
-from dblocks.text import load_corpus
+from dblocks.recipes.records import train
+from dblocks.recipes.text_run import PROMPT, SAMPLES
+from dblocks.schedules.mask import MaskSchedule
 
 SIZES = {"width": 16, "depth": 3, "heads": 2, "context": 20, "batch_size": 4}
 

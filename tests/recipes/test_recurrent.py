@@ -5,9 +5,9 @@ import torch
 
 from dblocks.models.recurrent import RecurrentLM
 from dblocks.recipes import recurrent
+from dblocks.recipes.data.text import load_corpus
+from dblocks.recipes.records import train
 from dblocks.recipes.recurrent import GPU, RecurrentRun
-from dblocks.records import train
-from dblocks.text import load_corpus
 
 SIZES = {"width": 16, "depth": 2, "heads": 2, "context": 20, "batch_size": 4}
 SIZES |= {"prelude": 1, "coda": 1, "mean_recurrence": 3, "backprop_depth": 2}

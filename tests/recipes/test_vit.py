@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dblocks.data import Images, digits
 from dblocks.models.vit import classify
 from dblocks.recipes import vit as recipe
+from dblocks.recipes.data.digits import Images, digits
 from dblocks.recipes.vit import ViTLearner, ViTRun, patch_size_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

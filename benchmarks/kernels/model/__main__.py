@@ -1,0 +1,83 @@
+"""Prints the goals of the kernels beside what a cycle model says of them; or the host's time.
+
+    python -m benchmarks.kernels.model                   every row, about three minutes on 2 cores
+    python -m benchmarks.kernels.model --only "adaln fwd" --widths 1152
+    python -m benchmarks.kernels.model launches          which launch each row is about
+    python -m benchmarks.kernels.model host              microseconds a call on the host
+
+Nothing here is measured on a GPU. The launches of the library are compiled for sm_90 with their own
+settings, and a cycle model of one multiprocessor runs the machine code against its share of DRAM
+(smsim.cpp). It is an upper bound that ranks variants, by .05 of a copy for rows or 10 % for
+attention, and no forecast: it takes both sides of a branch, knows no instruction cache, no bank
+conflicts and no limit of L2, and a spilled register costs it one instruction. Statistics count as
+if every lane read its own. TFLOP/s are those of a loop in its steady state, keys in L2.
+"""
+
+import argparse
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+from benchmarks import compile_gate  # first: it turns Triton's interpreter off
+from benchmarks.kernels.model import table
+
+COMMANDS = ("kernels", "launches", "host")
+
+
+def figure(index: int) -> table.Figure:
+    """The figure of one row; a row that cannot be modelled says why."""
+    try:
+        return table.table()[index].model()
+    except Exception as error:
+        return table.Figure(f"FAIL {type(error).__name__}: {str(error)[-200:]}", False, "")
+
+
+def launches() -> int:
+    """The launch of every row, not compiled."""
+    for row in table.table():
+        print(row.kernel, row.width, row.launch().fn.__name__)
+    return 0
+
+
+def kernels(args: argparse.Namespace) -> int:
+    """The table; 1 where a row could not be modelled."""
+    rows = table.table()
+    chosen = [
+        i
+        for i, row in enumerate(rows)
+        if any(name in row.kernel for name in args.only)
+        and (not args.widths or row.width in args.widths)
+    ]
+    print(f"Modelled for an H200, not measured; triton {compile_gate.triton.__version__}\n")
+    print("| kernel | width | model | wanted | | compiled |\n|---|---|---|---|---|---|")
+    missed = failed = 0
+    with ProcessPoolExecutor(args.workers) as pool:
+        for i, found in zip(chosen, pool.map(figure, chosen), strict=True):
+            row = rows[i]
+            missed += not found.reached
+            failed += found.text.startswith("FAIL")
+            word = "" if found.reached else "missed"
+            cells = (row.kernel, row.width, found.text, row.wanted, word, found.code)
+            print(f"| {' | '.join(cells)} |", flush=True)
+    print(f"\n{len(chosen)} rows, {missed} below the goal")
+    return 1 if failed or not chosen else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.model", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("what", nargs="?", default="kernels", choices=COMMANDS)
+    parser.add_argument("--only", nargs="+", default=[""], help="kernels whose name contains this")
+    parser.add_argument("--widths", nargs="+", default=None, help="of the second column")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    if args.what == "host":
+        from benchmarks.kernels.model import host
+
+        return host.main()
+    return launches() if args.what == "launches" else kernels(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

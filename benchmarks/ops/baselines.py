@@ -1,0 +1,95 @@
+"""Who takes part beside dblocks: eager PyTorch, torch.compile, and libraries where installed.
+
+A peer that is not there is named with the reason, never left out silently. torch.compile must make
+one graph (`fullgraph`), and starts afresh for every shape and dtype, so that its limit of
+recompilations, past which it silently runs eager code, is never reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+from benchmarks.ops.op import Absent, Contender, Op, Peer
+from benchmarks.ops.registry import EPS
+
+
+def compiled(function: Peer, **options: bool) -> Peer:
+    """`function` as one graph of torch.compile, with these options of Inductor."""
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # the backward is timed again and again
+    return torch.compile(function, fullgraph=True, dynamic=False, options=dict(options))
+
+
+def liger_modulated_rms_norm() -> Peer:
+    """Liger's fused RMS norm and modulation, one row of it for each sample."""
+    from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
+        liger_modulated_rms_norm as norm,
+    )
+
+    def call(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor]:
+        return (norm(x, None, scale, shift, eps=EPS, in_place=False),)
+
+    return call
+
+
+def liger_layer_norm() -> Peer:
+    """Liger's layer norm, then the modulation as one addcmul."""
+    from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
+        liger_layer_norm as norm,
+    )
+
+    return _norm_then_modulate(lambda x, weight, bias: norm(x, weight, bias, EPS))
+
+
+def flash_attn_layer_norm() -> Peer:
+    """flash-attn's Triton layer norm, then the modulation as one addcmul."""
+    from flash_attn.ops.triton.layer_norm import (  # pyright: ignore[reportMissingImports]
+        layer_norm_fn as norm,
+    )
+
+    return _norm_then_modulate(lambda x, weight, bias: norm(x, weight, bias, eps=EPS))
+
+
+def _norm_then_modulate(norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Peer:
+    """These norms want a weight and a bias: ones and zeros, made once for each width and dtype."""
+    made: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def call(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor]:
+        key = (x.shape[-1], x.dtype)
+        if key not in made:
+            made[key] = (x.new_ones(key[0]), x.new_zeros(key[0]))
+        return (torch.addcmul(shift[:, None], norm(x, *made[key]), 1 + scale[:, None]),)
+
+    return call
+
+
+LIBRARIES: dict[str, tuple[str, Callable[[], Peer]]] = {
+    "liger_modulated_rms_norm": ("liger-kernel", liger_modulated_rms_norm),
+    "liger_layer_norm": ("liger-kernel", liger_layer_norm),
+    "flash_attn_layer_norm": ("flash-attn", flash_attn_layer_norm),
+}
+
+
+def peers_of(op: Op, device: torch.device) -> dict[str, Peer | Absent | Contender]:
+    """Everyone that takes part in the benchmark of `op`: what to call, or why it is absent."""
+    found: dict[str, Peer | Absent | Contender] = {"dblocks": op.ours, "eager": op.eager}
+    if op.peers is not None:
+        return found | op.peers(device)
+    found["torch.compile"] = compiled(op.eager)
+    if op.oracle is not None:
+        # On a CPU the generator that Inductor writes is slower than PyTorch's own.
+        found["torch.compile fallback_random"] = compiled(op.eager, fallback_random=True)
+    for name in op.others:
+        package, build = LIBRARIES[name]
+        if device.type != "cuda":
+            found[name] = "its kernels need a GPU"
+            continue
+        try:
+            found[name] = build()
+        except ImportError as error:
+            found[name] = f"{package} is not installed ({error})"
+    return found

@@ -1,0 +1,106 @@
+"""Is a peer's result right? Outputs and gradients against float64, before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.ops.op import Op, Peer
+from dblocks.testing import error_budget
+
+# How far others may pass the budget that holds for dblocks. It follows eager PyTorch, whose sums
+# over rows are unusually exact; those of torch.compile, row after row, are not wrong for that.
+PEER_SLACK = 8
+SIZE_TOLERANCE = 0.05  # of the standard deviation of what holds a peer's own noise
+
+_upstream: dict[tuple, Tensor] = {}
+
+
+def tensors(outputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those outputs that are there."""
+    return [o for o in outputs if o is not None]
+
+
+def upstream(output: Tensor) -> Tensor:
+    """A normal upstream gradient, drawn once: zeros and ones would let a GPU's clock run faster."""
+    key = (output.shape, output.dtype, output.device)
+    if key not in _upstream:
+        g = torch.Generator(output.device).manual_seed(1)
+        _upstream[key] = torch.randn(
+            output.shape, generator=g, dtype=output.dtype, device=output.device
+        )
+    return _upstream[key]
+
+
+def leaves_of(op: Op, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs, of which those that take part in the backward require gradients."""
+    return {k: v.detach().requires_grad_(k in op.needs_grad) for k, v in inputs.items()}
+
+
+def gradients(
+    op: Op, outputs: Sequence[Tensor], leaves: dict[str, Tensor], *, keep_graph: bool = True
+) -> list[Tensor]:
+    """The gradients of the inputs; the graph is kept where the backward is timed again."""
+    wanted = [leaves[name] for name in op.needs_grad]
+    given = [upstream(o) for o in outputs]
+    return list(torch.autograd.grad(outputs, wanted, given, retain_graph=keep_graph))
+
+
+def results(op: Op, peer: Peer, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Outputs and gradients of a peer."""
+    if not op.needs_grad:
+        with torch.no_grad():
+            return tensors(peer(**inputs))
+    leaves = leaves_of(op, inputs)
+    outputs = tensors(peer(**leaves))
+    return [o.detach() for o in outputs] + gradients(op, outputs, leaves)
+
+
+def wrong(op: Op, peer: Peer, inputs: dict[str, Tensor], definition: Peer | None = None) -> str:
+    """Why the peer's result cannot be trusted; empty where it can.
+
+    A peer that computes another result than the op has a `definition` of its own.
+    """
+    got = results(op, peer, inputs)
+    if not all(torch.isfinite(o).all() for o in got):
+        return "not finite"
+    if op.oracle is not None and peer is not op.ours:
+        return _wrong_size(got, results(op, op.eager, inputs))
+    plain = definition or op.oracle or op.eager
+    own = results(op, plain, inputs)
+    doubled = {k: v.double() for k, v in inputs.items()}
+    ref64 = _with_upstream_of(op, plain, doubled, got)
+    for result, reference, eager in zip(got, ref64, own, strict=True):
+        error = (result.double() - reference).abs().max().item()
+        limit = error_budget(reference, eager, result.dtype)
+        limit *= 1 if peer is op.ours else PEER_SLACK
+        if error > limit:
+            return f"error {error:.2e} over the budget {limit:.2e}"
+    return ""
+
+
+def _with_upstream_of(
+    op: Op, peer: Peer, inputs: dict[str, Tensor], like: Sequence[Tensor]
+) -> list[Tensor]:
+    """`results`, with the upstream gradients that the narrower outputs `like` had."""
+    if not op.needs_grad:
+        return results(op, peer, inputs)
+    leaves = leaves_of(op, inputs)
+    outputs = tensors(peer(**leaves))
+    given = [upstream(o).double() for o in like[: len(outputs)]]
+    wanted = [leaves[name] for name in op.needs_grad]
+    grads = torch.autograd.grad(outputs, wanted, given)
+    return [*(o.detach() for o in outputs), *grads]
+
+
+def _wrong_size(got: Sequence[Tensor], eager: Sequence[Tensor]) -> str:
+    """Own noise can only be as large as that of eager PyTorch."""
+    pairs = [(o.double().std(), e.double().std()) for o, e in zip(got, eager, strict=True)]
+    bad = [
+        f"standard deviation {o:.4f} != {e:.4f}"
+        for o, e in pairs
+        if abs(o - e) > SIZE_TOLERANCE * e
+    ]
+    return "; ".join(bad)

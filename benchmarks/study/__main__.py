@@ -1,0 +1,58 @@
+"""`python -m benchmarks.study demo|results`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.study import causal_lm, dit, masked_lm, recurrent, vit
+from benchmarks.study.experiment import README, Experiment
+
+EXPERIMENTS: dict[str, Experiment] = {
+    e.name: e
+    for e in (
+        vit.EXPERIMENT,
+        vit.FASHION,
+        dit.EXPERIMENT,
+        causal_lm.EXPERIMENT,
+        causal_lm.GCIDE,
+        masked_lm.EXPERIMENT,
+        recurrent.EXPERIMENT,
+    )
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One command; a mistake is one line on stderr and the exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("demo", help="minutes: digits, one seed, a third of the steps")
+    one.add_argument("--out", type=Path, default=vit.DEMO, help="folder of run.json and the figure")
+    full = commands.add_parser("results", help="hours: the whole recipes, resumable")
+    full.add_argument(
+        "names", nargs="*", choices=[[], *EXPERIMENTS], default=[], help="all by default"
+    )
+    full.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    full.add_argument("--records", type=Path, help="folder of the records of one experiment")
+    full.add_argument("--readme", type=Path, default=README, help="file with the tables' markers")
+    full.add_argument("--report", type=Path, help="file with the whole tables' markers")
+    full.add_argument("--figure", type=Path, help="the PNG of one experiment to write")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "demo":
+            vit.demo(args.out)
+            return 0
+        for name in args.names or EXPERIMENTS:
+            EXPERIMENTS[name].results(
+                args.records, args.figure, args.readme, args.report, args.workers
+            )
+    except (ImportError, ValueError, OSError) as error:
+        print(f"dblocks: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

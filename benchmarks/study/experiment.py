@@ -1,0 +1,231 @@
+"""What every comparison does: choose learning rates, run what is missing, write table and figure.
+
+Learning rates are chosen on a validation split, then three seeds run on the held-out part. Each run
+leaves a record; those that are there are not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dblocks.blocks import BlocksConfig
+from dblocks.recipes.plots import Curve, Measure, comparison_figure, save_png
+from dblocks.recipes.records import read_record, train_to_record
+from dblocks.recipes.report import Column, Rows, markdown_table, text_table, write_between_markers
+from dblocks.recipes.run import Run
+
+README = Path("README.md")
+REPORT = Path("docs/results.md")
+SELECTION_SEED = 100
+
+Records = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Ways of training that are compared, and how their records become a table and a figure."""
+
+    name: str
+    """Such as vit-digits: of the records' folder, the figure and the markers in the README."""
+    rows: Mapping[str, tuple[str, Run]]
+    """A row's title and its run, by the row's short name."""
+    lrs: Sequence[float]
+    """The learning rates that are tried."""
+    seeds: Sequence[int] = (0, 1, 2)
+    """Of the final runs."""
+    selection_shorter: Mapping[str, int]
+    """By what a row's steps are divided where its learning rate is chosen; rows that are not here
+    take the rate of `rates_of`."""
+    rates_of: Mapping[str, str] = field(default_factory=dict)
+    """The row whose learning rate another takes over."""
+    error: Callable[[Mapping[str, Any]], float]
+    """Of a record: the smaller the better."""
+    headline: Callable[[Mapping[str, Any]], str]
+    """What a record reached, in a few words."""
+    columns: Sequence[Column]
+    """Of the whole table, for a terminal and the report."""
+    readme_columns: Sequence[Column]
+    """Of the README's table."""
+    caption: Callable[[Rows], str]
+    """How the runs were made and measured, in sentences of the report."""
+    draw: Callable[[Rows, Path], None]
+    """Writes the figure of the rows."""
+    finish: Callable[[Path, Mapping[str, Records]], None] | None = None
+    """Adds to the final records, in the folder, what needs all of them."""
+
+    @property
+    def records(self) -> Path:
+        """The folder of the records."""
+        return Path("benchmarks/results") / self.name.replace("-", "_")
+
+    @property
+    def figure(self) -> Path:
+        """The picture."""
+        return Path("docs/images") / f"{self.name.replace('-', '_')}.png"
+
+    def selection_runs(self, row: str) -> list[Run]:
+        """The runs that choose the learning rate of a row; they never see the held-out part."""
+        _, run = self.rows[row]
+        steps = run.steps // self.selection_shorter[row]
+        short = dataclasses.replace(run, steps=steps, seed=SELECTION_SEED, part="selection")
+        return [dataclasses.replace(short, lr=lr) for lr in self.lrs]
+
+    def final_runs(self, row: str, lr: float) -> list[Run]:
+        """The runs behind a row of the table."""
+        return [dataclasses.replace(self.rows[row][1], lr=lr, seed=seed) for seed in self.seeds]
+
+    def chosen_lr(self, records: Records) -> float:
+        """The learning rate of the smallest error; of equal ones the smallest rate."""
+        return min(records, key=lambda r: (self.error(r), r["run"]["lr"]))["run"]["lr"]
+
+    def results(
+        self,
+        folder: Path | None = None,
+        figure: Path | None = None,
+        readme: Path = README,
+        report: Path | None = None,
+        workers: int = 2,
+    ) -> None:
+        """The full recipe; then from the records the figure, the README's table and the report.
+
+        Args:
+            folder: of the records.
+            figure: the PNG to write.
+            readme: gets a short table between its markers.
+            report: gets the whole table and how it was made; docs/results.md beside the README by
+                default.
+            workers: processes at a time.
+        """
+        report = report or readme.parent / REPORT
+        folder, figure = folder or self.records, figure or self.figure
+        selections = {row: self.selection_runs(row) for row in self.selection_shorter}
+        run_missing(jobs(folder, selections), self.headline, workers)
+        tried = {row: _read(folder, row, runs) for row, runs in selections.items()}
+        lrs = {row: self.chosen_lr(records) for row, records in tried.items()}
+        lrs |= {row: lrs[other] for row, other in self.rates_of.items()}
+        print(f"{self.name}: learning rates chosen on the validation split: {lrs}")
+        finals = {row: self.final_runs(row, lrs[row]) for row in self.rows}
+        run_missing(jobs(folder, finals), self.headline, workers)
+        records = {row: _read(folder, row, runs) for row, runs in finals.items()}
+        if self.finish is not None:
+            self.finish(folder, records)
+        rows = {self.rows[row][0]: records[row] for row in self.rows}
+        table = text_table(rows, self.columns)
+        print(table)
+        print(provenance([r for many in (*tried.values(), *records.values()) for r in many]))
+        self.draw(rows, figure)
+        markers = f"results:{self.name}"
+        write_between_markers(readme, markers, markdown_table(rows, self.readme_columns))
+        whole = "\n".join(line.rstrip() for line in table.splitlines())
+        how = (
+            f"{self.caption(rows)} Seconds are for one thread of a shared CPU, two runs at a time. "
+            f"Every run's record is in `{self.records}/`; `make results` makes tables and picture "
+            "from them and runs those that are missing."
+        )
+        write_between_markers(report, markers, f"```text\n{whole}\n```\n\n{how}")
+        print(f"wrote {figure} and the tables in {readme} and {report}")
+
+
+def draw_comparison(
+    rows: Rows,
+    path: Path,
+    value: Callable[[Mapping[str, Any]], float],
+    *,
+    title: str,
+    measure: Measure,
+) -> None:
+    """The figure of finished runs: a measure against layer evaluations, and the blocks' noise.
+
+    Args:
+        rows: the records of each curve.
+        path: the PNG to write.
+        value: reads the measure of a point of a record's curve.
+        title: of the figure.
+        measure: how it is shown.
+    """
+    curves = [
+        Curve(
+            label=name,
+            layer_evaluations=[point["layer_evaluations"] for point in runs[0]["curve"]],
+            values=[[value(point) for point in run["curve"]] for run in runs],
+        )
+        for name, runs in rows.items()
+    ]
+    every = (record for records in rows.values() for record in records)
+    blocked = next(record for record in every if not record["run"]["end_to_end"])
+    config = BlocksConfig.from_dict(blocked["blocks"])
+    save_png(comparison_figure(curves, config, blocked["run"]["depth"], title, measure), path)
+
+
+def record_path(folder: Path, row: str, run: Run) -> Path:
+    """Where the record of a run is kept."""
+    return folder / f"{run.part}-{row}-lr{run.lr:g}-seed{run.seed}.json"
+
+
+def jobs(folder: Path, runs: Mapping[str, Sequence[Run]]) -> dict[Path, Run]:
+    """The records of all runs, and what to run for each."""
+    return {record_path(folder, row, run): run for row, many in runs.items() for run in many}
+
+
+def run_missing(
+    jobs: Mapping[Path, Run], headline: Callable[[Mapping[str, Any]], str], workers: int
+) -> None:
+    """Train those runs whose records are not there, several processes of one thread at a time.
+
+    Args:
+        jobs: the records' paths, and what to run for each.
+        headline: what a record reached, in a few words.
+        workers: processes at a time.
+
+    Raises:
+        ValueError: a record that is there was made by another recipe.
+    """
+    missing = {path: run for path, run in jobs.items() if not _is_done(path, run)}
+    print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are there, {len(missing)} to do")
+    if not missing:
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
+        futures = {pool.submit(train_to_record, run, path): path for path, run in missing.items()}
+        for number, future in enumerate(as_completed(futures), 1):
+            record = future.result()
+            print(
+                f"[{number}/{len(missing)}] {time.strftime('%H:%M:%S')} {futures[future].stem}: "
+                f"{headline(record)} in {record['seconds']:.0f} s",
+                flush=True,
+            )
+
+
+def provenance(records: Records) -> str:
+    """The commits that made the records, and a warning where these may not be comparable."""
+    commits = sorted({r["environment"]["commit"] or "unknown" for r in records})
+    lines = [f"commits that made the {len(records)} records: {', '.join(commits)}"]
+    if len(commits) > 1:
+        lines.append("warning: the records are of several commits, which may differ in the recipe")
+    if any(c == "unknown" or c.endswith("-dirty") for c in commits):
+        lines.append("warning: not every record is of committed code (dirty, unknown)")
+    return "\n".join(lines)
+
+
+def _is_done(path: Path, run: Run) -> bool:
+    if not path.exists():
+        return False
+    record: Any = read_record(path)
+    try:
+        made = type(run).from_dict(record.get("run"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}; delete it to run it again") from error
+    if made != run:
+        raise ValueError(f"{path} was made by another recipe; delete it to run it again")
+    return True
+
+
+def _read(folder: Path, row: str, runs: Sequence[Run]) -> Records:
+    return [read_record(record_path(folder, row, run)) for run in runs]

@@ -1,0 +1,264 @@
+"""The recurrent-depth model on the prose that ships with Python: what is compared and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.study.experiment import Experiment, Records, draw_comparison
+from benchmarks.study.text import (
+    QUALITY,
+    add_scores,
+    next_token_measure,
+    quality_columns,
+    reference_scores,
+    text_and_training,
+)
+from dblocks.recipes.recurrent import STEPS, STEPS_WINDOWS, RecurrentRun
+from dblocks.recipes.report import COSTS, README_COSTS, Column, Record, Rows, mean, spread
+from dblocks.recipes.text_run import PROMPT, SAMPLES
+
+# Seconds of a step end to end over those of a block step: medians of steps taken in turn on one
+# thread of a shared CPU (0.70 s and 0.185 s), with 33 recurrences, the mean of those drawn.
+SECONDS_RATIO = 3.8
+RATIO_TOLERANCE = 0.1  # of what the records say, before "equal seconds" is no longer true
+
+# Layer evaluations of a step. A block runs the prelude's 2 layers on clean rows and 4 + 2 on clean
+# and on noisy ones, but for the last, whose clean rows give keys and values only. End to end it is
+# 2 + 4 * 33 + 2 on the average.
+BLOCK_LAYERS = 13
+END_TO_END_LAYERS = 136
+
+BLOCKS = RecurrentRun()
+BLOCKS_LONG = RecurrentRun(steps=round(SECONDS_RATIO * BLOCKS.steps))
+END_TO_END = RecurrentRun(end_to_end=True)
+END_TO_END_SHORT = RecurrentRun(
+    end_to_end=True, steps=round(BLOCKS_LONG.steps * BLOCK_LAYERS / END_TO_END_LAYERS)
+)
+ROWS: Mapping[str, tuple[str, RecurrentRun]] = {
+    "blocks_long": (f"1 block, {SECONDS_RATIO:g} times the steps (equal seconds)", BLOCKS_LONG),
+    "blocks": ("1 block, equal steps", BLOCKS),
+    "end_to_end": ("end to end", END_TO_END),
+    "end_to_end_short": ("end to end, layer evaluations of the first", END_TO_END_SHORT),
+}
+# 2e-3 was best in short runs, 300 block steps and 60 end to end; longer ones want no more.
+LRS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+SHORTER = {"blocks_long": 2, "blocks": 1, "end_to_end": 2}
+# Half of "end_to_end" is about as long.
+RATES_OF = {"end_to_end_short": "end_to_end"}
+
+
+def bits(record: Record) -> float:
+    """Bits per character of the held-out text: one Euler step, or the mean recurrences."""
+    return record["bits"]
+
+
+def run_of(record: Record) -> RecurrentRun:
+    """The run that made a record."""
+    return RecurrentRun.from_dict(record["run"])
+
+
+def main_samples(record: Record) -> str:
+    """The name of a record's samples with several steps."""
+    return str(run_of(record).sample_steps)
+
+
+def bits_of_windows(record: Record) -> float:
+    """As `bits`, of some windows of the text."""
+    return record["bits_by_steps"][main_samples(record) if run_of(record).end_to_end else "1"]
+
+
+def bound_bits(record: Record) -> float | None:
+    """The bound of denoising, of the same windows; None end to end, and of runs before it was
+    measured."""
+    bound = record.get("bound")
+    return None if bound is None else bound["bits"]
+
+
+def recurrence_bits(record: Record, steps: str) -> float | None:
+    """Bits of these windows with so many recurrences; None in blocks, but for one step."""
+    if not run_of(record).end_to_end and steps != "1":
+        return None
+    return record["bits_by_steps"].get(steps)
+
+
+def layers_per_character(record: Record, steps: int | None = None) -> int:
+    """Layer evaluations that writing a character takes, with the characters before it cached.
+
+    With P, C and D layers in prelude, core and coda, as one block with K Euler steps
+    `P + (C + D - 1) + K (C + D)`: the clean row of the character before goes through all but the
+    last layer, the noisy one K times through core and coda. End to end `P + r C + D` with r
+    recurrences. The steps are those of the main samples by default.
+    """
+    run = run_of(record)
+    steps = run.sample_steps if steps is None else steps
+    if run.end_to_end:
+        return run.prelude + steps * run.depth + run.coda
+    return run.prelude + (steps + 1) * (run.depth + run.coda) - 1
+
+
+def by_steps(head: str, value: Callable[[Record, str], float | None]) -> tuple[Column, ...]:
+    """A line for each number of Euler steps, or recurrences, under a line that names them."""
+
+    def column(n: int) -> Column:
+        return Column(f"  {n}", lambda records: spread(records, lambda r: value(r, str(n)), ".2f"))
+
+    return (Column(f"{head}:", lambda _: ""), *map(column, STEPS))
+
+
+BITS_COLUMNS = (
+    Column("Bits a character, next token", lambda r: spread(r, bits, ".3f")),
+    Column(
+        f"Bits of {STEPS_WINDOWS} windows of the text, next token",
+        lambda r: spread(r, bits_of_windows, ".3f"),
+    ),
+    Column(
+        "Bits of these windows, bound of denoising",
+        lambda r: spread(r, bound_bits, ".3f"),
+    ),
+)
+COST_COLUMNS = (
+    Column("Parameters", lambda r: f"{r[0]['parameters']:,}"),
+    Column("Layer evaluations to write a character", lambda r: f"{layers_per_character(r[0])}"),
+    Column("Seconds a training step", lambda r: f"{seconds_per_step(r):.3f}"),
+)
+COLUMNS = (
+    *BITS_COLUMNS,
+    *by_steps(
+        "Bits of these windows, by recurrences",
+        recurrence_bits,
+    ),
+    *quality_columns(main_samples),
+    *by_steps(
+        "Samples: bits a character, by Euler steps or recurrences",
+        lambda r, n: r["scores"][n]["bits"] if n in r["scores"] else None,
+    ),
+    *COST_COLUMNS,
+    *COSTS,
+)
+README_COLUMNS = (
+    *BITS_COLUMNS,
+    *quality_columns(main_samples),
+    *COST_COLUMNS,
+    *README_COSTS,
+)
+
+
+def seconds_per_step(records: Sequence[Record]) -> float:
+    """Of training alone, the mean over the records of a row."""
+    return mean(records, "seconds") / records[0]["run"]["steps"]
+
+
+def seconds_ratio(records: Mapping[str, Sequence[Record]]) -> float:
+    """What `SECONDS_RATIO` should be by the records of the rows, by their short names."""
+    return seconds_per_step(records["end_to_end"]) / seconds_per_step(records["blocks_long"])
+
+
+def finish(folder: Path, records: Mapping[str, Records]) -> None:
+    """Adds the samples' scores, and warns where seconds are not as equal as a row's title says."""
+    add_scores(folder, records)
+    ratio = seconds_ratio(records)
+    if abs(ratio / SECONDS_RATIO - 1) > RATIO_TOLERANCE:
+        print(
+            f"warning: a step end to end took {ratio:.2f} times the seconds of one in blocks, not "
+            f"{SECONDS_RATIO:g} times: the row of equal seconds is off by more than "
+            f"{RATIO_TOLERANCE:.0%}"
+        )
+
+
+def caption(rows: Rows) -> str:
+    """How the runs were made and measured, in sentences for the report."""
+    records = dict(zip(ROWS, rows.values(), strict=True))
+    return f"{_training(records)} {_rates()} {_equal(records)} {_measures(records)}"
+
+
+def _training(records: Mapping[str, Sequence[Record]]) -> str:
+    first = records["blocks_long"][0]
+    run, model = first["run"], first["model"]
+    return (
+        f"A recurrent-depth model, {model['prelude']} layers before, {model['core']} in, and "
+        f"{model['coda']} after the core, of width {run['width']}, "
+        f"{text_and_training(first, EXPERIMENT.seeds)}. End to end, as Huginn, a step applies the "
+        f"core about {run['mean_recurrence']} times on the average and backpropagates through the "
+        f"last {run['backprop_depth']}; as a block it applies the core once, at a drawn noise "
+        "level. The block has more parameters, as its core and coda have AdaLN."
+    )
+
+
+def _rates() -> str:
+    steps = [f"{ROWS[row][1].steps // shorter:,}" for row, shorter in SHORTER.items()]
+    return (
+        f"Learning rates are the best of {{{', '.join(f'{lr:g}' for lr in LRS)}}} on the tenth "
+        f"before the held-out one: in runs of {', '.join(steps)} steps, in the order of the "
+        "columns; the last one takes over the rate of the column before."
+    )
+
+
+def _equal(records: Mapping[str, Sequence[Record]]) -> str:
+    blocks, whole = records["blocks"], records["end_to_end"]
+    steps = whole[0]["layer_evaluations"] / blocks[0]["layers_per_step"]
+    minutes = steps * seconds_per_step(blocks) / 60
+    return (
+        f"By the records, a step end to end takes {seconds_ratio(records):.2f} times the seconds "
+        "of a block's. A layer evaluation is one batch of rows through one layer, whether "
+        "gradients go through it or not; as a block clean and noisy rows count each, but in the "
+        "prelude there are clean ones only, and in the last layer they give keys and values only. "
+        "End to end their number is drawn, and that of the first seed. As many as end to end would "
+        f"take a block {steps:,.0f} steps, {minutes:.0f} minutes of training where a run has ten: "
+        "hence the last column, which trains end to end with about as many as the first. Saved "
+        f"activations are those of {whole[0]['run']['mean_recurrence']} recurrences."
+    )
+
+
+def _measures(records: Mapping[str, Sequence[Record]]) -> str:
+    first = records["blocks_long"][0]
+    run = first["run"]
+    one, measures = layers_per_character(first, 1), ", ".join(name for name, _, _ in QUALITY)
+    return (
+        "The next token's bits are as a block those of one call from sigma_max, end to end those "
+        f"of {run['mean_recurrence']} recurrences. {first['windows']} windows are spread evenly "
+        f"over the held-out text{_of_draws(first)}. Samples continue "
+        f"{SAMPLES} places of the held-out text by {run['context'] - PROMPT} characters at "
+        f"temperature 1, as a block with {main_samples(first)} Euler steps, end to end with "
+        f"{run['mean_recurrence']} recurrences, unless a line says otherwise; with one Euler step "
+        f"a character takes {one} layer evaluations. The other model is the plain one of the "
+        "autoregressive table; the held-out text in the samples' place has "
+        f"({measures}) {reference_scores(first)}."
+    )
+
+
+def _of_draws(record: Record) -> str:
+    # Records of the time before the bound have the mean of several draws.
+    if "draws" not in record:
+        return ""
+    return (
+        f"; their bits are of the mean probabilities of {record['draws']} draws of the noise or of "
+        "the initial state"
+    )
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """The figure of finished runs: bits a character against layer evaluations, and the noise."""
+    draw_comparison(
+        rows,
+        path,
+        lambda point: point["bits"],
+        title="A recurrent-depth language model on Python's documentation",
+        measure=next_token_measure(rows),
+    )
+
+
+EXPERIMENT = Experiment(
+    name="recurrent-pydoc",
+    rows=ROWS,
+    lrs=LRS,
+    selection_shorter=SHORTER,
+    rates_of=RATES_OF,
+    error=bits,
+    headline=lambda record: f"{bits(record):.3f} bits a character",
+    columns=COLUMNS,
+    readme_columns=README_COLUMNS,
+    caption=caption,
+    draw=draw,
+    finish=finish,
+)

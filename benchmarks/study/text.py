@@ -1,0 +1,189 @@
+"""Judging generated text: what another model and n-grams say of the samples in records."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.study.experiment import Records
+from dblocks import text_metrics
+from dblocks.checkpoint import load_model, prepare, save_model
+from dblocks.recipes.causal_lm import CausalLMRun
+from dblocks.recipes.data.text import Corpus
+from dblocks.recipes.plots import Measure
+from dblocks.recipes.records import FORMAT, read_record, train, write_record
+from dblocks.recipes.report import Column, Record, Rows, spread
+from dblocks.recipes.text_run import PROMPT, continuations
+from dblocks.sampling.likelihood import next_token_nll
+
+NGRAM = 4  # characters; the held-out text has some 13,000 different runs of four
+REPEATED = 12  # characters: a run of so many that comes again in a sample is a loop, not a word
+# As the longest row of the language model's table, from a seed that no row has.
+SCORER = CausalLMRun(end_to_end=True, steps=1440, lr=1e-3, seed=1000)
+SCORER_FOLDER = Path("runs/causal-lm-scorer")  # of pydoc; other texts' have their names behind it
+SCORES_FILE = "scores.json"
+RUN_FILE = "run.json"
+
+QUALITY = (
+    ("bits", "Samples: bits a character under another model", ".2f"),
+    ("divergence", f"Samples: divergence of {NGRAM}-grams from the held-out text", ".3f"),
+    ("known", f"Samples: share of {NGRAM}-grams that occur in it", ".3f"),
+    ("repetition", f"Samples: share of {REPEATED}-grams that repeat", ".3f"),
+)
+
+
+def score(name: str, key: Callable[[Record], str | None]) -> Callable[[Record], float | None]:
+    """Reads what `add_scores` found of those samples of a record that `key` names."""
+
+    def of(record: Record) -> float | None:
+        of_samples = key(record)
+        found = None if of_samples is None else record["scores"].get(of_samples)
+        return None if found is None else found[name]
+
+    return of
+
+
+def quality_columns(key: Callable[[Record], str]) -> tuple[Column, ...]:
+    """A column for each measure of the samples that `key` names."""
+
+    def column(name: str, head: str, form: str) -> Column:
+        return Column(head, lambda records: spread(records, score(name, key), form))
+
+    return tuple(column(*entry) for entry in QUALITY)
+
+
+def next_token_measure(rows: Rows) -> Measure:
+    """How curves of next-token bits are shown, and what part of the held-out text they are of."""
+    points = (p for records in rows.values() for record in records for p in record["curve"])
+    return Measure(
+        label=f"bits a character, {' or '.join(sorted({_part(point) for point in points}))}",
+        title="Next-token bits against the layers run in training",
+        form="{:.2f} bits",
+        best=1.0,
+        step=0.5,
+    )
+
+
+def _part(point: Mapping[str, Any]) -> str:
+    # Records of the time before windows were spread over the text do not tell their number.
+    windows = point.get("windows")
+    return "first 2,100 held-out characters" if windows is None else f"{windows} held-out windows"
+
+
+def reference_scores(record: Record) -> str:
+    """What the held-out text itself scores, in the order of the columns."""
+    scores = record["scores"]["reference"]
+    return ", ".join(f"{scores[name]:{form}}" for name, _, form in QUALITY)
+
+
+TEXTS = {
+    "pydoc": "characters of the documentation that ships with Python (`pydoc_data.topics`), "
+    "400,000 of them",
+    "gcide": "20,000,000 letters and spaces of the Collaborative International Dictionary of "
+    "English (Debian's package dict-gcide), whose last words are held out",
+}
+
+
+def _of_windows(run: Mapping[str, Any]) -> str:
+    return "" if run["data"] == "pydoc" else f", and {run['windows']} windows of them scored"
+
+
+def text_and_training(record: Record, seeds: Sequence[int]) -> str:
+    """What all comparisons on text have in common, for a caption."""
+    run = record["run"]
+    text = TEXTS.get(run["data"], run["data"])
+    return (
+        f"on {text} (sha256 {record['sha256'][:12]}...), the last 10 % held out"
+        f"{_of_windows(run)}; windows of "
+        f"{run['context']}, {run['batch_size']} a batch, AdamW with a cosine; mean ± sample "
+        f"standard deviation of seeds {', '.join(map(str, seeds))}"
+    )
+
+
+def add_scores(folder: Path, records: Mapping[str, Records]) -> None:
+    """Adds "scores" to every record: what another model and n-grams say of its samples.
+
+    A record has them in "samples_written", by name. The scores are kept in scores.json. The model
+    is that of `SCORER`, the same for all experiments, trained where its checkpoint is not there.
+    """
+    samples = {
+        f"{row}-seed{record['run']['seed']}-{key}": texts
+        for row, many in records.items()
+        for record in many
+        for key, texts in record["samples_written"].items()
+    }
+    scorer = scorer_of(next(iter(records.values()))[0]["run"]["data"])
+    corpus = scorer.corpus()
+    made = {"run": scorer.to_dict(), "sha256": corpus.sha256, "samples": samples}
+    stored = _stored(folder / SCORES_FILE)
+    if stored is None or any(stored[key] != value for key, value in made.items()):
+        stored = {"format": FORMAT, **made, "scores": score_all(samples, corpus, scorer)}
+        write_record(folder / SCORES_FILE, stored)
+    for row, many in records.items():
+        for record in many:
+            prefix = f"{row}-seed{record['run']['seed']}-"
+            record["scores"] = {
+                key: stored["scores"][prefix + key] for key in record["samples_written"]
+            }
+            record["scores"]["reference"] = stored["scores"]["reference"]
+
+
+def scorer_of(data: str) -> CausalLMRun:
+    """What trains the model that judges samples of a text."""
+    return dataclasses.replace(SCORER, data=data)
+
+
+def score_all(
+    samples: Mapping[str, Sequence[str]], corpus: Corpus, scorer: CausalLMRun
+) -> dict[str, Any]:
+    """Scores of the samples, and under "reference" of the held-out text in their place."""
+    model = _trained(scorer)
+    prompts, truth = continuations(corpus.evaluated, scorer.context)
+    reference = [corpus.tokenizer.decode(row.tolist()) for row in truth]
+    held_out = corpus.tokenizer.decode(corpus.evaluated.tokens.tolist())
+    return {
+        name: {
+            "bits": _bits_under(model, prompts, _tokens(texts, corpus)),
+            "divergence": text_metrics.ngram_divergence(texts, held_out, NGRAM),
+            "known": text_metrics.known_share(texts, held_out, NGRAM),
+            "repetition": text_metrics.repetition_rate(texts, REPEATED),
+        }
+        for name, texts in {**samples, "reference": reference}.items()
+    }
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    return read_record(path) if path.exists() else None
+
+
+def _trained(scorer: CausalLMRun) -> Any:
+    folder = SCORER_FOLDER
+    if scorer.data != SCORER.data:
+        folder = folder.with_name(f"{folder.name}-{Path(scorer.data).stem}")
+    if (folder / RUN_FILE).exists():
+        record = read_record(folder / RUN_FILE)
+        if CausalLMRun.from_dict(record["run"]) == scorer:
+            return load_model(folder)
+    print(f"training the model that scores samples, for {folder}")
+    prepare(folder)
+    trained = train(scorer, progress=True)
+    save_model(folder, trained.learner.trained)
+    write_record(folder / RUN_FILE, trained.record)
+    return trained.learner.trained
+
+
+def _tokens(texts: Sequence[str], corpus: Corpus) -> Tensor:
+    return torch.tensor([corpus.tokenizer.encode(text) for text in texts])
+
+
+@torch.no_grad()
+def _bits_under(model: Any, prompts: Tensor, written: Tensor) -> float:
+    """Bits a character of what follows the prompts."""
+    nats = next_token_nll(model, torch.cat([prompts, written], dim=1))
+    return nats[:, PROMPT - 1 :].double().mean().item() / math.log(2)

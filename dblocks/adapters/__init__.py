@@ -1,1 +1,0 @@
-"""What dblocks knows of other libraries' models; a library is imported when it is used."""

@@ -1,0 +1,20 @@
+"""A network cut into blocks that are trained one at a time: its parts, losses and training step."""
+
+from dblocks.blocks.config import BlocksConfig as BlocksConfig
+from dblocks.blocks.config import Weighting as Weighting
+from dblocks.blocks.denoiser import Bound as Bound
+from dblocks.blocks.denoiser import Denoiser as Denoiser
+from dblocks.blocks.denoiser import Draw as Draw
+from dblocks.blocks.denoiser import Loss as Loss
+from dblocks.blocks.denoiser import check_trained_at_top as check_trained_at_top
+from dblocks.blocks.denoiser import loss_factors as loss_factors
+from dblocks.blocks.denoiser import trained_at_top as trained_at_top
+from dblocks.blocks.denoiser import unwrapped as unwrapped
+from dblocks.blocks.model import Batch as Batch
+from dblocks.blocks.model import BlockModel as BlockModel
+from dblocks.blocks.network import Block as Block
+from dblocks.blocks.network import DiffusionBlocks as DiffusionBlocks
+from dblocks.blocks.training import BlockOptimizers as BlockOptimizers
+from dblocks.blocks.training import StepResult as StepResult
+from dblocks.blocks.training import make_optimizers as make_optimizers
+from dblocks.blocks.training import train_step as train_step

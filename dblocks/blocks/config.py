@@ -1,0 +1,114 @@
+"""How a network is cut into blocks, and how each is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dblocks.config import JsonConfig, check_count, check_share
+from dblocks.schedules.mask import MaskSchedule
+from dblocks.schedules.noise import OVERLAP, NoiseSchedule
+
+Weighting = Literal["auto", "edm", "clamped", "none", "batch_mean"]
+Shared = Literal["train", "frozen", "private", "reduce"]
+SHARED = ("train", "frozen", "private", "reduce")
+TOP_SHARE = 0.6  # of targets that are one of K; chosen on validation data, see docs/results.md
+
+
+@dataclass(frozen=True)
+class BlocksConfig(JsonConfig):
+    """How a network is cut into blocks and how each is trained."""
+
+    num_blocks: int
+    """Number of blocks."""
+    layers_per_block: tuple[int, ...] | None = None
+    """Layers of each block, first to last; evenly by default, extra layers to the first blocks."""
+    schedule: NoiseSchedule | MaskSchedule = field(default_factory=NoiseSchedule)
+    """Levels of noise, or of masks, and their partition."""
+    overlap: float = OVERLAP
+    """Widening of each block's range in training, as a fraction of its length (of ln sigma, or of
+    the share of masked tokens)."""
+    top_share: float | Literal["auto"] = "auto"
+    """Share of every block's draws that are at the highest level (sigma_max, or all masked), where
+    the condition alone tells anything: so later blocks learn to read it too. It changes training
+    only, not which block a level belongs to. auto is .6 for a cross-entropy with noise, else 0."""
+    weighting: Weighting = "auto"
+    """Weight of a sample's loss; auto is edm for L2, none for cross-entropy, and the weight of the
+    bound for masks."""
+    shared: Shared = "train"
+    """What happens to parameters outside the layers: train, frozen, private or reduce."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_blocks", check_count("num_blocks", self.num_blocks))
+        if self.layers_per_block is not None:
+            counts = (check_count("layers_per_block", n) for n in self.layers_per_block)
+            object.__setattr__(self, "layers_per_block", tuple(counts))
+        if self.weighting not in self.schedule.weightings:
+            raise ValueError(
+                f"weighting must be one of {self.schedule.weightings} with a "
+                f"{type(self.schedule).__name__}, got {self.weighting!r}"
+            )
+        if self.shared not in SHARED:
+            raise ValueError(f"shared must be one of {SHARED}, got {self.shared!r}")
+        if self.shared == "reduce":
+            raise ValueError(
+                "shared='reduce' needs block-parallel training, which comes with "
+                "dblocks.distributed; use 'train', 'frozen' or 'private'"
+            )
+        if self.top_share != "auto":
+            check_share("top_share", self.top_share)
+        # The schedule checks that its partition makes as many blocks, and the overlap.
+        self.schedule.range_of(0, self.num_blocks, overlap=self.overlap)
+        self._check_layers()
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The schedule, of those that add noise.
+
+        Raises:
+            TypeError: it masks tokens.
+        """
+        if not isinstance(self.schedule, NoiseSchedule):
+            raise TypeError(
+                "noise levels need blocks with a NoiseSchedule, "
+                f"got a {type(self.schedule).__name__}; masked tokens are sampled by dblocks.unmask"
+            )
+        return self.schedule
+
+    def top_share_for(self, loss_kind: str) -> float:
+        """`top_share`, as "auto" means it for this kind of loss."""
+        if self.top_share == "auto":
+            return TOP_SHARE if loss_kind == "cross_entropy" else 0.0
+        return self.top_share
+
+    def layer_ranges(self, num_layers: int) -> tuple[tuple[int, int], ...]:
+        """The layers [first, last) of each block, which cover every layer once.
+
+        Raises:
+            ValueError: there are fewer layers than blocks, or `layers_per_block` does not sum to
+                `num_layers`.
+        """
+        if num_layers < self.num_blocks:
+            raise ValueError(
+                f"num_blocks must be at most the number of layers, {num_layers}, "
+                f"got {self.num_blocks}"
+            )
+        counts = self.layers_per_block
+        if counts is None:
+            each, extra = divmod(num_layers, self.num_blocks)
+            counts = tuple(each + (b < extra) for b in range(self.num_blocks))
+        if sum(counts) != num_layers:
+            raise ValueError(
+                f"layers_per_block must sum to the number of layers, {num_layers}, got {counts}"
+            )
+        ends = [sum(counts[: b + 1]) for b in range(self.num_blocks)]
+        return tuple((end - count, end) for end, count in zip(ends, counts, strict=True))
+
+    def _check_layers(self) -> None:
+        counts = self.layers_per_block
+        if counts is None:
+            return
+        if len(counts) != self.num_blocks:
+            raise ValueError(
+                f"layers_per_block must have num_blocks={self.num_blocks} entries, got {counts}"
+            )

@@ -1,0 +1,161 @@
+"""The training step: one block's loss, one block's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dblocks.blocks.network import Batch, DiffusionBlocks, Loss
+from dblocks.config import check_block
+
+Optimizers = Optimizer | Sequence[Optimizer] | None
+
+
+class BlockOptimizers:
+    """The optimizers of each block, and of what blocks share: one, several, or None.
+
+    Args:
+        blocks: the optimizers of the blocks, first to last; None where nothing trains.
+        shared: the optimizers of the shared parameters; None where they do not train.
+    """
+
+    def __init__(self, blocks: Iterable[Optimizers], shared: Optimizers) -> None:
+        self.blocks = tuple(blocks)
+        self.shared = shared
+
+    def __iter__(self) -> Iterator[Optimizer]:
+        """Every optimizer: the blocks', then the shared ones."""
+        for held in (*self.blocks, self.shared):
+            yield from _several(held)
+
+    def of_block(self, block: int) -> tuple[Optimizer, ...]:
+        """The optimizers that a step on one block moves."""
+        return (*_several(self.blocks[block]), *_several(self.shared))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all optimizers."""
+        blocks = [[o.state_dict() for o in _several(held)] for held in self.blocks]
+        return {"blocks": blocks, "shared": [o.state_dict() for o in _several(self.shared)]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned.
+
+        Raises:
+            ValueError: the state is of other numbers of optimizers.
+        """
+        groups = [*state["blocks"], state["shared"]]
+        found = [len(group) for group in groups]
+        expected = [len(_several(held)) for held in (*self.blocks, self.shared)]
+        if found != expected:
+            raise ValueError(
+                "state must have as many optimizers for each block, and last for the shared "
+                f"parameters, as there are here, {expected}, got {found}; make them alike"
+            )
+        for optimizer, values in zip(self, chain(*groups), strict=True):
+            optimizer.load_state_dict(values)
+
+
+class StepResult(NamedTuple):
+    """What a training step did; tensors are on the device, nothing was synchronised."""
+
+    block: int
+    """The block that was trained."""
+    loss: Tensor
+    """The loss that was minimised, 0-d, detached."""
+    details: Loss
+    """All of `DiffusionBlocks.loss`, detached."""
+    grad_norm: Tensor | None
+    """The norm of the gradients before clipping; None without clipping."""
+
+
+def make_optimizers(
+    model: DiffusionBlocks, factory: Callable[[list[nn.Parameter]], Optimizers]
+) -> BlockOptimizers:
+    """The optimizers of each block and of the shared parameters.
+
+    Args:
+        model: the network.
+        factory: makes an optimizer of a list of parameters, such as
+            `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or several that divide the list
+            among them, such as Muon for matrices and AdamW for the rest. It is called for each
+            block, and for what they share, where there is a parameter that requires gradients.
+    """
+    groups = [_trainable(model.block_parameters(b)) for b in range(model.config.num_blocks)]
+    shared = _trainable(model.shared_parameters())
+    blocks = [factory(group) if group else None for group in groups]
+    return BlockOptimizers(blocks, factory(shared) if shared else None)
+
+
+def train_step(
+    model: DiffusionBlocks,
+    batch: Batch,
+    optimizers: BlockOptimizers,
+    *,
+    block: int | None = None,
+    generator: torch.Generator | None = None,
+    clip_grad_norm: float | None = None,
+) -> StepResult:
+    """One step on one block; no other block's parameters or optimizer state change.
+
+    Everything random follows from `generator`: it draws the block and one seed, from which sigma
+    and the noise are made on the device. Nothing synchronises.
+
+    Gradients are cleared before the step and after it, so that none is held between steps. To
+    accumulate them over k batches, call for each `(model.loss(batch, block).loss / k).backward()`,
+    then `step()` of every optimizer in `optimizers.of_block(block)`, then `model.zero_grad()`.
+
+    Args:
+        model: the network.
+        batch: what its parts read.
+        optimizers: from `make_optimizers`.
+        block: the block to train; drawn uniformly by default.
+        generator: a CPU generator.
+        clip_grad_norm: largest norm of the gradients of the block and the shared parameters.
+
+    Raises:
+        TypeError: `optimizers` are not of `make_optimizers`, or `block` is no integer.
+        ValueError: `block` is out of range, or nothing in it trains.
+    """
+    if not isinstance(optimizers, BlockOptimizers):
+        raise TypeError(
+            f"optimizers must be BlockOptimizers, got {type(optimizers).__name__}; "
+            "call make_optimizers(model, factory)"
+        )
+    num_blocks = model.config.num_blocks
+    if block is None:
+        block = int(torch.randint(num_blocks, (), generator=generator, device="cpu"))
+    block = check_block(block, num_blocks)
+    moved = optimizers.of_block(block)
+    if not moved:
+        raise ValueError(
+            f"block {block} must have an optimizer, got parameters that all are frozen; "
+            "unfreeze some of its layers, or train the other blocks by block="
+        )
+    model.zero_grad(set_to_none=True)
+    result = model.loss(batch, block, generator=generator)
+    result.loss.backward()
+    grad_norm = None
+    if clip_grad_norm is not None:
+        parameters = [p for o in moved for group in o.param_groups for p in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+    for optimizer in moved:
+        optimizer.step()
+    # Between steps no gradient is held, so that the memory of a step is one block's.
+    model.zero_grad(set_to_none=True)
+    details = Loss(*(value.detach() for value in result))
+    return StepResult(block, details.loss, details, grad_norm)
+
+
+def _several(held: Optimizers) -> tuple[Optimizer, ...]:
+    if held is None:
+        return ()
+    return (held,) if isinstance(held, Optimizer) else tuple(held)
+
+
+def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [p for p in parameters if p.requires_grad]

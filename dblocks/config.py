@@ -1,0 +1,180 @@
+"""Frozen dataclasses to and from JSON, and checks of the numbers in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import operator
+import types
+import typing
+from typing import Any, Literal
+
+from typing_extensions import Self
+
+
+class JsonConfig:
+    """Base of frozen dataclass configs: JSON both ways; keys and types must be the fields'.
+
+    A nested config is written with its class name under "type", so that a field can hold one of
+    several configs.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        fields = dataclasses.fields(typing.cast(Any, self))
+        return {field.name: _encode(getattr(self, field.name)) for field in fields}
+
+    def to_json(self) -> str:
+        """The fields as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The config with these fields; absent ones keep their defaults.
+
+        Raises:
+            ValueError: this is no dictionary, a key is not a field, a field without a default is
+                absent, or a value is not of its field's type.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"{cls.__name__} must be a JSON object, got {values!r}")
+        fields = dataclasses.fields(typing.cast(Any, cls))
+        known = [field.name for field in fields]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {known}"
+            )
+        if missing := [f.name for f in fields if _is_required(f) and f.name not in values]:
+            raise ValueError(f"{cls.__name__} lacks the field {', '.join(missing)}")
+        hints = typing.get_type_hints(cls)
+        decoded = {name: _decode(value, hints[name]) for name, value in values.items()}
+        for name, value in decoded.items():
+            if not _matches(value, hints[name]):
+                raise ValueError(
+                    f"{cls.__name__}.{name} must be {_described(hints[name])}, got {values[name]!r}"
+                )
+        return cls(**decoded)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The config written by `to_json`.
+
+        Raises:
+            ValueError: the text is not JSON, or not what `from_dict` takes.
+        """
+        return cls.from_dict(json.loads(text))
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, JsonConfig):
+        return {"type": type(value).__name__, **value.to_dict()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _decode(value: Any, hint: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    options = {kind.__name__: kind for kind in (*typing.get_args(hint), hint) if _is_config(kind)}
+    if not isinstance(value, dict) or not options:
+        return value
+    fields = dict(value)
+    name = fields.pop("type", next(iter(options), None))
+    if not isinstance(name, str) or name not in options:
+        raise ValueError(f"config type must be one of {sorted(options)}, got {name!r}")
+    return options[name].from_dict(fields)
+
+
+def _is_config(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, JsonConfig)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a value is of the annotated type; an int is a float too, a bool is no number."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return len(value) == len(kinds) and all(map(_matches, value, kinds))
+    if not isinstance(hint, type):
+        return True
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _described(hint: Any) -> str:
+    """The annotation in words."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_described, args))
+    if typing.get_origin(hint) is Literal:
+        return f"one of {args}"
+    return hint.__name__ if isinstance(hint, type) and not args else str(hint)
+
+
+def check_block(block: int, num_blocks: int) -> int:
+    """`block` as an int, which must be one of 0 .. num_blocks - 1.
+
+    Integers of any library will do; a tensor on a GPU is read, which synchronises.
+    """
+    index = _integer(block)
+    if index is None:
+        raise TypeError(
+            f"block must be an integer, got {block!r} of type {type(block).__name__}; "
+            "convert it with int()"
+        )
+    if not 0 <= index < num_blocks:
+        raise ValueError(f"block must be in 0..{num_blocks - 1}, got {index}")
+    return index
+
+
+def check_overlap(overlap: float) -> None:
+    """Raises unless `overlap` is a finite number that is not negative."""
+    check_finite("overlap", overlap)
+    if overlap < 0:
+        raise ValueError(f"overlap must not be negative, got {overlap}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raises unless `value` is a number in [0, 1]."""
+    check_finite(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def check_count(name: str, value: int) -> int:
+    """`value` as an int, which must be positive; integers of any library will do."""
+    count = _integer(value)
+    if count is None or count < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return count
+
+
+def _integer(value: object) -> int | None:
+    # Not operator.index alone: a compiled graph need not know it.
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raises unless `value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")

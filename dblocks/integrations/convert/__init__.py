@@ -1,0 +1,1 @@
+"""`convert`: a model of another library as a network in blocks."""

@@ -1,0 +1,312 @@
+"""A converted model of the next token: a single stream, or doubled rows, as in `CausalLM`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from dblocks import functional as F
+from dblocks.blocks import Batch
+from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
+from dblocks.integrations.convert.network import Converted, check_some
+from dblocks.models.posterior import Head, precision_of
+from dblocks.models.token_batch import IGNORED, TokenBatch
+from dblocks.nn import Modulation, over_rows
+from dblocks.schedules.noise import NoiseLevel
+
+NOISE_SCALE = 0.1  # as that of CausalLM
+
+Rows = Literal["single", "doubled"]
+
+
+class CausalFamily(Protocol):
+    """What differs between models that predict the next token."""
+
+    def embedding(self, model: nn.Module) -> nn.Embedding:
+        """Of the tokens."""
+        ...
+
+    def head(self, model: nn.Module) -> nn.Linear:
+        """What makes logits."""
+        ...
+
+    def context_length(self, model: nn.Module) -> int:
+        """Longest sequence."""
+        ...
+
+    def enter(self, model: nn.Module, rows: Tensor, positions: Tensor) -> Tensor:
+        """Token embeddings [N, T, D], as they enter the first layer."""
+        ...
+
+    def context(self, model: nn.Module, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the layers' attention, for rows at these positions [T]."""
+        ...
+
+    def leave(self, model: nn.Module, x: Tensor) -> Tensor:
+        """What the layers leave, normed for the head."""
+        ...
+
+    def plain_loss(self, model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy of `labels` [N, T], the tokens or `IGNORED`, 0-d."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the checks of a batch need."""
+
+    vocab_size: int
+    context: int
+
+
+class Context(NamedTuple):
+    """What noisy rows are predicted from."""
+
+    clean: Tensor | None
+    """Clean rows [N, T, D], as they enter the layers; None in a single stream."""
+    noisy: Tensor
+    """What a noisy row adds its noise to, [N, T, D]; [N, T - 1, D] in a single stream."""
+    attention: Mapping[str, Any]
+    """Of the rows' attention."""
+
+
+class Hidden(NamedTuple):
+    """What the layers leave for the readout."""
+
+    x: Tensor
+    """Noisy rows [N, T, D]; in a single stream that of the first token is zero."""
+    cond: Tensor
+    """Their conditioning vectors."""
+
+
+class ConvertedCausalLM(Converted):
+    """A model of the next token, for `DiffusionBlocks` with a `NoiseSchedule`.
+
+    The target of a position is its token's embedding at norm `embed_scale`. The noisy row of a
+    position enters as the embedding of the token before it, plus a learned number times the scaled
+    noisy embedding, at that token's position: it is where the model predicts this token, so that a
+    pretrained one begins with what it knows.
+
+    `rows="single"`: there are no other rows, and attention is causal. That learned number is 0 at
+    the start, so that, with modulations of zero, rows are exactly those of the plain model.
+    Earlier rows hold noise about tokens that a row knows anyway. The first token, which is never
+    scored, has no row.
+
+    `rows="doubled"`: clean rows run beside them through the layers as they do in the model, without
+    a modulation; noisy rows see the clean ones before them.
+
+    With h the layers' noisy rows, E the targets, and the model's own norm and head,
+
+        posterior   logits = head(norm(h)) + E z / sigma^2
+        learned     logits = head(g*(m*(1 + scale) + shift)),   m = c_skip*z + c_out*norm(h)
+
+    The first is Bayes' rule, in float32: what the layers have to give is ln p(token | text), as
+    the model itself does. In the second, g is a learned number, 1/sigma_data at the start: at the
+    highest noise the head sees norm(h).
+
+    A batch holds "tokens", and may hold "loss_mask" and "cu_seqlens", as that of `CausalLM`.
+
+    Args:
+        model: the user's.
+        layers: `ConditionedLayer`s by name, whose attention is that of these rows.
+        family: what is special of the model.
+        sigma_data: of the schedule.
+        embed_scale: norm of a token's embedding as target.
+        tokens_per_sigma: how many consecutive tokens share a noise level; None: all of a sequence.
+        rows_kind: how noisy embeddings enter.
+        head_kind: what logits are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, ConditionedLayer],
+        family: CausalFamily,
+        *,
+        sigma_data: float,
+        embed_scale: float,
+        tokens_per_sigma: int | None,
+        rows_kind: Rows,
+        head_kind: Head,
+    ) -> None:
+        embedding = family.embedding(model)
+        width = embedding.embedding_dim
+        super().__init__(model, layers, width, conditioned=True)
+        self.loss_kind: Literal["cross_entropy"] = "cross_entropy"
+        self.family = family
+        self.sizes = Sizes(embedding.num_embeddings, family.context_length(model))
+        self.embed_scale = embed_scale
+        self.tokens_per_sigma = tokens_per_sigma
+        self.rows_kind: Rows = rows_kind
+        self.head_kind: Head = head_kind
+        start = 0.0 if rows_kind == "single" else NOISE_SCALE * _element(embedding.weight)
+        self.noise_scale = nn.Parameter(torch.tensor(start))
+        if head_kind == "learned":
+            self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
+        self.added_to_()
+
+    @property
+    def target_embedding(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The model's own token embedding."""
+        return self.family.embedding(self.model)
+
+    def rows(self) -> Tensor:
+        """Token embeddings as targets, [V, D], each of norm `embed_scale`."""
+        weight = self.family.embedding(self.model).weight
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return self.embed_scale * nnf.normalize(weight, dim=-1)
+
+    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
+        """[N, T/tokens_per_sigma], or [N]."""
+        tokens = TokenBatch.of(batch, self.sizes).tokens
+        check_some(tokens)
+        N, T = tokens.shape
+        if self.tokens_per_sigma is None:
+            return (N,)
+        if T % self.tokens_per_sigma:
+            raise ValueError(
+                f"tokens must be a multiple of tokens_per_sigma={self.tokens_per_sigma} long, "
+                f"got {T}; pad them, with a loss_mask, or convert with another number"
+            )
+        return (N, T // self.tokens_per_sigma)
+
+    def embed_target(self, batch: Batch) -> Tensor:
+        """Embeddings of the tokens, [N, T, D]."""
+        return self.rows()[TokenBatch.of(batch, self.sizes).tokens]
+
+    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
+        """What is known before each token, and in doubled rows the clean ones."""
+        if drop is not None:
+            raise ValueError(
+                "a language model is not trained without its condition, so guidance_scale must be 1"
+            )
+        given = TokenBatch.of(batch, self.sizes)
+        return self._single(given) if self.rows_kind == "single" else self._doubled(given)
+
+    def _single(self, given: TokenBatch) -> Context:
+        if given.tokens.shape[1] < 2:
+            raise ValueError(
+                "tokens must be at least 2 long in a single stream, whose first token is given, "
+                f"got {given.tokens.shape[1]}; leave such texts out"
+            )
+        positions = given.positions()[1:]
+        first, before = positions == 0, (positions - 1).clamp(min=0)
+        embedded = cast(Tensor, self.family.embedding(self.model)(given.tokens[:, :-1]))
+        attention = self.family.context(self.model, embedded, before)
+        if given.cu_seqlens is not None:
+            embedded = embedded.masked_fill(first[:, None], 0)
+            attention["attention_mask"] = _document_mask(first)
+        return Context(None, self.family.enter(self.model, embedded, before), attention)
+
+    def _doubled(self, given: TokenBatch) -> Context:
+        positions = given.positions()
+        before = (positions - 1).clamp(min=0)
+        embedded = cast(Tensor, self.family.embedding(self.model)(given.tokens))
+        previous = embedded.roll(1, dims=1).masked_fill((positions == 0)[:, None], 0)
+        attention = self.family.context(self.model, embedded, torch.cat([positions, before]))
+        if given.cu_seqlens is not None:
+            attention["dblocks_cu_seqlens"] = given.cu_seqlens
+        return Context(
+            self.family.enter(self.model, embedded, positions),
+            self.family.enter(self.model, previous, before),
+            attention,
+        )
+
+    def run_layers(
+        self, layers: Sequence[nn.Module], z_in: Tensor, level: NoiseLevel, condition: Context
+    ) -> Hidden:
+        """Runs `layers` on the noisy embeddings [N, T, D], beside clean rows or without."""
+        cond = cast(Tensor, self._cond(level))
+        if condition.clean is None:
+            noise, inner = z_in[:, 1:], cond
+            if cond.ndim == 3:
+                inner = over_rows(cond, z_in)[:, 1:]
+            x = condition.noisy + (self.noise_scale * noise).to(condition.noisy.dtype)
+            for layer in layers:
+                x = layer(x, inner, condition.attention, checkpointing=self.checkpointing)
+            return Hidden(nnf.pad(x, (0, 0, 1, 0)), cond)
+        # A level for each segment, also where there is one only, as clean rows are a segment too.
+        segments = cond if cond.ndim == 3 else cond[:, None]
+        noisy = condition.noisy + (self.noise_scale * z_in).to(condition.noisy.dtype)
+        x = torch.cat([condition.clean, noisy], dim=1)
+        for layer in layers:
+            x = layer(
+                x, segments, condition.attention, clean=True, checkpointing=self.checkpointing
+            )
+        return Hidden(x[:, x.shape[1] // 2 :], cond)
+
+    def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
+        """Logits [N, T, V], float32."""
+        m, weight = self._scored_rows(hidden, z, level)
+        bias = self.family.head(self.model).bias
+        with torch.autocast(m.device.type, enabled=False):
+            bias = None if bias is None else bias.to(m.dtype)
+            return nnf.linear(m, weight.to(m.dtype), bias)
+
+    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        """The expected token embedding, [N, T, D]."""
+        with torch.autocast(z.device.type, enabled=False):
+            return prediction.softmax(-1) @ self.rows().to(prediction.dtype)
+
+    def score(
+        self, hidden: Hidden, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
+    ) -> Tensor:
+        """Cross-entropy for each sigma, as that of `CausalLM`."""
+        labels = TokenBatch.of(batch, self.sizes).labels()
+        rows, weight = self._scored_rows(hidden, z, level)
+        losses = F.linear_cross_entropy(
+            rows, weight, labels, bias=self.family.head(self.model).bias,
+            ignore_index=IGNORED, reduction="none",
+        )  # fmt: skip
+        losses = losses * (labels.numel() / (labels != IGNORED).sum().clamp(min=1))
+        sigma = level.sigma
+        return losses if sigma.shape == losses.shape else losses.view(*sigma.shape, -1).mean(-1)
+
+    def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
+        """The model's own mean cross-entropy over the tokens that are scored, in nats."""
+        given = TokenBatch.of(batch, self.sizes)
+        if given.cu_seqlens is not None:
+            raise ValueError(
+                "the model's own loss does not keep packed documents apart, so a batch must not "
+                "hold 'cu_seqlens'; give each document a row, or set clean_loss_weight to 0"
+            )
+        return self.family.plain_loss(self.model, given.tokens, given.labels())
+
+    def _scored_rows(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """What is multiplied for the logits: rows [N, T, C], float32, and a matrix [V, C].
+
+        Both terms of a posterior are one product, of rows side by side.
+        """
+        f, weight = self.family.leave(self.model, hidden.x), self.family.head(self.model).weight
+        if self.head_kind == "posterior":
+            evidence, rows = precision_of(level, z) * z, self.rows()
+            m = torch.cat([f.to(evidence.dtype), evidence], -1)
+            return m, torch.cat([weight.to(rows.dtype), rows], -1)
+        m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
+        with torch.autocast(m.device.type, enabled=False):
+            shift, scale = self.readout_modulation(hidden.cond, len(m))
+            m = m * (1 + over_rows(scale, m)) + over_rows(shift, m)
+            return m * self.log_scale.exp().to(m.dtype), weight
+
+
+def _element(weight: Tensor) -> float:
+    """The size of an element of an embedding."""
+    return 1.0 if weight.is_meta else weight.detach().float().square().mean().sqrt().item()
+
+
+def _document_mask(first: Tensor) -> Tensor:
+    """Which rows of packed documents see which, bool [R, R], `first` [R] where a document begins.
+
+    A row sees the earlier ones of its document, but not that of its first token, which no plain
+    model has.
+    """
+    row, document = torch.arange(len(first), device=first.device), first.cumsum(0)
+    seen = (row[:, None] >= row) & (document[:, None] == document)
+    return seen & (~first | (row[:, None] == row))

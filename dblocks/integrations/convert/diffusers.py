@@ -1,0 +1,205 @@
+"""diffusers' DiT as a network of blocks: it is a denoiser already, and keeps its own modulation."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dblocks import functional as F
+from dblocks.blocks import Batch
+from dblocks.integrations.convert.network import Converted, check_some
+from dblocks.models.images import (
+    check_floating,
+    check_label_values,
+    check_labels,
+    check_pairs,
+    entry,
+)
+from dblocks.models.patches import unpatchify
+from dblocks.schedules.noise import NoiseLevel, NoiseSchedule
+
+TIMESTEPS = 1000  # of the noise that DiT was made for, and what its embedding resolves
+LABEL_DROP = 0.1  # Peebles and Xie 2023
+
+
+class Hidden(NamedTuple):
+    """What the layers leave for the readout."""
+
+    x: Tensor
+    """Tokens [N, P, D]."""
+    timestep: Tensor
+    """float [N]."""
+    labels: Tensor
+    """int64 [N], dropped ones the null class."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+
+
+class ConvertedDiT(Converted):
+    """diffusers' `DiTTransformer2DModel`, for `DiffusionBlocks` with a `NoiseSchedule`.
+
+    The target is the image or latent. The network is given c_in*z, and as timestep
+
+        1000 * (ln sigma - ln sigma_min) / (ln sigma_max - ln sigma_min) ;
+
+    its first C channels are F of the preconditioning, and a second half for variances, if there is
+    one, is not used. Its layers hold their own embeddings of timestep and label. The final layer
+    reads those of the first layer, which other blocks do not train: here it has a copy.
+
+    A batch holds "images" and "labels"; labels are dropped with probability .1 where the model has
+    a null class.
+
+    Args:
+        model: the user's.
+        layers: its layers by name.
+        schedule: of the noise.
+    """
+
+    def __init__(
+        self, model: Any, layers: Mapping[str, nn.Module], schedule: NoiseSchedule
+    ) -> None:
+        super().__init__(model, layers, model.inner_dim, conditioned=False)
+        self.loss_kind: Literal["l2"] = "l2"
+        self.target_embedding = None
+        first: Any = next(iter(layers.values()))
+        self.final_embedding: Any = copy.deepcopy(first.norm1.emb)
+        embedder = self.final_embedding.class_embedder
+        self.num_classes: int = embedder.num_classes
+        self.has_null = embedder.embedding_table.num_embeddings > self.num_classes
+        self.condition_drop = LABEL_DROP if self.has_null else 0.0
+        self.channels: int = model.config.in_channels
+        self.lowest = math.log(schedule.sigma_min)
+        self.span = math.log(schedule.sigma_max) - self.lowest
+
+    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
+        """One noise level an image: [N]."""
+        images = self._images(batch)
+        check_pairs(images, self._labels(batch))
+        check_some(images)
+        return (len(images),)
+
+    def embed_target(self, batch: Batch) -> Tensor:
+        """`batch["images"]` [N, C, H, W] themselves, float32 (float64)."""
+        images = self._images(batch)
+        return images if images.dtype == torch.float64 else images.float()
+
+    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor:
+        """`batch["labels"]` [N], the null class where `drop` [N] is true."""
+        labels = self._labels(batch)
+        check_label_values(labels, self.num_classes)
+        if drop is None:
+            return labels
+        if not self.has_null:
+            raise ValueError(
+                "guidance needs a model with a null class, got one trained without label dropout; "
+                "set guidance_scale to 1"
+            )
+        return labels.masked_fill(drop, self.num_classes)
+
+    def run_layers(
+        self, layers: Sequence[nn.Module], z_in: Tensor, level: NoiseLevel, condition: Tensor
+    ) -> Hidden:
+        """Runs `layers` on the patches of the noisy image [N, C, H, W]."""
+        model: Any = self.model
+        timestep = TIMESTEPS * (level.sigma.log() - self.lowest) / self.span
+        patch = model.config.patch_size
+        grid = (z_in.shape[2] // patch, z_in.shape[3] // patch)
+        x = model.pos_embed(z_in.to(model.proj_out_2.weight.dtype))
+        for layer in layers:
+            if self.checkpointing:
+                x = checkpoint(_run_layer, layer, x, timestep, condition, use_reentrant=False)
+            else:
+                x = _run_layer(layer, x, timestep, condition)
+        return Hidden(x, timestep, condition, grid)
+
+    def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
+        """F [N, C, H, W]."""
+        model: Any = self.model
+        x = hidden.x
+        with _all_labels(self.final_embedding):
+            cond = self.final_embedding(hidden.timestep, hidden.labels, hidden_dtype=x.dtype)
+        shift, scale = model.proj_out_1(nnf.silu(cond)).chunk(2, dim=1)
+        x = F.adaln(x, shift, scale, eps=model.norm_out.eps)
+        image = unpatchify(model.proj_out_2(x), hidden.grid, model.config.patch_size)
+        return image[:, : self.channels].to(z.dtype)
+
+    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        """`c_skip*z + c_out*F`, [N, C, H, W]."""
+        return F.edm_denoise(prediction, z, level.sigma, sigma_data=level.sigma_data)
+
+    def score(
+        self, hidden: Hidden, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
+    ) -> Tensor:
+        """The L2 loss of F of each image, [N]."""
+        f = self.read_out(hidden, z, level)
+        return F.edm_loss(f, y, level.sigma, seed, sigma_data=level.sigma_data)
+
+    def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
+        """None: the model itself has no loss but that of denoising."""
+        raise ValueError(
+            "a DiT has no loss of its own beside that of denoising; set clean_loss_weight to 0"
+        )
+
+    def _images(self, batch: Batch) -> Tensor:
+        images = entry(batch, "images", of="a DiT", sampling="the labels")
+        model: Any = self.model
+        patch = model.config.patch_size
+        if images.ndim != 4 or images.shape[1] != self.channels:
+            raise ValueError(
+                f"images must have shape [N, {self.channels}, H, W], got {list(images.shape)}"
+            )
+        if images.shape[2] % patch or images.shape[3] % patch:
+            raise ValueError(
+                f"sides of images must be multiples of patch_size={patch}, "
+                f"got {list(images.shape[2:])}; crop them"
+            )
+        check_floating(images)
+        return images
+
+    def _labels(self, batch: Batch) -> Tensor:
+        labels = entry(batch, "labels", of="a DiT", sampling="the labels")
+        check_labels(labels)
+        return labels
+
+
+def image_model(
+    model: Any, layers: Mapping[str, nn.Module], schedule: NoiseSchedule
+) -> ConvertedDiT:
+    """A DiT of diffusers.
+
+    Raises:
+        ValueError: the model is no `DiTTransformer2DModel`.
+    """
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    if not isinstance(model, DiTTransformer2DModel):
+        raise ValueError(
+            f"task 'images' needs a DiTTransformer2DModel, got {type(model).__name__}; "
+            "write a network with the four parts of dblocks.blocks.network.BlockModel instead"
+        )
+    return ConvertedDiT(model, layers, schedule)
+
+
+def _run_layer(layer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+    own: Any = layer
+    with _all_labels(own.norm1.emb):
+        return own(x, timestep=timestep, class_labels=labels)
+
+
+@contextmanager
+def _all_labels(embedding: Any) -> Iterator[None]:
+    """Without the label dropout of the embedding itself: labels are dropped once for all layers."""
+    embedder = embedding.class_embedder
+    training, embedder.training = embedder.training, False
+    try:
+        yield
+    finally:
+        embedder.training = training

@@ -1,0 +1,202 @@
+"""Converted models in files: one for each block, one for what they share, and how to put them back.
+
+    dblocks.json  block_00.safetensors  block_01.safetensors  ...  shared.safetensors  README.md
+
+A worker that trains one block writes that block's file and no other. Tensors of the user's model
+have its own names there, so that plain `load_state_dict(..., strict=False)` takes them; the names
+of what was added begin with `dblocks.`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from dblocks._version import __version__
+from dblocks.checkpoint import load_safetensors, make_folder, naming, replacing, save_safetensors
+
+if TYPE_CHECKING:
+    from dblocks.integrations.convert.blocks import ConvertedBlocks
+
+FORMAT = 2
+# Of what format 1 did not say: what its models were.
+FORMAT_1_OPTIONS = {"rows": "doubled", "head": "learned"}
+FORMAT_1_BLOCKS = {"top_share": 0.0}
+CONFIG_FILE = "dblocks.json"
+SHARED_FILE = "shared.safetensors"
+CARD_FILE = "README.md"
+MODEL, NETWORK, COPIES = "base_model.model.", "base_model.", "copies."  # of a state_dict's names
+ADDED = "dblocks."
+KEYS = {"format", "dblocks", "model", "layers", "task", "options", "blocks_config", "ties"}
+
+
+def block_file(block: int) -> str:
+    """The name of a block's file."""
+    return f"block_{block:02d}.safetensors"
+
+
+def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) -> None:
+    """Writes the files of all blocks and what they share, or of one block alone.
+
+    Args:
+        blocks: the converted model.
+        folder: made if it is not there; files of an earlier save are replaced.
+        block: writes the file of this block, and dblocks.json.
+    """
+    folder = Path(folder)
+    make_folder(folder)
+    tensors, ties = _named(blocks)
+    owners = _owners(blocks)
+    parts: dict[str, dict[str, Tensor]] = {SHARED_FILE: {}}
+    for name, tensor in tensors.items():
+        owner = owners(name)
+        file = SHARED_FILE if owner is None else block_file(owner)
+        parts.setdefault(file, {})[_outside(name)] = tensor
+    written = {
+        "format": FORMAT,
+        "dblocks": __version__,
+        "model": type(blocks.base_model.model).__name__,
+        "layers": list(blocks.base_model.names),
+        "task": blocks.task,
+        "options": blocks.options,
+        "blocks_config": blocks.config.to_dict(),
+        "ties": {_outside(name): _outside(first) for name, first in ties.items()},
+    }
+    for file, part in parts.items():
+        if block is None or file == block_file(block):
+            save_safetensors(folder / file, part)
+    with replacing(folder / CONFIG_FILE) as path:
+        path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    if block is None:
+        with replacing(folder / CARD_FILE) as path:
+            path.write_text(_card(blocks), encoding="utf-8")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """What dblocks.json says.
+
+    Raises:
+        ValueError: it is not there, or is no such file.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.exists():
+        raise ValueError(f"{folder} must hold a {CONFIG_FILE} written by save_pretrained()")
+    with naming(path):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        known = isinstance(config, dict) and set(config) == KEYS
+        if not known or config["format"] not in (1, FORMAT):
+            raise ValueError(f"it must be of format {FORMAT} or 1 with the keys {sorted(KEYS)}")
+        if config["format"] == 1:
+            config["options"] = FORMAT_1_OPTIONS | config["options"]
+            blocks = config["blocks_config"] = FORMAT_1_BLOCKS | config["blocks_config"]
+            of_noise = blocks["schedule"]["type"] == "NoiseSchedule"
+            if blocks["weighting"] == "auto" and of_noise and config["task"] != "images":
+                blocks["weighting"] = "batch_mean"  # what "auto" meant for a cross-entropy
+    return config
+
+
+def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> None:
+    """Reads the files of all blocks and what they share into a model that was converted alike.
+
+    Raises:
+        ValueError: a file is missing or broken, or its tensors do not fit.
+    """
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in (*map(block_file, range(blocks.config.num_blocks)), SHARED_FILE):
+        if not (folder / file).exists():
+            raise ValueError(
+                f"{folder} must hold {file}; each block's worker writes its own by "
+                "save_pretrained(folder, block=), and the rest comes with save_pretrained(folder)"
+            )
+        with naming(folder / file):
+            tensors |= load_safetensors(folder / file)
+    with naming(folder / CONFIG_FILE):
+        if missing := sorted(set(ties.values()) - set(tensors)):
+            raise ValueError(f"ties must be to tensors that the other files hold, got {missing}")
+    tensors |= {name: tensors[first] for name, first in ties.items()}
+    with naming(folder):
+        blocks.load_state_dict({_inside(name): tensor for name, tensor in tensors.items()})
+
+
+def _named(blocks: ConvertedBlocks) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, each once, and the other names of those that have several."""
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in blocks.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in first:
+            ties[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor
+    return tensors, ties
+
+
+def _owners(blocks: ConvertedBlocks) -> Callable[[str], int | None]:
+    """Tells the block that a tensor of the state_dict belongs to; None for what is shared."""
+    names = blocks.base_model.names
+    layers = {
+        prefix: block
+        for block, (first, last) in enumerate(blocks.layer_ranges)
+        for i in range(first, last)
+        for prefix in (f"{MODEL}{names[i]}.", f"{NETWORK}modulations.{i}.")
+    }
+    common = {id(p) for p in blocks.shared_parameters()}
+    shared = {n for n, p in blocks.named_parameters(remove_duplicate=False) if id(p) in common}
+    # Of private parts, those of the model itself are block 0's.
+    rest = 0 if blocks.config.shared == "private" else None
+
+    def owner(name: str) -> int | None:
+        if name.startswith(COPIES):
+            return int(name.split(".")[1]) + 1
+        found = next((block for prefix, block in layers.items() if name.startswith(prefix)), rest)
+        return None if name in shared else found
+
+    return owner
+
+
+def _outside(name: str) -> str:
+    """The name in files."""
+    if name.startswith(MODEL):
+        return name.removeprefix(MODEL)
+    return ADDED + name.removeprefix(NETWORK)
+
+
+def _inside(name: str) -> str:
+    """The name in the state_dict."""
+    if not name.startswith(ADDED):
+        return MODEL + name
+    name = name.removeprefix(ADDED)
+    return name if name.startswith(COPIES) else NETWORK + name
+
+
+def _card(blocks: ConvertedBlocks) -> str:
+    config, kind = blocks.config, type(blocks.base_model.model).__name__
+    lines = [
+        "---",
+        "library_name: dblocks",
+        "---",
+        f"# {kind} in {config.num_blocks} blocks",
+        "",
+        f"A `{kind}` converted by dblocks {__version__} for task `{blocks.task}` and trained block "
+        "by block (DiffusionBlocks, arXiv 2506.14202).",
+        "",
+        "```python",
+        "from dblocks.convert import ConvertedBlocks",
+        "",
+        f"dm = ConvertedBlocks.from_pretrained(folder, model)  # a {kind} of the same sizes",
+        "```",
+        "",
+        f"| block | layers | {config.schedule.symbol} |",
+        "|---|---|---|",
+    ]
+    for block, (first, last) in enumerate(blocks.layer_ranges):
+        low, high = config.schedule.range_of(block, config.num_blocks)
+        lines.append(f"| {block} | {first} to {last - 1} | {high:.4g} to {low:.4g} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,166 @@
+"""What attends in converted language models of transformers, by names in its registry."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from dblocks import functional as F
+from dblocks.kernels._reference_attention import doubled_mask
+
+DOUBLED, CAUSAL = "dblocks_doubled", "dblocks_causal"
+
+
+def with_attention(attention: nn.Module, name: str) -> nn.Module:
+    """A view of an attention, with the same parameters, that attends by the function registered so.
+
+    transformers looks up the function that attends in the module's config, which all modules of a
+    model share; the view has a copy of it.
+    """
+    view = copy.copy(attention)
+    config = copy.copy(cast(Any, attention).config)
+    config._attn_implementation = name
+    cast(Any, view).config = config
+    return view
+
+
+# What transformers hands to every attention, and what of it changes nothing.
+WITHOUT_EFFECT = {"output_attentions": (None, False), "use_cache": (None, False, True)}
+
+
+def doubled(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dblocks_cu_seqlens: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of rows `[clean | noisy]` as transformers calls it; see `F.doubled_attention`.
+
+    With dropout, which the fused op has not, a mask of (2T)^2 elements is made.
+
+    Args:
+        module: the attention.
+        query: [N, H, 2T, Dk].
+        key: [N, Hkv, 2T, Dk].
+        value: [N, Hkv, 2T, Dv].
+        attention_mask: none; what is padding at the end is not attended to anyway.
+        scaling: of the products of queries and keys.
+        dropout: of the attention's weights.
+        is_causal: as the module says by default; the doubled attention always is.
+        sliding_window: how many positions back a row sees, its own included.
+        softcap: bound of the scores.
+        dblocks_cu_seqlens: ends of packed documents.
+        **others: refused unless they are `None` or change nothing.
+
+    Returns:
+        [N, 2T, H, Dv], and no weights.
+
+    Raises:
+        ValueError: it is asked for what it does not do.
+    """
+    _refuse(module, others | {"attention_mask": attention_mask}, is_causal)
+    # Rotary positions come in float32 under autocast, which casts the arguments of torch's own.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if not dropout:
+        o = F.doubled_attention(
+            query, key, value, scale=scaling, cu_seqlens=dblocks_cu_seqlens,
+            window=sliding_window, softcap=softcap,
+        )  # fmt: skip
+        return o.transpose(1, 2), None
+    if softcap is not None:
+        raise ValueError(
+            f"the doubled attention takes softcap or dropout, got softcap={softcap} and "
+            f"dropout={dropout}; set the dropout of the attention in the model's config to 0"
+        )
+    mask = doubled_mask(
+        query.shape[2] // 2, cu_seqlens=dblocks_cu_seqlens, window=sliding_window,
+        device=query.device,
+    )  # fmt: skip
+    o = nnf.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return o.transpose(1, 2), None
+
+
+def causal(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the rows of a single stream as transformers calls it.
+
+    Args:
+        module: the attention.
+        query: [N, H, R, Dk].
+        key: [N, Hkv, R, Dk].
+        value: [N, Hkv, R, Dv].
+        attention_mask: bool [R, R], what a row sees; all earlier ones and itself by default.
+        scaling: of the products of queries and keys.
+        dropout: of the attention's weights.
+        is_causal: as the module says by default; it always is.
+        sliding_window: how many positions back a row sees, its own included.
+        **others: refused unless they are `None` or change nothing.
+
+    Returns:
+        [N, R, H, Dv], and no weights.
+
+    Raises:
+        ValueError: it is asked for what it does not do.
+    """
+    _refuse(module, others, is_causal)
+    R, mask = query.shape[2], attention_mask
+    if sliding_window is not None and sliding_window < R:
+        row = torch.arange(R, device=query.device)
+        near = row[:, None] - row < sliding_window
+        mask = near & ((row[:, None] >= row) if mask is None else mask)
+    o = nnf.scaled_dot_product_attention(
+        query.to(value.dtype), key.to(value.dtype), value, attn_mask=mask, is_causal=mask is None,
+        dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return o.transpose(1, 2), None
+
+
+def _refuse(module: nn.Module, others: Mapping[str, Any], is_causal: bool | None) -> None:
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    unread = [
+        name
+        for name, value in others.items()
+        if not any(value is allowed for allowed in WITHOUT_EFFECT.get(name, (None,)))
+    ]
+    if not causal:
+        unread.append("is_causal=False")
+    if unread:
+        raise ValueError(
+            "the attention of converted models does not do what "
+            f"{type(module).__name__} asks for with {', '.join(sorted(unread))}; "
+            "a model that needs it cannot be converted"
+        )
+
+
+# With the module, so that a model that was pickled finds them where it is loaded.
+AttentionInterface.register(DOUBLED, doubled)
+AttentionInterface.register(CAUSAL, causal)

@@ -1,0 +1,181 @@
+"""Fused ops in models that were written without them: `fuse_` and `unfuse_`.
+
+from dblocks.integrations.fuse.apply import fuse_
+fuse_(model)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dblocks.integrations.fuse.dit import dit_block as dit_block
+from dblocks.integrations.fuse.dit import dit_final_layer as dit_final_layer
+from dblocks.integrations.fuse.fusion import (
+    REGISTERED,
+    Fused,
+    Fusion,
+    fused_class,
+    fusion_of,
+    is_fused,
+    owner_of,
+)
+from dblocks.integrations.fuse.ops import gated_add as gated_add
+from dblocks.integrations.fuse.ops import gated_add_and_modulate as gated_add_and_modulate
+from dblocks.integrations.fuse.ops import modulate as modulate
+from dblocks.ops._common import Impl, resolve_impl
+
+
+class Replacement(NamedTuple):
+    """A module whose forward was replaced."""
+
+    name: str
+    """As in `named_modules`; empty for the model itself."""
+    before: str
+    """Its class."""
+    after: str
+    """The ops that its forward calls now."""
+
+
+def fuse_(
+    model: nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    impl: Impl = "auto",
+) -> list[Replacement]:
+    """Replaces norm + modulation and gate + residual by dblocks' fused ops, in place.
+
+    Known are the adaptive norms of diffusers and the blocks of its DiT, PixArt, Stable Diffusion 3
+    and Flux transformers, and what `register_fusion` was told. Only instances change: each module
+    that is replaced becomes an instance of a subclass of its own class, made for the purpose, and
+    keeps its attributes. So parameters, `state_dict`, hooks, modes, devices, `isinstance`,
+    `copy.deepcopy` and pickling stay as they are, and `unfuse_` restores. Outputs and gradients
+    differ from the original by rounding: an op rounds its result once, and plain PyTorch each step.
+
+    A module is replaced if the forward that its class runs is the library's own, with the source
+    that dblocks knows: a subclass that overrides forward, an instance whose forward was set and a
+    version of the library with another source are left alone; the last with a warning.
+
+    Args:
+        model: any module, changed in place.
+        filter_fn: called with a module that could be replaced and its name; False leaves it.
+        impl: the implementation that every op uses, as in `dblocks.functional.adaln`.
+
+    Returns:
+        What was replaced, in the order of `named_modules`. A second call finds nothing and returns
+        [], as does a call on a model without such modules.
+
+    Raises:
+        ValueError: if an `impl` other than "auto" is given and nothing was replaced.
+        TypeError, RuntimeError, ImportError: for a named `impl` that cannot run on the module's
+            parameters, as in the ops. Nothing is changed then.
+    """
+    _check_module(model)
+    if not (filter_fn is None or callable(filter_fn)):
+        raise TypeError(f"filter_fn must be a function or None, got {type(filter_fn).__name__}")
+    resolve_impl(impl, _sample(model), "fuse_")
+    found: list[tuple[str, nn.Module, Fusion]] = []
+    unknown: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if is_fused(module) or "forward" in vars(module):
+            continue
+        fusion = fusion_of(type(module))
+        if isinstance(fusion, str):
+            unknown[fusion] = None
+        elif (
+            fusion
+            and (fusion.fits is None or fusion.fits(module))
+            and (filter_fn is None or filter_fn(module, name))
+        ):
+            found.append((name, module, fusion))
+    if impl != "auto" and not found:
+        why = "; ".join(unknown) or "they are fused already, filtered out or of other classes"
+        raise ValueError(
+            f"impl={impl!r} must have modules to work in, got none to replace in "
+            f"{type(model).__name__} ({why}); see unfuse_, filter_fn and register_fusion"
+        )
+    if unknown:
+        warnings.warn(f"not fused: {'; '.join(unknown)}", stacklevel=2)
+    for _, module, _ in found:
+        resolve_impl(impl, _sample(module), "fuse_")
+    replaced = []
+    for name, module, fusion in found:
+        before = type(module)
+        module.__class__ = fused_class(before, fusion.forward, impl)
+        replaced.append(Replacement(name, before.__qualname__, fusion.ops))
+    return replaced
+
+
+def unfuse_(model: nn.Module) -> list[str]:
+    """Gives every module that `fuse_` replaced its own class again, in place.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The names of the modules that were restored.
+
+    Raises:
+        RuntimeError: where something, such as FSDP's `fully_shard`, gave a fused module another
+            class since. Nothing is changed then.
+    """
+    _check_module(model)
+    found: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, Fused)
+    ]
+    for name, module in found:
+        if not is_fused(module):
+            raise RuntimeError(
+                f"{name or 'the model'} must have the class that fuse_ gave it, got "
+                f"{type(module).__name__} made of it; call unfuse_ before what changed it"
+            )
+    for _, module in found:
+        module.__class__ = module.unfused
+    return [name for name, _ in found]
+
+
+def register_fusion(
+    cls: type[nn.Module], forward: Callable[..., Any], ops: str = "registered"
+) -> None:
+    """Tells `fuse_` what to put in the place of the forward of `cls`.
+
+    It holds for instances of `cls` and of subclasses that do not override forward. `forward` takes
+    `self` and the arguments of the original, and computes the same by `modulate`, `gated_add`,
+    `gated_add_and_modulate` or `dblocks.functional`; `self.fused_impl` is the implementation that
+    `fuse_` was given and `self.unfused` the class of the module, for `self.unfused.forward(self,
+    ...)`. `dit_block` and `dit_final_layer` are such forwards, for blocks written as in the code of
+    DiT and the many that follow it. A second registration of a class replaces the first.
+
+    Args:
+        cls: a class of modules that defines its own forward.
+        forward: the function.
+        ops: what `Replacement.after` says.
+
+    Raises:
+        TypeError: if `cls` is not a class of modules, or `forward` not a function.
+        ValueError: if `cls` inherits its forward.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a subclass of torch.nn.Module, got {cls!r}")
+    if not callable(forward):
+        raise TypeError(f"forward must be a function, got {forward!r}")
+    owner = owner_of(cls)
+    if owner is not cls:
+        raise ValueError(
+            f"cls must define forward, got {cls.__qualname__}, which inherits it; register "
+            f"{owner.__qualname__}"
+        )
+    REGISTERED[cls] = Fusion(forward, ops)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _sample(module: nn.Module) -> torch.Tensor:
+    """A tensor of the dtype and device that the module computes with."""
+    return next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))

@@ -1,0 +1,240 @@
+"""A diffusers scheduler with the noise levels and the Euler steps of dblocks.
+
+For the blocks themselves `sample_euler` is enough; this is for loops that take a diffusers
+scheduler. Importing this module imports diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from dblocks import functional as F
+from dblocks.sampling.euler import levels_of
+from dblocks.schedules.noise import (
+    P_MEAN,
+    P_STD,
+    RHO,
+    SIGMA_DATA,
+    SIGMA_MAX,
+    SIGMA_MIN,
+    NoiseSchedule,
+    computed,
+)
+
+try:
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+except ImportError as error:
+    raise ImportError(
+        "DiffusionBlocksScheduler needs the package diffusers, which is not installed or does not "
+        "import; `pip install 'dblocks[hf]'`"
+    ) from error
+
+GridKind = Literal["equal_mass", "karras"]
+InitialNoise = Literal["paper", "unit_variance"]
+
+
+class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
+    """Euler's method on the levels of a `NoiseSchedule`, for the loop of a diffusers pipeline.
+
+        scheduler.set_timesteps(num_steps)
+        z = scheduler.init_noise_sigma * torch.randn(shape)
+        for t in scheduler.timesteps:
+            z = scheduler.step(model(z, t, **cond), t, z).prev_sample
+
+    Timesteps are the noise levels themselves, n of them for n calls: `model(z, t)` of a
+    `DiffusionBlocks` is the model output, its estimate of the clean target, and each step runs the
+    one block that owns its level. The last step returns that estimate; there is no step at level 0.
+    The states are those of `sample_euler`, bit for bit.
+
+    The model scales its input itself, so `scale_model_input` changes nothing. Guidance belongs to
+    the model too, `model(z, t, guidance_scale=...)`, or may be done on its outputs.
+
+    Args:
+        sigma_min: lowest noise level; this and the following five are those of `NoiseSchedule`.
+        sigma_max: highest noise level.
+        p_mean: mean of ln sigma.
+        p_std: standard deviation of ln sigma.
+        sigma_data: standard deviation of one element of the clean target.
+        partition: how blocks share the levels; the steps do not depend on it.
+        kind: the rule of the steps, "equal_mass" or "karras"; see `NoiseSchedule.steps`.
+        rho: exponent of the "karras" rule.
+        initial_noise: "paper" starts from `sigma * N(0, I)` at the first level, "unit_variance"
+            from `sqrt(1 + sigma^2) * N(0, I)`.
+
+    Raises:
+        ValueError: an argument is not what `NoiseSchedule` takes.
+
+    Source: Karras et al. 2022, algorithm 1 without churn.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        sigma_min: float = SIGMA_MIN,
+        sigma_max: float = SIGMA_MAX,
+        p_mean: float = P_MEAN,
+        p_std: float = P_STD,
+        sigma_data: float = SIGMA_DATA,
+        partition: str | Sequence[float] = "equal_mass",
+        kind: GridKind = "equal_mass",
+        rho: float = RHO,
+        initial_noise: InitialNoise = "paper",
+    ) -> None:
+        rule: Any = partition if isinstance(partition, str) else tuple(partition)
+        self.noise_schedule = NoiseSchedule(sigma_min, sigma_max, p_mean, p_std, sigma_data, rule)
+        self.noise_schedule.steps(2, kind, rho=rho)
+        if initial_noise not in ("paper", "unit_variance"):
+            raise ValueError(
+                f"initial_noise must be 'paper' or 'unit_variance', got {initial_noise!r}"
+            )
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0, device="cpu")
+        self._levels: list[float] = []
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    @classmethod
+    def from_schedule(cls, schedule: NoiseSchedule, **options: Any) -> DiffusionBlocksScheduler:
+        """The scheduler of a network's levels, `model.config.noise_schedule`.
+
+        Args:
+            schedule: the levels.
+            **options: `kind`, `rho` and `initial_noise`.
+        """
+        fields = schedule.to_dict()
+        return cls(**fields, **options)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What standard normal noise is multiplied with to be the state at the first level."""
+        first = self._levels[0] if self._levels else self.noise_schedule.sigma_max
+        return (first**2 + (cast(Any, self.config).initial_noise == "unit_variance")) ** 0.5
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The levels in float64 on the CPU, [n]; `timesteps` are these in float32."""
+        return torch.tensor(self._levels, dtype=torch.float64, device="cpu")
+
+    @property
+    def step_index(self) -> int | None:
+        """The number of the next step; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The number of the first step, if a pipeline set it."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Sets the number of the first step, for pipelines that begin in the middle."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        sigmas: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        """Sets the levels of the following steps.
+
+        Args:
+            num_inference_steps: how many levels, of the rule `kind`.
+            device: where `timesteps` are. On the CPU, the default, a model on a GPU finds the block
+                of a level without synchronising.
+            sigmas: the very levels instead, descending; a final 0 is accepted and is not a step.
+
+        Raises:
+            ValueError: not one of the two is given, or levels do not descend.
+        """
+        if (num_inference_steps is None) == (sigmas is None):
+            raise ValueError(
+                "one of num_inference_steps and sigmas must be given, "
+                f"got num_inference_steps={num_inference_steps} and sigmas={sigmas}"
+            )
+        if num_inference_steps is not None:
+            config = cast(Any, self.config)
+            sigmas = self.noise_schedule.steps(num_inference_steps, config.kind, rho=config.rho)
+        levels = levels_of(cast(Tensor, sigmas))
+        self._levels = levels.tolist()
+        self.timesteps = levels.to(device="cpu" if device is None else device, dtype=torch.float32)
+        self.num_inference_steps = len(levels)
+        self._step_index = self._begin_index = None
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        """`sample` itself: the model takes the state as it is."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> EDMEulerSchedulerOutput | tuple[Tensor, Tensor]:
+        """One step: `a*sample + (1 - a)*model_output`, `a = sigma_next/sigma`.
+
+        The last step returns the model output. Steps follow one another; only the first looks its
+        `timestep` up, which synchronises where that is on a GPU.
+
+        Args:
+            model_output: denoised, the estimate of the clean target, [N, ...].
+            timestep: the element of `timesteps` that the model was called with.
+            sample: the state at that level, of the same shape.
+            generator: not read, as Euler's method draws nothing; pipelines pass it.
+            return_dict: False returns a plain tuple.
+
+        Returns:
+            `prev_sample`, the state at the next level, and `pred_original_sample`, denoised; in
+            float32 (float64 for float64).
+
+        Raises:
+            RuntimeError: `set_timesteps` was not called, or its steps are done.
+            ValueError: the first step's `timestep` is none of the levels.
+        """
+        count = len(self._levels)
+        if count == 0 or self._step_index == count:
+            raise RuntimeError(
+                f"set_timesteps() must be called before each sample, got a step after its {count}"
+            )
+        index = self._first_step(timestep) if self._step_index is None else self._step_index
+        sample, denoised = computed(sample), computed(model_output)
+        if index + 1 < count:
+            following = F.euler_step(sample, denoised, *self._levels[index : index + 2])
+        else:
+            following = denoised
+        self._step_index = index + 1
+        if not return_dict:
+            return following, denoised
+        return EDMEulerSchedulerOutput(prev_sample=following, pred_original_sample=denoised)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`original_samples + sigma*noise`, with sigma the timesteps, 0-d or [N]."""
+        sigma = timesteps.to(original_samples.device, computed(original_samples).dtype)
+        sigma = sigma.reshape(sigma.shape + (1,) * (original_samples.ndim - 1) * sigma.ndim)
+        return (original_samples + sigma * noise).to(original_samples.dtype)
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    def _first_step(self, timestep: Tensor | float) -> int:
+        if self._begin_index is not None:
+            return self._begin_index
+        if not isinstance(timestep, Tensor):
+            timestep = torch.tensor(timestep, device="cpu")
+        levels = self.timesteps.cpu()
+        same = levels == timestep.to("cpu", torch.float32)
+        found = same.nonzero().flatten().tolist() if timestep.ndim == 0 else []
+        if not found:
+            raise ValueError(
+                f"timestep must be an element of timesteps, {levels.tolist()}, got {timestep}"
+            )
+        return found[0]

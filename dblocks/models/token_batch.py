@@ -1,0 +1,176 @@
+"""What a batch of token sequences holds: checks, positions and labels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from dblocks.blocks import Batch
+from dblocks.nn import Attend
+
+IGNORED = -100  # PyTorch's ignore_index
+
+
+class TokenSizes(Protocol):
+    """What of a model's config the checks need."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Longest sequence or document."""
+        ...
+
+
+class TokenBatch(NamedTuple):
+    """The checked entries of a batch; see `dblocks.models.language_model.LanguageModel`."""
+
+    tokens: Tensor
+    """int64 [N, T]."""
+    loss_mask: Tensor | None
+    """bool [N, T]."""
+    cu_seqlens: Tensor | None
+    """int32 [documents + 1]."""
+
+    @classmethod
+    def of(cls, batch: Batch, sizes: TokenSizes) -> TokenBatch:
+        """The entries of `batch`, checked.
+
+        Raises:
+            ValueError: for an entry that is missing, or of a shape or value that does not fit.
+            TypeError: for an entry of another dtype.
+        """
+        tokens = batch.get("tokens")
+        if not isinstance(tokens, Tensor):
+            raise ValueError(
+                f"a batch of token sequences must hold a tensor 'tokens', got {sorted(batch)}"
+                f"{'' if tokens is None else f' with tokens of type {type(tokens).__name__}'}; "
+                "it is {'tokens': [N, T]}, and may hold 'loss_mask' and 'cu_seqlens'"
+            )
+        check_tokens(tokens, sizes.vocab_size)
+        given = cls(tokens, batch.get("loss_mask"), batch.get("cu_seqlens"))
+        if given.cu_seqlens is not None:
+            _check_documents(given.cu_seqlens, tokens, sizes.context)
+        elif tokens.shape[1] > sizes.context:
+            raise ValueError(
+                f"tokens must be at most context={sizes.context} long, got {tokens.shape[1]}; "
+                "cut them"
+            )
+        if given.loss_mask is not None:
+            _check_loss_mask(given.loss_mask, tokens)
+        return given
+
+    def check_blocks(self, block_size: int) -> None:
+        """Raises unless every sequence or document is a multiple of a block of tokens long."""
+        T, ends = self.tokens.shape[1], self.cu_seqlens
+        if T % block_size:
+            raise ValueError(
+                f"tokens must be multiples of tokens_per_block={block_size} long, got {T}; "
+                "pad them, with a loss_mask"
+            )
+        if block_size == 1 or ends is None or not ends.is_cpu or torch.compiler.is_compiling():
+            return
+        if (ends % block_size).any():
+            raise ValueError(
+                f"documents must be multiples of tokens_per_block={block_size} long, got ends "
+                f"{ends.tolist()}; pad each, with a loss_mask"
+            )
+
+    def positions(self) -> Tensor:
+        """Positions of the tokens, which begin again in each document, int64 [T]."""
+        row = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        if self.cu_seqlens is None:
+            return row
+        return row - self.cu_seqlens.long()[_document_of(row, self.cu_seqlens)]
+
+    def labels(self) -> Tensor:
+        """The tokens to predict, int64 [N, T]; `IGNORED` where there is none."""
+        predicted = self.positions() > 0
+        if self.loss_mask is not None:
+            predicted = predicted & self.loss_mask
+        return torch.where(predicted, self.tokens, IGNORED)
+
+    def attend_causally(self, block_size: int = 1) -> Attend | None:
+        """Attention of a row to those of earlier tokens and of its own block, in its document.
+
+        None where that is plain causal attention: blocks of one token, and one document.
+        """
+        if self.cu_seqlens is None and block_size == 1:
+            return None
+        block = self.positions() // block_size
+        mask = block[:, None] >= block
+        if self.cu_seqlens is not None:
+            row = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+            document = _document_of(row, self.cu_seqlens)
+            mask = mask & (document[:, None] == document)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return nnf.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+            )
+
+        return attend
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raises unless `tokens` are int64 [N, T] in 0..vocab_size - 1; values are seen on the CPU."""
+    if tokens.dtype != torch.int64:
+        # uint8 and bool would select rows as masks do.
+        raise TypeError(f"tokens must be int64, got {tokens.dtype}; call tokens.long()")
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(
+            f"tokens must have shape [N, T] with T >= 1, got {list(tokens.shape)}; reshape them"
+        )
+    # On a GPU looking at the values would synchronise; there indexing itself asserts.
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
+        return
+    low, high = (int(value) for value in tokens.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"tokens must be in 0..{vocab_size - 1}, got {low}..{high}")
+
+
+def _check_loss_mask(mask: Tensor, tokens: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"loss_mask must be a bool tensor, got {got}; compare with 0")
+    if mask.shape != tokens.shape:
+        raise ValueError(
+            "loss_mask must have the shape of the tokens, "
+            f"{list(tokens.shape)}, got {list(mask.shape)}"
+        )
+
+
+def _check_documents(cu_seqlens: Tensor, tokens: Tensor, context: int) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {got}; call .int()")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            "cu_seqlens must have shape [documents + 1] with at least one document, "
+            f"got {list(cu_seqlens.shape)}"
+        )
+    N, T = tokens.shape
+    if N != 1:
+        raise ValueError(f"cu_seqlens needs N = 1, got N = {N}; pack the samples into one sequence")
+    if not cu_seqlens.is_cpu or torch.compiler.is_compiling():
+        return
+    lengths = cu_seqlens.diff()
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or (lengths < 0).any():
+        raise ValueError(
+            f"cu_seqlens must start with 0, never decrease and end with T = {T}, "
+            f"got {cu_seqlens.tolist()}"
+        )
+    if lengths.max() > context:
+        raise ValueError(
+            f"documents must be at most context={context} long, got {int(lengths.max())}; cut them"
+        )
+
+
+def _document_of(row: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return torch.searchsorted(cu_seqlens[1:].contiguous().long(), row, right=True)

@@ -1,0 +1,1 @@
+"""What runs train on: images, text and their batches."""

@@ -1,0 +1,257 @@
+"""What tokens cost under a language model: exact figures, and a bound of all blocks."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from dblocks.blocks import DiffusionBlocks, unwrapped
+from dblocks.config import check_count
+from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
+from dblocks.models.language_model import LanguageModel
+from dblocks.sampling.euler import initial_noise, product_logits
+
+
+class Bound(NamedTuple):
+    """An upper bound of what each token costs, in nats; all float32."""
+
+    nll: Tensor
+    """The bound, an estimate without bias, [N, T - 1]."""
+    by_block: Tensor
+    """What each block's denoising adds to it, [B, N, T - 1]."""
+    variance: Tensor
+    """What each token adds to the variance of the sum of `nll`, estimated and rather too large than
+    too small, [N, T - 1]; tokens of a block of tokens, which share their levels, add alike."""
+
+    def mean(self, scored: Tensor | None = None) -> tuple[float, float]:
+        """The mean over tokens, and its standard error, of the draws and not of the text.
+
+        Args:
+            scored: bool [N, T - 1]; all by default.
+
+        Raises:
+            ValueError: no token is scored.
+        """
+        nll, variance = self.nll.double(), self.variance.double()
+        if scored is not None:
+            nll, variance = nll[scored], variance[scored]
+        if nll.numel() == 0:
+            raise ValueError(
+                "the mean of a bound needs at least one token that is scored, got none"
+            )
+        return nll.mean().item(), variance.sum().sqrt().item() / nll.numel()
+
+
+@torch.no_grad()
+def next_token_nll(
+    model: DiffusionBlocks | LanguageModel,
+    tokens: Tensor,
+    *,
+    num_steps: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """What each token costs given those before it: -ln p, in nats.
+
+    In blocks it is the first one alone, at sigma_max, whose noise tells nothing: as exact a
+    next-token predictor as the plain model. With `tokens_per_block` tokens at once, p is that of
+    each token given those before its block. Bits per token are the mean over ln 2.
+
+    Args:
+        model: the blocks of a `CausalLM` or a `RecurrentLM`, or one of these as plain model; the
+            blocks of a converted causal model.
+        tokens: int64 [N, T].
+        num_steps: of a plain `RecurrentLM` its recurrences, by default their mean in training;
+            else 1 or None. Several Euler steps end in a prediction from a state that they drew
+            themselves: their cross-entropy is no likelihood. See `denoising_bound`.
+        generator: source of the noise; by default that of the tokens' device. For a plain
+            `RecurrentLM` on the CPU.
+
+    Returns:
+        float32 [N, T - 1]: the first token of a sequence is given.
+
+    Raises:
+        TypeError: `model` is none of these.
+        ValueError: blocks, or a plain `CausalLM`, are asked for several steps.
+    """
+    model = unwrapped(model)
+    if isinstance(model, DiffusionBlocks):
+        _of_tokens(model)
+        if num_steps not in (None, 1):
+            raise ValueError(
+                "num_steps must be 1 or None in blocks, as several steps have no likelihood, got "
+                f"{num_steps}; see dblocks.sampling.likelihood.denoising_bound"
+            )
+        z = _noise_at_top(model, tokens, generator)
+        top = z.new_full(z.shape[:1], model.config.noise_schedule.sigma_max)
+        logits = model.logits(z, top, block=0, tokens=tokens)[:, 1:]
+    elif isinstance(model, LanguageModel):
+        steps = model.plain_steps(num_steps)
+        logits = model.next_token_logits(tokens, num_steps=steps, generator=generator)[:, :-1]
+    else:
+        raise TypeError(
+            "model must be a CausalLM, a RecurrentLM or the DiffusionBlocks of one, "
+            f"got {type(model).__name__}; see dblocks.models"
+        )
+    return nnf.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+@torch.no_grad()
+def product_nll(
+    model: DiffusionBlocks, tokens: Tensor, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """What each token costs under the product of all blocks' predictions: -ln p, in nats.
+
+        ln p(k) = mean over blocks of ln p_b(k), normalised
+
+    Each block is called once at sigma_max, whose noise tells nothing, so this is exact; it is the
+    distribution that `generate(product=True)` draws from. See `dblocks.sampling.euler.product_logits`.
+
+    Args:
+        model: the blocks of a language model, trained with a `BlocksConfig.top_share`.
+        tokens: int64 [N, T].
+        generator: source of the noise; by default that of the tokens' device.
+
+    Returns:
+        float32 [N, T - 1].
+
+    Raises:
+        TypeError: `model` is no `DiffusionBlocks` of a language model.
+        ValueError: blocks after the first one never saw sigma_max in training.
+    """
+    model = _blocks(model)
+    logits = product_logits(model, _noise_at_top(model, tokens, generator), tokens=tokens)[:, 1:]
+    return nnf.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+@torch.no_grad()
+def denoising_bound(
+    model: DiffusionBlocks,
+    tokens: Tensor,
+    *,
+    draws: int = 2,
+    generator: torch.Generator | None = None,
+) -> Bound:
+    """An upper bound of what each token costs under all blocks, in nats.
+
+    That of a continuous diffusion of the token's embedding y (Kingma et al. 2021), with the last
+    choice of a token from its embedding at sigma_min:
+
+        |y|^2/(2 sigma_max^2)  +  int |y - denoised|^2/sigma^3 d(sigma)  -  ln p(token | z)
+
+    over [sigma_min, sigma_max], each level by the block that owns it; `top_share` has no part in
+    it. The integral is estimated with ln sigma even in each block's range, stratified: a draw in
+    each of `draws` equal parts. It bounds the likelihood of the reverse process with noise of its
+    own, in the limit of small steps, and not of what Euler's method writes.
+
+    Args:
+        model: the blocks of a language model.
+        tokens: int64 [N, T].
+        draws: levels in each block's range for each token (each block of tokens, where several are
+            written at once), at least 2.
+        generator: source of levels and noise; by default that of the tokens' device.
+
+    Raises:
+        TypeError: `model` is no `DiffusionBlocks` of a language model.
+        ValueError: `draws` is less than 2.
+    """
+    model = _blocks(model)
+    if check_count("draws", draws) < 2:
+        raise ValueError(f"draws must be at least 2, for the standard error, got {draws}")
+    network = cast(Any, model.base_model)
+    schedule, num_blocks = model.config.noise_schedule, model.config.num_blocks
+    y, k = network.embed_target({"tokens": tokens}), _block_size(model)
+    ends = schedule.boundaries(num_blocks).tolist()
+    parts, variances = [], []
+    for block, (high, low) in enumerate(pairwise(ends)):
+        errors = _scaled_errors(model, tokens, y, block, (low, high), draws, generator)
+        parts.append(errors.sum(0))
+        variances.append(_variance(errors, k))
+    by_block = torch.stack(parts)
+    prior = y.square().sum(-1)[:, 1:] / (2 * schedule.sigma_max**2)
+    z = y + schedule.sigma_min * _normal(y.shape, tokens, generator)
+    sigma = z.new_full(z.shape[:1], schedule.sigma_min)
+    logits = model.logits(z, sigma, block=num_blocks - 1, tokens=tokens)[:, 1:]
+    choice = nnf.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    return Bound(by_block.sum(0) + prior + choice, by_block, torch.stack(variances).sum(0))
+
+
+def _scaled_errors(
+    model: DiffusionBlocks,
+    tokens: Tensor,
+    y: Tensor,
+    block: int,
+    levels: tuple[float, float],
+    draws: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """What each stratum of a block's levels adds to the integral, [draws, N, T - 1]."""
+    low, high = map(math.log, levels)
+    k, (N, T) = _block_size(model), tokens.shape
+    device = tokens.device if generator is None else generator.device
+    errors = []
+    for draw in range(draws):
+        u = torch.rand(N, -(-T // k), generator=generator, device=device).to(tokens.device)
+        u = u.repeat_interleave(k, 1)[:, :T]
+        sigma = (low + (high - low) * (draw + u) / draws).exp().clamp(*levels)
+        z = y + sigma[..., None] * _normal(y.shape, tokens, generator)
+        error = (y - model(z, sigma, block=block, tokens=tokens)).square().sum(-1)
+        errors.append((high - low) / draws * error / sigma.square())
+    return torch.stack(errors)[:, :, 1:]
+
+
+def _variance(errors: Tensor, k: int) -> Tensor:
+    """The variance of the sum over strata of errors [draws, N, T - 1], shared out over tokens.
+
+    Tokens of a block of k share their levels, so that their sum is what varies, not each alone.
+    """
+    draws, N, rows = errors.shape
+    # Of neighbouring strata, as if a pair were two draws from both. The first token is no row.
+    ends = (1, -(rows + 1) % k)
+    pairs = nnf.pad(errors[1:] - errors[:-1], ends).view(draws - 1, N, -1, k).sum(-1)
+    counts = nnf.pad(errors.new_ones(rows), ends).view(-1, k).sum(-1).clamp(min=1)
+    shares = pairs.square().sum(0) * (draws / (2 * (draws - 1))) / counts
+    return shares.repeat_interleave(k, 1)[:, 1 : rows + 1]
+
+
+def _block_size(model: DiffusionBlocks) -> int:
+    """How many tokens share a level: those that are written at once."""
+    return getattr(model.base_model, "block_size", 1)
+
+
+def _blocks(model: Any) -> DiffusionBlocks:
+    model = unwrapped(model)
+    if not isinstance(model, DiffusionBlocks):
+        raise TypeError(
+            f"model must be the DiffusionBlocks of a language model, got {type(model).__name__}; "
+            "next_token_nll takes a plain model too"
+        )
+    return _of_tokens(model)
+
+
+def _of_tokens(model: DiffusionBlocks) -> DiffusionBlocks:
+    if not isinstance(model.base_model, (LanguageModel, ConvertedCausalLM)):
+        raise TypeError(
+            "model must be the DiffusionBlocks of a language model, whose targets are tokens' "
+            f"embeddings, got those of a {type(model.base_model).__name__}; see dblocks.models"
+        )
+    return model
+
+
+def _noise_at_top(
+    model: DiffusionBlocks, tokens: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """A state [N, T, D] at sigma_max for every token, noise of its own alone."""
+    schedule, width = model.config.noise_schedule, cast(Any, model.base_model).width
+    device = tokens.device if generator is None else generator.device
+    z = initial_noise((*tokens.shape, width), schedule, generator=generator, device=device)
+    return z.to(tokens.device)
+
+
+def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=device).to(like.device)

@@ -1,0 +1,306 @@
+"""Writing text with a language model, token by token, trained in blocks or end to end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from dblocks import functional as F
+from dblocks.blocks import DiffusionBlocks, check_trained_at_top, unwrapped
+from dblocks.config import check_count
+from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
+from dblocks.models.language_model import LanguageModel
+from dblocks.models.token_batch import TokenSizes, check_tokens
+from dblocks.sampling.cache import Slots
+from dblocks.sampling.euler import blocks_of, grid_of, levels_of
+from dblocks.sampling.writers import BlockWriter, PlainWriter, WholeWriter, Writer
+
+Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
+MAX_SEED = 2**63 - 1
+
+
+def generate(
+    model: DiffusionBlocks | LanguageModel,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int,
+    num_steps: int | None = None,
+    sigmas: Tensor | Sequence[float] | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    stop_token: int | None = None,
+    cache: bool = True,
+    product: bool = False,
+) -> list[Tensor]:
+    """The tokens that continue each prompt: what `stream` yields, collected.
+
+    Arguments and errors are those of `stream`.
+
+    Returns:
+        For each prompt its new tokens, int64 [at most max_new_tokens], up to and with the
+        `stop_token`.
+    """
+    steps = stream(
+        model, prompts,
+        max_new_tokens=max_new_tokens, num_steps=num_steps, sigmas=sigmas, temperature=temperature,
+        top_k=top_k, top_p=top_p, generator=generator, stop_token=stop_token, cache=cache,
+        product=product,
+    )  # fmt: skip
+    tokens = torch.stack(list(steps), dim=1)
+    if stop_token is None:
+        return list(tokens.unbind())
+    lengths = ((tokens == stop_token).cumsum(1) == 0).sum(1) + 1
+    return [row[:length] for row, length in zip(tokens, lengths.tolist(), strict=True)]
+
+
+def stream(
+    model: DiffusionBlocks | LanguageModel,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int,
+    num_steps: int | None = None,
+    sigmas: Tensor | Sequence[float] | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    stop_token: int | None = None,
+    cache: bool = True,
+    product: bool = False,
+) -> Iterator[Tensor]:
+    """Yields the next token of every prompt, step after step.
+
+    In blocks, a token comes of Euler's method from noise: every level calls the block that owns
+    it, each call but the last takes the expected embedding as its estimate, and the last call's
+    logits are sampled. One step, at sigma_max, runs the top block only: a next-token model of that
+    block's layers. With `product` a token comes of one call of every block at sigma_max, where the
+    noise tells nothing: it is drawn from the normalised geometric mean of their predictions, the
+    distribution of `dblocks.sampling.likelihood.product_nll`. Networks that write `tokens_per_block` tokens
+    at once take the same number of calls for all of them; the end of a prompt ends a block of
+    tokens, as in training the multiples of its length do, so prompts of such a length serve best.
+
+    Each block keeps keys and values of the clean tokens in its own layers. A token's rows are added
+    with that block's first call for the next token, beside the noisy row, so that a token costs
+    `num_steps` calls and no more; the prelude of a `RecurrentLM` runs in each block's first only.
+    A plain `RecurrentLM` keeps those of every recurrence. Without the cache all rows are computed
+    at each call, with the same result but for rounding. In a single stream the rows of known tokens
+    hold noise too: at the highest level that their block was trained at, sigma_max with a
+    `top_share` and in the first block.
+
+    A prompt's tokens depend on the generator's state, on the prompt, and on its place in the batch,
+    not on the other prompts or on `max_new_tokens`, but for rounding; noise does not depend on the
+    device.
+
+    Args:
+        model: the blocks of a `CausalLM` or a `RecurrentLM`, also inside torch.compile's or
+            AveragedModel's wrapper, or one of these networks itself, which is the plain model. Or
+            the blocks of a model that `dblocks.convert` made of another one, without a cache.
+        prompts: int64 [N, P], or N of different lengths, each with at least one token.
+        max_new_tokens: tokens to write for each prompt.
+        num_steps: Euler steps of the equal-mass grid; the number of blocks by default. Of a plain
+            `RecurrentLM` its recurrences, by default their mean in training.
+        sigmas: a grid to use instead, descending.
+        temperature: what logits are divided by; 0 takes the most likely token.
+        top_k: keep only as many most likely tokens (and those as likely as the last of them).
+        top_p: then keep only the fewest most likely tokens whose probabilities sum to at least
+            this. The order is that of transformers: temperature, top_k, top_p.
+        generator: a CPU generator, of which one number is drawn.
+        stop_token: prompts that wrote it repeat it, and when all did, the iterator ends; that is
+            looked up after every token, the only thing that synchronises with a GPU.
+        cache: whether keys and values are kept.
+        product: draw from the product of all blocks' predictions instead of by Euler steps; for
+            blocks of a language model trained with a `top_share`.
+
+    Yields:
+        int64 [N], on the device of the model.
+
+    Raises:
+        TypeError: `model` is no language model, or tokens are not integers.
+        ValueError: for prompts that are empty or, with the new tokens, longer than the context;
+            for tokens outside the vocabulary; for both of `num_steps` and `sigmas`, `sigmas` with
+            a plain model, or `num_steps` with one that has no steps; for a cache with a converted
+            model; for `product` with steps, or with blocks that never saw sigma_max; for other
+            values that do not fit.
+    """
+    model = unwrapped(model)
+    network = model.base_model if isinstance(model, DiffusionBlocks) else model
+    sizes: TokenSizes
+    if isinstance(network, LanguageModel):
+        sizes = network.config
+    elif isinstance(network, ConvertedCausalLM) and network is not model:
+        sizes = network.sizes
+        if cache:
+            raise ValueError(
+                "cache must be False for the blocks of a converted model, whose keys and values "
+                "are not kept, got True; the model itself has generate() of its own"
+            )
+    else:
+        raise TypeError(
+            "model must be a CausalLM, a RecurrentLM or the DiffusionBlocks of one, "
+            f"got {type(network).__name__}; see dblocks.models"
+        )
+    max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+    choice = Choice(temperature, top_k, top_p)
+    if stop_token is not None and not 0 <= stop_token < sizes.vocab_size:
+        raise ValueError(f"stop_token must be in 0..{sizes.vocab_size - 1}, got {stop_token}")
+    device = next(network.parameters()).device
+    rows = _prompt_rows(prompts, sizes.vocab_size)
+    longest = max(map(len, rows))
+    if longest + max_new_tokens > sizes.context:
+        raise ValueError(
+            "prompt and new tokens must fit in the context of "
+            f"{sizes.context} tokens, got {longest} and {max_new_tokens}; shorten one"
+        )
+    k = network.block_size if isinstance(network, LanguageModel) and network is not model else 1
+    # Blocks of tokens are written whole, the last one too.
+    capacity = longest + -(-max_new_tokens // k) * k
+    slots = Slots([len(row) for row in rows], capacity, device, k)
+    if product:
+        _check_product(model, network, num_steps, sigmas)
+    if isinstance(model, DiffusionBlocks):
+        levels = levels_of(grid_of(model, num_steps, sigmas))
+        # One step is asked for as what it is, the top block alone; other grids may skip by mistake.
+        blocks = [0] if num_steps == 1 else blocks_of(model, levels)
+        if product:
+            blocks = list(range(model.config.num_blocks))
+            levels = levels[:1].expand(len(blocks))
+        if isinstance(network, LanguageModel):
+            writer = BlockWriter(model, levels, blocks, slots, cache=cache, product=product)
+        else:
+            writer = WholeWriter(model, levels, blocks, slots, product=product)
+    elif sigmas is not None:
+        raise ValueError(
+            f"sigmas must be None for a plain {type(network).__name__}, which has no noise levels, "
+            f"got {sigmas}; leave them out"
+        )
+    else:
+        plain = cast(LanguageModel, network)
+        writer = PlainWriter(plain, plain.plain_steps(num_steps), slots, cache=cache)
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
+    seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
+    tokens = torch.zeros(len(rows), slots.capacity, dtype=torch.int64)
+    for row, given in zip(tokens, rows, strict=True):
+        row[: len(given)] = given
+    stride = sizes.context + k - 1  # rows of noise between one prompt's and the next one's
+    written = _steps(writer, tokens.to(device), slots, choice, seed, stop_token, stride)
+    return islice(written, max_new_tokens)
+
+
+class Choice:
+    """How a token is chosen from logits.
+
+    Args:
+        temperature: what logits are divided by; 0 takes the most likely token.
+        top_k: how many tokens are kept.
+        top_p: probability that the tokens that are kept must reach.
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    ) -> None:
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
+        if top_k is not None:
+            top_k = check_count("top_k", top_k)
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn from, float64 [N, V], of logits [N, V]; temperature is not 0."""
+        logits = logits.double() / self.temperature
+        if self.top_k is not None:
+            kth = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < kth, -math.inf)
+        probabilities = logits.softmax(-1)
+        if self.top_p is None:
+            return probabilities
+        ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
+        # A token is kept if those before it do not reach top_p: the first always is.
+        kept = ordered.cumsum(-1) - ordered < self.top_p
+        return torch.zeros_like(ordered).scatter(-1, index, ordered * kept)
+
+    def token(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """The token that each uniform number in (0, 1), float64 [N], picks; int64 [N]."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        # Of the cumulative distribution: unlike torch.multinomial, a row at a time.
+        cdf = self.probabilities(logits).cumsum(-1)
+        return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+
+
+@torch.no_grad()
+def _steps(
+    writer: Writer,
+    tokens: Tensor,
+    slots: Slots,
+    choice: Choice,
+    seed: int,
+    stop_token: int | None,
+    stride: int,
+) -> Iterator[Tensor]:
+    """Writes into `tokens` [N, capacity] from the end of the longest prompt on."""
+    first, new = slots.prompt, slots.capacity - slots.prompt
+    count, width = writer.noise_shape
+    noise = _noise(len(tokens), count, stride, width + 1, seed, tokens.device)
+    uniform = torch.special.ndtr(noise[:, :, -1].double())
+    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    for j in range(new):
+        place = j % slots.block_size
+        if place == 0:
+            logits = writer.next_logits(tokens[:, : first + j], noise[:, :, :-1], j)
+        token = choice.token(logits[:, place], uniform[:, j])
+        if stop_token is not None:
+            token = torch.where(finished, stop_token, token)
+            finished = token == stop_token
+        tokens[:, first + j] = token
+        yield token
+        if stop_token is not None and finished.all():
+            return
+
+
+def _check_product(model: object, network: object, num_steps: object, sigmas: object) -> None:
+    if not isinstance(model, DiffusionBlocks):
+        raise ValueError(
+            "product must be False for all but blocks, of which it is the product, "
+            f"got True for a plain {type(network).__name__}"
+        )
+    if num_steps is not None or sigmas is not None:
+        raise ValueError(
+            "product calls every block once, at sigma_max, so num_steps and sigmas must be None, "
+            f"got {num_steps} and {sigmas}"
+        )
+    check_trained_at_top(model)
+
+
+def _noise(N: int, rows: int, stride: int, width: int, seed: int, device: torch.device) -> Tensor:
+    """Normals [N, rows, width] that are functions of the seed, sample, row and column."""
+    zeros = torch.zeros(1, rows * width, device=device)
+    one = torch.ones((), device=device)
+    drawn = [F.noise_inject(zeros, one, seed, offset=n * stride * width).z for n in range(N)]
+    return torch.cat(cast(list[Tensor], drawn)).view(N, rows, width)
+
+
+def _prompt_rows(prompts: Prompts, vocab_size: int) -> list[Tensor]:
+    """The prompts as int64 tensors on the CPU, checked."""
+    rows = [torch.as_tensor(prompt, device="cpu") for prompt in prompts]
+    if not rows:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    for n, row in enumerate(rows):
+        if row.ndim != 1 or not len(row):
+            raise ValueError(
+                f"each prompt must be a row of at least one token, got shape {list(row.shape)} for "
+                f"prompt {n}; begin with a token that marks the beginning of a text"
+            )
+        check_tokens(row[None], vocab_size)
+    return rows

@@ -1,0 +1,159 @@
+"""Writing text with a masked diffusion model: masked tokens are unmasked step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dblocks.blocks import DiffusionBlocks, unwrapped
+from dblocks.integrations.convert.masked_lm import ConvertedMaskedLM
+from dblocks.models.masked_lm import MaskedLM
+from dblocks.models.token_batch import TokenSizes, check_tokens
+from dblocks.sampling.text import Choice
+from dblocks.schedules.mask import MASKED, MaskSchedule, uniforms
+
+Callback = Callable[[dict[str, Any]], object]
+MAX_SEED = 2**63 - 1
+
+
+class Written(NamedTuple):
+    """What the sampler wrote, and what it ran."""
+
+    tokens: Tensor
+    """int64 [N, T], none of them masked."""
+    calls: tuple[int, ...]
+    """Of each block, how often its layers were called."""
+    rows: tuple[int, ...]
+    """Of each block, how many sequences ran through it in all."""
+
+
+@torch.no_grad()
+def unmask(
+    model: DiffusionBlocks,
+    tokens: Tensor,
+    *,
+    num_steps: int | None = None,
+    kind: Literal["equal_mass", "uniform"] = "equal_mass",
+    share_of: Literal["tokens", "gaps"] = "tokens",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> Written:
+    """Replaces the masked tokens of sequences, by ancestral sampling.
+
+    In the step from time t to s each masked token is unmasked with probability
+    `(alpha_s - alpha_t)/(1 - alpha_t)`, and then drawn from the softmax of the logits that the
+    block of t has for the sequence as it is at t; the last step ends at 0 and unmasks all that is
+    left. Which step unmasks a token does not depend on what is written, so it is decided
+    beforehand, with one uniform number a token: a step runs only the sequences in which it unmasks
+    something, and a step that unmasks nothing calls no network.
+
+    Tokens that are given never change. A sequence with a part to write begins at the t whose masked
+    share is that part, since that is what a model that was trained on whole texts has learned for
+    as many gaps; from there its steps divide the way to 0 as those of a wholly masked one. A model
+    that was trained with a `loss_mask` has learned shares of the tokens to write:
+    `share_of="gaps"` begins at t = 1.
+
+    What is written depends on the generator's state, on the sequence, and on its place in the
+    batch, not on the other sequences, but for rounding; nor on the device.
+
+    Args:
+        model: the blocks of a `MaskedLM`, or of a model that `dblocks.convert` made of a masked
+            one; also inside torch.compile's or AveragedModel's wrapper.
+        tokens: int64 [N, T]: those given, and `MASKED` where to write.
+        num_steps: steps; by default T, so that about one token is unmasked a step.
+        kind: their spacing, see `MaskSchedule.steps`.
+        share_of: of what t tells the masked share, all tokens or those to write.
+        temperature: what logits are divided by; 0 takes the most likely token.
+        top_k: keep only as many most likely tokens.
+        top_p: then keep only the fewest most likely tokens whose probabilities sum to at least
+            this.
+        generator: a CPU generator, of which one number is drawn.
+        callback: called after each step, also one that unmasks nothing, with a dict of 'i',
+            'num_steps' and 'tokens', the sequences so far.
+
+    Raises:
+        TypeError: `model` is neither, or `tokens` are not int64.
+        ValueError: `tokens` are neither in the vocabulary nor `MASKED`, or longer than the context;
+            or another value does not fit.
+
+    Source: Shi et al. 2024 (MD4), arXiv 2406.04329, algorithm 2.
+    """
+    blocks, sizes, schedule = _parts_of(model)
+    choice = Choice(temperature, top_k, top_p)
+    if tokens.dtype == torch.int64 and tokens.ndim == 2:
+        check_tokens(tokens.where(tokens != MASKED, 0), sizes.vocab_size)
+    else:
+        check_tokens(tokens, sizes.vocab_size)
+    N, T = tokens.shape
+    if sizes.context < T:
+        raise ValueError(f"tokens must be at most context={sizes.context} long, got {T}; cut them")
+    if share_of not in ("tokens", "gaps"):
+        raise ValueError(f"share_of must be 'tokens' or 'gaps', got {share_of!r}")
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
+    seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
+    u, picks = _uniforms(N, T, sizes.context, seed)
+    # On the CPU: which rows a step runs must be known here.
+    gaps = tokens.cpu() == MASKED
+    share = _share(gaps) if share_of == "tokens" else torch.ones(N, 1, dtype=torch.float64)
+    levels = _levels(schedule, share, schedule.steps(T if num_steps is None else num_steps, kind))
+    owners = schedule.block_of(levels, blocks.config.num_blocks)
+    # A gap is masked at a time while its number is below the share there, as in training.
+    step_of = (u[:, None] < schedule.masked(levels)[:, :, None] / share[..., None]).sum(1) - 1
+    step_of = torch.where(gaps, step_of, -1)
+    device = next(blocks.parameters()).device
+    z, picks, bound = tokens.to(device, copy=True), picks.to(device), blocks.bind()
+    calls, rows = [0] * blocks.config.num_blocks, [0] * blocks.config.num_blocks
+    for i in range(levels.shape[1]):
+        changes = step_of == i
+        changing = changes.any(1)
+        for block in owners[changing, i].unique().tolist():
+            row = (changing & (owners[:, i] == block)).nonzero()[:, 0]
+            n, k = changes[row].nonzero(as_tuple=True)
+            logits = bound.logits(z[row.to(device)], levels[row, i].float().to(device), block=block)
+            n, k, at = n.to(device), k.to(device), row[n].to(device)
+            z[at, k] = choice.token(logits[n, k], picks[at, k])
+            calls[block] += 1
+            rows[block] += len(row)
+        if callback is not None:
+            callback({"i": i, "num_steps": levels.shape[1], "tokens": z})
+    return Written(z, tuple(calls), tuple(rows))
+
+
+def _parts_of(model: Any) -> tuple[DiffusionBlocks, TokenSizes, MaskSchedule]:
+    blocks = unwrapped(model)
+    network = blocks.base_model if isinstance(blocks, DiffusionBlocks) else blocks
+    known = isinstance(network, (MaskedLM, ConvertedMaskedLM))
+    if not (isinstance(blocks, DiffusionBlocks) and known):
+        raise TypeError(
+            "model must be the DiffusionBlocks of a MaskedLM, "
+            f"got {'that of a ' if network is not blocks else 'a '}{type(network).__name__}"
+        )
+    schedule = blocks.config.schedule
+    assert isinstance(schedule, MaskSchedule)  # DiffusionBlocks checked it
+    sizes = network.config if isinstance(network, MaskedLM) else network.sizes
+    return blocks, sizes, schedule
+
+
+def _uniforms(N: int, T: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two uniform numbers a token, [N, T], which depend on its row and position only."""
+    rows = [uniforms((T, 2), seed, offset=2 * n * context) for n in range(N)]
+    both = torch.stack(rows) if rows else torch.zeros(0, T, 2, dtype=torch.float64)
+    return both[..., 0], both[..., 1]
+
+
+def _share(gaps: Tensor) -> Tensor:
+    """The part of each sequence that is to be written, float64 [N, 1]; 1 where it is none."""
+    share = gaps.double().mean(1, keepdim=True)
+    return share.where(share > 0, 1.0)
+
+
+def _levels(schedule: MaskSchedule, share: Tensor, grid: Tensor) -> Tensor:
+    """The times of each sequence, float64 [N, steps]: of the grid's shares times its own [N, 1]."""
+    return torch.where(share == 1, grid, schedule.time_at(share * schedule.masked(grid)))

@@ -1,0 +1,302 @@
+"""Levels of masks: how much of a sequence of tokens is masked, its partition, sampling grids.
+
+Time t runs from 0, nothing masked, to 1, all masked. Block 0 owns the most masked levels. As in
+`dblocks.schedules.noise`, boundaries are float64 on the CPU, and only drawing touches a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from dblocks import functional as F
+from dblocks.config import JsonConfig, check_block, check_count, check_overlap, check_share
+from dblocks.schedules.noise import OVERLAP, clamp_inside, computed, owner_of, with_top
+
+MASKED = -1  # in the place of a token that is masked
+# No t below is drawn: the weight 1/masked(t) stays a float32, and what of the bound is left out is
+# at most 1.6e-6 of what the tokens cost with nothing masked around them.
+T_MIN = 1e-6
+
+ScheduleKind = Literal["linear", "cosine", "poly2"]
+KINDS = ("linear", "cosine", "poly2")
+DRAWS = ("alpha", "t")
+
+
+class MaskLevel(NamedTuple):
+    """Time t, and what follows from it, each of the shape of t."""
+
+    t: Tensor
+    alpha: Tensor
+    """Probability that a token is not masked."""
+    masked: Tensor
+    """Probability that it is, `1 - alpha` without cancellation."""
+    c_noise: Tensor
+    """What noise embeddings take, `pi*masked`: the fastest frequency of their sines and cosines,
+    of 1 radian, makes half a turn, so that its cosine alone tells all levels apart; the span is
+    about that of `ln(sigma)/4` for Gaussian noise. It does not depend on the kind of schedule."""
+
+
+@dataclass(frozen=True)
+class MaskSchedule(JsonConfig):
+    """Tokens are masked independently of each other, with probability 1 - alpha(t) at time t.
+
+        linear   alpha = 1 - t
+        cosine   alpha = 1 - cos(pi/2 (1 - t))
+        poly2    alpha = 1 - t^2
+
+    The loss of a sequence x of T tokens is the variational bound of -ln p(x),
+
+        int_0^1 -alpha'(t)/(1 - alpha(t)) E[sum over masked tokens of -ln p(token | the others)] dt
+
+    and blocks share it by equal decrements of alpha: block b owns those t whose masked share lies
+    in ((B-1-b)/B, (B-b)/B].
+
+    With `draw="alpha"` training draws alpha uniformly and the kind of schedule changes nothing but
+    the names of the levels, as a network is told the masked share and not t. With `draw="t"` it
+    decides how often a share is seen in training: cosine favours many masked tokens, poly2 few.
+    Either way the expected weighted loss is the same bound.
+
+    Source: Shi et al. 2024 (MD4), arXiv 2406.04329; Sahoo et al. 2024 (MDLM), arXiv 2406.07524.
+    """
+
+    kind: ScheduleKind = "linear"
+    """alpha as a function of t: linear, cosine or poly2."""
+    draw: Literal["alpha", "t"] = "alpha"
+    """What training draws uniformly inside a block: alpha or t."""
+
+    symbol: ClassVar[str] = "t"
+    loss_kinds: ClassVar[tuple[str, ...]] = ("masked_cross_entropy",)
+    weightings: ClassVar[tuple[str, ...]] = ("auto", "none")
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+        if self.draw not in DRAWS:
+            raise ValueError(f"draw must be one of {DRAWS}, got {self.draw!r}")
+
+    def masked(self, t: Tensor) -> Tensor:
+        """The masked share 1 - alpha(t), without cancellation; float32 (float64 for float64)."""
+        t = computed(t)
+        if self.kind == "linear":
+            return t
+        return t.square() if self.kind == "poly2" else torch.sin(math.pi / 2 * t)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Probability that a token is not masked, without cancellation where it is small."""
+        t = computed(t)
+        if self.kind == "linear":
+            return 1 - t
+        if self.kind == "poly2":
+            return (1 - t) * (1 + t)
+        return 2 * torch.sin(math.pi / 4 * (1 - t)).square()
+
+    def alpha_prime(self, t: Tensor) -> Tensor:
+        """The derivative of alpha with respect to t, <= 0."""
+        t = computed(t)
+        if self.kind == "linear":
+            return -torch.ones_like(t)
+        return -2 * t if self.kind == "poly2" else -math.pi / 2 * torch.cos(math.pi / 2 * t)
+
+    def time_of(self, alpha: Tensor) -> Tensor:
+        """The t in [0, 1] at which a token is not masked with probability alpha in [0, 1]."""
+        return self.time_at(1 - computed(alpha))
+
+    def time_at(self, masked: Tensor) -> Tensor:
+        """The t in [0, 1] at which the masked share is `masked` in [0, 1]."""
+        masked = computed(masked)
+        if self.kind == "linear":
+            return masked
+        return masked.sqrt() if self.kind == "poly2" else 2 / math.pi * torch.asin(masked)
+
+    def boundaries(self, num_blocks: int) -> Tensor:
+        """The times that separate the blocks, at alpha = b/B.
+
+        Block b owns `boundaries[b] >= t > boundaries[b+1]`, the last block also t = 0.
+
+        Args:
+            num_blocks: number of blocks B.
+
+        Returns:
+            Descending float64 [B+1] on the CPU, from 1 to 0.
+        """
+        num_blocks = check_count("num_blocks", num_blocks)
+        return torch.tensor(
+            [self._time(1 - b / num_blocks) for b in range(num_blocks + 1)],
+            dtype=torch.float64, device="cpu",
+        )  # fmt: skip
+
+    def range_of(self, block: int, num_blocks: int, *, overlap: float = 0.0) -> tuple[float, float]:
+        """The lowest and highest t that block `block` is trained on.
+
+        Its own range of alpha, widened by `overlap/B` at each end and clamped to [0, 1].
+        """
+        low, high = self._shares(block, num_blocks, overlap)
+        return self._time(low), self._time(high)
+
+    def sample(
+        self,
+        block: int,
+        num_blocks: int,
+        shape: Sequence[int],
+        *,
+        overlap: float = OVERLAP,
+        top_share: float = 0.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draws times of one block, antithetic: evenly spaced, with one random shift.
+
+        alpha (or t, see `draw`) is uniform on the block's widened range: its place in the range is
+        `(u + i/N) mod 1` for element i of N and u uniform, so that a batch covers the range evenly
+        and the loss varies less. Drawn in float64, rounded to float32, clamped to the float32
+        numbers of the range, and never below 1e-6. Each is 1, all masked, instead with probability
+        `top_share`.
+
+        Args:
+            block: the block.
+            num_blocks: number of blocks.
+            shape: shape of the result, [N].
+            overlap: how far the range is widened, as a fraction of 1/B.
+            top_share: share of draws, in [0, 1], that are 1 whatever the block.
+            generator: source of the draw; its device is the default of `device`.
+            device: device of the draw.
+
+        Returns:
+            float32 t of the given shape.
+        """
+        low, high = self.range_of(block, num_blocks, overlap=overlap)
+        check_share("top_share", top_share)
+        if device is None:
+            device = generator.device if generator is not None else "cpu"
+        N = math.prod(shape)
+        shift = torch.rand((), generator=generator, device=device, dtype=torch.float64)
+        place = torch.arange(N, device=device, dtype=torch.float64) / max(N, 1) + shift
+        place = place.remainder(1).view(tuple(shape))
+        if self.draw == "t":
+            t = low + (high - low) * place
+        else:
+            first, last = self._shares(block, num_blocks, overlap)
+            t = self.time_at(first + (last - first) * place)
+        t = clamp_inside(t.float(), max(low, T_MIN), high)
+        return with_top(t, 1.0, top_share, generator)
+
+    def block_of(self, t: Tensor, num_blocks: int) -> Tensor:
+        """The block that owns each t: the number of inner boundaries >= t.
+
+        Both sides are compared in the dtype of t (float32 for float64), as for noise levels.
+
+        Args:
+            t: floating point, any shape.
+            num_blocks: number of blocks.
+
+        Returns:
+            int64 of the shape of t.
+        """
+        return owner_of(t, self.boundaries(num_blocks), self.symbol)
+
+    def steps(self, n: int, kind: Literal["equal_mass", "uniform"] = "equal_mass") -> Tensor:
+        """A sampling grid from t = 1: n times are n steps, the last of which ends at t = 0.
+
+        `equal_mass` steps by equal decrements of alpha, so that each step unmasks equally many
+        tokens on average and each block is called equally often; `uniform` by equal decrements of
+        t, which for cosine begins with fewer tokens a step.
+
+        Args:
+            n: number of times; 1 gives [1].
+            kind: the rule.
+
+        Returns:
+            Descending float64 [n] on the CPU.
+        """
+        n = check_count("number of steps", n)
+        if kind not in ("equal_mass", "uniform"):
+            raise ValueError(f"kind must be 'equal_mass' or 'uniform', got {kind!r}")
+        if kind == "equal_mass":
+            return self.boundaries(n)[:-1]
+        return 1 - torch.arange(n, dtype=torch.float64, device="cpu") / n
+
+    def level(self, t: Tensor) -> MaskLevel:
+        """What follows from t, in float32 (float64 for float64)."""
+        masked = self.masked(t)
+        return MaskLevel(computed(t), self.alpha(t), masked, math.pi * masked)
+
+    def state(self, z: Tensor) -> Tensor:
+        """z as given, tokens int64 [N, T].
+
+        Raises:
+            TypeError: they are not int64.
+        """
+        if z.dtype != torch.int64:
+            raise TypeError(
+                f"z must be tokens, int64 with MASKED = {MASKED} where masked, got {z.dtype}"
+            )
+        return z
+
+    def corrupt(self, y: Tensor, level: MaskLevel, seed: int | Tensor) -> F.Noised:
+        """Masks tokens: `z = where(u < masked, MASKED, y)`, and z again.
+
+        u is uniform and a function of the seed and of the token's number in y alone: the
+        distribution function of the normals of `functional.noise_inject`, so that all t share it.
+
+        Args:
+            y: tokens, int64 [N, T].
+            level: of t [N].
+            seed: an int of 64 bits, or a 0-d int64 tensor on the device.
+        """
+        z = torch.where(uniforms(y.shape, seed, y.device) < level.masked[:, None], MASKED, y)
+        return F.Noised(z, z)
+
+    def scale_in(self, z: Tensor, level: MaskLevel) -> Tensor:
+        """z itself."""
+        return z
+
+    def loss_weight(
+        self, t: Tensor, block: int = 0, num_blocks: int = 1, *, overlap: float = 0.0
+    ) -> Tensor:
+        """The weight that makes the expected loss the bound over the range that t was drawn from.
+
+        With `draw="alpha"` the range's length in alpha over `1 - alpha(t)`; with `draw="t"` its
+        length in t times `-alpha'(t)/(1 - alpha(t))`. Float32 (float64 for float64). Without
+        overlap the blocks' bounds sum to the whole one.
+        """
+        if self.draw == "alpha":
+            low, high = self._shares(block, num_blocks, overlap)
+            return (high - low) / self.masked(t)
+        low, high = self.range_of(block, num_blocks, overlap=overlap)
+        return -(high - low) * self.alpha_prime(t) / self.masked(t)
+
+    def _shares(self, block: int, num_blocks: int, overlap: float) -> tuple[float, float]:
+        """The smallest and largest masked share of a block's widened range."""
+        num_blocks = check_count("num_blocks", num_blocks)
+        block = check_block(block, num_blocks)
+        check_overlap(overlap)
+        low = 1 - (block + 1 + overlap) / num_blocks
+        return max(low, 0.0), min(1 - (block - overlap) / num_blocks, 1.0)
+
+    def _time(self, masked: float) -> float:
+        if self.kind == "linear":
+            return masked
+        return math.sqrt(masked) if self.kind == "poly2" else 2 / math.pi * math.asin(masked)
+
+
+def uniforms(
+    shape: Sequence[int], seed: int | Tensor, device: torch.device | str = "cpu", *, offset: int = 0
+) -> Tensor:
+    """Uniform numbers in (0, 1), float64, that are functions of the seed and their number alone.
+
+    Args:
+        shape: their shape.
+        seed: an int of 64 bits, or a 0-d int64 tensor on the device.
+        device: where they are made.
+        offset: number of the first one.
+    """
+    zeros = torch.zeros(1, math.prod(shape), device=device, dtype=torch.float32)
+    one = torch.ones((), device=device, dtype=torch.float32)
+    normals = F.noise_inject(zeros, one, seed, offset=offset).z
+    return torch.special.ndtr(cast(Tensor, normals).double()).view(tuple(shape))
