@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 JOBS ?= $(shell nproc)# processes of the tests
 OLDEST := $(VENV)/oldest-triton
 
-.PHONY: help demo results test test-gpu test-hub-old docs gate kernels-model host-time static asan lint bench bench-gpu clean
+.PHONY: help demo results test test-gpu test-hub-old docs kernels-check kernels-model host-time static asan lint bench bench-gpu clean
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -30,8 +30,7 @@ test: $(STAMP) ## the whole default test suite, in Triton's interpreter where th
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 # In several processes where PYTHON has pytest-xdist; most of the time goes to compiling kernels.
-GPU_TESTS := tests/kernels tests/ops tests/models tests/adapters tests/test_fuse.py \
-	tests/test_fuse_models.py tests/test_generate.py tests/test_train.py
+GPU_TESTS := tests/kernels tests/ops tests/models tests/integrations tests/blocks tests/sampling
 test-gpu: ## the tests that a GPU can run, with the packages of PYTHON; what is missing is named
 	@$(PYTHON) -c "import xdist" || echo "no pytest-xdist for $(PYTHON): one process, not $(JOBS)"
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -rs $(GPU_TESTS) \
@@ -39,15 +38,15 @@ test-gpu: ## the tests that a GPU can run, with the packages of PYTHON; what is 
 
 test-hub-old: $(STAMP) ## convert and fuse_ with old versions of transformers, timm and diffusers
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/hub-old -r requirements/hub-old.txt
-	PYTHONPATH=build/hub-old $(BIN)/python -m pytest -q tests/adapters tests/test_fuse.py \
-		tests/test_fuse_models.py tests/test_conventions.py --ignore tests/adapters/test_find.py
+	PYTHONPATH=build/hub-old $(BIN)/python -m pytest -q tests/integrations \
+		tests/blocks/test_conventions.py --ignore tests/integrations/convert/test_find.py
 
 docs: ## the documentation as a site in build/site; a warning is an error
 	test -x build/docs-venv/bin/python || $(PYTHON) -m venv build/docs-venv
 	build/docs-venv/bin/pip install --quiet -r requirements/docs.txt
 	build/docs-venv/bin/mkdocs build --strict
 
-gate: $(STAMP) ## compile every kernel for five GPU architectures, with the oldest and the pinned Triton
+kernels-check: $(STAMP) ## compile every kernel for five GPU architectures, with the oldest and the pinned Triton
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m benchmarks.kernels.check --once
 	$(BIN)/python -m benchmarks.kernels.check
 

@@ -1,20 +1,75 @@
-"""dblocks: fused noise-conditioned layers, and residual networks trained one block at a time."""
+"""dblocks: fused noise-conditioned layers, and residual networks trained one block at a time.
 
-from dblocks import functional as functional
+What stands here is imported when it is first used: `import dblocks` loads no network and nothing
+of other libraries.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from dblocks._version import __version__ as __version__
-from dblocks.blocks import BlockOptimizers as BlockOptimizers
-from dblocks.blocks import BlocksConfig as BlocksConfig
-from dblocks.blocks import DiffusionBlocks as DiffusionBlocks
-from dblocks.blocks import Loss as Loss
-from dblocks.blocks import StepResult as StepResult
-from dblocks.blocks import make_optimizers as make_optimizers
-from dblocks.blocks import train_step as train_step
-from dblocks.integrations.convert.blocks import ConvertedBlocks as ConvertedBlocks
-from dblocks.integrations.convert.blocks import convert as convert
-from dblocks.integrations.fuse.apply import fuse_ as fuse_
-from dblocks.integrations.fuse.apply import unfuse_ as unfuse_
-from dblocks.sampling.euler import initial_noise as initial_noise
-from dblocks.sampling.euler import sample_euler as sample_euler
-from dblocks.sampling.euler import sample_logits as sample_logits
-from dblocks.schedules.mask import MaskSchedule as MaskSchedule
-from dblocks.schedules.noise import NoiseSchedule as NoiseSchedule
+
+if TYPE_CHECKING:
+    from dblocks import functional as functional
+    from dblocks import models as models
+    from dblocks import nn as nn
+    from dblocks.blocks import BlockOptimizers as BlockOptimizers
+    from dblocks.blocks import BlocksConfig as BlocksConfig
+    from dblocks.blocks import DiffusionBlocks as DiffusionBlocks
+    from dblocks.blocks import Loss as Loss
+    from dblocks.blocks import StepResult as StepResult
+    from dblocks.blocks import make_optimizers as make_optimizers
+    from dblocks.blocks import train_step as train_step
+    from dblocks.checkpoint import load_model as load_model
+    from dblocks.checkpoint import save_model as save_model
+    from dblocks.integrations.convert import ConvertedBlocks as ConvertedBlocks
+    from dblocks.integrations.convert import convert as convert
+    from dblocks.integrations.fuse import fuse_ as fuse_
+    from dblocks.integrations.fuse import unfuse_ as unfuse_
+    from dblocks.sampling.euler import initial_noise as initial_noise
+    from dblocks.sampling.euler import sample_euler as sample_euler
+    from dblocks.sampling.euler import sample_logits as sample_logits
+    from dblocks.sampling.text import generate as generate
+    from dblocks.sampling.unmasking import unmask as unmask
+    from dblocks.schedules import MaskSchedule as MaskSchedule
+    from dblocks.schedules import NoiseSchedule as NoiseSchedule
+
+_MODULE_OF = {
+    **dict.fromkeys(
+        (
+            "BlockOptimizers",
+            "BlocksConfig",
+            "DiffusionBlocks",
+            "Loss",
+            "StepResult",
+            "make_optimizers",
+            "train_step",
+        ),
+        "dblocks.blocks",
+    ),
+    **dict.fromkeys(("load_model", "save_model"), "dblocks.checkpoint"),
+    **dict.fromkeys(("ConvertedBlocks", "convert"), "dblocks.integrations.convert"),
+    **dict.fromkeys(("fuse_", "unfuse_"), "dblocks.integrations.fuse"),
+    **dict.fromkeys(("initial_noise", "sample_euler", "sample_logits"), "dblocks.sampling.euler"),
+    "generate": "dblocks.sampling.text",
+    "unmask": "dblocks.sampling.unmasking",
+    **dict.fromkeys(("MaskSchedule", "NoiseSchedule"), "dblocks.schedules"),
+}
+_MODULES = ("functional", "models", "nn")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(import_module(_MODULE_OF[name]), name)
+    elif name in _MODULES:
+        value = import_module(f"dblocks.{name}")
+    else:
+        raise AttributeError(f"module 'dblocks' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF, *_MODULES})

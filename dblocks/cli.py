@@ -11,9 +11,7 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from benchmarks.models.fuse import dit
-from dblocks.commands import recurrent, vit
-from dblocks.integrations.convert.transformers import causal_lm, masked_lm
+from dblocks.recipes.commands import causal_lm, dit, masked_lm, recurrent, vit
 
 DESCRIPTION = """DiffusionBlocks: train a residual network one block of layers at a time.
 
@@ -39,9 +37,9 @@ class Info:
     def __call__(self) -> None:
         """Print the report."""
         if self.model is not None:
-            from dblocks import _model_info
+            from dblocks.integrations import describe
 
-            print(_model_info.report(self.model, self.blocks))
+            print(describe.report(self.model, self.blocks))
             return
         from dblocks.info import report
 
@@ -74,12 +72,12 @@ class Bench:
     def __call__(self) -> None:
         """Run the benchmark in a process of its own, with the allocator's settings it needs."""
         root = Path(__file__).resolve().parents[1]
-        if not (root / "benchmarks" / "run.py").exists():
+        if not (root / "benchmarks" / "ops" / "run.py").exists():
             raise ValueError(
                 "dblocks bench runs from a checkout, where the folder benchmarks/ is; this dblocks "
                 f"is installed in {root}. Clone the repository and run `make bench` there"
             )
-        arguments = [f"benchmarks.{'run' if self.what == 'ops' else 'step'}"]
+        arguments = [f"benchmarks.{'ops.run' if self.what == 'ops' else 'models.step'}"]
         arguments += ["--device", self.device, "--rounds", str(self.rounds)]
         if self.out is not None:
             arguments += ["--out", str(self.out.resolve())]

@@ -7,7 +7,7 @@ import torch
 from hub_tools import library
 
 from dblocks import BlocksConfig, MaskSchedule, NoiseSchedule
-from dblocks.integrations.convert.blocks import convert
+from dblocks.integrations.convert import convert
 from tools import seeded
 
 V, T, CLASSES = 23, 8, 5

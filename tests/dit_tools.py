@@ -3,7 +3,7 @@
 import torch
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.models.dit import DiT, DiTConfig
+from dblocks.models import DiT, DiTConfig
 from tools import DEVICE, randomized, seeded
 
 SIZES = {

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from dblocks.integrations.fuse.apply import dit_block, dit_final_layer, register_fusion
+from dblocks.integrations.fuse import dit_block, dit_final_layer, register_fusion
 from dblocks.integrations.fuse.fusion import REGISTERED
 from tools import DEVICE, normal, randomized
 

@@ -3,8 +3,7 @@
 import torch
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.models.causal_lm import CausalLM, CausalLMConfig
-from dblocks.models.recurrent import RecurrentConfig, RecurrentLM
+from dblocks.models import CausalLM, CausalLMConfig, RecurrentConfig, RecurrentLM
 from tools import DEVICE, randomized, seeded
 
 KINDS = ("dit", "official", "none")

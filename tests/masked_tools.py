@@ -6,7 +6,7 @@ import torch
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models.masked_lm import Hidden, MaskedLM, MaskedLMConfig
-from dblocks.schedules.mask import MASKED, MaskSchedule
+from dblocks.schedules import MASKED, MaskSchedule
 from tools import DEVICE, randomized, seeded
 
 SIZES = {"vocab_size": 11, "context": 12, "width": 16, "depth": 6, "heads": 4, "kv_heads": 2}

@@ -7,7 +7,7 @@ import torch
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import load_model, save_model
-from dblocks.models.dit import DiT, DiTConfig
+from dblocks.models import DiT, DiTConfig
 from lm_tools import PUBLISHED, lm_of, recurrent_of, tokens_of
 from tools import DEVICE, batch, normal, randomized, vit
 

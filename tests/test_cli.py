@@ -5,11 +5,13 @@ import sys
 import pytest
 import torch
 
-from dblocks import data, functional, info, records
+from dblocks import functional, info
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import save_model
 from dblocks.cli import main
-from dblocks.models.vit import ViT, ViTConfig
+from dblocks.models import ViT, ViTConfig
+from dblocks.recipes import records
+from dblocks.recipes.data import digits
 from dblocks.recipes.vit import Classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,7 +149,7 @@ def checkpoint(tmp_path):
 def test_eval_measures_as_training_does(checkpoint, capsys):
     vit, folder = checkpoint
     classifier = Classifier(vit, DiffusionBlocks(vit, CONFIG))
-    _, held_out = data.digits("final")
+    _, held_out = digits.digits("final")
     # As in `dblocks.recipes.records.train`: the product, without noise.
     measured, noisy, other = (
         f"{100 * classifier.accuracy(held_out, **k):.1f} %"

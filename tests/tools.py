@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dblocks.models.vit import ViT, ViTConfig
+from dblocks.models import ViT, ViTConfig
 from dblocks.ops import _extension
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -75,7 +75,7 @@ class Run:
         """
         from statistics import median
 
-        from benchmarks import timing
+        from benchmarks.ops import timing
 
         if self.dry:
             for call in calls.values():
@@ -91,16 +91,16 @@ class Run:
 
 def environment(run: Run) -> None:
     """What every figure depends on."""
-    from benchmarks import timing
+    from benchmarks.ops import timing
 
     run.row(part="environment", **timing.environment(run.device))
 
 
 def run_parts(run: Run, chosen: list[str]) -> int:
     """Runs every part that there is time for; the number of those that failed."""
-    from benchmarks import gpu_parts
+    from benchmarks.gpu.parts import PARTS
 
-    parts = {"environment": environment, **gpu_parts.PARTS}
+    parts = {"environment": environment, **PARTS}
     failed = 0
     for name, part in parts.items():
         if (chosen and name not in chosen and name != "environment") or not run.allows(part=name):

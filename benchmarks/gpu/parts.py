@@ -92,22 +92,22 @@ def compile_job(job: tuple[str, Any, int]) -> int:
     """Compiles the launches of one width or shape as the parts make them; how many."""
     from triton.backends.compiler import GPUTarget
 
-    from benchmarks import compile_cases, compile_gate
+    from benchmarks.kernels import cases, check
     from benchmarks.kernels.model import rows
 
     what, of, capability = job
     if what == "attention":
         heads, width, T, block = of
         target = f"sm_{capability}"
-        compile_cases.N, compile_cases.T, compile_cases.HEADS = 4, T, heads
-        attend = compile_cases.attend
+        cases.N, cases.T, cases.HEADS = 4, T, heads
+        attend = cases.attend
         launches = [lambda: attend(width, torch.bfloat16, target, block_size=block)]
     else:
         calls = rows.norms(of) if what == "norms" else rows.diffusion(of)
         launches = list({id(call.launch): call.launch for _, call in calls}.values())
-    caught = [c for launch in launches for c in compile_gate.catch(launch)]
+    caught = [c for launch in launches for c in check.catch(launch)]
     for launch in caught:
-        compile_gate.compile_launch(launch, GPUTarget("cuda", capability, 32))
+        check.compile_launch(launch, GPUTarget("cuda", capability, 32))
     return len(caught)
 
 
@@ -252,12 +252,12 @@ def small(run: Run) -> None:
 
 def _liger(run: Run) -> dict[str, Callable[..., Tensor]]:
     """Liger's layer norm and the modulation; named where it is absent."""
-    from benchmarks import peers
+    from benchmarks.ops import baselines
 
     if run.dry:
         return {}
     try:
-        peer = peers.liger_layer_norm()
+        peer = baselines.liger_layer_norm()
     except ImportError as missing:
         run.row(part="small", peer="liger", absent=f"liger-kernel is not installed ({missing})")
         return {}
@@ -287,18 +287,18 @@ def inductor(run: Run) -> None:
 
 def flex(run: Run) -> None:
     """FlexAttention at block 1, compiled, with its default tiles and with tuned ones."""
-    from benchmarks import attention as peers
+    from benchmarks.ops import attention as baselines
 
     H, W, T, _ = DRY_SHAPES[0] if run.dry else SHAPES[0]
     samples = 1 if run.dry else 4
-    for name, options in (("flex", None), ("flex tuned", peers.TUNED_FLEX)):
+    for name, options in (("flex", None), ("flex tuned", baselines.TUNED_FLEX)):
         if not run.allows(part="flex", peer=name):
             continue
         if run.dry:
             run.row(part="flex", peer=name, skipped="has no backward on CPUs")
             continue
         q, k, v = (run.random(samples, H, 2 * T, W).requires_grad_() for _ in "qkv")
-        call, up = peers.flex(options), run.random(samples, H, 2 * T, W)
+        call, up = baselines.flex(options), run.random(samples, H, 2 * T, W)
         (o,) = call(q, k, v)
         assert o is not None
         apart = error(o, D.doubled_attention(q, k, v, impl="triton"))

@@ -12,8 +12,8 @@ on sm_90 one after another (ptxas calls that serialized), and no kernel may be l
     python -m benchmarks.kernels.check --slice    what the test suite runs, about a minute
     python -m benchmarks.kernels.check --once     every case once, for one GPU: half a minute
 
-Another Triton than the installed one takes its place by a folder on PYTHONPATH; `make gate` and the
-tests do so with the oldest one that is supported.
+Another Triton than the installed one takes its place by a folder on PYTHONPATH; `make
+kernels-check` and the tests do so with the oldest one that is supported.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from benchmarks import machine_code
+from benchmarks.kernels import machine_code
 from benchmarks.kernels.machine_code import NOT_READ
 
 TARGETS = {
@@ -147,12 +147,12 @@ def compile_launch(caught: Caught, target: GPUTarget) -> Any:
 
 def cases(D: int, dtype: torch.dtype, target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every launch of every op at a width, as a training step of a large model makes it."""
-    from benchmarks import compile_cases
+    from benchmarks.kernels import cases
 
     if D in HEAD_WIDTHS:
-        yield from compile_cases.attention(D, dtype, target)
+        yield from cases.attention(D, dtype, target)
     else:
-        yield from compile_cases.cases(D, dtype)
+        yield from cases.cases(D, dtype)
 
 
 def check_case(job: "Job", *, code: bool = True) -> list[Launch]:
@@ -319,7 +319,7 @@ def main() -> int:
         return 1 if failed or not count else 0
     left_out = launched_kernels() - kernels
     if left_out:
-        print(f"no case launches {', '.join(sorted(left_out))}: add one to compile_cases.py")
+        print(f"no case launches {', '.join(sorted(left_out))}: add one to cases.py")
     return 1 if failed or left_out else 0
 
 

@@ -15,7 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 # compile_gate first: it turns Triton's interpreter off before triton is imported.
-from benchmarks import compile_gate, registry
+from benchmarks.kernels import check
+from benchmarks.ops import registry
 from benchmarks.ops.op import SHAPES
 from dblocks.kernels import _attention, _launch
 
@@ -60,7 +61,7 @@ def tiles(widths: Iterable[int]) -> str:
     rows = []
     for D in widths:
         for dtype in ("bf16", "f32"):  # f16 as bf16
-            chosen = _attention.settings(D, compile_gate.DTYPES[dtype], TARGET)
+            chosen = _attention.settings(D, check.DTYPES[dtype], TARGET)
             rows += [(D, dtype, k, *tile) for k, tile in chosen._asdict().items()]
     return table(rows, ("D", "dtype", "kernel", "query rows", "keys", "warps", "stages"))
 
@@ -76,10 +77,10 @@ def traffic() -> str:
     return table(rows, header)
 
 
-def document(launches: list[compile_gate.Launch], widths: Iterable[int]) -> str:
+def document(launches: list[check.Launch], widths: Iterable[int]) -> str:
     """The whole page."""
-    triton = compile_gate.triton.__version__
-    torch = compile_gate.torch.__version__.partition("+")[0]
+    triton = check.triton.__version__
+    torch = check.torch.__version__.partition("+")[0]
     rows = [
         (
             r.case, r.kernel, r.D, r.dtype, r.warps, r.registers, r.stack, r.shared, r.matrix,
@@ -131,10 +132,10 @@ def main() -> int:
     parser.add_argument("--case", default="", help="only the cases whose name contains this")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    jobs = compile_gate.jobs((*args.widths, *HEAD_WIDTHS), (TARGET,))
+    jobs = check.jobs((*args.widths, *HEAD_WIDTHS), (TARGET,))
     jobs = [job for job in jobs if args.case in job[2]]
     with ProcessPoolExecutor(args.workers) as pool:
-        launches = [row for rows in pool.map(compile_gate.check_case, jobs) for row in rows]
+        launches = [row for rows in pool.map(check.check_case, jobs) for row in rows]
     broken = [row for row in launches if row.error]
     for row in broken:
         print(f"{row.case}, {row.kernel}, D = {row.D}: {row.error}", file=sys.stderr)

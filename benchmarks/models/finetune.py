@@ -29,17 +29,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks import finetune_report, finetune_text, timing
+from benchmarks.models import finetune_report, finetune_text
 from benchmarks.models.pretrained import Pretraining, pretrained
 from benchmarks.models.saved import PeakSaved
+from benchmarks.ops import timing
 from dblocks import BlocksConfig, info, make_optimizers, train_step
-from dblocks.integrations.convert.blocks import ConvertedBlocks, convert
+from dblocks.integrations.convert import ConvertedBlocks, convert
 from dblocks.integrations.convert.causal_lm import Rows
 from dblocks.models.posterior import Head
 from dblocks.recipes.autoregressive import bits_per_character, bound_of
 from dblocks.recipes.data.text import Text
 from dblocks.recipes.records import read_record, use_one_thread, write_record
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.schedules import NoiseSchedule
 
 FORMAT = 1
 DENOISING_SEED = 11  # of the levels and the noise that held-out denoising is measured with

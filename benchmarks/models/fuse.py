@@ -1,7 +1,7 @@
 """Times training steps of diffusers' transformers before and after `fuse_`, compiled and not.
 
-    python -m benchmarks.models.fuse                   2 layers of DiT-XL/2 and of SD3, batch 1, on the CPU
-    python -m benchmarks.models.fuse --device cuda     all 28 and 24 layers, batch 16, bfloat16
+    python -m benchmarks.models.fuse                2 layers of DiT-XL/2 and of SD3, batch 1, CPU
+    python -m benchmarks.models.fuse --device cuda  all 28 and 24 layers, batch 16, bfloat16
 
 A step is a forward and a backward pass. The forms of a model share its parameters and inputs and
 take turns inside every round. Before it is timed, each fused form is compared with float64: its
@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import timing
 from benchmarks.models.step import _Count
+from benchmarks.ops import timing
 from benchmarks.ops.report import markdown
 from dblocks.blocks.memory import SavedActivations
-from dblocks.integrations.fuse.apply import fuse_
+from dblocks.integrations.fuse import fuse_
 from dblocks.testing import error_budget
 
 LAYERS = {"cpu": (2, 2), "cuda": (28, 24)}

@@ -20,8 +20,8 @@ class _Held:
 class PeakSaved(saved_tensors_hooks):
     """Counts the bytes saved for the backward inside the `with` block, at their peak.
 
-    `dblocks.blocks.memory.SavedActivations` counts all that was saved, which is the same for one graph.
-    Where one graph is gone before the next is made, the memory is that of the larger one.
+    `dblocks.blocks.memory.SavedActivations` counts all that was saved, which is the same for one
+    graph. Where one graph is gone before the next is made, the memory is that of the larger one.
 
     Args:
         parameters: what not to count.

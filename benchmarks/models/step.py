@@ -1,7 +1,7 @@
 """Times whole training steps of a ViT: one block's, fused and not, and the step end to end.
 
-    python -m benchmarks.models.step                   D = 384, 12 layers, 65 tokens, batch 32, on the CPU
-    python -m benchmarks.models.step --device cuda     D = 1024, 24 layers, 257 tokens, batch 64, bfloat16
+    python -m benchmarks.models.step                D = 384, 12 layers, 65 tokens, batch 32, CPU
+    python -m benchmarks.models.step --device cuda  D = 1024, 24 layers, 257 tokens, batch 64, bf16
 
 Each form takes the same batch and optimizer and they take turns inside every round. A block's step
 trains one of three blocks; three of them run as many layers as one step end to end. Before it is
@@ -24,11 +24,11 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import timing
+from benchmarks.ops import timing
 from benchmarks.ops.report import markdown
 from dblocks import BlocksConfig, DiffusionBlocks, make_optimizers
 from dblocks.blocks.memory import SavedActivations
-from dblocks.models.vit import ViT, ViTConfig
+from dblocks.models import ViT, ViTConfig
 from dblocks.ops import _common
 
 SIZES = {

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from benchmarks import run, timing
+from benchmarks.ops import run, timing
 from benchmarks.ops.baselines import peers_of
 from benchmarks.ops.registry import OPS
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dblocks.functional as D
-from benchmarks import attention
+from benchmarks.ops import attention
 from benchmarks.ops.op import SEED, Op, Work
 from dblocks.kernels.cross_entropy import cross_entropy
 

@@ -1,10 +1,10 @@
 """Times every op beside its peers, each checked against float64 before it is timed.
 
-    python -m benchmarks.ops.run                          all shapes of this machine's CPU
-    python -m benchmarks.ops.run --device cuda            64M elements in bfloat16 (128 MiB a tensor)
-    python -m benchmarks.ops.run --device cuda --budget 180      the first shape of every op first
+    python -m benchmarks.ops.run                      all shapes of this machine's CPU
+    python -m benchmarks.ops.run --device cuda        64M elements in bfloat16 (128 MiB a tensor)
+    python -m benchmarks.ops.run --device cuda --budget 180  the first shape of every op first
     python -m benchmarks.ops.run --op adaln --rounds 20
-    python -m benchmarks.ops.run --compare old.json       and what has changed since
+    python -m benchmarks.ops.run --compare old.json   and what has changed since
 
 Peers take turns inside every round, so that a drift of the clock meets all of them; our own
 reference has its turns after them. A figure is the median over the rounds, with the 20th and 80th
@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import timing
 from benchmarks.kernels.check import report
+from benchmarks.ops import timing
 from benchmarks.ops.baselines import peers_of
 from benchmarks.ops.checks import gradients, leaves_of, tensors, wrong
 from benchmarks.ops.op import DTYPES, Absent, Contender, Op, Peer, Work

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.study.experiment import Records
-from dblocks import text_metrics
 from dblocks.checkpoint import load_model, prepare, save_model
 from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.recipes.data.text import Corpus
+from dblocks.recipes.metrics.text import known_share, ngram_divergence, repetition_rate
 from dblocks.recipes.plots import Measure
 from dblocks.recipes.records import FORMAT, read_record, train, write_record
 from dblocks.recipes.report import Column, Record, Rows, spread
@@ -150,9 +150,9 @@ def score_all(
     return {
         name: {
             "bits": _bits_under(model, prompts, _tokens(texts, corpus)),
-            "divergence": text_metrics.ngram_divergence(texts, held_out, NGRAM),
-            "known": text_metrics.known_share(texts, held_out, NGRAM),
-            "repetition": text_metrics.repetition_rate(texts, REPEATED),
+            "divergence": ngram_divergence(texts, held_out, NGRAM),
+            "known": known_share(texts, held_out, NGRAM),
+            "repetition": repetition_rate(texts, REPEATED),
         }
         for name, texts in {**samples, "reference": reference}.items()
     }

@@ -29,7 +29,7 @@ from dblocks.recipes.records import read_record, train, use_one_thread, write_re
 from dblocks.recipes.text_run import NOISE_SEED, PROMPT, TextRun, continuations
 from dblocks.sampling.text import generate
 from dblocks.sampling.unmasking import unmask
-from dblocks.schedules.mask import MASKED
+from dblocks.schedules import MASKED
 
 TOKENS = 64  # that are written to take the time
 ROUNDS = 5

@@ -107,7 +107,7 @@ class Denoiser(nn.Module, ABC):
             raise ValueError(
                 f"score() of {type(model).__name__} must return one loss for each sigma, "
                 f"{list(draw.sigma.shape)}, got {list(losses.shape)}; "
-                "average over what shares a sigma, see dblocks.blocks.network.BlockModel"
+                "average over what shares a sigma, see dblocks.blocks.BlockModel"
             )
         w = schedule.loss_weight(draw.sigma, block, config.num_blocks, overlap=config.overlap)
         weight = loss_factors(config.weighting, model.loss_kind, w)

@@ -121,13 +121,13 @@ def check_model(model: object) -> None:
     if not isinstance(getattr(model, "layers", None), nn.ModuleList):
         raise TypeError(
             f"{name} must hold its residual layers in an nn.ModuleList `layers`; "
-            "see dblocks.blocks.network.BlockModel"
+            "see dblocks.blocks.BlockModel"
         )
     missing = [f"{part}()" for part in PARTS if not callable(getattr(model, part, None))]
     missing += [value for value in VALUES if not hasattr(model, value)]
     if missing:
         raise TypeError(
-            f"{name} must have all members of dblocks.blocks.network.BlockModel, "
+            f"{name} must have all members of dblocks.blocks.BlockModel, "
             f"got none of {', '.join(missing)}; add them to it or to a subclass"
         )
     if model.loss_kind not in LOSS_KINDS:

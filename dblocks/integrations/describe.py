@@ -166,7 +166,8 @@ def _fused(model: nn.Module) -> list[str]:
     )
     if not replaced:
         return [
-            "  replaces nothing: it knows no module of this model; see dblocks.integrations.fuse.apply.register_fusion"
+            "  replaces nothing: it knows no module of this model; see "
+            "dblocks.integrations.fuse.register_fusion"
         ]
     rows = [("name", "number", "class", "becomes")]
     rows += [(name, str(n), before, after) for (name, before, after), n in replaced.items()]

@@ -1,7 +1,7 @@
 """A masked diffusion language model: it predicts the masked tokens of a text, from both sides.
 
-`dblocks.unmask` writes text with it, also in the gaps of a given one, and `dblocks.sampling.masked_likelihood`
-measures its bound.
+`dblocks.unmask` writes text with it, also in the gaps of a given one, and
+`dblocks.sampling.masked_likelihood` measures its bound.
 """
 
 from __future__ import annotations

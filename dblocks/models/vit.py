@@ -284,7 +284,7 @@ def classify(
     """Logits of a block-wise trained `ViT`.
 
     By default log-probabilities of the product of all blocks' predictions, one call each, see
-    `dblocks.sampling.euler.product_logits`; where blocks were trained without a `top_share`, or steps are
+    `product_logits`; where blocks were trained without a `top_share`, or steps are
     asked for, Euler steps, and the last call's logits. Steps begin at 0, the mean of the noise at
     sigma_max, and end near the most likely class; from noise, as published, they end in a class
     drawn from what the blocks think likely, which is right less often. The last call is at

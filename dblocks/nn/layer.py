@@ -9,7 +9,7 @@ from dblocks import functional as F
 from dblocks.nn.attention import Attend, Attention
 from dblocks.nn.conditioning import ConditioningKind
 from dblocks.nn.mlp import MLPS, MLPKind
-from dblocks.nn.modulation import Modulation, Norm, NormKind
+from dblocks.nn.modulation import GATE_CHUNKS, Modulation, Norm, NormKind
 from dblocks.nn.rotary import Rotary
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dblocks import image_grid
 from dblocks.blocks import (
     BlocksConfig,
     DiffusionBlocks,
@@ -24,12 +23,13 @@ from dblocks.models.dit import (
     DiTConfig,
     generate_images,
 )
-from dblocks.recipes import _base
+from dblocks.recipes import image_grid
 from dblocks.recipes.data.digits import Images, batch_indices
 from dblocks.recipes.data.images import load_images
 from dblocks.recipes.judge import FEATURES, train_judge
 from dblocks.recipes.metrics.classes import accuracy
 from dblocks.recipes.metrics.images import deviation, frechet_distance, in_batches
+from dblocks.recipes.run import Batch, Learner, Run
 from dblocks.sampling.euler import sampling_cost
 from dblocks.schedules.noise import NoiseSchedule
 
@@ -40,7 +40,7 @@ MOST_CLASSES = 10  # of which it keeps some
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTRun(_base.Run):
+class DiTRun(Run):
     """Everything that decides the outcome of a run on images; see `load_images`."""
 
     data: str = "digits"
@@ -144,7 +144,7 @@ class Sampled(NamedTuple):
     """For each image."""
 
 
-class DiTLearner(_base.Learner):
+class DiTLearner(Learner):
     """A DiT in training on images.
 
     Args:
@@ -162,7 +162,7 @@ class DiTLearner(_base.Learner):
         super().__init__(run, lambda: DiT(run.dit_config(data)), lambda: run.blocks_config(data))
         self.dit_run, self.data, self.evaluated = run, data, evaluated
 
-    def host_batch(self, step: int) -> _base.Batch:
+    def host_batch(self, step: int) -> Batch:
         """Batch number `step`, on the CPU."""
         run, data = self.run, self.data
         chosen = data[batch_indices(len(data), run.batch_size, seed=run.seed, step=step)]

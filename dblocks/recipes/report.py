@@ -1,7 +1,7 @@
 """Tables made from the records of finished runs: for a terminal, and for a README.
 
-A record is what `dblocks.recipes.records.train` makes: a dictionary of JSON values. A row of a table is the
-records of runs that differ in their seed only; a column says what to write of them.
+A record is what `records.train` makes: a dictionary of JSON values. A row of a table is the records
+of runs that differ in their seed only; a column says what to write of them.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dblocks.recipes import _base
 from dblocks.recipes.data.text import (
     TOKENIZER_FILE,
     Corpus,
@@ -20,6 +19,7 @@ from dblocks.recipes.data.text import (
     random_windows,
     tokenizer_from_json,
 )
+from dblocks.recipes.run import Batch, Learner, Run
 
 NOISE_SEED = 7  # of the noise that evaluation and samples start from
 SAMPLES = 32
@@ -27,11 +27,11 @@ PROMPT = 16  # tokens of held-out text that a sample continues
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextRun(_base.Run, ABC):
-    """Everything that decides the outcome of a run on text; see `dblocks.recipes.data.text.load_corpus`."""
+class TextRun(Run, ABC):
+    """Everything that decides the outcome of a run on text; see `load_corpus`."""
 
     data: str = "pydoc"
-    """The text: pydoc, gcide, or the path of a file in UTF-8; see `dblocks.recipes.data.text.read_text`."""
+    """The text: pydoc, gcide, or the path of a file in UTF-8; see `read_text`."""
     tokenizer: str | None = None
     """Path of a Hugging Face tokenizer.json; characters by default."""
     context: int = 128
@@ -71,7 +71,7 @@ class TextRun(_base.Run, ABC):
         return tokenizer_from_json(text)
 
 
-class TextLearner(_base.Learner, ABC):
+class TextLearner(Learner, ABC):
     """A language model in training on text.
 
     Args:
@@ -90,7 +90,7 @@ class TextLearner(_base.Learner, ABC):
         super().__init__(run, *how)
         self.text, self.corpus = run, corpus
 
-    def host_batch(self, step: int) -> _base.Batch:
+    def host_batch(self, step: int) -> Batch:
         """Batch number `step`, on the CPU."""
         run = self.text
         tokens = self.corpus.training.tokens

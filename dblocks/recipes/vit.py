@@ -14,10 +14,10 @@ from dblocks.blocks import BlocksConfig, DiffusionBlocks, Weighting
 from dblocks.models.posterior import Head
 from dblocks.models.vit import Noise, ViT, ViTConfig, classify
 from dblocks.nn import ConditioningKind
-from dblocks.recipes import _base
 from dblocks.recipes.data.digits import Images, batch_indices
 from dblocks.recipes.data.images import load_images
 from dblocks.recipes.metrics.classes import accuracy, evaluate
+from dblocks.recipes.run import Batch, Learner, Run
 
 NOISE_SEED = 7  # of the noise that evaluation starts from
 DENOISING_STEPS = (1, 2, 3, 6, 12)  # with which the final accuracy is measured too
@@ -26,7 +26,7 @@ MOST_PATCH = 7  # side of a patch that is taken by default
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTRun(_base.Run):
+class ViTRun(Run):
     """Everything that decides the outcome of a run on images; see `load_images`."""
 
     data: str = "digits"
@@ -183,7 +183,7 @@ class Classifier(NamedTuple):
         return evaluate(predict, data.images, data.labels, batch_size=len(data))
 
 
-class ViTLearner(_base.Learner):
+class ViTLearner(Learner):
     """A ViT in training on images.
 
     Args:
@@ -210,7 +210,7 @@ class ViTLearner(_base.Learner):
         self.noise: Noise = run.noise
         self.classifier = Classifier(self.network, self.model)
 
-    def host_batch(self, step: int) -> _base.Batch:
+    def host_batch(self, step: int) -> Batch:
         """Batch number `step`, on the CPU."""
         run, data = self.run, self.data
         chosen = data[batch_indices(len(data), run.batch_size, seed=run.seed, step=step)]

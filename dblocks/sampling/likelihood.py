@@ -109,7 +109,7 @@ def product_nll(
         ln p(k) = mean over blocks of ln p_b(k), normalised
 
     Each block is called once at sigma_max, whose noise tells nothing, so this is exact; it is the
-    distribution that `generate(product=True)` draws from. See `dblocks.sampling.euler.product_logits`.
+    distribution that `generate(product=True)` draws from. See `product_logits`.
 
     Args:
         model: the blocks of a language model, trained with a `BlocksConfig.top_share`.

@@ -82,9 +82,9 @@ def stream(
     logits are sampled. One step, at sigma_max, runs the top block only: a next-token model of that
     block's layers. With `product` a token comes of one call of every block at sigma_max, where the
     noise tells nothing: it is drawn from the normalised geometric mean of their predictions, the
-    distribution of `dblocks.sampling.likelihood.product_nll`. Networks that write `tokens_per_block` tokens
-    at once take the same number of calls for all of them; the end of a prompt ends a block of
-    tokens, as in training the multiples of its length do, so prompts of such a length serve best.
+    distribution of `product_nll`. Networks that write `tokens_per_block` tokens at once take the
+    same number of calls for all of them; the end of a prompt ends a block of tokens, as in training
+    the multiples of its length do, so prompts of such a length serve best.
 
     Each block keeps keys and values of the clean tokens in its own layers. A token's rows are added
     with that block's first call for the next token, beside the noisy row, so that a token costs

@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("finetune", "finetune_report", "finetune_text", "pretrained", "saved")
 BLOCKS = 3
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import fuse
-from dblocks.integrations.fuse.apply import dit_final_layer, register_fusion, unfuse_
+from benchmarks.models import fuse
+from dblocks.integrations.fuse import dit_final_layer, register_fusion, unfuse_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ from dblocks.blocks import (
     DiffusionBlocks,
     loss_factors,
 )
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.schedules import NoiseSchedule
 from tools import DEVICE, batch, normal, randomized, seeded, vit
 
 

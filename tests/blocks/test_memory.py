@@ -4,7 +4,7 @@ from torch import nn
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.blocks.memory import SavedActivations, state_bytes
-from dblocks.models.vit import ViT, ViTConfig
+from dblocks.models import ViT, ViTConfig
 
 
 def test_each_storage_counts_once_and_parameters_do_not():

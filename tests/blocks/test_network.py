@@ -8,8 +8,7 @@ from dblocks import functional as F
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.nn import NoiseEmbedding
 from dblocks.sampling.euler import initial_noise, sample_euler
-from dblocks.schedules.mask import MaskSchedule
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.schedules import MaskSchedule, NoiseSchedule
 from tools import DEVICE, batch, normal, randomized, seeded, vit
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
-from dblocks.models.vit import ViT, ViTConfig
+from dblocks.models import ViT, ViTConfig
 from tools import DEVICE, SIZES, batch, seeded
 
 FACTORIES = {

@@ -6,14 +6,14 @@ import types
 
 import pytest
 import torch
-from dblocks.adapters import _build
 from hub_tools import library
 
-from dblocks import _model_info
 from dblocks.blocks import BlocksConfig
 from dblocks.cli import main
+from dblocks.integrations import build as building
+from dblocks.integrations import describe
 from dblocks.integrations.build import build
-from dblocks.integrations.convert.blocks import convert
+from dblocks.integrations.convert import convert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,8 +164,8 @@ def test_nothing_is_allocated(monkeypatch):
         converted.append(convert(*args, **kwargs))
         return converted[-1]
 
-    monkeypatch.setattr(_model_info, "convert", record)
-    assert "LlamaForCausalLM" in _model_info.report("llama", 4)  # 7 billion parameters
+    monkeypatch.setattr(describe, "convert", record)
+    assert "LlamaForCausalLM" in describe.report("llama", 4)  # 7 billion parameters
     (dm,) = converted
     assert all(p.is_meta for p in dm.parameters())
     assert numel(dm.base_model.model.parameters()) > 6e9
@@ -251,11 +251,11 @@ def test_a_library_that_cannot_be_imported_says_why(error, monkeypatch, capsys):
         build("timm:vit_tiny_patch16_224")
     broken = types.ModuleType("diffusers")
     broken.__getattr__ = fail_later
-    monkeypatch.setattr(_build, "_library", lambda _: broken)
+    monkeypatch.setattr(building, "_library", lambda _: broken)
     with pytest.raises(
         ImportError, match="diffusers is installed but not all of it loads: the cause"
     ):
-        _build._of_diffusers(DIT)
+        building._of_diffusers(DIT)
 
 
 def test_the_default_device_stays():

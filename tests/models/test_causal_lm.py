@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dblocks import functional as F
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.models.causal_lm import CausalLM, CausalLMConfig
+from dblocks.models import CausalLM, CausalLMConfig
 from dblocks.nn import rotary_of
 from lm_tools import CLOSE, KINDS, SIZES, blocks_of, lm_of, tokens_of
 from tools import DEVICE, normal, randomized, seeded

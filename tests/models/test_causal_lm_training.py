@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
-from dblocks.models.causal_lm import CausalLMConfig
+from dblocks.models import CausalLMConfig
 from lm_tools import CLOSE, KINDS, SIZES, adamw, blocks_of, lm_of, tokens_of
 from tools import DEVICE, normal, randomized, seeded
 

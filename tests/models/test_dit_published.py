@@ -6,7 +6,7 @@ import torch.nn.functional as nnf
 from torch import nn
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.models.dit import DiT, DiTConfig
+from dblocks.models import DiT, DiTConfig
 from dblocks.models.patches import sincos_positions
 from tools import randomized, seeded
 

@@ -8,10 +8,10 @@ from masked_tools import SIZES, blocks_of, lm_of, tokens_of
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.checkpoint import load_model, save_model
-from dblocks.models.masked_lm import MaskedLMConfig
+from dblocks.models import MaskedLMConfig
 from dblocks.sampling.masked_likelihood import bound_terms
 from dblocks.sampling.unmasking import unmask
-from dblocks.schedules.mask import MASKED, MaskSchedule
+from dblocks.schedules import MASKED, MaskSchedule
 from tools import DEVICE, randomized, seeded
 
 KINDS = ("dit", "official", "none")

@@ -15,7 +15,7 @@ from dblocks.models.recurrent import (
 )
 from dblocks.nn import rotary_of
 from dblocks.sampling.euler import initial_noise, sample_logits
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.schedules import NoiseSchedule
 from lm_tools import (
     CLOSE,
     KINDS,

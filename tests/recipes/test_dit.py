@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from dblocks import image_grid
 from dblocks.blocks import DiffusionBlocks
 from dblocks.recipes import dit as recipe
+from dblocks.recipes import image_grid
 from dblocks.recipes.data.digits import Images, digits
 from dblocks.recipes.dit import GPU, DiTLearner, DiTRun, held_out_loss
 from dblocks.recipes.judge import ImageClassifier, train_judge

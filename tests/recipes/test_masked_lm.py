@@ -7,7 +7,7 @@ from dblocks.recipes.data.text import load_corpus
 from dblocks.recipes.masked_lm import GPU, MaskedLMRun
 from dblocks.recipes.records import train
 from dblocks.recipes.text_run import PROMPT, SAMPLES
-from dblocks.schedules.mask import MaskSchedule
+from dblocks.schedules import MaskSchedule
 
 SIZES = {"width": 16, "depth": 3, "heads": 2, "context": 20, "batch_size": 4}
 

@@ -8,8 +8,7 @@ import torch
 
 from dblocks.blocks import BlocksConfig
 from dblocks.recipes.plots import Curve, Measure, comparison_figure, save_png
-from dblocks.schedules.mask import MaskSchedule
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.schedules import MaskSchedule, NoiseSchedule
 
 CURVES = [
     Curve(label="whole", layer_evaluations=[500, 1000], values=[[50, 90], [60, 92]]),

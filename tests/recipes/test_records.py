@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dblocks.blocks import DiffusionBlocks
-from dblocks.models.vit import ViT
+from dblocks.models import ViT
 from dblocks.recipes.records import read_record, train, train_to_record, write_record
 from dblocks.recipes.vit import ViTLearner, ViTRun
 

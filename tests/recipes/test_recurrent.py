@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dblocks.models.recurrent import RecurrentLM
+from dblocks.models import RecurrentLM
 from dblocks.recipes import recurrent
 from dblocks.recipes.data.text import load_corpus
 from dblocks.recipes.records import train

@@ -3,9 +3,9 @@ import torch
 
 from dblocks import functional as F
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.models.vit import ViT, ViTConfig
+from dblocks.models import ViT, ViTConfig
 from dblocks.sampling.euler import initial_noise, sample_euler, sample_logits
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.schedules import NoiseSchedule
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCHEDULE = NoiseSchedule()
@@ -83,7 +83,7 @@ def test_each_step_calls_the_owner_of_its_level():
 
 def test_no_look_up_of_blocks_on_the_device(monkeypatch):
     model = blocks()
-    monkeypatch.setattr("dblocks.blocks.network.Bound._owner", lambda *_: pytest.fail("looked up"))
+    monkeypatch.setattr("dblocks.blocks.Bound._owner", lambda *_: pytest.fail("looked up"))
     z = noise()
     sample_euler(model, z, SCHEDULE.steps(3), images=images())
 
@@ -183,7 +183,7 @@ def test_the_default_device_does_not_matter():
 def test_wrappers_are_looked_through(monkeypatch, wrap):
     model = blocks()
     expected = sample_euler(model, noise(), SCHEDULE.steps(4), images=images())
-    monkeypatch.setattr("dblocks.blocks.network.Bound._owner", lambda *_: pytest.fail("looked up"))
+    monkeypatch.setattr("dblocks.blocks.Bound._owner", lambda *_: pytest.fail("looked up"))
     wrapped = wrap(model)
     assert torch.equal(sample_euler(wrapped, noise(), SCHEDULE.steps(4), images=images()), expected)
     assert sample_logits(wrapped, noise(), SCHEDULE.steps(4), images=images()).shape == (4, 5)

@@ -10,8 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from dblocks import functional as F
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import load_model, save_model
-from dblocks.models.causal_lm import CausalLM, CausalLMConfig
-from dblocks.models.vit import ViT, ViTConfig
+from dblocks.models import CausalLM, CausalLMConfig, ViT, ViTConfig
 from dblocks.sampling.cache import KVCache, Slots
 from dblocks.sampling.euler import sample_logits
 from dblocks.sampling.text import Choice, generate, stream

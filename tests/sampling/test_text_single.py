@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dblocks import functional as F
-from dblocks import likelihood
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models.causal_lm import Context
 from dblocks.nn import rotary_of
+from dblocks.sampling import likelihood
+from dblocks.sampling import text as writing
 from dblocks.sampling.likelihood import next_token_nll, product_nll
 from dblocks.sampling.text import Choice, generate, stream
-from dblocks.sampling.text import generate as writing
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.schedules import NoiseSchedule
 from lm_tools import CLOSE, SINGLE, lm_of, recurrent_of
 from tools import DEVICE, randomized, seeded
 

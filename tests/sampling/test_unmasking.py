@@ -6,7 +6,7 @@ from masked_tools import blocks_of, distribution_of, exact_of, independent_of, l
 from scipy import stats
 
 from dblocks.sampling.unmasking import unmask
-from dblocks.schedules.mask import MASKED, MaskSchedule
+from dblocks.schedules import MASKED, MaskSchedule
 from tools import DEVICE, seeded, vit
 
 masks = lambda n=2, length=8: torch.full((n, length), MASKED, device=DEVICE)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from dblocks import functional as F
 from dblocks.blocks import BlocksConfig
+from dblocks.schedules import NoiseSchedule
 from dblocks.schedules.mask import DRAWS, KINDS, MASKED, T_MIN, MaskSchedule, uniforms
-from dblocks.schedules.noise import NoiseSchedule
 from tools import DEVICE, seeded
 
 kinds = st.sampled_from(KINDS)

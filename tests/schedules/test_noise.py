@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dblocks.blocks import BlocksConfig
-from dblocks.schedules.mask import MaskSchedule
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.schedules import MaskSchedule, NoiseSchedule
 from tools import seeded
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

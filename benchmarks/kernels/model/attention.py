@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import compile_cases, compile_gate, machine_code
+from benchmarks.kernels import cases, check, machine_code
 from benchmarks.kernels.check import Caught
 from benchmarks.kernels.model import sass, sim
 from benchmarks.kernels.model.sass import Kernel
@@ -39,9 +39,7 @@ class Modelled(NamedTuple):
 def launch_of(which: str, D: int, block_size: int) -> Caught:
     """The launch of a kernel at a head width; of dkv the one for the clean keys."""
     name = f"doubled_attention_{which}_kernel"
-    caught = compile_gate.catch(
-        lambda: compile_cases.attend(D, DTYPE, sass.TARGET, block_size=block_size)
-    )
+    caught = check.catch(lambda: cases.attend(D, DTYPE, sass.TARGET, block_size=block_size))
     return next(launch for launch in caught if launch.fn.__name__ == name)
 
 

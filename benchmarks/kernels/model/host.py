@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 import dblocks.functional as D
-from benchmarks import compile_gate
+from benchmarks.kernels import check
 from dblocks.ops import _common
 
 N, T, W = 4, 4, 768  # so small that the arithmetic costs little
@@ -42,7 +42,7 @@ class Driver:
     )
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device=0: 0)
-    get_current_target = staticmethod(lambda: compile_gate.TARGETS["sm_90"])
+    get_current_target = staticmethod(lambda: check.TARGETS["sm_90"])
     get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
     get_device_interface = staticmethod(lambda: torch.cuda)
     is_active = staticmethod(lambda: True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import compile_cases, compile_gate
+from benchmarks.kernels import cases, check
 from benchmarks.kernels.check import Caught
 from benchmarks.kernels.model import sass, sim
 from benchmarks.kernels.model.sass import Kernel
@@ -49,7 +49,7 @@ def norms(D: int, N: int = SAMPLES, elements: int = ELEMENTS) -> Iterator[tuple[
     e, T = DTYPE.itemsize, elements // (N * D)
     x, f, d1, d2 = (meta(N, T, D, dtype=DTYPE) for _ in range(4))
     m = meta(N, 6 * D, dtype=DTYPE).chunk(6, -1)[:3]
-    affine, none, norm = (meta(D), None), (None, None), compile_cases.norm
+    affine, none, norm = (meta(D), None), (None, None), cases.norm
     launches = {
         "adaln": (2, 3, lambda: norm(x, None, m, none, (None, d2), rms=False)),
         "rms": (2, 3, lambda: norm(x, None, m, affine, (None, d2), rms=True)),
@@ -106,7 +106,7 @@ def calls(name: str, width: int) -> dict[str, Call]:
 
 def launch_of(call: Call) -> Caught:
     """The launch that a call is about."""
-    return next(c for c in compile_gate.catch(call.launch) if call.kernel in c.fn.__name__)
+    return next(c for c in check.catch(call.launch) if call.kernel in c.fn.__name__)
 
 
 def launch_at(name: str, width: int) -> Caught:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from benchmarks import compile_gate, machine_code
+from benchmarks.kernels import check, machine_code
 from benchmarks.kernels.check import Caught
 
 TARGET = "sm_90"
@@ -72,7 +72,7 @@ def named(launch: Caught) -> dict[str, Any]:
 
 def compiled(launch: Caught) -> Kernel:
     """Compiles a launch with the settings and the specialisation that it has on the GPU."""
-    binary = compile_gate.compile_launch(launch, compile_gate.TARGETS[TARGET])
+    binary = check.compile_launch(launch, check.TARGETS[TARGET])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()

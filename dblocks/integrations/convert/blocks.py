@@ -11,10 +11,10 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from dblocks import _pretrained
 from dblocks.blocks import Batch, Block, BlockModel, BlocksConfig, DiffusionBlocks, Draw, Loss
 from dblocks.checkpoint import naming
 from dblocks.config import check_block, check_count
+from dblocks.integrations.convert import files
 from dblocks.integrations.convert.causal_lm import Rows
 from dblocks.integrations.convert.find import find_layers
 from dblocks.integrations.convert.network import Converted
@@ -115,7 +115,7 @@ class ConvertedBlocks(DiffusionBlocks):
         """
         if block is not None:
             check_block(block, self.config.num_blocks)
-        _pretrained.save(self, folder, block)
+        files.save(self, folder, block)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: nn.Module) -> ConvertedBlocks:
@@ -129,12 +129,12 @@ class ConvertedBlocks(DiffusionBlocks):
             ImportError: safetensors is not installed.
             ValueError: a file is missing or broken, or the model does not fit.
         """
-        given = _pretrained.read_config(folder)
+        given = files.read_config(folder)
         if type(model).__name__ != given["model"]:
             raise ValueError(
                 f"model must be a {given['model']}, as in {folder}, got a {type(model).__name__}"
             )
-        with naming(Path(folder) / _pretrained.CONFIG_FILE):
+        with naming(Path(folder) / files.CONFIG_FILE):
             converted = convert(
                 model,
                 BlocksConfig.from_dict(given["blocks_config"]),
@@ -142,7 +142,7 @@ class ConvertedBlocks(DiffusionBlocks):
                 layers=given["layers"],
                 **given["options"],
             )
-        _pretrained.load(converted, folder, given["ties"])
+        files.load(converted, folder, given["ties"])
         return converted
 
 
@@ -218,7 +218,7 @@ def convert(
     found = find_layers(model, layers)
     sigma_data = config.schedule.sigma_data if isinstance(config.schedule, NoiseSchedule) else 1.0
     if library == "transformers":
-        from dblocks.adapters import transformers as adapter
+        from dblocks.integrations.convert import transformers as adapter
 
         if task == "classes":
             converted = adapter.classifier(
@@ -239,13 +239,13 @@ def convert(
         else:
             raise _no_such_task(model, task)
     elif library == "timm" and task == "classes":
-        from dblocks.adapters import timm
+        from dblocks.integrations.convert import timm
 
         converted = timm.classifier(
             model, found, sigma_data=sigma_data, embed_scale=embed_scale, head_kind=head
         )
     elif library == "diffusers" and task == "images":
-        from dblocks.adapters import diffusers
+        from dblocks.integrations.convert import diffusers
 
         converted = diffusers.image_model(model, found, config.noise_schedule)
     else:
@@ -274,7 +274,7 @@ def library_of(model: nn.Module) -> str | None:
 def _no_such_task(model: nn.Module, task: str) -> ValueError:
     return ValueError(
         f"task {task!r} must be one that a {type(model).__name__} has; see dblocks.convert for "
-        "those that are known, or write a network with the four parts of dblocks.blocks.network.BlockModel"
+        "those that are known, or write a network with the four parts of dblocks.blocks.BlockModel"
     )
 
 

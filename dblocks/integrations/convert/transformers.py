@@ -265,7 +265,7 @@ def _family(model: Any, families: Mapping[str, Family], task: str) -> Family:
         raise ValueError(
             f"task {task} needs one of {sorted(families)}, got {kind!r} "
             f"({type(model).__name__}); write a network with the four parts of "
-            "dblocks.blocks.network.BlockModel instead"
+            "dblocks.blocks.BlockModel instead"
         )
     return families[kind]
 

@@ -9,45 +9,43 @@ from __future__ import annotations
 from diffusers.models import attention, normalization
 from diffusers.models.transformers import transformer_flux, transformer_sd3
 
-from dblocks.adapters import _fuse_basic, _fuse_blocks, _fuse_norms, _fuse_ops
+from dblocks.integrations.fuse import basic, blocks, norms, ops
 from dblocks.integrations.fuse.digest import digest
 from dblocks.integrations.fuse.fusion import Fusion
 
 _NORM, _SUM, _BOTH = "adaln", "gated_residual", "residual_adaln + gated_residual"
 
 FUSIONS = {
-    (normalization, "AdaLayerNorm"): Fusion(_fuse_norms.AdaLayerNorm, _NORM, ("7bb9531dbc6e",)),
-    (normalization, "AdaLayerNormZero"): Fusion(
-        _fuse_norms.AdaLayerNormZero, _NORM, ("e0378976c470",)
-    ),
+    (normalization, "AdaLayerNorm"): Fusion(norms.AdaLayerNorm, _NORM, ("7bb9531dbc6e",)),
+    (normalization, "AdaLayerNormZero"): Fusion(norms.AdaLayerNormZero, _NORM, ("e0378976c470",)),
     (normalization, "AdaLayerNormZeroSingle"): Fusion(
-        _fuse_norms.AdaLayerNormZeroSingle, _NORM, ("095917f84fc4",)
+        norms.AdaLayerNormZeroSingle, _NORM, ("095917f84fc4",)
     ),
     (normalization, "AdaLayerNormContinuous"): Fusion(
-        _fuse_norms.AdaLayerNormContinuous, _NORM, ("d21d0c169e89",)
+        norms.AdaLayerNormContinuous, _NORM, ("d21d0c169e89",)
     ),
     (normalization, "SD35AdaLayerNormZeroX"): Fusion(
-        _fuse_norms.SD35AdaLayerNormZeroX, _NORM, ("ac3b715c2ce0",)
+        norms.SD35AdaLayerNormZeroX, _NORM, ("ac3b715c2ce0",)
     ),
     (attention, "BasicTransformerBlock"): Fusion(
-        _fuse_basic.BasicTransformerBlock, _BOTH, ("fa2703019379",), fits=_fuse_basic.is_adaptive
+        basic.BasicTransformerBlock, _BOTH, ("fa2703019379",), fits=basic.is_adaptive
     ),
     (attention, "JointTransformerBlock"): Fusion(
-        _fuse_blocks.JointTransformerBlock, _BOTH, ("73f36003c841",)
+        blocks.JointTransformerBlock, _BOTH, ("73f36003c841",)
     ),
     (transformer_sd3, "SD3SingleTransformerBlock"): Fusion(
-        _fuse_blocks.SD3SingleTransformerBlock, _BOTH, ("2b4e2c3847e1",)
+        blocks.SD3SingleTransformerBlock, _BOTH, ("2b4e2c3847e1",)
     ),
     (transformer_flux, "FluxTransformerBlock"): Fusion(
-        _fuse_blocks.FluxTransformerBlock, _BOTH, ("91c013d0400b",)
+        blocks.FluxTransformerBlock, _BOTH, ("91c013d0400b",)
     ),
     (transformer_flux, "FluxSingleTransformerBlock"): Fusion(
-        _fuse_blocks.FluxSingleTransformerBlock, _SUM, ("83a8afc0808a",)
+        blocks.FluxSingleTransformerBlock, _SUM, ("83a8afc0808a",)
     ),
 }
 _NORMS = {
-    "FP32LayerNorm": (_fuse_ops.layer_norm, ("68f52e162230",)),
-    "RMSNorm": (_fuse_norms.rms_norm, ("c552ef498523", "dc6c5653e7fa")),
+    "FP32LayerNorm": (ops.layer_norm, ("68f52e162230",)),
+    "RMSNorm": (norms.rms_norm, ("c552ef498523", "dc6c5653e7fa")),
 }
 
 # By class, as far as the installed version has them.
@@ -60,4 +58,4 @@ BY_CLASS = {
 for _name, (_describe, _digests) in _NORMS.items():
     _class = getattr(normalization, _name, None)
     if _class is not None and digest(_class.forward) in _digests:
-        _fuse_ops.NORMS[_class] = _describe
+        ops.NORMS[_class] = _describe

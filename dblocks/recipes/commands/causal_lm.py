@@ -61,7 +61,7 @@ class Eval:
 
     def __call__(self) -> None:
         """Load, score the held-out part, and print the bits per character."""
-        from dblocks.models.causal_lm import CausalLM
+        from dblocks.models import CausalLM
         from dblocks.recipes.data.text import load_corpus
 
         model, network, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
@@ -83,7 +83,7 @@ class Sample(SampleText):
     def __call__(self) -> None:
         """Load, and print the prompt and what follows."""
         from dblocks.blocks import trained_at_top
-        from dblocks.models.causal_lm import CausalLM
+        from dblocks.models import CausalLM
 
         model, _, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
         in_blocks = check_steps(self.steps, self.checkpoint, model)

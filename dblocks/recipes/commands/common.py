@@ -18,7 +18,8 @@ def train_and_save(run: Run, out: Path, columns: Sequence[Column]) -> None:
         ValueError: `out` cannot be written to; found out before training.
         ImportError: a package that this needs is not installed; likewise.
     """
-    from dblocks import checkpoint, records
+    from dblocks import checkpoint
+    from dblocks.recipes import records
     from dblocks.recipes.report import text_table
 
     checkpoint.prepare(out)

@@ -98,7 +98,7 @@ class Eval:
 
     def __call__(self) -> None:
         """Load, and print the loss on the held-out part."""
-        from dblocks.models.dit import DiT
+        from dblocks.models import DiT
         from dblocks.recipes.data.images import load_images
         from dblocks.recipes.dit import held_out_loss
 
@@ -140,8 +140,9 @@ class Sample:
         import numpy
         import torch
 
-        from dblocks import checkpoint, image_grid, plots
+        from dblocks import checkpoint
         from dblocks.models.dit import GUIDANCE_SCALE, NUM_STEPS, DiT, generate_images
+        from dblocks.recipes import image_grid, plots
         from dblocks.sampling.euler import sampling_cost
 
         check_seed(self.seed)

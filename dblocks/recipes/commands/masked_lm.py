@@ -69,7 +69,7 @@ class Eval:
 
     def __call__(self) -> None:
         """Load, score the held-out part, and print the bits per character."""
-        from dblocks.models.masked_lm import MaskedLM
+        from dblocks.models import MaskedLM
         from dblocks.recipes.data.text import load_corpus
         from dblocks.sampling.masked_likelihood import bits_per_character, points_for
 
@@ -118,7 +118,7 @@ class Sample:
         """Load, write with a progress bar, and print the text and how often each block ran."""
         import torch
 
-        from dblocks.models.masked_lm import MaskedLM
+        from dblocks.models import MaskedLM
         from dblocks.sampling.unmasking import unmask
 
         check_seed(self.seed)
@@ -150,7 +150,7 @@ class Sample:
         Raises:
             ValueError: there is nothing to write, or no text.
         """
-        from dblocks.schedules.mask import MASKED
+        from dblocks.schedules import MASKED
 
         if self.infill is None:
             prompt = prompt_tokens(self.prompt, tokenizer)

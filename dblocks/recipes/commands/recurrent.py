@@ -56,7 +56,7 @@ class Eval:
     def __call__(self) -> None:
         """Load, score the held-out part, and print the bits per character."""
         from dblocks.blocks import DiffusionBlocks
-        from dblocks.models.recurrent import RecurrentLM
+        from dblocks.models import RecurrentLM
         from dblocks.recipes.autoregressive import bits_per_character
         from dblocks.recipes.data.text import load_corpus
 
@@ -90,7 +90,7 @@ class Sample(SampleText):
 
     def __call__(self) -> None:
         """Load, and print the prompt and what follows."""
-        from dblocks.models.recurrent import RecurrentLM
+        from dblocks.models import RecurrentLM
 
         check_steps(self.steps)
         model, _, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")

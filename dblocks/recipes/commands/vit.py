@@ -90,7 +90,7 @@ class Eval:
     def __call__(self) -> None:
         """Load, classify the held-out part, and print the accuracy."""
         from dblocks.blocks import trained_at_top
-        from dblocks.models.vit import ViT
+        from dblocks.models import ViT
         from dblocks.recipes.data.images import load_images
         from dblocks.recipes.vit import Classifier
 

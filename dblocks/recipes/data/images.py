@@ -48,8 +48,8 @@ def load_images(
             "cifar10"; `hf:NAME` for a data set of Hugging Face; a folder of images, of IDX files
             (train-images-idx3-ubyte and so on, as of MNIST, also .gz) or of the binary version of
             CIFAR; an IDX file of images with its labels beside it; or a .npy or .npz file.
-        part: see `dblocks.recipes.data.digits.digits`; Fashion-MNIST, CIFAR and folders of IDX files hold out
-            their own test images.
+        part: see `digits.digits`; Fashion-MNIST, CIFAR and folders of IDX files hold out their own
+            test images.
         size: see `image_folder`, the only source that takes it.
         scale: see `array_file` and `hugging_face`, the sources that take it.
 

@@ -1,6 +1,6 @@
 """Text as tokens: Python's own prose, a dictionary or any file; tokenizers, splits and windows.
 
-Nothing is downloaded. Batches are functions of (seed, step), as those of `dblocks.recipes.data.digits`.
+Nothing is downloaded. Batches are functions of (seed, step), as those of images.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ import functools
 
 import pytest
 
-from benchmarks.study import _base
+from benchmarks.study import experiment
 from benchmarks.study.__main__ import EXPERIMENTS
 from benchmarks.study.dit import EXPERIMENT, LRS
 from dblocks.recipes import dit as recipe
@@ -64,13 +64,13 @@ def test_results_writes_tables_and_a_grid_from_the_records(tmp_path, tiny, pages
     readme, report = pages("dit-digits")
     runs = {row: tiny.final_runs(row, 1e-3) for row in tiny.rows}
     runs["end_to_end"] += tiny.selection_runs("end_to_end")
-    for path, run in _base.jobs(folder, runs).items():
+    for path, run in experiment.jobs(folder, runs).items():
         train_to_record(run, path)
 
     def refuse(*_, **__):
         raise AssertionError("a finished run was started again")
 
-    monkeypatch.setattr(_base, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(experiment, "ProcessPoolExecutor", refuse)
     tiny.results(folder, tmp_path / "figure.png", readme)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     text = readme.read_text()

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks.study import _base, _text
+from benchmarks.study import experiment, text
 from benchmarks.study.__main__ import EXPERIMENTS
 from benchmarks.study.masked_lm import EXPERIMENT, layers_per_sample
 from benchmarks.study.text import SCORER
@@ -19,9 +19,9 @@ def tiny(tmp_path, monkeypatch):
     """The experiment with a network, a text and numbers of steps that take no time."""
     story = tmp_path / "story.txt"
     story.write_text("".join(f"{i} is followed by {i + 1}. " for i in range(60)))
-    monkeypatch.setattr(_text, "SCORER_FOLDER", tmp_path / "scorer")
+    monkeypatch.setattr(text, "SCORER_FOLDER", tmp_path / "scorer")
     monkeypatch.setattr(
-        _text, "SCORER", dataclasses.replace(SCORER, data=str(story), steps=2, **TINY)
+        text, "SCORER", dataclasses.replace(SCORER, data=str(story), steps=2, **TINY)
     )
     rows = {
         name: (title, dataclasses.replace(run, data=str(story), steps=2, **TINY))
@@ -50,7 +50,7 @@ def test_results_writes_tables_and_figure(tmp_path, tiny, pages):
     readme, report = pages("masked-lm-pydoc")
     for row in tiny.rows:
         runs = {row: [*tiny.selection_runs(row), *tiny.final_runs(row, 1e-3)]}
-        for path, run in _base.jobs(folder, runs).items():
+        for path, run in experiment.jobs(folder, runs).items():
             train_to_record(run, path)
     tiny.results(folder, tmp_path / "figure.png", readme)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

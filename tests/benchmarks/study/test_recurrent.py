@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks.study import _base, _text, recurrent
+from benchmarks.study import experiment, recurrent, text
 from benchmarks.study.__main__ import EXPERIMENTS
 from benchmarks.study.recurrent import (
     BLOCK_LAYERS,
@@ -28,9 +28,9 @@ def tiny(tmp_path, monkeypatch):
     """The experiment with a network, a text and numbers of steps that take no time."""
     story = tmp_path / "story.txt"
     story.write_text("".join(f"{i} is followed by {i + 1}. " for i in range(60)))
-    monkeypatch.setattr(_text, "SCORER_FOLDER", tmp_path / "scorer")
+    monkeypatch.setattr(text, "SCORER_FOLDER", tmp_path / "scorer")
     scorer = dataclasses.replace(SCORER, data=str(story), steps=2, **TINY | {"blocks": 1})
-    monkeypatch.setattr(_text, "SCORER", scorer)
+    monkeypatch.setattr(text, "SCORER", scorer)
     monkeypatch.setattr(recipe, "STEPS", (1, 4))
     monkeypatch.setattr(recipe, "SAMPLE_STEPS", 4)
     rows = {
@@ -80,7 +80,7 @@ def test_results_writes_tables_and_figure(tmp_path, tiny, pages):
     readme, report = pages("recurrent-pydoc")
     runs = {row: tiny.selection_runs(row) for row in tiny.selection_shorter}
     runs = {row: [*runs.get(row, []), *tiny.final_runs(row, 1e-3)] for row in tiny.rows}
-    for path, run in _base.jobs(folder, runs).items():
+    for path, run in experiment.jobs(folder, runs).items():
         train_to_record(run, path)
     tiny.results(folder, tmp_path / "figure.png", readme)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -91,7 +91,9 @@ def test_results_writes_tables_and_figure(tmp_path, tiny, pages):
     lines = report.read_text().splitlines()
     bound = next(line for line in lines if "bound of denoising" in line)
     assert bound.split()[-2:] == ["-", "-"]  # end to end there are no Euler steps
-    record = read_record(_base.record_path(folder, "blocks", tiny.final_runs("blocks", 1e-3)[0]))
+    record = read_record(
+        experiment.record_path(folder, "blocks", tiny.final_runs("blocks", 1e-3)[0])
+    )
     assert f"Parameters {record['parameters']:,}" in " ".join(" ".join(lines).split())
     # The same windows with every number of steps: the bits, then the samples under the other model.
     # A block's Euler steps have samples, and no bits but with one.

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from benchmarks.study import _base, vit
+from benchmarks.study import experiment, vit
 from benchmarks.study.__main__ import main
 from benchmarks.study.vit import EXPERIMENT
 from dblocks.recipes.records import read_record, write_record
@@ -58,27 +58,27 @@ def write_all(folder):
     for i, row in enumerate(EXPERIMENT.rows):
         for run in EXPERIMENT.selection_runs(row) if row in EXPERIMENT.selection_shorter else ():
             accuracy = 0.9 if run.lr == EXPERIMENT.lrs[1] else 0.8
-            path = _base.record_path(folder, row, run)
+            path = experiment.record_path(folder, row, run)
             write_record(path, fake_record(run, accuracy))
         for run in EXPERIMENT.final_runs(row, EXPERIMENT.lrs[1]):
-            path = _base.record_path(folder, row, run)
+            path = experiment.record_path(folder, row, run)
             write_record(path, fake_record(run, (90 + i + run.seed) / 100))
 
 
 def test_rows_are_equal_in_what_they_claim():
-    for experiment in (vit.EXPERIMENT, vit.FASHION):
+    for compared in (vit.EXPERIMENT, vit.FASHION):
         blocks, ensemble, published, small, whole, longer = (
-            run for _, run in experiment.rows.values()
+            run for _, run in compared.rows.values()
         )
         assert whole.steps * whole.depth == blocks.steps * blocks.depth // blocks.blocks
         assert small.steps * small.depth == whole.steps * whole.depth
         assert ensemble.steps == published.steps == blocks.steps == longer.steps
         for field in ("batch_size", "width", "heads", "mlp_ratio", "clip", "weight_decay", "data"):
-            assert len({getattr(run, field) for _, run in experiment.rows.values()}) == 1
+            assert len({getattr(run, field) for _, run in compared.rows.values()}) == 1
         runs = (blocks, ensemble, published, whole, longer)
         assert {run.depth for run in runs} == {12}
-        chosen = set(experiment.selection_shorter)
-        assert chosen | set(experiment.rates_of) == set(experiment.rows)
+        chosen = set(compared.selection_shorter)
+        assert chosen | set(compared.rates_of) == set(compared.rows)
 
 
 def test_selection_never_uses_the_held_out_part_or_a_final_seed():
@@ -104,7 +104,7 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys, pages):
     def refuse(*_, **__):
         raise AssertionError("a finished run was started again")
 
-    monkeypatch.setattr(_base, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(experiment, "ProcessPoolExecutor", refuse)
     EXPERIMENT.results(tmp_path / "records", tmp_path / "figure.png", readme)
     selections = [read_record(path) for path in (tmp_path / "records").glob("selection-*")]
     lr = f"{EXPERIMENT.chosen_lr(selections):g}"
@@ -153,7 +153,7 @@ def test_a_record_of_another_recipe_is_an_error(tmp_path):
     path = tmp_path / "a.json"
     write_record(path, fake_record(dataclasses.replace(run, batch_size=64), 0.5))
     with pytest.raises(ValueError, match=r"a\.json was made by another recipe"):
-        _base.run_missing({path: run}, EXPERIMENT.headline, workers=1)
+        experiment.run_missing({path: run}, EXPERIMENT.headline, workers=1)
 
 
 @pytest.mark.parametrize("run", [{}, {"run": {"blocks": "3"}}, {"run": {"epochs": 3}}])
@@ -161,7 +161,7 @@ def test_a_record_without_a_run_is_an_error_that_names_it(tmp_path, run):
     path = tmp_path / "a.json"
     write_record(path, {"format": 1, **run})
     with pytest.raises(ValueError, match=r"a\.json cannot be used: ViTRun.* delete it"):
-        _base.run_missing({path: ViTRun()}, EXPERIMENT.headline, workers=1)
+        experiment.run_missing({path: ViTRun()}, EXPERIMENT.headline, workers=1)
 
 
 def test_the_demo_tries_its_folder_before_training(tmp_path, monkeypatch, capsys):
@@ -176,7 +176,7 @@ def test_missing_runs_are_run_in_processes(tmp_path, capsys):
     runs = [ViTRun(steps=2, seed=seed, **TINY) for seed in range(2)]
     jobs = {tmp_path / f"{run.seed}.json": run for run in runs}
     write_record(tmp_path / "0.json", fake_record(runs[0], 0.5))
-    _base.run_missing(jobs, EXPERIMENT.headline, workers=2)
+    experiment.run_missing(jobs, EXPERIMENT.headline, workers=2)
     assert "1 of 2 runs are there, 1 to do" in capsys.readouterr().out
     assert json.loads((tmp_path / "0.json").read_text())["accuracy"] == 0.5
     assert json.loads((tmp_path / "1.json").read_text())["environment"]["threads"] == 1

@@ -19,7 +19,7 @@ from convert_tools import (
 )
 
 from dblocks import make_optimizers, train_step
-from dblocks.integrations.convert.blocks import convert
+from dblocks.integrations.convert import convert
 from dblocks.integrations.convert.find import find_layers
 from tools import seeded
 

@@ -7,8 +7,8 @@ from hub_tools import library
 from torch import nn
 
 from dblocks import BlocksConfig, MaskSchedule
-from dblocks.integrations.convert.blocks import convert, library_of
-from dblocks.models.vit import ViT, ViTConfig
+from dblocks.integrations.convert import convert, library_of
+from dblocks.models import ViT, ViTConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOISE, MASKS = BlocksConfig(2), BlocksConfig(2, schedule=MaskSchedule())

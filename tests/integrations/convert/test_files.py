@@ -17,7 +17,7 @@ from convert_tools import (
 from hub_tools import library
 
 from dblocks import make_optimizers, train_step
-from dblocks.integrations.convert.blocks import ConvertedBlocks
+from dblocks.integrations.convert import ConvertedBlocks
 from tools import seeded
 
 library("safetensors")

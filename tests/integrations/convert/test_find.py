@@ -10,8 +10,7 @@ from torch import nn
 from dblocks.integrations.convert.find import find_layers
 from dblocks.integrations.convert.residual import check_residual
 from dblocks.integrations.example_inputs import example_inputs
-from dblocks.models.causal_lm import CausalLM, CausalLMConfig
-from dblocks.models.vit import ViT, ViTConfig
+from dblocks.models import CausalLM, CausalLMConfig, ViT, ViTConfig
 
 WIDTHS = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
 TOKENS = {**WIDTHS, "num_hidden_layers": 3, "vocab_size": 64}

@@ -13,10 +13,10 @@ from convert_tools import (
     plain_logits,
     shaken,
 )
-from dblocks.adapters import _row_attention
 from torch import nn
 
 from dblocks.functional import doubled_attention
+from dblocks.integrations.convert import row_attention
 from dblocks.integrations.convert.row_attention import causal, doubled
 from tools import normal, seeded
 
@@ -79,7 +79,7 @@ def test_what_the_layers_hand_over_is_read(kind, form, monkeypatch):
     from transformers import AttentionInterface
 
     interface = AttentionInterface()
-    monkeypatch.setitem(interface._global_mapping, getattr(_row_attention, name), recorded)
+    monkeypatch.setitem(interface._global_mapping, getattr(row_attention, name), recorded)
     blocks_of(kind, **form).loss(batch_of(kind), 0)
     assert calls
     assert all("scaling" in options or kind == "gpt2" for options in calls)

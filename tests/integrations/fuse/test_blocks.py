@@ -7,7 +7,7 @@ from fuse_tools import HEAD, HEADS, D, N, assert_same_function, started
 from hub_tools import library
 from torch import nn
 
-from dblocks.integrations.fuse.apply import fuse_, modulate
+from dblocks.integrations.fuse import fuse_, modulate
 from tools import DEVICE, normal
 
 library("diffusers")

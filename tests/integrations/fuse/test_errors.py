@@ -12,7 +12,7 @@ from fuse_network import (
 )
 from torch import nn
 
-from dblocks.integrations.fuse.apply import (
+from dblocks.integrations.fuse import (
     Replacement,
     dit_block,
     fuse_,

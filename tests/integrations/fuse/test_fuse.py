@@ -19,7 +19,7 @@ from fuse_network import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dblocks.integrations.fuse.apply import (
+from dblocks.integrations.fuse import (
     Replacement,
     dit_block,
     fuse_,

@@ -6,12 +6,11 @@ from importlib import import_module
 
 import pytest
 import torch
-from dblocks.adapters import _fusion
 from fuse_tools import HEAD, HEADS, D, N, assert_same_function, results, started
 from hub_tools import library
 from torch import nn
 
-from dblocks.integrations.fuse.apply import fuse_, unfuse_
+from dblocks.integrations.fuse import fuse_, unfuse_
 from dblocks.testing import assert_within_budget
 from tools import DEVICE, ROOT, normal
 
@@ -219,7 +218,7 @@ def test_forwards_take_the_arguments_of_the_originals():
         fused, plain = (inspect.signature(f).parameters for f in (fusion.forward, cls.forward))
         assert list(fused) == list(plain)
         assert [p.default for p in fused.values()] == [p.default for p in plain.values()]
-        assert isinstance(_fusion.fusion_of(cls), _fusion.Fusion), cls
+        assert isinstance(fusion.fusion_of(cls), fusion.Fusion), cls
 
 
 @pytest.mark.slow
@@ -233,7 +232,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from hub_tools import stub_torchvision
 stub_torchvision()
 import torch
-from dblocks.integrations.fuse.apply import unfuse_
+from dblocks.integrations.fuse import unfuse_
 model, floats, others, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
 got = model(**floats, **others, return_dict=False)[0]
 torch.testing.assert_close(got, expected)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dblocks.integrations.fuse.apply import gated_add, gated_add_and_modulate, modulate
+from dblocks.integrations.fuse import gated_add, gated_add_and_modulate, modulate
 from dblocks.testing import DTYPES, assert_within_budget
 from tools import DEVICE, FUSED, normal, randomized
 

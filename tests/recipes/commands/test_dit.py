@@ -8,7 +8,7 @@ import torch
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import save_model
 from dblocks.cli import main
-from dblocks.models.dit import DiT, DiTConfig
+from dblocks.models import DiT, DiTConfig
 from dblocks.recipes import dit as recipe
 from dblocks.recipes.judge import train_judge
 from tools import randomized

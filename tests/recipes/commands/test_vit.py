@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dblocks import image_data
 from dblocks.cli import main
 from dblocks.recipes import vit as recipe
+from dblocks.recipes.data import images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,7 +75,7 @@ def checked(capsys, out, data, *flags, held_out):
 
 @pytest.mark.parametrize("flags", [("--blocks", "3"), ("--end-to-end",)])
 def test_fashion_mnist_by_name(tmp_path, capsys, monkeypatch, flags):
-    monkeypatch.setattr(image_data, "FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(images, "FASHION_MNIST", tmp_path)
     missing = mistake(capsys, "train", "vit", "--data", "fashion-mnist", "--out", f"{tmp_path}/v")
     assert "install Debian's package dataset-fashion-mnist" in missing
     write_mnist(tmp_path)

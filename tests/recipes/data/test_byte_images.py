@@ -5,7 +5,7 @@ import struct
 import pytest
 import torch
 
-from dblocks import image_data
+from dblocks.recipes.data import images as image_data
 from dblocks.recipes.data.images import from_bytes, load_images
 from tools import seeded
 

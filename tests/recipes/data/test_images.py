@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dblocks import data, image_data
+from dblocks.recipes.data import digits
+from dblocks.recipes.data import images as image_data
 from dblocks.recipes.data.images import array_file, from_bytes, image_folder, load_images
 from tools import seeded
 
@@ -228,7 +229,7 @@ def test_latents_of_hugging_face(monkeypatch):
 
 def test_load_images_tells_sources_apart(tmp_path):
     training, held_out = load_images("digits")
-    assert torch.equal(training.images, data.digits()[0].images)
+    assert torch.equal(training.images, digits.digits()[0].images)
     assert len(held_out) == 539
     write_folder(tmp_path / "f", pixels_of(20, 4, 4), [f"{i % 2}/{i}.png" for i in range(20)])
     training, held_out = load_images(str(tmp_path / "f"), "selection", size=2)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dblocks import text
+from dblocks.recipes.data import text
 
 
 def test_pydoc_is_a_prefix_of_fixed_size():
