@@ -11,8 +11,9 @@ from dblocks.blocks import BlocksConfig, Weighting
 from dblocks.models.masked_lm import MaskedLM, MaskedLMConfig
 from dblocks.nn import ConditioningKind
 from dblocks.recipes.data.text import Corpus
+from dblocks.recipes.metrics.masked import Bits, bits_per_character
 from dblocks.recipes.text_run import NOISE_SEED, TextLearner, TextRun, continuations
-from dblocks.sampling.masked_likelihood import Bits, bits_per_character, points_for
+from dblocks.sampling.masked_likelihood import points_for
 from dblocks.sampling.unmasking import unmask
 from dblocks.schedules.mask import MASKED, MaskSchedule, ScheduleKind
 

@@ -9,7 +9,8 @@ from masked_tools import blocks_of, distribution_of, exact_of, independent_of, l
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.recipes.data.text import Text, consecutive_windows
-from dblocks.sampling.masked_likelihood import bits_per_character, bound_terms, points_for
+from dblocks.recipes.metrics.masked import bits_per_character
+from dblocks.sampling.masked_likelihood import bound_terms, points_for
 from dblocks.schedules.mask import DRAWS, KINDS, MASKED, MaskSchedule
 from tools import DEVICE, seeded, vit
 

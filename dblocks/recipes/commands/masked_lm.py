@@ -71,7 +71,8 @@ class Eval:
         """Load, score the held-out part, and print the bits per character."""
         from dblocks.models import MaskedLM
         from dblocks.recipes.data.text import load_corpus
-        from dblocks.sampling.masked_likelihood import bits_per_character, points_for
+        from dblocks.recipes.metrics.masked import bits_per_character
+        from dblocks.sampling.masked_likelihood import points_for
 
         check_seed(self.seed)
         model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
