@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dblocks.functional as D
 from benchmarks.ops.op import SEED, Absent, Contender, Op, Peer, Work
-from dblocks.kernels._reference_attention import doubled_mask
+from dblocks.kernels.reference import doubled_mask
 from dblocks.ops.doubled_attention import Backend
 
 SHAPES = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from dblocks import functional as F
-from dblocks.kernels._reference_attention import doubled_mask
+from dblocks.kernels.reference import doubled_mask
 
 DOUBLED, CAUSAL = "dblocks_doubled", "dblocks_causal"
 

@@ -9,7 +9,7 @@ import torch.nn.functional as nnf
 from convert_tools import CAUSAL, PUBLISHED, V, batch_of, model_of, plain_logits, shaken
 from convert_tools import blocks_of as any_blocks_of
 
-from dblocks.kernels._reference_attention import doubled_mask
+from dblocks.kernels.reference import doubled_mask
 from dblocks.sampling.likelihood import next_token_nll
 from dblocks.sampling.text import generate
 from tools import normal, seeded
