@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 JOBS ?= $(shell nproc)# processes of the tests
 OLDEST := $(VENV)/oldest-triton
 
-.PHONY: help demo results test test-gpu test-hub-old docs kernels-check kernels-model host-time static asan lint bench bench-gpu clean
+.PHONY: help demo results test test-gpu test-hub-old docs kernels-check kernels-model host-time static asan lint bench bench-gpu dist clean
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -23,7 +23,7 @@ $(STAMP): $(wildcard requirements/*.txt) pyproject.toml setup.py $(wildcard csrc
 demo: $(STAMP) ## train a ViT end to end and block by block on handwritten digits, print one table
 	$(BIN)/python -m benchmarks.study demo
 
-results: $(STAMP) ## the full recipe with 3 seeds; finished runs are kept; rewrites the README's table
+results: $(STAMP) ## the full recipe with 3 seeds; finished runs are kept; rewrites docs/results.md
 	$(BIN)/python -m benchmarks.study results
 
 test: $(STAMP) ## the whole default test suite, in Triton's interpreter where there is no GPU
@@ -74,7 +74,7 @@ lint: $(STAMP) ## formatting, lint, types and spelling
 	$(BIN)/pyright
 	$(BIN)/codespell $$(git ls-files '*.py' '*.md' '*.toml' Makefile)
 
-bench: $(STAMP) ## every op and a training step beside their peers, each checked before it is timed
+bench: $(STAMP) ## every op and a training step beside their baselines, each checked before it is timed
 	$(BIN)/python -m benchmarks.ops.run --memory --out benchmarks/results
 	$(BIN)/python -m benchmarks.models.step --out benchmarks/results
 	$(BIN)/python -m benchmarks.models.fuse --out benchmarks/results/fuse
@@ -89,6 +89,14 @@ bench-gpu: ## the same on a GPU, 64M elements in bfloat16, with the packages of 
 		--out benchmarks/results || test $$? -eq 124
 	PYTHONPATH=. timeout 50 $(PYTHON) -m benchmarks.models.fuse --device cuda --rounds 5 \
 		--out benchmarks/results/fuse || test $$? -eq 124
+
+# The wheel is built from the sdist; torch's own libraries stay torch's.
+dist: $(STAMP) ## an sdist and an abi3 wheel with a manylinux tag, in dist/
+	rm -rf dist build/dist
+	$(BIN)/python setup.py -q sdist --dist-dir dist
+	DBLOCKS_REQUIRE_EXT=1 $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/dist dist/*.tar.gz
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+		--wheel-dir dist build/dist/*.whl
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -63,7 +63,8 @@ def extension() -> dict:
     flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
     flags += ["-fno-trapping-math", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     flags += [f"-DPy_LIMITED_API=0x{3:02x}{10:02x}0000"]
-    sanitize = SANITIZE if os.environ.get("DBLOCKS_SANITIZE") else []
+    # No debug information otherwise: it is nine tenths of the library's size.
+    kind = SANITIZE if os.environ.get("DBLOCKS_SANITIZE") else ["-g0"]
     sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
     return {
         "ext_modules": [
@@ -71,8 +72,8 @@ def extension() -> dict:
                 "dblocks._C",
                 sources,
                 depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
-                extra_compile_args=flags + sanitize,
-                extra_link_args=sanitize,
+                extra_compile_args=flags + kind,
+                extra_link_args=kind,
                 py_limited_api=True,
             )
         ],
