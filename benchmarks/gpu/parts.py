@@ -257,12 +257,16 @@ def _liger(run: Run) -> dict[str, Callable[..., Tensor]]:
     if run.dry:
         return {}
     try:
-        peer = baselines.liger_layer_norm()
+        liger = baselines.liger_layer_norm()
     except ImportError as missing:
-        run.row(part="small", peer="liger", absent=f"liger-kernel is not installed ({missing})")
+        run.row(
+            part="small",
+            implementation="liger",
+            absent=f"liger-kernel is not installed ({missing})",
+        )
         return {}
     return {
-        "liger": lambda x, shift, scale: next(o for o in peer(x, shift, scale) if o is not None)
+        "liger": lambda x, shift, scale: next(o for o in liger(x, shift, scale) if o is not None)
     }
 
 
@@ -292,10 +296,10 @@ def flex(run: Run) -> None:
     H, W, T, _ = DRY_SHAPES[0] if run.dry else SHAPES[0]
     samples = 1 if run.dry else 4
     for name, options in (("flex", None), ("flex tuned", baselines.TUNED_FLEX)):
-        if not run.allows(part="flex", peer=name):
+        if not run.allows(part="flex", implementation=name):
             continue
         if run.dry:
-            run.row(part="flex", peer=name, skipped="has no backward on CPUs")
+            run.row(part="flex", implementation=name, skipped="has no backward on CPUs")
             continue
         q, k, v = (run.random(samples, H, 2 * T, W).requires_grad_() for _ in "qkv")
         call, up = baselines.flex(options), run.random(samples, H, 2 * T, W)
@@ -309,7 +313,7 @@ def flex(run: Run) -> None:
         tflops = {
             f"{n}_tflops": (2, 5)[n == "bwd"] * 2 * pairs * W / t / 1e9 for n, t in ms.items()
         }
-        run.row(part="flex", peer=name, d=W, T=T, diff=apart, **tflops)
+        run.row(part="flex", implementation=name, d=W, T=T, diff=apart, **tflops)
 
 
 def tests(run: Run) -> None:

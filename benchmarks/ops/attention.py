@@ -1,8 +1,8 @@
-"""doubled_attention in the benchmark: shapes [N, H, Hkv, T, Dh], peers, and work on allowed pairs.
+"""doubled_attention in the benchmark: shapes [N, H, Hkv, T, Dh], baselines, allowed pairs.
 
-Each peer computes doubled_attention at `block_size=1`, but for `causal_2T`: one causal attention
-over both halves, with twice the pairs, a peer in time only. It is checked against its own
-definition.
+Each baseline computes doubled_attention at `block_size=1`, but for `causal_2T`: one causal
+attention over both halves, with twice the pairs, a baseline in time only. It is checked against its
+own definition.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import (
 from torch.utils.checkpoint import checkpoint
 
 import dblocks.functional as D
-from benchmarks.ops.op import SEED, Absent, Contender, Op, Peer, Work
+from benchmarks.ops.op import SEED, Absent, Baseline, Implementation, Op, Work
 from dblocks.kernels.reference import doubled_mask
 from dblocks.ops.doubled_attention import Backend
 
@@ -46,7 +46,7 @@ SHAPES = {
         (4, 16, 16, 16384, 128),
     ),
 }
-# On a CPU without bfloat16 instructions the peers' backward takes ten times as long in it; ours
+# On a CPU without bfloat16 instructions the baselines' backward takes ten times as long in it; ours
 # computes in float32 either way. `--dtype bfloat16` times it.
 DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
 # As others set them by hand for such masks: smaller tiles than FlexAttention's, which partial
@@ -77,13 +77,13 @@ def work(shape: Sequence[int], size: int) -> Work:
     )
 
 
-MAX_PEER_BYTES = 20e9  # a peer that needs more on a GPU takes no part
+MAX_BASELINE_BYTES = 20e9  # a baseline that needs more on a GPU takes no part
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
     """Our own reference, which holds all scores; on a GPU only where they are not too many."""
     needed = 4 * q.element_size() * q.shape[0] * q.shape[1] * q.shape[2] ** 2
-    if q.is_cuda and needed > MAX_PEER_BYTES:
+    if q.is_cuda and needed > MAX_BASELINE_BYTES:
         raise torch.OutOfMemoryError(f"{needed / 1e9:.0f} GB of scores")
     return (D.doubled_attention(q, k, v, impl="reference"),)
 
@@ -137,7 +137,7 @@ def _causal_definition(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
     return (F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True),)
 
 
-def flex(options: FlexKernelOptions | None = None) -> Peer:
+def flex(options: FlexKernelOptions | None = None) -> Implementation:
     """Compiled FlexAttention; the block mask is made once for each T."""
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # the backward is timed again and again
@@ -162,19 +162,19 @@ def flex(options: FlexKernelOptions | None = None) -> Peer:
     return call
 
 
-def composed(backend: Backend) -> Peer:
+def composed(backend: Backend) -> Implementation:
     """The composition of one backend's causal attention."""
     return lambda q, k, v: (D.doubled_attention(q, k, v, impl="composed", backend=backend),)
 
 
-def peers(device: torch.device) -> dict[str, Peer | Absent | Contender]:
+def baselines(device: torch.device) -> dict[str, Implementation | Absent | Baseline]:
     """Who takes part beside dblocks and the dense mask."""
-    found: dict[str, Peer | Absent | Contender] = {
-        "causal_2T": Contender(causal_2T, definition=_causal_definition),
+    found: dict[str, Implementation | Absent | Baseline] = {
+        "causal_2T": Baseline(causal_2T, definition=_causal_definition),
         "reference": reference,
     }
     if device.type != "cuda":
-        found["flex"] = Contender(flex(), forward_only="FlexAttention has no backward on CPUs")
+        found["flex"] = Baseline(flex(), forward_only="FlexAttention has no backward on CPUs")
         return found
     return found | {
         "flex": flex(),
@@ -187,5 +187,5 @@ def peers(device: torch.device) -> dict[str, Peer | Absent | Contender]:
 OP = Op(
     "doubled_attention", make, ("q", "k", "v"),
     lambda q, k, v: (D.doubled_attention(q, k, v),), dense, work,
-    shapes=SHAPES, dtypes=DTYPES, peers=peers,
+    shapes=SHAPES, dtypes=DTYPES, baselines=baselines,
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Who takes part beside dblocks: eager PyTorch, torch.compile, and libraries where installed.
 
-A peer that is not there is named with the reason, never left out silently. torch.compile must make
-one graph (`fullgraph`), and starts afresh for every shape and dtype, so that its limit of
+A baseline that is not there is named with the reason, never left out silently. torch.compile must
+make one graph (`fullgraph`), and starts afresh for every shape and dtype, so that its limit of
 recompilations, past which it silently runs eager code, is never reached.
 """
 
@@ -13,18 +13,18 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from benchmarks.ops.op import Absent, Contender, Op, Peer
+from benchmarks.ops.op import Absent, Baseline, Implementation, Op
 from benchmarks.ops.registry import EPS
 
 
-def compiled(function: Peer, **options: bool) -> Peer:
+def compiled(function: Implementation, **options: bool) -> Implementation:
     """`function` as one graph of torch.compile, with these options of Inductor."""
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # the backward is timed again and again
     return torch.compile(function, fullgraph=True, dynamic=False, options=dict(options))
 
 
-def liger_modulated_rms_norm() -> Peer:
+def liger_modulated_rms_norm() -> Implementation:
     """Liger's fused RMS norm and modulation, one row of it for each sample."""
     from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
         liger_modulated_rms_norm as norm,
@@ -36,7 +36,7 @@ def liger_modulated_rms_norm() -> Peer:
     return call
 
 
-def liger_layer_norm() -> Peer:
+def liger_layer_norm() -> Implementation:
     """Liger's layer norm, then the modulation as one addcmul."""
     from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
         liger_layer_norm as norm,
@@ -45,7 +45,7 @@ def liger_layer_norm() -> Peer:
     return _norm_then_modulate(lambda x, weight, bias: norm(x, weight, bias, EPS))
 
 
-def flash_attn_layer_norm() -> Peer:
+def flash_attn_layer_norm() -> Implementation:
     """flash-attn's Triton layer norm, then the modulation as one addcmul."""
     from flash_attn.ops.triton.layer_norm import (  # pyright: ignore[reportMissingImports]
         layer_norm_fn as norm,
@@ -54,7 +54,7 @@ def flash_attn_layer_norm() -> Peer:
     return _norm_then_modulate(lambda x, weight, bias: norm(x, weight, bias, eps=EPS))
 
 
-def _norm_then_modulate(norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Peer:
+def _norm_then_modulate(norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Implementation:
     """These norms want a weight and a bias: ones and zeros, made once for each width and dtype."""
     made: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -67,18 +67,20 @@ def _norm_then_modulate(norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Pee
     return call
 
 
-LIBRARIES: dict[str, tuple[str, Callable[[], Peer]]] = {
+LIBRARIES: dict[str, tuple[str, Callable[[], Implementation]]] = {
     "liger_modulated_rms_norm": ("liger-kernel", liger_modulated_rms_norm),
     "liger_layer_norm": ("liger-kernel", liger_layer_norm),
     "flash_attn_layer_norm": ("flash-attn", flash_attn_layer_norm),
 }
 
 
-def peers_of(op: Op, device: torch.device) -> dict[str, Peer | Absent | Contender]:
+def implementations_of(
+    op: Op, device: torch.device
+) -> dict[str, Implementation | Absent | Baseline]:
     """Everyone that takes part in the benchmark of `op`: what to call, or why it is absent."""
-    found: dict[str, Peer | Absent | Contender] = {"dblocks": op.ours, "eager": op.eager}
-    if op.peers is not None:
-        return found | op.peers(device)
+    found: dict[str, Implementation | Absent | Baseline] = {"dblocks": op.ours, "eager": op.eager}
+    if op.baselines is not None:
+        return found | op.baselines(device)
     found["torch.compile"] = compiled(op.eager)
     if op.oracle is not None:
         # On a CPU the generator that Inductor writes is slower than PyTorch's own.

@@ -1,4 +1,4 @@
-"""Is a peer's result right? Outputs and gradients against float64, before anything is timed."""
+"""Outputs and gradients of an implementation against float64, before it is timed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.ops.op import Op, Peer
+from benchmarks.ops.op import Implementation, Op
 from dblocks.testing import error_budget
 
 # How far others may pass the budget that holds for dblocks. It follows eager PyTorch, whose sums
 # over rows are unusually exact; those of torch.compile, row after row, are not wrong for that.
-PEER_SLACK = 8
-SIZE_TOLERANCE = 0.05  # of the standard deviation of what holds a peer's own noise
+BASELINE_SLACK = 8
+SIZE_TOLERANCE = 0.05  # of the standard deviation of what holds a baseline's own noise
 
 _upstream: dict[tuple, Tensor] = {}
 
@@ -48,25 +48,30 @@ def gradients(
     return list(torch.autograd.grad(outputs, wanted, given, retain_graph=keep_graph))
 
 
-def results(op: Op, peer: Peer, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Outputs and gradients of a peer."""
+def results(op: Op, call: Implementation, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Outputs and gradients of an implementation."""
     if not op.needs_grad:
         with torch.no_grad():
-            return tensors(peer(**inputs))
+            return tensors(call(**inputs))
     leaves = leaves_of(op, inputs)
-    outputs = tensors(peer(**leaves))
+    outputs = tensors(call(**leaves))
     return [o.detach() for o in outputs] + gradients(op, outputs, leaves)
 
 
-def wrong(op: Op, peer: Peer, inputs: dict[str, Tensor], definition: Peer | None = None) -> str:
-    """Why the peer's result cannot be trusted; empty where it can.
+def wrong(
+    op: Op,
+    call: Implementation,
+    inputs: dict[str, Tensor],
+    definition: Implementation | None = None,
+) -> str:
+    """Why the result cannot be trusted; empty where it can.
 
-    A peer that computes another result than the op has a `definition` of its own.
+    A baseline that computes another result than the op has a `definition` of its own.
     """
-    got = results(op, peer, inputs)
+    got = results(op, call, inputs)
     if not all(torch.isfinite(o).all() for o in got):
         return "not finite"
-    if op.oracle is not None and peer is not op.ours:
+    if op.oracle is not None and call is not op.ours:
         return _wrong_size(got, results(op, op.eager, inputs))
     plain = definition or op.oracle or op.eager
     own = results(op, plain, inputs)
@@ -75,20 +80,20 @@ def wrong(op: Op, peer: Peer, inputs: dict[str, Tensor], definition: Peer | None
     for result, reference, eager in zip(got, ref64, own, strict=True):
         error = (result.double() - reference).abs().max().item()
         limit = error_budget(reference, eager, result.dtype)
-        limit *= 1 if peer is op.ours else PEER_SLACK
+        limit *= 1 if call is op.ours else BASELINE_SLACK
         if error > limit:
             return f"error {error:.2e} over the budget {limit:.2e}"
     return ""
 
 
 def _with_upstream_of(
-    op: Op, peer: Peer, inputs: dict[str, Tensor], like: Sequence[Tensor]
+    op: Op, call: Implementation, inputs: dict[str, Tensor], like: Sequence[Tensor]
 ) -> list[Tensor]:
     """`results`, with the upstream gradients that the narrower outputs `like` had."""
     if not op.needs_grad:
-        return results(op, peer, inputs)
+        return results(op, call, inputs)
     leaves = leaves_of(op, inputs)
-    outputs = tensors(peer(**leaves))
+    outputs = tensors(call(**leaves))
     given = [upstream(o).double() for o in like[: len(outputs)]]
     wanted = [leaves[name] for name in op.needs_grad]
     grads = torch.autograd.grad(outputs, wanted, given)

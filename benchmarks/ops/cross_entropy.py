@@ -1,8 +1,8 @@
-"""linear_cross_entropy in the benchmark: shapes [R, V, D], peers, and work of the matrix products.
+"""linear_cross_entropy in the benchmark: shapes [R, V, D], baselines, matrix products.
 
 dblocks computes gradients in the forward of a call that needs them, so of the directions `both` is
 what a training step costs, and `backward` only a multiplication. The losses of others have no
-weight for each row: they are peers in time and memory, checked against their own definition.
+weight for each row: they are baselines in time and memory, checked against their own definition.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dblocks.functional as D
-from benchmarks.ops.op import SEED, Absent, Contender, Op, Peer, Work
+from benchmarks.ops.op import SEED, Absent, Baseline, Implementation, Op, Work
 
 # A vocabulary of words, and one of characters, of which the logits are next to nothing.
 SHAPES = {
@@ -64,7 +64,7 @@ def mean(h: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor) -> tuple
     return (F.cross_entropy(_logits(h, weight), target.long()),)
 
 
-def torch_chunked() -> Peer:
+def torch_chunked() -> Implementation:
     """PyTorch's own loss in chunks; the graph is kept to be timed again."""
     options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
 
@@ -74,7 +74,7 @@ def torch_chunked() -> Peer:
     return call
 
 
-def liger() -> Peer:
+def liger() -> Implementation:
     """Liger's fused loss."""
     from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
         liger_fused_linear_cross_entropy as loss,
@@ -83,7 +83,7 @@ def liger() -> Peer:
     return lambda h, weight, target, row_weight: (loss(h, weight, target),)
 
 
-def cut_cross_entropy() -> Peer:
+def cut_cross_entropy() -> Implementation:
     """Apple's loss, which holds no logits at all."""
     from cut_cross_entropy import (  # pyright: ignore[reportMissingImports]
         linear_cross_entropy as loss,
@@ -98,13 +98,13 @@ LIBRARIES = {
 }
 
 
-def peers(device: torch.device) -> dict[str, Peer | Absent | Contender]:
+def baselines(device: torch.device) -> dict[str, Implementation | Absent | Baseline]:
     """Who takes part beside dblocks and eager PyTorch."""
     from benchmarks.ops.baselines import compiled
 
-    found: dict[str, Peer | Absent | Contender] = {"torch.compile": compiled(eager)}
+    found: dict[str, Implementation | Absent | Baseline] = {"torch.compile": compiled(eager)}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        found["torch_chunked"] = Contender(torch_chunked(), definition=mean)
+        found["torch_chunked"] = Baseline(torch_chunked(), definition=mean)
     else:
         found["torch_chunked"] = "this PyTorch has no linear_cross_entropy"
     for name, (package, build) in LIBRARIES.items():
@@ -112,7 +112,7 @@ def peers(device: torch.device) -> dict[str, Peer | Absent | Contender]:
             found[name] = "its kernels need a GPU"
             continue
         try:
-            found[name] = Contender(build(), definition=mean)
+            found[name] = Baseline(build(), definition=mean)
         except ImportError as error:
             found[name] = f"{package} is not installed ({error})"
     return found
@@ -121,5 +121,5 @@ def peers(device: torch.device) -> dict[str, Peer | Absent | Contender]:
 OP = Op(
     "linear_cross_entropy", make, ("h", "weight"),
     lambda **k: (D.linear_cross_entropy(**k),), eager, work,
-    shapes=SHAPES, dtypes=DTYPES, peers=peers,
+    shapes=SHAPES, dtypes=DTYPES, baselines=baselines,
 )  # fmt: skip

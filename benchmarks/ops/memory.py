@@ -1,4 +1,4 @@
-"""Peak memory of one peer on the CPU; run in a fresh process by benchmarks.ops.run.
+"""Peak memory of one implementation on the CPU; run in a fresh process by benchmarks.ops.run.
 
     python -m benchmarks.ops.memory adaln eager float32 4 1024 1024
 
@@ -10,20 +10,20 @@ import sys
 import torch
 
 from benchmarks.ops import run, timing
-from benchmarks.ops.baselines import peers_of
+from benchmarks.ops.baselines import implementations_of
 from benchmarks.ops.registry import OPS
 
 
 def main() -> None:
-    name, peer_name, dtype, *shape = sys.argv[1:]
+    name, implementation, dtype, *shape = sys.argv[1:]
     op = next(op for op in OPS if op.name == name)
     device = torch.device("cpu")
-    peer = peers_of(op, device)[peer_name]
-    assert not isinstance(peer, str), peer
-    peer = run.contender(peer)
-    op = run.part_of(op, peer)
+    found = implementations_of(op, device)[implementation]
+    assert not isinstance(found, str), found
+    baseline = run.as_baseline(found)
+    op = run.part_of(op, baseline)
     inputs = op.make([int(size) for size in shape], getattr(torch, dtype), device)
-    print(timing.resident_peak_bytes(run.call_of(op, peer.call, inputs, "both")))
+    print(timing.resident_peak_bytes(run.call_of(op, baseline.call, inputs, "both")))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an op of the benchmark is: inputs, peers, shapes, and the work of a call."""
+"""What an op of the benchmark is: inputs, baselines, shapes, and the work of a call."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Peer = Callable[..., Sequence[Tensor | None]]
-Absent = str  # why a peer is not there
+Implementation = Callable[..., Sequence[Tensor | None]]
+Absent = str  # why a baseline is not there
 
 SEED = 20_261_123
 
@@ -28,11 +28,11 @@ class Work(NamedTuple):
     operations_backward: int
 
 
-class Contender(NamedTuple):
-    """A peer that does not do the same as the others."""
+class Baseline(NamedTuple):
+    """An implementation, with what sets it apart from the others."""
 
-    call: Peer
-    definition: Peer | None = None  # plain PyTorch, where it computes another result
+    call: Implementation
+    definition: Implementation | None = None  # plain PyTorch, where it computes another result
     forward_only: str = ""  # why
 
 
@@ -42,14 +42,14 @@ class Op(NamedTuple):
     name: str
     make: Callable[[Sequence[int], torch.dtype, torch.device], dict[str, Tensor]]
     needs_grad: tuple[str, ...]
-    ours: Peer
-    eager: Peer
+    ours: Implementation
+    eager: Implementation
     work: Callable[[Sequence[int], int], Work]  # of a shape and the size of the dtype
-    # Of an op whose peers draw other noise, so that only their size can be compared: plain PyTorch
-    # with the noise of dblocks, which that is checked against.
-    oracle: Peer | None = None
-    others: tuple[str, ...] = ()  # names in benchmarks/peers.py, beside eager and torch.compile
+    # Of an op whose baselines draw other noise, of which only the size can be compared: plain
+    # PyTorch with the noise of dblocks, which that is checked against.
+    oracle: Implementation | None = None
+    others: tuple[str, ...] = ()  # names in baselines.py, beside eager and torch.compile
     shapes: dict[str, tuple[tuple[int, ...], ...]] = SHAPES
     dtypes: dict[str, tuple[str, ...]] = DTYPES
     # Instead of torch.compile and `others`.
-    peers: Callable[[torch.device], dict[str, Peer | Absent | Contender]] | None = None
+    baselines: Callable[[torch.device], dict[str, Implementation | Absent | Baseline]] | None = None

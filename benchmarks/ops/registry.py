@@ -1,4 +1,4 @@
-"""Every op once: shapes, inputs, its peers in their best plain form, bytes and operations.
+"""Every op once: shapes, inputs, its baselines in their best eager form, bytes and operations.
 
 Bytes are what an implementation that fuses everything reads and writes, for most ops counted per
 element of [N, T, D] with `e` the size of the dtype; modulations and losses are left out as too
@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dblocks.functional as D
-from benchmarks.ops import attention
+from benchmarks.ops import attention, cross_entropy
 from benchmarks.ops.op import SEED, Op, Work
-from dblocks.kernels.cross_entropy import cross_entropy
 
 EPS = 1e-6
 

@@ -13,19 +13,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ops.targets import FLOORS, Floor
+from benchmarks.ops.targets import TARGETS, Target
 from dblocks.recipes.plots import save_png
 
 Row = dict[str, Any]
 Key = tuple[str, tuple[int, ...], str, str]  # op, shape, dtype, direction
 
-FORMAT = 2
+FORMAT = 3
 OURS = "dblocks"
 CHANGE = 1.1  # a time that differs by less may be the machine's
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file.
+    """A result file; one of format 2, in which an implementation is a "peer", is converted.
 
     Raises:
         ValueError: the file is none, or of another format.
@@ -34,6 +34,10 @@ def read(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not a result file: {error}") from error
+    if isinstance(result, dict) and result.get("format") == 2:
+        for row in (*result["rows"], *result["overhead"]):
+            row["implementation"] = row.pop("peer")
+        result["format"] = FORMAT
     if not isinstance(result, dict) or result.get("format") != FORMAT:
         raise ValueError(
             f"{path} must be a result file of format {FORMAT}; run the benchmark again"
@@ -42,18 +46,18 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def key(row: Row) -> Key:
-    """What a row is of, but for the peer."""
+    """What a row is of, but for the implementation."""
     return row["op"], tuple(row["shape"]), row["dtype"], row["direction"]
 
 
 def ratios(rows: Iterable[Row]) -> dict[Key, dict[str, float]]:
-    """Each peer's time over that of dblocks, for each case; what has no time is left out."""
+    """The time of each implementation over that of dblocks, in each case that has both."""
     rows = list(rows)
-    ours = {key(r): r["ms"] for r in rows if r["peer"] == OURS and "ms" in r}
+    ours = {key(r): r["ms"] for r in rows if r["implementation"] == OURS and "ms" in r}
     found: dict[Key, dict[str, float]] = {}
     for row in rows:
         if key(row) in ours and "ms" in row:
-            found.setdefault(key(row), {})[row["peer"]] = row["ms"] / ours[key(row)]
+            found.setdefault(key(row), {})[row["implementation"]] = row["ms"] / ours[key(row)]
     return found
 
 
@@ -72,18 +76,18 @@ def _case(k: Key) -> tuple[str, str, str, str]:
 def table(rows: Sequence[Row]) -> str:
     """Every row: time, rate, percent of the copy, and how much faster dblocks is."""
     header = (
-        "op", "shape", "dtype", "direction", "peer", "ms (p20-p80)", "GB/s", "% of copy",
+        "op", "shape", "dtype", "direction", "implementation", "ms (p20-p80)", "GB/s", "% of copy",
         "GFLOP/s", "dblocks is", "first call, ms", "peak, MiB",
     )  # fmt: skip
     times = ratios(rows)
     lines = []
     for row in rows:
-        case = (*_case(key(row)), row["peer"])
+        case = (*_case(key(row)), row["implementation"])
         if "ms" not in row:
             reason = f"wrong: {row['wrong']}" if row["wrong"] else f"absent: {row['absent']}"
             lines.append((*case, reason, *[""] * (len(header) - len(case) - 1)))
             continue
-        ratio = times.get(key(row), {}).get(row["peer"])
+        ratio = times.get(key(row), {}).get(row["implementation"])
         lines.append((
             *case,
             f"{row['ms']:.3f} ({row['ms_p20']:.3f}-{row['ms_p80']:.3f})",
@@ -97,41 +101,44 @@ def table(rows: Sequence[Row]) -> str:
     return markdown(header, lines)
 
 
-def floors(result: dict[str, Any]) -> str:
-    """Each floor with the worst case that it covers; empty where it covers none of the rows."""
+def targets(result: dict[str, Any]) -> str:
+    """Each target with the worst case that it covers; empty where it covers none of the rows."""
     times, lines = ratios(result["rows"]), []
-    for floor in FLOORS:
-        cases = {k: t for k, t in times.items() if floor.covers(*k) and floor.peer in _peers(t)}
+    for target in TARGETS:
+        cases = {
+            k: t for k, t in times.items() if target.covers(*k) and target.baseline in _names(t)
+        }
         if not cases:
             continue
-        worst = min(cases, key=lambda k: _against(cases[k], floor))
-        value = _against(cases[worst], floor)
-        verdict = "reached" if value >= floor.at_least else "**missed**"
-        met = sum(_against(t, floor) >= floor.at_least for t in cases.values())
+        worst = min(cases, key=lambda k: _against(cases[k], target))
+        value = _against(cases[worst], target)
+        verdict = "reached" if value >= target.at_least else "**missed**"
+        met = sum(_against(t, target) >= target.at_least for t in cases.values())
         lines.append((
-            floor.op, floor.direction, floor.peer, f"{floor.at_least:.2f}x", f"{value:.2f}x",
+            target.op, target.direction, target.baseline,
+            f"{target.at_least:.2f}x", f"{value:.2f}x",
             " ".join(_case(worst)[1:3]), f"{met} of {len(cases)}", verdict,
         ))  # fmt: skip
     if not lines:
         return ""
-    header = ("op", "direction", "peer", "floor", "worst", "where", "cases that reach it", "")
+    header = ("op", "direction", "baseline", "target", "worst", "where", "cases that reach it", "")
     return markdown(header, lines)
 
 
-def _peers(times: dict[str, float]) -> set[str]:
+def _names(times: dict[str, float]) -> set[str]:
     return {name.partition(" ")[0] for name in times}
 
 
-def _against(times: dict[str, float], floor: Floor) -> float:
-    """Against the fastest form of the peer: torch.compile takes part in two for noise."""
-    return min(v for name, v in times.items() if name.partition(" ")[0] == floor.peer)
+def _against(times: dict[str, float], target: Target) -> float:
+    """Against the fastest form of the baseline: torch.compile takes part in two for noise."""
+    return min(v for name, v in times.items() if name.partition(" ")[0] == target.baseline)
 
 
 def overheads(rows: Sequence[Row]) -> str:
     """Time of a call on next to no data."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
-        found.setdefault((row["op"], row["direction"]), {})[row["peer"]] = row["host_us"]
+        found.setdefault((row["op"], row["direction"]), {})[row["implementation"]] = row["host_us"]
     lines = [
         (*case, f"{us[OURS]:.1f}", f"{us['eager']:.1f}", f"{us['eager'] / us[OURS]:.2f}x")
         for case, us in found.items()
@@ -163,16 +170,16 @@ def document(result: dict[str, Any], old: dict[str, Any] | None = None) -> str:
         f"{1e3 * v:,.0f} GFLOP/s in {k}" for k, v in result["matmul_tflops"].items()
     )
     parts = [
-        "# Fused ops beside their peers",
+        "# Fused ops beside their baselines",
         f"{e['device']}, {e['threads']} threads, C++ kernels: {e['cpp']}; torch {e['torch']}, "
         f"triton {e['triton']}, Python {e['python']}; commit {e['commit']}. Medians of "
-        f"{result['rounds']} rounds in which the peers take turns; a matrix product reaches "
-        f"{ceiling}. Outputs and gradients were checked against float64 before the timing; "
-        "'dblocks is' tells how much less time dblocks takes than the peer.",
+        f"{result['rounds']} rounds in which the implementations take turns; a matrix product "
+        f"reaches {ceiling}. Outputs and gradients were checked against float64 before the timing; "
+        "'dblocks is' tells how much less time dblocks takes than the baseline.",
     ]
-    met = floors(result)
+    met = targets(result)
     if met:
-        parts += ["## Floors, set for 2 cores with AVX-512", met]
+        parts += ["## Targets, set for 2 cores with AVX-512", met]
     if old is not None:
         parts += ["## Since the earlier result", comparison(result, old)]
     if result["overhead"]:
@@ -182,24 +189,24 @@ def document(result: dict[str, Any], old: dict[str, Any] | None = None) -> str:
 
 
 def chart(rows: Sequence[Row], op: str, path: Path) -> None:
-    """A bar chart of one op as PNG: how much faster dblocks is than each peer, in every case."""
+    """A bar chart of one op as PNG: how much faster dblocks is than each baseline in each case."""
     from matplotlib.figure import Figure
 
     times = {k: t for k, t in ratios(rows).items() if k[0] == op}
-    peers = sorted({name for t in times.values() for name in t} - {OURS})
+    names = sorted({name for t in times.values() for name in t} - {OURS})
     figure = Figure(figsize=(9, 1.2 + 0.5 * len(times)), layout="constrained")
     axes = figure.subplots()
-    height = 0.8 / max(len(peers), 1)
-    for i, peer in enumerate(peers):
-        places = [y + (i - (len(peers) - 1) / 2) * height for y in range(len(times))]
-        values = [t.get(peer, 0.0) for t in times.values()]
-        bars = axes.barh(places, values, height, label=f"over {peer}")
+    height = 0.8 / max(len(names), 1)
+    for i, name in enumerate(names):
+        places = [y + (i - (len(names) - 1) / 2) * height for y in range(len(times))]
+        values = [t.get(name, 0.0) for t in times.values()]
+        bars = axes.barh(places, values, height, label=f"over {name}")
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(times)), [" ".join(_case(k)[1:]) for k in times], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("time of the peer / time of dblocks (longer is better, 1 is equal)")
-    axes.set_title(f"{op}: speed of dblocks over its peers")
+    axes.set_xlabel("time of the baseline / time of dblocks (longer is better, 1 is equal)")
+    axes.set_title(f"{op}: speed of dblocks over its baselines")
     axes.legend(fontsize=8)
     save_png(figure, path)
 

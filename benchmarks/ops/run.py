@@ -1,4 +1,4 @@
-"""Times every op beside its peers, each checked against float64 before it is timed.
+"""Times every op beside its baselines, each checked against float64 before it is timed.
 
     python -m benchmarks.ops.run                      all shapes of this machine's CPU
     python -m benchmarks.ops.run --device cuda        64M elements in bfloat16 (128 MiB a tensor)
@@ -6,7 +6,7 @@
     python -m benchmarks.ops.run --op adaln --rounds 20
     python -m benchmarks.ops.run --compare old.json   and what has changed since
 
-Peers take turns inside every round, so that a drift of the clock meets all of them; our own
+Baselines take turns inside every round, so that a drift of the clock meets all of them; our own
 reference has its turns after them. A figure is the median over the rounds, with the 20th and 80th
 percentiles. An output or gradient that is wrong gets no figure. The ceilings, a copy of a tensor of
 the same size and a matrix product, are timed in the same run.
@@ -28,17 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.check import report
-from benchmarks.ops import timing
-from benchmarks.ops.baselines import peers_of
+from benchmarks.ops import report, timing
+from benchmarks.ops.baselines import implementations_of
 from benchmarks.ops.checks import gradients, leaves_of, tensors, wrong
-from benchmarks.ops.op import DTYPES, Absent, Contender, Op, Peer, Work
+from benchmarks.ops.op import DTYPES, Absent, Baseline, Implementation, Op, Work
 from benchmarks.ops.registry import OPS
 
 DIRECTIONS = ("forward", "backward", "both")
-REFERENCE = "reference"  # the name of our own reference where it is a peer
+REFERENCE = "reference"  # the name of our own reference where it is a baseline
 OVERHEAD_WIDTH = 8  # of one row, where a CPU call is all overhead
-FORMAT = 2
 NO_MEMORY = "out of memory"
 
 
@@ -51,17 +49,17 @@ def measure(
     *,
     memory: bool = False,
 ) -> list[dict[str, Any]]:
-    """One row for each peer and direction."""
+    """One row for each implementation and direction."""
     inputs = op.make(shape, dtype, device)
-    peers = peers_of(op, device)
+    found = implementations_of(op, device)
     head = {"op": op.name, "shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
     once: dict[str, dict[str, Any]] = {}
-    good: dict[str, Contender] = {}
-    for name, peer in peers.items():
-        once[name] = _examine(op, peer, inputs, device)
+    good: dict[str, Baseline] = {}
+    for name, given in found.items():
+        once[name] = _examine(op, given, inputs, device)
         if not once[name].get("absent") and not once[name]["wrong"]:
-            assert not isinstance(peer, str)
-            good[name] = contender(peer)
+            assert not isinstance(given, str)
+            good[name] = as_baseline(given)
             if device.type == "cuda":
                 forward = call_of(op, good[name].call, inputs, "forward")
                 once[name]["host_us"] = timing.host_us(forward, device)
@@ -81,21 +79,21 @@ def measure(
     for direction in DIRECTIONS if op.needs_grad else DIRECTIONS[:1]:
         runs: dict[str, timing.Run] = {"copy": lambda: target.copy_(source)}
         taking_part = {
-            name: peer
-            for name, peer in good.items()
-            if direction == "forward" or not peer.forward_only
+            name: baseline
+            for name, baseline in good.items()
+            if direction == "forward" or not baseline.forward_only
         }
         runs |= {n: call_of(op, p.call, inputs, direction) for n, p in taking_part.items()}
         full = _without_memory(runs)
         runs = {n: run for n, run in runs.items() if n not in full}
-        # The reference may fill gigabytes, after which the next peer finds the machine slower for
+        # The reference may fill gigabytes, after which the next one finds the machine slower for
         # more than a call: it takes its turns when the others had theirs.
         last = {n: runs.pop(n) for n in [REFERENCE] if n in runs}
         times = timing.interleaved(runs, device, rounds) | timing.interleaved(last, device, rounds)
         copy = 2 * source.nbytes / statistics.median(times.pop("copy"))
         moved, operations = _of_direction(work, direction)
-        for name in peers:
-            row = head | {"direction": direction, "peer": name} | once[name]
+        for name in found:
+            row = head | {"direction": direction, "implementation": name} | once[name]
             if name in good and name not in taking_part:
                 row["absent"] = good[name].forward_only
             if name in full:
@@ -125,27 +123,30 @@ def _without_memory(runs: dict[str, timing.Run]) -> list[str]:
     return full
 
 
-def contender(peer: Peer | Contender) -> Contender:
-    """A peer with what sets it apart, if anything does."""
-    return peer if isinstance(peer, Contender) else Contender(peer)
+def as_baseline(call: Implementation | Baseline) -> Baseline:
+    """An implementation with what sets it apart, if anything does."""
+    return call if isinstance(call, Baseline) else Baseline(call)
 
 
-def part_of(op: Op, peer: Contender) -> Op:
-    """`op`, without gradients for a peer that has none."""
-    return op._replace(needs_grad=()) if peer.forward_only else op
+def part_of(op: Op, baseline: Baseline) -> Op:
+    """`op`, without gradients for a baseline that has none."""
+    return op._replace(needs_grad=()) if baseline.forward_only else op
 
 
 def _examine(
-    op: Op, peer: Peer | Absent | Contender, inputs: dict[str, Tensor], device: torch.device
+    op: Op,
+    given: Implementation | Absent | Baseline,
+    inputs: dict[str, Tensor],
+    device: torch.device,
 ) -> dict[str, Any]:
-    """What is found of a peer before it is timed: absent, wrong, and the cost of a first call."""
-    if isinstance(peer, str):
-        return {"absent": peer, "wrong": ""}
-    peer = contender(peer)
-    op = part_of(op, peer)
+    """What is known before the timing: absent, wrong, and the cost of a first call."""
+    if isinstance(given, str):
+        return {"absent": given, "wrong": ""}
+    baseline = as_baseline(given)
+    op = part_of(op, baseline)
     try:
-        first = timing.first_call_ms(call_of(op, peer.call, inputs, "both"), device)
-        return {"first_ms": first, "wrong": wrong(op, peer.call, inputs, peer.definition)}
+        first = timing.first_call_ms(call_of(op, baseline.call, inputs, "both"), device)
+        return {"first_ms": first, "wrong": wrong(op, baseline.call, inputs, baseline.definition)}
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         return {"absent": f"{NO_MEMORY} ({str(error)[:60]})", "wrong": ""}
@@ -158,9 +159,10 @@ def overhead(op: Op, device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for direction in ("forward", "both") if op.needs_grad else ("forward",):
         for name in ("dblocks", "eager"):
-            peer = op.ours if name == "dblocks" else op.eager
-            us = timing.host_us(call_of(op, peer, inputs, direction), device)
-            rows.append({"op": op.name, "peer": name, "direction": direction, "host_us": us})
+            call = op.ours if name == "dblocks" else op.eager
+            us = timing.host_us(call_of(op, call, inputs, direction), device)
+            head = {"op": op.name, "implementation": name, "direction": direction}
+            rows.append(head | {"host_us": us})
     return rows
 
 
@@ -172,20 +174,22 @@ def _of_direction(work: Work, direction: str) -> tuple[int, int]:
     return {"forward": forward, "backward": backward, "both": both}[direction]
 
 
-def call_of(op: Op, peer: Peer, inputs: dict[str, Tensor], direction: str) -> Callable[[], object]:
-    """What to call again and again to time a direction of a peer."""
+def call_of(
+    op: Op, call: Implementation, inputs: dict[str, Tensor], direction: str
+) -> Callable[[], object]:
+    """What to call again and again to time a direction of an implementation."""
     leaves = leaves_of(op, inputs)
     if direction == "forward" or not op.needs_grad:
 
         def forward() -> object:
             with torch.no_grad():
-                return peer(**inputs)
+                return call(**inputs)
 
         return forward
     if direction == "backward":
-        outputs = tensors(peer(**leaves))
+        outputs = tensors(call(**leaves))
         return lambda: gradients(op, outputs, leaves)
-    return lambda: gradients(op, tensors(peer(**leaves)), leaves, keep_graph=False)
+    return lambda: gradients(op, tensors(call(**leaves)), leaves, keep_graph=False)
 
 
 def run(
@@ -219,7 +223,7 @@ def run(
         if budget is not None and time.monotonic() - began > budget:
             head = {"op": op.name, "shape": list(shape), "dtype": dtype}
             why = {"absent": f"the budget of {budget:.0f} s is spent", "wrong": ""}
-            rows.append(head | {"direction": "both", "peer": "dblocks"} | why)
+            rows.append(head | {"direction": "both", "implementation": "dblocks"} | why)
             emit(rows[-1])
             continue
         print(f"[{number}/{len(todo)}] {op.name} {tuple(shape)} {dtype}", file=sys.stderr)
@@ -237,7 +241,7 @@ def run(
         for name in dtypes or DTYPES[kind]
     }
     return {
-        "format": FORMAT,
+        "format": report.FORMAT,
         "environment": timing.environment(device),
         "rounds": rounds,
         "matmul_tflops": matmul,
@@ -253,7 +257,7 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns 1 where a peer was wrong."""
+    """The command; returns 1 where an implementation was wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ops.run",
         description=(__doc__ or "").partition("\n")[0],
@@ -266,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shape", type=int, nargs="+", metavar="SIZE", action="append",
         help="N T D; N H Hkv T Dh of doubled_attention, R V D of linear_cross_entropy; repeatable",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=10, help="turns of every peer")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of every implementation")
     parser.add_argument("--budget", type=float, help="seconds; the least valuable is left out")
     parser.add_argument("--memory", action="store_true", help="peak memory, in fresh processes")
     parser.add_argument("--out", type=Path, help="folder of the result files")

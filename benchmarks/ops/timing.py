@@ -1,4 +1,4 @@
-"""Clocks: peers in turns, medians, the ceilings of the machine, memory, first calls."""
+"""Clocks: baselines in turns, medians, the ceilings of the machine, memory, first calls."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-ROUND_MS = 20.0  # a peer's share of a round, if one call takes less
+ROUND_MS = 20.0  # the share of one implementation of a round, if one call takes less
 MAX_REPEATS = 200
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
-# Every peer gets its large tensors from the heap and keeps them there: fresh pages, which the
+# Everyone gets its large tensors from the heap and keeps them there: fresh pages, which the
 # system clears one by one, would be timed otherwise.
 # glibc maps what is over 32 MiB afresh, whatever its threshold, unless it may not map at all.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000"}

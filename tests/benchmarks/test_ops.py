@@ -11,25 +11,30 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE, CPU = (2, 4, 16), torch.device("cpu")
-MODULES = (
-    "attention",
-    "checks",
-    "floors",
-    "op",
-    "peers",
-    "registry",
-    "report",
-    "run",
-    "step",
-    "timing",
-)
+MODULES = {
+    **{
+        name: f"benchmarks.ops.{name}"
+        for name in (
+            "attention",
+            "baselines",
+            "checks",
+            "op",
+            "registry",
+            "report",
+            "run",
+            "targets",
+            "timing",
+        )
+    },
+    "step": "benchmarks.models.step",
+}
 
 
 @pytest.fixture(scope="module")
 def bench():
     """The modules of benchmarks/, which is not part of the installed package."""
     sys.path.insert(0, str(ROOT))
-    yield SimpleNamespace(**{m: importlib.import_module(f"benchmarks.{m}") for m in MODULES})
+    yield SimpleNamespace(**{m: importlib.import_module(path) for m, path in MODULES.items()})
     sys.path.remove(str(ROOT))
 
 
@@ -54,7 +59,7 @@ def tiny(op):
     return (64, 8, 64) if op.oracle else SHAPE
 
 
-def test_every_peer_is_right(bench):
+def test_every_implementation_is_right(bench):
     for op in bench.registry.OPS:
         inputs = op.make(tiny(op), torch.float32, CPU)
         assert bench.checks.wrong(op, op.ours, inputs) == ""
@@ -66,22 +71,25 @@ def attention(bench):
     return bench.attention.OP
 
 
-def test_peers_of_attention_may_differ(bench, attention, monkeypatch):
+def test_implementations_of_attention_may_differ(bench, attention, monkeypatch):
     shape = tiny(attention)
-    contender = bench.op.Contender
-    causal = contender(bench.attention.causal_2T, bench.attention._causal_definition)
-    once = contender(
-        lambda **x: tuple(o.detach() for o in attention.ours(**x)), None, "no backward"
-    )
-    peers = {"dblocks": attention.ours, "causal_2T": causal, "once": once, "wrong": causal.call}
-    only(bench, monkeypatch, peers)
+    baseline = bench.op.Baseline
+    causal = baseline(bench.attention.causal_2T, bench.attention._causal_definition)
+    once = baseline(lambda **x: tuple(o.detach() for o in attention.ours(**x)), None, "no backward")
+    taking_part = {
+        "dblocks": attention.ours,
+        "causal_2T": causal,
+        "once": once,
+        "wrong": causal.call,
+    }
+    only(bench, monkeypatch, taking_part)
     rows = bench.run.measure(attention, shape, torch.float32, CPU, rounds=2)
-    timed = {(row["peer"], row["direction"]) for row in rows if "ms" in row}
+    timed = {(row["implementation"], row["direction"]) for row in rows if "ms" in row}
     both = {(p, d) for p in ("dblocks", "causal_2T") for d in bench.run.DIRECTIONS}
     assert timed == both | {("once", "forward")}
-    once = [row for row in rows if row["peer"] == "once" and "ms" not in row]
+    once = [row for row in rows if row["implementation"] == "once" and "ms" not in row]
     assert [row["absent"] for row in once] == ["no backward"] * 2
-    assert all("budget" in row["wrong"] for row in rows if row["peer"] == "wrong")
+    assert all("budget" in row["wrong"] for row in rows if row["implementation"] == "wrong")
     assert "absent: no backward" in bench.report.table(rows)
 
 
@@ -114,31 +122,31 @@ def test_work_of_attention_is_that_of_allowed_pairs(bench, attention):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Inductor's own deprecations
-def test_the_peers_of_attention_are_right(bench, attention):
+def test_the_implementations_of_attention_are_right(bench, attention):
     shape = (1, 2, 2, 128, 16)
     inputs = attention.make(shape, torch.float32, CPU)
-    for name, peer in attention.peers(CPU).items():
-        peer = bench.run.contender(peer)
-        part = bench.run.part_of(attention, peer)
-        assert bench.checks.wrong(part, peer.call, inputs, peer.definition) == "", name
+    for name, call in attention.baselines(CPU).items():
+        call = bench.run.as_baseline(call)
+        part = bench.run.part_of(attention, call)
+        assert bench.checks.wrong(part, call.call, inputs, call.definition) == "", name
 
 
-def only(bench, monkeypatch, peers):
-    monkeypatch.setattr(bench.run, "peers_of", lambda op, device: peers)
+def only(bench, monkeypatch, taking_part):
+    monkeypatch.setattr(bench.run, "implementations_of", lambda op, device: taking_part)
 
 
 def test_a_wrong_output_gets_no_figure(bench, adaln, monkeypatch):
     op = adaln._replace(ours=lambda **k: (adaln.ours(**k)[0] + 1e-3,))
     only(bench, monkeypatch, {"dblocks": op.ours, "eager": op.eager})
     rows = bench.run.measure(op, SHAPE, torch.float32, CPU, rounds=2)
-    ours = [row for row in rows if row["peer"] == "dblocks"]
+    ours = [row for row in rows if row["implementation"] == "dblocks"]
     assert len(ours) == 3
     assert all("over the budget" in row["wrong"] and "ms" not in row for row in ours)
-    assert all(row["ms"] > 0 for row in rows if row["peer"] == "eager")
+    assert all(row["ms"] > 0 for row in rows if row["implementation"] == "eager")
     assert "wrong: error" in bench.report.table(rows)
 
 
-def test_a_peer_without_memory_has_a_row(bench, adaln, monkeypatch):
+def test_a_baseline_without_memory_has_a_row(bench, adaln, monkeypatch):
     def full(**inputs):
         raise torch.OutOfMemoryError("34 GB of scores")
 
@@ -151,9 +159,12 @@ def test_a_peer_without_memory_has_a_row(bench, adaln, monkeypatch):
         return adaln.eager(**inputs)
 
     op = adaln._replace(needs_grad=())
-    peers = {"dblocks": op.ours, "full": full, "later": full_when_timed, "eager": op.eager}
-    only(bench, monkeypatch, peers)
-    rows = {row["peer"]: row for row in bench.run.measure(op, SHAPE, torch.float32, CPU, rounds=2)}
+    taking_part = {"dblocks": op.ours, "full": full, "later": full_when_timed, "eager": op.eager}
+    only(bench, monkeypatch, taking_part)
+    rows = {
+        row["implementation"]: row
+        for row in bench.run.measure(op, SHAPE, torch.float32, CPU, rounds=2)
+    }
     assert rows["full"]["absent"] == "out of memory (34 GB of scores)"
     assert rows["later"]["absent"] == "out of memory"
     assert all("ms" not in rows[name] for name in ("full", "later"))
@@ -205,9 +216,9 @@ def test_a_wrong_gradient_gets_no_figure(bench, adaln):
         def backward(ctx, grad):
             return grad / 2
 
-    peer = lambda x, **k: adaln.eager(Halved.apply(x), **k)
+    call = lambda x, **k: adaln.eager(Halved.apply(x), **k)
     inputs = adaln.make(SHAPE, torch.float32, CPU)
-    assert "over the budget" in bench.checks.wrong(adaln, peer, inputs)
+    assert "over the budget" in bench.checks.wrong(adaln, call, inputs)
 
 
 def test_our_noise_is_compared_with_the_reference_and_not_by_its_size(bench):
@@ -222,14 +233,14 @@ def test_our_noise_is_compared_with_the_reference_and_not_by_its_size(bench):
 
 def test_a_result_that_is_not_finite_is_wrong(bench, adaln):
     inputs = adaln.make(SHAPE, torch.float32, CPU)
-    peer = lambda **k: (adaln.eager(**k)[0] * float("nan"),)
-    assert bench.checks.wrong(adaln, peer, inputs) == "not finite"
+    call = lambda **k: (adaln.eager(**k)[0] * float("nan"),)
+    assert bench.checks.wrong(adaln, call, inputs) == "not finite"
 
 
-def test_absent_peers_are_named(bench, adaln, monkeypatch):
-    found = bench.peers.peers_of(adaln, CPU)
+def test_absent_baselines_are_named(bench, adaln, monkeypatch):
+    found = bench.baselines.implementations_of(adaln, CPU)
     assert found["liger_layer_norm"] == "its kernels need a GPU"
-    gpu = bench.peers.peers_of(adaln, torch.device("cuda"))
+    gpu = bench.baselines.implementations_of(adaln, torch.device("cuda"))
     assert gpu["liger_layer_norm"].startswith("liger-kernel is not installed")
     only(bench, monkeypatch, {"dblocks": adaln.ours, "other": "not installed"})
     rows = bench.run.measure(adaln, SHAPE, torch.float32, CPU, rounds=2)
@@ -256,6 +267,20 @@ def test_a_result_file_round_trips_and_renders(bench, result, tmp_path, capsys):
     assert {row["direction"] for row in result["rows"]} == {"forward", "backward", "both"}
 
 
+def test_a_result_file_of_format_2_is_converted(bench, result, tmp_path):
+    old = json.loads(json.dumps(result)) | {"format": 2}
+    for row in (*old["rows"], *old["overhead"]):
+        row["peer"] = row.pop("implementation")
+    path = tmp_path / "ops-cpu.json"
+    path.write_text(json.dumps(old))
+    assert bench.report.read(path) == json.loads(json.dumps(result))
+
+
+@pytest.mark.parametrize("path", ["ops-cpu.json", "attention/ops-cpu.json"])
+def test_committed_results_load(bench, path):
+    assert bench.report.table(bench.report.read(ROOT / "benchmarks" / "results" / path)["rows"])
+
+
 @pytest.mark.parametrize("text", ["no json", "[]", '{"format": 0}'])
 def test_what_is_no_result_file(bench, tmp_path, text, capsys):
     path = tmp_path / "other.json"
@@ -264,31 +289,31 @@ def test_what_is_no_result_file(bench, tmp_path, text, capsys):
     assert "other.json" in capsys.readouterr().err
 
 
-def row(peer, ms, **changes):
+def row(name, ms, **changes):
     base = {"op": "adaln", "shape": [4, 64, 192], "dtype": "float32", "direction": "forward"}
-    return base | {"peer": peer, "ms": ms, "wrong": ""} | changes
+    return base | {"implementation": name, "ms": ms, "wrong": ""} | changes
 
 
-def test_a_floor_is_judged_by_its_worst_case(bench):
+def test_a_target_is_judged_by_its_worst_case(bench):
     cases = [({}, 1.0), ({"dtype": "bfloat16"}, 0.5), ({"shape": [2, 512, 768]}, 2.0)]
     rows = [
-        row(peer, ms, **changes)
+        row(call, ms, **changes)
         for changes, compiled in cases
-        for peer, ms in (("dblocks", 0.5), ("torch.compile", compiled), ("eager", 2.0))
+        for call, ms in (("dblocks", 0.5), ("torch.compile", compiled), ("eager", 2.0))
     ]
-    text = bench.report.floors({"rows": rows})
+    text = bench.report.targets({"rows": rows})
     missed = next(line for line in text.splitlines() if "torch.compile" in line)
     assert "| 1.40x | 1.00x | 4x64x192 bfloat16 | 2 of 3 | **missed** |" in missed
     assert text.count("reached") == 2  # eager, at the small shape and at the others
 
 
-def test_the_faster_form_of_a_peer_counts(bench):
+def test_the_faster_form_of_a_baseline_counts(bench):
     rows = [
         row("dblocks", 1.0, op="noise_inject"),
         row("torch.compile", 9.0, op="noise_inject"),
         row("torch.compile fallback_random", 3.5, op="noise_inject"),
     ]
-    assert "| 3.00x | 3.50x |" in bench.report.floors({"rows": rows})
+    assert "| 3.00x | 3.50x |" in bench.report.targets({"rows": rows})
 
 
 def test_the_comparison_names_what_changed(bench):
@@ -299,13 +324,13 @@ def test_the_comparison_names_what_changed(bench):
     assert "| 2.00x | 1.00x | 0.50x |" in bench.report.comparison(slower, old)
 
 
-def test_every_floor_is_of_a_registered_op_and_shape(bench):
+def test_every_target_is_of_a_registered_op_and_shape(bench):
     ops = {op.name: op for op in bench.registry.OPS}
-    for floor in bench.floors.FLOORS:
-        assert floor.op in ops
+    for target in bench.targets.TARGETS:
+        assert target.op in ops
         assert any(
-            floor.covers(floor.op, shape, dtype, floor.direction)
-            for shape in ops[floor.op].shapes["cpu"]
+            target.covers(target.op, shape, dtype, target.direction)
+            for shape in ops[target.op].shapes["cpu"]
             for dtype in bench.op.DTYPES["cpu"]
         )
 
@@ -327,7 +352,11 @@ def test_the_command_prints_a_table_and_writes_a_record(bench, capsys, tmp_path)
     )
     assert "| euler_step | 2x4x16 | float32 | forward | torch.compile |" in capsys.readouterr().out
     record = bench.report.read(tmp_path / "ops-cpu.json")
-    assert {row["peer"] for row in record["rows"]} == {"dblocks", "eager", "torch.compile"}
+    assert {row["implementation"] for row in record["rows"]} == {
+        "dblocks",
+        "eager",
+        "torch.compile",
+    }
     assert all(row["peak_bytes"] >= 0 for row in record["rows"])
 
 
