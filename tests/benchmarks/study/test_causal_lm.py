@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks.study import text
+from benchmarks.study import text as judging
 from benchmarks.study.__main__ import EXPERIMENTS
 from benchmarks.study.causal_lm import EXPERIMENT, euler_samples, main_samples, temperature
 from benchmarks.study.experiment import SELECTION_SEED, jobs, record_path
@@ -22,9 +22,9 @@ def tiny(tmp_path, monkeypatch):
     """The experiment with a network, a text and numbers of steps that take no time."""
     story = tmp_path / "story.txt"
     story.write_text("".join(f"{i} is followed by {i + 1}. " for i in range(60)))
-    monkeypatch.setattr(text, "SCORER_FOLDER", tmp_path / "scorer")
+    monkeypatch.setattr(judging, "SCORER_FOLDER", tmp_path / "scorer")
     scorer = dataclasses.replace(SCORER, data=str(story), steps=2, **TINY)
-    monkeypatch.setattr(text, "SCORER", scorer)
+    monkeypatch.setattr(judging, "SCORER", scorer)
     rows = {
         name: (title, dataclasses.replace(run, data=str(story), steps=run.steps // 500, **TINY))
         for name, (title, run) in EXPERIMENT.rows.items()
@@ -119,8 +119,8 @@ def test_results_writes_table_and_figure_and_keeps_the_scores(
         assert line.split()[-3:] == ["-", "-", "-"]
     assert short.count("\n| end to end") == 2
     # Nothing is trained or scored a second time.
-    monkeypatch.setattr(text, "train", None)
-    monkeypatch.setattr(text, "_bits_under", None)
+    monkeypatch.setattr(judging, "train", None)
+    monkeypatch.setattr(judging, "_bits_under", None)
     tiny.results(folder, tmp_path / "figure.png", readme)
     assert (readme.read_text(), report.read_text()) == (short, text)
     assert capsys.readouterr().out.count("training the model that scores samples") == 1
@@ -133,7 +133,7 @@ def test_other_samples_are_scored_again_by_the_same_model(tmp_path, tiny, monkey
     record = read_record(path)
     text.add_scores(folder, {"end_to_end": [record]})
     before = record["scores"]["plain@1"]
-    monkeypatch.setattr(text, "train", None)
+    monkeypatch.setattr(judging, "train", None)
     length = record["run"]["context"] - PROMPT
     record["samples_written"]["plain@1"] = ["1" * length] * SAMPLES
     text.add_scores(folder, {"end_to_end": [record]})
