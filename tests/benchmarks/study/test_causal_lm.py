@@ -87,7 +87,7 @@ def test_curves_say_what_part_of_the_text_they_are_of():
         ([new], spread),
         ([old, new], f"{spread} or {first}"),
     ):
-        label = text.next_token_measure({"row": records}).label
+        label = judging.next_token_measure({"row": records}).label
         assert label == f"bits a character, {part}"
 
 
@@ -131,12 +131,12 @@ def test_other_samples_are_scored_again_by_the_same_model(tmp_path, tiny, monkey
     run_all(dataclasses.replace(tiny, rows={"end_to_end": tiny.rows["end_to_end"]}), folder)
     path = record_path(folder, "end_to_end", tiny.final_runs("end_to_end", 1e-3)[0])
     record = read_record(path)
-    text.add_scores(folder, {"end_to_end": [record]})
+    judging.add_scores(folder, {"end_to_end": [record]})
     before = record["scores"]["plain@1"]
     monkeypatch.setattr(judging, "train", None)
     length = record["run"]["context"] - PROMPT
     record["samples_written"]["plain@1"] = ["1" * length] * SAMPLES
-    text.add_scores(folder, {"end_to_end": [record]})
+    judging.add_scores(folder, {"end_to_end": [record]})
     after = record["scores"]["plain@1"]
-    assert after["repetition"] == pytest.approx(1 - 1 / (length - text.REPEATED + 1))
+    assert after["repetition"] == pytest.approx(1 - 1 / (length - judging.REPEATED + 1))
     assert after["bits"] != before["bits"]
