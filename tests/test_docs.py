@@ -1,8 +1,9 @@
-"""The pages' examples run as they stand and print what they say.
+"""The examples of the pages and of the README run as they stand and print what they say.
 
-Blocks of ```python on a page share one namespace. A block of ```text right behind one is what it
-printed. `<!-- needs: a b -->` on the line before a block says which packages it needs, and at the
-top of a page which all of its blocks need; without them they are skipped.
+Blocks of ```python on a page share one namespace; each of the README stands alone. A block of
+```text right behind one is what it printed. `<!-- needs: a b -->` on the line before a block says
+which packages it needs, and at the top of a page which all of its blocks need; without them they
+are skipped.
 """
 
 import re
@@ -18,6 +19,8 @@ from hub_tools import k_diffusion_sampling, reset_accelerate, stub_torchvision
 from tools import ROOT
 
 DOCS = ROOT / "docs"
+README = "../README.md"
+MAX_COLUMNS = 8
 NEEDS = r"<!-- needs: ([\w ]+) -->\n"
 BLOCK = re.compile(rf"(?:{NEEDS})?```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.S)
 
@@ -38,8 +41,8 @@ def page(name):
     return Page(text, needs[1].split() if needs else [], blocks)
 
 
-PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-WITH_CODE = [name for name in PAGES if page(name).blocks]
+PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+WITH_CODE = [name for name in (*PAGES, README) if page(name).blocks]
 
 
 # What an example's variables must be, beyond that it runs.
@@ -71,6 +74,8 @@ def test_examples_run_and_print_what_they_say(name, capsys):
     for i, (needs, code, output) in enumerate(page(name).blocks):
         if absent(needs):
             continue
+        if name == README:
+            names = {}
         capsys.readouterr()
         exec(compile(code, f"{name}, block {i}", "exec"), names)
         printed = capsys.readouterr().out
@@ -79,17 +84,25 @@ def test_examples_run_and_print_what_they_say(name, capsys):
 
 
 def test_every_fence_is_seen():
-    for name in PAGES:
+    for name in (*PAGES, README):
         assert page(name).text.count("```python") == len(page(name).blocks), name
+    assert len(page(README).blocks) == 3
     assert {"index.md", "op.md", "custom.md", "interop.md"} <= set(WITH_CODE)
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
     targets = re.findall(r"\]\((?!http)([^)#]+)", page(name).text)
-    assert [target for target in targets if not (DOCS / target).exists()] == []
+    folder = (DOCS / name).parent
+    assert [target for target in targets if not (folder / target).exists()] == []
+
+
+def test_tables_are_narrow():
+    lines = [line for name in PAGES for line in page(name).text.splitlines()]
+    wide = [line for line in lines if line.startswith("|") and line.count("|") > MAX_COLUMNS + 1]
+    assert wide == []
 
 
 def test_the_site_has_every_page():
-    nav = re.findall(r"\b([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    nav = re.findall(r" ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
     assert sorted(nav) == PAGES

@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py, each a function that measures and writes rows."""
+"""The parts of python -m benchmarks.gpu, each a function that measures and writes rows."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for several GPUs, without one, and reads what the compiler made.
 
 Each public launch is made on tensors without memory; the launch is caught and its kernel compiled
-with exactly the settings and argument specialisation that a real launch has. The gate fails where a
-kernel does not compile, wants more shared memory than there is, or moves contiguous bf16 rows by
+with exactly the settings and argument specialisation that a real launch has. The check fails where
+a kernel does not compile, wants more shared memory than there is, or moves contiguous bf16 rows by
 anything narrower than 16 bytes. Kernels over rows may not use the stack (spill) on an NVIDIA target
 at D <= 4,096. Those of attention must multiply 16-bit matrices by the chip's own instruction, and
 may not use the stack on sm_90 at the head widths 64 and 128. No kernel may have its matrix products

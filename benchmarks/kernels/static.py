@@ -1,6 +1,6 @@
 """What can be said of the Triton kernels without a GPU, as a table: `benchmarks/static.md`.
 
-Every launch of the compile gate's cases is compiled for one target; beside registers, stack and
+Every launch of the compile check's cases is compiled for one target; beside registers, stack and
 shared memory stand the instructions of the whole kernel. They are counted as they lie in the code,
 not as they run: a loop counts once.
 
@@ -91,8 +91,8 @@ def document(launches: list[check.Launch], widths: Iterable[int]) -> str:
     return f"""# The Triton kernels, as compiled for {TARGET}
 
 Made by `make static` with triton {triton} and torch {torch};
-no GPU is needed, and nothing here is a measurement of time. Launches are those of the compile gate:
-[8, 4096, D], modulations float32, those per token in the dtype of x; of attention, T = 4096 and 16
+no GPU is needed, and nothing here is a measurement of time. Launches are those of the compile
+check: [8, 4096, D], modulations float32, those per token in the dtype of x; of attention, T = 4096 and 16
 heads of width D.
 
 ## Launch settings

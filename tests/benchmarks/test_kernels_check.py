@@ -1,4 +1,4 @@
-"""The compile gate in a process of its own: the tests' interpreter must not be on in it."""
+"""The compile check in a process of its own: the tests' interpreter must not be on in it."""
 
 import importlib
 import re
@@ -17,7 +17,7 @@ OLDEST_VERSION = re.search(
 )[1]
 
 
-def gate(*arguments, **environment):
+def check(*arguments, **environment):
     return compiled("benchmarks.kernels.check", *arguments, **environment)
 
 
@@ -34,7 +34,7 @@ def public_kernels():
 
 @pytest.mark.slow
 def test_slice_compiles_without_spills_and_with_wide_accesses():
-    done = gate("--slice")
+    done = check("--slice")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -48,7 +48,7 @@ def test_slice_compiles_without_spills_and_with_wide_accesses():
 @pytest.mark.slow
 @pytest.mark.skipif(not OLDEST.is_dir(), reason=f"no triton {OLDEST_VERSION} in {OLDEST}")
 def test_every_case_compiles_with_the_oldest_triton():
-    done = gate("--once", PYTHONPATH=str(OLDEST))
+    done = check("--once", PYTHONPATH=str(OLDEST))
     print(done.stdout)
     assert done.stdout.startswith(f"triton {OLDEST_VERSION},")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -64,7 +64,7 @@ def test_the_oldest_triton_is_the_oldest_that_may_be_installed():
 
 
 def test_every_kernel_is_counted():
-    """The gate knows kernels by their names, this test by how they are launched."""
+    """The check knows kernels by their names, this test by how they are launched."""
     code = "from benchmarks import compile_gate as g; print(*g.launched_kernels())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert len(public_kernels()) > 10
@@ -72,7 +72,7 @@ def test_every_kernel_is_counted():
 
 
 def test_nothing_compiled_is_a_failure():
-    assert gate("--slice", "--case", "no such case").returncode == 1
+    assert check("--slice", "--case", "no such case").returncode == 1
 
 
 def test_a_kernel_without_a_case_is_a_failure():

@@ -1,7 +1,7 @@
 """The kernels that move rows: what share of a copy's bandwidth the model lets them have.
 
 Shapes are [8, 2^26 / (8 D), D], of cross-entropy [2^27 / V, V]; modulations are chunks of
-bfloat16 [8, 6 D]. A call's bytes are those of benchmarks/registry.py.
+bfloat16 [8, 6 D]. A call's bytes are those of benchmarks/ops/registry.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def norms(D: int, N: int = SAMPLES, elements: int = ELEMENTS) -> Iterator[tuple[str, Call]]:
-    """adaln and its kin, forward and backward."""
+    """The AdaLN family, forward and backward."""
     e, T = DTYPE.itemsize, elements // (N * D)
     x, f, d1, d2 = (meta(N, T, D, dtype=DTYPE) for _ in range(4))
     m = meta(N, 6 * D, dtype=DTYPE).chunk(6, -1)[:3]

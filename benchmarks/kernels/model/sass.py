@@ -1,4 +1,4 @@
-"""Machine code of the compile gate's launches, taken apart for the model."""
+"""Machine code of the compile check's launches, taken apart for the model."""
 
 import re
 import tempfile
