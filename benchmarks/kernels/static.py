@@ -92,8 +92,8 @@ def document(launches: list[check.Launch], widths: Iterable[int]) -> str:
 
 Made by `make static` with triton {triton} and torch {torch};
 no GPU is needed, and nothing here is a measurement of time. Launches are those of the compile
-check: [8, 4096, D], modulations float32, those per token in the dtype of x; of attention, T = 4096 and 16
-heads of width D.
+check: [8, 4096, D], modulations float32, those per token in the dtype of x; of attention, T = 4096
+and 16 heads of width D.
 
 ## Launch settings
 
