@@ -23,8 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[1])  # where dblocks and benchmarks are
 if "--dry" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the first kernel is imported
 

@@ -11,30 +11,25 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE, CPU = (2, 4, 16), torch.device("cpu")
-MODULES = {
-    **{
-        name: f"benchmarks.ops.{name}"
-        for name in (
-            "attention",
-            "baselines",
-            "checks",
-            "op",
-            "registry",
-            "report",
-            "run",
-            "targets",
-            "timing",
-        )
-    },
-    "step": "benchmarks.models.step",
-}
+MODULES = (
+    "attention",
+    "baselines",
+    "checks",
+    "op",
+    "registry",
+    "report",
+    "run",
+    "targets",
+    "timing",
+)
 
 
 @pytest.fixture(scope="module")
 def bench():
     """The modules of benchmarks/, which is not part of the installed package."""
     sys.path.insert(0, str(ROOT))
-    yield SimpleNamespace(**{m: importlib.import_module(path) for m, path in MODULES.items()})
+    modules = {m: importlib.import_module(f"benchmarks.ops.{m}") for m in MODULES}
+    yield SimpleNamespace(**modules, step=importlib.import_module("benchmarks.models.step"))
     sys.path.remove(str(ROOT))
 
 
