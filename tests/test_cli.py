@@ -12,7 +12,7 @@ from dblocks.cli import main
 from dblocks.models import ViT, ViTConfig
 from dblocks.recipes import records
 from dblocks.recipes.data import digits
-from dblocks.recipes.vit import Classifier
+from dblocks.recipes.metrics.classifier import Classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -255,8 +255,8 @@ def test_without_safetensors_nothing_is_trained(tmp_path, monkeypatch, capsys):
     assert "safetensors, which is not installed" in error
 
 
-MODULES = """cli recipes.data.digits recipes.data.text recipes.metrics.classes recipes.metrics.text
-recipes.plots recipes.records recipes.report checkpoint info recipes.vit"""
+MODULES = """cli checkpoint info recipes.data.images recipes.data.text recipes.metrics.images
+recipes.image_grid recipes.records recipes.tables recipes.vit recipes.causal_lm"""
 OPTIONAL = "tyro sklearn matplotlib safetensors"  # torch itself may import tqdm
 
 

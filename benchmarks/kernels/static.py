@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-# compile_gate first: it turns Triton's interpreter off before triton is imported.
+# check first: it turns Triton's interpreter off before triton is imported.
 from benchmarks.kernels import check
 from benchmarks.ops import registry
 from benchmarks.ops.op import SHAPES

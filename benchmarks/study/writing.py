@@ -25,8 +25,9 @@ from dblocks.checkpoint import load_model, prepare, save_model
 from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.recipes.data.text import Corpus
 from dblocks.recipes.masked_lm import MaskedLMRun
+from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.records import read_record, train, use_one_thread, write_record
-from dblocks.recipes.text_run import NOISE_SEED, PROMPT, TextRun, continuations
+from dblocks.recipes.text_run import PROMPT, TextRun, continuations
 from dblocks.sampling.text import generate
 from dblocks.sampling.unmasking import unmask
 from dblocks.schedules import MASKED
@@ -85,9 +86,9 @@ def model_of(name: str, run: TextRun) -> Any:
         return load_model(folder)
     prepare(folder)
     trained = train(run, progress=True)
-    save_model(folder, trained.learner.trained)
+    save_model(folder, trained.trainer.trained)
     write_record(made, trained.record)
-    return trained.learner.trained
+    return trained.trainer.trained
 
 
 def writer(

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.study.plots import Curve, Measure, comparison_figure, mask_panel
 from dblocks.blocks import BlocksConfig
-from dblocks.recipes.plots import Curve, Measure, comparison_figure, save_png
+from dblocks.recipes.image_grid import save_png
 from dblocks.schedules import MaskSchedule, NoiseSchedule
 
 CURVES = [
@@ -122,8 +123,8 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
         figure()
 
 
-def test_right_panel_of_masks_is_their_share_against_time():
-    _, right = figure(schedule=MaskSchedule("cosine")).axes
+def test_right_panel_of_masks_is_their_ratio_against_time():
+    _, right = figure(schedule=MaskSchedule("cosine"), panel=mask_panel).axes
     assert right.get_xlabel() == "time t"
     assert [t.get_text() for t in right.get_legend().get_texts()] == [
         "block 0: layers 1-4, t 0.46-1",

@@ -1,4 +1,4 @@
-"""Tables made from the records of finished runs: for a terminal, and for a README.
+"""Tables made from the records of finished runs.
 
 A record is what `records.train` makes: a dictionary of JSON values. A row of a table is the records
 of runs that differ in their seed only; a column says what to write of them.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dblocks.recipes.metrics.classes import mean_std
@@ -81,16 +80,6 @@ COSTS = (
     Column("  of all that one process holds", lambda r: f"{r[0]['process_mib']:.1f}"),
     Column("seconds", lambda r: f"{mean(r, 'seconds'):.0f}"),
 )
-README_COSTS = (
-    Column(
-        "Layer evaluations",
-        lambda r: f"{r[0]['layer_evaluations']:,} ({r[0]['layers_per_step']:g} a step)",
-    ),
-    Column("Samples seen", lambda r: f"{r[0]['samples']:,}"),
-    Column("Saved activations, MiB", lambda r: f"{r[0]['activations_mib']:.1f}"),
-    Column("State of a step, MiB", lambda r: f"{r[0]['state_mib']:.1f}"),
-    Column("Seconds", lambda r: f"{mean(r, 'seconds'):.0f}"),
-)
 
 
 def text_table(rows: Rows, columns: Sequence[Column]) -> str:
@@ -106,32 +95,3 @@ def text_table(rows: Rows, columns: Sequence[Column]) -> str:
     ]
     text.insert(1, "-" * len(text[0]))
     return "\n".join(text)
-
-
-def markdown_table(rows: Rows, columns: Sequence[Column], *, first: str = "Training") -> str:
-    """For a README: a line a row, the first column their names under the head `first`."""
-    check_rows(rows)
-    heads = [first, *(column.head for column in columns)]
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * len(columns)]
-    for name, records in rows.items():
-        cells = [name, *(column.text(records) for column in columns)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def write_between_markers(path: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a file by `text`.
-
-    Raises:
-        ValueError: the file does not hold both markers, once each and in this order.
-    """
-    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    start, end = old.find(opening), old.find(closing)
-    if start < 0 or end < start or old.count(opening) != 1 or old.count(closing) != 1:
-        raise ValueError(
-            f"{path} must hold the lines {opening} and {closing}, once each, and does not; "
-            "add them where the table belongs"
-        )
-    new = f"{old[: start + len(opening)]}\n{text.strip()}\n{old[end:]}"
-    path.write_text(new, encoding="utf-8")

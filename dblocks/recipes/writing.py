@@ -1,63 +1,21 @@
-"""What the commands of language models share."""
+"""What the commands of language models have in common: writing, and reading what was saved."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from dblocks.recipes.commands.common import load_network
+import torch
+
+from dblocks.blocks import DiffusionBlocks, trained_at_top
+from dblocks.recipes.command import load_network
+from dblocks.recipes.data.tokenizers import TOKENIZER_FILE, tokenizer_from_json
+from dblocks.recipes.metrics.autoregressive import bits_per_character, bound_of
 from dblocks.recipes.run import check_seed
-
-if TYPE_CHECKING:
-    from dblocks.recipes.text_run import TextRun
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainText:
-    """Options of training a language model."""
-
-    data: str = "pydoc"
-    """What to train on: pydoc, the documentation that ships with Python; gcide, 20 million
-    characters of the dictionary of Debian's package dict-gcide; or a text file."""
-    tokenizer: Path | None = None
-    """A Hugging Face tokenizer.json; by default every character is a token."""
-    recipe: Literal["small", "gpu"] = "small"
-    """Sizes and steps: small, for ten minutes on 2 cores; gpu, 100 to 200 million parameters."""
-    end_to_end: bool = False
-    """Train the usual way instead, to compare with."""
-    steps: int | None = None
-    """Training steps of one batch each; a step trains one block. By default the recipe's."""
-    lr: float | None = None
-    """Peak learning rate of AdamW: a short warm-up leads to it, a cosine from it to 0."""
-    batch_size: int | None = None
-    """Windows of text in a batch."""
-    context: int | None = None
-    """Tokens in a window: the longest text that the model sees."""
-    windows: int | None = None
-    """Windows of held-out text that the result is measured on, spread evenly; 1024 by default."""
-    seed: int = 0
-    """Of weights, order of the data and noise; the held-out text is always the same."""
-
-    def changed(self, small: TextRun, gpu: TextRun, **more: Any) -> Any:
-        """The recipe with the options that were given, and `more` fields of it."""
-        given = {
-            name: value
-            for name in ("steps", "lr", "batch_size", "context", "windows")
-            if (value := getattr(self, name)) is not None
-        }
-        return dataclasses.replace(
-            gpu if self.recipe == "gpu" else small,
-            data=self.data,
-            tokenizer=None if self.tokenizer is None else str(self.tokenizer),
-            end_to_end=self.end_to_end,
-            seed=self.seed,
-            **given,
-            **more,
-        )
+from dblocks.sampling.text import stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +39,6 @@ class SampleText:
         self, model: Any, tokenizer: Any, steps: int | None, *, product: bool = False
     ) -> None:
         """Prints the prompt and what follows, with so many steps for each token or the product."""
-        import torch
-
-        from dblocks.sampling.text import stream
-
         check_seed(self.seed)
         prompt = prompt_tokens(self.prompt, tokenizer)
         written = stream(
@@ -107,7 +61,6 @@ def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, A
     Raises:
         ValueError: the folder does not hold them.
     """
-    from dblocks.recipes.data.text import TOKENIZER_FILE, tokenizer_from_json
 
     model, network = load_network(folder, kind, command)
     try:
@@ -119,8 +72,6 @@ def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, A
 
 def print_bits(model: Any, text: Any, context: int, windows: int) -> None:
     """Prints what is known of the bits per character of a text under a language model."""
-    from dblocks.blocks import DiffusionBlocks, trained_at_top
-    from dblocks.recipes.autoregressive import bits_per_character, bound_of
 
     bits = bits_per_character(model, text, context, windows=windows)
     in_blocks = isinstance(model, DiffusionBlocks)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dblocks.recipes.data.digits import Images, batch_indices
+from dblocks.recipes.data.splits import Images, batch_indices
 
 FEATURES = 32  # few, so that some hundred images estimate their covariance
 WIDTH = 16

@@ -1,15 +1,7 @@
 import pytest
 
-from dblocks.recipes.report import (
-    COSTS,
-    README_COSTS,
-    Column,
-    markdown_table,
-    percent,
-    spread,
-    text_table,
-    write_between_markers,
-)
+from benchmarks.study.pages import README_COSTS, markdown_table, write_between_markers
+from dblocks.recipes.tables import Column, percent
 
 
 def record(seed=0, accuracy=0.9, **run):
@@ -30,41 +22,14 @@ THREE = [record(0, 0.96), record(1, 0.97), record(2, 0.98)]
 ACCURACY = Column("accuracy", lambda records: percent(records, lambda r: r["accuracy"]))
 
 
-def test_spread_is_mean_and_sample_deviation():
-    assert percent(THREE, lambda r: r["accuracy"]) == "97.0 ± 1.0 %"
-    assert spread(THREE, lambda r: r["seconds"], ".2f", unit=" s") == "101.00 ± 1.00 s"
-
-
-def test_one_seed_has_no_deviation():
-    assert percent([record()], lambda r: r["accuracy"]) == "90.0 %"
-
-
-def test_what_a_run_does_not_have_is_a_dash():
-    assert percent(THREE, lambda r: r["accuracy"] if r["seconds"] > 100 else None) == "-"
-    assert spread(THREE, lambda r: None, ".1f") == "-"
-
-
-@pytest.mark.parametrize("table", [text_table, markdown_table])
-def test_runs_of_two_recipes_are_not_averaged(table):
+def test_runs_of_two_recipes_are_not_averaged():
     with pytest.raises(ValueError, match="'mixed' differ in more than their seed"):
-        table({"mixed": [record(0), record(1, steps=5)]}, COSTS)
+        markdown_table({"mixed": [record(0), record(1, steps=5)]}, README_COSTS)
 
 
-@pytest.mark.parametrize("table", [text_table, markdown_table])
-def test_a_row_needs_a_run(table):
+def test_a_row_needs_a_run():
     with pytest.raises(ValueError, match="'empty' has no finished run"):
-        table({"empty": []}, COSTS)
-
-
-def test_text_table_is_aligned():
-    text = text_table({"end to end": THREE, "3 blocks": THREE}, (ACCURACY, *COSTS))
-    lines = text.splitlines()
-    assert len({len(line) for line in lines}) == 1
-    for word in ("accuracy", "layer evaluations", "samples", "activations", "optimizer", "seconds"):
-        assert word in text
-    assert "97.0 ± 1.0 %" in text
-    assert "18,000" in text
-    assert lines[-1].split()[-2:] == ["101", "101"]
+        markdown_table({"empty": []}, README_COSTS)
 
 
 def test_markdown_table_has_one_cell_a_column():

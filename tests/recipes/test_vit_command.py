@@ -1,4 +1,3 @@
-import functools
 import gzip
 import json
 import struct
@@ -8,18 +7,12 @@ import pytest
 from PIL import Image
 
 from dblocks.cli import main
-from dblocks.recipes import vit as recipe
 from dblocks.recipes.data import images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ("--steps", "2", "--batch-size", "8")
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    sizes = {"width": 12, "depth": 3, "heads": 2, "points": 1}
-    monkeypatch.setattr(recipe, "ViTRun", functools.partial(recipe.ViTRun, **sizes))
+SMALL += ("--width", "12", "--depth", "3", "--heads", "2", "--points", "1")
 
 
 def stdout(capsys, *argv):

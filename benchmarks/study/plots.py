@@ -5,17 +5,16 @@ matplotlib is imported when a figure is made, and its global state (pyplot) is l
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dblocks.blocks import BlocksConfig
+from dblocks.recipes.image_grid import INK, TEXT_SIZE, import_matplotlib
 from dblocks.schedules.mask import MaskSchedule
 from dblocks.schedules.noise import NoiseSchedule
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 LINE_STYLES = ("-", "--", ":")  # the next one where the colours start again
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 BLOCK_COLORS = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7")
-INK = "#333333"
-TEXT_SIZE = 12  # points: a README shows the figure at about half its pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +161,7 @@ def _dress_noise_axes(ax: Axes, schedule: NoiseSchedule, top: float) -> None:
 def mask_panel(
     ax: Axes, schedule: MaskSchedule, num_blocks: int, layers: Sequence[tuple[int, int]]
 ) -> None:
-    """The masked share of the tokens against t, block by block, each named with its layers.
+    """The mask ratio against t, block by block, each named with its layers.
 
     Args:
         ax: the axes to draw on.
@@ -176,17 +173,20 @@ def mask_panel(
     for b, (high, low) in enumerate(itertools.pairwise(edges)):
         color = BLOCK_COLORS[b % len(BLOCK_COLORS)]
         t = torch.linspace(low, high, 100, dtype=torch.float64)
-        share, (first, end) = schedule.masked(t), layers[b]
+        ratio, (first, end) = schedule.masked(t), layers[b]
         label = f"block {b}: layers {first + 1}-{end}, t {low:.2g}-{high:.2g}"
-        ax.fill_between(t.tolist(), share.tolist(), color=color, alpha=0.75, lw=0, label=label)
-        ax.plot(t.tolist(), share.tolist(), color=INK, linewidth=1.5)
-        ax.hlines(share[-1].item(), 0, high, color=INK, lw=1, ls=":")
+        ax.fill_between(t.tolist(), ratio.tolist(), color=color, alpha=0.75, lw=0, label=label)
+        ax.plot(t.tolist(), ratio.tolist(), color=INK, linewidth=1.5)
+        ax.hlines(ratio[-1].item(), 0, high, color=INK, lw=1, ls=":")
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1.45)  # room for the legend above the curve
     ax.set_xlabel("time t")
-    ax.set_ylabel("share of masked tokens")
-    ax.set_title(f"The masked shares that each block learns to fill ({schedule.kind})")
+    ax.set_ylabel("mask ratio")
+    ax.set_title(f"The mask ratios that each block learns to fill ({schedule.kind})")
     ax.legend(loc="upper left", frameon=False, fontsize=TEXT_SIZE)
+
+
+Panel = Callable[[Any, Any, int, Sequence[tuple[int, int]]], None]
 
 
 def comparison_figure(
@@ -195,43 +195,25 @@ def comparison_figure(
     depth: int,
     title: str,
     measure: Measure = ACCURACY,
+    panel: Panel = noise_panel,
 ) -> Figure:
-    """Both panels side by side, for a network of `depth` layers; `save_png` writes it."""
+    """Both panels side by side, for a network of `depth` layers; `save_png` writes it.
+
+    The right one is `noise_panel`, or `mask_panel` for a masked model.
+    """
     figure = import_matplotlib("matplotlib.figure").Figure(
         figsize=(12.5, 5.2), layout="constrained"
     )
     figure.suptitle(title, fontsize=TEXT_SIZE + 2, color=INK)
     left, right = figure.subplots(1, 2)
     measure_panel(left, curves, measure)
-    schedule, layers = config.schedule, config.layer_ranges(depth)
-    if isinstance(schedule, MaskSchedule):
-        mask_panel(right, schedule, config.num_blocks, layers)
-    else:
-        noise_panel(right, schedule, config.num_blocks, layers)
-        if config.top_share != "auto" and config.top_share > 0:
-            beside = f"beside {config.top_share:.0%} of its draws, at $\\sigma$ max"
-            right.set_title(f"{right.get_title()}\n{beside}")
+    panel(right, config.schedule, config.num_blocks, config.layer_ranges(depth))
+    if config.top_share != "auto" and config.top_share > 0:
+        beside = f"beside {config.top_share:.0%} of its draws, at $\\sigma$ max"
+        right.set_title(f"{right.get_title()}\n{beside}")
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=TEXT_SIZE)
         for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
             text.set_fontsize(TEXT_SIZE)
     return figure
-
-
-def save_png(figure: Figure, path: Path) -> Path:
-    """Write the figure, making the folder if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, format="png")
-    return path
-
-
-def import_matplotlib(module: str) -> Any:
-    """A module of matplotlib; ImportError says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            "figures need the package matplotlib, which is not installed; "
-            "`pip install 'dblocks[bench]'`"
-        ) from error

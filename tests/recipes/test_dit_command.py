@@ -10,9 +10,10 @@ from dblocks.checkpoint import save_model
 from dblocks.cli import main
 from dblocks.models import DiT, DiTConfig
 from dblocks.recipes import dit as recipe
-from dblocks.recipes.judge import train_judge
+from dblocks.recipes.metrics.judge import train_judge
 from tools import randomized
 
+SMALL = ("--steps", "3", "--width", "8", "--heads", "2", "--sampling-steps", "6", "--points", "1")
 SIZES = {"image_size": 4, "channels": 1, "width": 8, "depth": 3, "heads": 2, "num_classes": 4}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,13 +41,11 @@ def saved(folder, **options):
 @pytest.mark.parametrize("flags", [("--blocks", "2"), ("--end-to-end",)])
 def test_a_dit_is_trained_evaluated_and_sampled(tmp_path, capsys, monkeypatch, flags):
     monkeypatch.setattr(recipe, "train_judge", functools.partial(train_judge, steps=2))
-    small = {"width": 8, "heads": 2, "sampling_steps": 6, "points": 1}
-    monkeypatch.setattr(recipe, "DiTRun", functools.partial(recipe.DiTRun, **small))
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (120, 4, 4, 1), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(120) % 4)
     out, data = tmp_path / "dit", ("--data", str(tmp_path / "a.npz"))
-    sizes = ("--steps", "3", "--batch-size", "8", "--samples", "40")
+    sizes = (*SMALL, "--batch-size", "8", "--samples", "40")
     text = stdout(capsys, "train", "dit", *data, *sizes, *flags, "--out", str(out))
     assert "Fréchet distance, guided samples" in text
     files = {p.name for p in out.iterdir()}
@@ -63,11 +62,9 @@ def test_a_dit_is_trained_evaluated_and_sampled(tmp_path, capsys, monkeypatch, f
     assert "must hold a ViT, got a DiT" in mistake(capsys, "eval", "vit", *there)
 
 
-def test_images_without_classes_are_not_judged(tmp_path, capsys, monkeypatch):
-    small = {"width": 8, "heads": 2, "sampling_steps": 6, "points": 1}
-    monkeypatch.setattr(recipe, "DiTRun", functools.partial(recipe.DiTRun, **small))
+def test_images_without_classes_are_not_judged(tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).random((30, 1, 4, 4), dtype=np.float32))
-    sizes = ("--steps", "3", "--batch-size", "8", "--samples", "4")
+    sizes = (*SMALL, "--batch-size", "8", "--samples", "4")
     train = ("train", "dit", "--data", str(tmp_path / "a.npy"), "--out", str(tmp_path / "out"))
     lines = stdout(capsys, *train, *sizes).splitlines()
     assert next(x for x in lines if x.startswith("Fréchet")).split()[-1] == "-"

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from dblocks.recipes.metrics.text import known_share, ngram_divergence, ngrams, repetition_rate
+from benchmarks.study.ngrams import known_share, ngram_divergence, ngrams, repetition_rate
 
 
 def test_ngrams_overlap():
