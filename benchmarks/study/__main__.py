@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.study import causal_lm, dit, masked_lm, recurrent, vit
 from benchmarks.study.archive import Archive
-from benchmarks.study.experiment import README, Experiment
+from benchmarks.study.experiment import REPORT, Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     full.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     full.add_argument("--records", type=Path, help="folder of the records of one experiment")
-    full.add_argument("--readme", type=Path, default=README, help="file with the tables' markers")
-    full.add_argument("--report", type=Path, help="file with the whole tables' markers")
+    full.add_argument("--report", type=Path, default=REPORT, help="file with the tables' markers")
     full.add_argument("--figure", type=Path, help="the PNG of one experiment to write")
     for command, text in (
         ("pack", "move records that were added as files into the studies' archives"),
@@ -55,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.command in ("pack", "unpack"):
                 getattr(Archive(EXPERIMENTS[name].records), args.command)()
                 continue
-            EXPERIMENTS[name].results(
-                args.records, args.figure, args.readme, args.report, args.workers
-            )
+            EXPERIMENTS[name].results(args.records, args.figure, args.report, args.workers)
     except (ImportError, ValueError, OSError) as error:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment, draw_comparison
-from benchmarks.study.pages import README_COSTS
 from benchmarks.study.text import (
     QUALITY,
     add_scores,
@@ -86,7 +85,6 @@ def temperature(record: Record) -> float:
 
 TEMPERATURE = Column("Samples: temperature", lambda r: spread(r, temperature, ".2f"))
 COLUMNS = (*CAUSAL_LM, TEMPERATURE, *quality_columns(main_samples), *COSTS)
-README_COLUMNS = (*CAUSAL_LM, *quality_columns(main_samples), *README_COSTS)
 
 
 def caption(rows: Rows) -> str:
@@ -137,7 +135,6 @@ def experiment_of(name: str, run: CausalLMRun, what: str) -> Experiment:
         error=bits,
         headline=lambda record: f"{bits(record):.3f} bits a character",
         columns=COLUMNS,
-        readme_columns=README_COLUMNS,
         caption=caption,
         draw=draw,
         finish=add_scores,

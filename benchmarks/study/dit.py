@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment
-from benchmarks.study.pages import README_COSTS
-from dblocks.recipes.columns import DIT, DIT_QUALITY, l2_loss
+from dblocks.recipes.columns import DIT, l2_loss
 from dblocks.recipes.data.digits import NUM_CLASSES, digits
 from dblocks.recipes.dit import SHOWN, DiTRun
 from dblocks.recipes.image_grid import decode, grid_figure, save_png, to_bytes
@@ -35,7 +34,6 @@ LRS = (2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 COLUMNS = (*DIT, *COSTS)
-README_COLUMNS = (*DIT_QUALITY, *README_COSTS)
 
 
 def caption(rows: Rows) -> str:
@@ -89,7 +87,6 @@ EXPERIMENT = Experiment(
     error=l2_loss,
     headline=lambda record: f"loss {l2_loss(record):.4f}",
     columns=COLUMNS,
-    readme_columns=README_COLUMNS,
     caption=caption,
     draw=draw,
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.archive import Archive
-from benchmarks.study.pages import markdown_table, write_between_markers
+from benchmarks.study.pages import write_between_markers
 from benchmarks.study.plots import Curve, Measure, Panel, comparison_figure, noise_panel
 from dblocks.blocks import BlocksConfig
 from dblocks.recipes.image_grid import save_png
@@ -24,7 +24,6 @@ from dblocks.recipes.records import train_to_record
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import Column, Rows, text_table
 
-README = Path("README.md")
 REPORT = Path("docs/results.md")
 SELECTION_SEED = 100
 
@@ -36,7 +35,7 @@ class Experiment:
     """Ways of training that are compared, and how their records become a table and a figure."""
 
     name: str
-    """Such as vit-digits: of the records' folder, the figure and the markers in the README."""
+    """Such as vit-digits: of the records' folder, the figure and the markers in the report."""
     rows: Mapping[str, tuple[str, Run]]
     """A row's title and its run, by the row's short name."""
     lrs: Sequence[float]
@@ -54,8 +53,6 @@ class Experiment:
     """What a record reached, in a few words."""
     columns: Sequence[Column]
     """Of the whole table, for a terminal and the report."""
-    readme_columns: Sequence[Column]
-    """Of the README's table."""
     caption: Callable[[Rows], str]
     """How the runs were made and measured, in sentences of the report."""
     draw: Callable[[Rows, Path], None]
@@ -92,21 +89,17 @@ class Experiment:
         self,
         folder: Path | None = None,
         figure: Path | None = None,
-        readme: Path = README,
-        report: Path | None = None,
+        report: Path = REPORT,
         workers: int = 2,
     ) -> None:
-        """The full recipe; then from the records the figure, the README's table and the report.
+        """The full recipe; then from the records the figure and the report.
 
         Args:
             folder: of the records.
             figure: the PNG to write.
-            readme: gets a short table between its markers.
-            report: gets the whole table and how it was made; docs/results.md beside the README by
-                default.
+            report: gets the table, and how it was made, between its markers.
             workers: processes at a time.
         """
-        report = report or readme.parent / REPORT
         folder, figure = folder or self.records, figure or self.figure
         selections = {row: self.selection_runs(row) for row in self.selection_shorter}
         run_missing(jobs(folder, selections), self.headline, workers)
@@ -125,16 +118,14 @@ class Experiment:
         print(table)
         print(provenance([r for many in (*tried.values(), *records.values()) for r in many]))
         self.draw(rows, figure)
-        markers = f"results:{self.name}"
-        write_between_markers(readme, markers, markdown_table(rows, self.readme_columns))
         whole = "\n".join(line.rstrip() for line in table.splitlines())
         how = (
             f"{self.caption(rows)} Seconds are for one thread of a shared CPU, two runs at a time. "
             f"Every run's record is in `{Archive(self.records).file}`; `make results` makes tables "
             "and picture from them and runs those that are missing."
         )
-        write_between_markers(report, markers, f"```text\n{whole}\n```\n\n{how}")
-        print(f"wrote {figure} and the tables in {readme} and {report}")
+        write_between_markers(report, f"results:{self.name}", f"```text\n{whole}\n```\n\n{how}")
+        print(f"wrote {figure} and the table in {report}")
 
 
 def draw_comparison(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment, draw_comparison
-from benchmarks.study.pages import README_COSTS
 from benchmarks.study.plots import Measure, mask_panel
 from benchmarks.study.text import (
     QUALITY,
@@ -41,7 +40,6 @@ LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 QUALITY_COLUMNS = quality_columns(lambda _: SAMPLED)
 COLUMNS = (*MASKED_LM, *QUALITY_COLUMNS, *COSTS)
-README_COLUMNS = (*MASKED_LM, *QUALITY_COLUMNS, *README_COSTS)
 
 
 def caption(rows: Rows) -> str:
@@ -89,7 +87,6 @@ EXPERIMENT = Experiment(
     error=bits,
     headline=lambda record: f"{bits(record):.3f} bits a character",
     columns=COLUMNS,
-    readme_columns=README_COLUMNS,
     caption=caption,
     draw=draw,
     finish=add_scores,

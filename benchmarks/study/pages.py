@@ -1,33 +1,8 @@
-"""Tables for the README and the report, from the records of finished runs."""
+"""Writes a table between its markers in a page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-
-from dblocks.recipes.tables import Column, Rows, check_rows, mean
-
-README_COSTS = (
-    Column(
-        "Layer evaluations",
-        lambda r: f"{r[0]['layer_evaluations']:,} ({r[0]['layers_per_step']:g} a step)",
-    ),
-    Column("Samples seen", lambda r: f"{r[0]['samples']:,}"),
-    Column("Saved activations, MiB", lambda r: f"{r[0]['activations_mib']:.1f}"),
-    Column("State of a step, MiB", lambda r: f"{r[0]['state_mib']:.1f}"),
-    Column("Seconds", lambda r: f"{mean(r, 'seconds'):.0f}"),
-)
-
-
-def markdown_table(rows: Rows, columns: Sequence[Column], *, first: str = "Training") -> str:
-    """For a README: a line a row, the first column their names under the head `first`."""
-    check_rows(rows)
-    heads = [first, *(column.head for column in columns)]
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * len(columns)]
-    for name, records in rows.items():
-        cells = [name, *(column.text(records) for column in columns)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def write_between_markers(path: Path, name: str, text: str) -> None:

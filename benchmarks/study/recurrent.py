@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment, Records, draw_comparison
-from benchmarks.study.pages import README_COSTS
 from benchmarks.study.text import (
     QUALITY,
     add_scores,
@@ -109,12 +108,6 @@ COLUMNS = (
     ),
     *COST_COLUMNS,
     *COSTS,
-)
-README_COLUMNS = (
-    *RECURRENT,
-    *quality_columns(main_samples),
-    *COST_COLUMNS,
-    *README_COSTS,
 )
 
 
@@ -231,7 +224,6 @@ EXPERIMENT = Experiment(
     error=bits,
     headline=lambda record: f"{bits(record):.3f} bits a character",
     columns=COLUMNS,
-    readme_columns=README_COLUMNS,
     caption=caption,
     draw=draw,
     finish=finish,

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.experiment import Experiment, draw_comparison
-from benchmarks.study.pages import README_COSTS
 from benchmarks.study.plots import ACCURACY
 from dblocks.checkpoint import make_folder
-from dblocks.recipes.columns import VIT, accuracy, by_euler_steps
+from dblocks.recipes.columns import VIT, accuracy
 from dblocks.recipes.records import train, use_one_thread, write_record
-from dblocks.recipes.tables import COSTS, Column, Rows, percent, text_table
+from dblocks.recipes.tables import COSTS, Rows, text_table
 from dblocks.recipes.vit import PUBLISHED, ViTRun
 
 DEMO = Path("runs/demo")
@@ -61,11 +60,6 @@ CLOTHES = rows_of(ViTRun(data="fashion-mnist", points=3), 3000)
 
 
 COLUMNS = (*VIT, *COSTS)
-README_COLUMNS = (
-    Column("Held-out accuracy", lambda r: percent(r, accuracy)),
-    Column("3 Euler steps", lambda r: percent(r, by_euler_steps(3, noise=False))),
-    *README_COSTS,
-)
 
 
 def caption_of(
@@ -132,7 +126,6 @@ def experiment_of(
         error=lambda record: -accuracy(record),
         headline=lambda record: f"{100 * accuracy(record):.1f} %",
         columns=COLUMNS,
-        readme_columns=README_COLUMNS,
         caption=caption_of(long, lrs, seeds, selection),
         draw=draw_of(f"A 12-layer ViT on {short}, trained end to end and in blocks"),
     )

@@ -2,14 +2,12 @@ import pytest
 
 
 @pytest.fixture
-def pages(tmp_path):
-    """Makes a README and a report with the markers of an experiment."""
+def page(tmp_path):
+    """Makes a report with the markers of an experiment."""
 
     def make(name):
-        paths = tmp_path / "README.md", tmp_path / "docs" / "results.md"
-        paths[1].parent.mkdir()
-        for path in paths:
-            path.write_text(f"# Title\n<!-- results:{name} -->\n<!-- /results:{name} -->\nend\n")
-        return paths
+        path = tmp_path / "results.md"
+        path.write_text(f"# Title\n<!-- results:{name} -->\n<!-- /results:{name} -->\nend\n")
+        return path
 
     return make

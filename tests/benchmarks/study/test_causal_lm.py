@@ -94,13 +94,13 @@ def test_curves_say_what_part_of_the_text_they_are_of():
 
 
 def test_results_writes_table_and_figure_and_keeps_the_scores(
-    tmp_path, tiny, monkeypatch, capsys, pages
+    tmp_path, tiny, monkeypatch, capsys, page
 ):
     folder = tmp_path / "records"
-    readme, report = pages("causal-lm-pydoc")
+    report = page("causal-lm-pydoc")
     run_all(tiny, folder)
-    tiny.results(folder, tmp_path / "figure.png", readme)
-    short, text = readme.read_text(), report.read_text()
+    tiny.results(folder, tmp_path / "figure.png", report)
+    text = report.read_text()
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     stored = Archive(folder).load()["scores"]
     kinds = {row: ["product@0.7", "product@1", "1@1", "3@1"] for row in ("blocks", "ensemble")}
@@ -119,12 +119,11 @@ def test_results_writes_table_and_figure_and_keeps_the_scores(
         # Plain models have neither, and blocks that never saw sigma_max have no product.
         assert line.count("±") == count
         assert line.split()[-3:] == ["-", "-", "-"]
-    assert short.count("\n| end to end") == 2
     # Nothing is trained or scored a second time.
     monkeypatch.setattr(judging, "train", None)
     monkeypatch.setattr(judging, "_bits_under", None)
-    tiny.results(folder, tmp_path / "figure.png", readme)
-    assert (readme.read_text(), report.read_text()) == (short, text)
+    tiny.results(folder, tmp_path / "figure.png", report)
+    assert report.read_text() == text
     assert capsys.readouterr().out.count("training the model that scores samples") == 1
 
 
