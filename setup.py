@@ -60,11 +60,12 @@ def extension() -> dict:
                     path.unlink(missing_ok=True)
             self.extensions = []
 
-    flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+    # Without debug information, which would be nine tenths of the library.
+    flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
+    flags += ["-fno-math-errno"]
     flags += ["-fno-trapping-math", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     flags += [f"-DPy_LIMITED_API=0x{3:02x}{10:02x}0000"]
-    # No debug information otherwise: it is nine tenths of the library's size.
-    kind = SANITIZE if os.environ.get("DBLOCKS_SANITIZE") else ["-g0"]
+    sanitize = SANITIZE if os.environ.get("DBLOCKS_SANITIZE") else []
     sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
     return {
         "ext_modules": [
@@ -72,8 +73,8 @@ def extension() -> dict:
                 "dblocks._C",
                 sources,
                 depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
-                extra_compile_args=flags + kind,
-                extra_link_args=kind,
+                extra_compile_args=flags + sanitize,
+                extra_link_args=sanitize,
                 py_limited_api=True,
             )
         ],
