@@ -64,9 +64,9 @@ class Bench:
     op: tuple[str, ...] = ()
     """Only these ops, such as adaln noise_inject."""
     rounds: int = 10
-    """How often each peer takes its turn."""
+    """How often each of the compared takes its turn."""
     memory: bool = False
-    """Measure peak memory too, each peer in a process of its own."""
+    """Measure peak memory too, each of the compared in a process of its own."""
     out: Path | None = None
     """Folder for the JSON, the tables and the charts."""
     compare: Path | None = None
