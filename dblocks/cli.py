@@ -64,9 +64,9 @@ class Bench:
     op: tuple[str, ...] = ()
     """Only these ops, such as adaln noise_inject."""
     rounds: int = 10
-    """How often each peer takes its turn."""
+    """How often each of the compared takes its turn."""
     memory: bool = False
-    """Measure peak memory too, each peer in a process of its own."""
+    """Measure peak memory too, each of the compared in a process of its own."""
     out: Path | None = None
     """Folder for the JSON, the tables and the charts."""
     compare: Path | None = None
@@ -102,7 +102,6 @@ RECIPE_HELP = (
     "`--recipe gpu --help` shows them."
 )
 OUT_HELP = "Folder to write to; it is made if it is not there."
-HIDDEN = ("part",)  # fields of a run that are for studies only
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,14 +171,15 @@ def _training(tyro: Any, recipe: Recipe, argv: Sequence[str]) -> Any:
     chosen.add_argument("--published", action="store_true")
     found, _ = chosen.parse_known_args(list(argv))
     run = recipe.defaults(gpu=found.recipe == "gpu", published=found.published)
-    more: list[Any] = [("out", Annotated[Path, tyro.conf.arg(help=OUT_HELP)], recipe.out)]
+    # Which part of the data a run holds out is for studies to choose.
+    more: list[Any] = [("part", tyro.conf.Suppress[str], run.part)]
+    more.append(("out", Annotated[Path, tyro.conf.arg(help=OUT_HELP)], recipe.out))
     if recipe.gpu is not None:
         kind = Annotated[Literal["small", "gpu"], tyro.conf.arg(help=RECIPE_HELP)]
         more.append(("recipe", kind, "small"))
     if recipe.published:
         kind = Annotated[bool, tyro.conf.arg(help=recipe.published_help)]
         more.append(("published", kind, False))
-    hidden = [(name, tyro.conf.Suppress[Any], getattr(run, name)) for name in HIDDEN]
     fields = dataclasses.fields(run)
 
     def train(flags: Any) -> None:
@@ -188,7 +188,7 @@ def _training(tyro: Any, recipe: Recipe, argv: Sequence[str]) -> Any:
 
     made: Any = make_dataclass(
         type(run).__name__,
-        [*hidden, *more],
+        more,
         bases=(type(run),),
         namespace={"__post_init__": lambda flags: None, "__call__": train},
         frozen=True,

@@ -56,8 +56,6 @@ class Archive:
                 # A run may have written it again.
                 if path.exists() and read_record(path) == record:
                     path.unlink()
-            if self.folder.is_dir() and not any(self.folder.iterdir()):
-                self.folder.rmdir()
 
     def unpack(self) -> None:
         """Writes the packed records as files and removes the archive."""

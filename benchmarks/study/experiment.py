@@ -225,14 +225,14 @@ def read(folder: Path, runs: Mapping[str, Sequence[Run]]) -> dict[str, Records]:
 
 
 def _is_done(path: Path, run: Run, there: Mapping[str, dict[str, Any]]) -> bool:
-    record = there.get(path.stem)
+    record: Any = there.get(path.stem)
     if record is None:
         return False
     again = "delete it to run it again"
     if not path.exists():
         again = f"unpack {Archive(path.parent).file} and {again}"
     try:
-        made = type(run).from_dict(record.get("run", None))
+        made = type(run).from_dict(record.get("run"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}; {again}") from error
     if made != run:

@@ -248,13 +248,13 @@ class DiTTrainer(Trainer):
                 return None
             return frechet_distance(features(images), held_out)
 
-        plain = self.sample(1.0)
+        unguided = self.sample(1.0)
         return {
             "distance": distance(guided.images),
-            "distance_unguided": distance(plain.images),
+            "distance_unguided": distance(unguided.images),
             "distance_of_training_images": distance(self.data.images),
             "accuracy": correct(guided.images, guided.labels),
-            "accuracy_unguided": correct(plain.images, guided.labels),
+            "accuracy_unguided": correct(unguided.images, guided.labels),
             "accuracy_on_held_out": correct(self.evaluated.images, self.evaluated.labels),
         }
 
@@ -313,8 +313,8 @@ class Sample:
     kind: Literal["equal_mass", "karras"] = "equal_mass"
     """Where the steps are: equal_mass calls each block about equally often, karras as in EDM."""
     guidance: float | None = None
-    """How much the class counts: 1 is the plain model, 2, the default, exaggerates the class and
-    costs two calls a step."""
+    """How much the class counts: 1 is as trained; 2, the default, exaggerates the class and costs
+    two calls a step."""
     size: tuple[int, int] | None = None
     """Height and width, if not those of the training images."""
     seed: int = 0

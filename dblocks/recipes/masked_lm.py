@@ -56,7 +56,7 @@ class MaskedLMRun(TextOptions, Run):
     conditioning: ConditioningKind = "dit"
     """AdaLN on the mask ratio, of both ways of training."""
     gate_init: float = 1.0
-    """Initial gates; at 1 layers start as plain ones, not as the identity."""
+    """Initial gates; at 1 layers start as layers without gates, not as the identity."""
     schedule: ScheduleKind = "linear"
     """The mask ratio as a function of time: it names the levels, and with --draw t decides which
     ratios are seen how often."""

@@ -64,7 +64,7 @@ def test_the_larger_recipe_is_the_papers_network():
     assert GPU.device == "cuda"
 
 
-def test_sigma_data_is_the_deviation_of_the_training_images():
+def test_sigma_data_is_the_standard_deviation_of_the_training_images():
     data = digits()[0]
     schedule = DiTRun().blocks_config(data).schedule
     assert schedule.sigma_data == standard_deviation(data.images)

@@ -71,7 +71,7 @@ def test_features_must_be_finite():
         frechet_distance(torch.full((5, 2), math.nan), torch.randn(5, 2))
 
 
-def test_the_deviation_is_that_of_all_elements():
+def test_the_standard_deviation_is_that_of_all_elements():
     images = torch.randn(3000, 1, 2, 2, generator=seeded()) * 3 + 100
     expected = images.double().std(correction=0).item()
     assert standard_deviation(images) == pytest.approx(expected, rel=1e-9)
