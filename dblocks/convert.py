@@ -22,7 +22,7 @@ from dblocks.blocks import Block, DiffusionBlocks
 from dblocks.checkpoint import naming
 from dblocks.mask_schedule import MaskSchedule
 from dblocks.models._posterior import Head, check_head
-from dblocks.ops._autograd import apply, first_order
+from dblocks.ops._dispatch import apply, first_order
 from dblocks.schedule import NoiseSchedule
 
 Task = Literal["classes", "tokens", "images"]

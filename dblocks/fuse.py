@@ -27,7 +27,7 @@ from dblocks.adapters._fusion import (
     is_fused,
     owner_of,
 )
-from dblocks.ops._common import Impl, resolve_impl
+from dblocks.ops._dispatch import Impl, resolve_impl
 
 
 class Replacement(NamedTuple):

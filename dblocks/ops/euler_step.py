@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 
 from dblocks.kernels import reference
-from dblocks.ops import _common
-from dblocks.ops._autograd import apply, constant, first_order
-from dblocks.ops._common import Impl
-from dblocks.ops._library import define, triton_kernel
-from dblocks.ops._noise_args import check_pair, check_sigma, check_sigma_value, kept, widest
+from dblocks.ops import _dispatch
+from dblocks.ops._dispatch import Impl, apply, constant, define, first_order, kept, triton_kernel
+from dblocks.ops._levels import check_pair, check_sigma, check_sigma_value, widest
 from dblocks.ops.edm_denoise import empty_grads
 
 _LEVELS = "Tensor? sigma, Tensor? sigma_next, float sigma_value, float sigma_next_value"
@@ -23,7 +21,7 @@ _BACKWARD = (
 def _fwd_triton(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
     if z.numel() == 0:
         return torch.empty(z.shape, dtype=torch.float32, device=z.device)
-    from dblocks.kernels.edm import euler_step_fwd
+    from dblocks.kernels.edm.euler import euler_step_fwd
 
     return euler_step_fwd(z, denoised, [sigma, sigma_next], [sigma_value, sigma_next_value])
 
@@ -32,7 +30,7 @@ def _fwd_triton(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
 def _bwd_triton(grad, sigma, sigma_next, sigma_value, sigma_next_value, z_dtype, denoised_dtype):
     if grad.numel() == 0:
         return empty_grads(grad, z_dtype, denoised_dtype)
-    from dblocks.kernels.edm import euler_step_bwd
+    from dblocks.kernels.edm.euler import euler_step_bwd
 
     sigmas, values = [sigma, sigma_next], [sigma_value, sigma_next_value]
     return euler_step_bwd(grad, sigmas, values, z_dtype, denoised_dtype)
@@ -143,11 +141,11 @@ def euler_step(
         constant(s) if isinstance(s, Tensor) else float(s) for s in (sigma, sigma_next)
     )
     _check_segments(sigma, sigma_next)
-    impl = _common.resolve_impl(impl, widest(z, denoised), "euler_step")
+    impl = _dispatch.resolve_impl(impl, widest(z, denoised), "euler_step")
     if impl != "reference":
         (level, value), (level_next, value_next) = _level(sigma, z), _level(sigma_next, z)
         call = (z, denoised, level, level_next, value, value_next)
-        if _common.needs_autograd(z, denoised):
+        if _dispatch.needs_autograd(z, denoised):
             return apply(_EulerStep, *call, impl)
         return _FWD[impl](*call)
     return reference.euler_step(z, denoised, sigma, sigma_next)

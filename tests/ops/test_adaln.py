@@ -5,7 +5,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dblocks.functional import adaln
-from dblocks.kernels import _launch
+from dblocks.kernels._common import launches
 from dblocks.testing import (
     LAYOUTS,
     assert_within_budget,
@@ -61,7 +61,7 @@ def test_second_form_for_wide_rows(problem, norm):
     inputs, upstream = problem
     assume(inputs["x"].shape[-1] != DEGENERATE_WIDTH[norm])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "MAX_ONE_PASS_WIDTH", 0)
+        patch.setattr(launches, "MAX_ONE_PASS_WIDTH", 0)
         check_against_reference(lambda **k: call(norm=norm, **k), inputs, upstream, impl="triton")
 
 
@@ -231,7 +231,7 @@ def test_expanded_upstream_gradient(impl):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_a_last_stride_other_than_one_is_copied(layout):
     x = make((3, 4, 8), layout, torch.float32, torch.Generator())
-    assert (_launch.unit_last(x) is x) == (layout != "transposed")
+    assert (launches.unit_last(x) is x) == (layout != "transposed")
 
 
 @pytest.mark.parametrize("impl", FUSED)
