@@ -1,21 +1,16 @@
 """Checks of the tensors and numbers that ops are given: their types, shapes, dtypes and devices.
 
-Nothing here looks at the values of a tensor, so no check synchronises with a GPU. An op first asks
-whether its arguments fit, which is remembered for a layout; only where they do not, the checks run
-that can say why.
+They raise errors that say what must hold, what was given and what to do. Nothing here looks at the
+values of a tensor, so no check synchronises with a GPU.
 """
 
 import numbers
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from dblocks.ops._dispatch import FLOATS
-
-MAX_TRITON_WIDTH = 16384  # of kernels/_common/launches.py, which is not imported before it is used
-MAX_TRITON_ROWS = 2**31 - 2**22  # rows of a group have int32 numbers, and a chunk may pass the last
+from dblocks.ops._dispatch import FLOATS, NORMS
 
 
 def type_name(value: object) -> str:
@@ -67,96 +62,25 @@ def check_device(like: Tensor, **tensors: Tensor | None) -> None:
             )
 
 
-_fitting: set[Any] = set()  # what arguments that fit looked like; emptied where it grows large
-MAX_FITTING = 4096
-
-
-def rows_fit(
+def check_rows(
     x: Tensor,
-    rows: tuple[Tensor, ...],
-    modulation: tuple[Tensor | None, ...],
-    channels: tuple[Tensor | None, ...] = (),
-) -> bool:
-    """Whether all arguments are as the checks below want them, in a fraction of their time.
-
-    It cannot say what is wrong: where it returns False the checks run, and raise.
-    """
-    kind = (len(rows), len(modulation))
-    args = (x, rows, modulation, channels)
-    return _fits(_rows_fit, args, kind, (x, *rows, *modulation, *channels))
-
-
-def samples_fit(x: Tensor, *others: Tensor) -> bool:
-    """As `rows_fit`, for tensors [N, ...] of one shape."""
-    tensors = (x, *others)
-    return _fits(_samples_fit, tensors, "samples", tensors)
-
-
-def _fits(
-    check: Callable[..., bool], args: tuple[Any, ...], kind: object, tensors: tuple[Any, ...]
-) -> bool:
-    """`check(*args)`, which is known where such `tensors` have passed as arguments of a `kind`."""
-    if torch.compiler.is_compiling():
-        return check(*args)
-    try:
-        seen = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
-        key = (kind, *seen)
-        if key in _fitting:
-            return True
-    except (AttributeError, TypeError, RuntimeError):  # no tensor; unknown or nested sizes
-        return check(*args)
-    if not check(*args):
-        return False
-    if len(_fitting) >= MAX_FITTING:
-        _fitting.clear()
-    _fitting.add(key)
-    return True
-
-
-def _rows_fit(
-    x: Tensor,
-    rows: tuple[Tensor, ...],
-    modulation: tuple[Tensor | None, ...],
-    channels: tuple[Tensor | None, ...],
-) -> bool:
-    if not isinstance(x, Tensor) or x.ndim != 3:
-        return False
-    shape, device = x.shape, x.device
-    N, T, D = shape
-    segments = None
-    for tensor in (x, *rows):
-        if not _is_plain(tensor, device) or tensor.shape != shape:
-            return False
-    for tensor in modulation:
-        if tensor is None:
-            continue
-        if not _is_plain(tensor, device):
-            return False
-        size = tensor.shape
-        S = size[1] if len(size) == 3 else 1
-        if len(size) not in (2, 3) or size[0] != N or size[-1] != D:
-            return False
-        if S < 1 or T % S or (segments is not None and segments != S):
-            return False
-        segments = S
-    return all(p is None or (_is_plain(p, device) and p.shape == (D,)) for p in channels)
-
-
-def _samples_fit(x: Tensor, *others: Tensor) -> bool:
-    if not isinstance(x, Tensor) or x.ndim == 0:
-        return False
-    shape, device = x.shape, x.device
-    return all(_is_plain(tensor, device) and tensor.shape == shape for tensor in (x, *others))
-
-
-def _is_plain(tensor: object, device: torch.device) -> bool:
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.dtype in FLOATS
-        and tensor.device == device
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-    )
+    rows: Mapping[str, Tensor],
+    modulation: Mapping[str, Tensor | None],
+    channels: Mapping[str, Tensor | None],
+    norm: str = "layer",
+    eps: float = 0.0,
+) -> None:
+    """`x` is [N, T, D], `rows` have its shape, the others fit it; names as messages call them."""
+    check_norm(norm, eps)
+    check_tensor(x=x, **rows)
+    check_tokens("x", x)
+    for name, tensor in rows.items():
+        check_same_shape(name, tensor, "x", x)
+    given = {**rows, **modulation, **channels}
+    check_float(x=x, **given)
+    check_device(x, **given)
+    check_modulation(x, **modulation)
+    check_channels(x, **channels)
 
 
 def check_tokens(name: str, x: Tensor) -> None:
@@ -211,7 +135,7 @@ def check_channels(x: Tensor, **parameters: Tensor | None) -> None:
 
 def check_norm(norm: str, eps: float) -> None:
     """`norm` is known and `eps` is a number that cannot make the root negative."""
-    if norm not in ("layer", "rms"):
+    if norm not in NORMS:
         raise ValueError(f"norm must be 'layer' or 'rms', got {norm!r}")
     check_number("eps", eps)
     if not eps >= 0:
@@ -224,21 +148,4 @@ def check_out_dtype(dtype: torch.dtype | None) -> None:
         raise TypeError(
             f"out_dtype must be float64, float32, bfloat16 or float16, got {dtype}; leave it out "
             "to keep the dtype of x"
-        )
-
-
-def check_size(x: Tensor, op: str, impl: str) -> None:
-    """The Triton kernels hold a row in registers, which bounds its width, and count rows."""
-    if impl != "triton":
-        return
-    rows = x.shape[0] * x.shape[1]
-    if rows >= MAX_TRITON_ROWS:
-        raise ValueError(
-            f"{op}: impl='triton' takes N * T < {MAX_TRITON_ROWS}, got N * T = {rows}; "
-            "split the samples, or use impl='reference'"
-        )
-    if x.shape[-1] > MAX_TRITON_WIDTH:
-        raise ValueError(
-            f"{op}: impl='triton' takes D <= {MAX_TRITON_WIDTH}, got D = {x.shape[-1]}; "
-            "use impl='reference'"
         )

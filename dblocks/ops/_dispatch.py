@@ -1,14 +1,15 @@
-"""From an op's public function to an implementation: the choice, the registration, the gradient.
+"""The way of a call from an op's public function to an implementation, and back for gradients.
 
-An op is registered with PyTorch once for each fused implementation, under one schema and one fake
-kernel: a CPU key cannot serve both the C++ op and the interpreted Triton kernel. Nothing here looks
-at the values of a tensor on an accelerator, so no call synchronises.
+Arguments that are as they should be are known here, in a fraction of the time that the checks in
+_checks.py and _levels.py take; those run where something does not fit, and say what. Nothing here
+looks at the values of a tensor on an accelerator, so no call synchronises.
 """
 
 import functools
 import importlib.util
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -26,6 +27,10 @@ IMPLS = ("auto", "reference", "triton", "cpp")
 FUSED = ("triton", "cpp")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GPUS = ("cuda",)  # ROCm devices are called cuda too
+NORMS = ("layer", "rms")
+SEED_RANGE = 2**63
+COUNT_RANGE = 2**63
+FEW = 64  # noise levels that are looked through as a Python list
 PLAIN = (Tensor, torch.nn.Parameter)
 KNOWN = {*PLAIN, type(None), bool, int, float, str, list, torch.dtype}  # none is watched
 
@@ -132,41 +137,146 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-library = torch.library.Library("dblocks", "FRAGMENT")
+_fitting: set[Any] = set()  # what arguments that fit looked like; emptied where it grows large
+MAX_FITTING = 4096
 
-_kernels: dict[str, Callable[..., Any]] = {}
+
+def rows_fit(
+    x: Tensor,
+    rows: tuple[Tensor, ...],
+    modulation: tuple[Tensor | None, ...],
+    channels: tuple[Tensor | None, ...] = (),
+    norm: str = "layer",
+    eps: float = 0.0,
+) -> bool:
+    """Whether `_checks.check_rows` would pass; False where it may, or where it must say why not."""
+    if norm not in NORMS or type(eps) is not float or not eps >= 0:
+        return False
+    kind = (len(rows), len(modulation))
+    args = (x, rows, modulation, channels)
+    return _fits(_rows_fit, args, kind, (x, *rows, *modulation, *channels))
 
 
-def define(
-    name: str, schema: str, fake: Callable[..., Any], impls: Sequence[str] = FUSED
-) -> dict[str, Any]:
-    """Defines `dblocks::<name>_<impl>` for each fused implementation; returns their calls by it.
+def samples_fit(x: Tensor, *others: Tensor) -> bool:
+    """As `rows_fit`, for tensors [N, ...] of one shape."""
+    tensors = (x, *others)
+    return _fits(_samples_fit, tensors, "samples", tensors)
 
-    The C++ ops get their kernels from csrc/library.cpp. A Triton kernel is launched without a
-    detour by PyTorch's library where nobody watches; a result that is absent is then None, and
-    from the op a tensor without elements.
 
-    Args:
-        name: such as "adaln_fwd".
-        schema: arguments and results, "(Tensor x) -> Tensor".
-        fake: computes shapes and dtypes of the results.
-        impls: those that the op has.
+def _fits(
+    check: Callable[..., bool], args: tuple[Any, ...], kind: object, tensors: tuple[Any, ...]
+) -> bool:
+    """`check(*args)`, which is known where such `tensors` have passed as arguments of a `kind`."""
+    if torch.compiler.is_compiling():
+        return check(*args)
+    try:
+        seen = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
+        key = (kind, *seen)
+        if key in _fitting:
+            return True
+    except (AttributeError, TypeError, RuntimeError):  # no tensor; unknown or nested sizes
+        return check(*args)
+    if not check(*args):
+        return False
+    if len(_fitting) >= MAX_FITTING:
+        _fitting.clear()
+    _fitting.add(key)
+    return True
+
+
+def _rows_fit(
+    x: Tensor,
+    rows: tuple[Tensor, ...],
+    modulation: tuple[Tensor | None, ...],
+    channels: tuple[Tensor | None, ...],
+) -> bool:
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        return False
+    shape, device = x.shape, x.device
+    N, T, D = shape
+    segments = None
+    for tensor in (x, *rows):
+        if not _is_plain(tensor, device) or tensor.shape != shape:
+            return False
+    for tensor in modulation:
+        if tensor is None:
+            continue
+        if not _is_plain(tensor, device):
+            return False
+        size = tensor.shape
+        S = size[1] if len(size) == 3 else 1
+        if len(size) not in (2, 3) or size[0] != N or size[-1] != D:
+            return False
+        if S < 1 or T % S or (segments is not None and segments != S):
+            return False
+        segments = S
+    return all(p is None or (_is_plain(p, device) and p.shape == (D,)) for p in channels)
+
+
+def _samples_fit(x: Tensor, *others: Tensor) -> bool:
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        return False
+    shape, device = x.shape, x.device
+    return all(_is_plain(tensor, device) and tensor.shape == shape for tensor in (x, *others))
+
+
+def _is_plain(tensor: object, device: torch.device) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.dtype in FLOATS
+        and tensor.device == device
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
+
+
+def noised_fit(tensors: tuple[Tensor, ...], sigma: Tensor, sigma_data: float) -> bool:
+    """Whether `_levels.check_noised` would pass; False where it may, or where it must say why."""
+    fits = samples_fit(*tensors) and type(sigma_data) is float and sigma_data > 0
+    return fits and sigma_fits(sigma, tensors[0])
+
+
+def seed_fits(seed: object, offset: object, x: Tensor) -> bool:
+    """Whether both are numbers in their range, outside of a graph."""
+    if type(seed) is not int or type(offset) is not int or torch.compiler.is_compiling():
+        return False
+    return -SEED_RANGE <= seed < SEED_RANGE and 0 <= offset <= COUNT_RANGE - max(x.numel(), 1)
+
+
+def sigma_fits(sigma: object, x: Tensor) -> bool:
+    """Whether `sigma` is the usual: a few levels [N] on the CPU, all good; in little time.
+
+    A list is looked through in a fraction of the time that PyTorch takes for the same.
     """
-    calls, flops = {}, _flops.FORMULAS.get(name)
-    for impl in impls:
-        library.define(f"{name}_{impl}{schema}")
-        torch.library.register_fake(f"dblocks::{name}_{impl}", fake, lib=library)
-        # autograd.Function takes care of gradients; PyTorch's check of ops without any costs 3 us.
-        library.impl(f"{name}_{impl}", torch.library.fallthrough_kernel, "Autograd")
-        op = getattr(torch.ops.dblocks, f"{name}_{impl}").default
-        if flops is not None:
-            _flops.register(op, flops)
-        kernel = _kernels.get(f"{name}_{impl}")
-        calls[impl] = op if not kernel and not flops else _call(op, kernel)
-    return calls
+    return (
+        type(sigma) is Tensor
+        and sigma.ndim == 1
+        and sigma.shape[0] == x.shape[0]  # len() of a tensor takes a microsecond
+        and sigma.shape[0] <= FEW
+        and sigma.is_cpu
+        and x.is_cpu
+        and sigma.dtype in FLOATS
+        and sigma.layout is torch.strided
+        and not is_traced()
+        and _are_levels(sigma.tolist())
+    )
 
 
-def _call(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
+def _are_levels(values: list[float]) -> bool:
+    for value in values:  # noqa: SIM110 (a generator takes twice as long)
+        if not 0 < value < math.inf:
+            return False
+    return True
+
+
+def widest(*tensors: Tensor) -> Tensor:
+    """The first float64 tensor, which decides the arithmetic, or else the first tensor."""
+    return next((t for t in tensors if t.dtype == torch.float64), tensors[0])
+
+
+def caller(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A call of `op`, or of its `kernel` without PyTorch's detour where nobody watches."""
+
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
@@ -182,28 +292,6 @@ def _call(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
 
 def _plain(args: tuple[Any, ...]) -> bool:
     return all(not isinstance(a, Tensor) or type(a) in PLAIN for a in args)
-
-
-def triton_kernel(name: str, like: int = 0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a function the Triton implementation of the op `name`, on GPUs and, interpreted, CPUs.
-
-    It imports its kernels when it is called, so that `import dblocks` needs no triton. A result
-    that is None is, from the op, without elements and of the dtype of argument number `like`.
-    """
-
-    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        def whole(*args: Any) -> Any:
-            results = kernel(*args)
-            if isinstance(results, Tensor):
-                return results
-            # Each absent one is a tensor of its own: an op may not return one tensor twice.
-            return tuple(args[like].new_empty(0) if r is None else r for r in results)
-
-        torch.library.impl(library, f"{name}_triton", "CompositeExplicitAutograd")(whole)
-        _kernels[f"{name}_triton"] = kernel
-        return kernel
-
-    return register
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -269,23 +357,6 @@ def constant(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad and not in_transform() else tensor
 
 
-library.define("keep(Tensor a) -> Tensor")
-
-
-@torch.library.impl(library, "keep", "CompositeExplicitAutograd")
-def _keep_any(a):
-    return a.clone(memory_format=torch.contiguous_format)
-
-
-@torch.library.register_fake("dblocks::keep", lib=library)
-def _keep_fake(a):
-    return a.new_empty(a.shape)
-
-
-# A copy that Inductor cannot see through: it drops a clone.
-keep = torch.ops.dblocks.keep.default
-
-
 def kept(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The small `tensors` to save for backward, safe from changes in place by a compiled graph.
 
@@ -293,4 +364,4 @@ def kept(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """
     if not torch.compiler.is_compiling():
         return tensors
-    return tuple(None if t is None else keep(t) for t in tensors)
+    return tuple(None if t is None else torch.ops.dblocks.keep.default(t) for t in tensors)

@@ -1,20 +1,13 @@
 """Checks of what noise comes with: its levels sigma, sigma_data, the seed and the offset."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from dblocks.ops import _checks, _dispatch
-
-SEED_RANGE = 2**63
-COUNT_RANGE = 2**63
-FEW = 64  # noise levels that are looked through as a Python list
-
-
-def widest(*tensors: Tensor) -> Tensor:
-    """The first float64 tensor, which decides the arithmetic, or else the first tensor."""
-    return next((t for t in tensors if t.dtype == torch.float64), tensors[0])
+from dblocks.ops._dispatch import COUNT_RANGE, SEED_RANGE
 
 
 def check_samples(name: str, x: Tensor) -> None:
@@ -23,10 +16,21 @@ def check_samples(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have shape [N, ...], got a 0-d tensor; add a dimension")
 
 
+def check_noised(samples: Mapping[str, Tensor], sigma: Tensor, sigma_data: float) -> None:
+    """One or two samples by their names, with levels of the first and a `sigma_data`."""
+    (name, x), *others = samples.items()
+    if others:
+        check_pair(name, x, *others[0])
+    else:
+        _checks.check_tensor(**samples)
+        check_samples(name, x)
+        _checks.check_float(**samples)
+    check_sigma("sigma", sigma, name, x)
+    check_sigma_data(sigma_data)
+
+
 def check_pair(x_name: str, x: Tensor, name: str, tensor: Tensor) -> None:
     """Both are floating tensors [N, ...] of one shape on one device."""
-    if _checks.samples_fit(x, tensor):
-        return
     _checks.check_tensor(**{x_name: x, name: tensor})
     check_samples(x_name, x)
     _checks.check_same_shape(name, tensor, x_name, x)
@@ -40,8 +44,6 @@ def check_sigma(name: str, sigma: Tensor, x_name: str, x: Tensor, *, zero: bool 
     Values are looked at where there are any and that needs no synchronisation: on the CPU, outside
     of compiled graphs, tracing and torch.func transforms.
     """
-    if _is_fine(sigma, x):
-        return
     if not isinstance(sigma, Tensor):
         raise TypeError(
             f"{name} must be a floating tensor, got {_checks.type_name(sigma)}; "
@@ -57,32 +59,6 @@ def check_sigma(name: str, sigma: Tensor, x_name: str, x: Tensor, *, zero: bool 
             raise ValueError(_sigma_message(name, f"a minimum of {low}", zero))
         if high == math.inf:
             raise ValueError(_infinite_message(name))
-
-
-def _is_fine(sigma: object, x: Tensor) -> bool:
-    """Whether `sigma` is the usual: a few levels [N] on the CPU, all good; in little time.
-
-    A list is looked through in a fraction of the time that PyTorch takes for the same.
-    """
-    return (
-        type(sigma) is Tensor
-        and sigma.ndim == 1
-        and sigma.shape[0] == x.shape[0]  # len() of a tensor takes a microsecond
-        and sigma.shape[0] <= FEW
-        and sigma.is_cpu
-        and x.is_cpu
-        and sigma.dtype in _dispatch.FLOATS
-        and sigma.layout is torch.strided
-        and not _dispatch.is_traced()
-        and _are_levels(sigma.tolist())
-    )
-
-
-def _are_levels(values: list[float]) -> bool:
-    for value in values:  # noqa: SIM110 (a generator takes twice as long)
-        if not 0 < value < math.inf:
-            return False
-    return True
 
 
 def _infinite_message(name: str) -> str:

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
-from dblocks.ops._dispatch import Impl, Norm, apply, define, first_order, triton_kernel
+from dblocks.ops._dispatch import Impl, Norm, apply, first_order
+from dblocks.ops._library import define, triton_kernel
+
+# Of kernels/_common/launches.py, which is not imported before it is used.
+MAX_TRITON_WIDTH = 16384
+MAX_TRITON_ROWS = 2**31 - 2**22  # rows of a group have int32 numbers, and a chunk may pass the last
 
 _INPUTS = (
     "Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, "
@@ -67,6 +72,21 @@ def _bwd_fake(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rst
 
 _FWD = define("adaln_fwd", _FORWARD, _fwd_fake)
 _BWD = define("adaln_bwd", _BACKWARD, _bwd_fake)
+
+
+def _check_size(x: Tensor, op: str) -> None:
+    """The Triton kernels hold a row in registers, which bounds its width, and count rows."""
+    rows = x.shape[0] * x.shape[1]
+    if rows >= MAX_TRITON_ROWS:
+        raise ValueError(
+            f"{op}: impl='triton' takes N * T < {MAX_TRITON_ROWS}, got N * T = {rows}; "
+            "split the samples, or use impl='reference'"
+        )
+    if x.shape[-1] > MAX_TRITON_WIDTH:
+        raise ValueError(
+            f"{op}: impl='triton' takes D <= {MAX_TRITON_WIDTH}, got D = {x.shape[-1]}; "
+            "use impl='reference'"
+        )
 
 
 def _name(ctx: Any) -> str:
@@ -127,6 +147,7 @@ class _AdaLN(torch.autograd.Function):
 
 
 def fused(
+    op: str,
     impl: str,
     x: Tensor,
     branch: Tensor | None = None,
@@ -142,6 +163,8 @@ def fused(
     out_dtype: torch.dtype | None = None,
 ) -> Any:
     """(x_new, y), y without a branch, or x_new without a norm; see the public functions."""
+    if impl == "triton":
+        _check_size(x, op)
     tensors = (x, branch, gate, shift, scale, weight, bias)
     options = (normalise, rms, eps, out_dtype or x.dtype)
     if _dispatch.needs_autograd(*tensors):
@@ -199,22 +222,15 @@ def adaln(
 
     Source: Peebles and Xie 2023 (DiT), section 3.2; RMS norm: Zhang and Sennrich 2019.
     """
-    _checks.check_norm(norm, eps)
-    if not _checks.rows_fit(x, (), (shift, scale), (weight, bias)):
-        _checks.check_tensor(x=x)
-        _checks.check_tokens("x", x)
-        tensors = {"shift": shift, "scale": scale, "weight": weight, "bias": bias}
-        _checks.check_float(x=x, **tensors)
-        _checks.check_device(x, **tensors)
-        _checks.check_modulation(x, shift=shift, scale=scale)
-        _checks.check_channels(x, weight=weight, bias=bias)
+    if not _dispatch.rows_fit(x, (), (shift, scale), (weight, bias), norm, eps):
+        modulation, channels = {"shift": shift, "scale": scale}, {"weight": weight, "bias": bias}
+        _checks.check_rows(x, {}, modulation, channels, norm, eps)
     if out_dtype is not None:
         _checks.check_out_dtype(out_dtype)
     impl = _dispatch.resolve_impl(impl, x, "adaln")
     if impl != "reference":
-        _checks.check_size(x, "adaln", impl)
         return fused(
-            impl, x, None, None, shift, scale, weight, bias,
+            "adaln", impl, x, None, None, shift, scale, weight, bias,
             rms=norm == "rms", eps=eps, out_dtype=out_dtype,
         )  # fmt: skip
     return reference.adaln(

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._dispatch import Impl, apply, constant, define, first_order, kept, triton_kernel
-from dblocks.ops._levels import check_pair, check_sigma, check_sigma_data, widest
+from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept, widest
+from dblocks.ops._levels import check_noised
+from dblocks.ops._library import define, triton_kernel
 
 _FORWARD = "(Tensor f, Tensor z, Tensor sigma, float sigma_data) -> Tensor"
 _BACKWARD = (
@@ -103,9 +104,8 @@ def edm_denoise(
 
     Source: Karras et al. 2022, eq. 7 and table 1.
     """
-    check_pair("f", f, "z", z)
-    check_sigma("sigma", sigma, "f", f)
-    check_sigma_data(sigma_data)
+    if not _dispatch.noised_fit((f, z), sigma, sigma_data):
+        check_noised({"f": f, "z": z}, sigma, sigma_data)
     sigma = constant(sigma)
     impl = _dispatch.resolve_impl(impl, widest(f, z), "edm_denoise")
     if impl != "reference":

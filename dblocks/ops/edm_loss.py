@@ -5,8 +5,9 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
-from dblocks.ops._dispatch import Impl, apply, constant, define, first_order, kept, triton_kernel
-from dblocks.ops._levels import check_pair, check_sigma, check_sigma_data, split_seed, widest
+from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept, widest
+from dblocks.ops._levels import check_noised, split_seed
+from dblocks.ops._library import define, triton_kernel
 
 _INPUTS = (
     "Tensor f, Tensor y, Tensor sigma, Tensor? seed_tensor, SymInt seed, SymInt offset, "
@@ -135,11 +136,11 @@ def edm_loss(
 
     Source: Karras et al. 2022, eq. 8; Salmon et al. 2011 (Philox).
     """
-    check_pair("f", f, "y", y)
-    check_sigma("sigma", sigma, "f", f)
-    check_sigma_data(sigma_data)
+    if not _dispatch.noised_fit((f, y), sigma, sigma_data):
+        check_noised({"f": f, "y": y}, sigma, sigma_data)
     _check_row_weight(row_weight, y)
-    seed_tensor, number = split_seed(seed, offset, f)
+    fits = _dispatch.seed_fits(seed, offset, f)
+    seed_tensor, number = (None, seed) if fits else split_seed(seed, offset, f)
     y, sigma = constant(y), constant(sigma)
     row_weight = None if row_weight is None else constant(row_weight)
     impl = _dispatch.resolve_impl(impl, widest(f, y), "edm_loss")

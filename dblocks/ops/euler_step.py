@@ -1,12 +1,15 @@
 """euler_step: one step of the probability flow ODE towards the denoised estimate."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._dispatch import Impl, apply, constant, define, first_order, kept, triton_kernel
-from dblocks.ops._levels import check_pair, check_sigma, check_sigma_value, widest
+from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept, widest
+from dblocks.ops._levels import check_pair, check_sigma, check_sigma_value
+from dblocks.ops._library import define, triton_kernel
 from dblocks.ops.edm_denoise import empty_grads
 
 _LEVELS = "Tensor? sigma, Tensor? sigma_next, float sigma_value, float sigma_next_value"
@@ -80,8 +83,9 @@ def _level(sigma: Tensor | float, z: Tensor) -> tuple[Tensor | None, float]:
 
 def _check_level(name: str, sigma: Tensor | float, z: Tensor, *, zero: bool) -> None:
     if isinstance(sigma, Tensor):
-        check_sigma(name, sigma, "z", z, zero=zero)
-    else:
+        if not _dispatch.sigma_fits(sigma, z):
+            check_sigma(name, sigma, "z", z, zero=zero)
+    elif type(sigma) is not float or not 0 < sigma < math.inf:
         check_sigma_value(name, sigma, zero=zero)
 
 
@@ -134,7 +138,8 @@ def euler_step(
 
     Source: Karras et al. 2022, algorithm 1 with dx/dt = (x - D(x; t)) / t.
     """
-    check_pair("z", z, "denoised", denoised)
+    if not _dispatch.samples_fit(z, denoised):
+        check_pair("z", z, "denoised", denoised)
     _check_level("sigma", sigma, z, zero=False)
     _check_level("sigma_next", sigma_next, z, zero=True)
     sigma, sigma_next = (

@@ -31,15 +31,9 @@ def gated_residual(
 
     Source: Peebles and Xie 2023 (DiT), adaLN-Zero block.
     """
-    if not _checks.rows_fit(x, (branch,), (gate,)):
-        _checks.check_tensor(x=x, branch=branch)
-        _checks.check_tokens("x", x)
-        _checks.check_same_shape("branch", branch, "x", x)
-        _checks.check_float(x=x, branch=branch, gate=gate)
-        _checks.check_device(x, branch=branch, gate=gate)
-        _checks.check_modulation(x, gate=gate)
+    if not _dispatch.rows_fit(x, (branch,), (gate,)):
+        _checks.check_rows(x, {"branch": branch}, {"gate": gate}, {})
     impl = _dispatch.resolve_impl(impl, x, "gated_residual")
     if impl != "reference":
-        _checks.check_size(x, "gated_residual", impl)
-        return fused(impl, x, branch, gate, normalise=False)
+        return fused("gated_residual", impl, x, branch, gate, normalise=False)
     return reference.gated_residual(x, branch, gate)

@@ -9,7 +9,8 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
 from dblocks.ops import _chunked_cross_entropy as chunked
-from dblocks.ops._dispatch import apply, constant, define, first_order, kept, library, triton_kernel
+from dblocks.ops._dispatch import apply, constant, first_order, kept
+from dblocks.ops._library import define, library, triton_kernel
 
 CrossEntropyImpl = Literal["auto", "reference", "chunked", "triton"]
 Reduction = Literal["mean", "none"]

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from dblocks.kernels import reference
-from dblocks.ops import _checks, _dispatch
-from dblocks.ops._dispatch import Impl, apply, constant, define, first_order, kept, triton_kernel
-from dblocks.ops._levels import check_samples, check_sigma, check_sigma_data, split_seed
+from dblocks.ops import _dispatch
+from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept
+from dblocks.ops._levels import check_noised, split_seed
+from dblocks.ops._library import define, triton_kernel
 
 _FORWARD = (
     "(Tensor y, Tensor sigma, Tensor? seed_tensor, SymInt seed, SymInt offset, float sigma_data, "
@@ -132,15 +133,12 @@ def noise_inject(
 
     Source: Karras et al. 2022, table 1 and eq. 7; Salmon et al. 2011 (Philox).
     """
-    if not _checks.samples_fit(y):
-        _checks.check_tensor(y=y)
-        check_samples("y", y)
-        _checks.check_float(y=y)
-    check_sigma("sigma", sigma, "y", y)
-    check_sigma_data(sigma_data)
+    if not _dispatch.noised_fit((y,), sigma, sigma_data):
+        check_noised({"y": y}, sigma, sigma_data)
     if dtype is not None and dtype not in _dispatch.FLOATS:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
-    seed_tensor, number = split_seed(seed, offset, y)
+    fits = _dispatch.seed_fits(seed, offset, y)
+    seed_tensor, number = (None, seed) if fits else split_seed(seed, offset, y)
     sigma = constant(sigma)
     impl = _dispatch.resolve_impl(impl, y, "noise_inject")
     if impl != "reference":

@@ -65,23 +65,16 @@ def residual_adaln(
 
     Source: Peebles and Xie 2023 (DiT), adaLN-Zero block.
     """
-    _checks.check_norm(norm, eps)
-    if not _checks.rows_fit(x, (branch,), (gate, shift, scale), (weight, bias)):
-        _checks.check_tensor(x=x, branch=branch)
-        _checks.check_tokens("x", x)
-        _checks.check_same_shape("branch", branch, "x", x)
-        tensors = {"gate": gate, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
-        _checks.check_float(x=x, branch=branch, **tensors)
-        _checks.check_device(x, branch=branch, **tensors)
-        _checks.check_modulation(x, gate=gate, shift=shift, scale=scale)
-        _checks.check_channels(x, weight=weight, bias=bias)
+    if not _dispatch.rows_fit(x, (branch,), (gate, shift, scale), (weight, bias), norm, eps):
+        modulation = {"gate": gate, "shift": shift, "scale": scale}
+        channels = {"weight": weight, "bias": bias}
+        _checks.check_rows(x, {"branch": branch}, modulation, channels, norm, eps)
     if out_dtype is not None:
         _checks.check_out_dtype(out_dtype)
     impl = _dispatch.resolve_impl(impl, x, "residual_adaln")
     if impl != "reference":
-        _checks.check_size(x, "residual_adaln", impl)
         out = fused(
-            impl, x, branch, gate, shift, scale, weight, bias,
+            "residual_adaln", impl, x, branch, gate, shift, scale, weight, bias,
             rms=norm == "rms", eps=eps, out_dtype=out_dtype,
         )  # fmt: skip
     else:

@@ -12,7 +12,8 @@ from dblocks.ops import _dispatch
 from dblocks.ops._attention import chunks, shifted
 from dblocks.ops._attention.backends import choose
 from dblocks.ops._attention.pieces import Options, Piece, Saved, pieces, wide
-from dblocks.ops._dispatch import apply, define, first_order, library
+from dblocks.ops._dispatch import apply, first_order
+from dblocks.ops._library import define, library
 
 _OPTIONS = (
     "int block_size, bool see_block, float scale, Tensor? cu_seqlens, bool noisy_first, "

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from dblocks.ops import _dispatch
-from dblocks.ops._dispatch import apply, define, first_order, triton_kernel
+from dblocks.ops._dispatch import apply, first_order
+from dblocks.ops._library import define, triton_kernel
 
 MIN_WIDTH, MAX_WIDTH = 16, 256  # of a tile: matrix instructions, registers
 WIDTH_STEP = 8  # 16 bytes of a 16-bit dtype

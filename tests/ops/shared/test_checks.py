@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from dblocks.functional import adaln, edm_denoise, gated_residual
-from dblocks.ops import _checks
+from dblocks.ops import _dispatch
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr(_checks, "MAX_FITTING", 3)
-    _checks._fitting.clear()
+    monkeypatch.setattr(_dispatch, "MAX_FITTING", 3)
+    _dispatch._fitting.clear()
     for T in range(1, 8):
         assert adaln(torch.randn(1, T, 4), None, None).shape == (1, T, 4)
-        assert len(_checks._fitting) <= 3
+        assert len(_dispatch._fitting) <= 3
 
 
 def test_it_is_of_these_arguments_alone():
@@ -39,7 +39,7 @@ def test_it_is_of_these_arguments_alone():
 
 
 def test_threads_share_it():
-    _checks._fitting.clear()
+    _dispatch._fitting.clear()
 
     def run(seed):
         x, m = torch.randn(1 + seed % 3, 2 + seed % 5, 4), torch.randn(1 + seed % 3, 4)
@@ -47,4 +47,4 @@ def test_threads_share_it():
 
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(run, range(200)))) == 200
-    assert len(_checks._fitting) == 15
+    assert len(_dispatch._fitting) == 15
