@@ -1,4 +1,7 @@
-"""Noise injection: z = y + sigma eps and c_in z in one pass, and its backward."""
+"""Noise injection: z = y + sigma eps and c_in z in one pass, and its backward.
+
+The noise is a function of an element's number, so it is drawn where it is used and never stored.
+"""
 
 import torch
 import triton
@@ -28,8 +31,8 @@ _INTEGERS_BWD = (*INTEGERS, *_SIGMA, "dz_sn", "dz_sr", "dz_in_sn", "dz_in_sr")
 @triton.jit(do_not_specialize=_INTEGERS)
 def noise_inject_fwd_kernel(
     y_ptr, sigma_ptr, z_ptr, z_in_ptr, seed_ptr,
-    seed: tl.int64, offset: tl.int64, sigma_data, y_sn: tl.int64, y_sr: tl.int64,
-    sigma_sn: tl.int64, sigma_ss: tl.int64,
+    seed: tl.int64, offset: tl.int64, sigma_data,
+    y_sn: tl.int64, y_sr: tl.int64, sigma_sn: tl.int64, sigma_ss: tl.int64,
     U: tl.int64, R: tl.int64, L: tl.int64, segment: tl.int64, chunks: tl.int32,
     BLOCK_U: tl.constexpr, BLOCK_L: tl.constexpr, VEC: tl.constexpr, ONE_RUN: tl.constexpr,
     ALIGNED: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
@@ -40,18 +43,22 @@ def noise_inject_fwd_kernel(
     b_s = load_sigma(sigma_ptr, sigma_sn, sigma_ss, o_n, o_r, segment, m_u, ONE_RUN)
     sd = tl.cast(sigma_data, tl.float32)
     c_in = 1.0 / tl.sqrt(b_s * b_s + sd * sd)
+    # A seed in memory may change between the launches of a captured graph; a number could not.
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     start = chunk_start(chunks, BLOCK_L)
+    # In 16 bits a thread loads 8 neighbours at once: it draws their noise too, two quads.
     WIDE: tl.constexpr = ALIGNED and y_ptr.dtype.element_ty.primitive_bitwidth == 16
     o_y = (o_n * y_sn + o_r * y_sr) * VEC
     PART: tl.constexpr = BLOCK_L // PARTS
+    # A part at a time: the words of Philox for a whole tile would fill the registers.
     for i in tl.static_range(PARTS):
         b_eps, o_l = run_normals(seed, offset, o_u, start + i * PART, L, PART, ALIGNED, WIDE)
         m_l = m_u[:, None] & (o_l >= 0) & (o_l < L)
         b_y = load_run(y_ptr, o_y[:, None] + o_l, m_l, EVEN)
         b_z = tl.fma(b_eps, b_s[:, None], b_y)
         o_z = (o_u * L)[:, None] + o_l
+        # z_in comes of the z in registers, before any rounding.
         if z_ptr is not None:
             store_run(z_ptr, o_z, m_l, b_z, EVEN)
         store_run(z_in_ptr, o_z, m_l, b_z * c_in[:, None], EVEN)
@@ -60,7 +67,8 @@ def noise_inject_fwd_kernel(
 @triton.jit(do_not_specialize=_INTEGERS_BWD)
 def noise_inject_bwd_kernel(
     dz_ptr, dz_in_ptr, sigma_ptr, dy_ptr,
-    sigma_data, dz_sn: tl.int64, dz_sr: tl.int64, dz_in_sn: tl.int64, dz_in_sr: tl.int64,
+    sigma_data,
+    dz_sn: tl.int64, dz_sr: tl.int64, dz_in_sn: tl.int64, dz_in_sr: tl.int64,
     sigma_sn: tl.int64, sigma_ss: tl.int64,
     U: tl.int64, R: tl.int64, L: tl.int64, segment: tl.int64, chunks: tl.int32,
     BLOCK_U: tl.constexpr, BLOCK_L: tl.constexpr, VEC: tl.constexpr, ONE_RUN: tl.constexpr,

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: a readout and its cross-entropy, without the logits of all rows at once."""
+"""linear_cross_entropy: output head and cross-entropy, without the logits of all rows at once."""
 
 from typing import Literal, get_args
 
@@ -136,7 +136,7 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     impl: CrossEntropyImpl = "auto",
 ) -> Tensor:
-    """Cross-entropy of a linear readout, with a weight for each row, in chunks of rows.
+    """Cross-entropy of a linear output head, with a weight for each row, in chunks of rows.
 
         logits = h weight^T + bias,   ce_r = logsumexp(logits_r) - logits_r[target_r]
         loss = sum_r row_weight_r * ce_r / count;   reduction="none": row_weight_r * ce_r

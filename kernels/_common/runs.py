@@ -159,6 +159,7 @@ def chunk_start(chunks, BLOCK_L: tl.constexpr):
 @triton.jit
 def load_sigma(sigma_ptr, stride_n, stride_s, o_n, o_r, segment, m_u, ONE_RUN: tl.constexpr):
     """sigma of each run in float32; 1 where there is no run."""
+    # Run numbers of a sample fit 32 bits, whose division is a fraction of the 64-bit one.
     o_s = o_n * stride_n
     if not ONE_RUN:
         o_s += tl.cast(tl.cast(o_r, tl.uint32) // tl.cast(segment, tl.uint32), tl.int64) * stride_s
@@ -173,6 +174,7 @@ def run_normals(
 
     Not ALIGNED, the first quad of a run starts up to 3 elements before it: those places are < 0.
     """
+    # Philox makes four numbers at once, and they belong to elements 4 q .. 4 q + 3 of the stream.
     first = offset + o_u * L
     o_l = start + tl.arange(0, BLOCK_L)[None, :]
     if not ALIGNED:

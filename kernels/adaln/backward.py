@@ -123,10 +123,10 @@ def store_sums(ptr, o_d, D, FULL: tl.constexpr, parts):
     store_parts(ptr, tl.full([1], 0, tl.int64), tl.full([1], True, tl.int1), o_d, D, FULL, sums)
 
 
-_INTEGERS = [
+_INTEGERS = (
     "dy_sn", "dy_st", "dx_new_sn", "dx_new_st", "x_sn", "x_st", "branch_sn", "branch_st",
     "gate_sn", "gate_ss", "scale_sn", "scale_ss", "T", "S", "L", "D", "chunk", "num_chunks",
-]  # fmt: skip
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_INTEGERS)

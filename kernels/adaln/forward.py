@@ -102,10 +102,10 @@ def mean_and_variance(x, m_l, o_d, D, inv_D, FULL: tl.constexpr):
     return b_mean + b_rest, tl.where(b_var < 0, 0.0, b_var)
 
 
-_INTEGERS = [
+_INTEGERS = (
     "x_sn", "x_st", "branch_sn", "branch_st", "gate_sn", "gate_ss", "shift_sn", "shift_ss",
     "scale_sn", "scale_ss", "T", "S", "L", "D", "chunk", "num_chunks",
-]  # fmt: skip
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_INTEGERS)

@@ -1,5 +1,8 @@
 """Sums over the rows of a group: the gradients of what those rows share.
 
+The last pass of a backward that sums over rows (group_grads), and before it, for rows so wide that
+adaln_bwd_kernel has no registers left for the sums, a pass that makes them (column_sums).
+
 Partial sums are float32 [groups * chunks, 3, D]: A = sum dy xhat, B = sum dy and sum dh branch
 (see adaln_bwd). Adding them in the order of the chunks makes two runs agree bit for bit.
 """
@@ -33,10 +36,10 @@ def load_columns(ptr, i_n, i_t, stride_n, stride_t, m_l, o_d, D, STEP: tl.conste
     return load_parts(ptr, o_r, m_l, o_d, D, 1, False, 0.0)[0]
 
 
-_INTEGERS = [
+_INTEGERS = (
     "dy_sn", "dy_st", "dx_new_sn", "dx_new_st", "x_sn", "x_st", "scale_sn", "scale_ss",
     "branch_sn", "branch_st", "T", "S", "L", "D", "chunk", "num_chunks",
-]  # fmt: skip
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -50,6 +53,7 @@ def column_sums_kernel(
 ):  # fmt: skip
     D = D * STEP
     num_columns = tl.cdiv(D, BLOCK_D)
+    # Programs of neighbouring columns follow one another, so that they read the same rows together.
     i_p = tl.program_id(0) // num_columns
     i_g = i_p // num_chunks
     start = (i_p - i_g * num_chunks) * chunk
@@ -68,6 +72,7 @@ def column_sums_kernel(
         if PER_TOKEN:
             b_scale = load_columns(scale_ptr, i_n, i_t, scale_sn, scale_ss, m_l, o_d, D, STEP)
         b_dh = load_columns(dx_new_ptr, i_n, i_t, dx_new_sn, dx_new_st, m_l, o_d, D, STEP)
+        # Without dy only x_new was used: its gradient passes on unchanged.
         if dy_ptr is not None:
             b_dy = load_columns(dy_ptr, i_n, i_t, dy_sn, dy_st, m_l, o_d, D, STEP)
             b_xhat = load_columns(x_ptr, i_n, i_t, x_sn, x_st, m_l, o_d, D, STEP)
@@ -75,6 +80,7 @@ def column_sums_kernel(
             if not RMS:
                 b_xhat -= tl.load(mean_ptr + row, mask=m_l, other=0.0)[:, None]
             b_xhat *= b_rstd
+            # dgate needs dh, made again here in float32: that in dx is rounded.
             if branch_ptr is not None:
                 b_a = b_dy * ((1 + b_scale) * b_weight)
                 b_a -= b_xhat * tl.load(means_ptr + 2 * row + 1, mask=m_l, other=0.0)[:, None]
@@ -100,6 +106,7 @@ def column_sums_kernel(
 @triton.jit
 def add_chunks(ptr, i_g, num_chunks, o_d, m_d, D, BLOCK_C: tl.constexpr):
     """One of the three sums of group `i_g` [1, BLOCK_D], its chunks added in their order."""
+    # Lane c adds chunks c, c + BLOCK_C, ..: an order that depends on the number of chunks alone.
     b_sum = tl.zeros([BLOCK_C, o_d.shape[0]], tl.float32)
     for first in range(0, num_chunks, BLOCK_C):
         o_c, m_c = rows_of(first, num_chunks, BLOCK_C)
@@ -136,6 +143,7 @@ def group_grads_kernel(
     if dscale_ptr is not None:
         m_A = m_d & (i_s == 0)
         b_dscale = b_sum * load_channels(weight_ptr, o_d, D, 1, False, 1.0)[0]
+        # The one gradient of two sums. Other programs read nothing here: their mask is empty.
         if bias_ptr is not None:
             b_B = add_chunks(partial_ptr + D, i_g, num_chunks, o_d, m_A, D, BLOCK_C)
             b_dscale += b_B * load_channels(bias_ptr, o_d, D, 1, False, 0.0)[0]

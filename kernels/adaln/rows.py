@@ -18,6 +18,7 @@ def token_of(i_g, o_l, T, S, L, PER_TOKEN: tl.constexpr):
     A group is one segment: the L = T/S rows that share a row of the modulation. With a modulation
     per token nothing is shared, and the only group is all N*T rows.
     """
+    # Samples follow one another in the only group, so a row's sample takes a division.
     if PER_TOKEN:
         i_n = o_l // T
         return i_n, o_l - i_n * T
@@ -56,6 +57,7 @@ def load_raw(ptr, o_r, m_l, o_d, D, PARTS: tl.constexpr, FULL: tl.constexpr):
     """
     parts = ()
     for k in tl.static_range(PARTS):
+        # An absent tensor is one element that spreads: it takes no registers and no loads.
         if ptr is None:
             parts = parts + (tl.full([1, 1], 0, tl.float32),)
         else:
@@ -89,6 +91,7 @@ def load_parts(
 @triton.jit
 def load_channels(ptr, o_d, D, PARTS: tl.constexpr, FULL: tl.constexpr, DEFAULT: tl.constexpr):
     """A weight or bias [D] as one row [1, W] a part; DEFAULT where `ptr` is None."""
+    # One row, so that channels, modulations and rows of x are loaded by the same code.
     first, m_l = tl.full([1], 0, tl.int64), tl.full([1], True, tl.int1)
     return load_parts(ptr, first, m_l, o_d, D, PARTS, FULL, DEFAULT)
 

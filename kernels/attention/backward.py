@@ -1,7 +1,7 @@
 """Backward of doubled_attention in two passes over the scores, without atomics.
 
 The first pass, here, owns tiles of queries as the forward does, and writes dq and
-delta = rowsum(do * o). The second, in _attention_dkv.py, owns tiles of keys.
+delta = rowsum(do * o). The second, in dkv.py, owns tiles of keys.
 """
 
 from collections.abc import Sequence

@@ -60,7 +60,7 @@ def key_grads(
 
 
 @triton.jit(
-    do_not_specialize=["clean", "noisy", "T", "rows", "tiles", "heads", "window"],
+    do_not_specialize=["clean", "noisy", "T", "rows", "heads", "window"],
     do_not_specialize_on_alignment=["lse_ptr", "delta_ptr"],
 )
 def doubled_attention_bwd_dkv_kernel(

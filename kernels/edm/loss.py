@@ -54,9 +54,9 @@ def load_weight(weight_ptr, stride_n, stride_r, o_n, o_r, m_u):
 @triton.jit(do_not_specialize=_INTEGERS)
 def edm_loss_kernel(
     f_ptr, y_ptr, sigma_ptr, seed_ptr, weight_ptr, partial_ptr, rest_ptr,
-    seed: tl.int64, offset: tl.int64, sigma_data, inverse_count, f_sn: tl.int64, f_sr: tl.int64,
-    y_sn: tl.int64, y_sr: tl.int64, weight_sn: tl.int64, weight_sr: tl.int64, sigma_sn: tl.int64,
-    sigma_ss: tl.int64,
+    seed: tl.int64, offset: tl.int64, sigma_data, inverse_count,
+    f_sn: tl.int64, f_sr: tl.int64, y_sn: tl.int64, y_sr: tl.int64,
+    weight_sn: tl.int64, weight_sr: tl.int64, sigma_sn: tl.int64, sigma_ss: tl.int64,
     U: tl.int64, R: tl.int64, L: tl.int64, segment: tl.int64, chunks: tl.int32,
     BLOCK_U: tl.constexpr, BLOCK_L: tl.constexpr, VEC: tl.constexpr, ONE_RUN: tl.constexpr,
     ALIGNED: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
@@ -66,6 +66,7 @@ def edm_loss_kernel(
     m_u = o_u < U
     b_s = load_sigma(sigma_ptr, sigma_sn, sigma_ss, o_n, o_r, segment, m_u, ONE_RUN)
     of_y, of_eps = target_factors(b_s, sigma_data)
+    # A seed in memory may change between the launches of a captured graph; a number could not.
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     start = chunk_start(chunks, BLOCK_L)
@@ -74,6 +75,7 @@ def edm_loss_kernel(
     o_y = (o_n * y_sn + o_r * y_sr) * VEC
     PART: tl.constexpr = BLOCK_L // PARTS
     b_sum = tl.zeros([BLOCK_U, PART], tl.float32)
+    # A part at a time, as in noise_inject: the noise of a whole tile would fill the registers.
     for i in tl.static_range(PARTS):
         b_eps, o_l = run_normals(seed, offset, o_u, start + i * PART, L, PART, ALIGNED, WIDE)
         m_l = m_u[:, None] & (o_l >= 0) & (o_l < L)
@@ -82,9 +84,11 @@ def edm_loss_kernel(
         b_rest = tl.fma(b_eps, of_eps[:, None], tl.fma(b_y, -of_y[:, None], b_f))
         if rest_ptr is not None:
             store_run(rest_ptr, (o_u * L)[:, None] + o_l, m_l, b_rest, EVEN)
+        # Outside of its run a lane holds noise all the same, which must not count.
         if not EVEN:
             b_rest = tl.where(m_l, b_rest, 0.0)
         b_sum = tl.fma(b_rest, b_rest, b_sum)
+    # A share of the mean, so that the caller has only a sum to make.
     partial = tl.sum(b_sum, 1) * tl.cast(inverse_count, tl.float32)
     partial *= load_weight(weight_ptr, weight_sn, weight_sr, o_n, o_r, m_u)
     tl.store(partial_ptr + o_u * chunks + chunk_number(chunks), partial, mask=m_u)

@@ -55,7 +55,8 @@ def coefficients(b_s, b_next, KIND: tl.constexpr):
 @triton.jit(do_not_specialize=_INTEGERS)
 def mix_fwd_kernel(
     x_ptr, w_ptr, out_ptr, sigma_ptr, next_ptr,
-    first, second, x_sn: tl.int64, x_sr: tl.int64, w_sn: tl.int64, w_sr: tl.int64,
+    first, second,
+    x_sn: tl.int64, x_sr: tl.int64, w_sn: tl.int64, w_sr: tl.int64,
     sigma_sn: tl.int64, sigma_ss: tl.int64, next_sn: tl.int64, next_ss: tl.int64,
     U: tl.int64, R: tl.int64, L: tl.int64, segment: tl.int64, chunks: tl.int32,
     BLOCK_U: tl.constexpr, BLOCK_L: tl.constexpr, VEC: tl.constexpr, ONE_RUN: tl.constexpr,
@@ -66,6 +67,7 @@ def mix_fwd_kernel(
     b_s = load_level(sigma_ptr, first, sigma_sn, sigma_ss, o_n, o_r, segment, m_u, ONE_RUN)
     b_next = load_level(next_ptr, second, next_sn, next_ss, o_n, o_r, segment, m_u, ONE_RUN)
     a, b = coefficients(b_s, b_next, KIND)
+    # VEC elements are a step: multiples of it tell the compiler that accesses are 16 bytes wide.
     o_l = chunk_start(chunks, BLOCK_L) + tl.arange(0, BLOCK_L)[None, :]
     m_l = m_u[:, None] & (o_l < L * VEC)
     o_x = (o_n * x_sn + o_r * x_sr) * VEC
@@ -79,8 +81,9 @@ def mix_fwd_kernel(
 @triton.jit(do_not_specialize=_INTEGERS_BWD)
 def mix_bwd_kernel(
     g_ptr, dx_ptr, dw_ptr, sigma_ptr, next_ptr,
-    first, second, x_sn: tl.int64, x_sr: tl.int64, sigma_sn: tl.int64, sigma_ss: tl.int64,
-    next_sn: tl.int64, next_ss: tl.int64,
+    first, second,
+    x_sn: tl.int64, x_sr: tl.int64,
+    sigma_sn: tl.int64, sigma_ss: tl.int64, next_sn: tl.int64, next_ss: tl.int64,
     U: tl.int64, R: tl.int64, L: tl.int64, segment: tl.int64, chunks: tl.int32,
     BLOCK_U: tl.constexpr, BLOCK_L: tl.constexpr, VEC: tl.constexpr, ONE_RUN: tl.constexpr,
     KIND: tl.constexpr, HAS_DX: tl.constexpr, HAS_DW: tl.constexpr,

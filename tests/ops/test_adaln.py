@@ -90,7 +90,7 @@ def test_variance_survives_a_large_mean(impl, ratio):
 
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("D", [7, 96, 768, 1000])
-def test_equal_elements_have_no_deviation(impl, D):
+def test_equal_elements_have_zero_std(impl, D):
     values = torch.arange(1, 17, device=DEVICE).view(2, 8, 1) * torch.tensor(77.7, device=DEVICE)
     for x in (values.expand(2, 8, D), values.repeat(1, 1, D), values.repeat(1, 1, D).bfloat16()):
         y = adaln(x, None, None, impl=impl)
