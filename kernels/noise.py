@@ -58,7 +58,7 @@ def noise_inject_fwd_kernel(
         b_y = load_run(y_ptr, o_y[:, None] + o_l, m_l, EVEN)
         b_z = tl.fma(b_eps, b_s[:, None], b_y)
         o_z = (o_u * L)[:, None] + o_l
-        # z_in comes of the z in registers, before any rounding.
+        # z_in is made from the z in registers, before any rounding.
         if z_ptr is not None:
             store_run(z_ptr, o_z, m_l, b_z, EVEN)
         store_run(z_in_ptr, o_z, m_l, b_z * c_in[:, None], EVEN)
