@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.models import finetune_report, finetune_text
-from benchmarks.models.pretrained import Pretraining, pretrained
+from benchmarks.models import finetune_report, finetune_text, pretrained
+from benchmarks.models.pretrained import Pretraining
 from benchmarks.models.saved import PeakSaved
 from benchmarks.ops import timing
 from dblocks import BlocksConfig, info, make_optimizers, train_step

@@ -19,7 +19,7 @@ from dblocks.integrations.convert.causal_lm import Rows
 from dblocks.integrations.convert.find import find_layers
 from dblocks.integrations.convert.network import Converted
 from dblocks.models.posterior import Head, check_head
-from dblocks.ops._autograd import apply, first_order
+from dblocks.ops._dispatch import apply, first_order
 from dblocks.schedules.mask import MaskSchedule
 from dblocks.schedules.noise import NoiseSchedule
 

@@ -27,7 +27,7 @@ from dblocks.integrations.fuse.fusion import (
 from dblocks.integrations.fuse.ops import gated_add as gated_add
 from dblocks.integrations.fuse.ops import gated_add_and_modulate as gated_add_and_modulate
 from dblocks.integrations.fuse.ops import modulate as modulate
-from dblocks.ops._common import Impl, resolve_impl
+from dblocks.ops._dispatch import Impl, resolve_impl
 
 
 class Replacement(NamedTuple):

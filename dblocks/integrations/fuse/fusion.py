@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from dblocks.integrations.fuse.digest import digest
-from dblocks.ops._common import Impl
+from dblocks.ops._dispatch import Impl
 
 # Imported once a model has a module of the library, which is loaded by then.
 LIBRARIES = {"diffusers": "dblocks.integrations.fuse.diffusers"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dblocks import functional as F
-from dblocks.ops._common import FLOATS, Impl, Norm
+from dblocks.ops._dispatch import FLOATS, Impl, Norm
 
 
 class Described(NamedTuple):
