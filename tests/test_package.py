@@ -198,7 +198,6 @@ EXCEPTIONS = {
     ("sampling", "models"),
     ("sampling", "integrations"),
     ("ops", "functional"),
-    ("recipes", "benchmarks"),
 }
 
 
@@ -210,8 +209,7 @@ def test_import_directions(place):
         files = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
         for file in files:
             for module in set.union(*imports_of(file)):
-                if module.startswith("benchmarks"):
-                    assert (room, "benchmarks") in EXCEPTIONS, (file, module)
+                assert not module.startswith("benchmarks"), (file, module)
                 part = module.removeprefix("dblocks.").partition(".")[0]
                 climbs = module.startswith("dblocks.") and part in above
                 assert not climbs or (room, part) in EXCEPTIONS, (file, module)
@@ -226,6 +224,16 @@ def test_every_room_has_its_place():
     }
     apart = {"__init__", "__main__", "__pycache__", "_version", "kernels"}
     assert found - apart == {room for rooms in ORDER for room in rooms}
+
+
+def test_only_the_command_line_imports_recipes_and_only_inside_functions():
+    for file in (ROOT / "dblocks").rglob("*.py"):
+        if "recipes" in file.parts or "kernels" in file.parts:
+            continue
+        top, lazy = imports_of(file)
+        assert not any(module.startswith("dblocks.recipes") for module in top), file
+        used = any(module.startswith("dblocks.recipes") for module in lazy)
+        assert used == (file.name == "cli.py"), file
 
 
 def test_nothing_but_the_program_imports_the_command_line():

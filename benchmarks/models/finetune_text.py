@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from dblocks.recipes.data.text import Characters, Text, load_corpus
+from dblocks.recipes.data.text import Text, load_corpus
+from dblocks.recipes.data.tokenizers import Characters
 
 # Modules that every Python from 3.10 on has. Whole ones are held out, so that nothing near to what
 # is evaluated was trained on.

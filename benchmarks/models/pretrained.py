@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dblocks.checkpoint import replacing
-from dblocks.recipes.data.text import Text, random_windows, scored_windows
+from dblocks.recipes.data.text import Text
+from dblocks.recipes.data.windows import random_windows, scored_windows
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 CLIP = 1.0
