@@ -14,10 +14,11 @@ from torch import nn
 from dblocks.blocks import BlocksConfig
 from dblocks.info import aligned
 from dblocks.integrations.build import build
-from dblocks.integrations.convert.blocks import Task, convert, library_of
+from dblocks.integrations.convert import Task, convert
 from dblocks.integrations.convert.find import find_layers
 from dblocks.integrations.convert.residual import check_residual
-from dblocks.integrations.fuse.apply import fuse_
+from dblocks.integrations.convert.tasks import library_of
+from dblocks.integrations.fuse import fuse_
 from dblocks.schedules.mask import MaskSchedule
 
 WEIGHT_BYTES = 4  # of float32, as the next
@@ -59,7 +60,7 @@ def report(source: str, num_blocks: int) -> str:
         parts += _found(model, layers)
         parts += ["", *_blocks(model, layers, num_blocks), "", MEMORY]
     # Last, since it changes the model.
-    return "\n".join([*parts, "", "dblocks.integrations.fuse.apply.fuse_(model)", *_fused(model)])
+    return "\n".join([*parts, "", "dblocks.fuse_(model)", *_fused(model)])
 
 
 def _described(model: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) 
         "model": type(blocks.base_model.model).__name__,
         "layers": list(blocks.base_model.names),
         "task": blocks.task,
-        "options": blocks.options,
+        "options": asdict(blocks.options),
         "blocks_config": blocks.config.to_dict(),
         "ties": {_outside(name): _outside(first) for name, first in ties.items()},
     }
@@ -188,7 +189,7 @@ def _card(blocks: ConvertedBlocks) -> str:
         "by block (DiffusionBlocks, arXiv 2506.14202).",
         "",
         "```python",
-        "from dblocks.convert import ConvertedBlocks",
+        "from dblocks import ConvertedBlocks",
         "",
         f"dm = ConvertedBlocks.from_pretrained(folder, model)  # a {kind} of the same sizes",
         "```",

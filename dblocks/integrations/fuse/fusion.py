@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from dblocks.integrations.fuse.digest import digest
+from dblocks.integrations.digest import digest
 from dblocks.ops._common import Impl
 
 # Imported once a model has a module of the library, which is loaded by then.
