@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dblocks.blocks import Batch, Block, BlocksConfig, DiffusionBlocks, Draw, Loss
+from dblocks.blocks import Batch, Block, BlockModel, BlocksConfig, DiffusionBlocks, Draw, Loss
 from dblocks.checkpoint import naming
 from dblocks.config import check_block
 from dblocks.integrations.convert import files
@@ -19,12 +19,13 @@ from dblocks.schedules import MaskSchedule
 
 
 class ConvertedBlocks(DiffusionBlocks):
-    """A converted model in blocks: a `DiffusionBlocks` whose network is the user's, with additions.
+    """The user's model in blocks: a `DiffusionBlocks` with a `Converted` as its network.
 
-    `base_model` is called as the user's model is and has its attributes; `base_model.model` is it.
+    `base_model` wraps the user's model, `base_model.model`: it is called as that is and has its
+    attributes.
 
     Args:
-        model: the user's model with the parts of a `BlockModel`.
+        model: the user's model as a network for `DiffusionBlocks`.
         config: how it is cut.
         task: what the target is.
         options: the others of `convert`.
@@ -62,6 +63,13 @@ class ConvertedBlocks(DiffusionBlocks):
         layers = [self.base_model.model.get_submodule(name) for name in names]
         return clean_loss(self.base_model, layers, batch, z)
 
+    def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
+        """As `DiffusionBlocks.parts`; private copies checkpoint as the model does."""
+        model, layers = super().parts(block)
+        if model is not self.base_model:
+            cast(Converted, model).switch_as_(self.base_model)
+        return model, layers
+
     def block(self, block: int) -> Block:
         """The view of one block.
 
@@ -93,11 +101,11 @@ class ConvertedBlocks(DiffusionBlocks):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: nn.Module) -> ConvertedBlocks:
-        """What `save_pretrained` wrote, around a model of the same architecture.
+        """Reads what `save_pretrained` wrote into a model of the same architecture.
 
         Args:
-            folder: with the files of all blocks.
-            model: whose weights are replaced.
+            folder: holds the files of all blocks.
+            model: its weights are replaced.
 
         Raises:
             ImportError: safetensors is not installed.

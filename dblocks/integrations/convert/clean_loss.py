@@ -22,8 +22,8 @@ def clean_loss(
     The layers before them run without a graph; those after them, and the head, pass gradients on
     and get none.
 
-    Its gradients are computed here, since layers that a checkpoint computes again must find the
-    others without gradients still; so this graph is gone when that of denoising is made.
+    Its gradients are computed here, while the other parameters need none: layers that checkpointing
+    runs again must find them so. The graph is freed before that of denoising is built.
 
     Args:
         network: the converted model.
@@ -42,7 +42,7 @@ def clean_loss(
 
 @contextmanager
 def _only_gradients_of(model: nn.Module, trained: Sequence[Tensor]) -> Iterator[None]:
-    """What runs inside makes no graph for any parameter but these."""
+    """Inside, no other parameter of the model requires gradients."""
     kept = {id(p) for p in trained}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
     for parameter in others:
@@ -57,13 +57,13 @@ def _only_gradients_of(model: nn.Module, trained: Sequence[Tensor]) -> Iterator[
 def _with_gradients(
     value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> Tensor:
-    """`value` 0-d, as a function of parameters that has these gradients."""
+    """`value`, 0-d, as a function of the parameters with these gradients."""
     pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
     return apply(_Known, value, *(p for p, _ in pairs), *(g for _, g in pairs))
 
 
 class _Known(torch.autograd.Function):
-    """A number whose gradients are known: value, parameters, their gradients -> value."""
+    """(value, parameters, their gradients) -> value, with these gradients in the backward."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, *tensors: Tensor) -> Tensor:

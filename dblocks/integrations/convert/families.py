@@ -1,6 +1,6 @@
 """What differs between families of models: how rows enter and leave the layers, and the head.
 
-A family is told a model with every call and keeps none, so that a copy of the model works too.
+A family gets the model with every call and keeps none, so it also serves copies of the model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A layer of somebody's model, run with its own weights and conditioned on the noise.
+"""A layer of the user's model, run with its own weights and conditioned on the noise level.
 
     h = norm1(x)*(1 + scale1) + shift1 ;  x = x + (1 + gate1)*attention(h)
     h = norm2(x)*(1 + scale2) + shift2 ;  x = x + (1 + gate2)*mlp(h)
@@ -7,8 +7,8 @@ or, where the norms come after the sums as in BERT,
 
     x = norm1(x + (1 + gate1)*attention(x))*(1 + scale1) + shift1, and the same of the MLP.
 
-With a modulation of zero, or without one, it is the layer's own function. Norms, sums and
-modulation are the fused ops; attention and MLP are the model's own modules.
+Without a modulation, or with zeros, this is the layer's own function. Norms, sums and modulations
+run as fused ops; attention and MLP are the model's own modules.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from dblocks.integrations.norms import norm_spec
 from dblocks.nn import Modulation, over_rows
 
 CHUNKS = 6  # shift, scale and gate of the attention, then of the MLP
-# Widest conditioning vector. As wide as the model, as in DiT, modulations would be half as large as
-# the layers, which is much for what depends on one number.
+# Largest width of the conditioning vector. At the width of the model, as in DiT, the modulations
+# would have half as many parameters as the layers, which is too many for a function of one number.
 COND_DIM = 256
 
 
@@ -49,8 +49,6 @@ class ConditionedLayer(nn.Module):
         attention: what runs in place of its attention, with the same parameters.
     """
 
-    attention: nn.Module | None
-
     def __init__(
         self, layer: nn.Module, dim: int, form: LayerForm, attention: nn.Module | None = None
     ) -> None:
@@ -58,8 +56,8 @@ class ConditionedLayer(nn.Module):
         self.layer = layer
         self.modulation = Modulation(dim, CHUNKS, cond_dim=cond_dim(dim))
         self.form = form
-        # Not registered: its parameters are the layer's.
-        object.__setattr__(self, "attention", attention)
+        # In a tuple, where it is not registered: its parameters are the layer's.
+        self.instead = () if attention is None else (attention,)
 
     def forward(
         self,
@@ -121,9 +119,8 @@ class ConditionedLayer(nn.Module):
         return x
 
     def _attend(self, h: Tensor, context: Mapping[str, Any]) -> Tensor:
-        own = self.layer.get_submodule(self.form.attention)
-        attention = own if self.attention is None else self.attention
-        if attention is not own:
+        attention = own = self.layer.get_submodule(self.form.attention)
+        for attention in self.instead:
             attention.training = own.training
         out = attention(h, **context)
         return self._after(out if isinstance(out, Tensor) else out[0], self.form.after_attention)

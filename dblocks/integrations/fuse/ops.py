@@ -1,7 +1,7 @@
-"""A module's norm, its modulation and a gated sum as dblocks' ops, dtypes and hooks kept.
+"""Modulated norms and gated sums of other libraries' modules as dblocks' ops.
 
-Whatever an op cannot do in the module's place, plain PyTorch does: a norm of an unknown class, one
-with hooks, tensors that are not [N, T, D].
+Dtypes and hooks are kept. Plain PyTorch runs where an op cannot: for a norm that is not known or
+has hooks, and for tensors that are not [N, T, D].
 """
 
 from __future__ import annotations
