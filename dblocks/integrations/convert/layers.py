@@ -13,7 +13,7 @@ run as fused ops; attention and MLP are the model's own modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,9 +83,10 @@ class ConditionedLayer(nn.Module):
             return checkpoint(self._run, x, cond, context or {}, clean, use_reentrant=False)
         return self._run(x, cond, context or {}, clean)
 
-    def norms(self) -> Iterator[nn.Module]:
-        """The layer's norms."""
-        yield from map(self.layer.get_submodule, (self.form.norm1, self.form.norm2))
+    def norms(self) -> tuple[nn.Module, nn.Module]:
+        """The layer's norms, of its attention and of its MLP."""
+        part = self.layer.get_submodule
+        return part(self.form.norm1), part(self.form.norm2)
 
     def _run(
         self, x: Tensor, cond: Tensor | None, context: Mapping[str, Any], clean: bool
