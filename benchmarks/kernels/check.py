@@ -82,7 +82,7 @@ SHARED_BYTES = {
     "sm_100": 227 << 10,
     "gfx942": 64 << 10,
 }
-KERNELS = Path(__file__).parents[1] / "kernels"
+KERNELS = Path(__file__).parents[2] / "kernels"
 
 
 class Launch(NamedTuple):
@@ -271,7 +271,7 @@ def once_jobs() -> list[Job]:
 
 def launched_kernels() -> set[str]:
     """The names of the kernels in kernels/."""
-    source = "\n".join(path.read_text(encoding="utf-8") for path in KERNELS.glob("*.py"))
+    source = "\n".join(path.read_text(encoding="utf-8") for path in KERNELS.rglob("*.py"))
     return set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
 
 

@@ -29,7 +29,7 @@ from benchmarks.ops.report import markdown
 from dblocks import BlocksConfig, DiffusionBlocks, make_optimizers
 from dblocks.blocks.memory import SavedActivations
 from dblocks.models import ViT, ViTConfig
-from dblocks.ops import _common
+from dblocks.ops import _dispatch
 
 SIZES = {
     "cpu": {"image_size": 32, "patch_size": 4, "width": 384, "depth": 12, "heads": 6},
@@ -58,7 +58,7 @@ def _reference(x: Tensor) -> str:
 @contextmanager
 def reference_only() -> Iterator[None]:
     """Every op with impl="auto" uses plain PyTorch inside."""
-    with mock.patch.object(_common, "_auto", _reference):
+    with mock.patch.object(_dispatch, "_auto", _reference):
         yield
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.integrations.digest import digest
-from dblocks.ops._common import Norm
+from dblocks.ops._dispatch import Norm
 
 HALF = (torch.float16, torch.bfloat16)
 

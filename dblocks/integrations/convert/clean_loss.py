@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dblocks.blocks import Batch
 from dblocks.integrations.convert.network import Converted
-from dblocks.ops._autograd import apply, first_order
+from dblocks.ops._dispatch import apply, first_order
 
 
 def clean_loss(

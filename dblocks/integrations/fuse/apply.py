@@ -19,7 +19,7 @@ from dblocks.integrations.fuse.fusion import (
     owner_of,
 )
 from dblocks.integrations.norms import warn_of_subclasses
-from dblocks.ops._common import Impl, resolve_impl
+from dblocks.ops._dispatch import Impl, resolve_impl
 
 
 class Replacement(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from dblocks.integrations.digest import digest
-from dblocks.ops._common import Impl
+from dblocks.ops._dispatch import Impl
 
 # Imported when a model has a module of the library.
 LIBRARIES = {"diffusers": "dblocks.integrations.fuse.diffusers"}

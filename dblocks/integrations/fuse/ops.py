@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dblocks import functional as F
 from dblocks.integrations.norms import NormSpec, norm_spec
-from dblocks.ops._common import FLOATS, Impl
+from dblocks.ops._dispatch import FLOATS, Impl
 
 
 def modulate(
