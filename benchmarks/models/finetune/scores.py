@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.models.finetune import pretrained
 from benchmarks.models.finetune.arms import DENOISING_SEED, Settings
 from dblocks.integrations.convert import ConvertedBlocks
-from dblocks.recipes.metrics.autoregressive import bits_per_character, bound_of
 from dblocks.recipes.data.text import Text
+from dblocks.recipes.metrics.autoregressive import bits_per_character, bound_of
 
 BOUND_WINDOWS = 16  # of a text, whose bound takes two calls of every block
 
