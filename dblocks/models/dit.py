@@ -32,7 +32,7 @@ from dblocks.nn import (
 )
 from dblocks.nn.embeddings import EMBEDDING_STD
 from dblocks.sampling.euler import Callback, grid_of, initial_noise, sample_euler
-from dblocks.schedules.noise import NoiseLevel
+from dblocks.schedules import NoiseLevel
 
 NUM_STEPS = 50  # and the scale of guidance; Shing et al. 2026
 GUIDANCE_SCALE = 2.0

@@ -32,7 +32,7 @@ from dblocks.nn import (
     rotary_of,
 )
 from dblocks.sampling.cache import KVCache, Slots
-from dblocks.schedules.noise import NoiseLevel
+from dblocks.schedules import NoiseLevel
 
 NOISE_SCALE = 0.1
 

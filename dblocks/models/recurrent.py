@@ -25,7 +25,7 @@ from dblocks.models.language_model import Hidden, LanguageModel, Readout
 from dblocks.models.token_batch import TokenBatch
 from dblocks.nn import Attend, Norm, Rotary
 from dblocks.sampling.cache import KVCache, Slots
-from dblocks.schedules.noise import NoiseLevel
+from dblocks.schedules import NoiseLevel
 
 # Geiping et al. 2025 and the code they published
 STATE_STD = math.sqrt(2 / 5)  # of the initial state, before it is cut off

@@ -41,7 +41,7 @@ from dblocks.nn import (
     conditioning_of,
 )
 from dblocks.sampling.euler import grid_of, initial_noise, product_logits, sample_logits
-from dblocks.schedules.noise import NoiseLevel
+from dblocks.schedules import NoiseLevel
 
 INIT_STD = 0.02  # class token and null image; Dosovitskiy et al. 2021
 # As large as the patch tokens that Xavier weights make of pixels: at .02 the layers hardly see

@@ -18,14 +18,14 @@ from dblocks.blocks import (
     check_trained_at_top,
     unwrapped,
 )
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.schedules import EDMSchedule
 
 Callback = Callable[[dict[str, Any]], object]
 
 
 def initial_noise(
     shape: Sequence[int],
-    schedule: NoiseSchedule,
+    schedule: EDMSchedule,
     *,
     kind: Literal["paper", "unit_variance"] = "paper",
     generator: torch.Generator | None = None,

@@ -12,7 +12,7 @@ from dblocks.blocks import DiffusionBlocks, trained_at_top
 from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
 from dblocks.models.language_model import Hidden, LanguageModel
 from dblocks.sampling.cache import KVCache, Slots
-from dblocks.schedules.noise import NoiseLevel
+from dblocks.schedules import NoiseLevel
 
 
 class Writer(Protocol):

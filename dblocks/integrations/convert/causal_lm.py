@@ -18,7 +18,7 @@ from dblocks.integrations.convert.network import Converted, check_some
 from dblocks.models.posterior import Head, precision_of
 from dblocks.models.token_batch import IGNORED, TokenBatch
 from dblocks.nn import Modulation, over_rows
-from dblocks.schedules.noise import NoiseLevel
+from dblocks.schedules import NoiseLevel
 
 NOISE_SCALE = 0.1  # as that of CausalLM
 
