@@ -151,6 +151,11 @@ class MaskedLM(MaskedTokens, nn.Module):
         return losses.sum(1) / T
 
     @property
+    def sizes(self) -> MaskedLMConfig:
+        """Of the vocabulary and of the longest text."""
+        return self.config
+
+    @property
     def vocab_size(self) -> int:
         """Number of logits."""
         return self.config.vocab_size

@@ -63,9 +63,7 @@ class ConvertedDiT(Converted):
         schedule: of the noise.
     """
 
-    def __init__(
-        self, model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule
-    ) -> None:
+    def __init__(self, model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> None:
         super().__init__(model, layers, model.inner_dim, conditioned=False)
         self.loss_kind: Literal["l2"] = "l2"
         self.target_embedding = None
@@ -170,9 +168,7 @@ class ConvertedDiT(Converted):
         return labels
 
 
-def image_model(
-    model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule
-) -> ConvertedDiT:
+def image_model(model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> ConvertedDiT:
     """A DiT of diffusers.
 
     Raises:
