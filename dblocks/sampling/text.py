@@ -25,7 +25,7 @@ from dblocks.sampling.levels import blocks_of, grid_of, levels_of
 from dblocks.sampling.rows import CachedRows, WholeRows
 from dblocks.sampling.steps import Sampler, check_sampler
 from dblocks.sampling.writers import PlainWriter, ProductWriter, StepWriter, Writer
-from dblocks.schedules.random import draw_seed, uniforms
+from dblocks.schedules.random import draw_seed, uniforms_at
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 
@@ -249,8 +249,8 @@ def _steps(
     first, new = slots.prompt, slots.capacity - slots.prompt
     N, (count, width) = len(tokens), writer.noise_shape
     noise = _noise(N, count, stride, width, seed, tokens.device)
-    uniform = [uniforms((new,), seed, tokens.device, offset=n * stride) for n in range(N)]
-    uniform = torch.stack(uniform)
+    sample, step = (torch.arange(n, device=tokens.device) for n in (N, new))
+    uniform = uniforms_at(stride * sample[:, None] + step, seed)
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for j in range(new):
         place = j % slots.block_size
