@@ -158,10 +158,10 @@ def stream(
     slots = Slots([len(row) for row in rows], capacity, next(network.parameters()).device, k)
     if product:
         _check_product(model, network, num_steps, sigmas, sampler)
-    if network is model:
-        writer = _plain_writer(network, slots, num_steps, sigmas, cache, sampler)
-    else:
+    if isinstance(model, DiffusionBlocks):
         writer = _block_writer(model, slots, num_steps, sigmas, cache, product, sampler)
+    else:
+        writer = _plain_writer(model, slots, num_steps, sigmas, cache, sampler)
     seed = draw_seed(generator)
     tokens = torch.zeros(len(rows), slots.capacity, dtype=torch.int64)
     for row, given in zip(tokens, rows, strict=True):
@@ -214,7 +214,7 @@ def _block_writer(
 
 
 def _plain_writer(
-    model: Any,
+    model: NextTokenNetwork,
     slots: Slots,
     num_steps: int | None,
     sigmas: Tensor | Sequence[float] | None,
