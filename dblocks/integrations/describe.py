@@ -19,7 +19,7 @@ from dblocks.integrations.convert.find import find_layers
 from dblocks.integrations.convert.residual import check_residual
 from dblocks.integrations.convert.tasks import library_of
 from dblocks.integrations.fuse import fuse_
-from dblocks.schedules.mask import MaskSchedule
+from dblocks.schedules import MaskSchedule
 
 WEIGHT_BYTES = 4  # of float32, as the next
 TRAINING_BYTES = 12  # the gradient and Adam's two moments

@@ -7,7 +7,7 @@ from torch import nn
 from dblocks import functional as F
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.nn import NoiseEmbedding
-from dblocks.sampling.euler import initial_noise, sample_euler
+from dblocks.sampling import initial_noise, sample_euler
 from dblocks.schedules import MaskSchedule, NoiseSchedule
 from tools import DEVICE, batch, normal, randomized, seeded, vit
 

@@ -15,7 +15,6 @@ from dblocks.integrations.convert.clean_loss import clean_loss
 from dblocks.integrations.convert.network import Converted
 from dblocks.integrations.convert.options import ConvertOptions
 from dblocks.integrations.convert.tasks import Task, network_of
-from dblocks.schedules import MaskSchedule
 
 
 class ConvertedBlocks(DiffusionBlocks):
@@ -55,7 +54,7 @@ class ConvertedBlocks(DiffusionBlocks):
         Where tokens are masked, it is the loss of those that `draw` masks.
         """
         schedule, z = self.config.schedule, None
-        if isinstance(schedule, MaskSchedule):
+        if schedule.corruption == "masks":
             y = self.base_model.embed_target(batch)
             z = schedule.corrupt(y, schedule.level(draw.sigma), draw.seed).z
         first, last = self.layer_ranges[block]

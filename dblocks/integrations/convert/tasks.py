@@ -13,7 +13,6 @@ from dblocks.integrations.convert.layers import ConditionedLayer
 from dblocks.integrations.convert.network import Converted
 from dblocks.integrations.convert.options import ConvertOptions
 from dblocks.integrations.norms import warn_of_subclasses
-from dblocks.schedules import MaskSchedule
 
 Task = Literal["classes", "tokens", "images"]
 LIBRARIES = ("transformers", "timm", "diffusers")
@@ -135,4 +134,4 @@ def _classifier_options(config: BlocksConfig, options: ConvertOptions) -> dict[s
 
 
 def _masks(config: BlocksConfig) -> bool:
-    return isinstance(config.schedule, MaskSchedule)
+    return config.schedule.corruption == "masks"
