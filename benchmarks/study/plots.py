@@ -15,8 +15,7 @@ import torch
 
 from dblocks.blocks import BlocksConfig
 from dblocks.recipes.image_grid import INK, TEXT_SIZE, import_matplotlib
-from dblocks.schedules.mask import MaskSchedule
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.schedules import EDMSchedule, MaskSchedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,7 +108,7 @@ def _zoom_on_the_end(ax: Axes, curves: Sequence[Curve], measure: Measure) -> Non
 
 
 def noise_panel(
-    ax: Axes, schedule: NoiseSchedule, num_blocks: int, layers: Sequence[tuple[int, int]]
+    ax: Axes, schedule: EDMSchedule, num_blocks: int, layers: Sequence[tuple[int, int]]
 ) -> None:
     """The density of ln sigma in training, block by block, each named with its layers.
 
@@ -137,10 +136,14 @@ def noise_panel(
     _dress_noise_axes(ax, schedule, top)
 
 
-def _density(schedule: NoiseSchedule, log_sigma: torch.Tensor) -> torch.Tensor:
-    """The normal density of ln sigma, truncated to the range of these points."""
-    log_density = -0.5 * ((log_sigma - schedule.p_mean) / schedule.p_std).square()
-    density = (log_density - log_density.max()).exp()
+def _density(schedule: EDMSchedule, log_sigma: torch.Tensor) -> torch.Tensor:
+    """The density of ln sigma at these points, truncated to their range."""
+    half = 1e-5  # a derivative by differences
+    low, high = log_sigma.min(), log_sigma.max()
+    below, above = (log_sigma - half).clamp(min=low), (log_sigma + half).clamp(max=high)
+    ends = zip(below.exp().tolist(), above.exp().tolist(), strict=True)
+    mass = torch.tensor([schedule.mass(lo, hi) for lo, hi in ends], dtype=torch.float64)
+    density = mass / (above - below)
     return density / torch.trapezoid(density, log_sigma)
 
 
@@ -148,7 +151,7 @@ def _short(log_sigma: float) -> str:
     return f"{math.exp(log_sigma):.2g}"
 
 
-def _dress_noise_axes(ax: Axes, schedule: NoiseSchedule, top: float) -> None:
+def _dress_noise_axes(ax: Axes, schedule: EDMSchedule, top: float) -> None:
     ax.set_xscale("log")
     ax.set_xlim(schedule.sigma_min, schedule.sigma_max)
     ax.set_ylim(0, 1.65 * top)  # room for the legend above the bell

@@ -21,7 +21,7 @@ from dblocks.models.language_model import Hidden, LanguageModel, Readout
 from dblocks.models.token_batch import TokenBatch
 from dblocks.nn import Attend, Rotary
 from dblocks.sampling.cache import KVCache, Slots
-from dblocks.schedules.noise import NoiseLevel
+from dblocks.schedules import NoiseLevel
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dblocks.nn import (
     conditioning_of,
     rotary_of,
 )
-from dblocks.schedules.mask import MASKED, MaskLevel
+from dblocks.schedules import MASKED, MaskLevel
 
 # Standard deviation of a number of an embedding at the start. With .06 a small model on characters
 # took twice the steps to learn more than their frequencies, with .7 a few more (tried), though with
@@ -149,6 +149,11 @@ class MaskedLM(MaskedTokens, nn.Module):
             ignore_index=IGNORED, reduction="none",
         )  # fmt: skip
         return losses.sum(1) / T
+
+    @property
+    def sizes(self) -> MaskedLMConfig:
+        """Of the vocabulary and of the longest text."""
+        return self.config
 
     @property
     def vocab_size(self) -> int:

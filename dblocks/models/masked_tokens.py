@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dblocks.blocks import Batch
 from dblocks.models.token_batch import TokenBatch
-from dblocks.schedules.mask import MASKED, MaskLevel
+from dblocks.schedules import MASKED, MaskLevel
 
 
 class MaskedTokens(ABC):

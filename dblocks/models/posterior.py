@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dblocks.nn import over_rows
-from dblocks.schedules.noise import NoiseLevel
+from dblocks.schedules import NoiseLevel
 
 Head = Literal["posterior", "learned"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -10,22 +10,9 @@ from torch import Tensor
 
 from dblocks.blocks import Batch
 from dblocks.nn import Attend
+from dblocks.sampling.interface import TokenSizes, check_tokens
 
 IGNORED = -100  # PyTorch's ignore_index
-
-
-class TokenSizes(Protocol):
-    """What of a model's config the checks need."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-        ...
-
-    @property
-    def context(self) -> int:
-        """Longest sequence or document."""
-        ...
 
 
 class TokenBatch(NamedTuple):
@@ -116,23 +103,6 @@ class TokenBatch(NamedTuple):
             )
 
         return attend
-
-
-def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raises unless `tokens` are int64 [N, T] in 0..vocab_size - 1; values are seen on the CPU."""
-    if tokens.dtype != torch.int64:
-        # uint8 and bool would select rows as masks do.
-        raise TypeError(f"tokens must be int64, got {tokens.dtype}; call tokens.long()")
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(
-            f"tokens must have shape [N, T] with T >= 1, got {list(tokens.shape)}; reshape them"
-        )
-    # On a GPU looking at the values would synchronise; there indexing itself asserts.
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
-        return
-    low, high = (int(value) for value in tokens.aminmax())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"tokens must be in 0..{vocab_size - 1}, got {low}..{high}")
 
 
 def _check_loss_mask(mask: Tensor, tokens: Tensor) -> None:

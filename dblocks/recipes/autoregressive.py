@@ -19,8 +19,8 @@ from dblocks.recipes.metrics.autoregressive import bits_per_character, bound_of
 from dblocks.recipes.run import Run
 from dblocks.recipes.text_run import PROMPT, TextOptions, continuations
 from dblocks.recipes.trainer import Trainer
-from dblocks.sampling.text import generate
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.sampling import generate
+from dblocks.schedules import NoiseSchedule
 
 POINT_WINDOWS = 32  # of the held-out text, spread evenly, that a point of the curve looks at
 

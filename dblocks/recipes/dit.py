@@ -35,8 +35,8 @@ from dblocks.recipes.progress import progress_bar
 from dblocks.recipes.run import Run, check_seed
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.trainer import Trainer
-from dblocks.sampling.euler import sampling_cost
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.sampling import sampling_cost
+from dblocks.schedules import NoiseSchedule
 
 SHOWN = 5  # samples of each class that a record keeps
 MOST_CLASSES = 10  # of which it keeps some

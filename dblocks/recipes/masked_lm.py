@@ -23,9 +23,9 @@ from dblocks.recipes.tables import COSTS
 from dblocks.recipes.text_run import TextOptions, continuations
 from dblocks.recipes.trainer import Trainer
 from dblocks.recipes.writing import load_text_model, prompt_tokens
-from dblocks.sampling.masked_likelihood import points_for
-from dblocks.sampling.unmasking import unmask
-from dblocks.schedules.mask import MASKED, MaskSchedule, ScheduleKind
+from dblocks.sampling import points_for, unmask
+from dblocks.schedules import MASKED, MaskSchedule
+from dblocks.schedules.mask import ScheduleKind
 
 SAMPLED = "unmasked"  # the name of the samples in records
 POINT_WINDOWS = 16  # windows of the held-out text that a point of the curve looks at

@@ -15,7 +15,7 @@ from dblocks.recipes.command import load_network
 from dblocks.recipes.data.tokenizers import TOKENIZER_FILE, tokenizer_from_json
 from dblocks.recipes.metrics.autoregressive import bits_per_character, bound_of
 from dblocks.recipes.run import check_seed
-from dblocks.sampling.text import stream
+from dblocks.sampling import stream
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.autoregressive import bits_per_character
 from dblocks.recipes.records import train
 from dblocks.recipes.text_run import PROMPT, continuations
-from dblocks.sampling.likelihood import next_token_nll, product_nll
+from dblocks.sampling import next_token_nll, product_nll
 
 SIZES = {"width": 16, "depth": 3, "heads": 2, "context": 20, "batch_size": 4}
 

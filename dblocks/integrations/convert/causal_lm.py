@@ -18,7 +18,7 @@ from dblocks.integrations.convert.network import Converted, check_some
 from dblocks.models.posterior import Head, precision_of
 from dblocks.models.token_batch import IGNORED, TokenBatch
 from dblocks.nn import Modulation, over_rows
-from dblocks.schedules.noise import NoiseLevel
+from dblocks.schedules import NoiseLevel
 
 NOISE_SCALE = 0.1  # as that of CausalLM
 
@@ -122,6 +122,8 @@ class ConvertedCausalLM(Converted):
         rows_kind: how noisy embeddings enter.
         head_kind: what logits are.
     """
+
+    block_size = 1  # tokens that are predicted at once
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from dblocks.integrations.convert.network import Converted, at_least_float32, ch
 from dblocks.models.images import check_label_values, check_labels, check_pairs, entry
 from dblocks.models.posterior import Head, posterior_logits
 from dblocks.nn import LabelEmbedding, Modulation
-from dblocks.schedules.noise import NoiseLevel
+from dblocks.schedules import NoiseLevel
 
 NOISE_SCALE = 0.1  # of a row's numbers, whose size the model's class token tells
 

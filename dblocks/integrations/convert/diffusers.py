@@ -24,7 +24,7 @@ from dblocks.models.images import (
     entry,
 )
 from dblocks.models.patches import unpatchify
-from dblocks.schedules.noise import NoiseLevel, NoiseSchedule
+from dblocks.schedules import EDMSchedule, NoiseLevel
 
 TIMESTEPS = 1000  # of the noise that DiT was made for, and what its embedding resolves
 LABEL_DROP = 0.1  # Peebles and Xie 2023
@@ -63,9 +63,7 @@ class ConvertedDiT(Converted):
         schedule: of the noise.
     """
 
-    def __init__(
-        self, model: Any, layers: Mapping[str, nn.Module], schedule: NoiseSchedule
-    ) -> None:
+    def __init__(self, model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> None:
         super().__init__(model, layers, model.inner_dim, conditioned=False)
         self.loss_kind: Literal["l2"] = "l2"
         self.target_embedding = None
@@ -170,9 +168,7 @@ class ConvertedDiT(Converted):
         return labels
 
 
-def image_model(
-    model: Any, layers: Mapping[str, nn.Module], schedule: NoiseSchedule
-) -> ConvertedDiT:
+def image_model(model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> ConvertedDiT:
     """A DiT of diffusers.
 
     Raises:

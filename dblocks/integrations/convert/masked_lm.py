@@ -16,7 +16,7 @@ from dblocks.integrations.convert.network import Converted, at_least_float32, ch
 from dblocks.models.masked_tokens import MaskedTokens
 from dblocks.models.token_batch import IGNORED, TokenBatch
 from dblocks.nn import Modulation
-from dblocks.schedules.mask import MASKED, MaskLevel
+from dblocks.schedules import MASKED, MaskLevel
 
 
 class MaskedFamily(Protocol):

@@ -10,7 +10,7 @@ import torch
 from dblocks.recipes.data.text import Text
 from dblocks.recipes.data.windows import scored_windows
 from dblocks.recipes.metrics import NOISE_SEED
-from dblocks.sampling.likelihood import denoising_bound, next_token_nll, product_nll
+from dblocks.sampling import denoising_bound, next_token_nll, product_nll
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@ import inspect
 
 import pytest
 
-from dblocks.integrations.fuse.digest import digest
+from dblocks.integrations.digest import digest
 
 
 def first(x, y):

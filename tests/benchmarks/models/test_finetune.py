@@ -15,8 +15,8 @@ pytest.importorskip("tqdm")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("finetune", "finetune_report", "finetune_text", "pretrained", "saved")
+ROOT = Path(__file__).resolve().parents[3]
+MODULES = ("arms", "pretrained", "report", "runs", "saved", "text")
 BLOCKS = 3
 
 
@@ -24,7 +24,9 @@ BLOCKS = 3
 def bench():
     """The modules of benchmarks/, which is not part of the installed package."""
     sys.path.insert(0, str(ROOT))
-    yield SimpleNamespace(**{m: importlib.import_module(f"benchmarks.models.{m}") for m in MODULES})
+    yield SimpleNamespace(
+        **{m: importlib.import_module(f"benchmarks.models.finetune.{m}") for m in MODULES}
+    )
     sys.path.remove(str(ROOT))
 
 
@@ -33,7 +35,7 @@ def settings(bench):
     pretraining = bench.pretrained.Pretraining(
         width=16, layers=BLOCKS, heads=2, context=32, steps=3, batch_size=2
     )
-    return bench.finetune.Settings(
+    return bench.arms.Settings(
         pretraining, steps=2, selection_steps=1, batch_size=2, rates=(1e-3,), seeds=(0, 1),
         windows=4,
     )  # fmt: skip
@@ -42,14 +44,14 @@ def settings(bench):
 @pytest.fixture(scope="module")
 def arms(bench):
     """End to end, and two in blocks."""
-    return (*bench.finetune.ARMS[:1], *bench.finetune.ARMS[2:4])
+    return (*bench.arms.ARMS[:1], *bench.arms.ARMS[2:4])
 
 
 @pytest.fixture(scope="module")
 def record(bench, settings, arms, tmp_path_factory):
     kept = tmp_path_factory.mktemp("kept")
-    found = bench.finetune.measure(settings, arms, kept, rounds=2)
-    again = bench.finetune.measure(settings, arms[:1], kept, rounds=2)
+    found = bench.runs.measure(settings, arms, kept, rounds=2)
+    again = bench.runs.measure(settings, arms[:1], kept, rounds=2)
     assert again["runs"] == [run for run in found["runs"] if run["arm"] == again["runs"][0]["arm"]]
     return found
 
@@ -61,7 +63,7 @@ def test_every_arm_has_its_runs_and_a_line(bench, settings, arms, record):
         assert [run["seed"] for run in runs] == list(settings.seeds)
         assert {run["steps"] for run in runs} == {settings.steps}
         assert all(run["old"]["plain"] > 0 and run["new"]["plain"] > 0 for run in runs)
-    page = bench.finetune_report.page(record)
+    page = bench.report.page(record)
     assert all(f"\n| {name} |" in page for name in names)
     assert "\n| not yet |" in page
 
@@ -78,13 +80,11 @@ def test_a_step_holds_gradients_of_one_block_only(record, arms):
 
 
 def test_what_is_not_trained_stays(bench, settings):
-    finetune, model = bench.finetune, bench.pretrained.llama(settings.pretraining, 50)
-    text = bench.finetune_text.Text(torch.arange(400) % 50, 400)
+    arms, model = bench.arms, bench.pretrained.llama(settings.pretraining, 50)
+    text = bench.text.Text(torch.arange(400) % 50, 400)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for arm in finetune.ARMS:
-        trained = finetune.finetune(
-            model, arm, settings, text, lambda: None, lr=1e-3, seed=0, steps=2
-        )
+    for arm in arms.ARMS:
+        trained = arms.finetune(model, arm, settings, text, lambda: None, lr=1e-3, seed=0, steps=2)
         network = trained if arm.trains == "all" else trained.base_model.model
         moved = {name for name, p in network.named_parameters() if not p.equal(before[name])}
         outside = {name for name in moved if ".layers." not in name}
@@ -101,14 +101,14 @@ def test_the_rate_is_chosen_by_what_is_trained(bench):
         {"lr": 1.0, "new": {"plain": 2.0, "block": 5.0}},
         {"lr": 2.0, "new": {"plain": 3.0, "block": 4.0}},
     ]
-    arm = bench.finetune.ARMS[1]
+    arm = bench.arms.ARMS[1]
     assert arm.clean_loss_weight == 0
-    assert bench.finetune.best_rate(arm, trials) == 2.0
-    assert bench.finetune.best_rate(replace(arm, clean_loss_weight=1.0), trials) == 1.0
+    assert bench.runs.best_rate(arm, trials) == 2.0
+    assert bench.runs.best_rate(replace(arm, clean_loss_weight=1.0), trials) == 1.0
 
 
 def test_no_module_is_read_twice(bench):
-    text = bench.finetune_text
+    text = bench.text
     names = [*text.TRAINING, *text.VALIDATION, *text.HELD_OUT]
     assert len(set(names)) == len(names)
     found = text.domains()
@@ -120,7 +120,7 @@ def test_no_module_is_read_twice(bench):
 def test_plain_bits_of_a_model_without_preferences(bench, settings):
     model = bench.pretrained.llama(settings.pretraining, 64)
     torch.nn.init.zeros_(model.get_input_embeddings().weight)
-    text = bench.finetune_text.Text(torch.arange(200) % 64, 200)
+    text = bench.text.Text(torch.arange(200) % 64, 200)
     assert bench.pretrained.plain_bits(model, text, 32, None) == pytest.approx(6.0, abs=1e-5)
 
 
