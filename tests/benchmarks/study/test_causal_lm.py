@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from benchmarks.study import experiment, text
+from benchmarks.study import experiment
+from benchmarks.study import text as scoring
 from benchmarks.study.__main__ import EXPERIMENTS
 from benchmarks.study.archive import Archive
 from benchmarks.study.causal_lm import EXPERIMENT, euler_samples, main_samples, temperature
@@ -23,9 +24,9 @@ def tiny(tmp_path, monkeypatch):
     """The experiment with a network, a text and numbers of steps that take no time."""
     story = tmp_path / "story.txt"
     story.write_text("".join(f"{i} is followed by {i + 1}. " for i in range(60)))
-    monkeypatch.setattr(text, "SCORER_FOLDER", tmp_path / "scorer")
+    monkeypatch.setattr(scoring, "SCORER_FOLDER", tmp_path / "scorer")
     scorer = dataclasses.replace(SCORER, data=str(story), steps=2, **TINY)
-    monkeypatch.setattr(text, "SCORER", scorer)
+    monkeypatch.setattr(scoring, "SCORER", scorer)
     rows = {
         name: (title, dataclasses.replace(run, data=str(story), steps=run.steps // 500, **TINY))
         for name, (title, run) in EXPERIMENT.rows.items()
@@ -37,10 +38,10 @@ def tiny(tmp_path, monkeypatch):
     )
 
 
-def run_all(experiment, folder):
-    chosen = experiment.selection_shorter
-    runs = {row: experiment.selection_runs(row) if row in chosen else [] for row in experiment.rows}
-    runs = {row: [*runs[row], *experiment.final_runs(row, 1e-3)] for row in experiment.rows}
+def run_all(study, folder):
+    chosen = study.selection_shorter
+    runs = {row: study.selection_runs(row) if row in chosen else [] for row in study.rows}
+    runs = {row: [*runs[row], *study.final_runs(row, 1e-3)] for row in study.rows}
     for path, run in experiment.jobs(folder, runs).items():
         train_to_record(run, path)
 
@@ -88,7 +89,7 @@ def test_curves_say_what_part_of_the_text_they_are_of():
         ([new], spread),
         ([old, new], f"{spread} or {first}"),
     ):
-        label = text.next_token_measure({"row": records}).label
+        label = scoring.next_token_measure({"row": records}).label
         assert label == f"bits a character, {part}"
 
 
@@ -120,8 +121,8 @@ def test_results_writes_table_and_figure_and_keeps_the_scores(
         assert line.split()[-3:] == ["-", "-", "-"]
     assert short.count("\n| end to end") == 2
     # Nothing is trained or scored a second time.
-    monkeypatch.setattr(text, "train", None)
-    monkeypatch.setattr(text, "_bits_under", None)
+    monkeypatch.setattr(scoring, "train", None)
+    monkeypatch.setattr(scoring, "_bits_under", None)
     tiny.results(folder, tmp_path / "figure.png", readme)
     assert (readme.read_text(), report.read_text()) == (short, text)
     assert capsys.readouterr().out.count("training the model that scores samples") == 1
@@ -132,12 +133,12 @@ def test_other_samples_are_scored_again_by_the_same_model(tmp_path, tiny, monkey
     run_all(dataclasses.replace(tiny, rows={"end_to_end": tiny.rows["end_to_end"]}), folder)
     path = experiment.record_path(folder, "end_to_end", tiny.final_runs("end_to_end", 1e-3)[0])
     record = read_record(path)
-    text.add_scores(folder, {"end_to_end": [record]})
+    scoring.add_scores(folder, {"end_to_end": [record]})
     before = record["scores"]["plain@1"]
-    monkeypatch.setattr(text, "train", None)
+    monkeypatch.setattr(scoring, "train", None)
     length = record["run"]["context"] - PROMPT
     record["samples_written"]["plain@1"] = ["1" * length] * SAMPLES
-    text.add_scores(folder, {"end_to_end": [record]})
+    scoring.add_scores(folder, {"end_to_end": [record]})
     after = record["scores"]["plain@1"]
-    assert after["repetition"] == pytest.approx(1 - 1 / (length - text.REPEATED + 1))
+    assert after["repetition"] == pytest.approx(1 - 1 / (length - scoring.REPEATED + 1))
     assert after["bits"] != before["bits"]
