@@ -9,7 +9,6 @@ from benchmarks.study import __main__ as study
 from benchmarks.study.archive import Archive
 from dblocks.recipes.records import read_record, write_record
 
-
 ROOT = Path(__file__).resolve().parents[3]
 
 
