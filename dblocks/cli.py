@@ -162,9 +162,8 @@ def _verbs(tyro: Any, argv: Sequence[str]) -> dict[str, type]:
 def _training(tyro: Any, recipe: Recipe, argv: Sequence[str]) -> Any:
     """The command that trains by a recipe, with the defaults of its flags.
 
-    The flags are the fields of the run, and a few more.
-
-    `--recipe` and `--published` choose the defaults of the others, so they are read beforehand.
+    The flags are the fields of the run, and a few more. `--recipe` and `--published` choose the
+    defaults of the others, so they are read beforehand.
     """
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--recipe", nargs="?")

@@ -1,12 +1,15 @@
 import gzip
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from benchmarks.study import __main__ as study
 from benchmarks.study.archive import Archive
 from dblocks.recipes.records import read_record, write_record
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def record(value):
@@ -104,3 +107,14 @@ def test_the_command_packs_and_unpacks_what_it_is_told(archive, monkeypatch, tmp
     assert study.main(["unpack", "vit-digits"]) == 0
     assert there.load() == {"a": record(1)}
     assert (there.folder / "a.json").exists()
+
+
+@pytest.mark.parametrize("name", study.EXPERIMENTS)
+def test_the_records_that_are_there_are_of_runs_that_are_known(name):
+    experiment = study.EXPERIMENTS[name]
+    kind = type(next(iter(experiment.rows.values()))[1])
+    records = Archive(ROOT / experiment.records).load()
+    runs = [record["run"] for key, record in records.items() if key != "scores"]
+    assert [kind.from_dict(run).to_dict().keys() >= run.keys() for run in runs] == [True] * len(
+        runs
+    )
