@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, Weighting
-from dblocks.models.posterior import Head
+from dblocks.blocks.targets.classes import Head
 from dblocks.models.vit import Noise, ViT, ViTConfig, classify
 from dblocks.nn import ConditioningKind
 from dblocks.recipes.data.digits import Images, batch_indices

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dblocks import functional as F
 from dblocks.blocks import DiffusionBlocks, check_trained_at_top, unwrapped
+from dblocks.blocks.targets.token_batch import TokenSizes, check_tokens
 from dblocks.config import check_count
 from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
 from dblocks.models.language_model import LanguageModel
-from dblocks.models.token_batch import TokenSizes, check_tokens
 from dblocks.sampling.cache import Slots
 from dblocks.sampling.euler import blocks_of, grid_of, levels_of
 from dblocks.sampling.writers import BlockWriter, PlainWriter, WholeWriter, Writer

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dblocks.blocks import DiffusionBlocks, unwrapped
+from dblocks.blocks.targets.token_batch import TokenSizes, check_tokens
 from dblocks.integrations.convert.masked_lm import ConvertedMaskedLM
 from dblocks.models.masked_lm import MaskedLM
-from dblocks.models.token_batch import TokenSizes, check_tokens
 from dblocks.sampling.text import Choice
 from dblocks.schedules.mask import MASKED, MaskSchedule, uniforms
 

@@ -42,14 +42,14 @@ class PlainWriter:
         self.num_steps = num_steps
         self.slots = slots
         self.noise_shape = (slots.capacity, lm.plain_noise_width)
-        self.readout = lm.current_readout()
+        self.target = lm.target.fixed()
         self.cache = self._new_cache() if cache else None
 
     def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
         """See `Writer`; noise is of positions, as every token needs what was drawn for it."""
         cache = self.cache or self._new_cache()
         return self.lm.next_logits(
-            tokens[:, cache.committed :], cache, self.readout, num_steps=self.num_steps, noise=noise
+            tokens[:, cache.committed :], cache, self.target, num_steps=self.num_steps, noise=noise
         )[:, None]
 
     def _new_cache(self) -> KVCache:
@@ -79,7 +79,7 @@ class BlockWriter:
         self.single = self.lms[blocks[0]].config.rows == "single"
         rows = slots.capacity if self.single else slots.capacity - slots.prompt
         self.noise_shape = (rows, self.lms[blocks[0]].config.width)
-        self.readouts = {block: lm.current_readout() for block, lm in self.lms.items()}
+        self.targets = {block: lm.target.fixed() for block, lm in self.lms.items()}
         self.caches = {block: self._new_cache(block) for block in self.lms} if cache else None
 
     def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
@@ -88,13 +88,14 @@ class BlockWriter:
         fresh = self._of(noise, end, end + k) if self.single else noise[:, step : step + k]
         z, total = self.grid[0] * fresh, torch.zeros_like(fresh[:, :, :1])
         for i, (sigma, block) in enumerate(zip(self.grid, self.blocks, strict=True)):
-            lm, readout = self.lms[block], self.readouts[block]
+            lm, target = self.lms[block], self.targets[block]
             level = self.model.config.noise_schedule.level(z.new_full(z.shape[:1], sigma))
-            logits = lm.read_out(self._run(block, tokens, noise, z, level), z, level, readout)
+            features = lm.features(self._run(block, tokens, noise, z, level))
+            logits = target.predict(features, z, level)
             if self.product:
                 total = total + logits.log_softmax(-1) / len(self.grid)
             elif i + 1 < len(self.grid):
-                denoised = lm.denoise(logits, z, level, readout)
+                denoised = target.denoise(logits, z, level)
                 z = F.euler_step(z, denoised, sigma, self.grid[i + 1])
         return total if self.product else logits
 
@@ -102,7 +103,7 @@ class BlockWriter:
         self, block: int, tokens: Tensor, noise: Tensor, z: Tensor, level: NoiseLevel
     ) -> Hidden:
         """What a block's layers leave of the noisy rows z, beside known tokens."""
-        lm, readout = self.lms[block], self.readouts[block]
+        lm, table = self.lms[block], self.targets[block].rows()
         cache = self._new_cache(block) if self.caches is None else self.caches[block]
         known = tokens[:, cache.committed :]
         schedule = self.model.config.noise_schedule
@@ -111,12 +112,12 @@ class BlockWriter:
             held = top * self._of(noise, cache.committed, tokens.shape[1])
             if top < schedule.sigma_max:
                 # At sigma_max noise is all that there is, as where sampling starts.
-                held = held + readout.rows[known]
+                held = held + table[known]
             z = torch.cat([held, z], dim=1)
             noisy = level.sigma[:, None].expand(-1, z.shape[1] - known.shape[1])
             level = schedule.level(torch.cat([z.new_full(known.shape, top), noisy], dim=1))
         z_in = schedule.scale_in(z, level)
-        return lm.run_cached(self.model.parts(block)[1], z_in, level, known, cache, readout)
+        return lm.run_cached(self.model.parts(block)[1], z_in, level, known, cache, table)
 
     def _of(self, noise: Tensor, first: int, last: int) -> Tensor:
         """The noise of the positions of the slots first to last - 1, [N, last - first, D]."""
@@ -173,11 +174,11 @@ class WholeWriter:
             hidden = lm.run_layers(layers, z_in, levels, condition)
             cond = hidden.cond if hidden.cond.ndim == 2 else hidden.cond[sample, end][:, None]
             hidden = hidden._replace(x=hidden.x[sample, end][:, None], cond=cond)
-            logits = lm.read_out(hidden, z, level)
+            logits = lm.target.predict(lm.features(hidden), z, level)
             if self.product:
                 total = total + logits.log_softmax(-1) / len(self.grid)
             elif i + 1 < len(self.grid):
-                z = F.euler_step(z, lm.denoise(logits, z, level), sigma, self.grid[i + 1])
+                z = F.euler_step(z, lm.target.denoise(logits, z, level), sigma, self.grid[i + 1])
         return total if self.product else logits
 
     def _rows_in(
@@ -197,7 +198,7 @@ class WholeWriter:
         top = top_level(self.model, block)
         held = top * noise[:, : tokens.shape[1]]
         if top < schedule.sigma_max:
-            held = held + cast(ConvertedCausalLM, self.model.parts(block)[0]).rows()[tokens]
+            held = held + cast(ConvertedCausalLM, self.model.parts(block)[0]).target.rows()[tokens]
         last = torch.arange(tokens.shape[1], device=tokens.device) == end[:, None]
         states = torch.where(last[..., None], z, held)
         levels = schedule.level(torch.where(last, level.sigma[:, None], top))

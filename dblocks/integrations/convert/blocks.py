@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, Block, BlockModel, BlocksConfig, DiffusionBlocks, Draw, Loss
+from dblocks.blocks.targets.classes import Head, check_head
 from dblocks.checkpoint import naming
 from dblocks.config import check_block, check_count
 from dblocks.integrations.convert import files
 from dblocks.integrations.convert.causal_lm import Rows
 from dblocks.integrations.convert.find import find_layers
 from dblocks.integrations.convert.network import Converted
-from dblocks.models.posterior import Head, check_head
 from dblocks.ops._autograd import apply, first_order
 from dblocks.schedules.mask import MaskSchedule
 from dblocks.schedules.noise import NoiseSchedule
@@ -68,7 +68,7 @@ class ConvertedBlocks(DiffusionBlocks):
         """
         schedule, z = self.config.schedule, None
         if isinstance(schedule, MaskSchedule):
-            y = self.base_model.embed_target(batch)
+            y = self.base_model.target.embed(self.base_model.target.check(batch))
             z = schedule.corrupt(y, schedule.level(draw.sigma), draw.seed).z
         first, last = self.layer_ranges[block]
         model = self.base_model.model

@@ -11,13 +11,12 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch
+from dblocks.blocks.targets.heads import IGNORED, at_least_float32
 from dblocks.integrations.convert.causal_lm import ConvertedCausalLM, Sizes
 from dblocks.integrations.convert.classes import ConvertedClassifier
 from dblocks.integrations.convert.layers import conditioned
 from dblocks.integrations.convert.masked_lm import ConvertedMaskedLM
-from dblocks.integrations.convert.network import at_least_float32
 from dblocks.integrations.convert.row_attention import CAUSAL, DOUBLED, with_attention
-from dblocks.models.token_batch import IGNORED
 
 
 class RotaryFamily:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from dblocks.blocks import Batch
+from dblocks.blocks.targets.base import Batch, CheckedBatch, missing
+from dblocks.blocks.targets.heads import IGNORED
 from dblocks.nn import Attend
-
-IGNORED = -100  # PyTorch's ignore_index
 
 
 class TokenSizes(Protocol):
@@ -28,15 +27,15 @@ class TokenSizes(Protocol):
         ...
 
 
-class TokenBatch(NamedTuple):
-    """The checked entries of a batch; see `dblocks.models.language_model.LanguageModel`."""
+class TokenBatch(CheckedBatch):
+    """The checked entries of a batch of token sequences.
 
-    tokens: Tensor
-    """int64 [N, T]."""
-    loss_mask: Tensor | None
-    """bool [N, T]."""
-    cu_seqlens: Tensor | None
-    """int32 [documents + 1]."""
+    "tokens", int64 [N, T]. The first token of a sequence is given (a token that marks the
+    beginning, or the first of a text) and is never predicted. There may be "loss_mask", bool
+    [N, T], false at tokens that are not scored, such as padding at the end; and, for N = 1,
+    "cu_seqlens", int32 [documents + 1], the ends of documents packed one after the other: then
+    positions begin again, and nothing attends, in each.
+    """
 
     @classmethod
     def of(cls, batch: Batch, sizes: TokenSizes) -> TokenBatch:
@@ -46,25 +45,37 @@ class TokenBatch(NamedTuple):
             ValueError: for an entry that is missing, or of a shape or value that does not fit.
             TypeError: for an entry of another dtype.
         """
-        tokens = batch.get("tokens")
+        given = cls(batch)
+        tokens, mask, ends = given.get("tokens"), given.loss_mask, given.cu_seqlens
         if not isinstance(tokens, Tensor):
-            raise ValueError(
-                f"a batch of token sequences must hold a tensor 'tokens', got {sorted(batch)}"
-                f"{'' if tokens is None else f' with tokens of type {type(tokens).__name__}'}; "
-                "it is {'tokens': [N, T]}, and may hold 'loss_mask' and 'cu_seqlens'"
-            )
+            content = "{'tokens': [N, T]}, and may hold 'loss_mask' and 'cu_seqlens'"
+            raise missing(batch, "tokens", content)
         check_tokens(tokens, sizes.vocab_size)
-        given = cls(tokens, batch.get("loss_mask"), batch.get("cu_seqlens"))
-        if given.cu_seqlens is not None:
-            _check_documents(given.cu_seqlens, tokens, sizes.context)
+        if ends is not None:
+            _check_documents(ends, tokens, sizes.context)
         elif tokens.shape[1] > sizes.context:
             raise ValueError(
                 f"tokens must be at most context={sizes.context} long, got {tokens.shape[1]}; "
                 "cut them"
             )
-        if given.loss_mask is not None:
-            _check_loss_mask(given.loss_mask, tokens)
+        if mask is not None:
+            _check_loss_mask(mask, tokens)
         return given
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [N, T]."""
+        return self["tokens"]
+
+    @property
+    def loss_mask(self) -> Tensor | None:
+        """bool [N, T]."""
+        return self.get("loss_mask")
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """int32 [documents + 1]."""
+        return self.get("cu_seqlens")
 
     def check_blocks(self, block_size: int) -> None:
         """Raises unless every sequence or document is a multiple of a block of tokens long."""
