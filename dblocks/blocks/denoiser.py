@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dblocks.blocks.config import BlocksConfig, Weighting
 from dblocks.blocks.model import BlockModel
-from dblocks.blocks.targets.base import Batch, CheckedBatch
+from dblocks.blocks.targets.base import Batch, CheckedBatch, Target
 from dblocks.config import check_block
 from dblocks.kernels.reference import in_forward_mode
 from dblocks.schedules.base import Schedule
@@ -162,7 +162,7 @@ class Denoiser(nn.Module):
         on_device = torch.Generator(device).manual_seed(key)
         sigma = self.config.schedule.sample(
             block, self.config.num_blocks, shape,
-            overlap=self.config.overlap, top_share=self.config.top_share_for(target.loss_kind),
+            overlap=self.config.overlap, top_share=_top_share(self.config, target),
             generator=on_device, device=device,
         )  # fmt: skip
         drop, condition_drop = None, getattr(model, "condition_drop", 0.0)
@@ -304,7 +304,8 @@ def check_trained_at_top(model: Denoiser) -> None:
 
 def trained_at_top(model: Denoiser) -> bool:
     """Whether blocks after the first one were trained at the highest level too."""
-    return model.config.top_share_for(model.parts(next(iter(model.held)))[0].target.loss_kind) > 0
+    network, _ = model.parts(next(iter(model.held)))
+    return _top_share(model.config, network.target) > 0
 
 
 def attention_with_tangents() -> AbstractContextManager:
@@ -318,6 +319,10 @@ def unwrapped(model: Any) -> Any:
     while isinstance(inner, nn.Module) and not isinstance(inner, Denoiser):
         inner = getattr(inner, "_orig_mod", getattr(inner, "module", None))
     return inner if isinstance(inner, Denoiser) else model
+
+
+def _top_share(config: BlocksConfig, target: Target) -> float:
+    return target.top_share if config.top_share == "auto" else config.top_share
 
 
 def _checked(model: BlockModel, batch: Batch) -> Batch:

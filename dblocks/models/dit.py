@@ -100,7 +100,7 @@ class DiT(nn.Module):
     sines and cosines; images of another size than `config.image_size` have the coordinates of
     their patches' centres when stretched over the native size.
 
-    Linear layers start Xavier uniform, the embeddings of noise and label from a normal of deviation
+    Linear layers start Xavier uniform, the embeddings of noise and label from a normal of std
     .02, modulations and the last linear layer at zero.
 
     The layout of patches and tokens is that of the published DiT, whose tensors (left) are these

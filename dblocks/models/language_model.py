@@ -63,7 +63,7 @@ class LanguageModel(nn.Module, ABC):
     sequence is given and never predicted, so that both ways are scored on the same tokens.
 
     RMS norms, rotary positions, SwiGLU, no biases but in modulations. Linear layers start from a
-    normal of deviation s = sqrt(2/(5 D)) (Nguyen and Salazar 2019; .023 at D = 768), those that end
+    normal of std s = sqrt(2/(5 D)) (Nguyen and Salazar 2019; .023 at D = 768), those that end
     a branch from s/sqrt(2*depth) (GPT-2), modulations at zero, but for gates at `gate_init`. A
     noisy embedding enters as `r + a*embed_scale/sqrt(D) * z_in`, where r is the row of the token
     before or, without one, learned and at the start as large as a clean row; a is learned and .1 at

@@ -88,9 +88,8 @@ class MaskedLM(nn.Module):
     that of the others, given these, still for each token.
 
     RMS norms, rotary positions, SwiGLU, no biases but in modulations. Weights start from a normal
-    of deviation s = sqrt(2/(5 D)) (Nguyen and Salazar 2019), those that end a branch from
-    s/sqrt(2*depth) (GPT-2), embeddings from one of deviation .2, modulations at zero, but for gates
-    at `gate_init`.
+    of std s = sqrt(2/(5 D)) (Nguyen and Salazar 2019), those that end a branch from s/sqrt(2*depth)
+    (GPT-2), embeddings from one of std .2, modulations at zero, but for gates at `gate_init`.
 
     Args:
         config: the sizes.

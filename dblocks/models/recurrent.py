@@ -29,7 +29,7 @@ from dblocks.schedules import NoiseLevel
 
 # Geiping et al. 2025 and the code they published
 STATE_STD = math.sqrt(2 / 5)  # of the initial state, before it is cut off
-STATE_CUT = 3.0  # deviations
+STATE_CUT = 3.0  # standard deviations
 RECURRENCE_STD = 0.5  # of the logarithm of the Poisson's rate
 
 MAX_SEED = 2**63 - 1
@@ -93,7 +93,7 @@ class RecurrentLM(LanguageModel):
       `coda(s)`; row i predicts token i + 1. Training draws r from `Poisson(exp(u)) + 1` with
       `u ~ N(ln(mean_recurrence) - 1/8, 1/4)`, so 33 on the average for 32; gradients go through the
       last `backprop_depth` recurrences. The initial state is normal of variance 2/5, cut off at 3
-      deviations, drawn from the reproducible noise of `F.noise_inject`.
+      standard deviations, drawn from the reproducible noise of `F.noise_inject`.
 
     Kept of the original: the shape 2-4-2, the adapter, the norm after the core, the initial state,
     the recurrences and their truncation. Layers are the pre-norm ones of this library instead of
@@ -378,7 +378,7 @@ class RecurrentLM(LanguageModel):
 
 
 def initial_state(noise: Tensor) -> Tensor:
-    """A normal of variance 2/5, cut off at 3 deviations, as a function of standard normals."""
+    """A normal of variance 2/5, cut off at 3 std, as a function of standard normals."""
     below = math.erfc(STATE_CUT / math.sqrt(2)) / 2
     uniform = below + (1 - 2 * below) * torch.special.ndtr(noise.double())
     return (STATE_STD * torch.special.ndtri(uniform)).float()

@@ -111,7 +111,7 @@ class ViT(nn.Module):
     End to end, `vit(images)` is the plain classifier with a learned class token and, where the
     layers are conditioned on noise, the null conditioning.
 
-    Positions start from a normal of deviation .5, class token and null image of .02, linear layers
+    Positions start from a normal of std .5, class token and null image of .02, linear layers
     Xavier uniform, modulations and the classifier at zero, but for gates at `gate_init`.
 
     Args:

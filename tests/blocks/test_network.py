@@ -2,9 +2,20 @@ import copy
 
 import pytest
 import torch
+from masked_tools import lm_of as masked_of
 from torch import nn
 
-from dblocks.blocks import BlocksConfig, DiffusionBlocks, L2Target, make_optimizers, train_step
+from dblocks.blocks import (
+    BlocksConfig,
+    ClassTarget,
+    DiffusionBlocks,
+    L2Target,
+    MaskedTokenTarget,
+    TokenTarget,
+    make_optimizers,
+    train_step,
+    trained_at_top,
+)
 from dblocks.nn import NoiseEmbedding
 from dblocks.sampling.euler import initial_noise, sample_euler
 from dblocks.schedules import MaskSchedule, NoiseSchedule
@@ -98,12 +109,14 @@ def test_the_share_of_draws_at_the_top(schedule):
     config = BlocksConfig(3, schedule=schedule)
     assert config.top_share == "auto"
     auto = {"cross_entropy": 0.6, "l2": 0.0, "masked_cross_entropy": 0.0}
-    assert {kind: config.top_share_for(kind) for kind in auto} == auto
+    targets = (ClassTarget, TokenTarget, L2Target, MaskedTokenTarget)
+    assert {target.loss_kind: target.top_share for target in targets} == auto
     for share in ("auto", 0.0, 0.25, 1.0):
         config = BlocksConfig(3, schedule=schedule, top_share=share)
         assert BlocksConfig.from_json(config.to_json()) == config
-        if share != "auto":
-            assert {config.top_share_for(kind) for kind in auto} == {share}
+        network = masked_of() if isinstance(schedule, MaskSchedule) else ConvDenoiser()
+        model = DiffusionBlocks(network, config)
+        assert trained_at_top(model) == (share not in ("auto", 0.0))
     with pytest.raises(ValueError, match=r"top_share must be .*, got 'all'"):
         BlocksConfig.from_json('{"num_blocks": 3, "top_share": "all"}')
 

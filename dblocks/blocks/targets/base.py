@@ -42,6 +42,8 @@ class Target(ABC):
     """What `score` returns: a cross-entropy; the L2 loss in F space (which carries the weight);
     or, with a `MaskSchedule`, the cross-entropy summed over masked tokens over the number of
     tokens."""
+    top_share: float = 0.0
+    """What `BlocksConfig.top_share` is for this target where it is "auto"."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """The parameters of `embed`, which all blocks share, since they say what the target is."""

@@ -23,6 +23,7 @@ from dblocks.nn import over_rows
 from dblocks.schedules import NoiseLevel
 
 Head = Literal["posterior", "learned"]
+TOP_SHARE = 0.6  # chosen on validation data, see docs/results.md
 
 
 class Table(Protocol):
@@ -68,6 +69,7 @@ class EmbeddedTarget(Target):
     """
 
     loss_kind: LossKind = "cross_entropy"
+    top_share = TOP_SHARE
 
     def __init__(self, embedding: Table, head: OutputHead, kind: Head = "posterior") -> None:
         check_head(kind)

@@ -274,7 +274,7 @@ def library_of(model: nn.Module) -> str | None:
 def _no_such_task(model: nn.Module, task: str) -> ValueError:
     return ValueError(
         f"task {task!r} must be one that a {type(model).__name__} has; see dblocks.convert for "
-        "those that are known, or write a network with the four parts of dblocks.blocks.BlockModel"
+        "those that are known, or write a network with the members of dblocks.blocks.BlockModel"
     )
 
 

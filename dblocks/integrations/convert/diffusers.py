@@ -139,7 +139,7 @@ def image_model(
     if not isinstance(model, DiTTransformer2DModel):
         raise ValueError(
             f"task 'images' needs a DiTTransformer2DModel, got {type(model).__name__}; "
-            "write a network with the four parts of dblocks.blocks.BlockModel instead"
+            "write a network with the members of dblocks.blocks.BlockModel instead"
         )
     return ConvertedDiT(model, layers, schedule)
 

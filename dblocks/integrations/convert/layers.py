@@ -258,7 +258,7 @@ def require_form(name: str, layer: nn.Module) -> LayerForm:
         raise ValueError(
             f"{name} must be a transformer layer whose norms, attention and MLP are known by their "
             f"names, got a {type(layer).__name__} of {[n for n, _ in layer.named_children()]}; "
-            "write a network with the four parts of dblocks.blocks.BlockModel instead"
+            "write a network with the members of dblocks.blocks.BlockModel instead"
         )
     return form
 
@@ -298,7 +298,7 @@ def check_form(
         raise ValueError(
             f"{name} must be a pre-norm or a post-norm layer of attention and MLP, but "
             f"{type(layer).__name__} computes something else from its parts; "
-            "write a network with the four parts of dblocks.blocks.BlockModel instead"
+            "write a network with the members of dblocks.blocks.BlockModel instead"
         )
 
 
