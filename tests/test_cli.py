@@ -255,8 +255,8 @@ def test_without_safetensors_nothing_is_trained(tmp_path, monkeypatch, capsys):
     assert "safetensors, which is not installed" in error
 
 
-MODULES = """cli data text metrics text_metrics plots records report checkpoint info
-recipes.vit experiments.vit"""
+MODULES = """cli recipes.data.digits recipes.data.text recipes.metrics.classes recipes.metrics.text
+recipes.plots recipes.records recipes.report checkpoint info recipes.vit"""
 OPTIONAL = "tyro sklearn matplotlib safetensors"  # torch itself may import tqdm
 
 

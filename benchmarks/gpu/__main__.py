@@ -1,7 +1,7 @@
 """One run on a GPU, most valuable first: what is right, what it reaches, and beside whom.
 
-    python benchmarks/gpu.py --budget 420 --out build/gpu       at most seven minutes
-    python benchmarks/gpu.py --dry --out build/gpu              every call, small, on a CPU
+    python -m benchmarks.gpu --budget 420 --out build/gpu       at most seven minutes
+    python -m benchmarks.gpu --dry --out build/gpu              every call, small, on a CPU
 
 Ceilings; adaln and residual_adaln at six widths; attention at seven shapes; noise and loss; host
 time and a CUDA graph; Inductor; FlexAttention; then tests. Each row is printed as it comes and
@@ -23,8 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[1])  # where dblocks and benchmarks are
 if "--dry" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the first kernel is imported
 
@@ -120,7 +118,7 @@ def run_parts(run: Run, chosen: list[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python benchmarks/gpu.py", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m benchmarks.gpu", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--budget", type=float, default=420, help="seconds")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of gpu.jsonl")

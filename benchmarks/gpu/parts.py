@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py, each a function that measures and writes rows."""
+"""The parts of `python -m benchmarks.gpu`, each a function that measures and writes rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import dblocks.functional as D
 if TYPE_CHECKING:
     from benchmarks.gpu.__main__ import Run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ELEMENTS = 2**26  # 128 MiB in bfloat16, more than L2 holds
 SAMPLES = 8
 WIDTHS = (2048, 1152, 4096, 5120, 8192, 768)

@@ -82,7 +82,7 @@ SHARED_BYTES = {
     "sm_100": 227 << 10,
     "gfx942": 64 << 10,
 }
-KERNELS = Path(__file__).parents[1] / "kernels"
+KERNELS = Path(__file__).parents[2] / "kernels"
 
 
 class Launch(NamedTuple):

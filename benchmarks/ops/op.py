@@ -48,7 +48,7 @@ class Op(NamedTuple):
     # Of an op whose peers draw other noise, so that only their size can be compared: plain PyTorch
     # with the noise of dblocks, which that is checked against.
     oracle: Peer | None = None
-    others: tuple[str, ...] = ()  # names in benchmarks/peers.py, beside eager and torch.compile
+    others: tuple[str, ...] = ()  # names in baselines.py, beside eager and torch.compile
     shapes: dict[str, tuple[tuple[int, ...], ...]] = SHAPES
     dtypes: dict[str, tuple[str, ...]] = DTYPES
     # Instead of torch.compile and `others`.

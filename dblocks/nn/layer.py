@@ -6,11 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dblocks import functional as F
-from dblocks.nn.attention import Attend, Attention
+from dblocks.nn.branches import MLPS, Attend, Attention, MLPKind, Rotary
 from dblocks.nn.conditioning import ConditioningKind
-from dblocks.nn.mlp import MLPS, MLPKind
 from dblocks.nn.modulation import GATE_CHUNKS, Modulation, Norm, NormKind
-from dblocks.nn.rotary import Rotary
 
 
 class TransformerLayer(nn.Module):

@@ -24,7 +24,7 @@ BLOCKS = 3
 def bench():
     """The modules of benchmarks/, which is not part of the installed package."""
     sys.path.insert(0, str(ROOT))
-    yield SimpleNamespace(**{m: importlib.import_module(f"benchmarks.{m}") for m in MODULES})
+    yield SimpleNamespace(**{m: importlib.import_module(f"benchmarks.models.{m}") for m in MODULES})
     sys.path.remove(str(ROOT))
 
 

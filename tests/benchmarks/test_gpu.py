@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, dry: every part runs in the interpreter, its figures marked as none."""
+"""`python -m benchmarks.gpu`, dry: every part in the interpreter, its figures marked as none."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tools import ROOT
 
 def run(tmp_path, *arguments):
     done = subprocess.run(
-        [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path), *arguments],
+        [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), *arguments],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     file = tmp_path / "gpu.jsonl"

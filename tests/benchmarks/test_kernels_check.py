@@ -65,7 +65,7 @@ def test_the_oldest_triton_is_the_oldest_that_may_be_installed():
 
 def test_every_kernel_is_counted():
     """The gate knows kernels by their names, this test by how they are launched."""
-    code = "from benchmarks import compile_gate as g; print(*g.launched_kernels())"
+    code = "from benchmarks.kernels import check as g; print(*g.launched_kernels())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert len(public_kernels()) > 10
     assert set(done.stdout.split()) == public_kernels()
@@ -78,7 +78,7 @@ def test_nothing_compiled_is_a_failure():
 def test_a_kernel_without_a_case_is_a_failure():
     code = """
 import sys
-from benchmarks import compile_gate as g
+from benchmarks.kernels import check as g
 g.once_jobs = lambda: [(1536, "bf16", "adaln", "sm_90")]
 sys.argv = ["gate", "--once", "--workers", "1"]
 sys.exit(g.main())

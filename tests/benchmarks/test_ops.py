@@ -13,14 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPE, CPU = (2, 4, 16), torch.device("cpu")
 MODULES = (
     "attention",
+    "baselines",
     "checks",
-    "floors",
     "op",
-    "peers",
     "registry",
     "report",
     "run",
-    "step",
+    "targets",
     "timing",
 )
 
@@ -29,7 +28,8 @@ MODULES = (
 def bench():
     """The modules of benchmarks/, which is not part of the installed package."""
     sys.path.insert(0, str(ROOT))
-    yield SimpleNamespace(**{m: importlib.import_module(f"benchmarks.{m}") for m in MODULES})
+    modules = {m: importlib.import_module(f"benchmarks.ops.{m}") for m in MODULES}
+    yield SimpleNamespace(**modules, step=importlib.import_module("benchmarks.models.step"))
     sys.path.remove(str(ROOT))
 
 
@@ -227,9 +227,9 @@ def test_a_result_that_is_not_finite_is_wrong(bench, adaln):
 
 
 def test_absent_peers_are_named(bench, adaln, monkeypatch):
-    found = bench.peers.peers_of(adaln, CPU)
+    found = bench.baselines.peers_of(adaln, CPU)
     assert found["liger_layer_norm"] == "its kernels need a GPU"
-    gpu = bench.peers.peers_of(adaln, torch.device("cuda"))
+    gpu = bench.baselines.peers_of(adaln, torch.device("cuda"))
     assert gpu["liger_layer_norm"].startswith("liger-kernel is not installed")
     only(bench, monkeypatch, {"dblocks": adaln.ours, "other": "not installed"})
     rows = bench.run.measure(adaln, SHAPE, torch.float32, CPU, rounds=2)
@@ -301,7 +301,7 @@ def test_the_comparison_names_what_changed(bench):
 
 def test_every_floor_is_of_a_registered_op_and_shape(bench):
     ops = {op.name: op for op in bench.registry.OPS}
-    for floor in bench.floors.FLOORS:
+    for floor in bench.targets.FLOORS:
         assert floor.op in ops
         assert any(
             floor.covers(floor.op, shape, dtype, floor.direction)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from benchmarks.kernels.model import sass
 from benchmarks.kernels.model.sass import Instruction, Kernel
 
-BUILD = Path(__file__).parents[2] / "build" / "model"
+BUILD = Path(__file__).parents[3] / "build" / "model"
 # As smsim.cpp numbers them.
 PLAIN, BARRIER, LOAD, STORE, COPY, COMMIT, COPY_WAIT, WGMMA, WGMMA_WAIT = range(9)
 FMA, ALU, IMAD, XU, MIO, BRANCH, TENSOR = range(7)

@@ -2,9 +2,10 @@ import dataclasses
 
 import pytest
 
-from benchmarks.study import experiment, text
+from benchmarks.study import text as judging
 from benchmarks.study.__main__ import EXPERIMENTS
 from benchmarks.study.causal_lm import EXPERIMENT, euler_samples, main_samples, temperature
+from benchmarks.study.experiment import SELECTION_SEED, jobs, record_path
 from benchmarks.study.text import SCORER
 from dblocks.recipes import causal_lm
 from dblocks.recipes.records import read_record, train_to_record
@@ -21,9 +22,9 @@ def tiny(tmp_path, monkeypatch):
     """The experiment with a network, a text and numbers of steps that take no time."""
     story = tmp_path / "story.txt"
     story.write_text("".join(f"{i} is followed by {i + 1}. " for i in range(60)))
-    monkeypatch.setattr(text, "SCORER_FOLDER", tmp_path / "scorer")
+    monkeypatch.setattr(judging, "SCORER_FOLDER", tmp_path / "scorer")
     scorer = dataclasses.replace(SCORER, data=str(story), steps=2, **TINY)
-    monkeypatch.setattr(text, "SCORER", scorer)
+    monkeypatch.setattr(judging, "SCORER", scorer)
     rows = {
         name: (title, dataclasses.replace(run, data=str(story), steps=run.steps // 500, **TINY))
         for name, (title, run) in EXPERIMENT.rows.items()
@@ -39,7 +40,7 @@ def run_all(experiment, folder):
     chosen = experiment.selection_shorter
     runs = {row: experiment.selection_runs(row) if row in chosen else [] for row in experiment.rows}
     runs = {row: [*runs[row], *experiment.final_runs(row, 1e-3)] for row in experiment.rows}
-    for path, run in experiment.jobs(folder, runs).items():
+    for path, run in jobs(folder, runs).items():
         train_to_record(run, path)
 
 
@@ -60,7 +61,7 @@ def test_rows_are_equal_in_what_they_claim():
 def test_the_scoring_model_is_plain_and_of_a_seed_of_its_own():
     _, whole = EXPERIMENT.rows["end_to_end"]
     assert dataclasses.replace(SCORER, seed=0, lr=whole.lr, steps=whole.steps) == whole
-    assert SCORER.seed not in {*EXPERIMENT.seeds, experiment.SELECTION_SEED}
+    assert SCORER.seed not in {*EXPERIMENT.seeds, SELECTION_SEED}
 
 
 def test_samples_are_those_nearest_to_the_text_and_the_temperature_is_told():
@@ -86,7 +87,7 @@ def test_curves_say_what_part_of_the_text_they_are_of():
         ([new], spread),
         ([old, new], f"{spread} or {first}"),
     ):
-        label = text.next_token_measure({"row": records}).label
+        label = judging.next_token_measure({"row": records}).label
         assert label == f"bits a character, {part}"
 
 
@@ -118,8 +119,8 @@ def test_results_writes_table_and_figure_and_keeps_the_scores(
         assert line.split()[-3:] == ["-", "-", "-"]
     assert short.count("\n| end to end") == 2
     # Nothing is trained or scored a second time.
-    monkeypatch.setattr(text, "train", None)
-    monkeypatch.setattr(text, "_bits_under", None)
+    monkeypatch.setattr(judging, "train", None)
+    monkeypatch.setattr(judging, "_bits_under", None)
     tiny.results(folder, tmp_path / "figure.png", readme)
     assert (readme.read_text(), report.read_text()) == (short, text)
     assert capsys.readouterr().out.count("training the model that scores samples") == 1
@@ -128,14 +129,14 @@ def test_results_writes_table_and_figure_and_keeps_the_scores(
 def test_other_samples_are_scored_again_by_the_same_model(tmp_path, tiny, monkeypatch):
     folder = tmp_path / "records"
     run_all(dataclasses.replace(tiny, rows={"end_to_end": tiny.rows["end_to_end"]}), folder)
-    path = experiment.record_path(folder, "end_to_end", tiny.final_runs("end_to_end", 1e-3)[0])
+    path = record_path(folder, "end_to_end", tiny.final_runs("end_to_end", 1e-3)[0])
     record = read_record(path)
-    text.add_scores(folder, {"end_to_end": [record]})
+    judging.add_scores(folder, {"end_to_end": [record]})
     before = record["scores"]["plain@1"]
-    monkeypatch.setattr(text, "train", None)
+    monkeypatch.setattr(judging, "train", None)
     length = record["run"]["context"] - PROMPT
     record["samples_written"]["plain@1"] = ["1" * length] * SAMPLES
-    text.add_scores(folder, {"end_to_end": [record]})
+    judging.add_scores(folder, {"end_to_end": [record]})
     after = record["scores"]["plain@1"]
-    assert after["repetition"] == pytest.approx(1 - 1 / (length - text.REPEATED + 1))
+    assert after["repetition"] == pytest.approx(1 - 1 / (length - judging.REPEATED + 1))
     assert after["bits"] != before["bits"]

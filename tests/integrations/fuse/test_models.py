@@ -11,6 +11,7 @@ from hub_tools import library
 from torch import nn
 
 from dblocks.integrations.fuse import fuse_, unfuse_
+from dblocks.integrations.fuse.fusion import Fusion, fusion_of
 from dblocks.testing import assert_within_budget
 from tools import DEVICE, ROOT, normal
 
@@ -218,7 +219,7 @@ def test_forwards_take_the_arguments_of_the_originals():
         fused, plain = (inspect.signature(f).parameters for f in (fusion.forward, cls.forward))
         assert list(fused) == list(plain)
         assert [p.default for p in fused.values()] == [p.default for p in plain.values()]
-        assert isinstance(fusion.fusion_of(cls), fusion.Fusion), cls
+        assert isinstance(fusion_of(cls), Fusion), cls
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The attention of a transformer layer.
+"""The branches of a transformer layer, which know nothing of noise: attention and MLPs.
 
 Linear layers start as in DiT and in ViT's JAX code: Xavier uniform weights, zero biases.
 """
@@ -6,14 +6,61 @@ Linear layers start as in DiT and in ViT's JAX code: Xavier uniform weights, zer
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from dblocks.nn.init import init_linear_
-from dblocks.nn.rotary import Rotary
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def init_linear_(module: nn.Module) -> None:
+    """Xavier uniform weight and zero bias for a linear layer; leaves other modules alone."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Rotary(NamedTuple):
+    """Rotations of the halves of a head, for some rows: `rotary_of` makes them."""
+
+    cos: Tensor
+    """float32 [1 or N, R, 1, Dh]."""
+    sin: Tensor
+    """float32 [1 or N, R, 1, Dh]; the first half is negated."""
+
+    def rows(self, first: int, last: int | None = None) -> Rotary:
+        """The rotations of rows `first` to `last`."""
+        return Rotary(self.cos[:, first:last], self.sin[:, first:last])
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotates `x` [N, R, H, Dh], in float32, rounded once to the dtype of `x`."""
+        turned = x.roll(x.shape[-1] // 2, -1)
+        return torch.addcmul(x * self.cos, turned, self.sin).to(x.dtype)
+
+
+def rotary_of(positions: Tensor, head_dim: int, theta: float) -> Rotary:
+    """Rotary positions: column k of a head's first half turns with that of its second half.
+
+        (a_k, b_k) -> (a_k cos t - b_k sin t, b_k cos t + a_k sin t),  t = position*theta^(-2k/Dh)
+
+    Args:
+        positions: int64 [R], or [N, R] where the samples' differ.
+        head_dim: width Dh of a head, even.
+        theta: base of the frequencies.
+
+    Source: Su et al. 2021 (RoFormer).
+    """
+    half = head_dim // 2
+    # Angles in float64: a position of 100,000 leaves few digits of a float32 behind the point.
+    k = torch.arange(half, device=positions.device, dtype=torch.float64)
+    angle = positions.double()[..., None] * theta ** (-k / half)
+    angle = angle.view(-1, positions.shape[-1], 1, half)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return Rotary(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
 
 
 class Attention(nn.Module):
@@ -91,3 +138,54 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         # Every size is named: none can be inferred where the batch is empty.
         return x.view(x.shape[0], x.shape[1], x.shape[2] // self.head_dim, self.head_dim)
+
+
+class MLP(nn.Module):
+    """`Linear(GELU(Linear(x)))`.
+
+    Args:
+        dim: width D.
+        hidden_dim: width between the two layers.
+        bias: the linear layers have biases.
+        approximate: "none", or "tanh" for the approximation of GELU.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, *, bias: bool = True, approximate: str = "none"
+    ) -> None:
+        super().__init__()
+        self.approximate = approximate
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
+        self.apply(init_linear_)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the two layers to the last dimension of `x`."""
+        return self.fc2(nnf.gelu(self.fc1(x), approximate=self.approximate))
+
+
+class SwiGLU(nn.Module):
+    """`Linear(SiLU(a)*b)`, where a and b are the halves of `Linear(x)`.
+
+    Args:
+        dim: width D.
+        hidden_dim: width of a and of b.
+        bias: the linear layers have biases.
+
+    Source: Shazeer 2020.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * hidden_dim, bias=bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
+        self.apply(init_linear_)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the two layers to the last dimension of `x`."""
+        a, b = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(nnf.silu(a) * b)
+
+
+MLPKind = Literal["gelu", "gelu_tanh", "swiglu"]
+MLPS = {"gelu": MLP, "gelu_tanh": partial(MLP, approximate="tanh"), "swiglu": SwiGLU}
