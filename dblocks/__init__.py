@@ -28,11 +28,14 @@ if TYPE_CHECKING:
     from dblocks.integrations.convert import convert as convert
     from dblocks.integrations.fuse import fuse_ as fuse_
     from dblocks.integrations.fuse import unfuse_ as unfuse_
-    from dblocks.sampling.euler import initial_noise as initial_noise
-    from dblocks.sampling.euler import sample_euler as sample_euler
-    from dblocks.sampling.euler import sample_logits as sample_logits
-    from dblocks.sampling.text import generate as generate
-    from dblocks.sampling.unmasking import unmask as unmask
+    from dblocks.sampling import generate as generate
+    from dblocks.sampling import initial_noise as initial_noise
+    from dblocks.sampling import sample_euler as sample_euler
+    from dblocks.sampling import sample_heun as sample_heun
+    from dblocks.sampling import sample_logits as sample_logits
+    from dblocks.sampling import unmask as unmask
+    from dblocks.schedules import CosineNoiseSchedule as CosineNoiseSchedule
+    from dblocks.schedules import LogUniformNoiseSchedule as LogUniformNoiseSchedule
     from dblocks.schedules import MaskSchedule as MaskSchedule
     from dblocks.schedules import NoiseSchedule as NoiseSchedule
 
@@ -52,10 +55,14 @@ _MODULE_OF = {
     **dict.fromkeys(("load_model", "save_model"), "dblocks.checkpoint"),
     **dict.fromkeys(("ConvertedBlocks", "convert"), "dblocks.integrations.convert"),
     **dict.fromkeys(("fuse_", "unfuse_"), "dblocks.integrations.fuse"),
-    **dict.fromkeys(("initial_noise", "sample_euler", "sample_logits"), "dblocks.sampling.euler"),
-    "generate": "dblocks.sampling.text",
-    "unmask": "dblocks.sampling.unmasking",
-    **dict.fromkeys(("MaskSchedule", "NoiseSchedule"), "dblocks.schedules"),
+    **dict.fromkeys(
+        ("generate", "initial_noise", "sample_euler", "sample_heun", "sample_logits", "unmask"),
+        "dblocks.sampling",
+    ),
+    **dict.fromkeys(
+        ("CosineNoiseSchedule", "LogUniformNoiseSchedule", "MaskSchedule", "NoiseSchedule"),
+        "dblocks.schedules",
+    ),
 }
 _MODULES = ("functional", "models", "nn")
 

@@ -17,7 +17,8 @@ class JsonConfig:
     """Base of frozen dataclass configs: JSON both ways; keys and types must be the fields'.
 
     A nested config is written with its class name under "type", so that a field can hold one of
-    several configs.
+    several configs: those of its annotation, or of the dictionary `metadata["types"]` of the field,
+    by name. Without a name it is read as the default's class, or else the annotation's first.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,6 +50,7 @@ class JsonConfig:
         if missing := [f.name for f in fields if _is_required(f) and f.name not in values]:
             raise ValueError(f"{cls.__name__} lacks the field {', '.join(missing)}")
         hints = typing.get_type_hints(cls)
+        hints |= {field.name: _registered(field) for field in fields if "types" in field.metadata}
         decoded = {name: _decode(value, hints[name]) for name, value in values.items()}
         for name, value in decoded.items():
             if not _matches(value, hints[name]):
@@ -71,6 +73,11 @@ def _encode(value: Any) -> Any:
     if isinstance(value, JsonConfig):
         return {"type": type(value).__name__, **value.to_dict()}
     return list(value) if isinstance(value, tuple) else value
+
+
+def _registered(field: dataclasses.Field[Any]) -> Any:
+    """The union of the classes that a field may hold, its default's first."""
+    return typing.Union[(field.default_factory, *field.metadata["types"].values())]
 
 
 def _decode(value: Any, hint: Any) -> Any:

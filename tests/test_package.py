@@ -189,10 +189,7 @@ ORDER = (
     ("recipes",),
     ("cli",),
 )
-# Text is written by whatever network is given, so far by looking what it is.
 EXCEPTIONS = {
-    ("sampling", "models"),
-    ("sampling", "integrations"),
     ("ops", "functional"),
     ("recipes", "benchmarks"),
 }

@@ -34,9 +34,9 @@ from benchmarks.models.pretrained import Pretraining, pretrained
 from benchmarks.models.saved import PeakSaved
 from benchmarks.ops import timing
 from dblocks import BlocksConfig, info, make_optimizers, train_step
+from dblocks.blocks.targets.classes import Head
 from dblocks.integrations.convert import ConvertedBlocks, convert
 from dblocks.integrations.convert.causal_lm import Rows
-from dblocks.blocks.targets.classes import Head
 from dblocks.recipes.autoregressive import bits_per_character, bound_of
 from dblocks.recipes.data.text import Text
 from dblocks.recipes.records import read_record, use_one_thread, write_record

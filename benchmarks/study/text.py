@@ -20,7 +20,7 @@ from dblocks.recipes.plots import Measure
 from dblocks.recipes.records import FORMAT, read_record, train, write_record
 from dblocks.recipes.report import Column, Record, Rows, spread
 from dblocks.recipes.text_run import PROMPT, continuations
-from dblocks.sampling.likelihood import next_token_nll
+from dblocks.sampling import next_token_nll
 
 NGRAM = 4  # characters; the held-out text has some 13,000 different runs of four
 REPEATED = 12  # characters: a run of so many that comes again in a sample is a loop, not a word

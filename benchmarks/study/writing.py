@@ -27,8 +27,7 @@ from dblocks.recipes.data.text import Corpus
 from dblocks.recipes.masked_lm import MaskedLMRun
 from dblocks.recipes.records import read_record, train, use_one_thread, write_record
 from dblocks.recipes.text_run import NOISE_SEED, PROMPT, TextRun, continuations
-from dblocks.sampling.text import generate
-from dblocks.sampling.unmasking import unmask
+from dblocks.sampling import generate, unmask
 from dblocks.schedules import MASKED
 
 TOKENS = 64  # that are written to take the time

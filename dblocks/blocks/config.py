@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from dblocks.config import JsonConfig, check_count, check_share
-from dblocks.schedules.mask import MaskSchedule
-from dblocks.schedules.noise import OVERLAP, NoiseSchedule
+from dblocks.schedules import SCHEDULES, EDMSchedule, MaskSchedule, NoiseSchedule, Schedule
+from dblocks.schedules.base import OVERLAP
 
 Weighting = Literal["auto", "edm", "clamped", "none", "batch_mean"]
 Shared = Literal["train", "frozen", "private", "reduce"]
@@ -22,11 +22,11 @@ class BlocksConfig(JsonConfig):
     """Number of blocks."""
     layers_per_block: tuple[int, ...] | None = None
     """Layers of each block, first to last; evenly by default, extra layers to the first blocks."""
-    schedule: NoiseSchedule | MaskSchedule = field(default_factory=NoiseSchedule)
+    schedule: Schedule = field(default_factory=NoiseSchedule, metadata={"types": SCHEDULES})
     """Levels of noise, or of masks, and their partition."""
     overlap: float = OVERLAP
     """Widening of each block's range in training, as a fraction of its length (of ln sigma, or of
-    the share of masked tokens)."""
+    the mask ratio)."""
     top_share: float | Literal["auto"] = "auto"
     """Share of every block's draws that are at the highest level (sigma_max, or all masked), where
     the condition alone tells anything: so later blocks learn to read it too. It changes training
@@ -62,18 +62,32 @@ class BlocksConfig(JsonConfig):
         self._check_layers()
 
     @property
-    def noise_schedule(self) -> NoiseSchedule:
+    def noise_schedule(self) -> EDMSchedule:
         """The schedule, of those that add noise.
 
         Raises:
             TypeError: it masks tokens.
         """
-        if not isinstance(self.schedule, NoiseSchedule):
+        if self.schedule.corruption != "noise":
             raise TypeError(
                 "noise levels need blocks with a NoiseSchedule, "
                 f"got a {type(self.schedule).__name__}; masked tokens are sampled by dblocks.unmask"
             )
-        return self.schedule
+        return cast(EDMSchedule, self.schedule)
+
+    @property
+    def mask_schedule(self) -> MaskSchedule:
+        """The schedule, of those that mask tokens.
+
+        Raises:
+            TypeError: it adds noise.
+        """
+        if self.schedule.corruption != "masks":
+            raise TypeError(
+                "masked tokens need blocks with a MaskSchedule, "
+                f"got a {type(self.schedule).__name__}"
+            )
+        return cast(MaskSchedule, self.schedule)
 
     def layer_ranges(self, num_layers: int) -> tuple[tuple[int, int], ...]:
         """The layers [first, last) of each block, which cover every layer once.

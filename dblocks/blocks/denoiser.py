@@ -16,11 +16,11 @@ from dblocks.blocks.model import BlockModel
 from dblocks.blocks.targets.base import Batch, CheckedBatch, Target
 from dblocks.config import check_block
 from dblocks.kernels.reference import in_forward_mode
-from dblocks.schedules.base import Schedule
+from dblocks.schedules import Schedule
+from dblocks.schedules.random import draw_seed
 
 # Weighting "clamped": w reaches 250,000 at the lowest noise, which would outweigh all else.
 CLAMPED_WEIGHT_MAX = 20.0
-MAX_SEED = 2**63 - 1
 LEVEL_KEY = 0x5DEECE66D  # any number but 0
 
 
@@ -152,9 +152,7 @@ class Denoiser(nn.Module):
         model, layers = self.parts(block)
         target = model.target
         shape = target.sigma_shape(_checked(model, batch))
-        if generator is not None and generator.device.type != "cpu":
-            raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
-        seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
+        seed = draw_seed(generator)
         device = _device_of((*layers, cast(nn.Module, model)), batch)
         # The generator of a GPU is Philox too: under the same key, sigma would be made of the same
         # bits as the first elements' noise.

@@ -1,29 +1,25 @@
-"""A diffusers scheduler with the noise levels and the Euler steps of dblocks.
+"""A diffusers scheduler with the noise levels and the steps of dblocks.
 
-For the blocks themselves `sample_euler` is enough; this is for loops that take a diffusers
-scheduler. Importing this module imports diffusers.
+For the blocks themselves `sample_euler` and `sample_heun` are enough; this is for loops that take a
+diffusers scheduler. Importing this module imports diffusers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from dblocks import functional as F
-from dblocks.sampling.euler import levels_of
-from dblocks.schedules.noise import (
-    P_MEAN,
-    P_STD,
-    RHO,
-    SIGMA_DATA,
-    SIGMA_MAX,
-    SIGMA_MIN,
-    NoiseSchedule,
-    computed,
-)
+from dblocks.sampling.levels import levels_of
+from dblocks.sampling.steps import Sampler, Steps
+from dblocks.schedules import SCHEDULES, EDMSchedule
+from dblocks.schedules.base import computed
+from dblocks.schedules.edm import SIGMA_DATA
+from dblocks.schedules.log_normal import P_MEAN, P_STD
+from dblocks.schedules.noise import RHO, SIGMA_MAX, SIGMA_MIN
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -37,20 +33,22 @@ except ImportError as error:
 
 GridKind = Literal["equal_mass", "karras"]
 InitialNoise = Literal["paper", "unit_variance"]
+FIELDS = ("sigma_min", "sigma_max", "p_mean", "p_std", "sigma_data", "partition")
 
 
 class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
-    """Euler's method on the levels of a `NoiseSchedule`, for the loop of a diffusers pipeline.
+    """Steps on the levels of a noise schedule, for the loop of a diffusers pipeline.
 
         scheduler.set_timesteps(num_steps)
         z = scheduler.init_noise_sigma * torch.randn(shape)
         for t in scheduler.timesteps:
             z = scheduler.step(model(z, t, **cond), t, z).prev_sample
 
-    Timesteps are the noise levels themselves, n of them for n calls: `model(z, t)` of a
-    `DiffusionBlocks` is the model output, its estimate of the clean target, and each step runs the
+    Timesteps are the noise levels of the calls: n of them for n levels with `sampler="euler"`, and
+    2n - 1 with "heun", which calls the model a second time at all but the first. `model(z, t)` of a
+    `DiffusionBlocks` is the model output, its estimate of the clean target, and each call runs the
     one block that owns its level. The last step returns that estimate; there is no step at level 0.
-    The states are those of `sample_euler`, bit for bit.
+    The states are those of `sample_euler` and `sample_heun`, bit for bit.
 
     The model scales its input itself, so `scale_model_input` changes nothing. Guidance belongs to
     the model too, `model(z, t, guidance_scale=...)`, or may be done on its outputs.
@@ -66,14 +64,15 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         rho: exponent of the "karras" rule.
         initial_noise: "paper" starts from `sigma * N(0, I)` at the first level, "unit_variance"
             from `sqrt(1 + sigma^2) * N(0, I)`.
+        sampler: "euler" or "heun".
+        density: name of the schedule's registered class, which takes those of the first six
+            arguments that it has.
 
     Raises:
-        ValueError: an argument is not what `NoiseSchedule` takes.
+        ValueError: an argument is not what the schedule takes.
 
     Source: Karras et al. 2022, algorithm 1 without churn.
     """
-
-    order = 1
 
     @register_to_config
     def __init__(
@@ -87,54 +86,81 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         kind: GridKind = "equal_mass",
         rho: float = RHO,
         initial_noise: InitialNoise = "paper",
+        sampler: Sampler = "euler",
+        density: str = "NoiseSchedule",
     ) -> None:
         rule: Any = partition if isinstance(partition, str) else tuple(partition)
-        self.noise_schedule = NoiseSchedule(sigma_min, sigma_max, p_mean, p_std, sigma_data, rule)
+        values = (sigma_min, sigma_max, p_mean, p_std, sigma_data, rule)
+        self.noise_schedule = _schedule(density, dict(zip(FIELDS, values, strict=True)))
         self.noise_schedule.steps(2, kind, rho=rho)
+        self._steps = Steps([], sampler)
         if initial_noise not in ("paper", "unit_variance"):
             raise ValueError(
                 f"initial_noise must be 'paper' or 'unit_variance', got {initial_noise!r}"
             )
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0, device="cpu")
-        self._levels: list[float] = []
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
     @classmethod
-    def from_schedule(cls, schedule: NoiseSchedule, **options: Any) -> DiffusionBlocksScheduler:
+    def from_schedule(cls, schedule: EDMSchedule, **options: Any) -> DiffusionBlocksScheduler:
         """The scheduler of a network's levels, `model.config.noise_schedule`.
 
         Args:
-            schedule: the levels.
-            **options: `kind`, `rho` and `initial_noise`.
+            schedule: the levels; of a registered class.
+            **options: `kind`, `rho`, `initial_noise` and `sampler`.
+
+        Raises:
+            TypeError: the schedule masks tokens.
+            ValueError: it is of a class that is not registered, or has fields that a scheduler's
+                config does not hold.
         """
+        density = type(schedule).__name__
+        if schedule.corruption != "noise":
+            raise TypeError(
+                f"schedule must be one of noise levels, got a {density}; masked tokens are sampled "
+                "by dblocks.unmask"
+            )
         fields = schedule.to_dict()
-        return cls(**fields, **options)
+        if unknown := sorted(set(fields) - set(FIELDS)):
+            raise ValueError(
+                f"schedule must have no fields but {FIELDS}, which a scheduler's config holds, got "
+                f"a {density} with {unknown}; call set_timesteps(sigmas=schedule.steps(n))"
+            )
+        return cls(**fields, density=density, **options)
+
+    @property
+    def order(self) -> int:
+        """Calls of the model for each step, 2 with "heun"; diffusers' name."""
+        return 1 + self._steps.heun
 
     @property
     def init_noise_sigma(self) -> float:
         """What standard normal noise is multiplied with to be the state at the first level."""
-        first = self._levels[0] if self._levels else self.noise_schedule.sigma_max
+        first = self._steps.grid[0] if self._steps.grid else self.noise_schedule.sigma_max
         return (first**2 + (cast(Any, self.config).initial_noise == "unit_variance")) ** 0.5
 
     @property
     def sigmas(self) -> Tensor:
-        """The levels in float64 on the CPU, [n]; `timesteps` are these in float32."""
-        return torch.tensor(self._levels, dtype=torch.float64, device="cpu")
+        """The levels in float64 on the CPU, [n]; `timesteps` are these of each call in float32."""
+        return torch.tensor(self._steps.grid, dtype=torch.float64, device="cpu")
 
     @property
     def step_index(self) -> int | None:
-        """The number of the next step; None before the first."""
+        """The number of the next call; None before the first."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """The number of the first step, if a pipeline set it."""
+        """The number of the first call, if a pipeline set it."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Sets the number of the first step, for pipelines that begin in the middle."""
+        """Sets the number of the first call, for pipelines that begin in the middle.
+
+        An even one with "heun", as pipelines give it: number of the step times `order`.
+        """
         self._begin_index = begin_index
 
     def set_timesteps(
@@ -143,7 +169,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         device: torch.device | str | None = None,
         sigmas: Tensor | Sequence[float] | None = None,
     ) -> None:
-        """Sets the levels of the following steps.
+        """Sets the levels of the following steps, from the first one on.
 
         Args:
             num_inference_steps: how many levels, of the rule `kind`.
@@ -163,8 +189,9 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
             config = cast(Any, self.config)
             sigmas = self.noise_schedule.steps(num_inference_steps, config.kind, rho=config.rho)
         levels = levels_of(cast(Tensor, sigmas))
-        self._levels = levels.tolist()
-        self.timesteps = levels.to(device="cpu" if device is None else device, dtype=torch.float32)
+        self._steps = Steps(levels.tolist(), cast(Any, self.config).sampler)
+        of_calls = levels[self._steps.calls]
+        self.timesteps = of_calls.to("cpu" if device is None else device, torch.float32)
         self.num_inference_steps = len(levels)
         self._step_index = self._begin_index = None
 
@@ -180,37 +207,35 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> EDMEulerSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step: `a*sample + (1 - a)*model_output`, `a = sigma_next/sigma`.
+        """What follows one call of the model, see `Steps.after`: with "euler" one step,
+        `a*sample + (1 - a)*model_output`, `a = sigma_next/sigma`.
 
-        The last step returns the model output. Steps follow one another; only the first looks its
-        `timestep` up, which synchronises where that is on a GPU.
+        The last call's step returns the model output. Calls follow one another; only the first
+        looks its `timestep` up, which synchronises where that is on a GPU.
 
         Args:
             model_output: denoised, the estimate of the clean target, [N, ...].
             timestep: the element of `timesteps` that the model was called with.
             sample: the state at that level, of the same shape.
-            generator: not read, as Euler's method draws nothing; pipelines pass it.
+            generator: not read, as the samplers draw nothing; pipelines pass it.
             return_dict: False returns a plain tuple.
 
         Returns:
-            `prev_sample`, the state at the next level, and `pred_original_sample`, denoised; in
+            `prev_sample`, the state of the next call, and `pred_original_sample`, denoised; in
             float32 (float64 for float64).
 
         Raises:
             RuntimeError: `set_timesteps` was not called, or its steps are done.
             ValueError: the first step's `timestep` is none of the levels.
         """
-        count = len(self._levels)
+        count = len(self.timesteps)
         if count == 0 or self._step_index == count:
             raise RuntimeError(
                 f"set_timesteps() must be called before each sample, got a step after its {count}"
             )
         index = self._first_step(timestep) if self._step_index is None else self._step_index
         sample, denoised = computed(sample), computed(model_output)
-        if index + 1 < count:
-            following = F.euler_step(sample, denoised, *self._levels[index : index + 2])
-        else:
-            following = denoised
+        following = self._steps.after(index, sample, denoised)
         self._step_index = index + 1
         if not return_dict:
             return following, denoised
@@ -223,7 +248,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         return (original_samples + sigma * noise).to(original_samples.dtype)
 
     def __len__(self) -> int:
-        return len(self._levels)
+        return len(self._steps.grid)
 
     def _first_step(self, timestep: Tensor | float) -> int:
         if self._begin_index is not None:
@@ -237,4 +262,18 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"timestep must be an element of timesteps, {levels.tolist()}, got {timestep}"
             )
-        return found[0]
+        # With Heun's method a level is first that of a correction, then that of a step.
+        return found[-1]
+
+
+def _schedule(density: str, values: dict[str, Any]) -> EDMSchedule:
+    """The schedule of a registered class, of those values that it has fields for."""
+    kind: Any = SCHEDULES.get(density)
+    if kind is None or kind.corruption != "noise":
+        known = [name for name, each in SCHEDULES.items() if cast(Any, each).corruption == "noise"]
+        raise ValueError(
+            f"density must be a registered schedule of noise levels, one of {known}, "
+            f"got {density!r}; see dblocks.schedules.register"
+        )
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: value for name, value in values.items() if name in names})

@@ -24,7 +24,9 @@ from dblocks.nn import (
     conditioning_of,
 )
 from dblocks.nn.embeddings import EMBEDDING_STD
-from dblocks.sampling.euler import Callback, grid_of, initial_noise, sample_euler
+from dblocks.sampling.levels import grid_of
+from dblocks.sampling.samplers import initial_noise, sampler_of
+from dblocks.sampling.steps import Callback, Sampler
 from dblocks.schedules import NoiseLevel
 
 NUM_STEPS = 50  # and the scale of guidance; Shing et al. 2026
@@ -226,10 +228,11 @@ def generate_images(
     noise: Literal["paper", "unit_variance"] = "paper",
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
+    sampler: Sampler = "euler",
 ) -> Tensor:
     """Images of a `DiT` in blocks, by Euler steps from noise; a step runs one block only.
 
-    `dblocks.sampling.euler.sampling_cost` tells how often each block runs.
+    `dblocks.sampling.sampling_cost` tells how often each block runs.
 
     Args:
         model: the blocks of a `DiT`, also inside torch.compile's or AveragedModel's wrapper.
@@ -244,6 +247,8 @@ def generate_images(
         noise: kind of the initial state, see `initial_noise`.
         generator: source of the initial state, on any device; by default that of the model's.
         callback: called after each step, see `sample_euler`.
+        sampler: how steps are made: "euler", or "heun", of second order and two calls a step; see
+            `sample_heun`.
 
     Returns:
         float32 [N, C, H, W], in the range of the images trained on, not clamped to it.
@@ -280,7 +285,7 @@ def generate_images(
         generator=generator,
         device=device if generator is None else generator.device,
     )
-    return sample_euler(
+    return sampler_of(sampler)(
         model, z.to(device), grid, callback=callback, guidance_scale=guidance_scale, **cond
     )
 

@@ -29,6 +29,7 @@ from dblocks.nn import (
     rotary_of,
 )
 from dblocks.sampling.cache import KVCache, Slots
+from dblocks.sampling.interface import RowsKind
 from dblocks.schedules import NoiseLevel
 
 NOISE_SCALE = 0.1
@@ -104,6 +105,16 @@ class LanguageModel(nn.Module, ABC):
     def width(self) -> int:
         """Width D of a target."""
         return self.config.width
+
+    @property
+    def sizes(self) -> LanguageModelConfig:
+        """Of the vocabulary and of the longest text."""
+        return self.config
+
+    @property
+    def rows_kind(self) -> RowsKind:
+        """Whether noisy rows take the place of clean ones or run beside them."""
+        return self.config.rows
 
     @property
     def block_size(self) -> int:

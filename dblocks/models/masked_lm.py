@@ -161,6 +161,11 @@ class MaskedLM(nn.Module):
             x = layer(x, cond, rotary=rotary)
         return Hidden(x, cond)
 
+    @property
+    def sizes(self) -> MaskedLMConfig:
+        """Of the vocabulary and of the longest text."""
+        return self.config
+
     def features(self, hidden: Hidden) -> Tensor:
         """Rows for the output head, `norm(x)*(1 + scale) + shift` [N, T, D], float32 (float64)."""
         x = hidden.x

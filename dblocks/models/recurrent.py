@@ -26,13 +26,12 @@ from dblocks.models.language_model import Hidden, LanguageModel
 from dblocks.nn import Attend, Norm, Rotary
 from dblocks.sampling.cache import KVCache, Slots
 from dblocks.schedules import NoiseLevel
+from dblocks.schedules.random import draw_seed
 
 # Geiping et al. 2025 and the code they published
 STATE_STD = math.sqrt(2 / 5)  # of the initial state, before it is cut off
 STATE_CUT = 3.0  # standard deviations
 RECURRENCE_STD = 0.5  # of the logarithm of the Poisson's rate
-
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -370,7 +369,7 @@ class RecurrentLM(LanguageModel):
 
     def _drawn(self, tokens: Tensor, generator: torch.Generator | None) -> Tensor:
         """Normals [N, T, D] on the device, of a seed drawn on the CPU."""
-        seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
+        seed = draw_seed(generator)
         shape = (1, tokens.numel() * self.config.width)
         one = torch.ones((), device=tokens.device)
         z = F.noise_inject(torch.zeros(shape, device=tokens.device), one, seed).z

@@ -35,7 +35,9 @@ from dblocks.nn import (
     TransformerLayer,
     conditioning_of,
 )
-from dblocks.sampling.euler import grid_of, initial_noise, product_logits, sample_logits
+from dblocks.sampling.levels import grid_of
+from dblocks.sampling.samplers import initial_noise, product_logits, sample_logits
+from dblocks.sampling.steps import Sampler
 from dblocks.schedules import NoiseLevel
 
 INIT_STD = 0.02  # class token and null image; Dosovitskiy et al. 2021
@@ -239,12 +241,13 @@ def classify(
     noise: Noise = "none",
     generator: torch.Generator | None = None,
     guidance_scale: float = 1.0,
+    sampler: Sampler = "euler",
 ) -> Tensor:
     """Logits of a block-wise trained `ViT`.
 
     By default log-probabilities of the product of all blocks' predictions, one call each, see
-    `product_logits`; where blocks were trained without a `top_share`, or steps are
-    asked for, Euler steps, and the last call's logits. Steps begin at 0, the mean of the noise at
+    `product_logits`; where blocks were trained without a `top_share`, or steps are asked for, Euler
+    (or Heun) steps, and the last call's logits. Steps begin at 0, the mean of the noise at
     sigma_max, and end near the most likely class; from noise, as published, they end in a class
     drawn from what the blocks think likely, which is right less often. The last call is at
     sigma_min, where logits are nearly those of one class: their order tells the class, not how sure
@@ -258,13 +261,15 @@ def classify(
         noise: the initial state: "none", or a kind of `initial_noise`.
         generator: source of the noise, on any device; by default that of the images' device.
         guidance_scale: weight of the image against the null image; 1 is no guidance.
+        sampler: how steps are made, "euler" or "heun"; see `sample_heun`.
 
     Returns:
         float32 [N, num_classes].
 
     Raises:
         TypeError: `model` is no `DiffusionBlocks`.
-        ValueError: both `num_steps` and `sigmas` are given, or `num_steps` is not positive.
+        ValueError: both `num_steps` and `sigmas` are given, or `num_steps` is not positive; or
+            a `sampler` is asked for where no steps are made.
     """
     model = unwrapped(model)
     if not isinstance(model, DiffusionBlocks):
@@ -281,6 +286,13 @@ def classify(
         z = initial_noise(shape, schedule, kind=noise, generator=generator, device=device)
         z = z.to(images.device)
     if num_steps is None and sigmas is None and trained_at_top(model):
+        if sampler != "euler":
+            raise ValueError(
+                "the product of the blocks' predictions takes no steps, so sampler must be 'euler',"
+                f" the default, got {sampler!r}; give num_steps or sigmas, or leave it out"
+            )
         return product_logits(model, z, images=images, guidance_scale=guidance_scale)
     grid = grid_of(model, num_steps, sigmas)
-    return sample_logits(model, z, grid, images=images, guidance_scale=guidance_scale)
+    return sample_logits(
+        model, z, grid, sampler=sampler, images=images, guidance_scale=guidance_scale
+    )

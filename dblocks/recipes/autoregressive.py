@@ -14,9 +14,8 @@ from dblocks.blocks import BlocksConfig, Weighting
 from dblocks.nn import ConditioningKind
 from dblocks.recipes.data.text import Text, scored_windows
 from dblocks.recipes.text_run import NOISE_SEED, PROMPT, TextLearner, TextRun, continuations
-from dblocks.sampling.likelihood import denoising_bound, next_token_nll, product_nll
-from dblocks.sampling.text import generate
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.sampling import denoising_bound, generate, next_token_nll, product_nll
+from dblocks.schedules import NoiseSchedule
 
 POINT_WINDOWS = 32  # of the held-out text, spread evenly, that a point of the curve looks at
 

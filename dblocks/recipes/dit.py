@@ -30,8 +30,8 @@ from dblocks.recipes.judge import FEATURES, train_judge
 from dblocks.recipes.metrics.classes import accuracy
 from dblocks.recipes.metrics.images import deviation, frechet_distance, in_batches
 from dblocks.recipes.run import Batch, Learner, Run
-from dblocks.sampling.euler import sampling_cost
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.sampling import sampling_cost
+from dblocks.schedules import NoiseSchedule
 
 NOISE_SEED = 7  # of the noise that evaluation and samples start from
 LEVELS = 12  # noise levels at which the loss is measured

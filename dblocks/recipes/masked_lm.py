@@ -13,8 +13,7 @@ from dblocks.nn import ConditioningKind
 from dblocks.recipes.data.text import Corpus
 from dblocks.recipes.metrics.masked import Bits, bits_per_character
 from dblocks.recipes.text_run import NOISE_SEED, TextLearner, TextRun, continuations
-from dblocks.sampling.masked_likelihood import points_for
-from dblocks.sampling.unmasking import unmask
+from dblocks.sampling import points_for, unmask
 from dblocks.schedules.mask import MASKED, MaskSchedule, ScheduleKind
 
 SAMPLED = "unmasked"  # the name of the samples in records

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dblocks.blocks import BlocksConfig
-from dblocks.schedules.mask import MaskSchedule
-from dblocks.schedules.noise import NoiseSchedule
+from dblocks.schedules import EDMSchedule, MaskSchedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,7 +111,7 @@ def _zoom_on_the_end(ax: Axes, curves: Sequence[Curve], measure: Measure) -> Non
 
 
 def noise_panel(
-    ax: Axes, schedule: NoiseSchedule, num_blocks: int, layers: Sequence[tuple[int, int]]
+    ax: Axes, schedule: EDMSchedule, num_blocks: int, layers: Sequence[tuple[int, int]]
 ) -> None:
     """The density of ln sigma in training, block by block, each named with its layers.
 
@@ -140,10 +139,14 @@ def noise_panel(
     _dress_noise_axes(ax, schedule, top)
 
 
-def _density(schedule: NoiseSchedule, log_sigma: torch.Tensor) -> torch.Tensor:
-    """The normal density of ln sigma, truncated to the range of these points."""
-    log_density = -0.5 * ((log_sigma - schedule.p_mean) / schedule.p_std).square()
-    density = (log_density - log_density.max()).exp()
+def _density(schedule: EDMSchedule, log_sigma: torch.Tensor) -> torch.Tensor:
+    """The density of ln sigma at evenly spaced points, truncated to their range."""
+    half = (log_sigma[1] - log_sigma[0]).abs() / 2
+    low, high = log_sigma.min(), log_sigma.max()
+    below, above = (log_sigma - half).clamp(min=low), (log_sigma + half).clamp(max=high)
+    ends = zip(below.exp().tolist(), above.exp().tolist(), strict=True)
+    mass = torch.tensor([schedule.mass(lo, hi) for lo, hi in ends], dtype=torch.float64)
+    density = mass / (above - below)
     return density / torch.trapezoid(density, log_sigma)
 
 
@@ -151,7 +154,7 @@ def _short(log_sigma: float) -> str:
     return f"{math.exp(log_sigma):.2g}"
 
 
-def _dress_noise_axes(ax: Axes, schedule: NoiseSchedule, top: float) -> None:
+def _dress_noise_axes(ax: Axes, schedule: EDMSchedule, top: float) -> None:
     ax.set_xscale("log")
     ax.set_xlim(schedule.sigma_min, schedule.sigma_max)
     ax.set_ylim(0, 1.65 * top)  # room for the legend above the bell
@@ -203,11 +206,11 @@ def comparison_figure(
     figure.suptitle(title, fontsize=TEXT_SIZE + 2, color=INK)
     left, right = figure.subplots(1, 2)
     measure_panel(left, curves, measure)
-    schedule, layers = config.schedule, config.layer_ranges(depth)
-    if isinstance(schedule, MaskSchedule):
-        mask_panel(right, schedule, config.num_blocks, layers)
+    layers = config.layer_ranges(depth)
+    if config.schedule.corruption == "masks":
+        mask_panel(right, config.mask_schedule, config.num_blocks, layers)
     else:
-        noise_panel(right, schedule, config.num_blocks, layers)
+        noise_panel(right, config.noise_schedule, config.num_blocks, layers)
         if config.top_share != "auto" and config.top_share > 0:
             beside = f"beside {config.top_share:.0%} of its draws, at $\\sigma$ max"
             right.set_title(f"{right.get_title()}\n{beside}")

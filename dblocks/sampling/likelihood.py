@@ -12,9 +12,8 @@ from torch import Tensor
 
 from dblocks.blocks import DiffusionBlocks, unwrapped
 from dblocks.config import check_count
-from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
-from dblocks.models.language_model import LanguageModel
-from dblocks.sampling.euler import initial_noise, product_logits
+from dblocks.sampling.interface import CausalNetwork, NextTokenNetwork
+from dblocks.sampling.samplers import initial_noise, product_logits
 
 
 class Bound(NamedTuple):
@@ -49,7 +48,7 @@ class Bound(NamedTuple):
 
 @torch.no_grad()
 def next_token_nll(
-    model: DiffusionBlocks | LanguageModel,
+    model: DiffusionBlocks | NextTokenNetwork,
     tokens: Tensor,
     *,
     num_steps: int | None = None,
@@ -84,12 +83,12 @@ def next_token_nll(
         if num_steps not in (None, 1):
             raise ValueError(
                 "num_steps must be 1 or None in blocks, as several steps have no likelihood, got "
-                f"{num_steps}; see dblocks.sampling.likelihood.denoising_bound"
+                f"{num_steps}; see dblocks.sampling.denoising_bound"
             )
         z = _noise_at_top(model, tokens, generator)
         top = z.new_full(z.shape[:1], model.config.noise_schedule.sigma_max)
         logits = model.logits(z, top, block=0, tokens=tokens)[:, 1:]
-    elif isinstance(model, LanguageModel):
+    elif isinstance(model, NextTokenNetwork):
         steps = model.plain_steps(num_steps)
         logits = model.next_token_logits(tokens, num_steps=steps, generator=generator)[:, :-1]
     else:
@@ -221,7 +220,7 @@ def _variance(errors: Tensor, k: int) -> Tensor:
 
 def _block_size(model: DiffusionBlocks) -> int:
     """How many tokens share a level: those that are written at once."""
-    return getattr(model.base_model, "block_size", 1)
+    return cast(CausalNetwork, model.base_model).block_size
 
 
 def _blocks(model: Any) -> DiffusionBlocks:
@@ -235,7 +234,7 @@ def _blocks(model: Any) -> DiffusionBlocks:
 
 
 def _of_tokens(model: DiffusionBlocks) -> DiffusionBlocks:
-    if not isinstance(model.base_model, (LanguageModel, ConvertedCausalLM)):
+    if not isinstance(model.base_model, CausalNetwork):
         raise TypeError(
             "model must be the DiffusionBlocks of a language model, whose targets are tokens' "
             f"embeddings, got those of a {type(model.base_model).__name__}; see dblocks.models"
@@ -247,7 +246,7 @@ def _noise_at_top(
     model: DiffusionBlocks, tokens: Tensor, generator: torch.Generator | None
 ) -> Tensor:
     """A state [N, T, D] at sigma_max for every token, noise of its own alone."""
-    schedule, width = model.config.noise_schedule, cast(Any, model.base_model).width
+    schedule, width = model.config.noise_schedule, cast(CausalNetwork, model.base_model).width
     device = tokens.device if generator is None else generator.device
     z = initial_noise((*tokens.shape, width), schedule, generator=generator, device=device)
     return z.to(tokens.device)

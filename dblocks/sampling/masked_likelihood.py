@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dblocks.blocks import Denoiser, unwrapped
 from dblocks.config import check_count
-from dblocks.schedules.mask import MASKED, MaskSchedule, uniforms
+from dblocks.schedules import MASKED
+from dblocks.schedules.random import uniforms
 
 POINTS = 12  # divisible by 1, 2, 3, 4, 6 and 12 blocks
 
@@ -25,7 +26,7 @@ class BoundTerms(NamedTuple):
     """The bound of some sequences, point by point."""
 
     shares: Tensor
-    """The masked share at each point of the quadrature, ascending float64 [points]."""
+    """The mask ratio at each point of the quadrature, ascending float64 [points]."""
     nats: Tensor
     """What each point adds to the bound of each sequence, in nats, float64 [N, points]."""
 
@@ -44,7 +45,7 @@ def bound_terms(
     seed: int = 0,
     batch_size: int = 32,
 ) -> BoundTerms:
-    """The variational bound of -ln p of each sequence, an integral over the masked share m.
+    """The variational bound of -ln p of each sequence, an integral over the mask ratio m.
 
         int_0^1 (1/m) E[sum over masked tokens of -ln p(token | the others)] dm
 
@@ -63,12 +64,11 @@ def bound_terms(
         batch_size: sequences at a time.
 
     Raises:
+        TypeError: the blocks have no `MaskSchedule`.
         ValueError: `points` is no multiple of the number of blocks.
     """
     model = unwrapped(model)
-    schedule, num_blocks = model.config.schedule, model.config.num_blocks
-    if not isinstance(schedule, MaskSchedule):
-        raise TypeError(f"the bound needs a MaskSchedule, got a {type(schedule).__name__}")
+    schedule, num_blocks = model.config.mask_schedule, model.config.num_blocks
     if check_count("points", points) % num_blocks:
         raise ValueError(
             f"points must be a multiple of the number of blocks, {num_blocks}, got {points}"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,18 +13,24 @@ from dblocks import functional as F
 from dblocks.blocks import DiffusionBlocks, check_trained_at_top, unwrapped
 from dblocks.blocks.targets.token_batch import TokenSizes, check_tokens
 from dblocks.config import check_count
-from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
-from dblocks.models.language_model import LanguageModel
 from dblocks.sampling.cache import Slots
-from dblocks.sampling.euler import blocks_of, grid_of, levels_of
-from dblocks.sampling.writers import BlockWriter, PlainWriter, WholeWriter, Writer
+from dblocks.sampling.choice import Choice
+from dblocks.sampling.interface import (
+    CachedNetwork,
+    CausalNetwork,
+    NextTokenNetwork,
+)
+from dblocks.sampling.levels import blocks_of, grid_of, levels_of
+from dblocks.sampling.rows import CachedRows, WholeRows
+from dblocks.sampling.steps import Sampler, check_sampler
+from dblocks.sampling.writers import PlainWriter, ProductWriter, StepWriter, Writer
+from dblocks.schedules.random import draw_seed, uniforms
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
-MAX_SEED = 2**63 - 1
 
 
 def generate(
-    model: DiffusionBlocks | LanguageModel,
+    model: DiffusionBlocks | NextTokenNetwork,
     prompts: Prompts,
     *,
     max_new_tokens: int,
@@ -38,6 +43,7 @@ def generate(
     stop_token: int | None = None,
     cache: bool = True,
     product: bool = False,
+    sampler: Sampler = "euler",
 ) -> list[Tensor]:
     """The tokens that continue each prompt: what `stream` yields, collected.
 
@@ -51,7 +57,7 @@ def generate(
         model, prompts,
         max_new_tokens=max_new_tokens, num_steps=num_steps, sigmas=sigmas, temperature=temperature,
         top_k=top_k, top_p=top_p, generator=generator, stop_token=stop_token, cache=cache,
-        product=product,
+        product=product, sampler=sampler,
     )  # fmt: skip
     tokens = torch.stack(list(steps), dim=1)
     if stop_token is None:
@@ -61,7 +67,7 @@ def generate(
 
 
 def stream(
-    model: DiffusionBlocks | LanguageModel,
+    model: DiffusionBlocks | NextTokenNetwork,
     prompts: Prompts,
     *,
     max_new_tokens: int,
@@ -74,17 +80,18 @@ def stream(
     stop_token: int | None = None,
     cache: bool = True,
     product: bool = False,
+    sampler: Sampler = "euler",
 ) -> Iterator[Tensor]:
     """Yields the next token of every prompt, step after step.
 
-    In blocks, a token comes of Euler's method from noise: every level calls the block that owns
-    it, each call but the last takes the expected embedding as its estimate, and the last call's
-    logits are sampled. One step, at sigma_max, runs the top block only: a next-token model of that
-    block's layers. With `product` a token comes of one call of every block at sigma_max, where the
-    noise tells nothing: it is drawn from the normalised geometric mean of their predictions, the
-    distribution of `product_nll`. Networks that write `tokens_per_block` tokens at once take the
-    same number of calls for all of them; the end of a prompt ends a block of tokens, as in training
-    the multiples of its length do, so prompts of such a length serve best.
+    In blocks, each token is denoised by Euler steps; the block that owns a noise level runs it.
+    Each call but the last gives the expected embedding as its estimate, and the token is sampled
+    from the last call's logits. One step, at sigma_max, runs the top block only: a next-token model
+    of that block's layers. With `product` every block is called once at sigma_max, where the noise
+    tells nothing, and the token is drawn from the normalised geometric mean of their predictions,
+    the distribution of `product_nll`. Networks that write `tokens_per_block` tokens at once take
+    the same number of calls for all of them; the end of a prompt ends a block of tokens, as in
+    training the multiples of its length do, so prompts of such a length serve best.
 
     Each block keeps keys and values of the clean tokens in its own layers. A token's rows are added
     with that block's first call for the next token, beside the noisy row, so that a token costs
@@ -115,8 +122,9 @@ def stream(
         stop_token: prompts that wrote it repeat it, and when all did, the iterator ends; that is
             looked up after every token, the only thing that synchronises with a GPU.
         cache: whether keys and values are kept.
-        product: draw from the product of all blocks' predictions instead of by Euler steps; for
-            blocks of a language model trained with a `top_share`.
+        product: draw from the product of all blocks' predictions instead of by steps; for blocks
+            of a language model trained with a `top_share`.
+        sampler: how blocks step from level to level, "euler" or "heun"; see `sample_heun`.
 
     Yields:
         int64 [N], on the device of the model.
@@ -126,31 +134,15 @@ def stream(
         ValueError: for prompts that are empty or, with the new tokens, longer than the context;
             for tokens outside the vocabulary; for both of `num_steps` and `sigmas`, `sigmas` with
             a plain model, or `num_steps` with one that has no steps; for a cache with a converted
-            model; for `product` with steps, or with blocks that never saw sigma_max; for other
-            values that do not fit.
+            model; for `product` with steps, or with blocks that never saw sigma_max; for another
+            `sampler` with `product` or a plain model; for other values that do not fit.
     """
     model = unwrapped(model)
-    network = model.base_model if isinstance(model, DiffusionBlocks) else model
-    sizes: TokenSizes
-    if isinstance(network, LanguageModel):
-        sizes = network.config
-    elif isinstance(network, ConvertedCausalLM) and network is not model:
-        sizes = network.sizes
-        if cache:
-            raise ValueError(
-                "cache must be False for the blocks of a converted model, whose keys and values "
-                "are not kept, got True; the model itself has generate() of its own"
-            )
-    else:
-        raise TypeError(
-            "model must be a CausalLM, a RecurrentLM or the DiffusionBlocks of one, "
-            f"got {type(network).__name__}; see dblocks.models"
-        )
+    network, sizes = _network_of(model, cache)
     max_new_tokens = check_count("max_new_tokens", max_new_tokens)
     choice = Choice(temperature, top_k, top_p)
     if stop_token is not None and not 0 <= stop_token < sizes.vocab_size:
         raise ValueError(f"stop_token must be in 0..{sizes.vocab_size - 1}, got {stop_token}")
-    device = next(network.parameters()).device
     rows = _prompt_rows(prompts, sizes.vocab_size)
     longest = max(map(len, rows))
     if longest + max_new_tokens > sizes.context:
@@ -158,85 +150,88 @@ def stream(
             "prompt and new tokens must fit in the context of "
             f"{sizes.context} tokens, got {longest} and {max_new_tokens}; shorten one"
         )
-    k = network.block_size if isinstance(network, LanguageModel) and network is not model else 1
+    check_sampler(sampler)
+    k = cast(CausalNetwork, network).block_size if network is not model else 1
     # Blocks of tokens are written whole, the last one too.
     capacity = longest + -(-max_new_tokens // k) * k
-    slots = Slots([len(row) for row in rows], capacity, device, k)
+    slots = Slots([len(row) for row in rows], capacity, next(network.parameters()).device, k)
     if product:
-        _check_product(model, network, num_steps, sigmas)
-    if isinstance(model, DiffusionBlocks):
-        levels = levels_of(grid_of(model, num_steps, sigmas))
-        # One step is asked for as what it is, the top block alone; other grids may skip by mistake.
-        blocks = [0] if num_steps == 1 else blocks_of(model, levels)
-        if product:
-            blocks = list(range(model.config.num_blocks))
-            levels = levels[:1].expand(len(blocks))
-        if isinstance(network, LanguageModel):
-            writer = BlockWriter(model, levels, blocks, slots, cache=cache, product=product)
-        else:
-            writer = WholeWriter(model, levels, blocks, slots, product=product)
-    elif sigmas is not None:
-        raise ValueError(
-            f"sigmas must be None for a plain {type(network).__name__}, which has no noise levels, "
-            f"got {sigmas}; leave them out"
-        )
+        _check_product(model, network, num_steps, sigmas, sampler)
+    if network is model:
+        writer = _plain_writer(network, slots, num_steps, sigmas, cache, sampler)
     else:
-        plain = cast(LanguageModel, network)
-        writer = PlainWriter(plain, plain.plain_steps(num_steps), slots, cache=cache)
-    if generator is not None and generator.device.type != "cpu":
-        raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
-    seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
+        writer = _block_writer(model, slots, num_steps, sigmas, cache, product, sampler)
+    seed = draw_seed(generator)
     tokens = torch.zeros(len(rows), slots.capacity, dtype=torch.int64)
     for row, given in zip(tokens, rows, strict=True):
         row[: len(given)] = given
     stride = sizes.context + k - 1  # rows of noise between one prompt's and the next one's
-    written = _steps(writer, tokens.to(device), slots, choice, seed, stop_token, stride)
+    written = _steps(writer, tokens.to(slots.device), slots, choice, seed, stop_token, stride)
     return islice(written, max_new_tokens)
 
 
-class Choice:
-    """How a token is chosen from logits.
+def _network_of(model: Any, cache: bool) -> tuple[Any, TokenSizes]:
+    """The network whose text is written, `model` itself where it is no blocks, and its sizes."""
+    in_blocks = isinstance(model, DiffusionBlocks)
+    network = model.base_model if in_blocks else model
+    if not isinstance(network, CausalNetwork if in_blocks else NextTokenNetwork):
+        raise TypeError(
+            "model must be a CausalLM, a RecurrentLM or the DiffusionBlocks of one, "
+            f"got {type(network).__name__}; see dblocks.models, or dblocks.sampling.interface for "
+            "what a network of your own needs"
+        )
+    if in_blocks and cache and not isinstance(network, CachedNetwork):
+        raise ValueError(
+            "cache must be False for the blocks of a converted model, whose keys and values "
+            "are not kept, got True; the model itself has generate() of its own"
+        )
+    return network, network.sizes
 
-    Args:
-        temperature: what logits are divided by; 0 takes the most likely token.
-        top_k: how many tokens are kept.
-        top_p: probability that the tokens that are kept must reach.
-    """
 
-    def __init__(
-        self, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-    ) -> None:
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
-        if top_k is not None:
-            top_k = check_count("top_k", top_k)
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
+def _block_writer(
+    model: DiffusionBlocks,
+    slots: Slots,
+    num_steps: int | None,
+    sigmas: Tensor | Sequence[float] | None,
+    cache: bool,
+    product: bool,
+    sampler: Sampler,
+) -> Writer:
+    levels = levels_of(grid_of(model, num_steps, sigmas))
+    if product:
+        blocks = list(range(model.config.num_blocks))
+    else:
+        # One step is asked for as what it is, the top block alone; others may skip by mistake.
+        blocks = [0] if num_steps == 1 else blocks_of(model, levels, stacklevel=4)
+    if isinstance(model.base_model, CachedNetwork):
+        rows = CachedRows(model, blocks, slots, cache=cache)
+    else:
+        rows = WholeRows(model, slots)
+    if product:
+        return ProductWriter(model, rows)
+    return StepWriter(model, rows, levels, blocks, sampler)
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """What tokens are drawn from, float64 [N, V], of logits [N, V]; temperature is not 0."""
-        logits = logits.double() / self.temperature
-        if self.top_k is not None:
-            kth = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < kth, -math.inf)
-        probabilities = logits.softmax(-1)
-        if self.top_p is None:
-            return probabilities
-        ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
-        # A token is kept if those before it do not reach top_p: the first always is.
-        kept = ordered.cumsum(-1) - ordered < self.top_p
-        return torch.zeros_like(ordered).scatter(-1, index, ordered * kept)
 
-    def token(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """The token that each uniform number in (0, 1), float64 [N], picks; int64 [N]."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        # Of the cumulative distribution: unlike torch.multinomial, a row at a time.
-        cdf = self.probabilities(logits).cumsum(-1)
-        return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+def _plain_writer(
+    model: Any,
+    slots: Slots,
+    num_steps: int | None,
+    sigmas: Tensor | Sequence[float] | None,
+    cache: bool,
+    sampler: Sampler,
+) -> Writer:
+    kind = type(model).__name__
+    if sigmas is not None:
+        raise ValueError(
+            f"sigmas must be None for a plain {kind}, which has no noise levels, "
+            f"got {sigmas}; leave them out"
+        )
+    if sampler != "euler":
+        raise ValueError(
+            f"sampler must be 'euler', the default, for a plain {kind}, which has no noise levels, "
+            f"got {sampler!r}; leave it out"
+        )
+    return PlainWriter(model, model.plain_steps(num_steps), slots, cache=cache)
 
 
 @torch.no_grad()
@@ -251,14 +246,15 @@ def _steps(
 ) -> Iterator[Tensor]:
     """Writes into `tokens` [N, capacity] from the end of the longest prompt on."""
     first, new = slots.prompt, slots.capacity - slots.prompt
-    count, width = writer.noise_shape
-    noise = _noise(len(tokens), count, stride, width + 1, seed, tokens.device)
-    uniform = torch.special.ndtr(noise[:, :, -1].double())
+    N, (count, width) = len(tokens), writer.noise_shape
+    noise = _noise(N, count, stride, width, seed, tokens.device)
+    uniform = [uniforms((new,), seed, tokens.device, offset=n * stride) for n in range(N)]
+    uniform = torch.stack(uniform)
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for j in range(new):
         place = j % slots.block_size
         if place == 0:
-            logits = writer.next_logits(tokens[:, : first + j], noise[:, :, :-1], j)
+            logits = writer.next_logits(tokens[:, : first + j], noise, j)
         token = choice.token(logits[:, place], uniform[:, j])
         if stop_token is not None:
             token = torch.where(finished, stop_token, token)
@@ -269,7 +265,9 @@ def _steps(
             return
 
 
-def _check_product(model: object, network: object, num_steps: object, sigmas: object) -> None:
+def _check_product(
+    model: object, network: object, num_steps: object, sigmas: object, sampler: str
+) -> None:
     if not isinstance(model, DiffusionBlocks):
         raise ValueError(
             "product must be False for all but blocks, of which it is the product, "
@@ -279,6 +277,11 @@ def _check_product(model: object, network: object, num_steps: object, sigmas: ob
         raise ValueError(
             "product calls every block once, at sigma_max, so num_steps and sigmas must be None, "
             f"got {num_steps} and {sigmas}"
+        )
+    if sampler != "euler":
+        raise ValueError(
+            "product takes no steps from level to level, so sampler must be 'euler', the default, "
+            f"got {sampler!r}; leave it out"
         )
     check_trained_at_top(model)
 

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from dblocks.blocks import DiffusionBlocks, unwrapped
 from dblocks.blocks.targets.token_batch import TokenSizes, check_tokens
-from dblocks.integrations.convert.masked_lm import ConvertedMaskedLM
-from dblocks.models.masked_lm import MaskedLM
-from dblocks.sampling.text import Choice
-from dblocks.schedules.mask import MASKED, MaskSchedule, uniforms
+from dblocks.sampling.choice import Choice
+from dblocks.sampling.interface import TokenNetwork
+from dblocks.schedules import MASKED, MaskSchedule
+from dblocks.schedules.random import draw_seed, uniforms
 
 Callback = Callable[[dict[str, Any]], object]
-MAX_SEED = 2**63 - 1
 
 
 class Written(NamedTuple):
@@ -53,10 +52,10 @@ def unmask(
     beforehand, with one uniform number a token: a step runs only the sequences in which it unmasks
     something, and a step that unmasks nothing calls no network.
 
-    Tokens that are given never change. A sequence with a part to write begins at the t whose masked
-    share is that part, since that is what a model that was trained on whole texts has learned for
+    Tokens that are given never change. A sequence with a part to write begins at the t whose mask
+    ratio is that part, since that is what a model that was trained on whole texts has learned for
     as many gaps; from there its steps divide the way to 0 as those of a wholly masked one. A model
-    that was trained with a `loss_mask` has learned shares of the tokens to write:
+    that was trained with a `loss_mask` has learned mask ratios of the tokens to write:
     `share_of="gaps"` begins at t = 1.
 
     What is written depends on the generator's state, on the sequence, and on its place in the
@@ -68,7 +67,7 @@ def unmask(
         tokens: int64 [N, T]: those given, and `MASKED` where to write.
         num_steps: steps; by default T, so that about one token is unmasked a step.
         kind: their spacing, see `MaskSchedule.steps`.
-        share_of: of what t tells the masked share, all tokens or those to write.
+        share_of: of what t tells the mask ratio, all tokens or those to write.
         temperature: what logits are divided by; 0 takes the most likely token.
         top_k: keep only as many most likely tokens.
         top_p: then keep only the fewest most likely tokens whose probabilities sum to at least
@@ -95,16 +94,13 @@ def unmask(
         raise ValueError(f"tokens must be at most context={sizes.context} long, got {T}; cut them")
     if share_of not in ("tokens", "gaps"):
         raise ValueError(f"share_of must be 'tokens' or 'gaps', got {share_of!r}")
-    if generator is not None and generator.device.type != "cpu":
-        raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
-    seed = int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
-    u, picks = _uniforms(N, T, sizes.context, seed)
+    u, picks = _uniforms(N, T, sizes.context, draw_seed(generator))
     # On the CPU: which rows a step runs must be known here.
     gaps = tokens.cpu() == MASKED
     share = _share(gaps) if share_of == "tokens" else torch.ones(N, 1, dtype=torch.float64)
     levels = _levels(schedule, share, schedule.steps(T if num_steps is None else num_steps, kind))
     owners = schedule.block_of(levels, blocks.config.num_blocks)
-    # A gap is masked at a time while its number is below the share there, as in training.
+    # A gap is masked at a time while its number is below the mask ratio there, as in training.
     step_of = (u[:, None] < schedule.masked(levels)[:, :, None] / share[..., None]).sum(1) - 1
     step_of = torch.where(gaps, step_of, -1)
     device = next(blocks.parameters()).device
@@ -129,16 +125,13 @@ def unmask(
 def _parts_of(model: Any) -> tuple[DiffusionBlocks, TokenSizes, MaskSchedule]:
     blocks = unwrapped(model)
     network = blocks.base_model if isinstance(blocks, DiffusionBlocks) else blocks
-    known = isinstance(network, (MaskedLM, ConvertedMaskedLM))
-    if not (isinstance(blocks, DiffusionBlocks) and known):
+    masked = isinstance(blocks, DiffusionBlocks) and blocks.config.schedule.corruption == "masks"
+    if not (masked and isinstance(network, TokenNetwork)):
         raise TypeError(
             "model must be the DiffusionBlocks of a MaskedLM, "
             f"got {'that of a ' if network is not blocks else 'a '}{type(network).__name__}"
         )
-    schedule = blocks.config.schedule
-    assert isinstance(schedule, MaskSchedule)  # DiffusionBlocks checked it
-    sizes = network.config if isinstance(network, MaskedLM) else network.sizes
-    return blocks, sizes, schedule
+    return blocks, network.sizes, blocks.config.mask_schedule
 
 
 def _uniforms(N: int, T: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -155,5 +148,5 @@ def _share(gaps: Tensor) -> Tensor:
 
 
 def _levels(schedule: MaskSchedule, share: Tensor, grid: Tensor) -> Tensor:
-    """The times of each sequence, float64 [N, steps]: of the grid's shares times its own [N, 1]."""
+    """The times of each sequence, float64 [N, steps]: of the grid's ratios times its own [N, 1]."""
     return torch.where(share == 1, grid, schedule.time_at(share * schedule.masked(grid)))

@@ -1,23 +1,29 @@
-"""What training, prediction and sampling ask of a schedule."""
+"""What training, prediction and sampling ask of a schedule; the registry that JSON reads."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dblocks import functional as F
+from dblocks.config import JsonConfig
+
+OVERLAP = 0.05  # gamma; Shing et al. 2026
 
 
 class Schedule(Protocol):
     """What training, prediction and sampling ask of a schedule: how a target is corrupted.
 
-    `NoiseSchedule` adds Gaussian noise of deviation sigma, `MaskSchedule` masks tokens at time t.
-    What is called sigma here is the level of either.
+    An `EDMSchedule` adds Gaussian noise of standard deviation sigma, a `MaskSchedule` masks tokens
+    at time t. What is called sigma here is the level of either.
     """
 
+    corruption: ClassVar[Literal["noise", "masks"]]
+    """What a level is a level of."""
     symbol: ClassVar[str]
     """What a level is called."""
     loss_kinds: ClassVar[tuple[str, ...]]
@@ -72,3 +78,80 @@ class Schedule(Protocol):
     ) -> Tensor:
         """The weight of a loss at levels that `sample` drew with these arguments."""
         ...
+
+
+# By the name that is written into JSON; the first one is read where JSON gives no name.
+SCHEDULES: dict[str, type[JsonConfig]] = {}
+
+ScheduleType = TypeVar("ScheduleType", bound=type[JsonConfig])
+
+
+def register(schedule: ScheduleType) -> ScheduleType:
+    """Lets `BlocksConfig` read a schedule from JSON by its class name; a class decorator.
+
+    Args:
+        schedule: a frozen dataclass that derives from `JsonConfig` and has the members of
+            `Schedule`, such as a subclass of `EDMSchedule`.
+
+    Raises:
+        ValueError: another class is registered by this name.
+    """
+    name = schedule.__name__
+    known = SCHEDULES.setdefault(name, schedule)
+    # A module that is reloaded registers its class again.
+    if (known.__module__, known.__qualname__) != (schedule.__module__, schedule.__qualname__):
+        raise ValueError(
+            f"a schedule's class name must be one that is not registered, got {name!r}, which is "
+            f"{known.__module__}.{known.__qualname__}; rename the class"
+        )
+    SCHEDULES[name] = schedule
+    return schedule
+
+
+# What schedules share
+
+
+def owner_of(levels: Tensor, boundaries: Tensor, symbol: str) -> Tensor:
+    """The number of inner boundaries >= each level, compared in the levels' dtype (not float64)."""
+    if not levels.is_floating_point():
+        raise TypeError(f"{symbol} must be floating point, got {levels.dtype}")
+    if levels.dtype == torch.float64:
+        levels = levels.float()
+    inner = boundaries[1:-1].to(device=levels.device, dtype=levels.dtype)
+    return (inner >= levels[..., None]).sum(-1)
+
+
+def with_top(levels: Tensor, top: float, share: float, generator: torch.Generator | None) -> Tensor:
+    """float32 `levels`, each with probability `share` replaced by the highest level `top`."""
+    if share == 0:
+        return levels
+    uniform = torch.rand(levels.shape, generator=generator, device=levels.device)
+    return levels.masked_fill(uniform < share, _float32_at_most(top))
+
+
+def clamp_inside(levels: Tensor, lo: float, hi: float) -> Tensor:
+    """float32 `levels`, clamped to the float32 numbers in [lo, hi]."""
+    return levels.clamp(_float32_at_least(lo), _float32_at_most(hi))
+
+
+def computed(x: Tensor) -> Tensor:
+    """`x` in the dtype of the arithmetic: float64 for float64, else float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _float32_at_most(value: float) -> float:
+    rounded = _float32(value)
+    if rounded.item() > value:
+        rounded = torch.nextafter(rounded, _float32(0.0))
+    return rounded.item()
+
+
+def _float32_at_least(value: float) -> float:
+    rounded = _float32(value)
+    if rounded.item() < value:
+        rounded = torch.nextafter(rounded, _float32(math.inf))
+    return rounded.item()
+
+
+def _float32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")

@@ -1,4 +1,4 @@
-"""Levels of masks: how much of a sequence of tokens is masked, its partition, sampling grids.
+"""Levels of masking: how much of a sequence of tokens is masked, its partition, sampling grids.
 
 Time t runs from 0, nothing masked, to 1, all masked. Block 0 owns the most masked levels. As in
 `dblocks.schedules.noise`, boundaries are float64 on the CPU, and only drawing touches a device.
@@ -9,18 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dblocks import functional as F
 from dblocks.config import JsonConfig, check_block, check_count, check_overlap, check_share
-from dblocks.schedules.noise import OVERLAP, clamp_inside, computed, owner_of, with_top
+from dblocks.schedules.base import (
+    OVERLAP,
+    clamp_inside,
+    computed,
+    owner_of,
+    register,
+    with_top,
+)
+from dblocks.schedules.random import uniforms
 
 MASKED = -1  # in the place of a token that is masked
-# No t below is drawn: the weight 1/masked(t) stays a float32, and what of the bound is left out is
-# at most 1.6e-6 of what the tokens cost with nothing masked around them.
+# No t below is drawn, so that the weight 1/masked(t) stays a float32. Truncating the bound here
+# drops at most 1.6e-6 of the cross-entropy at t = 0.
 T_MIN = 1e-6
 
 ScheduleKind = Literal["linear", "cosine", "poly2"]
@@ -42,6 +50,7 @@ class MaskLevel(NamedTuple):
     about that of `ln(sigma)/4` for Gaussian noise. It does not depend on the kind of schedule."""
 
 
+@register
 @dataclass(frozen=True)
 class MaskSchedule(JsonConfig):
     """Tokens are masked independently of each other, with probability 1 - alpha(t) at time t.
@@ -54,12 +63,12 @@ class MaskSchedule(JsonConfig):
 
         int_0^1 -alpha'(t)/(1 - alpha(t)) E[sum over masked tokens of -ln p(token | the others)] dt
 
-    and blocks share it by equal decrements of alpha: block b owns those t whose masked share lies
-    in ((B-1-b)/B, (B-b)/B].
+    and blocks share it by equal decrements of alpha: block b owns those t whose mask ratio lies in
+    ((B-1-b)/B, (B-b)/B].
 
     With `draw="alpha"` training draws alpha uniformly and the kind of schedule changes nothing but
-    the names of the levels, as a network is told the masked share and not t. With `draw="t"` it
-    decides how often a share is seen in training: cosine favours many masked tokens, poly2 few.
+    the names of the levels, as a network is told the mask ratio and not t. With `draw="t"` it
+    decides how often a ratio is seen in training: cosine favours many masked tokens, poly2 few.
     Either way the expected weighted loss is the same bound.
 
     Source: Shi et al. 2024 (MD4), arXiv 2406.04329; Sahoo et al. 2024 (MDLM), arXiv 2406.07524.
@@ -70,6 +79,7 @@ class MaskSchedule(JsonConfig):
     draw: Literal["alpha", "t"] = "alpha"
     """What training draws uniformly inside a block: alpha or t."""
 
+    corruption: ClassVar[Literal["noise", "masks"]] = "masks"
     symbol: ClassVar[str] = "t"
     loss_kinds: ClassVar[tuple[str, ...]] = ("masked_cross_entropy",)
     weightings: ClassVar[tuple[str, ...]] = ("auto", "none")
@@ -81,7 +91,7 @@ class MaskSchedule(JsonConfig):
             raise ValueError(f"draw must be one of {DRAWS}, got {self.draw!r}")
 
     def masked(self, t: Tensor) -> Tensor:
-        """The masked share 1 - alpha(t), without cancellation; float32 (float64 for float64)."""
+        """The mask ratio 1 - alpha(t), without cancellation; float32 (float64 for float64)."""
         t = computed(t)
         if self.kind == "linear":
             return t
@@ -108,7 +118,7 @@ class MaskSchedule(JsonConfig):
         return self.time_at(1 - computed(alpha))
 
     def time_at(self, masked: Tensor) -> Tensor:
-        """The t in [0, 1] at which the masked share is `masked` in [0, 1]."""
+        """The t in [0, 1] at which the mask ratio is `masked` in [0, 1]."""
         masked = computed(masked)
         if self.kind == "linear":
             return masked
@@ -136,7 +146,7 @@ class MaskSchedule(JsonConfig):
 
         Its own range of alpha, widened by `overlap/B` at each end and clamped to [0, 1].
         """
-        low, high = self._shares(block, num_blocks, overlap)
+        low, high = self._ratios(block, num_blocks, overlap)
         return self._time(low), self._time(high)
 
     def sample(
@@ -181,7 +191,7 @@ class MaskSchedule(JsonConfig):
         if self.draw == "t":
             t = low + (high - low) * place
         else:
-            first, last = self._shares(block, num_blocks, overlap)
+            first, last = self._ratios(block, num_blocks, overlap)
             t = self.time_at(first + (last - first) * place)
         t = clamp_inside(t.float(), max(low, T_MIN), high)
         return with_top(t, 1.0, top_share, generator)
@@ -241,8 +251,8 @@ class MaskSchedule(JsonConfig):
     def corrupt(self, y: Tensor, level: MaskLevel, seed: int | Tensor) -> F.Noised:
         """Masks tokens: `z = where(u < masked, MASKED, y)`, and z again.
 
-        u is uniform and a function of the seed and of the token's number in y alone: the
-        distribution function of the normals of `functional.noise_inject`, so that all t share it.
+        u is uniform and a function of the seed and of the token's number in y alone, so that all t
+        share it; see `dblocks.schedules.random.uniforms`.
 
         Args:
             y: tokens, int64 [N, T].
@@ -266,13 +276,13 @@ class MaskSchedule(JsonConfig):
         overlap the blocks' bounds sum to the whole one.
         """
         if self.draw == "alpha":
-            low, high = self._shares(block, num_blocks, overlap)
+            low, high = self._ratios(block, num_blocks, overlap)
             return (high - low) / self.masked(t)
         low, high = self.range_of(block, num_blocks, overlap=overlap)
         return -(high - low) * self.alpha_prime(t) / self.masked(t)
 
-    def _shares(self, block: int, num_blocks: int, overlap: float) -> tuple[float, float]:
-        """The smallest and largest masked share of a block's widened range."""
+    def _ratios(self, block: int, num_blocks: int, overlap: float) -> tuple[float, float]:
+        """The smallest and largest mask ratio of a block's widened range."""
         num_blocks = check_count("num_blocks", num_blocks)
         block = check_block(block, num_blocks)
         check_overlap(overlap)
@@ -283,20 +293,3 @@ class MaskSchedule(JsonConfig):
         if self.kind == "linear":
             return masked
         return math.sqrt(masked) if self.kind == "poly2" else 2 / math.pi * math.asin(masked)
-
-
-def uniforms(
-    shape: Sequence[int], seed: int | Tensor, device: torch.device | str = "cpu", *, offset: int = 0
-) -> Tensor:
-    """Uniform numbers in (0, 1), float64, that are functions of the seed and their number alone.
-
-    Args:
-        shape: their shape.
-        seed: an int of 64 bits, or a 0-d int64 tensor on the device.
-        device: where they are made.
-        offset: number of the first one.
-    """
-    zeros = torch.zeros(1, math.prod(shape), device=device, dtype=torch.float32)
-    one = torch.ones((), device=device, dtype=torch.float32)
-    normals = F.noise_inject(zeros, one, seed, offset=offset).z
-    return torch.special.ndtr(cast(Tensor, normals).double()).view(tuple(shape))

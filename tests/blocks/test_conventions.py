@@ -18,7 +18,7 @@ from dblocks.blocks import unwrapped
 from dblocks.blocks.memory import SavedActivations
 from dblocks.models.dit import generate_images
 from dblocks.models.vit import classify
-from dblocks.sampling.text import generate
+from dblocks.sampling import generate
 from tools import DEVICE, batch, randomized, seeded, vit
 
 NETWORKS = ("vit", "dit", "causal_lm")

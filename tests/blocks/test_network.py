@@ -17,7 +17,7 @@ from dblocks.blocks import (
     trained_at_top,
 )
 from dblocks.nn import NoiseEmbedding
-from dblocks.sampling.euler import initial_noise, sample_euler
+from dblocks.sampling import initial_noise, sample_euler
 from dblocks.schedules import MaskSchedule, NoiseSchedule
 from tools import DEVICE, batch, normal, randomized, seeded, vit
 

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib import import_module
 
 import pytest
@@ -8,7 +9,15 @@ import torch
 from dit_tools import blocks_of, some_labels
 from hub_tools import library
 
-from dblocks import NoiseSchedule, initial_noise, sample_euler
+from dblocks import (
+    CosineNoiseSchedule,
+    LogUniformNoiseSchedule,
+    MaskSchedule,
+    NoiseSchedule,
+    initial_noise,
+    sample_euler,
+    sample_heun,
+)
 from tools import DEVICE, ROOT, normal, seeded
 
 diffusers = library("diffusers")
@@ -293,3 +302,69 @@ except ImportError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "needs the package diffusers" in done.stdout, done.stderr
     assert "pip install 'dblocks[hf]'" in done.stdout
+
+
+# Heun's method and other densities
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_calls_are_those_of_sample_heun_bit_for_bit(num_steps):
+    model, z = blocks_of(), noise()
+    scheduler = DiffusionBlocksScheduler(sampler="heun")
+    scheduler.set_timesteps(num_steps)
+    sigmas = NoiseSchedule().steps(num_steps)
+    of_calls = [s for i, s in enumerate(sigmas.tolist()) for _ in range(2 if i else 1)]
+    assert scheduler.timesteps.tolist() == torch.tensor(of_calls).tolist()
+    assert (scheduler.order, scheduler.num_inference_steps) == (2, num_steps)
+    seen = []
+    options = {"callback": seen.append, "labels": some_labels()}
+    with pytest.warns(UserWarning, match="call no") if num_steps < 3 else nullcontext():
+        expected = sample_heun(model, z, sigmas, **options)
+    states, denoised = loop(scheduler, model, z, labels=some_labels())
+    assert torch.equal(denoised, expected)
+    assert all(torch.equal(x, info["x"]) for x, info in zip(states[::2], seen, strict=True))
+
+
+def test_heun_may_begin_in_the_middle():
+    """As diffusers' pipelines do: at the number of the step times the order."""
+    model, z = blocks_of(), 3 * noise() / 80
+    sigmas = [3.0, 0.5, 0.1, 0.01]
+    expected = sample_heun(model, z, sigmas, labels=some_labels())
+    scheduler = DiffusionBlocksScheduler(sampler="heun")
+    for begin in (None, 2 * scheduler.order):
+        scheduler.set_timesteps(sigmas=[80.0, 9.0, *sigmas])
+        if begin is not None:
+            scheduler.set_begin_index(begin)
+        x = z
+        for t in scheduler.timesteps[2 * scheduler.order :]:
+            with torch.no_grad():
+                x = scheduler.step(model(x, t, labels=some_labels()), t, x).prev_sample
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("density", [CosineNoiseSchedule, LogUniformNoiseSchedule])
+def test_other_densities(density, tmp_path):
+    schedule = density(sigma_max=20.0, partition=(2.0, 0.3))
+    scheduler = DiffusionBlocksScheduler.from_schedule(schedule, sampler="heun")
+    scheduler.save_pretrained(tmp_path)
+    for each in (scheduler, DiffusionBlocksScheduler.from_pretrained(tmp_path)):
+        assert each.noise_schedule == schedule
+        assert each.order == 2
+        each.set_timesteps(5)
+        assert torch.equal(each.sigmas, schedule.steps(5))
+
+
+def test_schedules_that_a_config_does_not_hold():
+    @dataclass(frozen=True)
+    class Sharper(CosineNoiseSchedule):
+        power: float = 2.0
+
+    with pytest.raises(ValueError, match=r"got a Sharper with \['power'\]; call set_timesteps"):
+        DiffusionBlocksScheduler.from_schedule(Sharper())
+    with pytest.raises(TypeError, match=r"noise levels, got a MaskSchedule; .* dblocks\.unmask"):
+        DiffusionBlocksScheduler.from_schedule(MaskSchedule())
+    for density in ("Sharp", "MaskSchedule"):
+        with pytest.raises(ValueError, match=rf"one of \['Noise.*, got '{density}'; see"):
+            DiffusionBlocksScheduler(density=density)
+    with pytest.raises(ValueError, match=r"sampler must be one of .*, got 'dpm'"):
+        DiffusionBlocksScheduler(sampler="dpm")

@@ -9,7 +9,7 @@ from torch import nn
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, L2Target
 from dblocks.models.dit import DiTConfig, generate_images
 from dblocks.models.patches import sincos_positions, unpatchify
-from dblocks.sampling.euler import initial_noise, sample_euler, sampling_cost
+from dblocks.sampling import initial_noise, sample_euler, sampling_cost
 from tools import DEVICE, seeded
 
 # Patches and positions

@@ -9,8 +9,7 @@ from masked_tools import SIZES, blocks_of, lm_of, tokens_of
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.checkpoint import load_model, save_model
 from dblocks.models import MaskedLMConfig
-from dblocks.sampling.masked_likelihood import bound_terms
-from dblocks.sampling.unmasking import unmask
+from dblocks.sampling import bound_terms, unmask
 from dblocks.schedules import MASKED, MaskSchedule
 from tools import DEVICE, randomized, seeded
 

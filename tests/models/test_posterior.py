@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models.language_model import Hidden
 from dblocks.models.vit import Hidden as ViTHidden
-from dblocks.schedules.noise import SIGMA_MAX, SIGMA_MIN, NoiseSchedule
+from dblocks.schedules import NoiseSchedule
+from dblocks.schedules.noise import SIGMA_MAX, SIGMA_MIN
 from lm_tools import SINGLE, lm_of, recurrent_of, tokens_of
 from tools import DEVICE, normal, randomized, seeded, vit
 

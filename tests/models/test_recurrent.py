@@ -14,7 +14,7 @@ from dblocks.models.recurrent import (
     initial_state,
 )
 from dblocks.nn import rotary_of
-from dblocks.sampling.euler import initial_noise, sample_logits
+from dblocks.sampling import initial_noise, sample_logits
 from dblocks.schedules import NoiseSchedule
 from lm_tools import (
     CLOSE,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.sampling.likelihood import denoising_bound, next_token_nll, product_nll
+from dblocks.sampling import denoising_bound, next_token_nll, product_nll
 from lm_tools import CLOSE, SINGLE, lm_of, recurrent_of, tokens_of
 from tools import DEVICE, normal, randomized, seeded
 

@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.models.vit import ViT, ViTConfig, classify
 from dblocks.nn import LabelEmbedding
-from dblocks.sampling.euler import initial_noise, product_logits, sample_logits
+from dblocks.sampling import initial_noise, product_logits, sample_logits
 from tools import DEVICE, randomized, seeded
 
 KINDS = ("dit", "official", "none")

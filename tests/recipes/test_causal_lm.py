@@ -10,7 +10,7 @@ from dblocks.recipes.causal_lm import GPU, PUBLISHED, CausalLMRun
 from dblocks.recipes.data.text import Characters, Text, load_corpus, scored_windows
 from dblocks.recipes.records import train
 from dblocks.recipes.text_run import NOISE_SEED, PROMPT, SAMPLES, continuations
-from dblocks.sampling.likelihood import next_token_nll, product_nll
+from dblocks.sampling import next_token_nll, product_nll
 
 SIZES = {"width": 16, "depth": 3, "heads": 2, "context": 20, "batch_size": 4}
 

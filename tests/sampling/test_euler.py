@@ -4,7 +4,7 @@ import torch
 from dblocks import functional as F
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models import ViT, ViTConfig
-from dblocks.sampling.euler import initial_noise, sample_euler, sample_logits
+from dblocks.sampling import initial_noise, sample_euler, sample_logits
 from dblocks.schedules import NoiseSchedule
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

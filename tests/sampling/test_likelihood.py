@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models import CausalLM, CausalLMConfig
 from dblocks.models.language_model import Hidden
-from dblocks.sampling.likelihood import _variance, denoising_bound, next_token_nll, product_nll
+from dblocks.sampling import denoising_bound, next_token_nll, product_nll
+from dblocks.sampling.likelihood import _variance
 from dblocks.schedules import NoiseSchedule
 from lm_tools import SINGLE, blocks_of, lm_of, recurrent_blocks_of, recurrent_of, tokens_of
 from tools import DEVICE, randomized, seeded, vit

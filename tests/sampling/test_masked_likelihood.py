@@ -10,7 +10,7 @@ from masked_tools import blocks_of, distribution_of, exact_of, independent_of, l
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.recipes.data.text import Text, consecutive_windows
 from dblocks.recipes.metrics.masked import bits_per_character
-from dblocks.sampling.masked_likelihood import bound_terms, points_for
+from dblocks.sampling import bound_terms, points_for
 from dblocks.schedules.mask import DRAWS, KINDS, MASKED, MaskSchedule
 from tools import DEVICE, seeded, vit
 
@@ -148,7 +148,7 @@ def test_arguments_are_checked():
     assert [points_for(b) for b in (1, 3, 5, 12, 13)] == [12, 12, 15, 12, 13]
     with pytest.raises(ValueError, match=r"points must be a multiple of .* blocks, 3, got 4"):
         bound_terms(blocks_of(3), tokens_of(), points=4)
-    with pytest.raises(TypeError, match="the bound needs a MaskSchedule, got a NoiseSchedule"):
+    with pytest.raises(TypeError, match="blocks with a MaskSchedule, got a NoiseSchedule"):
         bound_terms(DiffusionBlocks(vit(), BlocksConfig(2)), tokens_of())
     with pytest.raises(ValueError, match=r"loss_kind of MaskedLM must be one of .*'l2'"):
         DiffusionBlocks(lm_of(), BlocksConfig(2))

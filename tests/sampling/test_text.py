@@ -11,9 +11,9 @@ from dblocks import functional as F
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import load_model, save_model
 from dblocks.models import CausalLM, CausalLMConfig, ViT, ViTConfig
+from dblocks.sampling import generate, sample_logits, stream
 from dblocks.sampling.cache import KVCache, Slots
-from dblocks.sampling.euler import sample_logits
-from dblocks.sampling.text import Choice, generate, stream
+from dblocks.sampling.choice import Choice
 from lm_tools import PUBLISHED
 from tools import DEVICE, normal, randomized, seeded
 
@@ -103,10 +103,10 @@ def test_generation_is_euler_from_noise(num_steps, shared):
             model, [prompt], seed, max_new_tokens=1, num_steps=num_steps, temperature=0.0
         )
         drawn = int(torch.randint(2**63 - 1, (), generator=seeded(seed)))
-        zeros, one = torch.zeros(1, 17, device=DEVICE), torch.ones((), device=DEVICE)
+        zeros, one = torch.zeros(1, 16, device=DEVICE), torch.ones((), device=DEVICE)
         eps = F.noise_inject(zeros, one, drawn).z
         z = torch.zeros(1, 4, 16, device=DEVICE)
-        z[:, -1] = 80 * eps[:, :16]
+        z[:, -1] = 80 * eps
         tokens = torch.tensor([[*prompt, 0]], device=DEVICE)
         if num_steps == 1:
             logits = model.logits(z, 80.0, block=0, tokens=tokens)

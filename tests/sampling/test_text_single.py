@@ -9,10 +9,9 @@ from dblocks import functional as F
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models.causal_lm import Context
 from dblocks.nn import rotary_of
-from dblocks.sampling import likelihood
+from dblocks.sampling import generate, likelihood, next_token_nll, product_nll, stream
 from dblocks.sampling import text as writing
-from dblocks.sampling.likelihood import next_token_nll, product_nll
-from dblocks.sampling.text import Choice, generate, stream
+from dblocks.sampling.choice import Choice
 from dblocks.schedules import NoiseSchedule
 from lm_tools import CLOSE, SINGLE, lm_of, recurrent_of
 from tools import DEVICE, randomized, seeded
@@ -54,9 +53,9 @@ def written(model, prompts=PROMPTS, seed=0, **options):
 def noise_of(n, rows, k=1, seed=0):
     """The normals [1, rows, 16] of the positions of sample n."""
     drawn = int(torch.randint(2**63 - 1, (), generator=seeded(seed)))
-    zeros, offset = torch.zeros(1, rows * 17, device=DEVICE), n * (CONTEXT + k - 1) * 17
+    zeros, offset = torch.zeros(1, rows * 16, device=DEVICE), n * (CONTEXT + k - 1) * 16
     one = torch.ones((), device=DEVICE)
-    return F.noise_inject(zeros, one, drawn, offset=offset).z.view(1, rows, 17)[..., :16]
+    return F.noise_inject(zeros, one, drawn, offset=offset).z.view(1, rows, 16)
 
 
 CASES = st.fixed_dictionaries(

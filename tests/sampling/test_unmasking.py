@@ -5,7 +5,7 @@ import torch
 from masked_tools import blocks_of, distribution_of, exact_of, independent_of, lm_of, tokens_of
 from scipy import stats
 
-from dblocks.sampling.unmasking import unmask
+from dblocks.sampling import unmask
 from dblocks.schedules import MASKED, MaskSchedule
 from tools import DEVICE, seeded, vit
 

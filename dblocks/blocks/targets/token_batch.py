@@ -14,7 +14,7 @@ from dblocks.nn import Attend
 
 
 class TokenSizes(Protocol):
-    """What of a model's config the checks need."""
+    """What the checks of tokens need."""
 
     @property
     def vocab_size(self) -> int:

@@ -20,8 +20,6 @@ from dblocks.integrations.convert.causal_lm import Rows
 from dblocks.integrations.convert.find import find_layers
 from dblocks.integrations.convert.network import Converted
 from dblocks.ops._autograd import apply, first_order
-from dblocks.schedules.mask import MaskSchedule
-from dblocks.schedules.noise import NoiseSchedule
 
 Task = Literal["classes", "tokens", "images"]
 LIBRARIES = ("transformers", "timm", "diffusers")
@@ -67,7 +65,7 @@ class ConvertedBlocks(DiffusionBlocks):
         others without gradients still; so this graph is gone when that of denoising is made.
         """
         schedule, z = self.config.schedule, None
-        if isinstance(schedule, MaskSchedule):
+        if schedule.corruption == "masks":
             y = self.base_model.target.embed(self.base_model.target.check(batch))
             z = schedule.corrupt(y, schedule.level(draw.sigma), draw.seed).z
         first, last = self.layer_ranges[block]
@@ -216,7 +214,8 @@ def convert(
         raise ValueError(f"rows must be one of {get_args(Rows)}, got {rows!r}")
     library = library_of(model)
     found = find_layers(model, layers)
-    sigma_data = config.schedule.sigma_data if isinstance(config.schedule, NoiseSchedule) else 1.0
+    of_noise = config.schedule.corruption == "noise"
+    sigma_data = config.noise_schedule.sigma_data if of_noise else 1.0
     if library == "transformers":
         from dblocks.integrations.convert import transformers as adapter
 
@@ -224,7 +223,7 @@ def convert(
             converted = adapter.classifier(
                 model, found, sigma_data=sigma_data, embed_scale=embed_scale, head_kind=head
             )
-        elif task == "tokens" and isinstance(config.schedule, NoiseSchedule):
+        elif task == "tokens" and of_noise:
             converted = adapter.causal_lm(
                 model,
                 found,

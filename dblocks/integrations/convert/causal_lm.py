@@ -149,6 +149,8 @@ class ConvertedCausalLM(Converted):
         head_kind: what logits are.
     """
 
+    block_size = 1  # tokens that are predicted at once
+
     def __init__(
         self,
         model: nn.Module,

@@ -18,7 +18,7 @@ from dblocks.blocks import Batch
 from dblocks.integrations.convert.network import Converted, check_some
 from dblocks.models.images import ImageTarget
 from dblocks.models.patches import unpatchify
-from dblocks.schedules import NoiseLevel, NoiseSchedule
+from dblocks.schedules import EDMSchedule, NoiseLevel
 
 TIMESTEPS = 1000  # of the noise that DiT was made for, and what its embedding resolves
 LABEL_DROP = 0.1  # Peebles and Xie 2023
@@ -59,9 +59,7 @@ class ConvertedDiT(Converted):
         schedule: of the noise.
     """
 
-    def __init__(
-        self, model: Any, layers: Mapping[str, nn.Module], schedule: NoiseSchedule
-    ) -> None:
+    def __init__(self, model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> None:
         super().__init__(model, layers, model.inner_dim, conditioned=False)
         first: Any = next(iter(layers.values()))
         self.final_embedding: Any = copy.deepcopy(first.norm1.emb)
@@ -126,9 +124,7 @@ class ConvertedDiT(Converted):
         )
 
 
-def image_model(
-    model: Any, layers: Mapping[str, nn.Module], schedule: NoiseSchedule
-) -> ConvertedDiT:
+def image_model(model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> ConvertedDiT:
     """A DiT of diffusers.
 
     Raises:

@@ -143,7 +143,7 @@ class Sample:
         from dblocks import checkpoint
         from dblocks.models.dit import GUIDANCE_SCALE, NUM_STEPS, DiT, generate_images
         from dblocks.recipes import image_grid, plots
-        from dblocks.sampling.euler import sampling_cost
+        from dblocks.sampling import sampling_cost
 
         check_seed(self.seed)
         for name in ("count", "steps"):

@@ -72,7 +72,7 @@ class Eval:
         from dblocks.models import MaskedLM
         from dblocks.recipes.data.text import load_corpus
         from dblocks.recipes.metrics.masked import bits_per_character
-        from dblocks.sampling.masked_likelihood import points_for
+        from dblocks.sampling import points_for
 
         check_seed(self.seed)
         model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
@@ -120,7 +120,7 @@ class Sample:
         import torch
 
         from dblocks.models import MaskedLM
-        from dblocks.sampling.unmasking import unmask
+        from dblocks.sampling import unmask
 
         check_seed(self.seed)
         model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")

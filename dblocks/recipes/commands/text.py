@@ -83,7 +83,7 @@ class SampleText:
         """Prints the prompt and what follows, with so many steps for each token or the product."""
         import torch
 
-        from dblocks.sampling.text import stream
+        from dblocks.sampling import stream
 
         check_seed(self.seed)
         prompt = prompt_tokens(self.prompt, tokenizer)

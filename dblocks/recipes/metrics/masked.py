@@ -10,7 +10,8 @@ import torch
 from dblocks.blocks import Denoiser
 from dblocks.config import check_count
 from dblocks.recipes.data.text import Text, consecutive_windows
-from dblocks.sampling.masked_likelihood import POINTS, bound_terms
+from dblocks.sampling import bound_terms
+from dblocks.sampling.masked_likelihood import POINTS
 
 
 class Bits(NamedTuple):

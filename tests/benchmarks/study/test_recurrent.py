@@ -15,7 +15,7 @@ from benchmarks.study.recurrent import (
 from benchmarks.study.text import SCORER
 from dblocks.recipes import recurrent as recipe
 from dblocks.recipes.records import LayerCounter, read_record, train_to_record
-from dblocks.sampling.text import generate
+from dblocks.sampling import generate
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "context": 40, "batch_size": 2, "points": 1}
 RECURRENT = {"prelude": 1, "coda": 1, "mean_recurrence": 3, "backprop_depth": 2}

@@ -10,8 +10,7 @@ from convert_tools import CAUSAL, PUBLISHED, V, batch_of, model_of, plain_logits
 from convert_tools import blocks_of as any_blocks_of
 
 from dblocks.kernels.reference import doubled_mask
-from dblocks.sampling.likelihood import next_token_nll
-from dblocks.sampling.text import generate
+from dblocks.sampling import generate, next_token_nll
 from tools import normal, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from convert_tools import (
 
 from dblocks import BlocksConfig, NoiseSchedule
 from dblocks.integrations.convert import convert
-from dblocks.sampling.euler import initial_noise, product_logits, sample_euler, sample_logits
+from dblocks.sampling import initial_noise, product_logits, sample_euler, sample_logits
 from tools import normal, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")

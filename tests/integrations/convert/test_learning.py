@@ -9,8 +9,13 @@ from hub_tools import library
 
 from dblocks import make_optimizers, train_step
 from dblocks.recipes.metrics.classes import accuracy
-from dblocks.sampling.euler import product_logits, sample_logits
-from dblocks.sampling.likelihood import denoising_bound, next_token_nll, product_nll
+from dblocks.sampling import (
+    denoising_bound,
+    next_token_nll,
+    product_logits,
+    product_nll,
+    sample_logits,
+)
 from tools import seeded
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as nnf
 from convert_tools import MASK, MASKED, V, batch_of, blocks_of, plain_logits, shaken
 
-from dblocks.sampling.masked_likelihood import bound_terms
-from dblocks.sampling.unmasking import unmask
+from dblocks.sampling import bound_terms, unmask
 from dblocks.schedules.mask import MASKED as HIDDEN
 from tools import seeded
 

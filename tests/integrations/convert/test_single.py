@@ -9,11 +9,10 @@ from convert_tools import CAUSAL, PUBLISHED, SINGLE, WINDOWS, V, batch_of, model
 from convert_tools import blocks_of as any_blocks_of
 from convert_tools import shaken as all_shaken
 
+from dblocks.sampling import denoising_bound, generate, next_token_nll, product_logits, product_nll
 from dblocks.sampling.cache import Slots
-from dblocks.sampling.euler import product_logits
-from dblocks.sampling.likelihood import denoising_bound, next_token_nll, product_nll
-from dblocks.sampling.text import generate
-from dblocks.sampling.writers import WholeWriter
+from dblocks.sampling.rows import WholeRows
+from dblocks.sampling.writers import ProductWriter, StepWriter
 from tools import normal, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -242,11 +241,13 @@ def test_what_is_written_is_what_is_scored(form, product, shared):
     """Log-probabilities token by token, of ragged prompts, against one call over the whole text."""
     blocks = shaken(any_blocks_of("llama", config={"shared": shared}, **FORMS[form]))
     lengths, new, single = [4, 2], 3, form == "single"
-    chosen = [0, 1] if product else [0]
     slots = Slots(lengths, 4 + new, torch.device("cpu"))
-    writer = WholeWriter(blocks, torch.full((2,), 80.0), chosen, slots, product=product)
-    if not product:
-        writer = WholeWriter(blocks, torch.tensor([80.0]), chosen, slots, product=False)
+    rows = WholeRows(blocks, slots)
+    writer = (
+        ProductWriter(blocks, rows)
+        if product
+        else StepWriter(blocks, rows, torch.tensor([80.0]), [0])
+    )
     tokens, noise = batch_of("llama", 2)["tokens"][:, : 4 + new], normal(2, *writer.noise_shape)
     with torch.no_grad():
         for j in range(new):
@@ -273,7 +274,8 @@ def test_known_rows_are_at_the_top_level_of_their_block():
     sigmas = schedule.steps(4)
     owners = schedule.block_of(sigmas, 2).tolist()
     assert owners == [0, 0, 1, 1]
-    writer = WholeWriter(blocks, sigmas, owners, Slots([5], 6, torch.device("cpu")), product=False)
+    rows = WholeRows(blocks, Slots([5], 6, torch.device("cpu")))
+    writer = StepWriter(blocks, rows, sigmas, owners)
     noise = normal(1, *writer.noise_shape)
     with torch.no_grad():
         found = writer.next_logits(tokens, noise, 0)[0, 0]

@@ -23,8 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dblocks import make_optimizers, train_step
 from dblocks.blocks.memory import SavedActivations
-from dblocks.sampling.euler import initial_noise, sample_euler
-from dblocks.sampling.likelihood import next_token_nll
+from dblocks.sampling import initial_noise, next_token_nll, sample_euler
 from tools import DEVICE, ROOT, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,212 @@
+"""Sampling images, classes or any target: each call runs the one block that owns its level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dblocks.blocks import Bound, Denoiser, check_trained_at_top, unwrapped
+from dblocks.sampling.levels import blocks_of, levels_of
+from dblocks.sampling.steps import Callback, Sampler, Steps, check_sampler
+from dblocks.schedules import EDMSchedule
+from dblocks.schedules.base import computed
+
+
+def initial_noise(
+    shape: Sequence[int],
+    schedule: EDMSchedule,
+    *,
+    kind: Literal["paper", "unit_variance"] = "paper",
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The state from which sampling starts, at noise level sigma_max.
+
+    Args:
+        shape: shape of the target, [N, ...].
+        schedule: gives sigma_max.
+        kind: "paper" is `sigma_max * N(0, I)`; "unit_variance" is
+            `sqrt(1 + sigma_max^2) * N(0, I)`, as in the published code.
+        generator: source of the draw; its device is the default of `device`.
+        device: device of the draw.
+
+    Returns:
+        float32 of the given shape.
+    """
+    if kind not in ("paper", "unit_variance"):
+        raise ValueError(f"kind must be 'paper' or 'unit_variance', got {kind!r}")
+    if device is None:
+        device = generator.device if generator is not None else "cpu"
+    variance = schedule.sigma_max**2 + (kind == "unit_variance")
+    return variance**0.5 * torch.randn(tuple(shape), generator=generator, device=device)
+
+
+@torch.no_grad()
+def sample_euler(
+    model: Callable[..., Tensor],
+    z: Tensor,
+    sigmas: Tensor | Sequence[float],
+    *,
+    callback: Callback | None = None,
+    **cond: Any,
+) -> Tensor:
+    """Euler's method on the probability flow: Karras et al. 2022, algorithm 1 without churn.
+
+        z_next = a*z + (1 - a)*denoised,  a = sigma_next/sigma
+
+    Each of the n levels is one model call, and the last call's denoised is the result; a final 0,
+    as k-diffusion appends it, is accepted and is not a call.
+
+    Args:
+        model: a `DiffusionBlocks`, or any `model(z, sigma, **cond) -> denoised`. Wrappers of
+            torch.compile and AveragedModel around a `DiffusionBlocks` are looked through; to
+            sample compiled code, compile its layers or parts.
+        z: state at the first level, [N, ...].
+        sigmas: descending levels, [n]; on the CPU nothing synchronises. Each belongs to a block in
+            its own dtype.
+        callback: called after the first model call at each level with a dict of 'x', 'i', 'sigma',
+            'sigma_hat' and 'denoised'.
+        **cond: passed to the model; a `DiffusionBlocks` embeds it once, and takes
+            `guidance_scale` here too.
+
+    Returns:
+        denoised [N, ...].
+
+    Warns:
+        UserWarning: the levels skip a block.
+    """
+    return _sample("euler", model, z, sigmas, callback, cond)
+
+
+@torch.no_grad()
+def sample_heun(
+    model: Callable[..., Tensor],
+    z: Tensor,
+    sigmas: Tensor | Sequence[float],
+    *,
+    callback: Callback | None = None,
+    **cond: Any,
+) -> Tensor:
+    """Heun's method, of second order: Karras et al. 2022, algorithm 1 without churn.
+
+        d = (z - denoised)/sigma,   z_next = z + (sigma_next - sigma) (d + d')/2
+
+    where d' is that of the block that owns sigma_next, at the state of Euler's step. n levels are
+    2n - 1 model calls: the step from the last level, to 0, is Euler's, whose result is denoised.
+    Arguments, result and warnings are those of `sample_euler`.
+    """
+    return _sample("heun", model, z, sigmas, callback, cond)
+
+
+def sampler_of(sampler: Sampler) -> Callable[..., Tensor]:
+    """`sample_euler` or `sample_heun`.
+
+    Raises:
+        ValueError: there is no such sampler.
+    """
+    check_sampler(sampler)
+    return sample_heun if sampler == "heun" else sample_euler
+
+
+@torch.no_grad()
+def sample_logits(
+    model: Denoiser,
+    z: Tensor,
+    sigmas: Tensor | Sequence[float],
+    *,
+    sampler: Sampler = "euler",
+    callback: Callback | None = None,
+    **cond: Any,
+) -> Tensor:
+    """As `sample_euler` or `sample_heun`, but returns the logits of the last call.
+
+    The callback sees every level but the last. With guidance, the steps combine denoised estimates
+    and the result combines logits.
+    """
+    levels = levels_of(sigmas)
+    steps = Steps(levels.tolist(), sampler)
+    bound, owners = _bind(model, levels, steps, cond, stacklevel=5)
+    z = steps.follow(_calls(bound, steps, owners), computed(z), callback)
+    return bound.logits(z, _full(z, steps.grid[-1]), **owners[-1])
+
+
+@torch.no_grad()
+def product_logits(
+    model: Denoiser, z: Tensor, *, guidance_scale: float = 1.0, **cond: Any
+) -> Tensor:
+    """The normalised geometric mean of all blocks' predictions at sigma_max: log-probabilities.
+
+        mean over blocks of log_softmax(logits_b),   normalised
+
+    for models of classes or tokens. The noise tells nothing there, so that each block predicts from
+    the condition alone; it costs one call of each.
+
+    Args:
+        model: a `DiffusionBlocks` whose blocks were all trained at sigma_max, see
+            `BlocksConfig.top_share`.
+        z: state at sigma_max, [N, ...].
+        guidance_scale: see `Bound`.
+        **cond: what the model's `embed_condition` reads.
+
+    Returns:
+        float32 [N, ..., K].
+
+    Raises:
+        ValueError: blocks after the first one never saw sigma_max in training.
+    """
+    model = unwrapped(model)
+    check_trained_at_top(model)
+    config = model.config
+    bound = model.bind(guidance_scale=guidance_scale, **cond)
+    sigma = _full(z, config.noise_schedule.sigma_max)
+    total = torch.zeros((), device=z.device)
+    for block in range(config.num_blocks):
+        total = total + bound.logits(z, sigma, block=block).log_softmax(-1)
+    return (total / config.num_blocks).log_softmax(-1)
+
+
+def _sample(
+    sampler: Sampler,
+    model: Callable[..., Tensor],
+    z: Tensor,
+    sigmas: Tensor | Sequence[float],
+    callback: Callback | None,
+    cond: dict[str, Any],
+) -> Tensor:
+    levels = levels_of(sigmas)
+    steps = Steps(levels.tolist(), sampler)
+    bound, owners = _bind(model, levels, steps, cond, stacklevel=6)
+    denoise, last = _calls(bound, steps, owners), len(steps.calls) - 1
+    z = steps.follow(denoise, computed(z), callback)
+    denoised = denoise(z, last)
+    steps.report(callback, last, z, denoised)
+    return denoised
+
+
+def _bind(
+    model: Any, levels: Tensor, steps: Steps, cond: dict[str, Any], *, stacklevel: int
+) -> tuple[Any, list[dict[str, int]]]:
+    """The model with its condition, and the keywords of each call."""
+    model = unwrapped(model)
+    if not isinstance(model, Denoiser):
+        return (lambda z, sigma: model(z, sigma, **cond)), [{} for _ in steps.calls]
+    blocks = blocks_of(model, levels, stacklevel=stacklevel)
+    bound: Bound = model.bind(**cond)
+    return bound, [{"block": blocks[i]} for i in steps.calls]
+
+
+def _calls(
+    bound: Any, steps: Steps, owners: list[dict[str, int]]
+) -> Callable[[Tensor, int], Tensor]:
+    return lambda z, call: bound(z, _full(z, steps.sigma(call)), **owners[call])
+
+
+def _computed(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def _full(z: Tensor, sigma: float) -> Tensor:
+    return torch.full((z.shape[0],), sigma, dtype=z.dtype, device=z.device)

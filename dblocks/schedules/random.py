@@ -1,0 +1,55 @@
+"""Random numbers that are functions of a seed, the same on every device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dblocks.kernels.reference import philox
+
+MAX_SEED = 2**63 - 1
+UNIFORM_BITS = 52  # an odd multiple of 2^-53 is a float64, and neither 0 nor 1
+# Counters that no normal of `functional.noise_inject` under the same seed reaches.
+FIRST_COUNTER = 1 << 62
+
+
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """A seed for what is drawn on any device: one number of a CPU generator.
+
+    Raises:
+        ValueError: the generator is not on the CPU.
+    """
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
+    return int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
+
+
+def uniforms(
+    shape: Sequence[int], seed: int | Tensor, device: torch.device | str = "cpu", *, offset: int = 0
+) -> Tensor:
+    """Uniform numbers in (0, 1), float64, that are functions of the seed and their number alone.
+
+    Of the Philox 4x32-10 counter `2^62 + number//2` under the key `seed`, an even number takes the
+    first two words and an odd one the last two: `(k + 1/2)/2^52`, k their upper 26 bits each. They
+    are independent of the normals of `functional.noise_inject` under the same seed.
+
+    Args:
+        shape: their shape.
+        seed: an int of 64 bits, or a 0-d int64 tensor on the device.
+        device: where they are made.
+        offset: number of the first one.
+
+    Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3.
+    """
+    count, first = math.prod(shape), offset // 2
+    last = (offset + count + 1) // 2
+    counter = torch.arange(first, last, dtype=torch.int64, device=device) + FIRST_COUNTER
+    a, b, c, d = philox(seed, counter)
+    half = UNIFORM_BITS // 2
+    bits = torch.stack([a, c], dim=-1) >> (32 - half) << half
+    bits = bits | (torch.stack([b, d], dim=-1) >> (32 - half))
+    numbers = (bits.double() + 0.5) * 2.0**-UNIFORM_BITS
+    return numbers.flatten()[offset % 2 : offset % 2 + count].view(tuple(shape))
