@@ -96,8 +96,8 @@ class ImageTarget(L2Target):
         C, patch = self.channels, self.patch_size
         if len(shape) != 4 or shape[1] != C or any(s < patch or s % patch for s in shape[2:]):
             raise ValueError(
-                f"images must have shape [N, C, H, W] with C = {C} and H and W multiples of "
-                f"patch_size={patch}, got {list(shape)}; resize or crop them"
+                f"images must have shape [N, C, H, W] = [N, {C}, H, W], with C = {C} and H and W "
+                f"multiples of patch_size={patch}, got {list(shape)}; resize or crop them"
             )
 
     def labels(self, batch: Batch) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -26,7 +26,7 @@ class Features(NamedTuple):
     """Conditioning vectors [N, cond_dim] or [N, S, cond_dim]; None for the null conditioning."""
 
 
-class Target(ABC):
+class Target(metaclass=ABCMeta):
     """What a network predicts: it checks batches, embeds them, scores and denoises predictions.
 
     A target is a plain object, no `nn.Module`: it refers to modules of its network and adds no
