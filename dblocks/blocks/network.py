@@ -109,7 +109,8 @@ class Block(Denoiser):
         first = whole.layer_ranges[block][0]
         named = {str(first + k): layer for k, layer in enumerate(layers)}
         self.held = {block: slice(len(layers))}
-        self.base_model = _with_layers(whole.base_model, named, shared=model is whole.base_model)
+        shared = model is whole.base_model
+        self.base_model = cast(BlockModel, _with_layers(whole.base_model, named, shared=shared))
         self.copies = nn.ModuleDict()
         if model is not whole.base_model:
             self.copies[str(block - 1)] = cast(nn.Module, model)
