@@ -12,7 +12,7 @@ OLDEST := $(VENV)/oldest-triton
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
-$(STAMP): $(wildcard requirements/*.txt) pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP): $(wildcard requirements/*.txt) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements/pinned.txt
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/beside -r requirements/no-deps.txt

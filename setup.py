@@ -17,6 +17,7 @@ from setuptools import find_packages, setup
 
 PYTHON_TAG = "cp310"  # the oldest Python, as requires-python in pyproject.toml
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch
+FAMILIES = [f"dblocks.kernels.{name}" for name in find_packages("kernels")]
 # Where to look for trouble: address and undefined-behaviour sanitizers (`make asan`).
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1"]
 
@@ -64,13 +65,14 @@ def extension() -> dict:
     flags += ["-fno-trapping-math", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     flags += [f"-DPy_LIMITED_API=0x{3:02x}{10:02x}0000"]
     sanitize = SANITIZE if os.environ.get("DBLOCKS_SANITIZE") else []
-    sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
     return {
         "ext_modules": [
             CppExtension(
                 "dblocks._C",
                 sources,
-                depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+                depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+                include_dirs=[str(Path("csrc").resolve())],
                 extra_compile_args=flags + sanitize,
                 extra_link_args=sanitize,
                 py_limited_api=True,
@@ -82,7 +84,7 @@ def extension() -> dict:
 
 
 setup(
-    packages=[*find_packages(include=["dblocks", "dblocks.*"]), "dblocks.kernels"],
+    packages=[*find_packages(include=["dblocks", "dblocks.*"]), "dblocks.kernels", *FAMILIES],
     package_dir={"dblocks.kernels": "kernels"},
     package_data={"dblocks": ["py.typed"]},
     **extension(),

@@ -2,7 +2,7 @@
 // Triton ops; importing dblocks._C loads this library.
 #include <torch/csrc/stable/library.h>
 
-#include "kernels.h"
+#include "common/kernels.h"
 #include "ops.h"
 
 namespace {

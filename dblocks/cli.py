@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -9,9 +11,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from dblocks.recipes.commands import causal_lm, dit, masked_lm, recurrent, vit
+if TYPE_CHECKING:
+    from dblocks.recipes.command import Recipe
 
 DESCRIPTION = """DiffusionBlocks: train a residual network one block of layers at a time.
 
@@ -61,9 +64,9 @@ class Bench:
     op: tuple[str, ...] = ()
     """Only these ops, such as adaln noise_inject."""
     rounds: int = 10
-    """How often each peer takes its turn."""
+    """How often each of the compared takes its turn."""
     memory: bool = False
-    """Measure peak memory too, each peer in a process of its own."""
+    """Measure peak memory too, each of the compared in a process of its own."""
     out: Path | None = None
     """Folder for the JSON, the tables and the charts."""
     compare: Path | None = None
@@ -93,38 +96,12 @@ class Bench:
             raise ValueError(f"the benchmark ended with exit code {done.returncode}; see above")
 
 
-NETWORKS = {  # by verb and network
-    "train": (
-        "Train a network.",
-        {
-            "vit": vit.Train,
-            "causal-lm": causal_lm.Train,
-            "masked-lm": masked_lm.Train,
-            "recurrent": recurrent.Train,
-            "dit": dit.Train,
-        },
-    ),
-    "eval": (
-        "Measure a trained network.",
-        {
-            "vit": vit.Eval,
-            "causal-lm": causal_lm.Eval,
-            "masked-lm": masked_lm.Eval,
-            "recurrent": recurrent.Eval,
-            "dit": dit.Eval,
-        },
-    ),
-    "sample": (
-        "Let a trained network generate.",
-        {
-            "causal-lm": causal_lm.Sample,
-            "masked-lm": masked_lm.Sample,
-            "recurrent": recurrent.Sample,
-            "dit": dit.Sample,
-        },
-    ),
-}
 COMMANDS = {"info": Info, "bench": Bench}
+RECIPE_HELP = (
+    "Defaults of the other flags: small, for minutes on a CPU; gpu, for one large GPU. "
+    "`--recipe gpu --help` shows them."
+)
+OUT_HELP = "Folder to write to; it is made if it is not there."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,9 +124,8 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 
 def _parse(argv: Sequence[str]) -> Callable[[], None]:
     tyro = _tyro()
-    verbs = {name: _verb(tyro, name, *parts) for name, parts in NETWORKS.items()}
     parsed = tyro.extras.subcommand_cli_from_dict(
-        {**verbs, **COMMANDS},
+        {**_verbs(tyro, argv), **COMMANDS},
         prog="dblocks",
         description=DESCRIPTION,
         args=list(argv),
@@ -162,10 +138,75 @@ def _parse(argv: Sequence[str]) -> Callable[[], None]:
     return getattr(parsed, "network", parsed)
 
 
-def _verb(tyro: Any, name: str, description: str, networks: Mapping[str, type]) -> type:
-    """A command whose one field is the command of a network, as tyro wants subcommands."""
+def _verbs(tyro: Any, argv: Sequence[str]) -> dict[str, type]:
+    """The commands of the networks."""
+    from dblocks.recipes import causal_lm, dit, masked_lm, recurrent, vit
+
+    networks = {
+        "vit": vit,
+        "causal-lm": causal_lm,
+        "masked-lm": masked_lm,
+        "recurrent": recurrent,
+        "dit": dit,
+    }
+    train = {name: _training(tyro, module.RECIPE, argv) for name, module in networks.items()}
+    evaluate = {name: module.Eval for name, module in networks.items()}
+    sample = {name: module.Sample for name, module in networks.items() if hasattr(module, "Sample")}
+    return {
+        "train": _verb(tyro, "train", "Train a network.", train),
+        "eval": _verb(tyro, "eval", "Measure a trained network.", evaluate),
+        "sample": _verb(tyro, "sample", "Let a trained network generate.", sample),
+    }
+
+
+def _training(tyro: Any, recipe: Recipe, argv: Sequence[str]) -> Any:
+    """The command that trains by a recipe, with the defaults of its flags.
+
+    The flags are the fields of the run, and a few more.
+
+    `--recipe` and `--published` choose the defaults of the others, so they are read beforehand.
+    """
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--recipe", nargs="?")
+    chosen.add_argument("--published", action="store_true")
+    found, _ = chosen.parse_known_args(list(argv))
+    run = recipe.defaults(gpu=found.recipe == "gpu", published=found.published)
+    # Which part of the data a run holds out is for studies to choose.
+    more: list[Any] = [("part", tyro.conf.Suppress[str], run.part)]
+    more.append(("out", Annotated[Path, tyro.conf.arg(help=OUT_HELP)], recipe.out))
+    if recipe.gpu is not None:
+        kind = Annotated[Literal["small", "gpu"], tyro.conf.arg(help=RECIPE_HELP)]
+        more.append(("recipe", kind, "small"))
+    if recipe.published:
+        kind = Annotated[bool, tyro.conf.arg(help=recipe.published_help)]
+        more.append(("published", kind, False))
+    fields = dataclasses.fields(run)
+
+    def train(flags: Any) -> None:
+        # Made here, not by the parser: a run's own checks say what is wrong in one line.
+        recipe.train(type(run)(**{f.name: getattr(flags, f.name) for f in fields}), flags.out)
+
+    made: Any = make_dataclass(
+        type(run).__name__,
+        more,
+        bases=(type(run),),
+        namespace={"__post_init__": lambda flags: None, "__call__": train},
+        frozen=True,
+        kw_only=True,
+    )
+    made.__doc__ = type(run).__doc__
+    return made(**vars(run))
+
+
+def _verb(tyro: Any, name: str, description: str, networks: Mapping[str, Any]) -> type:
+    """A command whose one field is the command of a network, as tyro wants subcommands.
+
+    A network's command is a class, or an instance with the defaults of the flags.
+    """
     options = tuple(
         Annotated[command, tyro.conf.subcommand(name=network)]
+        if isinstance(command, type)
+        else Annotated[type(command), tyro.conf.subcommand(name=network, default=command)]
         for network, command in networks.items()
     )
     made = make_dataclass(name, [("network", Union[options])], frozen=True)  # noqa: UP007

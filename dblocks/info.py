@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from dblocks import functional
 from dblocks._version import __version__
-from dblocks.ops import _attention_choice, _extension, linear_cross_entropy
-from dblocks.ops._common import HAS_TRITON, INTERPRETED, resolve_impl
+from dblocks.ops import FAMILIES, _extension, linear_cross_entropy
+from dblocks.ops._attention import choice
+from dblocks.ops._dispatch import HAS_TRITON, INTERPRETED, resolve_impl
 
 PACKAGES = ("torch", "triton", "numpy")
-# The others are the types that some ops return.
-OPS = tuple(n for n in functional.__all__ if not isinstance(getattr(functional, n), type))
+OPS = tuple(FAMILIES)
 
 
 def versions() -> dict[str, str]:
@@ -60,9 +59,9 @@ def extension() -> str:
 
 def implementation(op: str, device: str) -> tuple[str, str]:
     """The implementation that `impl="auto"` picks for float32 tensors on `device`, and why."""
-    if op == _attention_choice.OP:
+    if op == choice.OP:
         rows = torch.empty(1, 1, 2048, 64, device=device)
-        return _attention_choice.explained(rows, rows, rows)
+        return choice.explained(rows, rows, rows)
     if op == linear_cross_entropy.OP:
         return linear_cross_entropy.explained(torch.empty(1, 1, device=device))
     impl = resolve_impl("auto", torch.empty(1, 1, 1, device=device), op)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dblocks.kernels._launch import device_guard, next_power_of_2
+from dblocks.kernels._common.launches import device_guard, next_power_of_2
 
 MAX_BLOCK_V = 2048  # 8 elements a thread of 8 warps: 16 bytes of a 16-bit dtype
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a block of -inf leaves no NaN
@@ -51,23 +51,17 @@ def store_gradient(
             tl.store(grad_ptr + o_v, b_grad.to(grad_ptr.dtype.element_ty))
 
 
+# The stride is specialised: a multiple of 16 elements lets whole blocks move 16 bytes at once.
 @triton.jit(do_not_specialize=["V"])
 def cross_entropy_kernel(
-    logits_ptr,
-    grad_ptr,
-    bias_ptr,
-    target_ptr,
-    loss_ptr,
-    row_stride: tl.int64,
-    V: tl.int32,
-    BLOCK_V: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-):
+    logits_ptr, grad_ptr, bias_ptr, target_ptr, loss_ptr,
+    row_sn: tl.int64, V: tl.int32,
+    BLOCK_V: tl.constexpr, HAS_GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
     i_r = tl.program_id(0).to(tl.int64)
-    logits_ptr += i_r * row_stride
+    logits_ptr += i_r * row_sn
     if grad_ptr is not None:
-        grad_ptr += i_r * row_stride
+        grad_ptr += i_r * row_sn
     target = tl.load(target_ptr + i_r)
     own = tl.load(logits_ptr + target)
     if bias_ptr is not None:

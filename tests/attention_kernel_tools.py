@@ -4,9 +4,9 @@ import torch
 from hypothesis import strategies as st
 
 from dblocks.kernels import reference
-from dblocks.kernels._attention import Options, Settings, Tiles
-from dblocks.kernels.attention import doubled_attention_fwd
-from dblocks.kernels.attention_bwd import doubled_attention_bwd
+from dblocks.kernels.attention.backward import doubled_attention_bwd
+from dblocks.kernels.attention.forward import doubled_attention_fwd
+from dblocks.kernels.attention.layout import Options, Settings, Tiles
 from dblocks.testing import LAYOUTS, make
 from tools import DEVICE
 

@@ -10,7 +10,7 @@ from tools import DEVICE
 
 IMPLS = ("composed", "triton")
 # Those of IMPLS that are tried with each new option by itself. Of Triton, interpreted slowly,
-# tests/kernels/test_attention.py does so, in tiles of few rows.
+# tests/kernels/attention does so, in tiles of few rows.
 NEW_OPTION_IMPLS = ("composed",)
 # A GPU's composition is of 16-bit matrices.
 ON_GPU = DEVICE.type == "cuda"

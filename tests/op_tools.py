@@ -21,21 +21,21 @@ ROWS = ("x", "branch", "gate", "shift", "scale", "weight", "bias", "f", "z", "y"
 SHAPES = dict.fromkeys(ROWS, (N, T, D)) | {
     "weight": (D,), "bias": (D,), "sigma": (N, T), "sigma_next": (N, T), "row_weight": (N, T),
     "q": (1, 2, 2 * T, D), "k": (1, 2, 2 * T, D), "v": (1, 2, 2 * T, D),
-    "h": (D, D), "readout": (D, D), "class_bias": (D,), "loss_weight": (D,),
+    "h": (D, D), "head": (D, D), "class_bias": (D,), "loss_weight": (D,),
 }  # fmt: skip
 POSITIVE = ("sigma", "sigma_next", "row_weight", "loss_weight")
 PLAIN = ("sigma", "sigma_next", "row_weight", "loss_weight")  # no gradient
 
 
-def cross_entropy(h, readout, class_bias, loss_weight, impl, reduction="mean"):
+def cross_entropy(h, head, class_bias, loss_weight, impl, reduction="mean"):
     return linear_cross_entropy(
-        h, readout, torch.arange(D, device=DEVICE), bias=class_bias, row_weight=loss_weight,
+        h, head, torch.arange(D, device=DEVICE), bias=class_bias, row_weight=loss_weight,
         reduction=reduction, impl=impl,
     )  # fmt: skip
 
 
-def row_losses(h, readout, class_bias, loss_weight, impl):
-    return cross_entropy(h, readout, class_bias, loss_weight, impl, "none")
+def row_losses(h, head, class_bias, loss_weight, impl):
+    return cross_entropy(h, head, class_bias, loss_weight, impl, "none")
 
 
 # Of each op, under its name in messages: the call, and the names of its tensors.
@@ -55,8 +55,8 @@ OPS = {
     ),
     "euler_step": (euler_step, ("z", "denoised", "sigma", "sigma_next")),
     "doubled_attention": (doubled_attention, ("q", "k", "v")),
-    "linear_cross_entropy": (cross_entropy, ("h", "readout", "class_bias", "loss_weight")),
-    "linear_cross_entropy, rows": (row_losses, ("h", "readout", "class_bias", "loss_weight")),
+    "linear_cross_entropy": (cross_entropy, ("h", "head", "class_bias", "loss_weight")),
+    "linear_cross_entropy, rows": (row_losses, ("h", "head", "class_bias", "loss_weight")),
 }  # fmt: skip
 IMPLS = {
     "doubled_attention": ("triton", "composed"),

@@ -1,6 +1,8 @@
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import save_model
 from dblocks.cli import main
 from dblocks.models import ViT, ViTConfig
-from dblocks.recipes import records
+from dblocks.recipes import causal_lm, dit, masked_lm, records, recurrent, vit
+from dblocks.recipes.command import Recipe
 from dblocks.recipes.data import digits
-from dblocks.recipes.vit import Classifier
+from dblocks.recipes.metrics.classifier import Classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,6 +46,44 @@ def test_train_help_tells_a_newcomer_what_to_set(capsys, network):
         assert flag in text
     for word in ("learns to denoise", "held-out", "noise", "less", "(default: 3)"):
         assert word in text
+
+
+def test_flags_are_the_fields_of_a_run(capsys):
+    text = run_help(capsys, "train", "dit")
+    flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(dit.DiTRun)}
+    assert {flag for flag in flags if f" {flag} " not in text} == {"--part"}
+    assert "--out" in text
+    assert "--recipe {small,gpu}" in text
+    assert "--published" not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("vit",), vit.ViTRun()),
+        (("dit",), dit.DiTRun()),
+        (("recurrent",), recurrent.RecurrentRun()),
+        (("masked-lm", "--draw", "t"), masked_lm.MaskedLMRun(draw="t")),
+        (("dit", "--recipe", "gpu"), dit.GPU),
+        (("dit", "--recipe=gpu", "--steps", "3000"), dataclasses.replace(dit.GPU, steps=3000)),
+        (("causal-lm", "--published"), causal_lm.CausalLMRun(**causal_lm.PUBLISHED)),
+        (
+            ("causal-lm", "--published", "--recipe", "gpu", "--rows", "single"),
+            dataclasses.replace(causal_lm.GPU, **{**causal_lm.PUBLISHED, "rows": "single"}),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_recipe_sets_the_defaults_and_flags_count_before_it(monkeypatch, flags, expected):
+    given = []
+    monkeypatch.setattr(Recipe, "train", lambda recipe, run, out: given.append((run, out)))
+    assert main(["train", *flags, "--out", "somewhere"]) == 0
+    assert given == [(expected, Path("somewhere"))]
+    assert type(given[0][0]) is type(expected)
+
+
+def test_the_help_of_a_recipe_shows_its_defaults(capsys):
+    assert "(default: 300000)" in run_help(capsys, "train", "dit", "--recipe", "gpu")
 
 
 @pytest.mark.parametrize("network", ["vit", "causal-lm"])
@@ -255,8 +296,8 @@ def test_without_safetensors_nothing_is_trained(tmp_path, monkeypatch, capsys):
     assert "safetensors, which is not installed" in error
 
 
-MODULES = """cli recipes.data.digits recipes.data.text recipes.metrics.classes recipes.metrics.text
-recipes.plots recipes.records recipes.report checkpoint info recipes.vit"""
+MODULES = """cli checkpoint info recipes.data.images recipes.data.text recipes.metrics.images
+recipes.image_grid recipes.records recipes.tables recipes.vit recipes.causal_lm"""
 OPTIONAL = "tyro sklearn matplotlib safetensors"  # torch itself may import tqdm
 
 

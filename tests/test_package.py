@@ -15,7 +15,10 @@ import pytest
 from tools import NO_CPP, needs_cpp
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = sorted(p.stem for p in (ROOT / "kernels").glob("*.py"))
+KERNELS = sorted(
+    ".".join(path.relative_to(ROOT / "kernels").with_suffix("").parts)
+    for path in (ROOT / "kernels").rglob("*.py")
+)
 OPTIONAL = ("triton", "tyro", "tqdm", "safetensors", "sklearn", "matplotlib", "hypothesis", "scipy")
 
 
@@ -103,7 +106,7 @@ from importlib.util import find_spec
 spec = find_spec("kernels")
 print(spec.origin if spec else None)
 for name in {KERNELS}:
-    import_module(f"dblocks.kernels.{{name}}")
+    import_module(f"dblocks.kernels.{{name}}".removesuffix(".__init__"))
 """
     )
     assert out.split() == ["None"]
@@ -164,14 +167,15 @@ def imports_of(path: Path) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_kernels_import_torch_triton_and_each_others_shared_parts_only(name):
-    top, lazy = imports_of(ROOT / "kernels" / f"{name}.py")
+def test_kernels_import_torch_triton_their_family_and_what_families_share(name):
+    top, lazy = imports_of(ROOT / "kernels" / f"{name.replace('.', '/')}.py")
     ours = {module for module in top | lazy if module.startswith("dblocks")}
-    assert all(module.removeprefix("dblocks.kernels.").startswith("_") for module in ours)
-    if name in ("reference", "_reference_attention", "_arithmetic"):
-        parts = ("dblocks.kernels._reference_attention", "dblocks.kernels._arithmetic")
-        assert all(module.startswith(parts) for module in ours)
+    family = name.partition(".")[0]
+    allowed = (f"dblocks.kernels.{family}.", "dblocks.kernels._common.")
+    if family == "reference":
+        allowed = allowed[:1]
         assert not any(module.startswith("triton") for module in top | lazy)
+    assert all(module.startswith(allowed) for module in ours)
 
 
 # What a room may import, lowest first; a room imports those before it, and itself.
@@ -191,7 +195,6 @@ ORDER = (
 )
 EXCEPTIONS = {
     ("ops", "functional"),
-    ("recipes", "benchmarks"),
 }
 
 
@@ -203,8 +206,7 @@ def test_import_directions(place):
         files = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
         for file in files:
             for module in set.union(*imports_of(file)):
-                if module.startswith("benchmarks"):
-                    assert (room, "benchmarks") in EXCEPTIONS, (file, module)
+                assert not module.startswith("benchmarks"), (file, module)
                 part = module.removeprefix("dblocks.").partition(".")[0]
                 climbs = module.startswith("dblocks.") and part in above
                 assert not climbs or (room, part) in EXCEPTIONS, (file, module)
@@ -219,6 +221,16 @@ def test_every_room_has_its_place():
     }
     apart = {"__init__", "__main__", "__pycache__", "_version", "kernels"}
     assert found - apart == {room for rooms in ORDER for room in rooms}
+
+
+def test_only_the_command_line_imports_recipes_and_only_inside_functions():
+    for file in (ROOT / "dblocks").rglob("*.py"):
+        if "recipes" in file.parts or "kernels" in file.parts:
+            continue
+        top, lazy = imports_of(file)
+        assert not any(module.startswith("dblocks.recipes") for module in top), file
+        used = any(module.startswith("dblocks.recipes") for module in lazy)
+        assert used == (file.name == "cli.py"), file
 
 
 def test_nothing_but_the_program_imports_the_command_line():
@@ -256,13 +268,13 @@ def test_sdist_and_wheel_hold_every_module_and_run(tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     inside = set(zipfile.ZipFile(wheel).namelist())
     for name in KERNELS:
-        assert f"dblocks/kernels/{name}.py" in inside
+        assert f"dblocks/kernels/{name.replace('.', '/')}.py" in inside
     assert {"dblocks/__init__.py", "dblocks/py.typed", "dblocks/ops/adaln.py"} <= inside
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in inside)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    csrc = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
-    assert {"kernels/reference.py", *csrc} <= names
+    csrc = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert {"kernels/reference/__init__.py", *csrc} <= names
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
     code = """

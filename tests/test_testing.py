@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dblocks.kernels import _launch
+from dblocks.kernels._common import launches
 from dblocks.testing import (
     LAYOUTS,
     assert_within_budget,
@@ -86,4 +86,4 @@ def test_layouts_are_what_they_are_called(layout):
     assert x.shape == (4, 3, 8)
     assert x.is_contiguous() == (layout == "contiguous")
     assert (x.stride(0) == 0) == (layout == "expanded")
-    assert (_launch.unit_last(x) is x) == (layout != "transposed")
+    assert (launches.unit_last(x) is x) == (layout != "transposed")

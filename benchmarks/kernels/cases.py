@@ -61,9 +61,9 @@ def attend(
     value_width: int | None = None,
 ) -> None:
     """Launches the kernels on heads that lie side by side, as a linear layer leaves them."""
-    from dblocks.kernels._attention import Options, settings
-    from dblocks.kernels.attention import doubled_attention_fwd
-    from dblocks.kernels.attention_bwd import doubled_attention_bwd
+    from dblocks.kernels.attention.backward import doubled_attention_bwd
+    from dblocks.kernels.attention.forward import doubled_attention_fwd
+    from dblocks.kernels.attention.layout import Options, settings
 
     samples = 1 if documents else N
 
@@ -139,8 +139,8 @@ def norm(
     rms: bool,
 ) -> None:
     """Forward and backward of adaln, residual_adaln or gated_residual."""
-    from dblocks.kernels.adaln_bwd import adaln_bwd
-    from dblocks.kernels.adaln_fwd import adaln_fwd
+    from dblocks.kernels.adaln.backward import adaln_bwd
+    from dblocks.kernels.adaln.forward import adaln_fwd
 
     dx_new, dy = upstream
     gate = modulation[0] if branch is not None else None
@@ -153,7 +153,8 @@ def norm(
 
 def diffusion(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """The elementwise ops, with one sigma a sample and one a token."""
-    from dblocks.kernels import edm, noise
+    from dblocks.kernels import noise
+    from dblocks.kernels.edm import denoise, euler, loss
 
     y, f = (torch.empty(N, T, D, dtype=dtype, device="meta") for _ in range(2))
     z = torch.empty(N, T, D, device="meta")
@@ -165,22 +166,22 @@ def diffusion(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], ob
         lambda: noise.noise_inject_fwd(y, token, seed, 0, 0, 0.5, dtype, False),
     )
     yield "noise_inject backward", lambda: noise.noise_inject_bwd(z, y, sample, 0.5, dtype)
-    yield "edm_denoise", lambda: edm.edm_denoise_fwd(f, z, sample, 0.5)
+    yield "edm_denoise", lambda: denoise.edm_denoise_fwd(f, z, sample, 0.5)
     yield (
         "edm_denoise backward",
-        lambda: edm.edm_denoise_bwd(z, sample, 0.5, dtype, torch.float32),
+        lambda: denoise.edm_denoise_bwd(z, sample, 0.5, dtype, torch.float32),
     )
-    yield "edm_loss", lambda: edm.edm_loss_fwd(f, y, sample, None, 1, 0, 0.5, None)
+    yield "edm_loss", lambda: loss.edm_loss_fwd(f, y, sample, None, 1, 0, 0.5, None)
     yield (
         "edm_loss for backward",
-        lambda: edm.edm_loss_fwd(f, y, token, seed, 0, 0, 0.5, token, f),
+        lambda: loss.edm_loss_fwd(f, y, token, seed, 0, 0, 0.5, token, f),
     )
-    yield "edm_loss backward", lambda: edm.edm_loss_bwd(sample, f, None, dtype)
-    yield "edm_loss backward per token", lambda: edm.edm_loss_bwd(sample, f, token, dtype)
-    yield "euler_step", lambda: edm.euler_step_fwd(z, z, [None, None], [1.0, 0.5])
-    yield "euler_step per token", lambda: edm.euler_step_fwd(z, z, [token, token], [1.0, 0.5])
-    yield "euler_step to a number", lambda: edm.euler_step_fwd(z, z, [sample, None], [1.0, 0.5])
+    yield "edm_loss backward", lambda: loss.edm_loss_bwd(sample, f, None, dtype)
+    yield "edm_loss backward per token", lambda: loss.edm_loss_bwd(sample, f, token, dtype)
+    yield "euler_step", lambda: euler.euler_step_fwd(z, z, [None, None], [1.0, 0.5])
+    yield "euler_step per token", lambda: euler.euler_step_fwd(z, z, [token, token], [1.0, 0.5])
+    yield "euler_step to a number", lambda: euler.euler_step_fwd(z, z, [sample, None], [1.0, 0.5])
     yield (
         "euler_step backward",
-        lambda: edm.euler_step_bwd(z, [None, None], [1.0, 0.5], torch.float32, torch.float32),
+        lambda: euler.euler_step_bwd(z, [None, None], [1.0, 0.5], torch.float32, torch.float32),
     )

@@ -271,7 +271,7 @@ def once_jobs() -> list[Job]:
 
 def launched_kernels() -> set[str]:
     """The names of the kernels in kernels/."""
-    source = "\n".join(path.read_text(encoding="utf-8") for path in KERNELS.glob("*.py"))
+    source = "\n".join(path.read_text(encoding="utf-8") for path in KERNELS.rglob("*.py"))
     return set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from benchmarks.kernels import check
 from benchmarks.ops import registry
 from benchmarks.ops.op import SHAPES
-from dblocks.kernels import _attention, _launch
+from dblocks.kernels._common import launches
+from dblocks.kernels.attention import layout
 
 TARGET = "sm_90"
 WIDTHS = (1024, 1536, 4096, 8192, 16384)
@@ -41,12 +42,12 @@ def settings(widths: Iterable[int]) -> str:
     """The tile of each width, as the launches of adaln and its backward choose it."""
     rows = []
     for D in widths:
-        form = "one pass" if D <= _launch.MAX_ONE_PASS_WIDTH else "two kernels"
+        form = "one pass" if D <= launches.MAX_ONE_PASS_WIDTH else "two kernels"
         for name, most in (
-            ("forward", _launch.FORWARD_PARTS),
-            ("backward", _launch.BACKWARD_PARTS),
+            ("forward", launches.FORWARD_PARTS),
+            ("backward", launches.BACKWARD_PARTS),
         ):
-            rows_a_tile, columns, parts, warps = _launch.row_tile(D, 4096, most)
+            rows_a_tile, columns, parts, warps = launches.row_tile(D, 4096, most)
             elements = rows_a_tile * columns // (32 * warps)
             rows.append((D, name, rows_a_tile, parts, columns // parts, warps, elements, form))
     header = (
@@ -61,7 +62,7 @@ def tiles(widths: Iterable[int]) -> str:
     rows = []
     for D in widths:
         for dtype in ("bf16", "f32"):  # f16 as bf16
-            chosen = _attention.settings(D, check.DTYPES[dtype], TARGET)
+            chosen = layout.settings(D, check.DTYPES[dtype], TARGET)
             rows += [(D, dtype, k, *tile) for k, tile in chosen._asdict().items()]
     return table(rows, ("D", "dtype", "kernel", "query rows", "keys", "warps", "stages"))
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models.step import _Count
+from benchmarks.models.operators import OperatorCount
 from benchmarks.ops import timing
 from benchmarks.ops.report import markdown
 from dblocks.blocks.memory import SavedActivations
@@ -189,7 +189,7 @@ def measure(
                 output = model(**_inputs(case, dtype), return_dict=False)[0]
             row["saved_mib"] = saved.bytes / 2**20
             del output
-            with _Count() as counter:
+            with OperatorCount() as counter:
                 run()
             row["operators"] = counter.count
         if device.type == "cuda":

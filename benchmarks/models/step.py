@@ -22,14 +22,14 @@ from unittest import mock
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.models.operators import OperatorCount
 from benchmarks.ops import timing
 from benchmarks.ops.report import markdown
 from dblocks import BlocksConfig, DiffusionBlocks, make_optimizers
 from dblocks.blocks.memory import SavedActivations
 from dblocks.models import ViT, ViTConfig
-from dblocks.ops import _common
+from dblocks.ops import _dispatch
 
 SIZES = {
     "cpu": {"image_size": 32, "patch_size": 4, "width": 384, "depth": 12, "heads": 6},
@@ -58,7 +58,7 @@ def _reference(x: Tensor) -> str:
 @contextmanager
 def reference_only() -> Iterator[None]:
     """Every op with impl="auto" uses plain PyTorch inside."""
-    with mock.patch.object(_common, "_auto", _reference):
+    with mock.patch.object(_dispatch, "_auto", _reference):
         yield
 
 
@@ -123,18 +123,6 @@ def forms(device: torch.device, sizes: dict[str, int] | None = None) -> dict[str
     }
 
 
-class _Count(TorchDispatchMode):
-    """Counts the operators that are dispatched, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
 def launches(form: Form, device: torch.device) -> int | None:
     """Kernels that a step launches on a GPU; operators that it calls on a CPU.
 
@@ -145,7 +133,7 @@ def launches(form: Form, device: torch.device) -> int | None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             form.run()
         return sum(e.count for e in profile.key_averages())
-    with _Count() as counter:
+    with OperatorCount() as counter:
         form.run()
     return counter.count
 

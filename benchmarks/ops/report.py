@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ops.targets import FLOORS, Floor
-from dblocks.recipes.plots import save_png
+from dblocks.recipes.image_grid import save_png
 
 Row = dict[str, Any]
 Key = tuple[str, tuple[int, ...], str, str]  # op, shape, dtype, direction

@@ -28,8 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.check import report
-from benchmarks.ops import timing
+from benchmarks.ops import report, timing
 from benchmarks.ops.baselines import peers_of
 from benchmarks.ops.checks import gradients, leaves_of, tensors, wrong
 from benchmarks.ops.op import DTYPES, Absent, Contender, Op, Peer, Work

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study demo|results`."""
+"""`python -m benchmarks.study demo|results|pack|unpack`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.study import causal_lm, dit, masked_lm, recurrent, vit
+from benchmarks.study.archive import Archive
 from benchmarks.study.experiment import README, Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -39,12 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     full.add_argument("--readme", type=Path, default=README, help="file with the tables' markers")
     full.add_argument("--report", type=Path, help="file with the whole tables' markers")
     full.add_argument("--figure", type=Path, help="the PNG of one experiment to write")
+    for command, text in (
+        ("pack", "move records that were added as files into the studies' archives"),
+        ("unpack", "write the records of archives as files, to look at or delete some"),
+    ):
+        moved = commands.add_parser(command, help=text)
+        moved.add_argument("names", nargs="*", choices=[[], *EXPERIMENTS], default=[])
     args = parser.parse_args(argv)
     try:
         if args.command == "demo":
             vit.demo(args.out)
             return 0
         for name in args.names or EXPERIMENTS:
+            if args.command in ("pack", "unpack"):
+                getattr(Archive(EXPERIMENTS[name].records), args.command)()
+                continue
             EXPERIMENTS[name].results(
                 args.records, args.figure, args.readme, args.report, args.workers
             )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment, draw_comparison
+from benchmarks.study.pages import README_COSTS
 from benchmarks.study.text import (
     QUALITY,
     add_scores,
@@ -17,8 +18,9 @@ from benchmarks.study.text import (
     text_and_training,
 )
 from dblocks.recipes.causal_lm import PUBLISHED, CausalLMRun
-from dblocks.recipes.report import COSTS, README_COSTS, Column, Record, Rows, spread
-from dblocks.recipes.text_run import PROMPT, SAMPLES
+from dblocks.recipes.columns import CAUSAL_LM, SAMPLES, bits
+from dblocks.recipes.tables import COSTS, Column, Record, Rows, spread
+from dblocks.recipes.text_run import PROMPT
 
 EVALUATIONS = 10_080  # of layers, in every row but the last
 
@@ -59,21 +61,6 @@ SEEDS = (0, 1, 2)
 RATES_OF = {"ensemble": "blocks", "end_to_end_long": "end_to_end"}
 
 
-def bits(record: Record) -> float:
-    """Bits per character of the held-out text; in blocks of the first block alone."""
-    return record["bits"]
-
-
-def product_bits(record: Record) -> float | None:
-    """Of the product of all blocks; None where there is none."""
-    return record.get("product_bits")
-
-
-def bound_bits(record: Record) -> float | None:
-    """The bound of all blocks; None end to end."""
-    return record["bound"]["bits"] if "bound" in record else None
-
-
 def main_samples(record: Record) -> str:
     """The samples, of the product or the plain model, whose bits are nearest to the text's own.
 
@@ -97,14 +84,9 @@ def temperature(record: Record) -> float:
     return float(main_samples(record).split("@")[1])
 
 
-BITS_COLUMNS = (
-    Column("Bits a character, next token", lambda r: spread(r, bits, ".3f")),
-    Column("Bits a character, product of all blocks", lambda r: spread(r, product_bits, ".3f")),
-    Column("Bits a character, bound of all blocks", lambda r: spread(r, bound_bits, ".3f")),
-)
 TEMPERATURE = Column("Samples: temperature", lambda r: spread(r, temperature, ".2f"))
-COLUMNS = (*BITS_COLUMNS, TEMPERATURE, *quality_columns(main_samples), *COSTS)
-README_COLUMNS = (*BITS_COLUMNS, *quality_columns(main_samples), *README_COSTS)
+COLUMNS = (*CAUSAL_LM, TEMPERATURE, *quality_columns(main_samples), *COSTS)
+README_COLUMNS = (*CAUSAL_LM, *quality_columns(main_samples), *README_COSTS)
 
 
 def caption(rows: Rows) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment
+from benchmarks.study.pages import README_COSTS
+from dblocks.recipes.columns import DIT, DIT_QUALITY, l2_loss
 from dblocks.recipes.data.digits import NUM_CLASSES, digits
 from dblocks.recipes.dit import SHOWN, DiTRun
-from dblocks.recipes.image_grid import decode, grid_figure, to_bytes
-from dblocks.recipes.plots import save_png
-from dblocks.recipes.report import COSTS, README_COSTS, Column, Record, Rows, mean, percent, spread
+from dblocks.recipes.image_grid import decode, grid_figure, save_png, to_bytes
+from dblocks.recipes.tables import COSTS, Rows
 
 LAYERS_RUN = 12_000  # in training, by every row but the last
 LONGER = 3
@@ -33,51 +34,8 @@ ROWS: Mapping[str, tuple[str, DiTRun]] = {
 LRS = (2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
-def loss(record: Record) -> float:
-    """The L2 loss of the held-out images."""
-    return record["loss"]
-
-
-def judged(name: str) -> Callable[[Record], float | None]:
-    """Reads what the classifier found of samples; None for data without classes."""
-
-    def of(record: Record) -> float | None:
-        found = record["judged"]
-        return None if found is None else found[name]
-
-    return of
-
-
-def layers_per_image(record: Record) -> float:
-    """Layer evaluations to generate an image with guidance."""
-    return record["layer_evaluations_per_image"]
-
-
-QUALITY = (
-    Column("Fréchet distance, guided samples", lambda r: spread(r, judged("distance"), ".2f")),
-    Column(
-        "Fréchet distance, unguided samples",
-        lambda r: spread(r, judged("distance_unguided"), ".2f"),
-    ),
-    Column("Layer evaluations an image", lambda r: f"{layers_per_image(r[0]):,}"),
-)
-COLUMNS = (
-    *QUALITY,
-    Column("Guided samples of the right class", lambda r: percent(r, judged("accuracy"))),
-    Column(
-        "Unguided samples of the right class", lambda r: percent(r, judged("accuracy_unguided"))
-    ),
-    Column("Held-out L2 loss", lambda r: spread(r, loss, ".4f")),
-    Column("Calls of each block an image", lambda r: calls(r[0])),
-    Column("Milliseconds an image", lambda r: f"{1000 * mean(r, 'seconds_per_image'):.1f}"),
-    *COSTS,
-)
-README_COLUMNS = (*QUALITY, *README_COSTS)
-
-
-def calls(record: Record) -> str:
-    """How often the layers of each block run to generate an image."""
-    return "/".join(map(str, record["calls_of_blocks"]))
+COLUMNS = (*DIT, *COSTS)
+README_COLUMNS = (*DIT_QUALITY, *README_COSTS)
 
 
 def caption(rows: Rows) -> str:
@@ -90,9 +48,10 @@ def caption(rows: Rows) -> str:
         f"A DiT of {run['depth']} layers and width {run['width']}, patches of {run['patch_size']}, "
         "on scikit-learn's 8x8 digits: 1,258 for training, 539 held out (30 % of each class), "
         f"batches of {run['batch_size']}, labels dropped with probability .1, AdamW with a cosine; "
-        f"sigma_data is the deviation of the training images, {first['sigma_data']:.3f}. End to "
-        "end is the same denoiser as one block of all layers. Mean ± sample standard deviation of "
-        f"seeds {seeds}. The learning rate is the best of {{{rates}}} by the L2 loss on a "
+        "sigma_data is the standard deviation of the training images, "
+        f"{first['sigma_data']:.3f}. End to end is the same denoiser as one block of all layers. "
+        f"Mean ± sample standard deviation of seeds {seeds}. The learning rate is the best of "
+        f"{{{rates}}} by the L2 loss on a "
         "validation split, a fifth of the training part that selection runs do not train on; they "
         "have another seed and as many steps. It was chosen end to end, for both lines, and with "
         f"3 blocks, for all numbers of blocks. Samples are {run['samples']} images, "
@@ -128,8 +87,8 @@ EXPERIMENT = Experiment(
         "end_to_end_long": "end_to_end",
         **dict.fromkeys(("blocks_2", "blocks_4", "blocks_6"), "blocks_3"),
     },
-    error=loss,
-    headline=lambda record: f"loss {loss(record):.4f}",
+    error=l2_loss,
+    headline=lambda record: f"loss {l2_loss(record):.4f}",
     columns=COLUMNS,
     readme_columns=README_COLUMNS,
     caption=caption,

@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.archive import Archive
+from benchmarks.study.pages import markdown_table, write_between_markers
+from benchmarks.study.plots import Curve, Measure, Panel, comparison_figure, noise_panel
 from dblocks.blocks import BlocksConfig
-from dblocks.recipes.plots import Curve, Measure, comparison_figure, save_png
-from dblocks.recipes.records import read_record, train_to_record
-from dblocks.recipes.report import Column, Rows, markdown_table, text_table, write_between_markers
+from dblocks.recipes.image_grid import save_png
+from dblocks.recipes.records import train_to_record
 from dblocks.recipes.run import Run
+from dblocks.recipes.tables import Column, Rows, text_table
 
 README = Path("README.md")
 REPORT = Path("docs/results.md")
@@ -62,7 +65,7 @@ class Experiment:
 
     @property
     def records(self) -> Path:
-        """The folder of the records."""
+        """The folder of the records, see `Archive`."""
         return Path("benchmarks/results") / self.name.replace("-", "_")
 
     @property
@@ -107,15 +110,16 @@ class Experiment:
         folder, figure = folder or self.records, figure or self.figure
         selections = {row: self.selection_runs(row) for row in self.selection_shorter}
         run_missing(jobs(folder, selections), self.headline, workers)
-        tried = {row: _read(folder, row, runs) for row, runs in selections.items()}
+        tried = read(folder, selections)
         lrs = {row: self.chosen_lr(records) for row, records in tried.items()}
         lrs |= {row: lrs[other] for row, other in self.rates_of.items()}
         print(f"{self.name}: learning rates chosen on the validation split: {lrs}")
         finals = {row: self.final_runs(row, lrs[row]) for row in self.rows}
         run_missing(jobs(folder, finals), self.headline, workers)
-        records = {row: _read(folder, row, runs) for row, runs in finals.items()}
+        records = read(folder, finals)
         if self.finish is not None:
             self.finish(folder, records)
+        Archive(folder).pack()
         rows = {self.rows[row][0]: records[row] for row in self.rows}
         table = text_table(rows, self.columns)
         print(table)
@@ -126,8 +130,8 @@ class Experiment:
         whole = "\n".join(line.rstrip() for line in table.splitlines())
         how = (
             f"{self.caption(rows)} Seconds are for one thread of a shared CPU, two runs at a time. "
-            f"Every run's record is in `{self.records}/`; `make results` makes tables and picture "
-            "from them and runs those that are missing."
+            f"Every run's record is in `{Archive(self.records).file}`; `make results` makes tables "
+            "and picture from them and runs those that are missing."
         )
         write_between_markers(report, markers, f"```text\n{whole}\n```\n\n{how}")
         print(f"wrote {figure} and the tables in {readme} and {report}")
@@ -140,6 +144,7 @@ def draw_comparison(
     *,
     title: str,
     measure: Measure,
+    panel: Panel = noise_panel,
 ) -> None:
     """The figure of finished runs: a measure against layer evaluations, and the blocks' noise.
 
@@ -149,6 +154,7 @@ def draw_comparison(
         value: reads the measure of a point of a record's curve.
         title: of the figure.
         measure: how it is shown.
+        panel: what shows the blocks' ranges.
     """
     curves = [
         Curve(
@@ -161,11 +167,12 @@ def draw_comparison(
     every = (record for records in rows.values() for record in records)
     blocked = next(record for record in every if not record["run"]["end_to_end"])
     config = BlocksConfig.from_dict(blocked["blocks"])
-    save_png(comparison_figure(curves, config, blocked["run"]["depth"], title, measure), path)
+    figure = comparison_figure(curves, config, blocked["run"]["depth"], title, measure, panel)
+    save_png(figure, path)
 
 
 def record_path(folder: Path, row: str, run: Run) -> Path:
-    """Where the record of a run is kept."""
+    """The file that a run writes its record to, which `Archive` packs."""
     return folder / f"{run.part}-{row}-lr{run.lr:g}-seed{run.seed}.json"
 
 
@@ -187,7 +194,10 @@ def run_missing(
     Raises:
         ValueError: a record that is there was made by another recipe.
     """
-    missing = {path: run for path, run in jobs.items() if not _is_done(path, run)}
+    there = {folder: Archive(folder).load() for folder in {path.parent for path in jobs}}
+    missing = {
+        path: run for path, run in jobs.items() if not _is_done(path, run, there[path.parent])
+    }
     print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are there, {len(missing)} to do")
     if not missing:
         return
@@ -214,18 +224,26 @@ def provenance(records: Records) -> str:
     return "\n".join(lines)
 
 
-def _is_done(path: Path, run: Run) -> bool:
-    if not path.exists():
+def read(folder: Path, runs: Mapping[str, Sequence[Run]]) -> dict[str, Records]:
+    """The records of all runs, by row."""
+    there = Archive(folder).load()
+    return {
+        row: [there[record_path(folder, row, run).stem] for run in many]
+        for row, many in runs.items()
+    }
+
+
+def _is_done(path: Path, run: Run, there: Mapping[str, dict[str, Any]]) -> bool:
+    record: Any = there.get(path.stem)
+    if record is None:
         return False
-    record: Any = read_record(path)
+    again = "delete it to run it again"
+    if not path.exists():
+        again = f"unpack {Archive(path.parent).file} and {again}"
     try:
         made = type(run).from_dict(record.get("run"))
     except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}; delete it to run it again") from error
+        raise ValueError(f"{path} cannot be used: {error}; {again}") from error
     if made != run:
-        raise ValueError(f"{path} was made by another recipe; delete it to run it again")
+        raise ValueError(f"{path} was made by another recipe; {again}")
     return True
-
-
-def _read(folder: Path, row: str, runs: Sequence[Run]) -> Records:
-    return [read_record(record_path(folder, row, run)) for run in runs]

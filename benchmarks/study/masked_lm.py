@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment, draw_comparison
+from benchmarks.study.pages import README_COSTS
+from benchmarks.study.plots import Measure, mask_panel
 from benchmarks.study.text import (
     QUALITY,
     add_scores,
@@ -13,10 +15,10 @@ from benchmarks.study.text import (
     reference_scores,
     text_and_training,
 )
+from dblocks.recipes.columns import MASKED_LM, SAMPLES, bits
 from dblocks.recipes.masked_lm import POINT_WINDOWS, SAMPLED, MaskedLMRun
-from dblocks.recipes.plots import Measure
-from dblocks.recipes.report import COSTS, README_COSTS, Column, Record, Rows, spread
-from dblocks.recipes.text_run import PROMPT, SAMPLES
+from dblocks.recipes.tables import COSTS, Rows
+from dblocks.recipes.text_run import PROMPT
 
 BITS = Measure(
     label=f"bits a character (bound), {POINT_WINDOWS} held-out windows",
@@ -37,32 +39,9 @@ ROWS: Mapping[str, tuple[str, MaskedLMRun]] = {
 LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 
-def bits(record: Record) -> float:
-    """The bound of the held-out text in bits per character."""
-    return record["bits"]
-
-
-def error(record: Record) -> float:
-    """Its standard error over the windows of the text."""
-    return record["bits_error"]
-
-
-def layers_per_sample(record: Record) -> float:
-    """Layers that sampling ran for each sequence, on average."""
-    ranges = record["run"]["depth"] / (
-        1 if record["run"]["end_to_end"] else record["run"]["blocks"]
-    )
-    return sum(record["rows"]) * ranges / SAMPLES
-
-
-BITS_COLUMNS = (
-    Column("Bits a character (bound)", lambda r: spread(r, bits, ".3f")),
-    Column("Its standard error over the text", lambda r: f"{error(r[0]):.3f}"),
-    Column("Layer evaluations to write a sample", lambda r: spread(r, layers_per_sample, ".0f")),
-)
 QUALITY_COLUMNS = quality_columns(lambda _: SAMPLED)
-COLUMNS = (*BITS_COLUMNS, *QUALITY_COLUMNS, *COSTS)
-README_COLUMNS = (*BITS_COLUMNS, *QUALITY_COLUMNS, *README_COSTS)
+COLUMNS = (*MASKED_LM, *QUALITY_COLUMNS, *COSTS)
+README_COLUMNS = (*MASKED_LM, *QUALITY_COLUMNS, *README_COSTS)
 
 
 def caption(rows: Rows) -> str:
@@ -75,10 +54,10 @@ def caption(rows: Rows) -> str:
     return (
         f"A masked diffusion model (bidirectional, {run['depth']} layers of width {run['width']}) "
         f"{text_and_training(first, EXPERIMENT.seeds)}. End to end is the same network as one "
-        f"block over all masked shares. Learning rates are the best of {{{rates}}} on the tenth "
+        f"block over all mask ratios. Learning rates are the best of {{{rates}}} on the tenth "
         "before the held-out one, in runs as long, the last line's that of the line above: "
         f"{chosen}. Bits are the variational bound at {len(first['bits_by_share'])} evenly spaced "
-        "masked shares, each by the block that owns it; its standard error, of the first seed, is "
+        "mask ratios, each by the block that owns it; its standard error, of the first seed, is "
         "over the windows and how they were masked. Tokens are scored in random order, so that "
         "these are not the bits of a model that reads from left to right. Samples continue "
         f"{SAMPLES} places of the held-out text by {run['context'] - PROMPT} characters, in "
@@ -96,6 +75,7 @@ def draw(rows: Rows, path: Path) -> None:
         lambda point: point["bits"],
         title="A 12-layer masked diffusion model on Python's documentation",
         measure=BITS,
+        panel=mask_panel,
     )
 
 

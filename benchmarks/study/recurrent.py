@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment, Records, draw_comparison
+from benchmarks.study.pages import README_COSTS
 from benchmarks.study.text import (
     QUALITY,
     add_scores,
@@ -14,9 +15,10 @@ from benchmarks.study.text import (
     reference_scores,
     text_and_training,
 )
-from dblocks.recipes.recurrent import STEPS, STEPS_WINDOWS, RecurrentRun
-from dblocks.recipes.report import COSTS, README_COSTS, Column, Record, Rows, mean, spread
-from dblocks.recipes.text_run import PROMPT, SAMPLES
+from dblocks.recipes.columns import RECURRENT, SAMPLES, bits
+from dblocks.recipes.recurrent import STEPS, RecurrentRun
+from dblocks.recipes.tables import COSTS, Column, Record, Rows, mean, spread
+from dblocks.recipes.text_run import PROMPT
 
 # Seconds of a step end to end over those of a block step: medians of steps taken in turn on one
 # thread of a shared CPU (0.70 s and 0.185 s), with 33 recurrences, the mean of those drawn.
@@ -48,11 +50,6 @@ SHORTER = {"blocks_long": 2, "blocks": 1, "end_to_end": 2}
 RATES_OF = {"end_to_end_short": "end_to_end"}
 
 
-def bits(record: Record) -> float:
-    """Bits per character of the held-out text: one Euler step, or the mean recurrences."""
-    return record["bits"]
-
-
 def run_of(record: Record) -> RecurrentRun:
     """The run that made a record."""
     return RecurrentRun.from_dict(record["run"])
@@ -61,18 +58,6 @@ def run_of(record: Record) -> RecurrentRun:
 def main_samples(record: Record) -> str:
     """The name of a record's samples with several steps."""
     return str(run_of(record).sample_steps)
-
-
-def bits_of_windows(record: Record) -> float:
-    """As `bits`, of some windows of the text."""
-    return record["bits_by_steps"][main_samples(record) if run_of(record).end_to_end else "1"]
-
-
-def bound_bits(record: Record) -> float | None:
-    """The bound of denoising, of the same windows; None end to end, and of runs before it was
-    measured."""
-    bound = record.get("bound")
-    return None if bound is None else bound["bits"]
 
 
 def recurrence_bits(record: Record, steps: str) -> float | None:
@@ -106,24 +91,13 @@ def by_steps(head: str, value: Callable[[Record, str], float | None]) -> tuple[C
     return (Column(f"{head}:", lambda _: ""), *map(column, STEPS))
 
 
-BITS_COLUMNS = (
-    Column("Bits a character, next token", lambda r: spread(r, bits, ".3f")),
-    Column(
-        f"Bits of {STEPS_WINDOWS} windows of the text, next token",
-        lambda r: spread(r, bits_of_windows, ".3f"),
-    ),
-    Column(
-        "Bits of these windows, bound of denoising",
-        lambda r: spread(r, bound_bits, ".3f"),
-    ),
-)
 COST_COLUMNS = (
     Column("Parameters", lambda r: f"{r[0]['parameters']:,}"),
     Column("Layer evaluations to write a character", lambda r: f"{layers_per_character(r[0])}"),
     Column("Seconds a training step", lambda r: f"{seconds_per_step(r):.3f}"),
 )
 COLUMNS = (
-    *BITS_COLUMNS,
+    *RECURRENT,
     *by_steps(
         "Bits of these windows, by recurrences",
         recurrence_bits,
@@ -137,7 +111,7 @@ COLUMNS = (
     *COSTS,
 )
 README_COLUMNS = (
-    *BITS_COLUMNS,
+    *RECURRENT,
     *quality_columns(main_samples),
     *COST_COLUMNS,
     *README_COSTS,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.study.archive import Archive
 from benchmarks.study.experiment import Records
+from benchmarks.study.ngrams import known_share, ngram_divergence, repetition_rate
+from benchmarks.study.plots import Measure
 from dblocks.checkpoint import load_model, prepare, save_model
 from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.recipes.data.text import Corpus
-from dblocks.recipes.metrics.text import known_share, ngram_divergence, repetition_rate
-from dblocks.recipes.plots import Measure
 from dblocks.recipes.records import FORMAT, read_record, train, write_record
-from dblocks.recipes.report import Column, Record, Rows, spread
+from dblocks.recipes.tables import Column, Record, Rows, spread
 from dblocks.recipes.text_run import PROMPT, continuations
 from dblocks.sampling import next_token_nll
 
@@ -27,7 +30,7 @@ REPEATED = 12  # characters: a run of so many that comes again in a sample is a 
 # As the longest row of the language model's table, from a seed that no row has.
 SCORER = CausalLMRun(end_to_end=True, steps=1440, lr=1e-3, seed=1000)
 SCORER_FOLDER = Path("runs/causal-lm-scorer")  # of pydoc; other texts' have their names behind it
-SCORES_FILE = "scores.json"
+SCORES = "scores"  # the name of their record
 RUN_FILE = "run.json"
 
 QUALITY = (
@@ -109,8 +112,9 @@ def text_and_training(record: Record, seeds: Sequence[int]) -> str:
 def add_scores(folder: Path, records: Mapping[str, Records]) -> None:
     """Adds "scores" to every record: what another model and n-grams say of its samples.
 
-    A record has them in "samples_written", by name. The scores are kept in scores.json. The model
-    is that of `SCORER`, the same for all experiments, trained where its checkpoint is not there.
+    A record has them in "samples_written", by name. The scores are kept beside the records, with a
+    digest of the samples, so that other samples are scored again. The model is that of `SCORER`,
+    the same for all experiments, trained where its checkpoint is not there.
     """
     samples = {
         f"{row}-seed{record['run']['seed']}-{key}": texts
@@ -120,11 +124,15 @@ def add_scores(folder: Path, records: Mapping[str, Records]) -> None:
     }
     scorer = scorer_of(next(iter(records.values()))[0]["run"]["data"])
     corpus = scorer.corpus()
-    made = {"run": scorer.to_dict(), "sha256": corpus.sha256, "samples": samples}
-    stored = _stored(folder / SCORES_FILE)
-    if stored is None or any(stored[key] != value for key, value in made.items()):
-        stored = {"format": FORMAT, **made, "scores": score_all(samples, corpus, scorer)}
-        write_record(folder / SCORES_FILE, stored)
+    made = {"run": scorer.to_dict(), "sha256": corpus.sha256, "samples": digest(samples)}
+    stored = Archive(folder).load().get(SCORES)
+    found = None if stored is None else {key: stored[key] for key in made}
+    if stored is None or found != made:
+        # Older files hold the samples themselves.
+        same = found == made | {"samples": samples}
+        scores = stored["scores"] if stored and same else score_all(samples, corpus, scorer)
+        stored = {"format": FORMAT, **made, "scores": scores}
+        write_record(folder / f"{SCORES}.json", stored)
     for row, many in records.items():
         for record in many:
             prefix = f"{row}-seed{record['run']['seed']}-"
@@ -132,6 +140,11 @@ def add_scores(folder: Path, records: Mapping[str, Records]) -> None:
                 key: stored["scores"][prefix + key] for key in record["samples_written"]
             }
             record["scores"]["reference"] = stored["scores"]["reference"]
+
+
+def digest(samples: Mapping[str, Sequence[str]]) -> str:
+    """The SHA-256 of the samples, whatever the order of their names."""
+    return hashlib.sha256(json.dumps(samples, sort_keys=True).encode()).hexdigest()
 
 
 def scorer_of(data: str) -> CausalLMRun:
@@ -158,10 +171,6 @@ def score_all(
     }
 
 
-def _stored(path: Path) -> dict[str, Any] | None:
-    return read_record(path) if path.exists() else None
-
-
 def _trained(scorer: CausalLMRun) -> Any:
     folder = SCORER_FOLDER
     if scorer.data != SCORER.data:
@@ -173,9 +182,9 @@ def _trained(scorer: CausalLMRun) -> Any:
     print(f"training the model that scores samples, for {folder}")
     prepare(folder)
     trained = train(scorer, progress=True)
-    save_model(folder, trained.learner.trained)
+    save_model(folder, trained.trainer.trained)
     write_record(folder / RUN_FILE, trained.record)
-    return trained.learner.trained
+    return trained.trainer.trained
 
 
 def _tokens(texts: Sequence[str], corpus: Corpus) -> Tensor:

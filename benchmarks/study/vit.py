@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.experiment import Experiment, draw_comparison
+from benchmarks.study.pages import README_COSTS
+from benchmarks.study.plots import ACCURACY
 from dblocks.checkpoint import make_folder
-from dblocks.recipes.plots import ACCURACY
+from dblocks.recipes.columns import VIT, accuracy, by_euler_steps
 from dblocks.recipes.records import train, use_one_thread, write_record
-from dblocks.recipes.report import COSTS, README_COSTS, Column, Record, Rows, percent, text_table
+from dblocks.recipes.tables import COSTS, Column, Rows, percent, text_table
 from dblocks.recipes.vit import PUBLISHED, ViTRun
 
 DEMO = Path("runs/demo")
@@ -58,55 +60,10 @@ DIGITS = {**DIGITS, "published": ("3 blocks, as published but for weights", CLAM
 CLOTHES = rows_of(ViTRun(data="fashion-mnist", points=3), 3000)
 
 
-def reached(record: Record) -> float:
-    """The held-out accuracy of a run."""
-    return record["accuracy"]
-
-
-def of_steps(steps: int, noise: bool) -> Callable[[Record], float | None]:
-    """Reads the accuracy with so many Euler steps; None end to end."""
-    key = "accuracy_from_noise" if noise else "accuracy_by_denoising_steps"
-
-    def of(record: Record) -> float | None:
-        by_steps = record[key]
-        return None if by_steps is None else by_steps[str(steps)]
-
-    return of
-
-
-def alone(block: int) -> Callable[[Record], float | None]:
-    """Reads the accuracy of a block alone; None end to end."""
-
-    def of(record: Record) -> float | None:
-        blocks = record["blocks_alone"]
-        return None if blocks is None else blocks[block]
-
-    return of
-
-
-def _steps_columns(head: str, noise: bool) -> tuple[Column, ...]:
-    def column(n: int) -> Column:
-        return Column(f"  {n}", lambda r: percent(r, of_steps(n, noise)))
-
-    return (Column(f"{head}:", lambda _: ""), *map(column, (1, 3, 6)))
-
-
-def _alone_column(block: int) -> Column:
-    return Column(f"  {block + 1}", lambda r: percent(r, alone(block)))
-
-
-COLUMNS = (
-    Column("held-out accuracy", lambda r: percent(r, reached)),
-    *_steps_columns("  by Euler steps from the mean", noise=False),
-    *_steps_columns("  by Euler steps from noise", noise=True),
-    Column("  of each block alone:", lambda _: ""),
-    *map(_alone_column, range(3)),
-    Column("AdaLN", lambda r: "yes" if r[0]["adaln"] else "no"),
-    *COSTS,
-)
+COLUMNS = (*VIT, *COSTS)
 README_COLUMNS = (
-    Column("Held-out accuracy", lambda r: percent(r, reached)),
-    Column("3 Euler steps", lambda r: percent(r, of_steps(3, noise=False))),
+    Column("Held-out accuracy", lambda r: percent(r, accuracy)),
+    Column("3 Euler steps", lambda r: percent(r, by_euler_steps(3, noise=False))),
     *README_COSTS,
 )
 
@@ -172,8 +129,8 @@ def experiment_of(
         seeds=seeds,
         selection_shorter=shorter,
         rates_of=rates_of,
-        error=lambda record: -reached(record),
-        headline=lambda record: f"{100 * reached(record):.1f} %",
+        error=lambda record: -accuracy(record),
+        headline=lambda record: f"{100 * accuracy(record):.1f} %",
         columns=COLUMNS,
         readme_columns=README_COLUMNS,
         caption=caption_of(long, lrs, seeds, selection),

@@ -25,8 +25,9 @@ from dblocks.checkpoint import load_model, prepare, save_model
 from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.recipes.data.text import Corpus
 from dblocks.recipes.masked_lm import MaskedLMRun
+from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.records import read_record, train, use_one_thread, write_record
-from dblocks.recipes.text_run import NOISE_SEED, PROMPT, TextRun, continuations
+from dblocks.recipes.text_run import PROMPT, continuations
 from dblocks.sampling import generate, unmask
 from dblocks.schedules import MASKED
 
@@ -36,7 +37,7 @@ MODELS = Path("runs/writing")
 OUT = Path("benchmarks/results/writing")
 EVALUATIONS = 10_080
 BLOCKS = CausalLMRun(blocks=3, steps=EVALUATIONS // 4, points=1)
-RUNS: dict[str, TextRun] = {
+RUNS: dict[str, CausalLMRun | MaskedLMRun] = {
     "end to end": CausalLMRun(end_to_end=True, lr=5e-4, steps=EVALUATIONS // 12, points=1),
     "1 token": BLOCKS,
     "4 tokens": dataclasses.replace(BLOCKS, tokens_per_block=4),
@@ -76,7 +77,7 @@ def ways(names: Sequence[str], steps: Sequence[int]) -> list[Way]:
     return found
 
 
-def model_of(name: str, run: TextRun) -> Any:
+def model_of(name: str, run: CausalLMRun | MaskedLMRun) -> Any:
     """The trained model, from its folder or trained now."""
     folder = MODELS / name.replace(" ", "-")
     made = folder / "run.json"
@@ -84,9 +85,9 @@ def model_of(name: str, run: TextRun) -> Any:
         return load_model(folder)
     prepare(folder)
     trained = train(run, progress=True)
-    save_model(folder, trained.learner.trained)
+    save_model(folder, trained.trainer.trained)
     write_record(made, trained.record)
-    return trained.learner.trained
+    return trained.trainer.trained
 
 
 def writer(

@@ -10,8 +10,8 @@ from dblocks.schedules import SCHEDULES, EDMSchedule, MaskSchedule, NoiseSchedul
 from dblocks.schedules.base import OVERLAP
 
 Weighting = Literal["auto", "edm", "clamped", "none", "batch_mean"]
-Shared = Literal["train", "frozen", "private", "reduce"]
-SHARED = ("train", "frozen", "private", "reduce")
+Shared = Literal["train", "frozen", "private"]
+SHARED = ("train", "frozen", "private")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class BlocksConfig(JsonConfig):
     """Weight of a sample's loss; auto is edm for L2, none for cross-entropy, and the weight of the
     bound for masks."""
     shared: Shared = "train"
-    """What happens to parameters outside the layers: train, frozen, private or reduce."""
+    """What happens to parameters outside the layers: train, frozen or private."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_blocks", check_count("num_blocks", self.num_blocks))
@@ -50,11 +50,6 @@ class BlocksConfig(JsonConfig):
             )
         if self.shared not in SHARED:
             raise ValueError(f"shared must be one of {SHARED}, got {self.shared!r}")
-        if self.shared == "reduce":
-            raise ValueError(
-                "shared='reduce' needs block-parallel training, which comes with "
-                "dblocks.distributed; use 'train', 'frozen' or 'private'"
-            )
         if self.top_share != "auto":
             check_share("top_share", self.top_share)
         # The schedule checks that its partition makes as many blocks, and the overlap.

@@ -1,4 +1,4 @@
-"""Other libraries' models from their config alone, on the meta device: no weights, no downloads."""
+"""Builds other libraries' models from their configs on the meta device, without any download."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = "config.json"
 PIPELINE = "model_index.json"
 TIMM = "timm:"
 HEADS = ("MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_CLASSIFICATION")
-"""What a model type of transformers is built for if its config does not say; the first it has."""
+"""Where a config of transformers names no class: the first of these heads that its type has."""
 
 
 def build(source: str) -> nn.Module:
@@ -134,7 +134,7 @@ def _member(library: Any, name: str) -> Any:
 
 @contextmanager
 def _importing(library: str) -> Iterator[None]:
-    """Says what is broken, such as a torchvision for another torch; parts load when asked for."""
+    """Names what does not load, such as a torchvision for another torch; parts load on use."""
     try:
         yield
     except (ImportError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""What `dblocks info --model` prints: what `convert` and `fuse_` would do with a model."""
+"""`dblocks info --model`: what `convert` and `fuse_` would do with a model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import nn
 from dblocks.blocks import BlocksConfig
 from dblocks.info import aligned
 from dblocks.integrations.build import build
-from dblocks.integrations.convert.blocks import Task, convert, library_of
+from dblocks.integrations.convert import Task, convert
 from dblocks.integrations.convert.find import find_layers
 from dblocks.integrations.convert.residual import check_residual
-from dblocks.integrations.fuse.apply import fuse_
-from dblocks.schedules.mask import MaskSchedule
+from dblocks.integrations.convert.tasks import library_of
+from dblocks.integrations.fuse import fuse_
+from dblocks.schedules import MaskSchedule
 
 WEIGHT_BYTES = 4  # of float32, as the next
 TRAINING_BYTES = 12  # the gradient and Adam's two moments
@@ -29,7 +30,7 @@ of its layers alone. dblocks.blocks.memory.SavedActivations measures them."""
 
 
 class Division(NamedTuple):
-    """What each block trains alone and what all of them train."""
+    """The parameters of each block, and those that all blocks train."""
 
     title: str
     config: BlocksConfig
@@ -59,7 +60,7 @@ def report(source: str, num_blocks: int) -> str:
         parts += _found(model, layers)
         parts += ["", *_blocks(model, layers, num_blocks), "", MEMORY]
     # Last, since it changes the model.
-    return "\n".join([*parts, "", "dblocks.integrations.fuse.apply.fuse_(model)", *_fused(model)])
+    return "\n".join([*parts, "", "dblocks.fuse_(model)", *_fused(model)])
 
 
 def _described(model: nn.Module) -> list[str]:
@@ -121,7 +122,7 @@ def _blocks(model: nn.Module, layers: Mapping[str, nn.Module], num_blocks: int) 
 
 
 def _converted(model: nn.Module, num_blocks: int) -> tuple[Division | None, list[tuple[str, str]]]:
-    """The blocks of the first task that the model has; or what each task lacks."""
+    """The blocks for the first task that the model can be converted for; else why for none."""
     noise = BlocksConfig(num_blocks=num_blocks)
     masks = BlocksConfig(num_blocks=num_blocks, schedule=MaskSchedule())
     tasks: list[tuple[Task, BlocksConfig]] = [(task, noise) for task in get_args(Task)]
@@ -133,7 +134,7 @@ def _converted(model: nn.Module, num_blocks: int) -> tuple[Division | None, list
             mask_token_id = 0  # any: it changes no count
         call = f"BlocksConfig(num_blocks={num_blocks}{schedule}), task={task!r}{token}"
         try:
-            # What it adds holds no data either.
+            # What `convert` adds holds no data either.
             with torch.device("meta"):
                 dm = convert(model, config, task=task, mask_token_id=mask_token_id)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""What models of known libraries can be called with when only shapes matter."""
+"""Example inputs on the meta device for models of known libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 TEXT_TOKENS = 7
-"""Length of the text that images are conditioned on; any would do."""
+"""Length of the text that images are conditioned on; any length works."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

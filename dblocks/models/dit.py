@@ -24,8 +24,9 @@ from dblocks.nn import (
     conditioning_of,
 )
 from dblocks.nn.embeddings import EMBEDDING_STD
+from dblocks.sampling import initial_noise
 from dblocks.sampling.levels import grid_of
-from dblocks.sampling.samplers import initial_noise, sampler_of
+from dblocks.sampling.samplers import sampler_of
 from dblocks.sampling.steps import Callback, Sampler
 from dblocks.schedules import NoiseLevel
 

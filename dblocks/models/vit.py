@@ -35,8 +35,8 @@ from dblocks.nn import (
     TransformerLayer,
     conditioning_of,
 )
+from dblocks.sampling import initial_noise, product_logits, sample_logits
 from dblocks.sampling.levels import grid_of
-from dblocks.sampling.samplers import initial_noise, product_logits, sample_logits
 from dblocks.sampling.steps import Sampler
 from dblocks.schedules import NoiseLevel
 

@@ -10,11 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dblocks.ops import _common, _flops
-
-FUSED = ("triton", "cpp")
-PLAIN = (Tensor, torch.nn.Parameter)
-KNOWN = {*PLAIN, type(None), bool, int, float, str, list, torch.dtype}  # none is watched
+from dblocks.ops import _flops
+from dblocks.ops._dispatch import FUSED, caller
 
 library = torch.library.Library("dblocks", "FRAGMENT")
 
@@ -46,26 +43,8 @@ def define(
         if flops is not None:
             _flops.register(op, flops)
         kernel = _kernels.get(f"{name}_{impl}")
-        calls[impl] = op if not kernel and not flops else _call(op, kernel)
+        calls[impl] = op if not kernel and not flops else caller(op, kernel)
     return calls
-
-
-def _call(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*args)
-        if _common.is_traced():
-            _flops.watch()
-            return op(*args)
-        if kernel is None or not (KNOWN.issuperset(map(type, args)) or _plain(args)):
-            return op(*args)
-        return kernel(*args)
-
-    return call
-
-
-def _plain(args: tuple[Any, ...]) -> bool:
-    return all(not isinstance(a, Tensor) or type(a) in PLAIN for a in args)
 
 
 def triton_kernel(name: str, like: int = 0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -88,3 +67,17 @@ def triton_kernel(name: str, like: int = 0) -> Callable[[Callable[..., Any]], Ca
         return kernel
 
     return register
+
+
+# A copy that Inductor cannot see through: it drops a clone.
+library.define("keep(Tensor a) -> Tensor")
+
+
+@torch.library.impl(library, "keep", "CompositeExplicitAutograd")
+def _keep_any(a):
+    return a.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("dblocks::keep", lib=library)
+def _keep_fake(a):
+    return a.new_empty(a.shape)

@@ -5,8 +5,8 @@ from typing import Literal
 from torch import Tensor
 
 from dblocks.kernels import reference
-from dblocks.ops import _attention_choice
-from dblocks.ops._attention_checks import CleanCausal, Order, Query, check
+from dblocks.ops._attention import choice
+from dblocks.ops._attention.checks import CleanCausal, Order, Query, check
 
 AttentionImpl = Literal["auto", "reference", "triton", "composed"]
 Backend = Literal["sdpa", "cudnn", "flash_attn_3", "flash_attn", "xformers"]
@@ -81,7 +81,7 @@ def doubled_attention(
             block_size up to 128; not float64), "composed" (plain attentions of PyTorch or another
             library, merged; memory O(T * block_size); on a GPU float16 and bfloat16, neither
             `cu_seqlens` nor `valid`, and of `window`, `softcap` and `alibi_slopes` what its backend
-            has), or "auto", see `dblocks.ops._attention_choice`.
+            has), or "auto", see `dblocks.ops._attention.choice`.
         backend: which attention "composed" is made of: "sdpa" (PyTorch's flash kernels; the only
             one on CPUs; FlashAttention 3 or 4 after its `activate_flash_attention_impl`), "cudnn",
             "flash_attn_3", "flash_attn" or "xformers"; by default the first that can run, those as
@@ -119,13 +119,13 @@ def doubled_attention(
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
     }
-    chosen = _attention_choice.resolve(impl, backend, q, k, v, options)
+    chosen = choice.resolve(impl, backend, q, k, v, options)
     if chosen == "reference":
         return reference.doubled_attention(q, k, v, **options)[0]
     if chosen == "triton":
-        from dblocks.ops._attention_op import fused
+        from dblocks.ops._attention.fused import fused
 
         return fused(q, k, v, **options)
-    from dblocks.ops._composed_attention import composed
+    from dblocks.ops._attention.composed import composed
 
     return composed(q, k, v, **options, backend=backend)

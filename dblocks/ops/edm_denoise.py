@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from dblocks.kernels import reference
-from dblocks.ops import _common
-from dblocks.ops._autograd import apply, constant, first_order
-from dblocks.ops._common import Impl
+from dblocks.ops import _dispatch
+from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept, widest
+from dblocks.ops._levels import check_noised
 from dblocks.ops._library import define, triton_kernel
-from dblocks.ops._noise_args import check_pair, check_sigma, check_sigma_data, kept, widest
 
 _FORWARD = "(Tensor f, Tensor z, Tensor sigma, float sigma_data) -> Tensor"
 _BACKWARD = (
@@ -29,7 +28,7 @@ def empty_grads(grad: Tensor, *dtypes: torch.dtype | None) -> tuple[Tensor, ...]
 def _fwd_triton(f, z, sigma, sigma_data):
     if z.numel() == 0:
         return torch.empty(z.shape, dtype=torch.float32, device=z.device)
-    from dblocks.kernels.edm import edm_denoise_fwd
+    from dblocks.kernels.edm.denoise import edm_denoise_fwd
 
     return edm_denoise_fwd(f, z, sigma, sigma_data)
 
@@ -38,7 +37,7 @@ def _fwd_triton(f, z, sigma, sigma_data):
 def _bwd_triton(grad, sigma, sigma_data, f_dtype, z_dtype):
     if grad.numel() == 0:
         return empty_grads(grad, f_dtype, z_dtype)
-    from dblocks.kernels.edm import edm_denoise_bwd
+    from dblocks.kernels.edm.denoise import edm_denoise_bwd
 
     return edm_denoise_bwd(grad, sigma, sigma_data, f_dtype, z_dtype)
 
@@ -105,14 +104,13 @@ def edm_denoise(
 
     Source: Karras et al. 2022, eq. 7 and table 1.
     """
-    check_pair("f", f, "z", z)
-    check_sigma("sigma", sigma, "f", f)
-    check_sigma_data(sigma_data)
+    if not _dispatch.noised_fit((f, z), sigma, sigma_data):
+        check_noised({"f": f, "z": z}, sigma, sigma_data)
     sigma = constant(sigma)
-    impl = _common.resolve_impl(impl, widest(f, z), "edm_denoise")
+    impl = _dispatch.resolve_impl(impl, widest(f, z), "edm_denoise")
     if impl != "reference":
         call = (f, z, sigma, float(sigma_data))
-        if _common.needs_autograd(f, z):
+        if _dispatch.needs_autograd(f, z):
             return apply(_Denoise, *call, impl)
         return _FWD[impl](*call)
     return reference.edm_denoise(f, z, sigma, sigma_data=sigma_data)

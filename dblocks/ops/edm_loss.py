@@ -4,18 +4,10 @@ import torch
 from torch import Tensor
 
 from dblocks.kernels import reference
-from dblocks.ops import _common
-from dblocks.ops._autograd import apply, constant, first_order
-from dblocks.ops._common import Impl
+from dblocks.ops import _checks, _dispatch
+from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept, widest
+from dblocks.ops._levels import check_noised, split_seed
 from dblocks.ops._library import define, triton_kernel
-from dblocks.ops._noise_args import (
-    check_pair,
-    check_sigma,
-    check_sigma_data,
-    kept,
-    split_seed,
-    widest,
-)
 
 _INPUTS = (
     "Tensor f, Tensor y, Tensor sigma, Tensor? seed_tensor, SymInt seed, SymInt offset, "
@@ -37,7 +29,7 @@ def _fwd_triton(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, 
     rest = _empty_rest(f, need_rest)
     if y.numel() == 0:
         return torch.zeros(y.shape[0], dtype=torch.float32, device=y.device), rest
-    from dblocks.kernels.edm import edm_loss_fwd
+    from dblocks.kernels.edm.loss import edm_loss_fwd
 
     levels = (sigma, seed_tensor, seed, offset, sigma_data)
     return edm_loss_fwd(f, y, *levels, row_weight, rest if need_rest else None), rest
@@ -47,7 +39,7 @@ def _fwd_triton(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, 
 def _bwd_triton(grad, rest, row_weight, dtype):
     if rest.numel() == 0:
         return torch.empty(rest.shape, dtype=dtype, device=rest.device)
-    from dblocks.kernels.edm import edm_loss_bwd
+    from dblocks.kernels.edm.loss import edm_loss_bwd
 
     return edm_loss_bwd(grad, rest, row_weight, dtype)
 
@@ -88,8 +80,8 @@ class _Loss(torch.autograd.Function):
 def _check_row_weight(row_weight: Tensor | None, y: Tensor) -> None:
     if row_weight is None:
         return
-    _common.check_float(row_weight=row_weight)
-    _common.check_device(y, row_weight=row_weight)
+    _checks.check_float(row_weight=row_weight)
+    _checks.check_device(y, row_weight=row_weight)
     if row_weight.shape == y.shape[:1]:
         return
     if y.ndim != 3 or row_weight.shape != y.shape[:2]:
@@ -144,17 +136,17 @@ def edm_loss(
 
     Source: Karras et al. 2022, eq. 8; Salmon et al. 2011 (Philox).
     """
-    check_pair("f", f, "y", y)
-    check_sigma("sigma", sigma, "f", f)
-    check_sigma_data(sigma_data)
+    if not _dispatch.noised_fit((f, y), sigma, sigma_data):
+        check_noised({"f": f, "y": y}, sigma, sigma_data)
     _check_row_weight(row_weight, y)
-    seed_tensor, number = split_seed(seed, offset, f)
+    fits = _dispatch.seed_fits(seed, offset, f)
+    seed_tensor, number = (None, seed) if fits else split_seed(seed, offset, f)
     y, sigma = constant(y), constant(sigma)
     row_weight = None if row_weight is None else constant(row_weight)
-    impl = _common.resolve_impl(impl, widest(f, y), "edm_loss")
+    impl = _dispatch.resolve_impl(impl, widest(f, y), "edm_loss")
     if impl != "reference":
         call = (f, y, sigma, seed_tensor, number, offset, float(sigma_data), row_weight)
-        if _common.needs_autograd(f):
+        if _dispatch.needs_autograd(f):
             return apply(_Loss, *call, impl)
         return _FWD[impl](*call, False)[0]
     return reference.edm_loss(

@@ -1,14 +1,15 @@
 """euler_step: one step of the probability flow ODE towards the denoised estimate."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from dblocks.kernels import reference
-from dblocks.ops import _common
-from dblocks.ops._autograd import apply, constant, first_order
-from dblocks.ops._common import Impl
+from dblocks.ops import _dispatch
+from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept, widest
+from dblocks.ops._levels import check_pair, check_sigma, check_sigma_value
 from dblocks.ops._library import define, triton_kernel
-from dblocks.ops._noise_args import check_pair, check_sigma, check_sigma_value, kept, widest
 from dblocks.ops.edm_denoise import empty_grads
 
 _LEVELS = "Tensor? sigma, Tensor? sigma_next, float sigma_value, float sigma_next_value"
@@ -23,7 +24,7 @@ _BACKWARD = (
 def _fwd_triton(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
     if z.numel() == 0:
         return torch.empty(z.shape, dtype=torch.float32, device=z.device)
-    from dblocks.kernels.edm import euler_step_fwd
+    from dblocks.kernels.edm.euler import euler_step_fwd
 
     return euler_step_fwd(z, denoised, [sigma, sigma_next], [sigma_value, sigma_next_value])
 
@@ -32,7 +33,7 @@ def _fwd_triton(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
 def _bwd_triton(grad, sigma, sigma_next, sigma_value, sigma_next_value, z_dtype, denoised_dtype):
     if grad.numel() == 0:
         return empty_grads(grad, z_dtype, denoised_dtype)
-    from dblocks.kernels.edm import euler_step_bwd
+    from dblocks.kernels.edm.euler import euler_step_bwd
 
     sigmas, values = [sigma, sigma_next], [sigma_value, sigma_next_value]
     return euler_step_bwd(grad, sigmas, values, z_dtype, denoised_dtype)
@@ -82,8 +83,9 @@ def _level(sigma: Tensor | float, z: Tensor) -> tuple[Tensor | None, float]:
 
 def _check_level(name: str, sigma: Tensor | float, z: Tensor, *, zero: bool) -> None:
     if isinstance(sigma, Tensor):
-        check_sigma(name, sigma, "z", z, zero=zero)
-    else:
+        if not _dispatch.sigma_fits(sigma, z):
+            check_sigma(name, sigma, "z", z, zero=zero)
+    elif type(sigma) is not float or not 0 < sigma < math.inf:
         check_sigma_value(name, sigma, zero=zero)
 
 
@@ -136,18 +138,19 @@ def euler_step(
 
     Source: Karras et al. 2022, algorithm 1 with dx/dt = (x - D(x; t)) / t.
     """
-    check_pair("z", z, "denoised", denoised)
+    if not _dispatch.samples_fit(z, denoised):
+        check_pair("z", z, "denoised", denoised)
     _check_level("sigma", sigma, z, zero=False)
     _check_level("sigma_next", sigma_next, z, zero=True)
     sigma, sigma_next = (
         constant(s) if isinstance(s, Tensor) else float(s) for s in (sigma, sigma_next)
     )
     _check_segments(sigma, sigma_next)
-    impl = _common.resolve_impl(impl, widest(z, denoised), "euler_step")
+    impl = _dispatch.resolve_impl(impl, widest(z, denoised), "euler_step")
     if impl != "reference":
         (level, value), (level_next, value_next) = _level(sigma, z), _level(sigma_next, z)
         call = (z, denoised, level, level_next, value, value_next)
-        if _common.needs_autograd(z, denoised):
+        if _dispatch.needs_autograd(z, denoised):
             return apply(_EulerStep, *call, impl)
         return _FWD[impl](*call)
     return reference.euler_step(z, denoised, sigma, sigma_next)

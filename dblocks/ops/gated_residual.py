@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from dblocks.kernels import reference
-from dblocks.ops import _common
-from dblocks.ops._adaln_op import fused
-from dblocks.ops._common import Impl
+from dblocks.ops import _checks, _dispatch
+from dblocks.ops._dispatch import Impl
+from dblocks.ops.adaln import fused
 
 
 def gated_residual(
@@ -31,15 +31,9 @@ def gated_residual(
 
     Source: Peebles and Xie 2023 (DiT), adaLN-Zero block.
     """
-    if not _common.rows_fit(x, (branch,), (gate,)):
-        _common.check_tensor(x=x, branch=branch)
-        _common.check_tokens("x", x)
-        _common.check_same_shape("branch", branch, "x", x)
-        _common.check_float(x=x, branch=branch, gate=gate)
-        _common.check_device(x, branch=branch, gate=gate)
-        _common.check_modulation(x, gate=gate)
-    impl = _common.resolve_impl(impl, x, "gated_residual")
+    if not _dispatch.rows_fit(x, (branch,), (gate,)):
+        _checks.check_rows(x, {"branch": branch}, {"gate": gate}, {})
+    impl = _dispatch.resolve_impl(impl, x, "gated_residual")
     if impl != "reference":
-        _common.check_size(x, "gated_residual", impl)
-        return fused(impl, x, branch, gate, normalise=False)
+        return fused("gated_residual", impl, x, branch, gate, normalise=False)
     return reference.gated_residual(x, branch, gate)

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: a readout and its cross-entropy, without the logits of all rows at once."""
+"""linear_cross_entropy: output head and cross-entropy, without the logits of all rows at once."""
 
 from typing import Literal, get_args
 
@@ -7,11 +7,10 @@ from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from dblocks.kernels import reference
+from dblocks.ops import _checks, _dispatch
 from dblocks.ops import _chunked_cross_entropy as chunked
-from dblocks.ops import _common
-from dblocks.ops._autograd import apply, constant, first_order
+from dblocks.ops._dispatch import apply, constant, first_order, kept
 from dblocks.ops._library import define, library, triton_kernel
-from dblocks.ops._noise_args import kept
 
 CrossEntropyImpl = Literal["auto", "reference", "chunked", "triton"]
 Reduction = Literal["mean", "none"]
@@ -122,7 +121,7 @@ class _RowLosses(torch.autograd.Function):
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`total * factor`, rounded to `dtype` once."""
     # In place where it can: the gradient of a large weight would be in memory twice.
-    last = not _common.is_traced() and not _get_current_graph_task_keep_graph()
+    last = not _dispatch.is_traced() and not _get_current_graph_task_keep_graph()
     return (total.mul_(factor) if last else total * factor).to(dtype)
 
 
@@ -137,7 +136,7 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     impl: CrossEntropyImpl = "auto",
 ) -> Tensor:
-    """Cross-entropy of a linear readout, with a weight for each row, in chunks of rows.
+    """Cross-entropy of a linear output head, with a weight for each row, in chunks of rows.
 
         logits = h weight^T + bias,   ce_r = logsumexp(logits_r) - logits_r[target_r]
         loss = sum_r row_weight_r * ce_r / count;   reduction="none": row_weight_r * ce_r
@@ -188,7 +187,7 @@ def linear_cross_entropy(
     row_weight = None if row_weight is None else constant(row_weight)
     used = _resolve(impl, h, weight)
     if used == "reference":
-        if target.is_cpu and not _common.is_traced():
+        if target.is_cpu and not _dispatch.is_traced():
             chunked.check_target(target.where(target != ignore_index, 0), weight.shape[0])
         return reference.linear_cross_entropy(
             h, weight, target, bias=bias, row_weight=row_weight, ignore_index=ignore_index,
@@ -200,7 +199,7 @@ def linear_cross_entropy(
         losses = _row_losses(used, h, weight, bias, target, ignore_index).view(shape)
         return losses if row_weight is None else _weighted(losses, row_weight)
     row_weight = None if row_weight is None else row_weight.reshape(-1)
-    if not _common.needs_autograd(h, weight, bias):
+    if not _dispatch.needs_autograd(h, weight, bias):
         needs = [False] * 3
         return _OPS[used](h, weight, target, bias, row_weight, ignore_index, needs)[0]
     needs = [h.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
@@ -210,7 +209,7 @@ def linear_cross_entropy(
 def _row_losses(
     impl: str, h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
 ) -> Tensor:
-    if _common.needs_autograd(h, weight, bias):
+    if _dispatch.needs_autograd(h, weight, bias):
         return apply(_RowLosses, h, weight, bias, target, ignore_index, impl)
     return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
 
@@ -226,9 +225,9 @@ def _resolve(impl: str, h: Tensor, weight: Tensor) -> str:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "auto":
         impl = explained(h)[0]
-    _common.check_transform(impl, OP)
+    _dispatch.check_transform(impl, OP)
     if impl == "triton":
-        _common.check_triton(h, OP)
+        _dispatch.check_triton(h, OP)
         if weight.shape[0] > MAX_TRITON_CLASSES:
             raise ValueError(
                 f"{OP}: impl='triton' takes V <= {MAX_TRITON_CLASSES}, got {weight.shape[0]}; "
@@ -239,9 +238,9 @@ def _resolve(impl: str, h: Tensor, weight: Tensor) -> str:
 
 def explained(h: Tensor) -> tuple[str, str]:
     """What impl="auto" picks, and why."""
-    if _common.in_transform():
+    if _dispatch.in_transform():
         return "reference", "plain PyTorch: only it takes part in transforms"
-    if h.device.type in _common.GPUS and h.dtype != torch.float64:
+    if h.device.type in _dispatch.GPUS and h.dtype != torch.float64:
         return "triton", "the tensors are on a GPU"
     return "chunked", "plain PyTorch, in chunks of rows: it serves every device and dtype"
 
@@ -254,15 +253,15 @@ def _check(
     row_weight: Tensor | None,
     ignore_index: int,
 ) -> None:
-    _common.check_tensor(h=h, weight=weight, target=target)
-    _common.check_float(h=h, weight=weight, bias=bias, row_weight=row_weight)
+    _checks.check_tensor(h=h, weight=weight, target=target)
+    _checks.check_float(h=h, weight=weight, bias=bias, row_weight=row_weight)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {target.dtype}; call .long()")
     if not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(
-            f"ignore_index must be an int, got {_common.type_name(ignore_index)}; convert it first"
+            f"ignore_index must be an int, got {_checks.type_name(ignore_index)}; convert it first"
         )
-    _common.check_device(h, weight=weight, target=target, bias=bias, row_weight=row_weight)
+    _checks.check_device(h, weight=weight, target=target, bias=bias, row_weight=row_weight)
     if h.ndim < 1:
         raise ValueError("h must have shape [..., D], got a 0-d tensor; add a dimension")
     D = h.shape[-1]

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from dblocks.kernels import reference
-from dblocks.ops import _common
-from dblocks.ops._autograd import apply, constant, first_order
-from dblocks.ops._common import Impl
+from dblocks.ops import _dispatch
+from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept
+from dblocks.ops._levels import check_noised, split_seed
 from dblocks.ops._library import define, triton_kernel
-from dblocks.ops._noise_args import check_samples, check_sigma, check_sigma_data, kept, split_seed
 
 _FORWARD = (
     "(Tensor y, Tensor sigma, Tensor? seed_tensor, SymInt seed, SymInt offset, float sigma_data, "
@@ -134,21 +133,19 @@ def noise_inject(
 
     Source: Karras et al. 2022, table 1 and eq. 7; Salmon et al. 2011 (Philox).
     """
-    if not _common.samples_fit(y):
-        _common.check_tensor(y=y)
-        check_samples("y", y)
-        _common.check_float(y=y)
-    check_sigma("sigma", sigma, "y", y)
-    check_sigma_data(sigma_data)
-    if dtype is not None and dtype not in _common.FLOATS:
+    if not _dispatch.noised_fit((y,), sigma, sigma_data):
+        check_noised({"y": y}, sigma, sigma_data)
+    if dtype is not None and dtype not in _dispatch.FLOATS:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
-    seed_tensor, number = split_seed(seed, offset, y)
+    fits = _dispatch.seed_fits(seed, offset, y)
+    seed_tensor, number = (None, seed) if fits else split_seed(seed, offset, y)
     sigma = constant(sigma)
-    impl = _common.resolve_impl(impl, y, "noise_inject")
+    impl = _dispatch.resolve_impl(impl, y, "noise_inject")
     if impl != "reference":
         call = (y, sigma, seed_tensor, number, offset, float(sigma_data), dtype or y.dtype, need_z)
-        fused = apply(_NoiseInject, *call, impl) if _common.needs_autograd(y) else _FWD[impl](*call)
-        return Noised(fused[0] if need_z else None, fused[1])
+        watched = _dispatch.needs_autograd(y)
+        z, z_in = apply(_NoiseInject, *call, impl) if watched else _FWD[impl](*call)
+        return Noised(z if need_z else None, z_in)
     return Noised(
         *reference.noise_inject(
             y, sigma, seed, offset=offset, sigma_data=sigma_data, dtype=dtype,

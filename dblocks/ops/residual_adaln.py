@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dblocks.kernels import reference
-from dblocks.ops import _common
-from dblocks.ops._adaln_op import fused
-from dblocks.ops._common import Impl, Norm
+from dblocks.ops import _checks, _dispatch
+from dblocks.ops._dispatch import Impl, Norm
+from dblocks.ops.adaln import fused
 
 
 class Residual(NamedTuple):
@@ -65,23 +65,16 @@ def residual_adaln(
 
     Source: Peebles and Xie 2023 (DiT), adaLN-Zero block.
     """
-    _common.check_norm(norm, eps)
-    if not _common.rows_fit(x, (branch,), (gate, shift, scale), (weight, bias)):
-        _common.check_tensor(x=x, branch=branch)
-        _common.check_tokens("x", x)
-        _common.check_same_shape("branch", branch, "x", x)
-        tensors = {"gate": gate, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
-        _common.check_float(x=x, branch=branch, **tensors)
-        _common.check_device(x, branch=branch, **tensors)
-        _common.check_modulation(x, gate=gate, shift=shift, scale=scale)
-        _common.check_channels(x, weight=weight, bias=bias)
+    if not _dispatch.rows_fit(x, (branch,), (gate, shift, scale), (weight, bias), norm, eps):
+        modulation = {"gate": gate, "shift": shift, "scale": scale}
+        channels = {"weight": weight, "bias": bias}
+        _checks.check_rows(x, {"branch": branch}, modulation, channels, norm, eps)
     if out_dtype is not None:
-        _common.check_out_dtype(out_dtype)
-    impl = _common.resolve_impl(impl, x, "residual_adaln")
+        _checks.check_out_dtype(out_dtype)
+    impl = _dispatch.resolve_impl(impl, x, "residual_adaln")
     if impl != "reference":
-        _common.check_size(x, "residual_adaln", impl)
         out = fused(
-            impl, x, branch, gate, shift, scale, weight, bias,
+            "residual_adaln", impl, x, branch, gate, shift, scale, weight, bias,
             rms=norm == "rms", eps=eps, out_dtype=out_dtype,
         )  # fmt: skip
     else:

@@ -1,1 +1,1 @@
-"""How networks are trained here: `_base` has what all runs share, and each network its file."""
+"""Training on real data: a file a network, which is at once recipe and command."""

@@ -1,47 +1,59 @@
-"""The autoregressive language model on text: the network, what is measured, what it writes."""
+"""The autoregressive language model: `dblocks train causal-lm`, also `eval` and `sample`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dblocks.blocks import trained_at_top
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
-from dblocks.recipes.autoregressive import (
-    AutoregressiveLearner,
-    AutoregressiveRun,
-    bound_of,
-)
-from dblocks.recipes.data.text import Corpus
+from dblocks.recipes import columns
+from dblocks.recipes.autoregressive import AutoregressiveOptions, AutoregressiveTrainer
+from dblocks.recipes.command import Recipe, check_steps
+from dblocks.recipes.data.text import Corpus, load_corpus
+from dblocks.recipes.run import Run
+from dblocks.recipes.tables import COSTS
+from dblocks.recipes.writing import SampleText, load_text_model, print_bits
 
 TEMPERATURES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # of the samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLMRun(AutoregressiveRun):
-    """Everything that decides the outcome of a run of an autoregressive model.
+class CausalLMRun(AutoregressiveOptions, Run):
+    """Train a 12-layer language model on text, block by block or end to end, and save it.
 
-    The defaults are for two cores and ten minutes; `GPU` is a larger recipe.
+    Block by block, the layers are split into equal runs ("blocks"). Each block learns to denoise
+    the next token's embedding within its own range of noise levels, from the text before it, so
+    that a training step runs, and keeps in memory, one block only. Prints the bits per character of
+    held-out text and what it cost; writes model.safetensors, config.json, tokenizer.json and
+    run.json into --out.
     """
 
     steps: int = 2520
-    """Training steps, of one batch each."""
     p_mean: float = 0.0
-    """Mean of the logarithm of the noise levels: the first block owns 2.4 to 80, where a noisy
+    """Mean of the logarithm of the noise levels. At 0 the first block owns 2.4 to 80, where a noisy
     embedding of norm 1 tells nothing, so that it learns to predict from the text alone."""
     tokens_per_block: int = 1
     """Tokens that are predicted, and written, at once; they share a noise level."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_context()
+
     def model_config(self, vocab_size: int) -> CausalLMConfig:
         """The network."""
         k = 1 if self.end_to_end else self.tokens_per_block
-        return CausalLMConfig(
-            depth=self.depth, tokens_per_block=k, tokens_per_sigma=k, **self.sizes(vocab_size)
-        )
+        sizes = self.sizes(vocab_size, end_to_end=self.end_to_end)
+        return CausalLMConfig(depth=self.depth, tokens_per_block=k, tokens_per_sigma=k, **sizes)
 
-    def learner(self) -> CausalLMLearner:
+    def corpus(self) -> Corpus:
+        """The text, tokenized and split; see `read_corpus`."""
+        return self.read_corpus(self.part)
+
+    def trainer(self) -> CausalLMTrainer:
         """The network of this run with its data, ready to train."""
-        return CausalLMLearner(self, self.corpus())
+        return CausalLMTrainer(self, self.corpus())
 
 
 # How the paper's blocks differ.
@@ -49,10 +61,8 @@ PUBLISHED: dict[str, Any] = {
     "rows": "doubled", "head": "learned", "conditioning": "dit", "top_share": 0.0
 }  # fmt: skip
 
-# For a GPU with 80 GB: about the size of GPT-2; a text of some 100 MB, and a tokenizer file.
+# For a GPU with 80 GB: about the size of GPT-2. Give it a text of some 100 MB and a tokenizer file.
 GPU = CausalLMRun(
-    data="text.txt",
-    tokenizer="tokenizer.json",
     steps=100_000,
     batch_size=64,
     context=1024,
@@ -64,8 +74,19 @@ GPU = CausalLMRun(
     bf16=True,
 )
 
+RECIPE = Recipe(
+    run=CausalLMRun(),
+    gpu=GPU,
+    out=Path("runs/causal-lm"),
+    columns=(*columns.CAUSAL_LM, *COSTS),
+    published=PUBLISHED,
+    published_help="As in the paper: clean and noisy rows side by side, a learned head, AdaLN, and "
+    "each block's draws in its own range of noise only.",
+    after="Write text with\ndblocks sample causal-lm --checkpoint {out} --prompt 'The '",
+)
 
-class CausalLMLearner(AutoregressiveLearner):
+
+class CausalLMTrainer(AutoregressiveTrainer):
     """A `CausalLM` in training on text.
 
     Args:
@@ -76,15 +97,15 @@ class CausalLMLearner(AutoregressiveLearner):
     def __init__(self, run: CausalLMRun, corpus: Corpus) -> None:
         super().__init__(
             run,
+            run,
             corpus,
             lambda: CausalLM(run.model_config(corpus.tokenizer.size)),
-            run.blocks_config,
             lambda lm, batch: lm.next_token_loss(batch),
         )
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
         """Bits per character of the held-out text; of final runs their bound, and samples."""
-        windows = self.text.windows
+        windows = self.options.windows
         found = {
             "adaln": self.network.config.conditioning != "none",
             "sha256": self.corpus.sha256,
@@ -92,11 +113,10 @@ class CausalLMLearner(AutoregressiveLearner):
         }
         if self.has_product:
             found["product_bits"] = self.bits(product=True, windows=windows)
-        if self.text.part == "selection":
+        if self.run.part == "selection":
             return found
         if self.model is not None:
-            model, text = self.model, self.corpus.evaluated
-            found["bound"] = bound_of(model, text, self.text.context, windows=windows)
+            found["bound"] = self.bound(windows)
         return found | {"samples_written": self._samples()}
 
     @property
@@ -116,3 +136,40 @@ class CausalLMLearner(AutoregressiveLearner):
                 f"product@{t:g}": self.samples(product=True, temperature=t) for t in TEMPERATURES
             }
         return written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure the bits per character of held-out text under a saved language model."""
+
+    data: str = "pydoc"
+    """What to evaluate on: the last tenth of this text; see `dblocks train causal-lm`."""
+    checkpoint: Path = RECIPE.out
+    """Folder that `dblocks train causal-lm` wrote."""
+    windows: int = 1024
+    """Windows of it to score, spread evenly; all of them where there are fewer."""
+
+    def __call__(self) -> None:
+        """Load, score the held-out part, and print the bits per character."""
+        model, network, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
+        text = load_corpus(self.data, tokenizer=tokenizer).evaluated
+        print_bits(model, text, network.config.context, self.windows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(SampleText):
+    """Let a saved language model continue a text; characters appear as they are written."""
+
+    checkpoint: Path = RECIPE.out
+    """Folder that `dblocks train causal-lm` wrote."""
+    steps: int | None = None
+    """Denoising steps a token; 1 runs the first block alone. By default tokens are drawn from the
+    product of all blocks' predictions or, where blocks were trained as published, by one step for
+    each block."""
+
+    def __call__(self) -> None:
+        """Load, and print the prompt and what follows."""
+        model, _, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
+        in_blocks = check_steps(self.steps, self.checkpoint, model)
+        product = in_blocks and self.steps is None and trained_at_top(model)
+        self.write(model, tokenizer, self.steps, product=product)

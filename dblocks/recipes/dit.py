@@ -1,20 +1,18 @@
-"""The diffusion transformer on images: the network, its samples, what they are judged by."""
+"""The diffusion transformer on images: `dblocks train dit`, also `eval` and `sample`."""
 
 from __future__ import annotations
 
+import importlib
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dblocks.blocks import (
-    BlocksConfig,
-    DiffusionBlocks,
-    Draw,
-    Weighting,
-)
+from dblocks import checkpoint
+from dblocks.blocks import BlocksConfig, Weighting
 from dblocks.models.dit import (
     GUIDANCE_SCALE,
     NUM_STEPS,
@@ -23,28 +21,43 @@ from dblocks.models.dit import (
     DiTConfig,
     generate_images,
 )
-from dblocks.recipes import image_grid
-from dblocks.recipes.data.digits import Images, batch_indices
+from dblocks.recipes import columns, image_grid
+from dblocks.recipes.command import Recipe, load_network
+from dblocks.recipes.data.batches import ImageData
 from dblocks.recipes.data.images import load_images
-from dblocks.recipes.judge import FEATURES, train_judge
+from dblocks.recipes.data.splits import Images
+from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.classes import accuracy
-from dblocks.recipes.metrics.images import deviation, frechet_distance, in_batches
-from dblocks.recipes.run import Batch, Learner, Run
+from dblocks.recipes.metrics.denoising import held_out_loss
+from dblocks.recipes.metrics.images import frechet_distance, in_batches, standard_deviation
+from dblocks.recipes.metrics.judge import FEATURES, train_judge
+from dblocks.recipes.progress import progress_bar
+from dblocks.recipes.run import Run, check_seed
+from dblocks.recipes.tables import COSTS
+from dblocks.recipes.trainer import Trainer
 from dblocks.sampling import sampling_cost
 from dblocks.schedules import NoiseSchedule
 
-NOISE_SEED = 7  # of the noise that evaluation and samples start from
-LEVELS = 12  # noise levels at which the loss is measured
 SHOWN = 5  # samples of each class that a record keeps
 MOST_CLASSES = 10  # of which it keeps some
+ACROSS = 10  # pictures in a row of a model without classes
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTRun(Run):
-    """Everything that decides the outcome of a run on images; see `load_images`."""
+    """Train a 12-layer diffusion transformer to draw images, and save it.
+
+    Block by block, the layers are split into equal runs ("blocks"). Each block learns to denoise
+    the image within its own range of noise levels, so that a training step runs, and keeps in
+    memory, one block only. Prints how far generated images are from held-out ones, by a small
+    classifier, and what it cost; writes model.safetensors, config.json and run.json into --out.
+    """
 
     data: str = "digits"
-    """digits, fashion-mnist, cifar10, hf:NAME, or a folder or file as `load_images` takes it."""
+    """What to train on: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
+    fashion-mnist, of Debian's package dataset-fashion-mnist; cifar10; hf:NAME of Hugging Face; a
+    folder of images, with a sub-folder for each class, of IDX files (MNIST's format) or of CIFAR's
+    binary version; or a .npy or .npz file of images or latents."""
     image_size: int | None = None
     """Height and width to scale and crop the images of a folder to."""
     scale: float = 1.0
@@ -52,15 +65,12 @@ class DiTRun(Run):
     sigma_data: float | None = None
     """Standard deviation of the data; measured on the training part by default."""
     steps: int = 3000
-    """Training steps, of one batch each."""
     batch_size: int = 64
     """Images in a batch."""
     lr: float = 4e-3
-    """Peak learning rate."""
     weighting: Weighting = "auto"
-    """Weight of a noise level's loss: that of EDM."""
+    """Weight of a noise level's loss; auto is that of EDM."""
     points: int = 5
-    """How often the loss is measured on the way, evenly spaced."""
     width: int = 64
     """Width of the tokens."""
     heads: int = 4
@@ -70,25 +80,21 @@ class DiTRun(Run):
     conditioning: DiTConditioning = "dit"
     """AdaLN of the layers."""
     gate_init: float = 0.0
-    """What the gates of the layers start at."""
+    """Initial gates of the layers."""
     patch_size: int = 2
     """Side of a patch."""
     samples: int = 500
-    """Images that are generated and judged at the end."""
+    """Images to generate and judge at the end."""
     sampling_steps: int = NUM_STEPS
     """Euler steps of each."""
     guidance_scale: float = GUIDANCE_SCALE
-    """Guidance of those that are called guided."""
+    """Guidance of the samples that are called guided."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("samples", "sampling_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-
-    def images(self) -> tuple[Images, Images]:
-        """What to train on and what to evaluate on."""
-        return load_images(self.data, self.part, size=self.image_size, scale=self.scale)
 
     def dit_config(self, data: Images) -> DiTConfig:
         """The network for such images; data of a single class count as without classes."""
@@ -109,13 +115,14 @@ class DiTRun(Run):
 
     def blocks_config(self, data: Images) -> BlocksConfig:
         """How the network is cut; one block end to end."""
-        sigma_data = deviation(data.images) if self.sigma_data is None else self.sigma_data
+        sigma_data = standard_deviation(data.images) if self.sigma_data is None else self.sigma_data
         schedule = NoiseSchedule(sigma_data=sigma_data)
         return BlocksConfig(self.num_blocks, schedule=schedule, weighting=self.weighting)
 
-    def learner(self) -> DiTLearner:
+    def trainer(self) -> DiTTrainer:
         """The network of this run with its data, ready to train."""
-        return DiTLearner(self, *self.images())
+        data = load_images(self.data, self.part, size=self.image_size, scale=self.scale)
+        return DiTTrainer(self, *data)
 
 
 # As in the paper's CIFAR-10 experiment: 12 layers of DiT-S, patches of 2.
@@ -132,6 +139,14 @@ GPU = DiTRun(
     bf16=True,
 )
 
+RECIPE = Recipe(
+    run=DiTRun(),
+    gpu=GPU,
+    out=Path("runs/dit"),
+    columns=(*columns.DIT, *COSTS),
+    after="Draw images with\ndblocks sample dit --checkpoint {out} --out samples.png",
+)
+
 
 class Sampled(NamedTuple):
     """Generated images and how long they took."""
@@ -144,7 +159,7 @@ class Sampled(NamedTuple):
     """For each image."""
 
 
-class DiTLearner(Learner):
+class DiTTrainer(Trainer):
     """A DiT in training on images.
 
     Args:
@@ -154,19 +169,11 @@ class DiTLearner(Learner):
     """
 
     def __init__(self, run: DiTRun, data: Images, evaluated: Images) -> None:
-        if run.batch_size > len(data):
-            raise ValueError(
-                f"batch_size must be at most the number of training images {len(data)}, "
-                f"got {run.batch_size}"
-            )
-        super().__init__(run, lambda: DiT(run.dit_config(data)), lambda: run.blocks_config(data))
+        batches = ImageData(data, run.batch_size, run.seed)
+        super().__init__(
+            run, batches, lambda: DiT(run.dit_config(data)), lambda: run.blocks_config(data)
+        )
         self.dit_run, self.data, self.evaluated = run, data, evaluated
-
-    def host_batch(self, step: int) -> Batch:
-        """Batch number `step`, on the CPU."""
-        run, data = self.run, self.data
-        chosen = data[batch_indices(len(data), run.batch_size, seed=run.seed, step=step)]
-        return {"images": chosen.images.float(), "labels": chosen.labels}
 
     def measure(self) -> dict[str, Any]:
         """The L2 loss on the images to compare with."""
@@ -206,7 +213,7 @@ class DiTLearner(Learner):
         chunks, start = [], time.perf_counter()
         for chunk in labels.split(run.batch_size):
             given = chunk.to(run.device) if config.num_classes else len(chunk)
-            with self._autocast():
+            with self.autocast():
                 images = generate_images(
                     self.trained, given, num_steps=run.sampling_steps, guidance_scale=scale,
                     generator=generator,
@@ -241,13 +248,13 @@ class DiTLearner(Learner):
                 return None
             return frechet_distance(features(images), held_out)
 
-        plain = self.sample(1.0)
+        unguided = self.sample(1.0)
         return {
             "distance": distance(guided.images),
-            "distance_unguided": distance(plain.images),
+            "distance_unguided": distance(unguided.images),
             "distance_of_training_images": distance(self.data.images),
             "accuracy": correct(guided.images, guided.labels),
-            "accuracy_unguided": correct(plain.images, guided.labels),
+            "accuracy_unguided": correct(unguided.images, guided.labels),
             "accuracy_on_held_out": correct(self.evaluated.images, self.evaluated.labels),
         }
 
@@ -261,27 +268,106 @@ class DiTLearner(Learner):
         return image_grid.encode(guided.images[chosen])
 
 
-@torch.no_grad()
-def held_out_loss(model: DiffusionBlocks, data: Images, *, batch_size: int = 512) -> float:
-    """The mean L2 loss, in F space, at noise levels of equal probability, each by its block.
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure the loss of a saved diffusion transformer on held-out images.
 
-    The noise is the same for every model of the same images, so that losses compare across blocks.
-
-    Args:
-        model: the blocks of a `DiT`.
-        data: the images.
-        batch_size: images at a time.
+    The squared error of the network's output, over noise levels of equal probability: what training
+    makes small. `dblocks train dit` also judges generated images.
     """
-    config = model.config
-    device = next(model.parameters()).device
-    levels = config.noise_schedule.steps(2 * LEVELS + 1)[1::2]
-    owners = config.noise_schedule.block_of(levels, config.num_blocks).tolist()
-    total = 0.0
-    for first in range(0, len(data), batch_size):
-        images = data.images[first : first + batch_size].float().to(device)
-        batch = {"images": images, "labels": data.labels[first : first + batch_size].to(device)}
-        for i, (sigma, block) in enumerate(zip(levels.tolist(), owners, strict=True)):
-            seed = torch.full((), NOISE_SEED + first + i, dtype=torch.int64, device=device)
-            draw = Draw(torch.full((len(images),), sigma, device=device), seed, None)
-            total += model.loss_at(batch, block, draw).losses.double().sum().item()
-    return total / (len(data) * LEVELS)
+
+    data: str = "digits"
+    """What to evaluate on: the held-out part of this data; see `dblocks train dit`."""
+    image_size: int | None = None
+    """Height and width to scale and crop the images of a folder to."""
+    scale: float = 1.0
+    """Factor of the values of latents."""
+    checkpoint: Path = RECIPE.out
+    """Folder that `dblocks train dit` wrote."""
+
+    def __call__(self) -> None:
+        """Load, and print the loss on the held-out part."""
+        model, _ = load_network(self.checkpoint, DiT, "dit")
+        _, held_out = load_images(self.data, size=self.image_size, scale=self.scale)
+        value = held_out_loss(model, held_out)
+        print(f"held-out L2 loss {value:.4f} on {len(held_out):,} images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Let a saved diffusion transformer draw images, a row of them for each class, as a PNG.
+
+    Latents are written as they are: name a .npy file, an array [N, C, H, W].
+    """
+
+    checkpoint: Path = RECIPE.out
+    """Folder that `dblocks train dit` wrote."""
+    out: Path = Path("samples.png")
+    """The PNG to write, or a .npy file for the numbers themselves."""
+    classes: tuple[int, ...] = ()
+    """Classes to draw, such as 3 7; the first ten by default."""
+    count: int = 5
+    """Images of each class; of a model without classes, rows of 10."""
+    steps: int | None = None
+    """Denoising steps from noise to an image, one block each; 50 by default."""
+    kind: Literal["equal_mass", "karras"] = "equal_mass"
+    """Where the steps are: equal_mass calls each block about equally often, karras as in EDM."""
+    guidance: float | None = None
+    """How much the class counts: 1 is as trained; 2, the default, exaggerates the class and costs
+    two calls a step."""
+    size: tuple[int, int] | None = None
+    """Height and width, if not those of the training images."""
+    seed: int = 0
+    """Of the noise that denoising starts from."""
+
+    def __call__(self) -> None:
+        """Load, generate with a progress bar, write the grid, and print how often blocks ran."""
+        check_seed(self.seed)
+        for name in ("count", "steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} must be positive, got {value}")
+        checkpoint.make_folder(self.out.parent)
+        model, network = load_network(self.checkpoint, DiT, "dit")
+        config = network.config
+        as_array = self.out.suffix == ".npy"
+        if not as_array and config.channels not in image_grid.SHOWN_CHANNELS:
+            raise ValueError(
+                f"images of {config.channels} channels are no picture; name a .npy file by --out"
+            )
+        labels, across = self._labels(config.num_classes)
+        scale = self.guidance
+        if scale is None:
+            scale = GUIDANCE_SCALE if config.drops_labels else 1.0
+        sigmas = model.config.noise_schedule.steps(self.steps or NUM_STEPS, self.kind)
+        with progress_bar("sampling", "drawing", len(sigmas)) as bar:
+            images = generate_images(
+                model,
+                labels,
+                size=self.size,
+                sigmas=sigmas,
+                guidance_scale=scale,
+                generator=torch.Generator().manual_seed(self.seed),
+                callback=lambda state: bar.update(),
+            )
+        if as_array:
+            numpy = importlib.import_module("numpy")
+            numpy.save(self.out, images.cpu().numpy())
+        else:
+            figure = image_grid.grid_figure({"": image_grid.to_bytes(images)}, across)
+            image_grid.save_png(figure, self.out)
+        cost = sampling_cost(model, sigmas, guidance_scale=scale)
+        calls = ", ".join(f"block {b}: {n}" for b, n in enumerate(cost.calls))
+        print(f"calls of each block's layers: {calls}")
+        print(f"{cost.layer_evaluations:,} layer evaluations an image; wrote {self.out}")
+
+    def _labels(self, num_classes: int) -> tuple[Any, int]:
+        """The classes to draw, or the number of images; and the pictures in a row."""
+        if not num_classes:
+            if self.classes:
+                raise ValueError(
+                    f"--classes needs a model with classes, got {list(self.classes)} for one "
+                    "without; leave it out"
+                )
+            return self.count * ACROSS, ACROSS
+        classes = self.classes or tuple(range(min(num_classes, 10)))
+        return torch.tensor(classes).repeat_interleave(self.count), self.count

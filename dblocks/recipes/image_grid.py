@@ -6,17 +6,19 @@ matplotlib is imported when a figure is made.
 from __future__ import annotations
 
 import base64
+import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dblocks.recipes.plots import INK, TEXT_SIZE, import_matplotlib
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+INK = "#333333"
+TEXT_SIZE = 12  # points: a README shows a figure at about half its pixels
 SHOWN_CHANNELS = (1, 3)  # grey or RGB; latents are no pictures
 PANEL_INCHES = 2.2
 DPI_LIMIT = 400
@@ -67,7 +69,7 @@ def tiled(pixels: Tensor, columns: int) -> Tensor:
 
 
 def grid_figure(panels: Mapping[str, Tensor], columns: int, title: str = "") -> Figure:
-    """A figure with a panel of pictures for each title; `plots.save_png` writes it.
+    """A figure with a panel of pictures for each title; `save_png` writes it.
 
     Args:
         panels: pictures uint8 [N, H, W, C], by the title of their panel.
@@ -91,3 +93,21 @@ def grid_figure(panels: Mapping[str, Tensor], columns: int, title: str = "") -> 
         ax.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         ax.set_title(name, fontsize=TEXT_SIZE - 3, color=INK)
     return figure
+
+
+def save_png(figure: Figure, path: Path) -> Path:
+    """Write the figure, making the folder if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, format="png")
+    return path
+
+
+def import_matplotlib(module: str) -> Any:
+    """A module of matplotlib; ImportError says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            "figures need the package matplotlib, which is not installed; "
+            "`pip install 'dblocks[bench]'`"
+        ) from error

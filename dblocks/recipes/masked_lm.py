@@ -1,8 +1,9 @@
-"""The masked diffusion language model on text: the network, what is measured, what it writes."""
+"""The masked diffusion language model: `dblocks train masked-lm`, also `eval` and `sample`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,51 +11,65 @@ import torch
 from dblocks.blocks import BlocksConfig, Weighting
 from dblocks.models.masked_lm import MaskedLM, MaskedLMConfig
 from dblocks.nn import ConditioningKind
-from dblocks.recipes.data.text import Corpus
+from dblocks.recipes import columns
+from dblocks.recipes.command import Recipe
+from dblocks.recipes.data.batches import TextData
+from dblocks.recipes.data.text import Corpus, load_corpus
+from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.masked import Bits, bits_per_character
-from dblocks.recipes.text_run import NOISE_SEED, TextLearner, TextRun, continuations
+from dblocks.recipes.progress import progress_bar
+from dblocks.recipes.run import Run, check_seed
+from dblocks.recipes.tables import COSTS
+from dblocks.recipes.text_run import TextOptions, continuations
+from dblocks.recipes.trainer import Trainer
+from dblocks.recipes.writing import load_text_model, prompt_tokens
 from dblocks.sampling import points_for, unmask
-from dblocks.schedules.mask import MASKED, MaskSchedule, ScheduleKind
+from dblocks.schedules import MASKED, MaskSchedule
+from dblocks.schedules.mask import ScheduleKind
 
 SAMPLED = "unmasked"  # the name of the samples in records
 POINT_WINDOWS = 16  # windows of the held-out text that a point of the curve looks at
+TOKENS = 100  # that are written after a prompt by default
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedLMRun(TextRun):
-    """Everything that decides the outcome of a run of a masked diffusion model.
+class MaskedLMRun(TextOptions, Run):
+    """Train a 12-layer model that fills in the masked tokens of a text, and save it.
 
-    The defaults are for two cores and ten minutes; `GPU` is a larger recipe.
+    In training a random share of the tokens is masked, and the model guesses them from those on
+    both sides. Block by block, the layers are split into equal runs ("blocks"), each for its own
+    range of that share, so that a training step runs, and keeps in memory, one block only. Prints
+    the bits per character of held-out text and what it cost; writes model.safetensors, config.json,
+    tokenizer.json and run.json into --out.
     """
 
     steps: int = 1500
-    """Training steps, of one batch each."""
     batch_size: int = 8
-    """Windows of `context` tokens in a batch."""
+    """Windows of text in a batch."""
     width: int = 96
-    """Width of the rows."""
     heads: int = 3
-    """Attention heads."""
     kv_heads: int | None = None
     """Key/value heads; as many as heads by default."""
     points: int = 5
-    """How often the bound of some windows is measured on the way, evenly spaced."""
-    rope_theta: float = 100.0
-    """Base of the rotary positions' frequencies, for periods of 6 to some 500 tokens; with 10,000 a
-    context of 128 was learned more slowly."""
+    rope_theta: float = 100.0  # with 10,000 a context of 128 was learned more slowly
+    """Base of the rotary positions' frequencies; 100 gives periods of 6 to some 500 tokens."""
     conditioning: ConditioningKind = "dit"
-    """AdaLN on the masked share, of both ways of training."""
+    """AdaLN on the mask ratio, of both ways of training."""
     gate_init: float = 1.0
-    """Layers start as plain ones, not as the identity."""
+    """Initial gates; at 1 layers start as layers without gates, not as the identity."""
     schedule: ScheduleKind = "linear"
-    """The masked share as a function of t."""
-    draw: Literal["alpha", "t"] = "alpha"
-    """What training draws evenly; with alpha the schedule's kind has no effect. It learned a little
-    faster than cosine with t."""
+    """The mask ratio as a function of time: it names the levels, and with --draw t decides which
+    ratios are seen how often."""
+    draw: Literal["alpha", "t"] = "alpha"  # learned a little faster than cosine with t
+    """What training draws evenly: alpha, the share that is not masked, or the time t."""
     weighting: Weighting = "auto"
-    """Weight of a loss: auto is that of the bound."""
+    """Weight of a loss; auto is that of the bound."""
     overlap: float = 0.1
-    """Of the blocks' ranges of the masked share."""
+    """Overlap of the blocks' ranges of the mask ratio."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_context()
 
     def model_config(self, vocab_size: int) -> MaskedLMConfig:
         """The network, the same in blocks and end to end."""
@@ -79,15 +94,13 @@ class MaskedLMRun(TextRun):
             weighting=self.weighting,
         )
 
-    def learner(self) -> MaskedLMLearner:
+    def trainer(self) -> MaskedLMTrainer:
         """The network of this run with its data, ready to train."""
-        return MaskedLMLearner(self, self.corpus())
+        return MaskedLMTrainer(self, self.read_corpus(self.part))
 
 
-# For a GPU with 80 GB: about the size of GPT-2; a text of some 100 MB, and a tokenizer file.
+# For a GPU with 80 GB: about the size of GPT-2. Give it a text of some 100 MB and a tokenizer file.
 GPU = MaskedLMRun(
-    data="text.txt",
-    tokenizer="tokenizer.json",
     steps=200_000,
     batch_size=64,
     context=1024,
@@ -99,8 +112,18 @@ GPU = MaskedLMRun(
     bf16=True,
 )
 
+RECIPE = Recipe(
+    run=MaskedLMRun(),
+    gpu=GPU,
+    out=Path("runs/masked-lm"),
+    columns=(*columns.MASKED_LM, *COSTS),
+    after="Write text, or fill the gaps of one, with\n"
+    "dblocks sample masked-lm --checkpoint {out} --prompt 'The '\n"
+    "dblocks sample masked-lm --checkpoint {out} --infill 'The ______ is a string'",
+)
 
-class MaskedLMLearner(TextLearner):
+
+class MaskedLMTrainer(Trainer):
     """A `MaskedLM` in training on text; end to end it is one block of all layers.
 
     Args:
@@ -111,18 +134,23 @@ class MaskedLMLearner(TextLearner):
     def __init__(self, run: MaskedLMRun, corpus: Corpus) -> None:
         super().__init__(
             run,
-            corpus,
+            TextData(corpus, run.context, run.batch_size, run.seed),
             lambda: MaskedLM(run.model_config(corpus.tokenizer.size)),
             run.blocks_config,
         )
+        self.options, self.corpus = run, corpus
 
     def measure(self) -> dict[str, Any]:
         """Bits per character of some of the held-out text."""
         return {"bits": self.bits(windows=POINT_WINDOWS).bits}
 
+    def progress(self, point: dict[str, Any]) -> str:
+        """The bits per character."""
+        return f"{point['bits']:.3f} bits a character"
+
     def bits(self, *, windows: int | None = None) -> Bits:
         """The bound of the held-out text, of all of it or of so many windows."""
-        text, context = self.corpus.evaluated, self.text.context
+        text, context = self.corpus.evaluated, self.options.context
         points = points_for(self.num_blocks)
         return bits_per_character(
             self.trained, text, context, windows=windows, points=points, seed=NOISE_SEED
@@ -130,8 +158,8 @@ class MaskedLMLearner(TextLearner):
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
         """Bits per character of the held-out text, and samples."""
-        bits = self.bits(windows=self.text.windows)
-        prompts, truth = continuations(self.corpus.evaluated, self.text.context)
+        bits = self.bits(windows=self.options.windows)
+        prompts, truth = continuations(self.corpus.evaluated, self.options.context)
         gaps = torch.full_like(truth, MASKED)
         written = unmask(
             self.trained,
@@ -143,8 +171,120 @@ class MaskedLMLearner(TextLearner):
             "sha256": self.corpus.sha256,
             "bits": bits.bits,
             "bits_error": bits.error,
-            "bits_by_share": bits.by_share,
+            "bits_by_share": bits.by_ratio,
             "samples_written": {SAMPLED: [self.corpus.tokenizer.decode(row) for row in texts]},
             "calls": written.calls,
             "rows": written.rows,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure the bits per character of held-out text under a saved masked model.
+
+    An upper bound of them: the expected cost of filling in the text in random order.
+    """
+
+    data: str = "pydoc"
+    """What to evaluate on: the last tenth of this text; see `dblocks train masked-lm`."""
+    checkpoint: Path = RECIPE.out
+    """Folder that `dblocks train masked-lm` wrote."""
+    points: int | None = None
+    """Mask ratios to measure at, evenly spaced; a multiple of the number of blocks. 12 or a few
+    more by default."""
+    seed: int = 0
+    """Of the masks."""
+
+    def __call__(self) -> None:
+        """Load, score the held-out part, and print the bits per character."""
+        check_seed(self.seed)
+        model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
+        text = load_corpus(self.data, tokenizer=tokenizer).evaluated
+        points = points_for(model.config.num_blocks) if self.points is None else self.points
+        found = bits_per_character(
+            model, text, network.config.context, points=points, seed=self.seed
+        )
+        print(
+            f"{found.bits:.3f} bits a character (bound, standard error {found.error:.3f}) on "
+            f"{text.characters:,} held-out characters"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Let a saved masked model continue a text, or fill the gaps of one.
+
+    All tokens are written together, a few in each step, in random order.
+    """
+
+    prompt: str = "The "
+    """The text to continue."""
+    infill: str | None = None
+    """A text with gaps instead: each _ stands for one token to fill in."""
+    gap: str = "_"
+    """The character that stands for a token to fill in."""
+    checkpoint: Path = RECIPE.out
+    """Folder that `dblocks train masked-lm` wrote."""
+    tokens: int | None = None
+    """Tokens to write after the prompt: by default 100, or as many as fit into the context."""
+    steps: int | None = None
+    """Steps; by default as many as tokens in all. Steps that fill in nothing cost nothing."""
+    temperature: float = 1.0
+    """What logits are divided by; 0 always takes the most likely token."""
+    top_k: int | None = None
+    """Choose among so many most likely tokens only."""
+    top_p: float | None = None
+    """Choose among the fewest most likely tokens that have this probability together."""
+    seed: int = 0
+    """Of the order and the choices."""
+
+    def __call__(self) -> None:
+        """Load, write with a progress bar, and print the text and how often each block ran."""
+        check_seed(self.seed)
+        model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
+        sequence = torch.tensor([self._sequence(tokenizer, network.config.context)])
+        with progress_bar("sampling", "writing") as bar:
+
+            def show(state: dict[str, Any]) -> None:
+                bar.total = state["num_steps"]
+                bar.update()
+
+            written = unmask(
+                model,
+                sequence,
+                num_steps=self.steps,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                generator=torch.Generator().manual_seed(self.seed),
+                callback=show,
+            )
+        print(tokenizer.decode(written.tokens[0].tolist()))
+        calls = ", ".join(f"block {b}: {n}" for b, n in enumerate(written.calls))
+        print(f"calls of each block's layers: {calls}")
+
+    def _sequence(self, tokenizer: Any, context: int) -> list[int]:
+        """The tokens, with masks where to write.
+
+        Raises:
+            ValueError: there is nothing to write, or no text.
+        """
+        if self.infill is None:
+            prompt = prompt_tokens(self.prompt, tokenizer)
+            tokens = min(TOKENS, context - len(prompt)) if self.tokens is None else self.tokens
+            if tokens < 1 or len(prompt) + tokens > context:
+                raise ValueError(
+                    f"--tokens must be at least 1 and fit with the prompt's {len(prompt)} tokens "
+                    f"into the context of {context}, got {tokens}"
+                )
+            return [*prompt, *[MASKED] * tokens]
+        if len(self.gap) != 1 or self.gap not in self.infill:
+            raise ValueError(
+                "--infill must have a gap, the one character of --gap for each token to write, "
+                f"got {self.infill!r} and {self.gap!r}"
+            )
+        first, *others = self.infill.split(self.gap)
+        sequence = list(tokenizer.encode(first))
+        for part in others:
+            sequence += [MASKED, *tokenizer.encode(part)]
+        return sequence

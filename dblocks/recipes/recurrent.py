@@ -1,62 +1,73 @@
-"""The recurrent-depth language model on text: the network, what is measured, what it writes."""
+"""The recurrent-depth language model: `dblocks train recurrent`, also `eval` and `sample`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dblocks.blocks import DiffusionBlocks
 from dblocks.models.recurrent import RecurrentConfig, RecurrentLM
 from dblocks.nn import ConditioningKind
-from dblocks.recipes.autoregressive import AutoregressiveLearner, AutoregressiveRun, bound_of
-from dblocks.recipes.data.text import Corpus
-from dblocks.recipes.run import Batch
+from dblocks.recipes import columns
+from dblocks.recipes.autoregressive import AutoregressiveOptions, AutoregressiveTrainer
+from dblocks.recipes.columns import STEPS_WINDOWS
+from dblocks.recipes.command import Recipe, check_positive
+from dblocks.recipes.data.batches import Batch
+from dblocks.recipes.data.text import Corpus, load_corpus
+from dblocks.recipes.metrics.autoregressive import bits_per_character
+from dblocks.recipes.run import Run
+from dblocks.recipes.tables import COSTS
+from dblocks.recipes.writing import SampleText, load_text_model, print_bits
 
 STEPS = (1, 2, 4, 8, 16, 32)  # Euler steps, or recurrences, whose quality is measured
-STEPS_WINDOWS = 32  # windows of the held-out text, spread evenly, that each is measured on
 SAMPLE_STEPS = 8  # Euler steps of the samples that stand for the model
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecurrentRun(AutoregressiveRun):
-    """Everything that decides the outcome of a run of a recurrent-depth model.
+class RecurrentRun(AutoregressiveOptions, Run):
+    """Train a small language model that thinks by running its middle layers again and again.
 
-    The defaults are for two cores and ten minutes; `GPU` is a larger recipe.
+    Its 4 middle layers, the core, are applied many times between 2 layers before and 2 after them.
+    As a block, the core learns to denoise the next token's embedding at all noise levels: a
+    training step runs it once, and writing applies it as often as one likes. End to end it is
+    applied about 32 times in every training step, of which the last 8 are kept in memory. Prints
+    the bits per character of held-out text and what it cost; writes model.safetensors, config.json,
+    tokenizer.json and run.json into --out.
     """
 
     blocks: int = 1
-    """Number of blocks that the core is divided into: 1 block applies all of it at every step."""
+    """Blocks that the core is split into: more blocks, less memory, shorter steps."""
     steps: int = 600
-    """Training steps, of one batch each."""
     rows: Literal["single", "doubled"] = "doubled"
-    """How noisy embeddings enter the blocks; see `LanguageModelConfig`."""
     head: Literal["posterior", "learned"] = "learned"
-    """What the blocks' logits are; see `LanguageModelConfig`."""
     top_share: float = 0.0
-    """Share of every block's draws that are at sigma_max."""
     conditioning: ConditioningKind = "dit"
-    """AdaLN of the blocks; the network trained end to end has none."""
     width: int = 96
-    """Width of the rows."""
     heads: int = 2
-    """Attention heads."""
     prelude: int = 2
     """Layers that read the clean tokens."""
     depth: int = 4
     """Layers of the core, which is applied again and again."""
     coda: int = 2
-    """Layers between the core and the readout."""
+    """Layers between the core and the output head."""
     mean_recurrence: int = 32
-    """How often training end to end applies the core, on the average."""
+    """How often training end to end applies the core, on average."""
     backprop_depth: int = 8
     """How many of these gradients go through."""
+    # With 0 the next token's bits were .14 worse; with 2.5 they were .03 better, but more Euler
+    # steps then made samples worse, as too few steps of training see little noise (tried, 300 to
+    # 400 steps).
     p_mean: float = 1.5
-    """Mean of the logarithm of the noise levels: three in four lie above 1, where a noisy embedding
-    of norm 1 tells little, so that the core learns to predict from the text. With 0 the next
-    token's bits were .14 worse; with 2.5 they were .03 better, but more Euler steps then made
-    samples worse, as too few steps of training see little noise (tried, 300 to 400 steps)."""
+    """Mean of the logarithm of the noise levels. At 1.5 three in four lie above 1, where a noisy
+    embedding of norm 1 tells little, so that the core learns to predict from the text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_context()
 
     @property
     def sample_steps(self) -> int:
@@ -78,19 +89,17 @@ class RecurrentRun(AutoregressiveRun):
             coda=self.coda,
             mean_recurrence=self.mean_recurrence,
             backprop_depth=self.backprop_depth,
-            **self.sizes(vocab_size),
+            **self.sizes(vocab_size, end_to_end=self.end_to_end),
         )
 
-    def learner(self) -> RecurrentLearner:
+    def trainer(self) -> RecurrentTrainer:
         """The network of this run with its data, ready to train."""
-        return RecurrentLearner(self, self.corpus())
+        return RecurrentTrainer(self, self.read_corpus(self.part))
 
 
-# For a GPU with 80 GB: some 190 million parameters, unfolded end to end 1.7 billion in each step; a
-# text of some 100 MB, and a tokenizer file.
+# For a GPU with 80 GB: some 190 million parameters, unfolded end to end 1.7 billion in each step.
+# Give it a text of some 100 MB and a tokenizer file.
 GPU = RecurrentRun(
-    data="text.txt",
-    tokenizer="tokenizer.json",
     steps=100_000,
     batch_size=64,
     context=1024,
@@ -101,8 +110,16 @@ GPU = RecurrentRun(
     bf16=True,
 )
 
+RECIPE = Recipe(
+    run=RecurrentRun(),
+    gpu=GPU,
+    out=Path("runs/recurrent"),
+    columns=(*columns.RECURRENT, *COSTS),
+    after="Write text with\ndblocks sample recurrent --checkpoint {out} --prompt 'The ' --steps 8",
+)
 
-class RecurrentLearner(AutoregressiveLearner):
+
+class RecurrentTrainer(AutoregressiveTrainer):
     """A `RecurrentLM` in training on text.
 
     Args:
@@ -114,9 +131,9 @@ class RecurrentLearner(AutoregressiveLearner):
         self.recurrent = run
         super().__init__(
             run,
+            run,
             corpus,
             lambda: RecurrentLM(run.model_config(corpus.tokenizer.size)),
-            run.blocks_config,
             lambda lm, batch: lm.next_token_loss(batch, generator=self.generator),
         )
 
@@ -125,7 +142,7 @@ class RecurrentLearner(AutoregressiveLearner):
         network = self.network
         return [layer.mlp for layer in (*network.prelude, *network.layers, *network.coda)]
 
-    def measured_plain_loss(self, batch: Batch) -> Tensor:
+    def measured_loss(self, batch: Batch) -> Tensor:
         """With `mean_recurrence` recurrences: of fewer than `backprop_depth` less is saved."""
         return self.network.next_token_loss(
             batch,
@@ -136,27 +153,75 @@ class RecurrentLearner(AutoregressiveLearner):
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
         """Bits per character of the held-out text; of final runs more.
 
-        That is bits of a part of the text, and samples, for several numbers of steps: minutes,
-        that the choice of a learning rate has no use for.
+        That is bits of a part of the text, and samples, for several numbers of steps: it takes
+        minutes, and the choice of a learning rate does not need it.
         """
         found = {
             "adaln": self.network.config.conditioning != "none",
             "parameters": sum(p.numel() for p in self.network.parameters()),
             "sha256": self.corpus.sha256,
-            "bits": self.bits(windows=self.text.windows),
+            "bits": self.bits(windows=self.options.windows),
         }
-        return found | self._against_steps() if self.text.part == "final" else found
+        return found | self._against_steps() if self.run.part == "final" else found
 
     def _against_steps(self) -> dict[str, Any]:
         counts = self.recurrent.measured_steps
-        plain = counts if self.model is None else [1]
+        measured = counts if self.model is None else [1]
         return {
             "windows": STEPS_WINDOWS,
-            "bits_by_steps": {str(n): self.bits(num_steps=n, windows=STEPS_WINDOWS) for n in plain},
-            "bound": None if self.model is None else self._bound(),
+            "bits_by_steps": {
+                str(n): self.bits(num_steps=n, windows=STEPS_WINDOWS) for n in measured
+            },
+            "bound": None if self.model is None else self.bound(STEPS_WINDOWS),
             "samples_written": {str(n): self.samples(num_steps=n) for n in counts},
         }
 
-    def _bound(self) -> dict[str, Any]:
-        text, context = self.corpus.evaluated, self.text.context
-        return bound_of(self.model, text, context, windows=STEPS_WINDOWS)
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure the bits per character of held-out text under a saved recurrent model."""
+
+    data: str = "pydoc"
+    """What to evaluate on: the last tenth of this text; see `dblocks train recurrent`."""
+    checkpoint: Path = RECIPE.out
+    """Folder that `dblocks train recurrent` wrote."""
+    steps: int | None = None
+    """Of a network trained end to end, how often the core is applied; by default as in training."""
+    windows: int = 1024
+    """Windows of the text to score, spread evenly; all of them where there are fewer."""
+
+    def __call__(self) -> None:
+        """Load, score the held-out part, and print the bits per character."""
+        check_positive(self.steps)
+        model, network, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")
+        text = load_corpus(self.data, tokenizer=tokenizer).evaluated
+        context = network.config.context
+        if isinstance(model, DiffusionBlocks):
+            if self.steps is not None:
+                raise ValueError(
+                    "--steps counts recurrences of a network trained end to end, and that in "
+                    f"{self.checkpoint} was trained as a denoiser; leave --steps out"
+                )
+            print_bits(model, text, context, self.windows)
+            return
+        steps = self.steps or network.config.mean_recurrence
+        bits = bits_per_character(model, text, context, num_steps=steps, windows=self.windows)
+        how = f"{steps} recurrence{'s' * (steps > 1)}"
+        print(f"{bits:.3f} bits a character on {text.characters:,} held-out characters, {how}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(SampleText):
+    """Let a saved recurrent model continue a text; characters appear as they are written."""
+
+    checkpoint: Path = RECIPE.out
+    """Folder that `dblocks train recurrent` wrote."""
+    steps: int | None = None
+    """Denoising steps a token, by default one for each block; of a network trained end to end, how
+    often its core is applied, by default as in training."""
+
+    def __call__(self) -> None:
+        """Load, and print the prompt and what follows."""
+        check_positive(self.steps)
+        model, _, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")
+        self.write(model, tokenizer, self.steps)

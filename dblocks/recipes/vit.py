@@ -1,40 +1,54 @@
-"""The vision transformer on images: the network, the answers, what is measured."""
+"""The vision transformer on images: `dblocks train vit`, also `eval`."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dblocks.blocks import BlocksConfig, DiffusionBlocks, Weighting
+from dblocks.blocks import BlocksConfig, Weighting, trained_at_top
 from dblocks.blocks.targets.classes import Head
-from dblocks.models.vit import Noise, ViT, ViTConfig, classify
+from dblocks.models.vit import Noise, ViT, ViTConfig
 from dblocks.nn import ConditioningKind
-from dblocks.recipes.data.digits import Images, batch_indices
+from dblocks.recipes import columns
+from dblocks.recipes.command import Recipe, check_steps, load_network
+from dblocks.recipes.data.batches import ImageData
 from dblocks.recipes.data.images import load_images
-from dblocks.recipes.metrics.classes import accuracy, evaluate
-from dblocks.recipes.run import Batch, Learner, Run
+from dblocks.recipes.data.splits import Images
+from dblocks.recipes.metrics import NOISE_SEED
+from dblocks.recipes.metrics.classes import accuracy
+from dblocks.recipes.metrics.classifier import Classifier
+from dblocks.recipes.run import Run, check_seed
+from dblocks.recipes.tables import COSTS
+from dblocks.recipes.trainer import Trainer
 
-NOISE_SEED = 7  # of the noise that evaluation starts from
 DENOISING_STEPS = (1, 2, 3, 6, 12)  # with which the final accuracy is measured too
-AT_ONCE = 2000  # images that are classified at a time
 MOST_PATCH = 7  # side of a patch that is taken by default
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTRun(Run):
-    """Everything that decides the outcome of a run on images; see `load_images`."""
+    """Train a 12-layer vision transformer, block by block or end to end, and save it.
+
+    Block by block, the layers are split into equal runs ("blocks"). Each block learns to denoise
+    the label's embedding within its own range of noise levels, so that a training step runs, and
+    keeps in memory, one block only. Prints the accuracy on held-out data and what it cost; writes
+    model.safetensors, config.json and run.json into --out.
+    """
 
     data: str = "digits"
-    """digits, fashion-mnist, cifar10, hf:NAME, or a folder or file as `load_images` takes it."""
+    """What to train on: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
+    fashion-mnist, of Debian's package dataset-fashion-mnist; cifar10; hf:NAME of Hugging Face; a
+    folder of images, with a sub-folder for each class, of IDX files (MNIST's format) or of CIFAR's
+    binary version; or a .npz file of images and labels."""
     image_size: int | None = None
     """Height and width to scale and crop the images of a folder to."""
     steps: int = 4500
-    """Training steps, of one batch each."""
     batch_size: int = 128
     """Images in a batch."""
     width: int = 64
@@ -44,28 +58,26 @@ class ViTRun(Run):
     mlp_ratio: float = 2.0
     """Width inside an MLP over that of the tokens."""
     head: Head = "posterior"
-    """What the blocks' logits are; see `ViTConfig`."""
+    """How blocks compute logits: posterior, that of the clean label given the noisy one; learned,
+    a linear layer."""
     noise_scale: float | None = 0.1
-    """What the noisy label's factor starts at; see `ViTConfig`."""
+    """Initial value of a learned factor of the noisy label; None takes the noisy label as it is."""
     top_share: float = 0.6
     """Share of every block's draws that are at sigma_max."""
     noise: Noise = "none"
-    """What Euler steps start from, where blocks classify by steps; see `classify`."""
+    """What Euler steps start from where they are measured: none, the mean of the noise, or paper,
+    noise."""
     weighting: Weighting = "none"
-    """Weight of a noise level's loss in blocks."""
     conditioning: ConditioningKind = "official"
     """AdaLN of the blocks; the network trained end to end has none."""
     gate_init: float = 1.0
-    """Of the blocks' layers: they start as the plain layers of the network trained end to end."""
+    """Initial gates of the blocks' layers; at 1 they start as the layers trained end to end."""
     patch_size: int | None = None
-    """Side of a patch; by default of the images' size, see `patch_size_of`."""
-
-    def images(self) -> tuple[Images, Images]:
-        """What to train on and what to evaluate on."""
-        return load_images(self.data, self.part, size=self.image_size)
+    """Side of a patch. By default the largest up to 7 that leaves at least 4 patches along each
+    side: 2 for digits, 7 for 28x28 images, 4 for 32x32."""
 
     def vit_config(self, data: Images, evaluated: Images) -> ViTConfig:
-        """The network for such images: AdaLN where there is a noise level, plain end to end.
+        """The network for such images: AdaLN where there is a noise level, none end to end.
 
         Raises:
             ValueError: all images are of one class.
@@ -99,9 +111,9 @@ class ViTRun(Run):
             num_blocks=self.blocks, weighting=self.weighting, top_share=self.top_share
         )
 
-    def learner(self) -> ViTLearner:
+    def trainer(self) -> ViTTrainer:
         """The network of this run with its data, ready to train."""
-        return ViTLearner(self, *self.images())
+        return ViTTrainer(self, *load_images(self.data, self.part, size=self.image_size))
 
 
 # How the paper's blocks differ.
@@ -109,6 +121,15 @@ PUBLISHED: dict[str, Any] = {
     "head": "learned", "noise_scale": None, "top_share": 0.0, "weighting": "batch_mean",
     "noise": "paper",
 }  # fmt: skip
+
+RECIPE = Recipe(
+    run=ViTRun(),
+    out=Path("runs/vit"),
+    columns=(*columns.VIT, *COSTS),
+    published=PUBLISHED,
+    published_help="As in the paper: a learned head, the noisy label as it is, and each block's "
+    "draws in its own range of noise only.",
+)
 
 
 def patch_size_of(height: int, width: int) -> int:
@@ -120,70 +141,7 @@ def patch_size_of(height: int, width: int) -> int:
     return max((p for p in sides if math.gcd(height, width) % p == 0), default=1)
 
 
-class Classifier(NamedTuple):
-    """How a trained network classifies."""
-
-    vit: ViT
-    blocks: DiffusionBlocks | None
-    """None for a network trained end to end."""
-
-    def logits(
-        self,
-        images: Tensor,
-        num_steps: int | None = None,
-        *,
-        noise: Noise = "none",
-        seed: int = NOISE_SEED,
-    ) -> Tensor:
-        """Logits [N, classes], by `classify` where the network is in blocks.
-
-        Images are taken 2,000 at a time, which draw their noise one after another.
-
-        Args:
-            images: [N, C, H, W].
-            num_steps: denoising steps; by default as of `classify`.
-            noise: what steps start from, see `classify`.
-            seed: of the noise.
-        """
-        generator = torch.Generator().manual_seed(seed)
-
-        def some(images: Tensor) -> Tensor:
-            if self.blocks is None:
-                return self.vit(images)
-            return classify(
-                self.blocks, images, num_steps=num_steps, noise=noise, generator=generator
-            )
-
-        return torch.cat([some(chunk.float()) for chunk in images.split(AT_ONCE)])
-
-    def alone(self, images: Tensor, block: int) -> Tensor:
-        """Logits of one block alone, by one call from the mean of the noise at sigma_max."""
-        blocks = cast(DiffusionBlocks, self.blocks)
-        top = blocks.config.noise_schedule.sigma_max
-
-        def some(images: Tensor) -> Tensor:
-            z = torch.zeros(len(images), self.vit.config.width, device=images.device)
-            return blocks.logits(z, z.new_full((len(z),), top), block=block, images=images)
-
-        return torch.cat([some(chunk.float()) for chunk in images.split(AT_ONCE)])
-
-    def accuracy(
-        self,
-        data: Images,
-        num_steps: int | None = None,
-        *,
-        noise: Noise = "none",
-        seed: int = NOISE_SEED,
-    ) -> float:
-        """The accuracy on `data`; arguments as of `logits`."""
-
-        def predict(images: Tensor) -> Tensor:
-            return self.logits(images, num_steps, noise=noise, seed=seed)
-
-        return evaluate(predict, data.images, data.labels, batch_size=len(data))
-
-
-class ViTLearner(Learner):
+class ViTTrainer(Trainer):
     """A ViT in training on images.
 
     Args:
@@ -193,15 +151,12 @@ class ViTLearner(Learner):
     """
 
     def __init__(self, run: ViTRun, data: Images, evaluated: Images) -> None:
-        if run.batch_size > len(data):
-            raise ValueError(
-                f"batch_size must be at most the number of training images {len(data)}, "
-                f"got {run.batch_size}"
-            )
+        batches = ImageData(data, run.batch_size, run.seed)
         if not len(evaluated):
             raise ValueError(f"images must be enough to hold some out, got {len(data)}; give more")
         super().__init__(
             run,
+            batches,
             lambda: ViT(run.vit_config(data, evaluated)),
             run.blocks_config,
             lambda vit, batch: nn.functional.cross_entropy(vit(batch["images"]), batch["labels"]),
@@ -209,12 +164,6 @@ class ViTLearner(Learner):
         self.data, self.evaluated = data, evaluated
         self.noise: Noise = run.noise
         self.classifier = Classifier(self.network, self.model)
-
-    def host_batch(self, step: int) -> Batch:
-        """Batch number `step`, on the CPU."""
-        run, data = self.run, self.data
-        chosen = data[batch_indices(len(data), run.batch_size, seed=run.seed, step=step)]
-        return {"images": chosen.images.float(), "labels": chosen.labels}
 
     def measure(self) -> dict[str, Any]:
         """The accuracy, and in blocks that of each alone."""
@@ -254,3 +203,44 @@ class ViTLearner(Learner):
                 str(n): self.classifier.accuracy(self.evaluated, n, noise=noise)
                 for n in DENOISING_STEPS
             }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure the accuracy of a saved vision transformer on held-out data."""
+
+    data: str = "digits"
+    """What to evaluate on: the held-out part of this data; see `dblocks train vit`."""
+    image_size: int | None = None
+    """Height and width to scale and crop the images of a folder to."""
+    checkpoint: Path = RECIPE.out
+    """Folder that `dblocks train vit` wrote."""
+    steps: int | None = None
+    """Denoising steps to a label, one block each. By default the product of all blocks' predictions
+    or, of blocks trained as published, one step for each block."""
+    noise: Literal["none", "paper"] = "none"
+    """What steps start from: none, the mean of the noise, or paper, noise."""
+    seed: int = NOISE_SEED
+    """Of the noise; by default that of training's own measurement."""
+
+    def __call__(self) -> None:
+        """Load, classify the held-out part, and print the accuracy."""
+        check_seed(self.seed)
+        model, network = load_network(self.checkpoint, ViT, "vit")
+        if check_steps(self.steps, self.checkpoint, model):
+            classifier = Classifier(network, model)
+            how = f"{self.steps or model.config.num_blocks} denoising steps of one block each"
+            if self.steps is None and trained_at_top(model):
+                how = f"the product of {model.config.num_blocks} blocks"
+        else:
+            classifier = Classifier(network, None)
+            how = "all layers once (trained end to end)"
+        _, held_out = load_images(self.data, size=self.image_size)
+        known, largest = network.config.num_classes, int(held_out.labels.max())
+        if largest >= known:
+            raise ValueError(
+                f"labels must be among the {known} classes that the network knows, got {largest}; "
+                "give --data as in training"
+            )
+        value = classifier.accuracy(held_out, self.steps, noise=self.noise, seed=self.seed)
+        print(f"held-out accuracy {100 * value:.1f} % on {len(held_out):,} images, {how}")

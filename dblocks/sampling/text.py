@@ -24,7 +24,7 @@ from dblocks.sampling.levels import blocks_of, grid_of, levels_of
 from dblocks.sampling.rows import CachedRows, WholeRows
 from dblocks.sampling.steps import Sampler, check_sampler
 from dblocks.sampling.writers import PlainWriter, ProductWriter, StepWriter, Writer
-from dblocks.schedules.random import draw_seed, uniforms
+from dblocks.schedules.random import draw_seed, uniforms_at
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 
@@ -157,10 +157,10 @@ def stream(
     slots = Slots([len(row) for row in rows], capacity, next(network.parameters()).device, k)
     if product:
         _check_product(model, network, num_steps, sigmas, sampler)
-    if network is model:
-        writer = _plain_writer(network, slots, num_steps, sigmas, cache, sampler)
-    else:
+    if isinstance(model, DiffusionBlocks):
         writer = _block_writer(model, slots, num_steps, sigmas, cache, product, sampler)
+    else:
+        writer = _plain_writer(model, slots, num_steps, sigmas, cache, sampler)
     seed = draw_seed(generator)
     tokens = torch.zeros(len(rows), slots.capacity, dtype=torch.int64)
     for row, given in zip(tokens, rows, strict=True):
@@ -213,7 +213,7 @@ def _block_writer(
 
 
 def _plain_writer(
-    model: Any,
+    model: NextTokenNetwork,
     slots: Slots,
     num_steps: int | None,
     sigmas: Tensor | Sequence[float] | None,
@@ -248,8 +248,8 @@ def _steps(
     first, new = slots.prompt, slots.capacity - slots.prompt
     N, (count, width) = len(tokens), writer.noise_shape
     noise = _noise(N, count, stride, width, seed, tokens.device)
-    uniform = [uniforms((new,), seed, tokens.device, offset=n * stride) for n in range(N)]
-    uniform = torch.stack(uniform)
+    sample, step = (torch.arange(n, device=tokens.device) for n in (N, new))
+    uniform = uniforms_at(stride * sample[:, None] + step, seed)
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for j in range(new):
         place = j % slots.block_size

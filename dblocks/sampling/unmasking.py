@@ -13,7 +13,7 @@ from dblocks.blocks.targets.token_batch import TokenSizes, check_tokens
 from dblocks.sampling.choice import Choice
 from dblocks.sampling.interface import TokenNetwork
 from dblocks.schedules import MASKED, MaskSchedule
-from dblocks.schedules.random import draw_seed, uniforms
+from dblocks.schedules.random import draw_seed, uniforms_at
 
 Callback = Callable[[dict[str, Any]], object]
 
@@ -136,9 +136,9 @@ def _parts_of(model: Any) -> tuple[DiffusionBlocks, TokenSizes, MaskSchedule]:
 
 def _uniforms(N: int, T: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
     """Two uniform numbers a token, [N, T], which depend on its row and position only."""
-    rows = [uniforms((T, 2), seed, offset=2 * n * context) for n in range(N)]
-    both = torch.stack(rows) if rows else torch.zeros(0, T, 2, dtype=torch.float64)
-    return both[..., 0], both[..., 1]
+    sample, position = (torch.arange(n, device="cpu") for n in (N, T))
+    first = 2 * (context * sample[:, None] + position)
+    return uniforms_at(first, seed), uniforms_at(first + 1, seed)
 
 
 def _share(gaps: Tensor) -> Tensor:

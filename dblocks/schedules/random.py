@@ -30,6 +30,19 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
 def uniforms(
     shape: Sequence[int], seed: int | Tensor, device: torch.device | str = "cpu", *, offset: int = 0
 ) -> Tensor:
+    """The uniform numbers `offset`, `offset + 1`, ... of a seed; see `uniforms_at`.
+
+    Args:
+        shape: their shape.
+        seed: an int of 64 bits, or a 0-d int64 tensor on the device.
+        device: where they are made.
+        offset: number of the first one.
+    """
+    numbers = torch.arange(offset, offset + math.prod(shape), device=device)
+    return uniforms_at(numbers.view(tuple(shape)), seed)
+
+
+def uniforms_at(numbers: Tensor, seed: int | Tensor) -> Tensor:
     """Uniform numbers in (0, 1), float64, that are functions of the seed and their number alone.
 
     Of the Philox 4x32-10 counter `2^62 + number//2` under the key `seed`, an even number takes the
@@ -37,19 +50,13 @@ def uniforms(
     are independent of the normals of `functional.noise_inject` under the same seed.
 
     Args:
-        shape: their shape.
-        seed: an int of 64 bits, or a 0-d int64 tensor on the device.
-        device: where they are made.
-        offset: number of the first one.
+        numbers: int64, not negative, of any shape.
+        seed: an int of 64 bits, or a 0-d int64 tensor on their device.
 
     Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3.
     """
-    count, first = math.prod(shape), offset // 2
-    last = (offset + count + 1) // 2
-    counter = torch.arange(first, last, dtype=torch.int64, device=device) + FIRST_COUNTER
-    a, b, c, d = philox(seed, counter)
-    half = UNIFORM_BITS // 2
-    bits = torch.stack([a, c], dim=-1) >> (32 - half) << half
-    bits = bits | (torch.stack([b, d], dim=-1) >> (32 - half))
-    numbers = (bits.double() + 0.5) * 2.0**-UNIFORM_BITS
-    return numbers.flatten()[offset % 2 : offset % 2 + count].view(tuple(shape))
+    words = philox(seed, (numbers >> 1) + FIRST_COUNTER)
+    odd, half = numbers & 1 == 1, UNIFORM_BITS // 2
+    high, low = torch.where(odd, words[2], words[0]), torch.where(odd, words[3], words[1])
+    bits = (high >> (32 - half) << half) | (low >> (32 - half))
+    return (bits.double() + 0.5) * 2.0**-UNIFORM_BITS

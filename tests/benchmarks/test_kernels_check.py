@@ -27,9 +27,9 @@ def kernels_of(lines):
 
 def public_kernels():
     """The kernels that the launch code of kernels/ subscripts with a grid, or plans."""
-    source = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "kernels").rglob("*.py"))
     launched = re.findall(r"(\w+)\[[^\[\]=]*(?:\([^\[\]=]*\)|\.grid)[^\[\]=]*\]\(\n", source)
-    return {*launched, *re.findall(r"_launch\.Launch\(\s*(\w+),", source)}
+    return {*launched, *re.findall(r"launches\.Launch\(\s*(\w+),", source)}
 
 
 @pytest.mark.slow

@@ -85,7 +85,10 @@ def test_layers_per_block():
         ({"num_blocks": 2, "overlap": -1}, "overlap must not be negative, got -1"),
         ({"num_blocks": 2, "weighting": "min"}, "weighting must be one of .* got 'min'"),
         ({"num_blocks": 2, "shared": "all"}, "shared must be one of .* got 'all'"),
-        ({"num_blocks": 2, "shared": "reduce"}, "shared='reduce' needs block-parallel training"),
+        (
+            {"num_blocks": 2, "shared": "reduce"},
+            r"shared must be one of \('train', 'frozen', 'private'\), got 'reduce'",
+        ),
         ({"num_blocks": 3, "schedule": NoiseSchedule(partition=(1.0,))}, "1 inner boundaries"),
     ],
 )

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dblocks.kernels import _runs, noise
+from dblocks.kernels import noise
+from dblocks.kernels._common.runs import _block_length, plan_runs
 
 
 def meta(*shape, strides=None):
@@ -11,15 +12,15 @@ def meta(*shape, strides=None):
 
 def test_dense_tensors_are_walked_by_sample_and_others_by_token():
     dense, chunk = meta(4, 64, 768), meta(4, 64, 2304)[..., 768:1536]
-    assert _runs.plan_runs([dense], 1)[:4] == (4, 1, 64 * 768, 1)
-    assert _runs.plan_runs([dense], 8)[:4] == (32, 8, 8 * 768, 1)
-    assert _runs.plan_runs([dense, chunk], 8)[:4] == (256, 64, 768, 8)
-    assert _runs.plan_runs([dense], 1, by_token=True)[:4] == (256, 64, 768, 64)
+    assert plan_runs([dense], 1)[:4] == (4, 1, 64 * 768, 1)
+    assert plan_runs([dense], 8)[:4] == (32, 8, 8 * 768, 1)
+    assert plan_runs([dense, chunk], 8)[:4] == (256, 64, 768, 8)
+    assert plan_runs([dense], 1, by_token=True)[:4] == (256, 64, 768, 64)
 
 
 @pytest.mark.parametrize("L", [1, 5, 33, 100, 768, 3072, 4099, 150_528])
 def test_blocks_cover_a_run_with_little_waste(L):
-    block = _runs._block_length(L)
+    block = _block_length(L)
     chunks = -(-L // block)
     assert block & (block - 1) == 0
     assert chunks * block >= L
@@ -29,12 +30,12 @@ def test_blocks_cover_a_run_with_little_waste(L):
 def test_steps_divide_lengths_and_strides():
     for D, offset, step in ((768, 0, 8), (12, 8, 4), (12, 2, 1), (7, 0, 1), (8, None, 8)):
         chunk = meta(2, 4, 3 * D)[..., D : 2 * D]
-        runs = _runs.plan_runs([chunk], 1, offset=offset)
+        runs = plan_runs([chunk], 1, offset=offset)
         assert step == runs.VEC
 
 
 def test_sizes_beyond_32_bits():
-    runs = _runs.plan_runs([meta(3, 2**20, 4096)], 1, offset=2**40)
+    runs = plan_runs([meta(3, 2**20, 4096)], 1, offset=2**40)
     assert runs.L == 2**32
     assert runs.grid == (3 * 2**20,)
     assert runs.strides(meta(3, 2**20, 4096))[0] * runs.VEC == 2**32

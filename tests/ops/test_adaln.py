@@ -5,7 +5,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dblocks.functional import adaln
-from dblocks.kernels import _launch
+from dblocks.kernels._common import launches
 from dblocks.testing import (
     LAYOUTS,
     assert_within_budget,
@@ -61,7 +61,7 @@ def test_second_form_for_wide_rows(problem, norm):
     inputs, upstream = problem
     assume(inputs["x"].shape[-1] != DEGENERATE_WIDTH[norm])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "MAX_ONE_PASS_WIDTH", 0)
+        patch.setattr(launches, "MAX_ONE_PASS_WIDTH", 0)
         check_against_reference(lambda **k: call(norm=norm, **k), inputs, upstream, impl="triton")
 
 
@@ -90,7 +90,7 @@ def test_variance_survives_a_large_mean(impl, ratio):
 
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("D", [7, 96, 768, 1000])
-def test_equal_elements_have_no_deviation(impl, D):
+def test_equal_elements_have_zero_std(impl, D):
     values = torch.arange(1, 17, device=DEVICE).view(2, 8, 1) * torch.tensor(77.7, device=DEVICE)
     for x in (values.expand(2, 8, D), values.repeat(1, 1, D), values.repeat(1, 1, D).bfloat16()):
         y = adaln(x, None, None, impl=impl)
@@ -231,7 +231,7 @@ def test_expanded_upstream_gradient(impl):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_a_last_stride_other_than_one_is_copied(layout):
     x = make((3, 4, 8), layout, torch.float32, torch.Generator())
-    assert (_launch.unit_last(x) is x) == (layout != "transposed")
+    assert (launches.unit_last(x) is x) == (layout != "transposed")
 
 
 @pytest.mark.parametrize("impl", FUSED)

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from dblocks.functional import doubled_attention
 from dblocks.kernels import reference
-from dblocks.ops import _attention_chunks, _composed_attention
+from dblocks.ops._attention import chunks, composed
 from tools import DEVICE, op
 
 
@@ -266,8 +266,8 @@ def test_no_tensor_of_the_composition_is_quadratic_in_T(size, query):
     options = (size, True, 0.25, None, False, None, None, None, None, "sdpa")
     # The operations inside of a registered one are not seen from outside of it.
     with Largest() as largest:
-        o, lse = _composed_attention._forward(q, k, v, *options)
-        _composed_attention._backward(q, q, k, v, o, lse, *options)
-    chunk = _attention_chunks.CHUNK
+        o, lse = composed._forward(q, k, v, *options)
+        composed._backward(q, q, k, v, o, lse, *options)
+    chunk = chunks.CHUNK
     limit = 2 * T * width if size == 1 else 2 * chunk * (T + chunk)
     assert 0 < largest.elements <= limit

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dblocks.functional import gated_residual
-from dblocks.kernels import _launch
+from dblocks.kernels._common import launches
 from dblocks.testing import check_against_reference, token_problems
 from tools import FUSED, IMPLS
 
@@ -34,7 +34,7 @@ def test_forward_and_gradients_are_within_budget(impl, problem, data):
 def test_second_form_for_wide_rows(problem):
     inputs, upstream = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "MAX_ONE_PASS_WIDTH", 0)
+        patch.setattr(launches, "MAX_ONE_PASS_WIDTH", 0)
         check_against_reference(call, inputs, upstream, impl="triton")
 
 

@@ -4,7 +4,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dblocks.functional import adaln, gated_residual, residual_adaln
-from dblocks.kernels import _launch
+from dblocks.kernels._common import launches
 from dblocks.testing import check_against_reference, token_problems
 from tools import FUSED, IMPLS, op
 
@@ -56,7 +56,7 @@ def test_second_form_for_wide_rows(problem, norm, data):
     assume(inputs["x"].shape[-1] != DEGENERATE_WIDTH[norm])
     needed = [name for name in inputs if data.draw(st.booleans()) or name == "branch"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "MAX_ONE_PASS_WIDTH", 0)
+        patch.setattr(launches, "MAX_ONE_PASS_WIDTH", 0)
         check_against_reference(
             lambda **k: call(norm=norm, **k), inputs, upstream, impl="triton", needs_grad=needed
         )

@@ -5,11 +5,15 @@ import torch
 
 from dblocks.blocks import DiffusionBlocks
 from dblocks.recipes import causal_lm
-from dblocks.recipes.autoregressive import bits_per_character
 from dblocks.recipes.causal_lm import GPU, PUBLISHED, CausalLMRun
-from dblocks.recipes.data.text import Characters, Text, load_corpus, scored_windows
+from dblocks.recipes.columns import SAMPLES
+from dblocks.recipes.data.text import Text, load_corpus
+from dblocks.recipes.data.tokenizers import Characters
+from dblocks.recipes.data.windows import scored_windows
+from dblocks.recipes.metrics import NOISE_SEED
+from dblocks.recipes.metrics.autoregressive import bits_per_character
 from dblocks.recipes.records import train
-from dblocks.recipes.text_run import NOISE_SEED, PROMPT, SAMPLES, continuations
+from dblocks.recipes.text_run import PROMPT, continuations
 from dblocks.sampling import next_token_nll, product_nll
 
 SIZES = {"width": 16, "depth": 3, "heads": 2, "context": 20, "batch_size": 4}
@@ -26,7 +30,7 @@ def story(tmp_path_factory):
 
 
 def begin(story, **fields):
-    return CausalLMRun(**{"steps": 2, "data": story, **SIZES, **fields}).learner()
+    return CausalLMRun(**{"steps": 2, "data": story, **SIZES, **fields}).trainer()
 
 
 def test_run_round_trips():
@@ -49,18 +53,18 @@ def test_only_the_blocked_network_is_conditioned(story):
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_runs_of_one_seed_are_bitwise_equal(story, end_to_end):
     def losses(seed):
-        learner = begin(story, seed=seed, end_to_end=end_to_end)
-        return [learner.step(step) for step in range(2)]
+        trainer = begin(story, seed=seed, end_to_end=end_to_end)
+        return [trainer.step(step) for step in range(2)]
 
     assert losses(0) == losses(0)
     assert losses(0) != losses(1)
 
 
 def test_autocast_computes_in_bfloat16(story):
-    learner = begin(story, bf16=True)
+    trainer = begin(story, bf16=True)
     dtypes = set()
-    learner.network.layers[0].mlp.register_forward_hook(lambda *a: dtypes.add(a[-1].dtype))
-    assert math.isfinite(sum(learner.step(step)[1] for step in range(6)))
+    trainer.network.layers[0].mlp.register_forward_hook(lambda *a: dtypes.add(a[-1].dtype))
+    assert math.isfinite(sum(trainer.step(step)[1] for step in range(6)))
     assert dtypes == {torch.bfloat16}
 
 
@@ -120,57 +124,57 @@ def test_tokens_are_written_in_blocks(story):
 
 
 def test_results_are_of_no_more_windows_than_asked(story):
-    learner = begin(story, windows=2, part="selection")
-    torch.nn.init.normal_(learner.network.log_logit_scale)
-    assert learner.results({})["bits"] == learner.bits(windows=2) != learner.bits()
+    trainer = begin(story, windows=2, part="selection")
+    torch.nn.init.normal_(trainer.network.log_logit_scale)
+    assert trainer.results({})["bits"] == trainer.bits(windows=2) != trainer.bits()
 
 
 def test_an_untrained_plain_model_is_near_the_uniform(story):
-    learner = begin(story, end_to_end=True)
-    torch.nn.init.constant_(learner.network.log_logit_scale, -20)
-    uniform = math.log2(learner.corpus.tokenizer.size)
-    assert learner.bits() == pytest.approx(uniform, rel=1e-3)
+    trainer = begin(story, end_to_end=True)
+    torch.nn.init.constant_(trainer.network.log_logit_scale, -20)
+    uniform = math.log2(trainer.corpus.tokenizer.size)
+    assert trainer.bits() == pytest.approx(uniform, rel=1e-3)
 
 
 def test_bits_are_of_characters_and_of_every_token_once(story):
-    learner = begin(story, end_to_end=True)
-    text = learner.corpus.evaluated
-    one = bits_per_character(learner.network, text, 20)
+    trainer = begin(story, end_to_end=True)
+    text = trainer.corpus.evaluated
+    one = bits_per_character(trainer.network, text, 20)
     doubled = Text(text.tokens, 2 * text.characters)
-    assert bits_per_character(learner.network, doubled, 20) == pytest.approx(one / 2)
+    assert bits_per_character(trainer.network, doubled, 20) == pytest.approx(one / 2)
     short = Text(text.tokens[:20], 20)
-    nats = next_token_nll(learner.network, short.tokens[None]).mean().item()
-    assert bits_per_character(learner.network, short, 20) == pytest.approx(nats / math.log(2))
-    assert bits_per_character(learner.network, text, 20, batch_size=3) == pytest.approx(one)
+    nats = next_token_nll(trainer.network, short.tokens[None]).mean().item()
+    assert bits_per_character(trainer.network, short, 20) == pytest.approx(nats / math.log(2))
+    assert bits_per_character(trainer.network, text, 20, batch_size=3) == pytest.approx(one)
 
 
 def test_bits_of_some_windows_are_of_all_parts_of_the_text(story):
-    learner = begin(story, end_to_end=True)
-    text = learner.corpus.evaluated
+    trainer = begin(story, end_to_end=True)
+    text = trainer.corpus.evaluated
     pairs = list(scored_windows(text.tokens, 20, 1, windows=3))
-    nats = [next_token_nll(learner.network, t)[m[:, 1:]] for t, m in pairs]
+    nats = [next_token_nll(trainer.network, t)[m[:, 1:]] for t, m in pairs]
     expected = torch.cat(nats).mean().item() / math.log(2)
-    assert learner.bits(windows=3) == pytest.approx(expected)
-    assert learner.measure() == {"bits": learner.bits(windows=32), "windows": 32}
+    assert trainer.bits(windows=3) == pytest.approx(expected)
+    assert trainer.measure() == {"bits": trainer.bits(windows=32), "windows": 32}
 
 
 def test_blocks_are_measured_with_the_same_noise_each_time(story):
-    learner = begin(story)
-    torch.nn.init.normal_(learner.network.log_logit_scale)
+    trainer = begin(story)
+    torch.nn.init.normal_(trainer.network.log_logit_scale)
     for options in ({}, {"product": True}):
-        assert learner.bits(**options) == learner.bits(**options)
+        assert trainer.bits(**options) == trainer.bits(**options)
     for options in ({"num_steps": 3}, {"product": True}):
-        assert learner.samples(**options) == learner.samples(**options)
-    assert isinstance(learner.trained, DiffusionBlocks)
+        assert trainer.samples(**options) == trainer.samples(**options)
+    assert isinstance(trainer.trained, DiffusionBlocks)
 
 
 def test_the_product_is_scored_as_any_other_model(story):
-    learner = begin(story)
-    text = Text(learner.corpus.evaluated.tokens[:20], 20)
-    torch.nn.init.normal_(learner.network.log_logit_scale)
+    trainer = begin(story)
+    text = Text(trainer.corpus.evaluated.tokens[:20], 20)
+    torch.nn.init.normal_(trainer.network.log_logit_scale)
     generator = torch.Generator().manual_seed(NOISE_SEED)
-    nats = product_nll(learner.model, text.tokens[None], generator=generator).mean().item()
-    found = bits_per_character(learner.model, text, 20, product=True)
+    nats = product_nll(trainer.model, text.tokens[None], generator=generator).mean().item()
+    found = bits_per_character(trainer.model, text, 20, product=True)
     assert found == pytest.approx(nats / math.log(2))
 
 
@@ -191,9 +195,9 @@ def test_a_tokenizer_that_cannot_be_read_is_a_clear_error(story, tmp_path):
 def test_a_tokenizer_file_is_used(story, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(Characters("0123456789").to_json())
-    learner = begin(story, tokenizer=str(path))
-    assert learner.network.config.vocab_size == 11
-    learner.save_beside(tmp_path)
+    trainer = begin(story, tokenizer=str(path))
+    assert trainer.network.config.vocab_size == 11
+    trainer.batches.save_beside(tmp_path)
     assert path.read_text() == Characters("0123456789").to_json()
 
 
@@ -207,4 +211,4 @@ def test_a_text_must_hold_a_window(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("0123456789" * 10)
     with pytest.raises(ValueError, match="held-out text must have at least a window of 20 tokens"):
-        CausalLMRun(steps=1, data=str(path), **SIZES).learner()
+        CausalLMRun(steps=1, data=str(path), **SIZES).trainer()

@@ -8,10 +8,11 @@ import torch
 from dblocks.blocks import DiffusionBlocks
 from dblocks.recipes import dit as recipe
 from dblocks.recipes import image_grid
-from dblocks.recipes.data.digits import Images, digits
-from dblocks.recipes.dit import GPU, DiTLearner, DiTRun, held_out_loss
-from dblocks.recipes.judge import ImageClassifier, train_judge
-from dblocks.recipes.metrics.images import deviation
+from dblocks.recipes.data.digits import digits
+from dblocks.recipes.data.splits import Images
+from dblocks.recipes.dit import GPU, DiTRun, DiTTrainer, held_out_loss
+from dblocks.recipes.metrics.images import standard_deviation
+from dblocks.recipes.metrics.judge import ImageClassifier, train_judge
 from dblocks.recipes.records import train
 from tools import randomized
 
@@ -33,7 +34,7 @@ def make_data(n=60, classes=10, channels=1, seed=0):
 
 
 def begin(run, **data):
-    return DiTLearner(run, make_data(**data), make_data(seed=1, **data))
+    return DiTTrainer(run, make_data(**data), make_data(seed=1, **data))
 
 
 def test_run_round_trips():
@@ -63,10 +64,10 @@ def test_the_larger_recipe_is_the_papers_network():
     assert GPU.device == "cuda"
 
 
-def test_sigma_data_is_the_deviation_of_the_training_images():
+def test_sigma_data_is_the_standard_deviation_of_the_training_images():
     data = digits()[0]
     schedule = DiTRun().blocks_config(data).schedule
-    assert schedule.sigma_data == deviation(data.images)
+    assert schedule.sigma_data == standard_deviation(data.images)
     assert schedule.sigma_data == pytest.approx(0.75, abs=0.01)
     assert DiTRun(sigma_data=0.5).blocks_config(data).schedule.sigma_data == 0.5
 
@@ -94,29 +95,29 @@ def test_a_run_leaves_what_it_is_judged_by(end_to_end):
 
 
 def test_end_to_end_is_one_block_of_all_layers():
-    learner = begin(DiTRun(end_to_end=True, **TINY))
-    assert isinstance(learner.trained, DiffusionBlocks)
-    assert learner.trained.layer_ranges == ((0, 3),)
+    trainer = begin(DiTRun(end_to_end=True, **TINY))
+    assert isinstance(trainer.trained, DiffusionBlocks)
+    assert trainer.trained.layer_ranges == ((0, 3),)
 
 
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_runs_of_one_seed_are_bitwise_equal(end_to_end):
     def losses(seed):
-        learner = begin(DiTRun(**{**TINY, "steps": 4}, seed=seed, end_to_end=end_to_end))
-        return [learner.step(step) for step in range(4)]
+        trainer = begin(DiTRun(**{**TINY, "steps": 4}, seed=seed, end_to_end=end_to_end))
+        return [trainer.step(step) for step in range(4)]
 
     assert losses(0) == losses(0)
     assert losses(0) != losses(1)
 
 
 def test_samples_repeat_and_stay_in_range():
-    learner = begin(DiTRun(**TINY))
-    randomized(learner.network)
-    first, again = learner.sample(2.0), learner.sample(2.0)
+    trainer = begin(DiTRun(**TINY))
+    randomized(trainer.network)
+    first, again = trainer.sample(2.0), trainer.sample(2.0)
     assert torch.equal(first.images, again.images)
     assert first.labels.bincount().tolist() == [4] * 10
-    assert not torch.equal(first.images, learner.sample(1.0).images)
-    assert first.images.aminmax() == learner.data.images.aminmax()
+    assert not torch.equal(first.images, trainer.sample(1.0).images)
+    assert first.images.aminmax() == trainer.data.images.aminmax()
 
 
 def test_the_loss_compares_across_blocks():
@@ -132,10 +133,10 @@ def test_the_loss_compares_across_blocks():
 
 
 def test_data_without_classes_is_not_judged():
-    learner = begin(DiTRun(**TINY), classes=1)
-    assert learner.network.config.num_classes == 0
-    learner.step(0)
-    results = learner.results(learner.measure())
+    trainer = begin(DiTRun(**TINY), classes=1)
+    assert trainer.network.config.num_classes == 0
+    trainer.step(0)
+    results = trainer.results(trainer.measure())
     assert results["judged"] is None
     assert results["calls_of_blocks"] == [2, 2, 2]
     assert image_grid.decode(results["pictures"]).shape == (5, 8, 8, 1)
@@ -145,24 +146,24 @@ def test_latents_are_no_pictures(tmp_path):
     latents = make_data(channels=4)
     np.savez(tmp_path / "a.npz", latents=latents.images.half().numpy(), labels=latents.labels)
     run = DiTRun(data=str(tmp_path / "a.npz"), scale=0.5, **TINY)
-    learner = run.learner()
-    assert learner.network.config.channels == 4
-    assert learner.trained.config.schedule.sigma_data == pytest.approx(0.29, abs=0.02)
-    learner.step(0)
+    trainer = run.trainer()
+    assert trainer.network.config.channels == 4
+    assert trainer.trained.config.schedule.sigma_data == pytest.approx(0.29, abs=0.02)
+    trainer.step(0)
     # 18 images are held out, too few for the features: a finished run is not lost for that.
-    found = learner.results(learner.measure())
+    found = trainer.results(trainer.measure())
     assert found["pictures"] is None
     assert found["judged"]["distance"] is None
     assert 0 <= found["judged"]["accuracy"] <= 1
-    learner.evaluated = learner.data
-    assert learner.results(learner.measure())["judged"]["distance"] > 0
+    trainer.evaluated = trainer.data
+    assert trainer.results(trainer.measure())["judged"]["distance"] > 0
 
 
 def test_samples_are_of_classes_that_there_are():
     data = make_data()
     data = Images(data.images, torch.where(data.labels < 5, 3, 8))
-    learner = DiTLearner(DiTRun(**{**TINY, "samples": 6}), data, data)
-    assert learner.sample(1.0).labels.tolist() == [3, 8, 3, 8, 3, 8]
+    trainer = DiTTrainer(DiTRun(**{**TINY, "samples": 6}), data, data)
+    assert trainer.sample(1.0).labels.tolist() == [3, 8, 3, 8, 3, 8]
 
 
 def test_a_batch_must_fit():

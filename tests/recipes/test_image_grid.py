@@ -3,8 +3,7 @@ import json
 import pytest
 import torch
 
-from dblocks.recipes.image_grid import decode, encode, grid_figure, tiled, to_bytes
-from dblocks.recipes.plots import save_png
+from dblocks.recipes.image_grid import decode, encode, grid_figure, save_png, tiled, to_bytes
 from tools import seeded
 
 

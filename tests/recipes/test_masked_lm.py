@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
+from dblocks.recipes.columns import SAMPLES
 from dblocks.recipes.data.text import load_corpus
 from dblocks.recipes.masked_lm import GPU, MaskedLMRun
 from dblocks.recipes.records import train
-from dblocks.recipes.text_run import PROMPT, SAMPLES
+from dblocks.recipes.text_run import PROMPT
 from dblocks.schedules import MaskSchedule
 
 SIZES = {"width": 16, "depth": 3, "heads": 2, "context": 20, "batch_size": 4}
@@ -38,30 +39,30 @@ def test_the_larger_recipe_is_a_model_of_its_own():
 
 
 def test_end_to_end_is_one_block_of_the_same_network(story):
-    blocks, whole = (run_of(story, end_to_end=e).learner() for e in (False, True))
+    blocks, whole = (run_of(story, end_to_end=e).trainer() for e in (False, True))
     assert whole.model.config.num_blocks == 1
     assert whole.model.layer_ranges == ((0, 3),)
     assert blocks.model.layer_ranges == ((0, 1), (1, 2), (2, 3))
     assert blocks.network.config == whole.network.config
     assert isinstance(whole.model.config.schedule, MaskSchedule)
-    first, second = (learner.network.state_dict() for learner in (blocks, whole))
+    first, second = (trainer.network.state_dict() for trainer in (blocks, whole))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_runs_of_one_seed_are_bitwise_equal(story, end_to_end):
     def losses(seed):
-        learner = run_of(story, seed=seed, end_to_end=end_to_end).learner()
-        return [learner.step(step) for step in range(2)]
+        trainer = run_of(story, seed=seed, end_to_end=end_to_end).trainer()
+        return [trainer.step(step) for step in range(2)]
 
     assert losses(0) == losses(0)
     assert losses(0) != losses(1)
 
 
 def test_autocast_computes_in_bfloat16(story):
-    learner, dtypes = run_of(story, bf16=True).learner(), set()
-    learner.network.layers[0].mlp.register_forward_hook(lambda *a: dtypes.add(a[-1].dtype))
-    assert math.isfinite(sum(learner.step(step)[1] for step in range(6)))
+    trainer, dtypes = run_of(story, bf16=True).trainer(), set()
+    trainer.network.layers[0].mlp.register_forward_hook(lambda *a: dtypes.add(a[-1].dtype))
+    assert math.isfinite(sum(trainer.step(step)[1] for step in range(6)))
     assert dtypes == {torch.bfloat16}
 
 
@@ -86,12 +87,12 @@ def test_the_record_tells_the_bound_and_what_sampling_ran(story, end_to_end):
 
 
 def test_points_divide_among_any_number_of_blocks(story):
-    learner = run_of(story, blocks=5, depth=5).learner()
-    assert len(learner.bits(windows=2).by_share) == 15
+    trainer = run_of(story, blocks=5, depth=5).trainer()
+    assert len(trainer.bits(windows=2).by_ratio) == 15
 
 
 def test_measures_repeat(story):
-    learner = run_of(story).learner()
-    torch.nn.init.normal_(learner.network.embedding.weight)
-    assert learner.bits() == learner.bits()
-    assert learner.results({}) == learner.results({})
+    trainer = run_of(story).trainer()
+    torch.nn.init.normal_(trainer.network.embedding.weight)
+    assert trainer.bits() == trainer.bits()
+    assert trainer.results({}) == trainer.results({})

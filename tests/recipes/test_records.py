@@ -7,7 +7,7 @@ import torch
 from dblocks.blocks import DiffusionBlocks
 from dblocks.models import ViT
 from dblocks.recipes.records import read_record, train, train_to_record, write_record
-from dblocks.recipes.vit import ViTLearner, ViTRun
+from dblocks.recipes.vit import ViTRun, ViTTrainer
 
 TINY = ViTRun(steps=12, points=3, width=12, depth=3, heads=2, patch_size=4, batch_size=16)
 
@@ -39,7 +39,7 @@ def test_a_block_step_holds_less(blocks, whole):
 
 def test_state_is_parameters_gradients_and_both_moments(whole):
     # All but the label table, which the plain network does not use, and one step count each.
-    used = [p for n, p in whole.learner.network.named_parameters() if not n.startswith("target")]
+    used = [p for n, p in whole.trainer.network.named_parameters() if not n.startswith("target")]
     least = 4 * sum(p.nbytes for p in used) / 2**20
     assert least < whole.record["state_mib"] < 1.05 * least + 0.01
 
@@ -65,12 +65,12 @@ def test_record_says_what_was_run_and_where(blocks, whole):
         assert set(blocks.record[key]) == {"1", "2", "3", "6", "12"}
         assert whole.record[key] is None
     assert (blocks.record["adaln"], whole.record["adaln"]) == (True, False)
-    assert isinstance(whole.learner.network, ViT)
-    assert whole.learner.model is None
+    assert isinstance(whole.trainer.network, ViT)
+    assert whole.trainer.model is None
 
 
 def test_nothing_counts_on_the_network_that_is_returned(blocks):
-    assert not any(module._forward_hooks for module in blocks.learner.model.modules())
+    assert not any(module._forward_hooks for module in blocks.trainer.model.modules())
 
 
 def test_record_is_written_whole(tmp_path):
@@ -101,7 +101,7 @@ def test_a_network_is_saved_before_its_results_are_measured(monkeypatch):
     def fail(self, last):
         raise RuntimeError("no results")
 
-    monkeypatch.setattr(ViTLearner, "results", fail)
+    monkeypatch.setattr(ViTTrainer, "results", fail)
     with pytest.raises(RuntimeError, match="no results"):
-        train(TINY, save=lambda learner: kept.append(learner.trained))
+        train(TINY, save=lambda trainer: kept.append(trainer.trained))
     assert [type(network) for network in kept] == [DiffusionBlocks]

@@ -45,15 +45,15 @@ def test_the_larger_recipe_is_a_model_of_its_own():
 
 
 def test_only_the_denoiser_is_conditioned(story):
-    assert run_of(story).learner().network.noise_embedding is not None
-    assert run_of(story, end_to_end=True).learner().network.noise_embedding is None
+    assert run_of(story).trainer().network.noise_embedding is not None
+    assert run_of(story, end_to_end=True).trainer().network.noise_embedding is None
 
 
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_runs_of_one_seed_are_bitwise_equal(story, end_to_end):
     def losses(seed):
-        learner = run_of(story, seed=seed, end_to_end=end_to_end).learner()
-        return [learner.step(step) for step in range(3)]
+        trainer = run_of(story, seed=seed, end_to_end=end_to_end).trainer()
+        return [trainer.step(step) for step in range(3)]
 
     assert losses(0) == losses(0)
     assert losses(0) != losses(1)
@@ -61,10 +61,10 @@ def test_runs_of_one_seed_are_bitwise_equal(story, end_to_end):
 
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_autocast_computes_in_bfloat16(story, end_to_end):
-    learner = run_of(story, bf16=True, end_to_end=end_to_end).learner()
+    trainer = run_of(story, bf16=True, end_to_end=end_to_end).trainer()
     dtypes = set()
-    learner.network.layers[0].mlp.register_forward_hook(lambda *a: dtypes.add(a[-1].dtype))
-    assert math.isfinite(sum(learner.step(step)[1] for step in range(3)))
+    trainer.network.layers[0].mlp.register_forward_hook(lambda *a: dtypes.add(a[-1].dtype))
+    assert math.isfinite(sum(trainer.step(step)[1] for step in range(3)))
     assert dtypes == {torch.bfloat16}
 
 
@@ -76,7 +76,7 @@ def test_the_record_of_a_block(story):
     assert record["bits_by_steps"].keys() == {"1"}
     assert record["bound"]["bits"] > record["bound"]["by_block"][0] > 0
     assert record["parameters"] == sum(
-        p.numel() for p in run_of(story).learner().network.parameters()
+        p.numel() for p in run_of(story).trainer().network.parameters()
     )
     assert record["windows"] == recurrent.STEPS_WINDOWS
     assert record["sha256"] == load_corpus(story).sha256
@@ -86,9 +86,9 @@ def test_the_record_of_a_block(story):
 
 def test_the_record_of_the_plain_model_counts_all_recurrences(story):
     run, drawn = run_of(story, end_to_end=True, steps=4), []
-    learner = run.learner()
-    draw = learner.network.draw_recurrences
-    generator = learner.generator
+    trainer = run.trainer()
+    draw = trainer.network.draw_recurrences
+    generator = trainer.generator
     for _ in range(4):
         drawn.append(draw(generator))
         torch.randint(2**63 - 1, (), generator=generator)  # the seed of the state
@@ -127,8 +127,8 @@ def test_a_run_that_chooses_a_learning_rate_measures_no_more_than_that_needs(sto
 
 
 def test_measuring_repeats(story):
-    learner = run_of(story).learner()
-    assert learner.bits(windows=4) == learner.bits(windows=4)
+    trainer = run_of(story).trainer()
+    assert trainer.bits(windows=4) == trainer.bits(windows=4)
     with pytest.raises(ValueError, match="num_steps must be 1 or None in blocks"):
-        learner.bits(num_steps=3)
-    assert learner.samples(num_steps=3) == learner.samples(num_steps=3)
+        trainer.bits(num_steps=3)
+    assert trainer.samples(num_steps=3) == trainer.samples(num_steps=3)

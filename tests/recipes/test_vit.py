@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dblocks.models.vit import classify
-from dblocks.recipes import vit as recipe
-from dblocks.recipes.data.digits import Images, digits
-from dblocks.recipes.vit import ViTLearner, ViTRun, patch_size_of
+from dblocks.recipes.data.digits import digits
+from dblocks.recipes.data.splits import Images
+from dblocks.recipes.metrics import classifier as classifiers
+from dblocks.recipes.vit import ViTRun, ViTTrainer, patch_size_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,7 +24,7 @@ def make_data(n=16):
 
 
 def begin(run):
-    return ViTLearner(run, make_data(), make_data())
+    return ViTTrainer(run, make_data(), make_data())
 
 
 def test_run_round_trips_and_refuses_unknown_keys():
@@ -85,18 +86,18 @@ def test_learning_rate_rises_then_falls_to_zero():
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_runs_of_one_seed_are_bitwise_equal(end_to_end):
     def losses(seed):
-        learner = begin(ViTRun(steps=4, seed=seed, end_to_end=end_to_end, **TINY))
-        return [learner.step(step) for step in range(4)]
+        trainer = begin(ViTRun(steps=4, seed=seed, end_to_end=end_to_end, **TINY))
+        return [trainer.step(step) for step in range(4)]
 
     assert losses(0) == losses(0)
     assert losses(0) != losses(1)
 
 
 def test_a_step_leaves_other_blocks_alone():
-    learner = begin(ViTRun(steps=4, **TINY))
-    before = [[p.clone() for p in layer.parameters()] for layer in learner.network.layers]
-    block, _ = learner.step(0)
-    for b, layer in enumerate(learner.network.layers):
+    trainer = begin(ViTRun(steps=4, **TINY))
+    before = [[p.clone() for p in layer.parameters()] for layer in trainer.network.layers]
+    block, _ = trainer.step(0)
+    for b, layer in enumerate(trainer.network.layers):
         equal = [torch.equal(p, q) for p, q in zip(before[b], layer.parameters(), strict=True)]
         assert all(equal) == (b != block)
 
@@ -108,39 +109,39 @@ def test_only_the_blocked_network_carries_adaln():
 
 def test_classifier_repeats_itself():
     data = make_data()
-    learner = begin(ViTRun(**TINY))
-    torch.nn.init.normal_(learner.network.classifier.weight)
+    trainer = begin(ViTRun(**TINY))
+    torch.nn.init.normal_(trainer.network.classifier.weight)
     noisy = {"num_steps": 3, "noise": "paper"}
-    first, again = (learner.classifier.logits(data.images, **noisy, seed=1) for _ in range(2))
+    first, again = (trainer.classifier.logits(data.images, **noisy, seed=1) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, learner.classifier.logits(data.images, **noisy, seed=2))
-    first, other = (learner.classifier.logits(data.images, 3, seed=seed) for seed in (1, 2))
+    assert not torch.equal(first, trainer.classifier.logits(data.images, **noisy, seed=2))
+    first, other = (trainer.classifier.logits(data.images, 3, seed=seed) for seed in (1, 2))
     assert torch.equal(first, other)
 
 
 def test_images_are_classified_some_at_a_time(monkeypatch):
-    data, learner = make_data(7), begin(ViTRun(**TINY))
-    torch.nn.init.normal_(learner.network.classifier.weight)
-    classifier, images = learner.classifier, data.images
+    data, trainer = make_data(7), begin(ViTRun(**TINY))
+    torch.nn.init.normal_(trainer.network.classifier.weight)
+    classifier, images = trainer.classifier, data.images
     noisy = {"num_steps": 3, "noise": "paper"}
     at_once = classifier.logits(images, **noisy, seed=1)
     generator = torch.Generator().manual_seed(1)
-    assert torch.equal(at_once, classify(learner.model, images, **noisy, generator=generator))
-    monkeypatch.setattr(recipe, "AT_ONCE", 3)
+    assert torch.equal(at_once, classify(trainer.model, images, **noisy, generator=generator))
+    monkeypatch.setattr(classifiers, "AT_ONCE", 3)
     generator = torch.Generator().manual_seed(1)
     chunks = [
-        classify(learner.model, images[i : i + 3], **noisy, generator=generator) for i in (0, 3, 6)
+        classify(trainer.model, images[i : i + 3], **noisy, generator=generator) for i in (0, 3, 6)
     ]
     assert torch.equal(classifier.logits(images, **noisy, seed=1), torch.cat(chunks))
     assert classifier.logits(images[:0]).shape == (0, 10)
     right = torch.cat(chunks).argmax(-1)
     assert classifier.accuracy(Images(images, right), **noisy, seed=1) == 1
-    alone = [learner.model.logits(torch.zeros(7, 12), torch.tensor(80.0), block=1, images=images)]
+    alone = [trainer.model.logits(torch.zeros(7, 12), torch.tensor(80.0), block=1, images=images)]
     torch.testing.assert_close(classifier.alone(images, 1), alone[0])
 
 
 def test_all_digits_are_one_batch():
-    assert max(map(len, digits())) <= recipe.AT_ONCE
+    assert max(map(len, digits())) <= classifiers.AT_ONCE
 
 
 # Other images than digits
@@ -171,20 +172,20 @@ def test_the_network_follows_the_images(tmp_path, end_to_end):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 12, 3), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(40) % 4)
     sizes = {**TINY, "patch_size": None, "end_to_end": end_to_end}
-    learner = ViTRun(steps=1, data=str(tmp_path / "a.npz"), **sizes).learner()
-    config = learner.network.config
+    trainer = ViTRun(steps=1, data=str(tmp_path / "a.npz"), **sizes).trainer()
+    config = trainer.network.config
     assert (config.height_width, config.channels, config.num_classes) == ((8, 12), 3, 4)
     assert config.patch_size == 2
-    learner.step(0)
-    assert 0 <= learner.measure()["accuracy"] <= 1
+    trainer.step(0)
+    assert 0 <= trainer.measure()["accuracy"] <= 1
 
 
 def test_arrays_of_half_precision_are_trained_on():
     data = make_data()
     half = Images(data.images.half(), data.labels)
-    learner = ViTLearner(ViTRun(steps=1, **TINY), half, half)
-    learner.step(0)
-    assert len(learner.measure()["blocks_alone"]) == 3
+    trainer = ViTTrainer(ViTRun(steps=1, **TINY), half, half)
+    trainer.step(0)
+    assert len(trainer.measure()["blocks_alone"]) == 3
 
 
 def test_a_class_of_the_held_out_images_alone_is_known():
@@ -207,10 +208,10 @@ def test_a_class_of_the_held_out_images_alone_is_known():
 )
 def test_images_that_cannot_be_learned_are_refused(data, evaluated, message):
     with pytest.raises(ValueError, match=message):
-        ViTLearner(ViTRun(**TINY), data, evaluated)
+        ViTTrainer(ViTRun(**TINY), data, evaluated)
 
 
 def test_a_patch_that_does_not_fit_is_refused():
     for size in (0, 3):
         with pytest.raises(ValueError, match="patch_size"):
-            ViTLearner(ViTRun(**{**TINY, "patch_size": size}), make_data(), make_data())
+            ViTTrainer(ViTRun(**{**TINY, "patch_size": size}), make_data(), make_data())

@@ -8,10 +8,12 @@ import torch.nn.functional as nnf
 from masked_tools import blocks_of, distribution_of, exact_of, independent_of, lm_of, tokens_of
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.recipes.data.text import Text, consecutive_windows
+from dblocks.recipes.data.text import Text
+from dblocks.recipes.data.windows import consecutive_windows
 from dblocks.recipes.metrics.masked import bits_per_character
 from dblocks.sampling import bound_terms, points_for
-from dblocks.schedules.mask import DRAWS, KINDS, MASKED, MaskSchedule
+from dblocks.schedules import MASKED, MaskSchedule
+from dblocks.schedules.mask import DRAWS, KINDS
 from tools import DEVICE, seeded, vit
 
 
@@ -87,7 +89,7 @@ def test_an_independent_source_costs_its_entropy_under_the_exact_posterior():
     entropy = -(p * p.log2()).sum().item()
     assert found.bits == pytest.approx(entropy, abs=4 * found.error)
     assert found.error < 0.05
-    for _, bits in found.by_share:
+    for _, bits in found.by_ratio:
         assert bits == pytest.approx(entropy, abs=0.5)
 
 

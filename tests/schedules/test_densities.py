@@ -139,7 +139,7 @@ def test_a_network_is_trained_and_sampled(density):
     for step in range(45):
         result = train_step(model, batch, optimizers, block=step % 3, generator=generator)
         lo, hi = model.config.schedule.range_of(step % 3, 3, overlap=model.config.overlap)
-        assert ((result.loss.sigma >= lo) & (result.loss.sigma <= hi)).all()
+        assert ((result.details.sigma >= lo) & (result.details.sigma <= hi)).all()
     z = initial_noise((16, 24), model.config.noise_schedule, generator=seeded())
     logits = sample_logits(model, z, model.config.noise_schedule.steps(3), images=images)
     assert (logits.argmax(-1) == labels).double().mean() > 0.9

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dblocks.blocks import BlocksConfig
-from dblocks.schedules import NoiseSchedule
-from dblocks.schedules.mask import DRAWS, KINDS, MASKED, T_MIN, MaskSchedule
+from dblocks.schedules import MASKED, MaskSchedule, NoiseSchedule
+from dblocks.schedules.mask import DRAWS, KINDS, T_MIN
 from tools import DEVICE, seeded
 
 kinds = st.sampled_from(KINDS)

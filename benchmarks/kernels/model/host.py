@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 import dblocks.functional as D
 from benchmarks.kernels import check
-from dblocks.ops import _common
+from dblocks.ops import _dispatch
 
 N, T, W = 4, 4, 768  # so small that the arithmetic costs little
 DEVICE = {
@@ -154,7 +154,7 @@ def main(calls_a_round: int = CALLS, rounds: int = ROUNDS) -> int:
     driver.set_active(Driver())  # pyright: ignore[reportArgumentType]
     print("Microseconds of processor time a call on the host, best round; no GPU takes part\n")
     # The ops take tensors of the processor where the interpreter is on.
-    with mock.patch.object(_common, "INTERPRETED", True):
+    with mock.patch.object(_dispatch, "INTERPRETED", True):
         for timed in calls():
             found = microseconds({"dblocks": timed.ours, **timed.others}, calls_a_round, rounds)
             figures = "  ".join(f"{name} {us:6.1f}" for name, us in found.items())

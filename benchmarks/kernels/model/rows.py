@@ -64,20 +64,21 @@ def norms(D: int, N: int = SAMPLES, elements: int = ELEMENTS) -> Iterator[tuple[
 
 def diffusion(D: int) -> Iterator[tuple[str, Call]]:
     """Noise, losses and Euler steps."""
-    from dblocks.kernels import edm, noise
+    from dblocks.kernels import noise
+    from dblocks.kernels.edm import denoise, euler, loss
 
     e, N, T = DTYPE.itemsize, SAMPLES, ELEMENTS // (SAMPLES * D)
     y, f = (meta(N, T, D, dtype=DTYPE) for _ in range(2))
     z, sigma, drawn = meta(N, T, D), meta(N), (None, 1, 0, 0.5)
-    inject, loss = noise.noise_inject_fwd, edm.edm_loss_fwd
+    inject, loss_fwd = noise.noise_inject_fwd, loss.edm_loss_fwd
     launches = {
         "noise_inject": (2 * e + 4, lambda: inject(y, sigma, *drawn, DTYPE, True)),
         "noise_inject z_in": (2 * e, lambda: inject(y, sigma, *drawn, DTYPE, False)),
-        "edm_denoise": (e + 8, lambda: edm.edm_denoise_fwd(f, z, sigma, 0.5)),
-        "edm_loss fwd": (2 * e, lambda: loss(f, y, sigma, *drawn, None)),
-        "edm_loss fwd in training": (3 * e, lambda: loss(f, y, sigma, *drawn, None, f)),
-        "edm_loss bwd": (2 * e, lambda: edm.edm_loss_bwd(sigma, f, None, DTYPE)),
-        "euler_step": (12, lambda: edm.euler_step_fwd(z, z, [None, None], [1.0, 0.5])),
+        "edm_denoise": (e + 8, lambda: denoise.edm_denoise_fwd(f, z, sigma, 0.5)),
+        "edm_loss fwd": (2 * e, lambda: loss_fwd(f, y, sigma, *drawn, None)),
+        "edm_loss fwd in training": (3 * e, lambda: loss_fwd(f, y, sigma, *drawn, None, f)),
+        "edm_loss bwd": (2 * e, lambda: loss.edm_loss_bwd(sigma, f, None, DTYPE)),
+        "euler_step": (12, lambda: euler.euler_step_fwd(z, z, [None, None], [1.0, 0.5])),
     }
     for name, (bytes_each, launch) in launches.items():
         yield name, Call(launch, bytes_each, N * T * D, "")

@@ -1,5 +1,5 @@
 """`convert`: a model of another library as a network in blocks."""
 
+from dblocks.integrations.convert.apply import convert as convert
 from dblocks.integrations.convert.blocks import ConvertedBlocks as ConvertedBlocks
-from dblocks.integrations.convert.blocks import Task as Task
-from dblocks.integrations.convert.blocks import convert as convert
+from dblocks.integrations.convert.tasks import Task as Task

@@ -1,16 +1,17 @@
-"""Converted models in files: one for each block, one for what they share, and how to put them back.
+"""The files of a converted model: one for each block and one for what the blocks share.
 
     dblocks.json  block_00.safetensors  block_01.safetensors  ...  shared.safetensors  README.md
 
-A worker that trains one block writes that block's file and no other. Tensors of the user's model
-have its own names there, so that plain `load_state_dict(..., strict=False)` takes them; the names
-of what was added begin with `dblocks.`.
+A worker that trains one block writes that block's file only. Tensors of the user's model keep the
+names that they have in it, so that its `load_state_dict(..., strict=False)` takes them; names of
+what `convert` added begin with `dblocks.`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from dblocks.integrations.convert.blocks import ConvertedBlocks
 
 FORMAT = 2
-# Of what format 1 did not say: what its models were.
+# Options that format 1 did not write, as its models had them.
 FORMAT_1_OPTIONS = {"rows": "doubled", "head": "learned"}
 FORMAT_1_BLOCKS = {"top_share": 0.0}
 CONFIG_FILE = "dblocks.json"
@@ -40,7 +41,7 @@ def block_file(block: int) -> str:
 
 
 def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) -> None:
-    """Writes the files of all blocks and what they share, or of one block alone.
+    """Writes the files of all blocks and of what they share, or of one block alone.
 
     Args:
         blocks: the converted model.
@@ -62,7 +63,7 @@ def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) 
         "model": type(blocks.base_model.model).__name__,
         "layers": list(blocks.base_model.names),
         "task": blocks.task,
-        "options": blocks.options,
+        "options": asdict(blocks.options),
         "blocks_config": blocks.config.to_dict(),
         "ties": {_outside(name): _outside(first) for name, first in ties.items()},
     }
@@ -100,7 +101,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> None:
-    """Reads the files of all blocks and what they share into a model that was converted alike.
+    """Reads these files into a model that was converted with the same options.
 
     Raises:
         ValueError: a file is missing or broken, or its tensors do not fit.
@@ -124,7 +125,7 @@ def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> N
 
 
 def _named(blocks: ConvertedBlocks) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, each once, and the other names of those that have several."""
+    """The tensors, each under its first name, and the other names of tied ones."""
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -149,7 +150,7 @@ def _owners(blocks: ConvertedBlocks) -> Callable[[str], int | None]:
     }
     common = {id(p) for p in blocks.shared_parameters()}
     shared = {n for n, p in blocks.named_parameters(remove_duplicate=False) if id(p) in common}
-    # Of private parts, those of the model itself are block 0's.
+    # With private parameters, those of the model itself belong to block 0.
     rest = 0 if blocks.config.shared == "private" else None
 
     def owner(name: str) -> int | None:
@@ -188,7 +189,7 @@ def _card(blocks: ConvertedBlocks) -> str:
         "by block (DiffusionBlocks, arXiv 2506.14202).",
         "",
         "```python",
-        "from dblocks.convert import ConvertedBlocks",
+        "from dblocks import ConvertedBlocks",
         "",
         f"dm = ConvertedBlocks.from_pretrained(folder, model)  # a {kind} of the same sizes",
         "```",

@@ -1,4 +1,4 @@
-"""Which modules of a model are its residual layers."""
+"""Finds the residual layers of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether layers keep the shape of the hidden state, found out by one forward on no data."""
+"""Checks that layers keep the shape of the hidden state, by one forward on the meta device."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_residual(
     calls: dict[str, Call] = {}
     try:
         _run_on_meta(model, layers, *example, calls)
-    # Whatever a model raises on tensors without data is the answer.
+    # A model may raise anything on tensors without data.
     except Exception as error:
         message = " ".join(str(error).split())
         return f"the forward on the meta device raised {type(error).__name__}: {message}"
@@ -76,7 +76,7 @@ def _run_on_meta(
     kwargs: dict[str, Any],
     calls: dict[str, Call],
 ) -> None:
-    # What a deep copy finds in its memo it does not copy.
+    # A deep copy takes what its memo holds in place of copying.
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(t): _to_meta(t) for t in tensors}).eval()
 

@@ -1,4 +1,4 @@
-"""What attends in converted language models of transformers, by names in its registry."""
+"""Attention of converted language models, registered with transformers by name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ DOUBLED, CAUSAL = "dblocks_doubled", "dblocks_causal"
 
 
 def with_attention(attention: nn.Module, name: str) -> nn.Module:
-    """A view of an attention, with the same parameters, that attends by the function registered so.
+    """A view of an attention module, with the same parameters, that calls the named function.
 
-    transformers looks up the function that attends in the module's config, which all modules of a
-    model share; the view has a copy of it.
+    transformers reads the name from the module's config, which all modules of a model share; the
+    view has its own copy of the config.
     """
     view = copy.copy(attention)
     config = copy.copy(cast(Any, attention).config)
@@ -30,7 +30,7 @@ def with_attention(attention: nn.Module, name: str) -> nn.Module:
     return view
 
 
-# What transformers hands to every attention, and what of it changes nothing.
+# Arguments that transformers passes to every attention, and their values without an effect.
 WITHOUT_EFFECT = {"output_attentions": (None, False), "use_cache": (None, False, True)}
 
 
@@ -51,17 +51,17 @@ def doubled(
 ) -> tuple[Tensor, None]:
     """Attention of rows `[clean | noisy]` as transformers calls it; see `F.doubled_attention`.
 
-    With dropout, which the fused op has not, a mask of (2T)^2 elements is made.
+    The fused op has no dropout; with dropout, PyTorch attends with a mask of (2T)^2 elements.
 
     Args:
         module: the attention.
         query: [N, H, 2T, Dk].
         key: [N, Hkv, 2T, Dk].
         value: [N, Hkv, 2T, Dv].
-        attention_mask: none; what is padding at the end is not attended to anyway.
+        attention_mask: None; padding at the end is not attended to in any case.
         scaling: of the products of queries and keys.
         dropout: of the attention's weights.
-        is_causal: as the module says by default; the doubled attention always is.
+        is_causal: that of the module by default; must be true.
         sliding_window: how many positions back a row sees, its own included.
         softcap: bound of the scores.
         dblocks_cu_seqlens: ends of packed documents.
@@ -71,7 +71,7 @@ def doubled(
         [N, 2T, H, Dv], and no weights.
 
     Raises:
-        ValueError: it is asked for what it does not do.
+        ValueError: an argument asks for what it does not do.
     """
     _refuse(module, others | {"attention_mask": attention_mask}, is_causal)
     # Rotary positions come in float32 under autocast, which casts the arguments of torch's own.
@@ -121,7 +121,7 @@ def causal(
         attention_mask: bool [R, R], what a row sees; all earlier ones and itself by default.
         scaling: of the products of queries and keys.
         dropout: of the attention's weights.
-        is_causal: as the module says by default; it always is.
+        is_causal: that of the module by default; must be true.
         sliding_window: how many positions back a row sees, its own included.
         **others: refused unless they are `None` or change nothing.
 
@@ -129,7 +129,7 @@ def causal(
         [N, R, H, Dv], and no weights.
 
     Raises:
-        ValueError: it is asked for what it does not do.
+        ValueError: an argument asks for what it does not do.
     """
     _refuse(module, others, is_causal)
     R, mask = query.shape[2], attention_mask
@@ -161,6 +161,6 @@ def _refuse(module: nn.Module, others: Mapping[str, Any], is_causal: bool | None
         )
 
 
-# With the module, so that a model that was pickled finds them where it is loaded.
+# When this module is imported, so that a pickled model finds them where it is loaded.
 AttentionInterface.register(DOUBLED, doubled)
 AttentionInterface.register(CAUSAL, causal)

@@ -1,4 +1,4 @@
-"""The lists of a model that may hold its residual layers, by each library's own signals."""
+"""Finds the lists of a model that may hold its residual layers, by each library's own signals."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def members(stack: nn.Module, path: str) -> dict[str, nn.Module]:
 
 
 def _checkpointed(model: nn.Module) -> list[Stack]:
-    # A model of transformers has imported it; nothing else can have such layers.
+    # Only a model of transformers has such layers, and the module is loaded with it.
     module = sys.modules.get("transformers.modeling_layers")
     kind = getattr(module, "GradientCheckpointingLayer", ())
     return list(_stacks(model, lambda _, layers: all(isinstance(m, kind) for m in layers)))

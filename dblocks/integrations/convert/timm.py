@@ -1,41 +1,15 @@
-"""Vision transformers of timm: where their parts are."""
+"""Vision transformers of timm: which can be converted, and as what."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from dblocks.blocks import Batch
 from dblocks.integrations.convert.classes import ConvertedClassifier
-from dblocks.integrations.convert.layers import conditioned
-
-
-class TimmFamily:
-    """timm's `VisionTransformer`."""
-
-    input = "images"
-
-    def __init__(self, *, class_row: bool) -> None:
-        self.class_row = class_row
-
-    def enter(self, model: Any, batch: Batch) -> Tensor:
-        """See `ClassFamily`, as for the others."""
-        x = model._pos_embed(model.patch_embed(batch["images"]))
-        return model.norm_pre(model.patch_drop(x))
-
-    def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
-        return {}
-
-    def pool(self, model: Any, x: Tensor) -> Tensor:
-        return model.forward_head(model.norm(x), pre_logits=True)
-
-    def head(self, model: Any, pooled: Tensor) -> Tensor:
-        return model.head(pooled)
-
-    def plain_logits(self, model: Any, batch: Batch) -> Tensor:
-        return model(batch["images"])
+from dblocks.integrations.convert.conditioned import conditioned
+from dblocks.integrations.convert.families import TimmFamily
 
 
 def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedClassifier:

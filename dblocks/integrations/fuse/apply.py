@@ -1,8 +1,4 @@
-"""Fused ops in models that were written without them: `fuse_` and `unfuse_`.
-
-from dblocks.integrations.fuse.apply import fuse_
-fuse_(model)
-"""
+"""`fuse_` puts the fused ops into a model that was written without them; `unfuse_` undoes it."""
 
 from __future__ import annotations
 
@@ -13,8 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dblocks.integrations.fuse.dit import dit_block as dit_block
-from dblocks.integrations.fuse.dit import dit_final_layer as dit_final_layer
 from dblocks.integrations.fuse.fusion import (
     REGISTERED,
     Fused,
@@ -24,10 +18,8 @@ from dblocks.integrations.fuse.fusion import (
     is_fused,
     owner_of,
 )
-from dblocks.integrations.fuse.ops import gated_add as gated_add
-from dblocks.integrations.fuse.ops import gated_add_and_modulate as gated_add_and_modulate
-from dblocks.integrations.fuse.ops import modulate as modulate
-from dblocks.ops._common import Impl, resolve_impl
+from dblocks.integrations.norms import warn_of_subclasses
+from dblocks.ops._dispatch import Impl, resolve_impl
 
 
 class Replacement(NamedTuple):
@@ -57,7 +49,9 @@ def fuse_(
 
     A module is replaced if the forward that its class runs is the library's own, with the source
     that dblocks knows: a subclass that overrides forward, an instance whose forward was set and a
-    version of the library with another source are left alone; the last with a warning.
+    version of the library with another source are left alone; the last with a warning. Inside a
+    module that is replaced, the norms of `dblocks.integrations.norms` are fused; any other runs its
+    own forward, with a warning where it is a subclass of one of them.
 
     Args:
         model: any module, changed in place.
@@ -101,6 +95,7 @@ def fuse_(
         warnings.warn(f"not fused: {'; '.join(unknown)}", stacklevel=2)
     for _, module, _ in found:
         resolve_impl(impl, _sample(module), "fuse_")
+        warn_of_subclasses(module.children(), stacklevel=2)
     replaced = []
     for name, module, fusion in found:
         before = type(module)

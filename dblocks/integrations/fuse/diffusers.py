@@ -9,8 +9,7 @@ from __future__ import annotations
 from diffusers.models import attention, normalization
 from diffusers.models.transformers import transformer_flux, transformer_sd3
 
-from dblocks.integrations.fuse import basic, blocks, norms, ops
-from dblocks.integrations.fuse.digest import digest
+from dblocks.integrations.fuse import basic, blocks, norms
 from dblocks.integrations.fuse.fusion import Fusion
 
 _NORM, _SUM, _BOTH = "adaln", "gated_residual", "residual_adaln + gated_residual"
@@ -43,19 +42,9 @@ FUSIONS = {
         blocks.FluxSingleTransformerBlock, _SUM, ("83a8afc0808a",)
     ),
 }
-_NORMS = {
-    "FP32LayerNorm": (ops.layer_norm, ("68f52e162230",)),
-    "RMSNorm": (norms.rms_norm, ("c552ef498523", "dc6c5653e7fa")),
-}
-
 # By class, as far as the installed version has them.
 BY_CLASS = {
     getattr(module, name): fusion
     for (module, name), fusion in FUSIONS.items()
     if hasattr(module, name)
 }
-
-for _name, (_describe, _digests) in _NORMS.items():
-    _class = getattr(normalization, _name, None)
-    if _class is not None and digest(_class.forward) in _digests:
-        ops.NORMS[_class] = _describe

@@ -1,4 +1,9 @@
-"""How a class of modules is fused, and the class that takes its place on an instance."""
+"""How a class of modules is fused, and the class that takes its place on an instance.
+
+Only here are classes made and instances' classes told apart. A subclass on the instance, in place
+of a wrapper or of another `forward` in its `__dict__`, keeps the names in the state_dict, the
+hooks, `isinstance` and copies, and leaves other instances of the class as they are.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,10 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from dblocks.integrations.fuse.digest import digest
-from dblocks.ops._common import Impl
+from dblocks.integrations.digest import digest
+from dblocks.ops._dispatch import Impl
 
-# Imported once a model has a module of the library, which is loaded by then.
+# Imported when a model has a module of the library.
 LIBRARIES = {"diffusers": "dblocks.integrations.fuse.diffusers"}
 
 

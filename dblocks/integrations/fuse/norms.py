@@ -7,21 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dblocks.integrations.fuse.ops import Described, modulate
-
-HALF = (torch.float16, torch.bfloat16)
-
-
-def rms_norm(norm: Any, x: Tensor) -> Described:
-    """diffusers' RMSNorm, whose result takes the dtype of a half-precision weight."""
-    weight, bias = norm.weight, norm.bias
-    if weight is None:
-        return Described("rms", norm.eps, None, None, x.dtype)
-    dtype = weight.dtype
-    if dtype not in HALF:
-        dtype = torch.promote_types(torch.promote_types(x.dtype, torch.float32), dtype)
-    dtype = dtype if bias is None else torch.promote_types(dtype, bias.dtype)
-    return Described("rms", norm.eps, weight, bias, dtype)
+from dblocks.integrations.fuse.ops import modulate
 
 
 def AdaLayerNorm(

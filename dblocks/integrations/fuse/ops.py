@@ -1,40 +1,18 @@
-"""A module's norm, its modulation and a gated sum as dblocks' ops, dtypes and hooks kept.
+"""Modulated norms and gated sums of other libraries' modules as dblocks' ops.
 
-Whatever an op cannot do in the module's place, plain PyTorch does: a norm of an unknown class, one
-with hooks, tensors that are not [N, T, D].
+Dtypes and hooks are kept. Plain PyTorch runs where an op cannot: for a norm that is not known or
+has hooks, and for tensors that are not [N, T, D].
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dblocks import functional as F
-from dblocks.ops._common import FLOATS, Impl, Norm
-
-
-class Described(NamedTuple):
-    """What a norm computes, and the dtype in which its forward returns it."""
-
-    norm: Norm
-    eps: float
-    weight: Tensor | None
-    bias: Tensor | None
-    dtype: torch.dtype
-
-
-def layer_norm(norm: Any, x: Tensor) -> Described | None:
-    """A layer norm over the last dimension."""
-    if len(norm.normalized_shape) != 1:
-        return None
-    return Described("layer", norm.eps, norm.weight, norm.bias, x.dtype)
-
-
-NORMS: dict[type, Callable[[Any, Tensor], Described | None]] = {nn.LayerNorm: layer_norm}
+from dblocks.integrations.norms import NormSpec, norm_spec
+from dblocks.ops._dispatch import FLOATS, Impl
 
 
 def modulate(
@@ -43,8 +21,8 @@ def modulate(
     """`norm(x) * (1 + scale) + shift` as one `adaln`.
 
     Args:
-        norm: a LayerNorm over D; its weight, bias and eps are kept. Its own forward is called
-            instead where it has hooks, or is of a class that is not known.
+        norm: a layer or RMS norm over D; its weight, bias and eps are kept. Its own forward is
+            called instead where it has hooks, or is not in `dblocks.integrations.norms`.
         x: [N, T, D].
         shift: [N, D] or [N, S, D], a first size of 1 or none at all standing for every sample;
             `None` is 0.
@@ -55,7 +33,7 @@ def modulate(
         [N, T, D] in the dtype to which PyTorch promotes the norm's result and the modulation.
         Autocast takes no part: the norm's result has the dtype of `x` inside it too.
     """
-    found, fitted = _describe(norm, x), _fitted(x, shift, scale)
+    found, fitted = _spec(norm, x), _fitted(x, shift, scale)
     if found is None or fitted is None:
         y = norm(x)
         y = y if scale is None else y * (1 + _broadcast(scale))
@@ -103,7 +81,7 @@ def gated_add_and_modulate(
         x_new and its modulated norm.
     """
     x = x.to(_promoted(x.dtype, branch, gate))
-    found, fitted = _describe(norm, x), _fitted(x, gate, shift, scale)
+    found, fitted = _spec(norm, x), _fitted(x, gate, shift, scale)
     if found is None or fitted is None or branch.shape != x.shape:
         x = gated_add(x, branch, gate, impl)
         return x, modulate(norm, x, shift, scale, impl)
@@ -114,10 +92,9 @@ def gated_add_and_modulate(
     )  # fmt: skip
 
 
-def _describe(norm: nn.Module, x: Tensor) -> Described | None:
+def _spec(norm: nn.Module, x: Tensor) -> NormSpec | None:
     """What `norm` computes of `x`; None where only its own forward can tell."""
-    describe = NORMS.get(type(norm))
-    return None if describe is None or _observed(norm) else describe(norm, x)
+    return None if _observed(norm) else norm_spec(norm, x.dtype)
 
 
 def _observed(module: nn.Module) -> bool:

@@ -1,38 +1,15 @@
-"""Handwritten digits as tensors, stratified splits, and batches that are functions of (seed, step).
+"""The handwritten digits of scikit-learn, which ships them, so that nothing is downloaded.
 
-scikit-learn ships the digits, so nothing is downloaded; it is imported when they are loaded.
+scikit-learn is imported when they are loaded.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
-from torch import Tensor
 
-Part = Literal["final", "selection"]
+from dblocks.recipes.data.splits import Images, Part, split
 
 NUM_CLASSES = 10
 IMAGE_SIZE = 8
-HELD_OUT = 0.3  # of all digits; the same digits in every run, whatever its seed
-VALIDATION = 0.2  # of the training part
-SPLIT_SEED = 20260  # of both splits
 MAX_PIXEL = 16.0  # scikit-learn's digits count the inked pixels of a 4x4 cell
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images with their classes, in memory."""
-
-    images: Tensor
-    """Floating point [N, C, H, W], pixel values in [-1, 1] or latents."""
-    labels: Tensor
-    """int64 [N]."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Tensor) -> "Images":
-        return Images(self.images[index], self.labels[index])
 
 
 def load_digits() -> Images:
@@ -53,28 +30,6 @@ def load_digits() -> Images:
     return Images(images * (2 / MAX_PIXEL) - 1, torch.from_numpy(labels).long())
 
 
-def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (kept, taken): a random `fraction` of every class is taken, exact to one sample.
-
-    The samples are shuffled, sorted by class, and every (1/fraction)-th is taken.
-
-    Args:
-        labels: the classes, integers [N].
-        fraction: the share that is taken, in (0, 1).
-        seed: the same seed gives the same split.
-
-    Returns:
-        Two sorted int64 index vectors; together they hold every sample once.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order[labels[order].argsort(stable=True)]
-    count = (torch.arange(len(labels) + 1, dtype=torch.float64) * fraction).floor()
-    taken = count.diff() > 0
-    return order[~taken].sort().values, order[taken].sort().values
-
-
 def digits(part: Part = "final") -> tuple[Images, Images]:
     """What to train on and what to evaluate on: two sets of digits without a common image.
 
@@ -84,46 +39,3 @@ def digits(part: Part = "final") -> tuple[Images, Images]:
             part and evaluates on the other 20 %, the validation part.
     """
     return split(load_digits(), part)
-
-
-def split(everything: Images, part: Part = "final") -> tuple[Images, Images]:
-    """What to train on and what to evaluate on, of any images; parts as of `digits`."""
-    kept, taken = stratified_split(everything.labels, HELD_OUT, SPLIT_SEED)
-    return choose_part(everything[kept], everything[taken], part)
-
-
-def choose_part(training: Images, held_out: Images, part: Part) -> tuple[Images, Images]:
-    """What to train on and what to evaluate on, where the held-out part is given."""
-    if part == "final":
-        return training, held_out
-    fit, validation = stratified_split(training.labels, VALIDATION, SPLIT_SEED)
-    return training[fit], training[validation]
-
-
-def batch_indices(num_samples: int, batch_size: int, *, seed: int, step: int) -> Tensor:
-    """The samples of batch number `step`: epochs of shuffled, full batches, and no state to save.
-
-    Args:
-        num_samples: the size of the data set; the last `num_samples % batch_size` samples of each
-            epoch's order wait for another epoch.
-        batch_size: samples in a batch.
-        seed: of the order.
-        step: the number of the batch, from 0.
-
-    Returns:
-        int64 [batch_size], without repetition.
-    """
-    if not 0 < batch_size <= num_samples:
-        raise ValueError(
-            f"batch_size must lie between 1 and the number of samples {num_samples}, "
-            f"got {batch_size}"
-        )
-    epoch, batch = divmod(step, num_samples // batch_size)
-    order = torch.randperm(num_samples, generator=generator_of(seed, epoch))
-    return order[batch * batch_size : (batch + 1) * batch_size]
-
-
-def generator_of(seed: int, number: int) -> torch.Generator:
-    """A CPU generator for step or epoch `number` of a run."""
-    # The CPU generator keeps 32 bits of its seed: seeds and numbers must differ within them.
-    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**32)

@@ -1,6 +1,6 @@
-"""Text as tokens: Python's own prose, a dictionary or any file; tokenizers, splits and windows.
+"""Text as tokens: Python's own prose, a dictionary or any file, split for training and evaluation.
 
-Nothing is downloaded. Batches are functions of (seed, step), as those of images.
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -8,20 +8,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib
-import json
 import re
 import string
-import sys
 import zlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dblocks.recipes.data.digits import Part, generator_of
+from dblocks.recipes.data.splits import Part
+from dblocks.recipes.data.tokenizers import Characters, Tokenizer
 
 PYDOC_CHARACTERS = 400_000  # a prefix, so that a longer later edition is cut to the same size
 GCIDE = Path("/usr/share/dictd/gcide.dict.dz")  # where Debian's package dict-gcide puts it
@@ -31,134 +28,6 @@ LETTERS_AND_DIGITS = string.ascii_lowercase + string.digits
 DIGITS = b"zero one two three four five six seven eight nine".split()
 HELD_OUT = 0.1  # the tail of the text
 VALIDATION = 0.1  # the tail of what is left
-CHARACTERS_AT_A_TIME = 1 << 20  # that are looked up
-UTF_32 = f"utf-32-{sys.byteorder[0]}e"
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-TOKENIZER_FILE = "tokenizer.json"
-
-
-class Tokenizer(Protocol):
-    """Text to token numbers and back."""
-
-    @property
-    def size(self) -> int:
-        """How many tokens there are."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text."""
-        ...
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens."""
-        ...
-
-    def to_json(self) -> str:
-        """What `tokenizer_from_json` makes the same tokenizer of."""
-        ...
-
-
-class Characters:
-    """A token for each character of a text, sorted; token 0 stands for any other.
-
-    Args:
-        characters: the known characters, each once.
-    """
-
-    def __init__(self, characters: Iterable[str]) -> None:
-        self.characters = (UNKNOWN, *sorted(set(characters) - {UNKNOWN}))
-        codes = [ord(character) for character in self.characters]
-        # Of each code point; the one after the largest known stands for all beyond.
-        self._numbers = torch.zeros(max(codes) + 2, dtype=torch.int64, device="cpu")
-        self._numbers[codes] = torch.arange(len(codes), device="cpu")
-
-    @property
-    def size(self) -> int:
-        """How many tokens there are."""
-        return len(self.characters)
-
-    def encode(self, text: str) -> list[int]:
-        """The number of each character; 0 for an unknown one."""
-        return self.encode_tensor(text).tolist()
-
-    def encode_tensor(self, text: str) -> Tensor:
-        """As `encode`, int64 [characters]: for long texts, with no Python object a character."""
-        found = torch.empty(len(text), dtype=torch.int64, device="cpu")
-        for start in range(0, len(text), CHARACTERS_AT_A_TIME):
-            # A str may hold single surrogates, which are no text in UTF-32 but code points.
-            part = text[start : start + CHARACTERS_AT_A_TIME].encode(UTF_32, "surrogatepass")
-            codes = torch.frombuffer(bytearray(part), dtype=torch.int32)
-            known = codes.clamp_(max=len(self._numbers) - 1)
-            found[start : start + len(codes)] = self._numbers[known]
-        return found
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The characters of these numbers."""
-        return "".join(self.characters[token] for token in tokens)
-
-    def to_json(self) -> str:
-        """The known characters as JSON."""
-        return json.dumps({"characters": "".join(self.characters[1:])})
-
-
-class FileTokenizer:
-    """A tokenizer of Hugging Face's package tokenizers.
-
-    Args:
-        text: the contents of its `tokenizer.json`.
-
-    Raises:
-        ImportError: the package is not installed.
-        ValueError: it is not such a file.
-    """
-
-    def __init__(self, text: str) -> None:
-        try:
-            library: Any = importlib.import_module("tokenizers")
-        except ImportError as error:
-            raise ImportError(
-                "a tokenizer file needs the package tokenizers, which is not installed; "
-                "`pip install tokenizers`"
-            ) from error
-        try:
-            self._tokenizer = library.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(
-                f"the tokenizer must be a Hugging Face tokenizer.json: {error}"
-            ) from error
-
-    @property
-    def size(self) -> int:
-        """How many tokens there are."""
-        return self._tokenizer.get_vocab_size()
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without special ones around it."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens."""
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
-
-    def to_json(self) -> str:
-        """The contents of its file."""
-        return self._tokenizer.to_str()
-
-
-def tokenizer_from_json(text: str) -> Tokenizer:
-    """The tokenizer that `to_json` wrote, or that of a Hugging Face tokenizer.json.
-
-    Raises:
-        ValueError: the text is neither.
-        ImportError: it needs the package tokenizers, which is not installed.
-    """
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"a tokenizer must be a JSON file: {error}") from error
-    if isinstance(values, dict) and set(values) == {"characters"}:
-        return Characters(values["characters"])
-    return FileTokenizer(text)
 
 
 @dataclass(frozen=True)
@@ -276,74 +145,3 @@ def _text(text: str, tokenizer: Tokenizer) -> Text:
     if isinstance(tokenizer, Characters):
         return Text(tokenizer.encode_tensor(text), len(text))
     return Text(torch.tensor(tokenizer.encode(text), dtype=torch.int64), len(text))
-
-
-def random_windows(tokens: Tensor, length: int, batch_size: int, *, seed: int, step: int) -> Tensor:
-    """Batch number `step`: windows of `length` tokens that start anywhere, [batch_size, length]."""
-    _check_length(tokens, length)
-    starts = torch.randint(
-        len(tokens) - length + 1, (batch_size, 1), generator=generator_of(seed, step)
-    )
-    return tokens[starts + torch.arange(length)]
-
-
-def scored_windows(
-    tokens: Tensor, length: int, batch_size: int, *, windows: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows in which every token but the first of the text is scored exactly once.
-
-    Windows follow one another by half of their length; each scores its second half, so with at
-    least half a window of context, and the first one all but its first token.
-
-    Args:
-        tokens: int64 [tokens] of the text.
-        length: tokens in a window.
-        batch_size: windows at a time.
-        windows: only so many of them, or all where there are fewer: from each of as many equal
-            parts of the text the one in the middle.
-
-    Yields:
-        tokens [n, length] and bool [n, length], true where a token is scored.
-
-    Raises:
-        ValueError: the text is shorter than a window, or `windows` is not positive.
-    """
-    _check_length(tokens, length)
-    if windows is not None and windows < 1:
-        raise ValueError(f"windows must be positive, got {windows}")
-    half = length // 2
-    last = len(tokens) - length
-    starts = torch.arange(0, last + half, half).clamp(max=last)
-    scored = torch.ones(len(starts), length, dtype=torch.bool)
-    scored[0, 0] = False
-    ends = starts + length
-    scored[1:] = torch.arange(length) >= (ends[:-1] - starts[1:])[:, None]
-    if windows is not None and windows < len(starts):
-        middle = (2 * torch.arange(windows) + 1) * len(starts) // (2 * windows)
-        starts, scored = starts[middle], scored[middle]
-    for at, mask in zip(starts.split(batch_size), scored.split(batch_size), strict=True):
-        yield tokens[at[:, None] + torch.arange(length)], mask
-
-
-def consecutive_windows(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Windows that follow one another, in which every token of the text is scored exactly once.
-
-    The last one begins early enough to be whole; what it shares with the one before is not scored.
-
-    Returns:
-        tokens [n, length] and bool [n, length], true where a token is scored.
-    """
-    _check_length(tokens, length)
-    starts = torch.arange(0, len(tokens), length)
-    last = len(tokens) - length
-    position = torch.arange(length)
-    scored = starts.clamp(max=last)[:, None] + position >= starts[:, None]
-    return tokens[starts.clamp(max=last)[:, None] + position], scored
-
-
-def _check_length(tokens: Tensor, length: int) -> None:
-    if not 2 <= length <= len(tokens):
-        raise ValueError(
-            f"a window must have from 2 tokens to those of the text, {len(tokens)}, got {length}; "
-            "choose a shorter context or a longer text"
-        )

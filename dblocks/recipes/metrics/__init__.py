@@ -1,1 +1,3 @@
 """What trained networks are judged by."""
+
+NOISE_SEED = 7  # of the noise that evaluation and samples start from

@@ -55,10 +55,10 @@ def in_batches(
     return torch.cat([function(chunk).cpu() for chunk in images.split(batch_size)])
 
 
-def deviation(images: Tensor) -> float:
+def standard_deviation(images: Tensor) -> float:
     """The standard deviation of all elements, in float64: the sigma_data of a data set."""
     if images.numel() < 2:
-        raise ValueError(f"the deviation needs at least 2 numbers, got {images.numel()}")
+        raise ValueError(f"the standard deviation needs at least 2 numbers, got {images.numel()}")
     total = square = 0.0
     # A data set may be larger than the memory that float64 copies of it would need.
     for chunk in images.split(1024):

@@ -9,7 +9,8 @@ import torch
 
 from dblocks.blocks import Denoiser
 from dblocks.config import check_count
-from dblocks.recipes.data.text import Text, consecutive_windows
+from dblocks.recipes.data.text import Text
+from dblocks.recipes.data.windows import consecutive_windows
 from dblocks.sampling import bound_terms
 from dblocks.sampling.masked_likelihood import POINTS
 
@@ -21,8 +22,8 @@ class Bits(NamedTuple):
     """An estimate of the bound."""
     error: float
     """Its standard error over windows: of which text they hold, and of how it was masked."""
-    by_share: tuple[tuple[float, float], ...]
-    """Pairs of a masked share and the bits that a masked token costs there."""
+    by_ratio: tuple[tuple[float, float], ...]
+    """Pairs of a mask ratio and the bits that a masked token costs there."""
 
 
 def bits_per_character(
@@ -66,5 +67,5 @@ def bits_per_character(
     # Of a ratio of sums: windows differ in how many tokens they score.
     residuals = nats - mean * scored.sum(1)
     error = math.sqrt(N / (N - 1) * residuals.square().sum().item()) / count if N > 1 else math.nan
-    by_share = zip(terms.shares.tolist(), (scale * terms.per_token(count)).tolist(), strict=True)
-    return Bits(scale * mean, scale * error, tuple(by_share))
+    by_ratio = zip(terms.shares.tolist(), (scale * terms.per_token(count)).tolist(), strict=True)
+    return Bits(scale * mean, scale * error, tuple(by_ratio))

@@ -4,12 +4,14 @@ import pytest
 
 from benchmarks.study import text as judging
 from benchmarks.study.__main__ import EXPERIMENTS
+from benchmarks.study.archive import Archive
 from benchmarks.study.causal_lm import EXPERIMENT, euler_samples, main_samples, temperature
 from benchmarks.study.experiment import SELECTION_SEED, jobs, record_path
 from benchmarks.study.text import SCORER
 from dblocks.recipes import causal_lm
+from dblocks.recipes.columns import SAMPLES
 from dblocks.recipes.records import read_record, train_to_record
-from dblocks.recipes.text_run import PROMPT, SAMPLES
+from dblocks.recipes.text_run import PROMPT
 
 TINY = {"width": 16, "depth": 3, "heads": 2, "context": 40, "batch_size": 2, "points": 1}
 
@@ -100,7 +102,7 @@ def test_results_writes_table_and_figure_and_keeps_the_scores(
     tiny.results(folder, tmp_path / "figure.png", readme)
     short, text = readme.read_text(), report.read_text()
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    stored = read_record(folder / "scores.json")
+    stored = Archive(folder).load()["scores"]
     kinds = {row: ["product@0.7", "product@1", "1@1", "3@1"] for row in ("blocks", "ensemble")}
     kinds |= {row: ["plain@0.7", "plain@1"] for row in tiny.rows if row not in kinds}
     kinds["published"] = ["1@1", "3@1"]

@@ -7,7 +7,7 @@ from benchmarks.study import experiment
 from benchmarks.study.__main__ import EXPERIMENTS
 from benchmarks.study.dit import EXPERIMENT, LRS
 from dblocks.recipes import dit as recipe
-from dblocks.recipes.judge import train_judge
+from dblocks.recipes.metrics.judge import train_judge
 from dblocks.recipes.records import train_to_record
 
 TINY = {"width": 8, "depth": 6, "heads": 2, "patch_size": 4, "batch_size": 16, "points": 1}

@@ -4,10 +4,12 @@ import pytest
 
 from benchmarks.study import experiment, text
 from benchmarks.study.__main__ import EXPERIMENTS
-from benchmarks.study.masked_lm import EXPERIMENT, layers_per_sample
+from benchmarks.study.archive import Archive
+from benchmarks.study.masked_lm import EXPERIMENT
 from benchmarks.study.text import SCORER
+from dblocks.recipes.columns import layers_per_sample
 from dblocks.recipes.masked_lm import SAMPLED
-from dblocks.recipes.records import read_record, train_to_record
+from dblocks.recipes.records import train_to_record
 
 TINY = {"width": 16, "depth": 3, "heads": 2, "context": 40, "batch_size": 2, "points": 1}
 
@@ -54,7 +56,7 @@ def test_results_writes_tables_and_figure(tmp_path, tiny, pages):
             train_to_record(run, path)
     tiny.results(folder, tmp_path / "figure.png", readme)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    scores = read_record(folder / "scores.json")["scores"]
+    scores = Archive(folder).load()["scores"]["scores"]
     names = {f"{row}-seed{seed}-{SAMPLED}" for row in tiny.rows for seed in (0, 1)}
     assert scores.keys() == names | {"reference"}
     assert "| end to end |" in readme.read_text()

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks.study import experiment, recurrent, text
 from benchmarks.study.__main__ import EXPERIMENTS
+from benchmarks.study.archive import Archive
 from benchmarks.study.recurrent import (
     BLOCK_LAYERS,
     END_TO_END_LAYERS,
@@ -14,7 +15,8 @@ from benchmarks.study.recurrent import (
 )
 from benchmarks.study.text import SCORER
 from dblocks.recipes import recurrent as recipe
-from dblocks.recipes.records import LayerCounter, read_record, train_to_record
+from dblocks.recipes.costs import LayerCounter
+from dblocks.recipes.records import train_to_record
 from dblocks.sampling import generate
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "context": 40, "batch_size": 2, "points": 1}
@@ -69,9 +71,9 @@ def test_every_row_has_a_learning_rate():
 @pytest.mark.parametrize("steps", [1, 4])
 def test_layers_of_a_character_are_those_that_run(tiny, row, steps):
     run = tiny.rows[row][1]
-    learner = run.learner()
-    with LayerCounter(learner.counted()) as counter:
-        generate(learner.trained, torch.ones(3, 5).long(), max_new_tokens=7, num_steps=steps)
+    trainer = run.trainer()
+    with LayerCounter(trainer.counted()) as counter:
+        generate(trainer.trained, torch.ones(3, 5).long(), max_new_tokens=7, num_steps=steps)
     assert counter.count == 7 * layers_per_character({"run": run.to_dict()}, steps)
 
 
@@ -84,16 +86,16 @@ def test_results_writes_tables_and_figure(tmp_path, tiny, pages):
         train_to_record(run, path)
     tiny.results(folder, tmp_path / "figure.png", readme)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    scores = read_record(folder / "scores.json")["scores"]
+    scores = Archive(folder).load()["scores"]["scores"]
     counts = {row: (1, 3, 4) if "end" in row else (1, 4) for row in tiny.rows}
     names = {f"{row}-seed{seed}-{n}" for row in tiny.rows for seed in (0, 1) for n in counts[row]}
     assert scores.keys() == names | {"reference"}
     lines = report.read_text().splitlines()
     bound = next(line for line in lines if "bound of denoising" in line)
     assert bound.split()[-2:] == ["-", "-"]  # end to end there are no Euler steps
-    record = read_record(
-        experiment.record_path(folder, "blocks", tiny.final_runs("blocks", 1e-3)[0])
-    )
+    record = Archive(folder).load()[
+        experiment.record_path(folder, "blocks", tiny.final_runs("blocks", 1e-3)[0]).stem
+    ]
     assert f"Parameters {record['parameters']:,}" in " ".join(" ".join(lines).split())
     # The same windows with every number of steps: the bits, then the samples under the other model.
     # A block's Euler steps have samples, and no bits but with one.

@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks.study import experiment, vit
 from benchmarks.study.__main__ import main
+from benchmarks.study.archive import Archive
 from benchmarks.study.vit import EXPERIMENT
 from dblocks.recipes.records import read_record, write_record
 from dblocks.recipes.vit import ViTRun
@@ -106,7 +107,8 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys, pages):
 
     monkeypatch.setattr(experiment, "ProcessPoolExecutor", refuse)
     EXPERIMENT.results(tmp_path / "records", tmp_path / "figure.png", readme)
-    selections = [read_record(path) for path in (tmp_path / "records").glob("selection-*")]
+    there = Archive(tmp_path / "records").load()
+    selections = [record for name, record in there.items() if name.startswith("selection-")]
     lr = f"{EXPERIMENT.chosen_lr(selections):g}"
     short, whole = readme.read_text(), report.read_text()
     for text in (short, whole):
@@ -138,11 +140,12 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys, pages):
 def test_records_of_other_commits_are_used_with_a_warning(
     tmp_path, capsys, pages, part, commit, warning
 ):
-    write_all(tmp_path)
-    path = sorted(tmp_path.glob(f"{part}-*"))[0]
+    folder = tmp_path / "records"
+    write_all(folder)
+    path = sorted(folder.glob(f"{part}-*"))[0]
     write_record(path, {**read_record(path), "environment": {"commit": commit}})
     readme, _ = pages("vit-digits")
-    EXPERIMENT.results(tmp_path, tmp_path / "figure.png", readme)
+    EXPERIMENT.results(folder, tmp_path / "figure.png", readme)
     out = capsys.readouterr().out
     assert f"0123456789ab, {commit or 'unknown'}" in out.replace("ba9876543210", str(commit))
     assert f"warning: {warning}" in out
@@ -183,12 +186,12 @@ def test_missing_runs_are_run_in_processes(tmp_path, capsys):
 
 
 def test_without_markers_results_ends_in_one_line(tmp_path, capsys):
-    write_all(tmp_path)
+    write_all(tmp_path / "records")
     args = [
         "results",
         "vit-digits",
         "--records",
-        str(tmp_path),
+        str(tmp_path / "records"),
         "--readme",
         str(tmp_path / "none.md"),
     ]

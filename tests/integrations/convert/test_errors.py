@@ -8,7 +8,7 @@ from torch import nn
 
 from dblocks import BlocksConfig, MaskSchedule
 from dblocks.integrations.convert import convert
-from dblocks.integrations.convert.blocks import library_of
+from dblocks.integrations.convert.tasks import library_of
 from dblocks.models import ViT, ViTConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,20 +2,18 @@
 
 import copy
 
+import convert_tools
 import pytest
 import torch
 from convert_tools import CAUSAL, CONDITIONED, MASKED, batch_of, blocks_of, model_of, shaken
 from torch import nn
 
 from dblocks.blocks.memory import SavedActivations
+from dblocks.integrations.convert.conditioned import check_form, probe
 from dblocks.integrations.convert.find import find_layers
-from dblocks.integrations.convert.layers import (
-    ConditionedLayer,
-    check_form,
-    form_of,
-    norm_kind,
-    probe,
-)
+from dblocks.integrations.convert.forms import form_of
+from dblocks.integrations.convert.layers import ConditionedLayer
+from dblocks.integrations.norms import norm_spec
 from dblocks.testing import assert_within_budget
 from tools import normal, seeded
 
@@ -230,14 +228,20 @@ def test_norms_of_which_little_is_known_run_themselves():
         def forward(self, x):
             return super().forward(x) + 1
 
-    assert norm_kind(Shifted(16)) is None
-    assert norm_kind(nn.LayerNorm((2, 8))) is None
-    assert norm_kind(nn.LayerNorm(16)).norm == "layer"
-    assert norm_kind(nn.RMSNorm(16, eps=1e-6)).norm == "rms"
+    assert norm_spec(Shifted(16), torch.float32) is None
+    assert norm_spec(nn.LayerNorm((2, 8)), torch.float32) is None
+    assert norm_spec(nn.LayerNorm(16), torch.float32).norm == "layer"
+    assert norm_spec(nn.RMSNorm(16, eps=1e-6), torch.float32).norm == "rms"
     model, batch = model_of("timm"), batch_of("timm")
     for block in model.blocks:
         block.norm1 = Shifted(16)
     own = own_rows("timm", model, batch)
-    torch.testing.assert_close(our_rows("timm", blocks_of("timm", model=model), batch), own)
+    with pytest.warns(
+        UserWarning, match=r"not fused: .*Shifted, a subclass of LayerNorm"
+    ) as caught:
+        blocks = blocks_of("timm", model=model)
+    assert len(caught) == 1
+    assert caught[0].filename == convert_tools.__file__
+    torch.testing.assert_close(our_rows("timm", blocks, batch), own)
     shaken(blocks_of("timm", model=model)).loss(batch, 1).loss.backward()
     assert model.blocks[2].norm1.weight.grad.any()

@@ -60,13 +60,13 @@ def test_an_implementation_that_cannot_run_changes_nothing(error, message, impl,
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="Triton runs there")
 def test_triton_without_a_gpu_or_without_triton(monkeypatch):
-    from dblocks.ops import _common
+    from dblocks.ops import _dispatch
 
     model = network()
-    monkeypatch.setattr(_common, "INTERPRETED", False)
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match=r"fuse_: impl='triton' needs tensors on a GPU"):
         fuse_(model, impl="triton")
-    monkeypatch.setattr(_common, "HAS_TRITON", False)
+    monkeypatch.setattr(_dispatch, "HAS_TRITON", False)
     with pytest.raises(ImportError, match=r"fuse_: impl='triton' needs the package triton"):
         fuse_(model, impl="triton")
     assert unfuse_(model) == []

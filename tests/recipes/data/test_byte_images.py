@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dblocks.recipes.data import images as image_data
-from dblocks.recipes.data.images import from_bytes, load_images
+from dblocks.recipes.data.image_files import from_bytes
+from dblocks.recipes.data.images import load_images
 from tools import seeded
 
 FILES = ("train-images", "train-labels", "t10k-images", "t10k-labels")

@@ -3,7 +3,8 @@ import sys
 import pytest
 import torch
 
-from dblocks.recipes.data.digits import batch_indices, digits, load_digits, stratified_split
+from dblocks.recipes.data.digits import digits, load_digits
+from dblocks.recipes.data.splits import batch_indices, stratified_split
 
 
 def test_digits_are_8x8_and_scaled():

@@ -8,7 +8,8 @@ from PIL import Image
 
 from dblocks.recipes.data import digits
 from dblocks.recipes.data import images as image_data
-from dblocks.recipes.data.images import array_file, from_bytes, image_folder, load_images
+from dblocks.recipes.data.image_files import array_file, from_bytes, image_folder
+from dblocks.recipes.data.images import load_images
 from tools import seeded
 
 

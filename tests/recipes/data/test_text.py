@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dblocks.recipes.data import text
+from dblocks.recipes.data import text, tokenizers
+from dblocks.recipes.data.windows import random_windows, scored_windows
 
 
 def test_pydoc_is_a_prefix_of_fixed_size():
@@ -33,15 +34,15 @@ def test_selection_never_sees_the_held_out_tail():
 
 @given(st.text(min_size=1, max_size=40))
 def test_known_characters_round_trip(sample):
-    tokenizer = text.tokenizer_from_json(text.Characters(sample).to_json())
+    tokenizer = tokenizers.tokenizer_from_json(tokenizers.Characters(sample).to_json())
     assert tokenizer.decode(tokenizer.encode(sample)) == sample
-    assert tokenizer.size == len(set(sample) | {text.UNKNOWN})
+    assert tokenizer.size == len(set(sample) | {tokenizers.UNKNOWN})
 
 
 def test_unknown_characters_become_one_token():
-    tokenizer = text.Characters("ab")
+    tokenizer = tokenizers.Characters("ab")
     assert tokenizer.encode("abc") == [1, 2, 0]
-    assert tokenizer.decode([1, 0]) == "a" + text.UNKNOWN
+    assert tokenizer.decode([1, 0]) == "a" + tokenizers.UNKNOWN
 
 
 @given(
@@ -49,7 +50,7 @@ def test_unknown_characters_become_one_token():
     st.text(st.characters(exclude_categories=()), max_size=60),  # single surrogates too
 )
 def test_numbers_are_those_of_a_dictionary(characters, sample):
-    tokenizer = text.Characters(characters)
+    tokenizer = tokenizers.Characters(characters)
     number = {character: i for i, character in enumerate(tokenizer.characters)}
     expected = [number.get(character, 0) for character in sample]
     assert tokenizer.encode(sample) == expected
@@ -58,8 +59,8 @@ def test_numbers_are_those_of_a_dictionary(characters, sample):
 
 
 def test_long_text_is_looked_up_in_parts(monkeypatch):
-    monkeypatch.setattr(text, "CHARACTERS_AT_A_TIME", 3)
-    tokenizer = text.Characters("a\u00fc\U0001f40d")
+    monkeypatch.setattr(tokenizers, "CHARACTERS_AT_A_TIME", 3)
+    tokenizer = tokenizers.Characters("a\u00fc\U0001f40d")
     for count in (2, 3, 4, 7):
         sample = "a\u00fcx\U0001f40d\U0001f40e\u00fca"[:count]
         assert tokenizer.encode(sample) == [1, 2, 0, 3, 0, 2, 1][:count]
@@ -154,25 +155,25 @@ def test_a_bad_file_is_a_clear_error(tmp_path, contents, message):
 
 def test_windows_follow_seed_and_step():
     tokens = torch.arange(100)
-    first, again = (text.random_windows(tokens, 10, 4, seed=1, step=2) for _ in range(2))
+    first, again = (random_windows(tokens, 10, 4, seed=1, step=2) for _ in range(2))
     assert torch.equal(first, again)
     assert torch.equal(first - first[:, :1], torch.arange(10).expand(4, 10))
-    assert not torch.equal(first, text.random_windows(tokens, 10, 4, seed=1, step=3))
-    assert torch.equal(text.random_windows(tokens, 100, 2, seed=0, step=0), tokens.expand(2, 100))
+    assert not torch.equal(first, random_windows(tokens, 10, 4, seed=1, step=3))
+    assert torch.equal(random_windows(tokens, 100, 2, seed=0, step=0), tokens.expand(2, 100))
 
 
 @given(st.integers(2, 60), st.integers(2, 20), st.integers(1, 5))
 def test_every_token_but_the_first_is_scored_once(count, length, batch_size):
     length = min(length, count)
     scored = []
-    for windows, mask in text.scored_windows(torch.arange(count), length, batch_size):
-        assert windows.shape == mask.shape
-        assert windows.shape[1] == length
-        assert len(windows) <= batch_size
+    for found, mask in scored_windows(torch.arange(count), length, batch_size):
+        assert found.shape == mask.shape
+        assert found.shape[1] == length
+        assert len(found) <= batch_size
         # At least half a window stands before a scored token, but in the first window.
-        context = (windows - windows[:, :1])[mask]
-        assert ((context >= length // 2) | (windows[mask] < length)).all()
-        scored += windows[mask].tolist()
+        context = (found - found[:, :1])[mask]
+        assert ((context >= length // 2) | (found[mask] < length)).all()
+        scored += found[mask].tolist()
     assert sorted(scored) == list(range(1, count))
 
 
@@ -181,7 +182,7 @@ def test_fewer_windows_are_spread_evenly_over_the_text(windows):
     tokens = torch.arange(1003)
 
     def scored(**options):
-        pairs = text.scored_windows(tokens, 20, 3, **options)
+        pairs = scored_windows(tokens, 20, 3, **options)
         return [t[m].tolist() for many, mask in pairs for t, m in zip(many, mask, strict=True)]
 
     every, some = scored(), scored(windows=windows)
@@ -196,7 +197,7 @@ def test_fewer_windows_are_spread_evenly_over_the_text(windows):
 @pytest.mark.parametrize("length", [1, 11])
 def test_a_window_must_fit(length):
     with pytest.raises(ValueError, match=f"from 2 tokens to those of the text, 10, got {length}"):
-        text.random_windows(torch.arange(10), length, 1, seed=0, step=0)
+        random_windows(torch.arange(10), length, 1, seed=0, step=0)
 
 
 class FakeTokenizer:
@@ -226,23 +227,23 @@ class FakeTokenizer:
 
 def test_a_tokenizer_file_counts_characters_of_the_text(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", types.SimpleNamespace(Tokenizer=FakeTokenizer))
-    tokenizer = text.tokenizer_from_json('{"model": {}}')
+    tokenizer = tokenizers.tokenizer_from_json('{"model": {}}')
     path = tmp_path / "a.txt"
     path.write_text("äöü" * 10, encoding="utf-8")
     corpus = text.load_corpus(path, tokenizer=tokenizer)
     assert (len(corpus.training.tokens), corpus.training.characters) == (54, 27)
     assert tokenizer.decode(tokenizer.encode("äh")) == "äh"
-    assert text.tokenizer_from_json(tokenizer.to_json()).size == 256
+    assert tokenizers.tokenizer_from_json(tokenizer.to_json()).size == 256
     with pytest.raises(ValueError, match=r"must be a Hugging Face tokenizer\.json: no model"):
-        text.tokenizer_from_json("{}")
+        tokenizers.tokenizer_from_json("{}")
 
 
 def test_without_tokenizers_the_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match="`pip install tokenizers`"):
-        text.tokenizer_from_json("{}")
+        tokenizers.tokenizer_from_json("{}")
 
 
 def test_a_tokenizer_must_be_json():
     with pytest.raises(ValueError, match="a tokenizer must be a JSON file"):
-        text.tokenizer_from_json("no")
+        tokenizers.tokenizer_from_json("no")

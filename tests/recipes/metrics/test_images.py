@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dblocks.recipes.metrics.images import deviation, frechet_distance, in_batches
+from dblocks.recipes.metrics.images import frechet_distance, in_batches, standard_deviation
 from tools import seeded
 
 
@@ -71,13 +71,13 @@ def test_features_must_be_finite():
         frechet_distance(torch.full((5, 2), math.nan), torch.randn(5, 2))
 
 
-def test_the_deviation_is_that_of_all_elements():
+def test_the_standard_deviation_is_that_of_all_elements():
     images = torch.randn(3000, 1, 2, 2, generator=seeded()) * 3 + 100
     expected = images.double().std(correction=0).item()
-    assert deviation(images) == pytest.approx(expected, rel=1e-9)
-    assert deviation(torch.ones(2, 1, 1, 1)) == 0
+    assert standard_deviation(images) == pytest.approx(expected, rel=1e-9)
+    assert standard_deviation(torch.ones(2, 1, 1, 1)) == 0
     with pytest.raises(ValueError, match="needs at least 2 numbers, got 0"):
-        deviation(torch.empty(0, 1, 2, 2))
+        standard_deviation(torch.empty(0, 1, 2, 2))
 
 
 def test_batches_are_put_together_again():

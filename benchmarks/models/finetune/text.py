@@ -1,0 +1,79 @@
+"""What the fine-tuning benchmark reads: prose to pretrain on, source code to adapt to."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dblocks.recipes.data.text import Text, load_corpus
+from dblocks.recipes.data.tokenizers import Characters
+
+# Modules that every Python from 3.10 on has. Whole ones are held out, so that nothing near to what
+# is evaluated was trained on.
+TRAINING = (
+    "argparse", "ast", "bdb", "calendar", "cmd", "codeop", "configparser", "contextlib", "csv",
+    "dataclasses", "difflib", "dis", "enum", "filecmp", "fractions", "functools", "getpass",
+    "gettext", "glob", "gzip", "heapq", "inspect", "ipaddress", "mailbox", "numbers", "optparse",
+)  # fmt: skip
+VALIDATION = ("pdb", "pickletools", "platform", "plistlib")
+HELD_OUT = ("shelve", "shutil", "socketserver", "statistics", "string", "tarfile", "textwrap")
+CHARACTERS = 12_000  # of each module, from its beginning
+
+
+class Code(NamedTuple):
+    """Source code as tokens, in three parts."""
+
+    training: Text
+    validation: Text
+    held_out: Text
+    sha256: str
+    """Of the three parts joined, in UTF-8."""
+    unknown: int
+    """Characters that the prose has not, which all are token 0."""
+
+
+class Domains(NamedTuple):
+    """The text that a model is pretrained on, and the code that it is adapted to."""
+
+    old: Text
+    old_held_out: Text
+    old_sha256: str
+    new: Code
+    tokenizer: Characters
+
+
+def domains() -> Domains:
+    """The documentation that ships with Python, and the source of its standard library."""
+    corpus = load_corpus("pydoc")
+    tokenizer = corpus.tokenizer
+    assert isinstance(tokenizer, Characters)
+    parts = [source_of(names) for names in (TRAINING, VALIDATION, HELD_OUT)]
+    training, validation, held_out = (_text(tokenizer.encode(part)) for part in parts)
+    unknown = sum(int((t.tokens == 0).sum()) for t in (training, validation, held_out))
+    sha256 = hashlib.sha256("".join(parts).encode()).hexdigest()
+    new = Code(training, validation, held_out, sha256, unknown)
+    return Domains(corpus.training, corpus.evaluated, corpus.sha256, new, tokenizer)
+
+
+def source_of(names: Sequence[str]) -> str:
+    """The first `CHARACTERS` of each module's source, in the order of their names."""
+    return "\n".join(_sources(sorted(names)))
+
+
+def _sources(names: Iterable[str]) -> Iterable[str]:
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+            raise RuntimeError(
+                f"the source of {name} must ship with Python, got {spec}; use a Python that has it"
+            )
+        yield Path(spec.origin).read_text(encoding="utf-8")[:CHARACTERS]
+
+
+def _text(tokens: list[int]) -> Text:
+    return Text(torch.tensor(tokens, dtype=torch.int64), len(tokens))

@@ -1,0 +1,91 @@
+"""`convert` wraps a model of another library as a network in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.blocks.targets.classes import Head
+from dblocks.integrations.convert.blocks import ConvertedBlocks
+from dblocks.integrations.convert.causal_lm import Rows
+from dblocks.integrations.convert.network import Converted
+from dblocks.integrations.convert.options import ConvertOptions
+from dblocks.integrations.convert.tasks import Task, network_of
+
+
+def convert(
+    model: nn.Module,
+    config: BlocksConfig,
+    *,
+    task: Task,
+    layers: str | Sequence[str] | Callable[[nn.Module], Sequence[nn.Module]] | None = None,
+    clean_loss_weight: float = 0.0,
+    embed_scale: float = 1.0,
+    tokens_per_sigma: int | None = 1,
+    mask_token_id: int | None = None,
+    rows: Rows = "single",
+    head: Head = "posterior",
+) -> ConvertedBlocks:
+    """Wraps an existing model, so that its layers are trained in blocks.
+
+    The wrapper adds a noise embedding, a modulation of each layer (a DiT has its own), an input for
+    the noisy target and, with a learned head, a modulation of the head. These have float32
+    parameters and change nothing in the layers at first. The model's own modules and weights are
+    used, not copied: training the blocks trains the model.
+
+    - "classes": the target is the embedding of the class. ViT and BERT of transformers, with a
+      classification head, and timm's ViTs. A batch holds "labels", and "images" or "tokens".
+    - "tokens": with a `NoiseSchedule`, the embedding of each token, from those before it: Llama,
+      Mistral, Qwen2, Qwen3 and GPT-2 with a head. With a `MaskSchedule`, masked tokens: BERT and
+      RoBERTa with their head. A batch holds "tokens".
+    - "images": the image or latent itself: diffusers' DiT. A batch holds "images" and "labels".
+
+    Args:
+        model: the model.
+        config: how it is cut.
+        task: what the target is.
+        layers: the residual layers: the path of the list that holds them, their own paths, or a
+            function of the model that returns them; found by default.
+        clean_loss_weight: weight of the model's own loss on the same batch, such as the next
+            token's cross-entropy. Denoising alone makes a pretrained model forget it. It runs the
+            whole model, though only the block's layers get gradients from it.
+        embed_scale: norm of a class' or token's embedding.
+        tokens_per_sigma: how many consecutive tokens share a noise level; None: all of a sequence.
+        mask_token_id: the mask's number, for masked tokens.
+        rows: how noisy embeddings of tokens enter, with a `NoiseSchedule`: "single", in the rows of
+            the tokens before them, one row a token; or "doubled", as published, in rows of their
+            own beside clean ones.
+        head: what logits of classes, or of tokens with a `NoiseSchedule`, are: "posterior", what
+            the model says of its input plus the exact log-likelihood of the noisy embedding; or
+            "learned", as published, the head of the EDM-preconditioned row.
+
+    Raises:
+        ValueError: the layers are not found or are no transformer layers, the head is missing, or
+            the model's family, the task and the schedule do not fit.
+        TypeError: `model` is no module, or `config` is no `BlocksConfig`.
+
+    Warns:
+        UserWarning: a norm of the layers is a subclass of a known one, so that it is not fused.
+
+    Source: Shing, Koyama and Akiba 2026, arXiv 2506.14202.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, (DiffusionBlocks, Converted)):
+        raise ValueError(
+            f"model must be one that was not converted, got a {type(model).__name__}; convert "
+            "base_model.model of it"
+        )
+    if not isinstance(config, BlocksConfig):
+        raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}")
+    options = ConvertOptions(
+        clean_loss_weight=clean_loss_weight,
+        embed_scale=embed_scale,
+        tokens_per_sigma=tokens_per_sigma,
+        mask_token_id=mask_token_id,
+        rows=rows,
+        head=head,
+    )
+    return ConvertedBlocks(network_of(model, config, task, layers, options), config, task, options)

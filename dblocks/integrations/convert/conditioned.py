@@ -1,0 +1,84 @@
+"""Puts a modulation beside each layer of a model, and checks that it is run as the model does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dblocks.integrations.convert.forms import LayerForm, require_form
+from dblocks.integrations.convert.layers import ConditionedLayer
+
+
+def conditioned(
+    layers: Mapping[str, nn.Module],
+    width: int,
+    context: Callable[[Tensor], Mapping[str, Any]] = lambda rows: {},
+    attention: Callable[[nn.Module], nn.Module] | None = None,
+) -> dict[str, ConditionedLayer]:
+    """The layers of a model with modulations, by name.
+
+    Args:
+        layers: its layers by name.
+        width: D of their rows.
+        context: keyword arguments of their attention for some rows [N, T, D].
+        attention: what runs in place of an attention; its own by default.
+
+    Raises:
+        ValueError: the form of a layer is not known, or the first of its class is computed
+            otherwise.
+    """
+    forms = {name: require_form(name, layer) for name, layer in layers.items()}
+    first = {type(layer): name for name, layer in reversed(list(layers.items()))}
+    for name in first.values():
+        rows = probe(layers[name], width)
+        check_form(layers[name], forms[name], rows, context(rows), name)
+    instead = {
+        name: None if attention is None else attention(layer.get_submodule(forms[name].attention))
+        for name, layer in layers.items()
+    }
+    return {
+        name: ConditionedLayer(layer, width, forms[name], instead[name])
+        for name, layer in layers.items()
+    }
+
+
+def probe(layer: nn.Module, width: int) -> Tensor:
+    """Rows [1, 4, D] to try a layer with, like its parameters."""
+    like = next(layer.parameters())
+    rows = torch.linspace(0, 4 * width, 4 * width, device=like.device).sin()
+    return rows.view(1, 4, width).to(like.dtype)
+
+
+def check_form(
+    layer: nn.Module, form: LayerForm, x: Tensor, context: Mapping[str, Any], name: str
+) -> None:
+    """Raises unless the form computes the layer's own function of the rows x [N, T, D].
+
+    Raises:
+        ValueError: it does not, so that the layer is of a kind that is not known.
+    """
+    if x.is_meta:
+        return
+    training = [m for m in layer.modules() if m.training]
+    layer.eval()
+    try:
+        with torch.no_grad():
+            own = layer(x, **context)
+            own = own if isinstance(own, Tensor) else own[0]
+            ours = ConditionedLayer(layer, x.shape[-1], form)(x, None, context)
+    finally:
+        for module in training:
+            module.training = True
+    # Both are rounded at each of a few operations, and a norm of the model may compute in float32
+    # whatever the dtype; a wrong form differs by far more.
+    eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
+    budget = 64 * eps * own.abs().max()
+    if own.shape != ours.shape or not (own - ours).abs().max() <= budget:
+        raise ValueError(
+            f"{name} must be a pre-norm or a post-norm layer of attention and MLP, but "
+            f"{type(layer).__name__} computes something else from its parts; "
+            "write a network with the members of dblocks.blocks.BlockModel instead"
+        )

@@ -1,0 +1,137 @@
+"""Which models can be converted: the network of each library and task, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+from torch import nn
+
+from dblocks.blocks import BlocksConfig
+from dblocks.integrations.convert.find import Layers, find_layers
+from dblocks.integrations.convert.layers import ConditionedLayer
+from dblocks.integrations.convert.network import Converted
+from dblocks.integrations.convert.options import ConvertOptions
+from dblocks.integrations.norms import warn_of_subclasses
+
+Task = Literal["classes", "tokens", "images"]
+LIBRARIES = ("transformers", "timm", "diffusers")
+
+Make: TypeAlias = Callable[[Any, Mapping[str, nn.Module], BlocksConfig, ConvertOptions], Converted]
+
+
+def network_of(
+    model: nn.Module,
+    config: BlocksConfig,
+    task: Task,
+    layers: Layers | None,
+    options: ConvertOptions,
+) -> Converted:
+    """The model as a network for `DiffusionBlocks`; arguments are those of `convert`.
+
+    Raises:
+        ValueError: the layers are not found or are no transformer layers, the head is missing, or
+            the model's family, the task and the schedule do not fit.
+
+    Warns:
+        UserWarning: norms of its layers are subclasses of known ones; see
+            `dblocks.integrations.norms`.
+    """
+    if task not in get_args(Task):
+        raise ValueError(f"task must be one of {get_args(Task)}, got {task!r}")
+    if task == "images" and options.clean_loss_weight:
+        raise ValueError(
+            "clean_loss_weight must be finite, not negative, and 0 for images, whose only loss is "
+            f"that of denoising, got {options.clean_loss_weight}"
+        )
+    library = library_of(model)
+    found = find_layers(model, layers)
+    make = NETWORKS.get((library, task))
+    if make is None:
+        raise ValueError(
+            f"task {task!r} must be one that a {type(model).__name__} has; see dblocks.convert for "
+            "those that are known, or write a network with the members of "
+            "dblocks.blocks.BlockModel"
+        )
+    network = make(model, found, config, options)
+    for layer in network.layers:
+        if isinstance(layer, ConditionedLayer):
+            warn_of_subclasses(layer.norms(), stacklevel=3)
+    return network
+
+
+def library_of(model: nn.Module) -> str | None:
+    """The library that a model, or a class it derives from, is of; None for others.
+
+    Of a model inside peft's wrapper, that of the model.
+    """
+    own = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    roots = [kind.__module__.partition(".")[0] for kind in type(own).__mro__]
+    return next((root for root in roots if root in LIBRARIES), None)
+
+
+# Each imports its library's file when it is called.
+
+
+def _transformers_classes(
+    model: Any, layers: Mapping[str, nn.Module], config: BlocksConfig, options: ConvertOptions
+) -> Converted:
+    from dblocks.integrations.convert.transformers import classifier
+
+    return classifier(model, layers, **_classifier_options(config, options))
+
+
+def _transformers_tokens(
+    model: Any, layers: Mapping[str, nn.Module], config: BlocksConfig, options: ConvertOptions
+) -> Converted:
+    from dblocks.integrations.convert.transformers import causal_lm, masked_lm
+
+    if _masks(config):
+        return masked_lm(model, layers, mask_token_id=options.mask_token_id)
+    return causal_lm(
+        model,
+        layers,
+        sigma_data=config.noise_schedule.sigma_data,
+        embed_scale=options.embed_scale,
+        tokens_per_sigma=options.tokens_per_sigma,
+        rows_kind=options.rows,
+        head_kind=options.head,
+    )
+
+
+def _timm_classes(
+    model: Any, layers: Mapping[str, nn.Module], config: BlocksConfig, options: ConvertOptions
+) -> Converted:
+    from dblocks.integrations.convert.timm import classifier
+
+    return classifier(model, layers, **_classifier_options(config, options))
+
+
+def _diffusers_images(
+    model: Any, layers: Mapping[str, nn.Module], config: BlocksConfig, options: ConvertOptions
+) -> Converted:
+    from dblocks.integrations.convert.diffusers import image_model
+
+    return image_model(model, layers, config.noise_schedule)
+
+
+NETWORKS: dict[tuple[str | None, Task], Make] = {
+    ("transformers", "classes"): _transformers_classes,
+    ("transformers", "tokens"): _transformers_tokens,
+    ("timm", "classes"): _timm_classes,
+    ("diffusers", "images"): _diffusers_images,
+}
+
+
+def _classifier_options(config: BlocksConfig, options: ConvertOptions) -> dict[str, Any]:
+    # `DiffusionBlocks` refuses a classifier with masks, which have no sigma_data.
+    sigma_data = 1.0 if _masks(config) else config.noise_schedule.sigma_data
+    return {
+        "sigma_data": sigma_data,
+        "embed_scale": options.embed_scale,
+        "head_kind": options.head,
+    }
+
+
+def _masks(config: BlocksConfig) -> bool:
+    return config.schedule.corruption == "masks"

@@ -1,0 +1,166 @@
+"""Doubled attention in chunks of positions: a dense mask for each, over the keys it can see.
+
+What impl="composed" does on a CPU where scores have a window, a bias or a bound. The rows of a
+chunk's positions, clean and noisy, attend to the clean keys of as many positions back as the window
+reaches, and to the noisy keys of the chunk, which ends where a block does. Chunks of one size share
+one mask, as positions count from the chunk's first. Time is that of a dense mask over
+T * (window + chunk) pairs, memory O(T * chunk).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dblocks.ops._attention import backends
+from dblocks.ops._attention.bias import bias, least_bias
+from dblocks.ops._attention.pieces import Options, Piece, Saved
+
+CHUNK = 64  # positions, or the block size where that is more
+STEP = 16  # of the number of keys before a chunk: matrix products take longer at odd sizes
+
+
+class _Chunk(NamedTuple):
+    """Positions start..end-1 of the piece, those of clean keys from `first` on, and a bias."""
+
+    start: int
+    end: int
+    first: int
+    bias: Tensor
+
+
+def _chunk_size(piece: Piece) -> int:
+    return max(CHUNK // piece.block_size, 1) * piece.block_size
+
+
+def _chunks(piece: Piece, options: Options, q: Tensor, k: Tensor) -> Iterator[_Chunk]:
+    """From the last to the first, as `_Keys` wants them."""
+    size = _chunk_size(piece)
+    reach = piece.length if options.window is None else -(-(options.window - 1) // STEP) * STEP
+    least = least_bias(piece, options, q, k)
+    biases = {}  # of the last chunk, and of one of all others that reaches back as far as any
+    for start in reversed(range(0, piece.length, size)):
+        end = min(start + size, piece.length)
+        length, back = end - start, min(start, reach)
+        if length not in biases:
+            biases[length] = bias(length, back, piece, options, q.dtype, least)
+        unused = biases[length].shape[-1] - 2 * length - back
+        yield _Chunk(start, end, start - back, biases[length][..., unused:])
+
+
+class _Rows:
+    """The rows of a piece in q and what is like it, in the halves it has."""
+
+    def __init__(self, x: Tensor, piece: Piece) -> None:
+        halves = x.unflatten(2, (1 if piece.q_clean is None else 2, -1))
+        self.rows = halves[:, :, :, piece.start : piece.end]
+
+    def read(self, chunk: _Chunk) -> Tensor:
+        return self.rows[:, :, :, chunk.start : chunk.end].flatten(2, 3)
+
+    def write(self, chunk: _Chunk, part: Tensor) -> None:
+        rows = self.rows[:, :, :, chunk.start : chunk.end]
+        rows.copy_(part.unflatten(2, rows.shape[2:4]))
+
+
+class _Keys:
+    """The rows of k or v that a chunk sees: clean ones, and behind them the noisy ones.
+
+    These take the place of clean rows of later chunks, which have had their turn.
+    """
+
+    def __init__(self, x: Tensor, piece: Piece) -> None:
+        N, heads, _, width = x.shape
+        self.noisy = x[:, :, piece.noisy]
+        self.rows = x.new_empty(N, heads, piece.length + _chunk_size(piece), width)
+        self.rows[:, :, : piece.length] = x[:, :, piece.clean]
+
+    def read(self, chunk: _Chunk) -> Tensor:
+        end = 2 * chunk.end - chunk.start
+        self.rows[:, :, chunk.end : end] = self.noisy[:, :, chunk.start : chunk.end]
+        return self.rows[:, :, chunk.first : end]
+
+
+def forward(
+    piece: Piece, options: Options, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
+) -> None:
+    """Writes `o` and `lse` of the piece."""
+    queries, keys, values = _Rows(q, piece), _Keys(k, piece), _Keys(v, piece)
+    outs = _Rows(o, piece), _Rows(lse, piece)
+    for chunk in _chunks(piece, options, q, k):
+        inputs = queries.read(chunk), keys.read(chunk), values.read(chunk), options.scale
+        if options.softcap is None:
+            parts = backends.forward(options.backend, *inputs, bias=chunk.bias)
+        else:
+            parts = _plain(*inputs, chunk.bias, options.softcap)
+        for out, part in zip(outs, parts, strict=True):
+            out.write(chunk, part)
+
+
+def backward(piece: Piece, options: Options, t: Saved) -> None:
+    """Writes the gradients of the piece."""
+    rows = [_Rows(x, piece) for x in (t.grad, t.q, t.o, t.lse)]
+    queries, keys, values = _Rows(t.dq, piece), _Keys(t.k, piece), _Keys(t.v, piece)
+    sums = [x[:, :, piece.clean].zero_() for x in (t.dk, t.dv)]
+    noisy = [x[:, :, piece.noisy] for x in (t.dk, t.dv)]
+    for chunk in _chunks(piece, options, t.q, t.k):
+        grad, q, o, lse = (x.read(chunk) for x in rows)
+        inputs, scale = (grad, q, keys.read(chunk), values.read(chunk), o), options.scale
+        if options.softcap is None:
+            dq, *grads = backends.backward(options.backend, *inputs, lse, scale, bias=chunk.bias)
+        else:
+            dq, *grads = _plain_backward(*inputs, scale, chunk.bias, options.softcap)
+        queries.write(chunk, dq)
+        for total, own, part in zip(sums, noisy, grads, strict=True):
+            count = chunk.end - chunk.first
+            total[:, :, chunk.first : chunk.end] += part[:, :, :count]
+            own[:, :, chunk.start : chunk.end] = part[:, :, count:]
+
+
+def _fold(x: Tensor, heads: int) -> Tensor:
+    """[N, H, rows, D] as [N, heads, H / heads * rows, D]."""
+    return x.unflatten(1, (heads, -1)).flatten(2, 3)
+
+
+def _scores(
+    q: Tensor, k: Tensor, scale: float, bias: Tensor, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Those, and tanh of them over their bound; `q` is folded, and so are the results."""
+    bounded = (q @ k.mT).mul_(scale / softcap).tanh_()
+    heads, rows = k.shape[1], bias.shape[-2]
+    bias = bias if bias.ndim == 2 else bias.unflatten(1, (heads, -1))
+    unfolded = bounded.unflatten(2, (-1, rows))  # [N, Hkv, group, rows, keys]
+    return torch.add(bias, unfolded, alpha=softcap).flatten(2, 3), bounded
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor, softcap: float
+) -> tuple[Tensor, Tensor]:
+    scores, _ = _scores(_fold(q, k.shape[1]), k, scale, bias, softcap)
+    p = scores.softmax(-1)
+    # The largest p is 1 / sum(exp(score - largest)). `logsumexp` is slow where scores are -inf.
+    lse = scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
+    o, lse = (x.unflatten(2, (-1, q.shape[2])).flatten(1, 2) for x in (p @ v, lse))
+    return o, lse.squeeze(-1)
+
+
+def _plain_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    scale: float,
+    bias: Tensor,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, rows = k.shape[1], q.shape[2]
+    delta = (grad * o).sum(-1, keepdim=True)
+    q, grad, delta = (_fold(x, heads) for x in (q, grad, delta))
+    scores, bounded = _scores(q, k, scale, bias, softcap)
+    p = scores.softmax(-1)  # a chunk has all keys of its rows
+    dv = p.mT @ grad
+    ds = (grad @ v.mT).sub_(delta).mul_(p).mul_(bounded.square_().neg_().add_(1))
+    dq = torch.mul(ds @ k, scale).unflatten(2, (-1, rows)).flatten(1, 2)
+    return dq, (ds.mT @ q).mul_(scale), dv

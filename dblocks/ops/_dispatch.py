@@ -1,0 +1,367 @@
+"""The way of a call from an op's public function to an implementation, and back for gradients.
+
+Arguments that are as they should be are known here, in a fraction of the time that the checks in
+_checks.py and _levels.py take; those run where something does not fit, and say what. Nothing here
+looks at the values of a tensor on an accelerator, so no call synchronises.
+"""
+
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack, unwrap_if_dead
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from dblocks.kernels.reference import in_forward_mode
+from dblocks.ops import _extension, _flops
+
+Impl = Literal["auto", "reference", "triton", "cpp"]
+Norm = Literal["layer", "rms"]
+
+IMPLS = ("auto", "reference", "triton", "cpp")
+FUSED = ("triton", "cpp")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+GPUS = ("cuda",)  # ROCm devices are called cuda too
+NORMS = ("layer", "rms")
+SEED_RANGE = 2**63
+COUNT_RANGE = 2**63
+FEW = 64  # noise levels that are looked through as a Python list
+PLAIN = (Tensor, torch.nn.Parameter)
+KNOWN = {*PLAIN, type(None), bool, int, float, str, list, torch.dtype}  # none is watched
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Read when dblocks is imported, as triton itself reads it when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def resolve_impl(impl: str, x: Tensor, op: str) -> Impl:
+    """The implementation that `op` uses for the tensor `x`; a named one that cannot run raises."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        impl = _auto(x)
+        if impl != "triton":
+            return impl
+    else:
+        check_transform(impl, op)
+    if impl == "triton":
+        check_triton(x, op)
+    if impl == "cpp":
+        _check_cpp(x, op)
+    return cast(Impl, impl)
+
+
+def _auto(x: Tensor) -> Impl:
+    if x.dtype == torch.float64 or in_transform():
+        return "reference"
+    if x.is_cpu:
+        return "reference" if _extension.MISSING else "cpp"
+    return "triton" if x.device.type in GPUS else "reference"
+
+
+def in_transform() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is active.
+
+    Only the reference can take part in one.
+    """
+    return peek_interpreter_stack() is not None or in_forward_mode()
+
+
+# As of in_forward_mode: the answer is that of the moment when a graph is traced.
+in_transform._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def check_transform(impl: str, op: str) -> None:
+    """Raises where a named implementation meets a transform, whose derivatives it would drop."""
+    if impl != "reference" and in_transform():
+        raise RuntimeError(
+            f"{op}: impl={impl!r} has no part in torch.func transforms and forward-mode "
+            "differentiation; use impl='reference' or impl='auto'"
+        )
+
+
+def is_traced() -> bool:
+    """Whether values may be unknown: in a graph, trace, transform or dispatch mode (make_fx)."""
+    if torch.compiler.is_compiling():
+        return True
+    if _get_current_dispatch_mode() is not None or torch._C._get_tracing_state() is not None:
+        return True
+    return in_transform()
+
+
+def _check_cpp(x: Tensor, op: str) -> None:
+    if x.device.type != "cpu":
+        raise RuntimeError(
+            f"{op}: impl='cpp' needs tensors on the CPU, got device {x.device}; move them, or use "
+            "impl='auto'"
+        )
+    if x.dtype == torch.float64:
+        raise TypeError(
+            f"{op}: impl='cpp' takes float32, bfloat16 and float16, got float64; "
+            "use impl='reference'"
+        )
+    if _extension.MISSING:
+        raise RuntimeError(
+            f"{op}: impl='cpp' needs the C++ ops, which are {_extension.MISSING}; install with a "
+            "compiler and torch at hand (pip install --no-build-isolation), or use "
+            "impl='reference'"
+        )
+
+
+def check_triton(x: Tensor, op: str) -> None:
+    """Raises where the Triton kernels of `op` cannot run on `x`."""
+    if not HAS_TRITON:
+        raise ImportError(
+            f"{op}: impl='triton' needs the package triton, which is not installed; "
+            "`pip install triton` (Linux), or pass impl='reference'"
+        )
+    if x.dtype == torch.float64:
+        raise TypeError(
+            f"{op}: impl='triton' takes float32, bfloat16 and float16, got float64; "
+            "use impl='reference'"
+        )
+    if x.device.type not in GPUS and not INTERPRETED:
+        raise RuntimeError(
+            f"{op}: impl='triton' needs tensors on a GPU, got device {x.device}; move them, use "
+            "impl='reference', or set TRITON_INTERPRET=1 before the import to run interpreted"
+        )
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked of one of the tensors; without, the op is called bare."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+_fitting: set[Any] = set()  # what arguments that fit looked like; emptied where it grows large
+MAX_FITTING = 4096
+
+
+def rows_fit(
+    x: Tensor,
+    rows: tuple[Tensor, ...],
+    modulation: tuple[Tensor | None, ...],
+    channels: tuple[Tensor | None, ...] = (),
+    norm: str = "layer",
+    eps: float = 0.0,
+) -> bool:
+    """Whether `_checks.check_rows` would pass; False where it may, or where it must say why not."""
+    if norm not in NORMS or type(eps) is not float or not eps >= 0:
+        return False
+    kind = (len(rows), len(modulation))
+    args = (x, rows, modulation, channels)
+    return _fits(_rows_fit, args, kind, (x, *rows, *modulation, *channels))
+
+
+def samples_fit(x: Tensor, *others: Tensor) -> bool:
+    """As `rows_fit`, for tensors [N, ...] of one shape."""
+    tensors = (x, *others)
+    return _fits(_samples_fit, tensors, "samples", tensors)
+
+
+def _fits(
+    check: Callable[..., bool], args: tuple[Any, ...], kind: object, tensors: tuple[Any, ...]
+) -> bool:
+    """`check(*args)`, which is known where such `tensors` have passed as arguments of a `kind`."""
+    if torch.compiler.is_compiling():
+        return check(*args)
+    try:
+        seen = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
+        key = (kind, *seen)
+        if key in _fitting:
+            return True
+    except (AttributeError, TypeError, RuntimeError):  # no tensor; unknown or nested sizes
+        return check(*args)
+    if not check(*args):
+        return False
+    if len(_fitting) >= MAX_FITTING:
+        _fitting.clear()
+    _fitting.add(key)
+    return True
+
+
+def _rows_fit(
+    x: Tensor,
+    rows: tuple[Tensor, ...],
+    modulation: tuple[Tensor | None, ...],
+    channels: tuple[Tensor | None, ...],
+) -> bool:
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        return False
+    shape, device = x.shape, x.device
+    N, T, D = shape
+    segments = None
+    for tensor in (x, *rows):
+        if not _is_plain(tensor, device) or tensor.shape != shape:
+            return False
+    for tensor in modulation:
+        if tensor is None:
+            continue
+        if not _is_plain(tensor, device):
+            return False
+        size = tensor.shape
+        S = size[1] if len(size) == 3 else 1
+        if len(size) not in (2, 3) or size[0] != N or size[-1] != D:
+            return False
+        if S < 1 or T % S or (segments is not None and segments != S):
+            return False
+        segments = S
+    return all(p is None or (_is_plain(p, device) and p.shape == (D,)) for p in channels)
+
+
+def _samples_fit(x: Tensor, *others: Tensor) -> bool:
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        return False
+    shape, device = x.shape, x.device
+    return all(_is_plain(tensor, device) and tensor.shape == shape for tensor in (x, *others))
+
+
+def _is_plain(tensor: object, device: torch.device) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.dtype in FLOATS
+        and tensor.device == device
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
+
+
+def noised_fit(tensors: tuple[Tensor, ...], sigma: Tensor, sigma_data: float) -> bool:
+    """Whether `_levels.check_noised` would pass; False where it may, or where it must say why."""
+    fits = samples_fit(*tensors) and type(sigma_data) is float and sigma_data > 0
+    return fits and sigma_fits(sigma, tensors[0])
+
+
+def seed_fits(seed: object, offset: object, x: Tensor) -> bool:
+    """Whether both are numbers in their range, outside of a graph."""
+    if type(seed) is not int or type(offset) is not int or torch.compiler.is_compiling():
+        return False
+    return -SEED_RANGE <= seed < SEED_RANGE and 0 <= offset <= COUNT_RANGE - max(x.numel(), 1)
+
+
+def sigma_fits(sigma: object, x: Tensor) -> bool:
+    """Whether `sigma` is the usual: a few levels [N] on the CPU, all good; in little time.
+
+    A list is looked through in a fraction of the time that PyTorch takes for the same.
+    """
+    return (
+        type(sigma) is Tensor
+        and sigma.ndim == 1
+        and sigma.shape[0] == x.shape[0]  # len() of a tensor takes a microsecond
+        and sigma.shape[0] <= FEW
+        and sigma.is_cpu
+        and x.is_cpu
+        and sigma.dtype in FLOATS
+        and sigma.layout is torch.strided
+        and not is_traced()
+        and _are_levels(sigma.tolist())
+    )
+
+
+def _are_levels(values: list[float]) -> bool:
+    for value in values:  # noqa: SIM110 (a generator takes twice as long)
+        if not 0 < value < math.inf:
+            return False
+    return True
+
+
+def widest(*tensors: Tensor) -> Tensor:
+    """The first float64 tensor, which decides the arithmetic, or else the first tensor."""
+    return next((t for t in tensors if t.dtype == torch.float64), tensors[0])
+
+
+def caller(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A call of `op`, or of its `kernel` without PyTorch's detour where nobody watches."""
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if is_traced():
+            _flops.watch()
+            return op(*args)
+        if kernel is None or not (KNOWN.issuperset(map(type, args)) or _plain(args)):
+            return op(*args)
+        return kernel(*args)
+
+    return call
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    return all(not isinstance(a, Tensor) or type(a) in PLAIN for a in args)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`, where a graph may get one tensor several times.
+
+    torch.compile does not take an argument twice; a view is another tensor to it, and the gradients
+    of all views add up.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(args))
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    # What Function.apply does then, without some microseconds of what transforms need: tensors that
+    # a transform has left behind are unwrapped, or their gradients would be lost.
+    args = tuple([unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])
+    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore
+
+
+def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    result = []
+    for arg in args:
+        again = isinstance(arg, Tensor) and any(arg is other for other in result)
+        result.append(arg.view_as(arg) if again else arg)
+    return tuple(result)
+
+
+def first_order(
+    op: str | Callable[[Any], str], way_out: str = 'use impl="reference"'
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the backward of an op, which is not differentiable itself.
+
+    What it computed would be a constant to autograd, and a penalty on gradients would add nothing:
+    so it raises where autograd records the backward. PyTorch's `once_differentiable` raises later,
+    and only where the upstream gradient itself needs one.
+
+    Args:
+        op: its name, or what tells it from ctx.
+        way_out: what to do instead.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def checked(ctx: Any, *grads: Any) -> Any:
+            # A graph's backward is traced with gradients enabled; that graph raises by itself.
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                name = op if isinstance(op, str) else op(ctx)
+                raise RuntimeError(
+                    f"{name} has first derivatives only, got a backward that is to be "
+                    f"differentiated again (create_graph=True); {way_out}"
+                )
+            return backward(ctx, *grads)
+
+        return checked
+
+    return decorate
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """`tensor` without a gradient in backward(); in a transform it stays as it is.
+
+    Forward-mode differentiation then has the true tangent.
+    """
+    return tensor.detach() if tensor.requires_grad and not in_transform() else tensor
+
+
+def kept(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The small `tensors` to save for backward, safe from changes in place by a compiled graph.
+
+    Eager autograd notices such a change and raises; a graph would use the new values silently.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(None if t is None else torch.ops.dblocks.keep.default(t) for t in tensors)

@@ -1,0 +1,138 @@
+"""The columns of each network's table, but for what every run costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dblocks.recipes.tables import Column, Record, mean, percent, spread
+
+SAMPLES = 32  # continuations of a text that a run writes
+STEPS_WINDOWS = 32  # windows of the held-out text that a recurrent model's steps are measured on
+
+
+def accuracy(record: Record) -> float:
+    """The held-out accuracy of a run."""
+    return record["accuracy"]
+
+
+def by_euler_steps(steps: int, noise: bool) -> Callable[[Record], float | None]:
+    """Reads the accuracy with so many Euler steps; None end to end."""
+    key = "accuracy_from_noise" if noise else "accuracy_by_denoising_steps"
+
+    def read(record: Record) -> float | None:
+        return None if record[key] is None else record[key][str(steps)]
+
+    return read
+
+
+def _alone(block: int) -> Callable[[Record], float | None]:
+    """Reads the accuracy of a block alone; None end to end."""
+
+    def read(record: Record) -> float | None:
+        found = record["blocks_alone"]
+        return None if found is None else found[block]
+
+    return read
+
+
+def _accuracy_column(head: str, key: Callable[[Record], float | None]) -> Column:
+    return Column(head, lambda records: percent(records, key))
+
+
+def _steps_columns(head: str, noise: bool) -> tuple[Column, ...]:
+    lines = (_accuracy_column(f"  {n}", by_euler_steps(n, noise)) for n in (1, 3, 6))
+    return (Column(f"{head}:", lambda _: ""), *lines)
+
+
+VIT = (
+    _accuracy_column("held-out accuracy", accuracy),
+    *_steps_columns("  by Euler steps from the mean", noise=False),
+    *_steps_columns("  by Euler steps from noise", noise=True),
+    Column("  of each block alone:", lambda _: ""),
+    *(_accuracy_column(f"  {block + 1}", _alone(block)) for block in range(3)),
+    Column("AdaLN", lambda r: "yes" if r[0]["adaln"] else "no"),
+)
+
+
+def l2_loss(record: Record) -> float:
+    """The L2 loss of the held-out images."""
+    return record["loss"]
+
+
+def _judged(name: str) -> Callable[[Record], float | None]:
+    """Reads what the classifier says of samples; None for data without classes."""
+    return lambda record: None if record["judged"] is None else record["judged"][name]
+
+
+def _calls(records: Sequence[Record]) -> str:
+    """How often the layers of each block run to generate an image."""
+    return "/".join(map(str, records[0]["calls_of_blocks"]))
+
+
+DIT_QUALITY = (
+    Column("Fréchet distance, guided samples", lambda r: spread(r, _judged("distance"), ".2f")),
+    Column(
+        "Fréchet distance, unguided samples",
+        lambda r: spread(r, _judged("distance_unguided"), ".2f"),
+    ),
+    Column("Layer evaluations an image", lambda r: f"{r[0]['layer_evaluations_per_image']:,}"),
+)
+DIT = (
+    *DIT_QUALITY,
+    _accuracy_column("Guided samples of the right class", _judged("accuracy")),
+    _accuracy_column("Unguided samples of the right class", _judged("accuracy_unguided")),
+    Column("Held-out L2 loss", lambda r: spread(r, l2_loss, ".4f")),
+    Column("Calls of each block an image", _calls),
+    Column("Milliseconds an image", lambda r: f"{1000 * mean(r, 'seconds_per_image'):.1f}"),
+)
+
+
+def bits(record: Record) -> float:
+    """Bits per character of the held-out text: of the next token, or a masked model's bound."""
+    return record["bits"]
+
+
+def bound_bits(record: Record) -> float | None:
+    """The bound of denoising by all blocks; None where it was not measured, as end to end."""
+    bound = record.get("bound")
+    return None if bound is None else bound["bits"]
+
+
+CAUSAL_LM = (
+    Column("Bits a character, next token", lambda r: spread(r, bits, ".3f")),
+    Column(
+        "Bits a character, product of all blocks",
+        lambda r: spread(r, lambda record: record.get("product_bits"), ".3f"),
+    ),
+    Column("Bits a character, bound of all blocks", lambda r: spread(r, bound_bits, ".3f")),
+)
+
+
+def layers_per_sample(record: Record) -> float:
+    """Layers that a masked model ran to write each sequence, on average."""
+    run = record["run"]
+    blocks = 1 if run["end_to_end"] else run["blocks"]
+    return sum(record["rows"]) * (run["depth"] / blocks) / SAMPLES
+
+
+MASKED_LM = (
+    Column("Bits a character (bound)", lambda r: spread(r, bits, ".3f")),
+    Column("Its standard error over the text", lambda r: f"{r[0]['bits_error']:.3f}"),
+    Column("Layer evaluations to write a sample", lambda r: spread(r, layers_per_sample, ".0f")),
+)
+
+
+def _bits_of_windows(record: Record) -> float:
+    """As `bits`, of some windows of the text: one Euler step, or the mean recurrences."""
+    run = record["run"]
+    return record["bits_by_steps"][str(run["mean_recurrence"]) if run["end_to_end"] else "1"]
+
+
+RECURRENT = (
+    Column("Bits a character, next token", lambda r: spread(r, bits, ".3f")),
+    Column(
+        f"Bits of {STEPS_WINDOWS} windows of the text, next token",
+        lambda r: spread(r, _bits_of_windows, ".3f"),
+    ),
+    Column("Bits of these windows, bound of denoising", lambda r: spread(r, bound_bits, ".3f")),
+)

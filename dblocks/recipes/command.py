@@ -1,0 +1,101 @@
+"""What the commands of all networks share: train and save, and load what was saved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dblocks import blocks, checkpoint
+from dblocks.recipes import records
+from dblocks.recipes.run import Run
+from dblocks.recipes.tables import Column, text_table
+from dblocks.recipes.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How `dblocks train` trains a network: its flags are the fields of `run`."""
+
+    run: Run
+    """The defaults of the flags, for minutes on a CPU."""
+    out: Path
+    """Where the network is saved by default."""
+    columns: Sequence[Column]
+    """Of the table that is printed."""
+    gpu: Run | None = None
+    """The defaults with `--recipe gpu`, for a large GPU; None: there is no such flag."""
+    published: Mapping[str, Any] = field(default_factory=dict)
+    """What `--published` changes; nothing: there is no such flag."""
+    published_help: str = ""
+    """In words."""
+    after: str = ""
+    """What to print at the end; {out} stands for the folder."""
+
+    def defaults(self, *, gpu: bool, published: bool) -> Run:
+        """The defaults of the flags with `--recipe gpu` and `--published`."""
+        run = self.gpu if gpu and self.gpu is not None else self.run
+        return dataclasses.replace(run, **self.published) if published else run
+
+    def train(self, run: Run, out: Path) -> None:
+        """Trains with a progress bar, writes checkpoint and record, and prints the table.
+
+        Raises:
+            ValueError: `out` cannot be written to; found out before training.
+            ImportError: a package that this needs is not installed; likewise.
+        """
+        checkpoint.prepare(out)
+        if run.device == "cpu":
+            records.use_one_thread()
+
+        def save(trainer: Trainer) -> None:
+            checkpoint.save_model(out, trainer.trained)
+            trainer.batches.save_beside(out)
+
+        record = records.train(run, progress=True, save=save).record
+        records.write_record(out / "run.json", record)
+        print(text_table({run.name: [record]}, self.columns))
+        print(f"\nSaved model.safetensors, config.json and run.json in {out}")
+        if self.after:
+            print(self.after.format(out=out))
+
+
+def load_network(folder: Path, kind: type, command: str) -> tuple[Any, Any]:
+    """The model of a folder, in blocks or not, and its network, which must be a `kind`.
+
+    Args:
+        folder: where `dblocks train` wrote.
+        kind: the class of the network.
+        command: as the command line names it, such as causal-lm.
+
+    Raises:
+        ValueError: the folder holds no model, or another one.
+    """
+    model = checkpoint.load_model(folder)
+    network = model.base_model if isinstance(model, blocks.DiffusionBlocks) else model
+    if not isinstance(network, kind):
+        raise ValueError(
+            f"{folder} must hold a {kind.__name__}, got a {type(network).__name__}; "
+            f"see `dblocks train {command} --help`"
+        )
+    return model, network
+
+
+def check_positive(steps: int | None) -> None:
+    """Raises ValueError for `--steps` that are not positive."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps must be positive, got {steps}")
+
+
+def check_steps(steps: int | None, folder: Path, model: Any) -> bool:
+    """Whether the model is in blocks; raises ValueError for `--steps` that do not fit it."""
+    check_positive(steps)
+    in_blocks = isinstance(model, blocks.DiffusionBlocks)
+    if steps is not None and not in_blocks:
+        raise ValueError(
+            f"--steps counts denoising steps, and the network in {folder} was trained end to end: "
+            "it runs all its layers once; leave --steps out"
+        )
+    return in_blocks

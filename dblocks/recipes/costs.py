@@ -1,0 +1,81 @@
+"""What a run costs: layer evaluations and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from dblocks.blocks.memory import SavedActivations, state_bytes
+from dblocks.recipes.data.batches import Batch
+from dblocks.recipes.trainer import Trainer
+
+MIB = 2**20
+
+
+class LayerCounter:
+    """Counts how often training calls some modules inside the `with` block.
+
+    It counts by hooks, which the end removes; what is called inside `paused()` is free.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.count = 0
+        self._counts = True
+        self._modules = list(modules)
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> LayerCounter:
+        self._handles = [module.register_forward_hook(self._add) for module in self._modules]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Calls are not counted inside the `with` block: evaluation."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
+
+    def _add(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.count += self._counts
+
+
+def memory(trainer: Trainer) -> dict[str, float]:
+    """The largest of the blocks' steps, in MiB: saved activations, and state held.
+
+    `state_mib` is what the step reads and updates, all that a worker of that block holds;
+    `process_mib` what this process holds, where all blocks live.
+    """
+    batch = trainer.batch(0)
+    costs = [_step_bytes(trainer, batch, b) for b in range(trainer.num_blocks)]
+    activations, state, process = (max(column) / MIB for column in zip(*costs, strict=True))
+    return {"activations_mib": activations, "state_mib": state, "process_mib": process}
+
+
+def _step_bytes(trainer: Trainer, batch: Batch, block: int) -> tuple[int, int, int]:
+    """Bytes saved for the backward pass, and held by the step and by the process at its end."""
+    network = trainer.trained
+    with SavedActivations(network.parameters()) as saved:
+        loss = trainer.loss(batch, block)
+    loss.backward()
+    held = {id(o): _held(o) for o in trainer.optimizers}
+    step = sum(held[id(o)] for o in trainer.optimizers_of(block))
+    frozen = sum(p.nbytes for p in network.parameters() if not p.requires_grad)
+    network.zero_grad(set_to_none=True)
+    return saved.bytes, step + frozen, sum(held.values()) + frozen
+
+
+def _held(optimizer: Optimizer) -> int:
+    """Bytes of an optimizer's parameters, of their gradients, and of its state."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return state_bytes(parameters, optimizer)

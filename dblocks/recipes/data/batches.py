@@ -1,0 +1,92 @@
+"""What a trainer takes its batches from: images or a text. They are functions of (seed, step)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from dblocks.recipes.data.splits import Images, batch_indices
+from dblocks.recipes.data.text import Corpus
+from dblocks.recipes.data.tokenizers import TOKENIZER_FILE
+from dblocks.recipes.data.windows import random_windows
+
+Batch = dict[str, Tensor]
+
+
+class Data(Protocol):
+    """What a network is trained on."""
+
+    def batch(self, step: int) -> Batch:
+        """Batch number `step`, on the CPU."""
+        ...
+
+    def save_beside(self, folder: Path) -> None:
+        """Writes what a network of this data needs beside its checkpoint."""
+        ...
+
+
+class ImageData:
+    """Batches of images and their labels.
+
+    Args:
+        images: what to train on.
+        batch_size: images in a batch.
+        seed: of their order.
+
+    Raises:
+        ValueError: there are fewer images than a batch has.
+    """
+
+    def __init__(self, images: Images, batch_size: int, seed: int) -> None:
+        if batch_size > len(images):
+            raise ValueError(
+                f"batch_size must be at most the number of training images {len(images)}, "
+                f"got {batch_size}"
+            )
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+
+    def batch(self, step: int) -> Batch:
+        """Images [N, C, H, W] and labels [N]."""
+        size = len(self.images)
+        chosen = self.images[batch_indices(size, self.batch_size, seed=self.seed, step=step)]
+        return {"images": chosen.images.float(), "labels": chosen.labels}
+
+    def save_beside(self, folder: Path) -> None:
+        """Nothing: images need nothing beside the network."""
+
+
+class TextData:
+    """Batches of windows of a text.
+
+    Args:
+        corpus: what to train on and what to evaluate on.
+        context: tokens in a window.
+        batch_size: windows in a batch.
+        seed: of where they start.
+
+    Raises:
+        ValueError: a part of the text is shorter than a window.
+    """
+
+    def __init__(self, corpus: Corpus, context: int, batch_size: int, seed: int) -> None:
+        for name, text in (("training", corpus.training), ("held-out", corpus.evaluated)):
+            if len(text.tokens) < context:
+                raise ValueError(
+                    f"the {name} text must have at least a window of {context} tokens, "
+                    f"got {len(text.tokens)}; choose a shorter context or a longer text"
+                )
+        self.corpus, self.context = corpus, context
+        self.batch_size, self.seed = batch_size, seed
+
+    def batch(self, step: int) -> Batch:
+        """Tokens [N, context]."""
+        tokens = self.corpus.training.tokens
+        windows = random_windows(tokens, self.context, self.batch_size, seed=self.seed, step=step)
+        return {"tokens": windows}
+
+    def save_beside(self, folder: Path) -> None:
+        """Writes the tokenizer."""
+        text = self.corpus.tokenizer.to_json()
+        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")

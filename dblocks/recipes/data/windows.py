@@ -1,0 +1,81 @@
+"""Windows of a text: random ones to train on, and those in which each token is scored once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dblocks.recipes.data.splits import generator_of
+
+
+def random_windows(tokens: Tensor, length: int, batch_size: int, *, seed: int, step: int) -> Tensor:
+    """Batch number `step`: windows of `length` tokens that start anywhere, [batch_size, length]."""
+    _check_length(tokens, length)
+    starts = torch.randint(
+        len(tokens) - length + 1, (batch_size, 1), generator=generator_of(seed, step)
+    )
+    return tokens[starts + torch.arange(length)]
+
+
+def scored_windows(
+    tokens: Tensor, length: int, batch_size: int, *, windows: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows in which every token but the first of the text is scored exactly once.
+
+    Windows follow one another by half of their length; each scores its second half, so with at
+    least half a window of context, and the first one all but its first token.
+
+    Args:
+        tokens: int64 [tokens] of the text.
+        length: tokens in a window.
+        batch_size: windows at a time.
+        windows: only so many of them, or all where there are fewer: from each of as many equal
+            parts of the text the one in the middle.
+
+    Yields:
+        tokens [n, length] and bool [n, length], true where a token is scored.
+
+    Raises:
+        ValueError: the text is shorter than a window, or `windows` is not positive.
+    """
+    _check_length(tokens, length)
+    if windows is not None and windows < 1:
+        raise ValueError(f"windows must be positive, got {windows}")
+    half = length // 2
+    last = len(tokens) - length
+    starts = torch.arange(0, last + half, half).clamp(max=last)
+    scored = torch.ones(len(starts), length, dtype=torch.bool)
+    scored[0, 0] = False
+    ends = starts + length
+    scored[1:] = torch.arange(length) >= (ends[:-1] - starts[1:])[:, None]
+    if windows is not None and windows < len(starts):
+        middle = (2 * torch.arange(windows) + 1) * len(starts) // (2 * windows)
+        starts, scored = starts[middle], scored[middle]
+    for at, mask in zip(starts.split(batch_size), scored.split(batch_size), strict=True):
+        yield tokens[at[:, None] + torch.arange(length)], mask
+
+
+def consecutive_windows(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Windows that follow one another, in which every token of the text is scored exactly once.
+
+    The last one begins early enough to be whole; what it shares with the one before is not scored.
+
+    Returns:
+        tokens [n, length] and bool [n, length], true where a token is scored.
+    """
+    _check_length(tokens, length)
+    starts = torch.arange(0, len(tokens), length)
+    last = len(tokens) - length
+    position = torch.arange(length)
+    scored = starts.clamp(max=last)[:, None] + position >= starts[:, None]
+    return tokens[starts.clamp(max=last)[:, None] + position], scored
+
+
+def _check_length(tokens: Tensor, length: int) -> None:
+    if not 2 <= length <= len(tokens):
+        raise ValueError(
+            f"a window must have from 2 tokens to those of the text, {len(tokens)}, got {length}; "
+            "choose a shorter context or a longer text"
+        )

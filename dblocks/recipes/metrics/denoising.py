@@ -1,0 +1,37 @@
+"""The loss of a diffusion transformer on held-out images."""
+
+from __future__ import annotations
+
+import torch
+
+from dblocks.blocks import DiffusionBlocks, Draw
+from dblocks.recipes.data.splits import Images
+from dblocks.recipes.metrics import NOISE_SEED
+
+LEVELS = 12  # noise levels at which the loss is measured
+
+
+@torch.no_grad()
+def held_out_loss(model: DiffusionBlocks, data: Images, *, batch_size: int = 512) -> float:
+    """The mean L2 loss, in F space, at noise levels of equal probability, each by its block.
+
+    The noise is the same for every model of the same images, so that losses compare across blocks.
+
+    Args:
+        model: the blocks of a `DiT`.
+        data: the images.
+        batch_size: images at a time.
+    """
+    config = model.config
+    device = next(model.parameters()).device
+    levels = config.noise_schedule.steps(2 * LEVELS + 1)[1::2]
+    owners = config.noise_schedule.block_of(levels, config.num_blocks).tolist()
+    total = 0.0
+    for first in range(0, len(data), batch_size):
+        images = data.images[first : first + batch_size].float().to(device)
+        batch = {"images": images, "labels": data.labels[first : first + batch_size].to(device)}
+        for i, (sigma, block) in enumerate(zip(levels.tolist(), owners, strict=True)):
+            seed = torch.full((), NOISE_SEED + first + i, dtype=torch.int64, device=device)
+            draw = Draw(torch.full((len(images),), sigma, device=device), seed, None)
+            total += model.loss_at(batch, block, draw).losses.double().sum().item()
+    return total / (len(data) * LEVELS)

@@ -1,0 +1,78 @@
+"""A small classifier of images: what generated images are judged by."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dblocks.recipes.data.splits import Images, batch_indices
+
+FEATURES = 32  # few, so that some hundred images estimate their covariance
+WIDTH = 16
+POOLED = 2  # side of the last feature map
+SEED = 77_000  # a seed that no run has
+STEPS = 400
+BATCH_SIZE = 64
+LR = 3e-3
+WEIGHT_DECAY = 0.5
+
+
+class ImageClassifier(nn.Module):
+    """Four convolutions and two linear layers; features have norm sqrt(32).
+
+    Args:
+        channels: channels of the images, which may have any size.
+        num_classes: number of classes.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        W = WIDTH
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, W, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(W, 2 * W, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(2 * W, 2 * W, 3, padding=1, stride=2),
+            nn.GELU(),
+            nn.Conv2d(2 * W, 4 * W, 3, padding=1),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(POOLED),
+            nn.Flatten(),
+            nn.Linear(4 * W * POOLED**2, FEATURES),
+            # Distances do not depend on how far the features happened to grow.
+            nn.LayerNorm(FEATURES, elementwise_affine=False),
+        )
+        self.head = nn.Linear(FEATURES, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, num_classes] of images [N, C, H, W]."""
+        return self.head(self.features(images))
+
+
+def train_judge(
+    data: Images, num_classes: int, *, steps: int = STEPS, device: str = "cpu"
+) -> ImageClassifier:
+    """A classifier trained on `data`, the same at every call: its seed is its own.
+
+    Args:
+        data: what to train on.
+        num_classes: number of classes.
+        steps: of one batch of 64.
+        device: where to train.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        judge = ImageClassifier(data.images.shape[1], num_classes).to(device)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+    batch_size = min(BATCH_SIZE, len(data))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
+        chosen = data[batch_indices(len(data), batch_size, seed=SEED, step=step)]
+        logits = judge(chosen.images.float().to(device))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits, chosen.labels.to(device)).backward()
+        optimizer.step()
+    return judge.eval().requires_grad_(False)

@@ -1,0 +1,28 @@
+"""Progress bars; tqdm is imported when one is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def progress_bar(purpose: str, label: str, total: int | None = None, *, shown: bool = True) -> Any:
+    """A bar of steps, silent where the output is not a terminal.
+
+    Args:
+        purpose: "training" or "sampling".
+        label: stands before the bar.
+        total: number of steps, where it is known.
+        shown: whether to show it at all.
+
+    Raises:
+        ImportError: tqdm is not installed.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} shows its progress with the package tqdm, which is not installed; "
+            "`pip install 'dblocks[train]'`"
+        ) from error
+    # disable=None is tqdm's way of being silent where the output is not a terminal.
+    return tqdm(total=total, desc=label, unit="step", disable=None if shown else True)

@@ -1,0 +1,97 @@
+"""Tables made from the records of finished runs.
+
+A record is what `records.train` makes: a dictionary of JSON values. A row of a table is the records
+of runs that differ in their seed only; a column says what to write of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dblocks.recipes.metrics.classes import mean_std
+
+Record = Mapping[str, Any]
+Rows = Mapping[str, Sequence[Record]]
+
+
+class Column(NamedTuple):
+    """One column of a table."""
+
+    head: str
+    text: Callable[[Sequence[Record]], str]
+    """What to write of the records of a row."""
+
+
+def check_rows(rows: Rows) -> None:
+    """Raises ValueError where a row has no run, or two runs that differ in more than the seed."""
+    for name, records in rows.items():
+        if not records:
+            raise ValueError(f"the row {name!r} has no finished run")
+        configs = [{k: v for k, v in r["run"].items() if k != "seed"} for r in records]
+        if any(config != configs[0] for config in configs):
+            raise ValueError(f"the runs of the row {name!r} differ in more than their seed")
+
+
+def spread(
+    records: Sequence[Record], key: Callable[[Record], float | None], form: str, *, unit: str = ""
+) -> str:
+    """Mean and sample standard deviation of a value over the records; a dash where it is None.
+
+    Args:
+        records: of a row.
+        key: reads the value of a record.
+        form: how a number is written, such as ".1f".
+        unit: written after both, such as " %".
+    """
+    values = [key(record) for record in records]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "-"
+    mean, std = mean_std(known)
+    return f"{mean:{form}}{'' if math.isnan(std) else f' ± {std:{form}}'}{unit}"
+
+
+def percent(records: Sequence[Record], key: Callable[[Record], float | None]) -> str:
+    """`spread` of a share in [0, 1], in percent."""
+
+    def hundredfold(record: Record) -> float | None:
+        value = key(record)
+        return None if value is None else 100 * value
+
+    return spread(records, hundredfold, ".1f", unit=" %")
+
+
+def mean(records: Sequence[Record], key: str) -> float:
+    """The mean of a value over the records."""
+    return mean_std([record[key] for record in records])[0]
+
+
+# What every run costs; `{"layers_per_step": ...}` and so on are in every record.
+COSTS = (
+    Column("learning rate", lambda r: f"{r[0]['run']['lr']:g}"),
+    Column("layers run per step", lambda r: f"{r[0]['layers_per_step']:g}"),
+    Column("layer evaluations", lambda r: f"{r[0]['layer_evaluations']:,}"),
+    Column("samples seen", lambda r: f"{r[0]['samples']:,}"),
+    Column("peak saved activations (MiB)", lambda r: f"{r[0]['activations_mib']:.1f}"),
+    Column("params + grads + optimizer (MiB):", lambda r: ""),
+    Column("  of what a step trains", lambda r: f"{r[0]['state_mib']:.1f}"),
+    Column("  of all that one process holds", lambda r: f"{r[0]['process_mib']:.1f}"),
+    Column("seconds", lambda r: f"{mean(r, 'seconds'):.0f}"),
+)
+
+
+def text_table(rows: Rows, columns: Sequence[Column]) -> str:
+    """For a terminal: one row of the table to a column, named above it."""
+    check_rows(rows)
+    lines = [("", list(rows))]
+    lines += [(c.head, [c.text(records) for records in rows.values()]) for c in columns]
+    head = max(len(label) for label, _ in lines)
+    widths = [max(len(cells[i]) for _, cells in lines) for i in range(len(rows))]
+    text = [
+        "  ".join([label.ljust(head), *(c.rjust(w) for c, w in zip(cells, widths, strict=True))])
+        for label, cells in lines
+    ]
+    text.insert(1, "-" * len(text[0]))
+    return "\n".join(text)

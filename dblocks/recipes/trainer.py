@@ -1,0 +1,144 @@
+"""The trainer that all networks share: the steps and the optimizer, for both ways of training.
+
+End to end and in blocks have the data, its order, the optimizer, the learning rate's schedule and
+the evaluation in common, so that two runs differ in the way of training only. A network that is a
+denoiser whichever way it is trained is end to end one block of all layers; others are trained end
+to end without noise levels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
+from dblocks.recipes.data.batches import Batch, Data
+from dblocks.recipes.run import Run
+
+BLOCK_SEED = 2**31  # added to a run's seed: of the blocks and noise levels drawn in training
+
+
+class Trainer(ABC):
+    """A network in training: `step` trains it on a batch, whichever way the run asks for.
+
+    Args:
+        run: what to train.
+        data: where its batches come from.
+        make: makes the network, which has its residual layers in `layers`.
+        config: how it is cut; one block end to end.
+        end_to_end_loss: the loss, 0-d, of a network and a batch end to end, for networks that are
+            trained without noise levels then; they are not cut.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        data: Data,
+        make: Callable[[], nn.Module],
+        config: Callable[[], BlocksConfig],
+        end_to_end_loss: Callable[[Any, Batch], Tensor] | None = None,
+    ) -> None:
+        self.run, self.batches = run, data
+        self.end_to_end_loss = end_to_end_loss if run.end_to_end else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            self.network: Any = make().to(run.device)
+        self.config = None if self.end_to_end_loss else config()
+        self.model = None if self.config is None else DiffusionBlocks(self.network, self.config)
+        self.block_optimizers = (
+            None if self.model is None else make_optimizers(self.model, self._adamw)
+        )
+        whole = self._adamw(list(self.network.parameters())) if self.model is None else None
+        self.optimizers: list[Optimizer] = [whole] if whole else list(self.block_optimizers or ())
+        # Not the stream that the weights or the order of the data come from.
+        self.generator = torch.Generator().manual_seed(BLOCK_SEED + run.seed)
+
+    @abstractmethod
+    def measure(self) -> dict[str, Any]:
+        """A point of the curve: JSON values about the network as it is."""
+
+    @abstractmethod
+    def progress(self, point: dict[str, Any]) -> str:
+        """A point of the curve in a few words, for the progress bar."""
+
+    @abstractmethod
+    def results(self, last: dict[str, Any]) -> dict[str, Any]:
+        """JSON values about the trained network, whose last measurement is `last`."""
+
+    def counted(self) -> list[nn.Module]:
+        """The modules whose calls in training count as layer evaluations."""
+        return list(self.network.layers)
+
+    def measured_loss(self, batch: Batch) -> Tensor:
+        """The loss end to end, where the work of a step is drawn with its draw at the mean."""
+        return cast(Any, self.end_to_end_loss)(self.network, batch)
+
+    @property
+    def trained(self) -> Any:
+        """What is trained: the `DiffusionBlocks`, or the network itself end to end."""
+        return self.network if self.model is None else self.model
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are trained; 1 end to end."""
+        return 1 if self.config is None else self.config.num_blocks
+
+    def batch(self, step: int) -> Batch:
+        """Batch number `step`, on the run's device."""
+        return {key: value.to(self.run.device) for key, value in self.batches.batch(step).items()}
+
+    def step(self, step: int) -> tuple[int, float]:
+        """Train on batch number `step`; returns the block (0 end to end) and its loss."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.run.lr_at(step)
+        batch = self.batch(step)
+        with self.autocast():
+            if self.model is None or self.block_optimizers is None:
+                return 0, self._end_to_end_step(batch)
+            result = train_step(
+                self.model, batch, self.block_optimizers,
+                generator=self.generator, clip_grad_norm=self.run.clip,
+            )  # fmt: skip
+        return result.block, result.details.losses.mean().item()
+
+    def optimizers_of(self, block: int) -> Sequence[Optimizer]:
+        """The optimizers that a step on `block` moves."""
+        if self.block_optimizers is None:
+            return self.optimizers
+        return self.block_optimizers.of_block(block)
+
+    def loss(self, batch: Batch, block: int) -> Tensor:
+        """The loss of a block, or end to end, by which the memory of a step is measured."""
+        with self.autocast():
+            if self.model is None:
+                return self.measured_loss(batch)
+            return self.model.loss(batch, block, generator=torch.Generator().manual_seed(0)).loss
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where the run asks for it."""
+        device = torch.device(self.run.device).type
+        return torch.autocast(device, torch.bfloat16, enabled=self.run.bf16)
+
+    def _end_to_end_step(self, batch: Batch) -> float:
+        self.network.zero_grad(set_to_none=True)
+        loss: Tensor = cast(Any, self.end_to_end_loss)(self.network, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.run.clip)
+        self.optimizers[0].step()
+        self.network.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def _adamw(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        matrices = [p for p in parameters if p.ndim > 1]
+        others = [p for p in parameters if p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": self.run.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.run.lr, fused=True)

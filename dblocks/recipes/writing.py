@@ -1,0 +1,111 @@
+"""What the commands of language models have in common: writing, and reading what was saved."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dblocks.blocks import DiffusionBlocks, trained_at_top
+from dblocks.recipes.command import load_network
+from dblocks.recipes.data.tokenizers import TOKENIZER_FILE, tokenizer_from_json
+from dblocks.recipes.metrics.autoregressive import bits_per_character, bound_of
+from dblocks.recipes.run import check_seed
+from dblocks.sampling import stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleText:
+    """Options of writing token by token."""
+
+    prompt: str = "The "
+    """The text to continue."""
+    tokens: int = 100
+    """Tokens to write; with those of the prompt they must fit into the model's context."""
+    temperature: float = 1.0
+    """What logits are divided by; 0 always takes the most likely token."""
+    top_k: int | None = None
+    """Choose among so many most likely tokens only."""
+    top_p: float | None = None
+    """Choose among the fewest most likely tokens that have this probability together."""
+    seed: int = 0
+    """Of noise and choices."""
+
+    def write(
+        self, model: Any, tokenizer: Any, steps: int | None, *, product: bool = False
+    ) -> None:
+        """Prints the prompt and what follows, with so many steps for each token or the product."""
+        check_seed(self.seed)
+        prompt = prompt_tokens(self.prompt, tokenizer)
+        written = stream(
+            model,
+            [prompt],
+            max_new_tokens=self.tokens,
+            num_steps=steps,
+            product=product,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        print_stream(prompt, written, tokenizer)
+
+
+def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, Any]:
+    """The model of a folder, its network, and its tokenizer; see `load_network`.
+
+    Raises:
+        ValueError: the folder does not hold them.
+    """
+
+    model, network = load_network(folder, kind, command)
+    try:
+        text = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{folder} must hold a {TOKENIZER_FILE}: {error}") from error
+    return model, network, tokenizer_from_json(text)
+
+
+def print_bits(model: Any, text: Any, context: int, windows: int) -> None:
+    """Prints what is known of the bits per character of a text under a language model."""
+
+    bits = bits_per_character(model, text, context, windows=windows)
+    in_blocks = isinstance(model, DiffusionBlocks)
+    how = "the first block alone" if in_blocks else "trained end to end"
+    print(f"{bits:.3f} bits a character on {text.characters:,} held-out characters, {how}")
+    if not isinstance(model, DiffusionBlocks):
+        return
+    if trained_at_top(model):
+        bits = bits_per_character(model, text, context, product=True, windows=windows)
+        print(f"{bits:.3f} bits a character, the product of all blocks")
+    bound = bound_of(model, text, context, windows=windows)
+    print(
+        f"{bound['bits']:.3f} bits a character, a bound of denoising by all blocks "
+        f"(standard error {bound['std_error']:.3f})"
+    )
+
+
+def prompt_tokens(prompt: str, tokenizer: Any) -> list[int]:
+    """The tokens of `--prompt`, at least one."""
+    tokens = tokenizer.encode(prompt)
+    if not tokens:
+        raise ValueError("--prompt must have at least one token; give some text")
+    return tokens
+
+
+def print_stream(prompt: list[int], steps: Iterable[Any], tokenizer: Any) -> None:
+    """Prints a text while it is written, token by token."""
+    written, shown = [], tokenizer.decode(prompt)
+    sys.stdout.write(shown)
+    for token in steps:
+        written.append(int(token))
+        # Tokens of a file may stand for parts of a character: only whole text grows.
+        text = tokenizer.decode([*prompt, *written])
+        sys.stdout.write(text[len(shown) :])
+        sys.stdout.flush()
+        shown = text
+    print()

@@ -1,0 +1,1 @@
+"""adaln, residual_adaln and gated_residual."""

@@ -1,0 +1,1 @@
+"""doubled_attention."""

@@ -1,0 +1,1 @@
+"""edm_denoise, edm_loss and euler_step."""

@@ -1,0 +1,106 @@
+import gzip
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from benchmarks.study import __main__ as study
+from benchmarks.study.archive import Archive
+from dblocks.recipes.records import read_record, write_record
+
+
+def record(value):
+    return {"format": 1, "value": value}
+
+
+@pytest.fixture
+def archive(tmp_path):
+    return Archive(tmp_path / "study")
+
+
+def add(archive, name, value):
+    write_record(archive.folder / f"{name}.json", record(value))
+
+
+def test_records_are_the_same_in_files_packed_and_unpacked(archive):
+    for name, value in (("b", 2), ("a", 1)):
+        add(archive, name, value)
+    before = archive.load()
+    assert before == {"a": record(1), "b": record(2)}
+    archive.pack()
+    assert archive.load() == before
+    assert not any(archive.folder.iterdir())
+    archive.unpack()
+    assert archive.load() == before
+    assert read_record(archive.folder / "a.json") == record(1)
+    assert not archive.file.exists()
+
+
+def test_bytes_depend_on_the_records_only(archive, tmp_path):
+    other = Archive(tmp_path / "other")
+    for name in "abc":
+        add(archive, name, name)
+    archive.pack()
+    for name in "cab":
+        add(other, name, name)
+        other.pack()
+    assert other.file.read_bytes() == archive.file.read_bytes()
+    lines = gzip.decompress(archive.file.read_bytes()).decode().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["a", "b", "c"]
+
+
+def test_a_file_counts_before_a_packed_record_and_replaces_it(archive):
+    add(archive, "a", 1)
+    archive.pack()
+    add(archive, "a", 2)
+    assert archive.load() == {"a": record(2)}
+    archive.pack()
+    assert archive.load() == {"a": record(2)}
+
+
+def test_what_is_no_record_stays_where_it_is(archive):
+    add(archive, "a", 1)
+    (archive.folder / "a.json.17.part").write_text("{")  # a run that writes its record
+    archive.pack()
+    assert [path.name for path in archive.folder.iterdir()] == ["a.json.17.part"]
+
+
+def test_nothing_is_an_empty_archive(archive):
+    assert archive.load() == {}
+    archive.pack()
+    assert archive.load() == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", gzip.compress(b"{"), gzip.compress(b"[]")])
+def test_a_broken_archive_is_a_clear_error(archive, content):
+    archive.file.write_bytes(content)
+    if content:
+        with pytest.raises(ValueError, match=r"study\.jsonl\.gz is not an archive of records"):
+            archive.load()
+
+
+def add_and_pack(folder, names):
+    for name in names:
+        write_record(folder / f"{name}.json", record(name))
+        Archive(folder).pack()
+
+
+def test_those_that_pack_at_once_lose_nothing(archive):
+    # Each opens the folder that it locks for itself, in threads as in processes.
+    names = [[f"{i}-{k}" for k in range(15)] for i in range(3)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(add_and_pack, [archive.folder] * len(names), names))
+    assert archive.load() == {name: record(name) for many in names for name in many}
+
+
+def test_the_command_packs_and_unpacks_what_it_is_told(archive, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    there = Archive(study.EXPERIMENTS["vit-digits"].records)
+    add(there, "a", 1)
+    assert study.main(["pack", "dit-digits"]) == 0
+    assert (there.folder / "a.json").exists()
+    assert study.main(["pack", "vit-digits"]) == 0
+    assert not (there.folder / "a.json").exists()
+    assert study.main(["unpack", "vit-digits"]) == 0
+    assert there.load() == {"a": record(1)}
+    assert (there.folder / "a.json").exists()

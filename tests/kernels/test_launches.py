@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from dblocks.kernels._common import launches
+
+
+@pytest.mark.parametrize("parts", [launches.FORWARD_PARTS, launches.BACKWARD_PARTS])
+@pytest.mark.parametrize("D", [1, 7, 64, 257, 768, 1152, 1160, 1536, 4096, 5120, 8192, 16384])
+def test_a_row_is_covered_by_parts_of_which_only_the_last_lacks_columns(D, parts):
+    tile = launches.row_tile(D, 4096, parts)
+    W = tile.BLOCK_D // tile.PARTS
+    assert W * tile.PARTS == tile.BLOCK_D
+    assert W & (W - 1) == 0
+    assert 0 <= tile.BLOCK_D - D < W
+    assert W == launches.MAX_PART or tile.PARTS <= parts  # noqa: SIM300
+    assert 4 <= tile.num_warps <= 16
+
+
+def test_sizes_count_in_eights_where_all_are_multiples():
+    assert launches.common_step(1160, 0, 3480) == 8
+    assert launches.common_step(1160, 4) == 1
+
+
+def test_a_plan_is_made_once_and_their_number_is_bounded(monkeypatch):
+    monkeypatch.setattr(launches, "_PLANS", {})
+    monkeypatch.setattr(launches, "MAX_PLANS", 4)
+    made = []
+    for key in (0, 0, *range(20), 19):
+        assert launches.plan(key, lambda key=key: made.append(key) or (key,)) == (key,)
+        assert len(launches._PLANS) <= 4
+    assert made == list(range(20))
+
+
+def test_a_layout_tells_apart_what_a_launch_depends_on():
+    x = torch.empty(4, 8, 16)
+    kinds = [x, x.half(), x[:2], x.transpose(0, 1), x.flatten()[1:449].view(4, 7, 16), None]
+    assert len({launches.layout(a) for a in kinds}) == len(kinds)
+    assert launches.layout(x) == launches.layout(torch.empty(4, 8, 16))

@@ -1,0 +1,59 @@
+"""The table of ops and families against the files that it speaks of."""
+
+import pytest
+
+import dblocks.functional
+from benchmarks.ops.registry import OPS
+from dblocks.ops import FAMILIES
+from tools import ROOT
+
+WITHOUT_CPP = {"attention", "cross_entropy"}
+
+
+def names(folder, pattern="*"):
+    """Of the files and folders that are not private."""
+    found = {path.stem for path in (ROOT / folder).glob(pattern)}
+    return {name for name in found if not name.startswith("_") and "." not in name}
+
+
+def test_every_op_is_public_and_nothing_else_is():
+    public = {
+        name
+        for name in dblocks.functional.__all__
+        if not isinstance(getattr(dblocks.functional, name), type)  # what some ops return
+    }
+    assert set(FAMILIES) == public
+
+
+def test_every_op_has_its_file_and_its_tests():
+    assert set(FAMILIES) == names("dblocks/ops", "*.py")
+    tests = {name.removeprefix("test_") for name in names("tests/ops", "test_*.py")}
+    assert set(FAMILIES) == tests - {"families"}
+
+
+def test_every_family_has_its_kernels_and_its_reference():
+    families = set(FAMILIES.values())
+    assert families == names("kernels") - {"reference"}
+    reference = {path.stem for path in (ROOT / "kernels" / "reference").glob("_*.py")}
+    assert {f"_{family}" for family in families} == reference - {"__init__", "_arithmetic"}
+    folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
+    assert families - WITHOUT_CPP == folders - {"common"}
+
+
+@pytest.mark.parametrize("op", FAMILIES)
+def test_an_op_launches_kernels_of_its_family_only(op):
+    source = (ROOT / "dblocks" / "ops" / f"{op}.py").read_text()
+    if op == "doubled_attention":
+        source = (ROOT / "dblocks" / "ops" / "_attention" / "fused.py").read_text()
+    used = {
+        line.split("dblocks.kernels.")[1].split()[0].partition(".")[0]
+        for line in source.splitlines()
+        if line.startswith("    from dblocks.kernels.")
+    }
+    # Ops without kernels of their own share those of adaln.py.
+    assert used == {FAMILIES[op]} or "from dblocks.ops.adaln import fused" in source
+
+
+def test_every_op_is_measured():
+    measured = {op.name.removesuffix("_rms") for op in OPS}
+    assert set(FAMILIES) == measured
