@@ -163,7 +163,8 @@ def denoising_bound(
         raise ValueError(f"draws must be at least 2, for the standard error, got {draws}")
     network = cast(Any, model.base_model)
     schedule, num_blocks = model.config.noise_schedule, model.config.num_blocks
-    y, k = network.embed_target({"tokens": tokens}), _block_size(model)
+    target, k = network.target, _block_size(model)
+    y = target.embed(target.check({"tokens": tokens}))
     ends = schedule.boundaries(num_blocks).tolist()
     parts, variances = [], []
     for block, (high, low) in enumerate(pairwise(ends)):
