@@ -4,7 +4,8 @@ import itertools
 
 import torch
 
-from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.blocks import BlocksConfig, DiffusionBlocks, MaskedTokenTarget
+from dblocks.blocks.targets.heads import FunctionHead
 from dblocks.models.masked_lm import Hidden, MaskedLM, MaskedLMConfig
 from dblocks.schedules import MASKED, MaskSchedule
 from tools import DEVICE, randomized, seeded
@@ -44,7 +45,11 @@ class Exact(MaskedLM):
             layer.calls = getattr(layer, "calls", 0) + 1
         return Hidden(z_in.cpu(), None)
 
-    def read_out(self, hidden, z, level):
+    @property
+    def target(self):
+        return MaskedTokenTarget(FunctionHead(lambda logits: logits), self.config)
+
+    def features(self, hidden):
         z, x = hidden.x, self.x
         fits = ((z[:, None] == MASKED) | (z[:, None] == x)).all(-1)
         weight = fits * self.p.flatten()

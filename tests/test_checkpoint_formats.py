@@ -49,7 +49,7 @@ def in_format_1(folder, fields, weighting="none"):
 def test_blocks_of_format_1_are_what_they_were(tmp_path, name, shared, weighting):
     network, fields, cond, z = networks()[name]
     meant = weighting
-    if weighting == "auto" and network.loss_kind == "cross_entropy":
+    if weighting == "auto" and network.target.loss_kind == "cross_entropy":
         meant = "batch_mean"
     config = BlocksConfig(2, shared=shared, top_share=0.0, weighting=meant)
     model = DiffusionBlocks(network, config)

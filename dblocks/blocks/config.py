@@ -12,7 +12,6 @@ from dblocks.schedules.base import OVERLAP
 Weighting = Literal["auto", "edm", "clamped", "none", "batch_mean"]
 Shared = Literal["train", "frozen", "private"]
 SHARED = ("train", "frozen", "private")
-TOP_SHARE = 0.6  # of targets that are one of K; chosen on validation data, see docs/results.md
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class BlocksConfig(JsonConfig):
     top_share: float | Literal["auto"] = "auto"
     """Share of every block's draws that are at the highest level (sigma_max, or all masked), where
     the condition alone tells anything: so later blocks learn to read it too. It changes training
-    only, not which block a level belongs to. auto is .6 for a cross-entropy with noise, else 0."""
+    only, not which block a level belongs to. auto is what the target says: .6 for one of K
+    embeddings, else 0."""
     weighting: Weighting = "auto"
     """Weight of a sample's loss; auto is edm for L2, none for cross-entropy, and the weight of the
     bound for masks."""
@@ -83,12 +83,6 @@ class BlocksConfig(JsonConfig):
                 f"got a {type(self.schedule).__name__}"
             )
         return cast(MaskSchedule, self.schedule)
-
-    def top_share_for(self, loss_kind: str) -> float:
-        """`top_share`, as "auto" means it for this kind of loss."""
-        if self.top_share == "auto":
-            return TOP_SHARE if loss_kind == "cross_entropy" else 0.0
-        return self.top_share
 
     def layer_ranges(self, num_layers: int) -> tuple[tuple[int, int], ...]:
         """The layers [first, last) of each block, which cover every layer once.

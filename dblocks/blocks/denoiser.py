@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple, cast
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dblocks.blocks.config import BlocksConfig, Weighting
-from dblocks.blocks.model import Batch, BlockModel
+from dblocks.blocks.model import BlockModel
+from dblocks.blocks.targets.base import Batch, CheckedBatch, Target
+from dblocks.config import check_block
 from dblocks.kernels.reference import in_forward_mode
 from dblocks.schedules import Schedule
 from dblocks.schedules.random import draw_seed
@@ -47,17 +48,94 @@ class Draw(NamedTuple):
     """bool [N]: whose condition is dropped; None where the model never drops."""
 
 
-class Denoiser(nn.Module, ABC):
+class Denoiser(nn.Module):
     """What `DiffusionBlocks` and the view of one block have in common: loss and prediction.
 
-    Subclasses say which model and which layers belong to a block.
+    Subclasses say which networks and which layers they hold.
     """
 
     config: BlocksConfig
+    base_model: BlockModel
+    """The network, with the layers of all blocks or of one."""
+    copies: nn.ModuleList | nn.ModuleDict
+    """Private copies of what is outside the layers, by `block - 1`."""
+    held: Mapping[int, slice]
+    """The blocks that are here, and where each one's layers are among `base_model.layers`."""
+    index: int | None = None
+    """The only block here; None where there are all."""
 
-    @abstractmethod
     def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
-        """The model that embeds and reads out for a block, and the block's layers."""
+        """The network that embeds and predicts for a block, and the block's layers."""
+        block = check_block(block, self.config.num_blocks)
+        if block not in self.held:
+            raise ValueError(f"block must be {self.index}, the only one held here, got {block}")
+        model = self.copies._modules.get(str(block - 1), self.base_model)
+        layers = list(self.base_model.layers._modules.values())[self.held[block]]
+        return cast(BlockModel, model), cast(list[nn.Module], layers)
+
+    def loss(
+        self, batch: Batch, block: int | None = None, *, generator: torch.Generator | None = None
+    ) -> Loss:
+        """The training loss of one block; runs that block's layers only.
+
+        Only `loss_at` compiles as one graph; this draws on the host first.
+
+        Args:
+            batch: what the network reads, such as {"images": ..., "labels": ...}.
+            block: the block; the only one by default.
+            generator: a CPU generator; one number drawn from it seeds sigma and the noise.
+
+        Raises:
+            ValueError: `block` is out of range, or the batch is not what the target takes.
+        """
+        block = self.index if block is None else block
+        if block is None:
+            raise ValueError("block must say which block's loss to take, got None")
+        checked = _checked(self.parts(block)[0], batch)
+        return self.loss_at(checked, block, self.draw(checked, block, generator=generator))
+
+    def forward(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        *,
+        block: int | None = None,
+        guidance_scale: float = 1.0,
+        **cond: Any,
+    ) -> Tensor:
+        """The estimate of the clean target from a noisy one.
+
+        Args:
+            z: noisy target [N, ...].
+            sigma: its noise level: a number, 0-d, [N], or [N, S] for z [N, T, D], one for each of
+                S segments of T/S tokens.
+            block: the block to run; by default the only one held here, or the one that owns sigma,
+                compared in the dtype of sigma; the host looks it up, which synchronises where sigma
+                is on a GPU.
+            guidance_scale: 1 is no guidance; see `Bound`.
+            **cond: what the network's `embed_condition` reads, such as `images=`.
+
+        Returns:
+            denoised [N, ...], float32.
+
+        Raises:
+            ValueError: the levels belong to several blocks, or `block` is out of range.
+        """
+        block = self.index if block is None else block
+        return self.bind(guidance_scale=guidance_scale, **cond)(z, sigma, block=block)
+
+    def logits(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        *,
+        block: int | None = None,
+        guidance_scale: float = 1.0,
+        **cond: Any,
+    ) -> Tensor:
+        """As `forward`, but the prediction itself: logits, or F for an L2 target."""
+        block = self.index if block is None else block
+        return self.bind(guidance_scale=guidance_scale, **cond).logits(z, sigma, block=block)
 
     def bind(self, *, guidance_scale: float = 1.0, **cond: Any) -> Bound:
         """The denoiser with its condition, which is embedded once for all calls."""
@@ -67,48 +145,50 @@ class Denoiser(nn.Module, ABC):
         """Draws a training step's seed on the CPU, and from it sigma on the device.
 
         Args:
-            batch: what the model's parts read.
+            batch: what the network reads.
             block: the block to train.
             generator: a CPU generator, of which one number is drawn.
         """
         model, layers = self.parts(block)
+        target = model.target
+        shape = target.sigma_shape(_checked(model, batch))
         seed = draw_seed(generator)
         device = _device_of((*layers, cast(nn.Module, model)), batch)
         # The generator of a GPU is Philox too: under the same key, sigma would be made of the same
         # bits as the first elements' noise.
         key = seed if device.type == "cpu" else seed ^ LEVEL_KEY
         on_device = torch.Generator(device).manual_seed(key)
-        shape = model.sigma_shape(batch)
         sigma = self.config.schedule.sample(
             block, self.config.num_blocks, shape,
-            overlap=self.config.overlap, top_share=self.config.top_share_for(model.loss_kind),
+            overlap=self.config.overlap, top_share=_top_share(self.config, target),
             generator=on_device, device=device,
         )  # fmt: skip
-        drop = None
-        if model.condition_drop > 0:
+        drop, condition_drop = None, getattr(model, "condition_drop", 0.0)
+        if condition_drop > 0:
             uniform = torch.rand(shape[0], generator=on_device, device=device)
-            drop = uniform < model.condition_drop
+            drop = uniform < condition_drop
         return Draw(sigma, torch.full((), seed, dtype=torch.int64, device=device), drop)
 
     def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
         """The loss of a block at given random numbers; compiles as one graph."""
         model, layers = self.parts(block)
-        config = self.config
+        config, target = self.config, model.target
         schedule: Schedule = config.schedule
+        batch = _checked(model, batch)
         level: Any = schedule.level(draw.sigma)
-        y = model.embed_target(batch)
+        y = target.embed(batch)
         noised = schedule.corrupt(y, level, draw.seed)
         condition = model.embed_condition(batch, draw.drop)
-        hidden = model.run_layers(layers, noised.z_in, level, condition)
-        losses = model.score(hidden, cast(Tensor, noised.z), level, y, draw.seed, batch)
+        features = model.features(model.run_layers(layers, noised.z_in, level, condition))
+        losses = target.score(features, cast(Tensor, noised.z), level, y, draw.seed, batch)
         if losses.shape != draw.sigma.shape:
             raise ValueError(
-                f"score() of {type(model).__name__} must return one loss for each sigma, "
+                f"score() of {type(target).__name__} must return one loss for each sigma, "
                 f"{list(draw.sigma.shape)}, got {list(losses.shape)}; "
-                "average over what shares a sigma, see dblocks.blocks.BlockModel"
+                "average over what shares a sigma, see dblocks.blocks.Target"
             )
         w = schedule.loss_weight(draw.sigma, block, config.num_blocks, overlap=config.overlap)
-        weight = loss_factors(config.weighting, model.loss_kind, w)
+        weight = loss_factors(config.weighting, target.loss_kind, w)
         return Loss((weight * losses).mean(), losses, weight, draw.sigma)
 
 
@@ -135,7 +215,7 @@ class Bound:
         return self._guided(z, sigma, block, logits=False)
 
     def logits(self, z: Tensor, sigma: Tensor, *, block: int | None = None) -> Tensor:
-        """The model's prediction itself: logits, or F for a model with an L2 loss."""
+        """The prediction itself: logits, or F for an L2 target."""
         return self._guided(z, sigma, block, logits=True)
 
     def _guided(self, z: Tensor, sigma: Tensor, block: int | None, *, logits: bool) -> Tensor:
@@ -160,9 +240,9 @@ class Bound:
         z_in = self.denoiser.config.schedule.scale_in(z, level)
         condition = self._condition(model, z, drop)
         with attention_with_tangents():
-            hidden = model.run_layers(layers, z_in, level, condition)
-            prediction = model.read_out(hidden, z, level)
-        return prediction if logits else model.denoise(prediction, z, level)
+            features = model.features(model.run_layers(layers, z_in, level, condition))
+            prediction = model.target.predict(features, z, level)
+        return prediction if logits else model.target.denoise(prediction, z, level)
 
     def _condition(self, model: BlockModel, z: Tensor, drop: bool) -> Any:
         # With private parameters each block embeds the condition itself.
@@ -222,7 +302,8 @@ def check_trained_at_top(model: Denoiser) -> None:
 
 def trained_at_top(model: Denoiser) -> bool:
     """Whether blocks after the first one were trained at the highest level too."""
-    return model.config.top_share_for(model.parts(0)[0].loss_kind) > 0
+    network, _ = model.parts(next(iter(model.held)))
+    return _top_share(model.config, network.target) > 0
 
 
 def attention_with_tangents() -> AbstractContextManager:
@@ -236,6 +317,15 @@ def unwrapped(model: Any) -> Any:
     while isinstance(inner, nn.Module) and not isinstance(inner, Denoiser):
         inner = getattr(inner, "_orig_mod", getattr(inner, "module", None))
     return inner if isinstance(inner, Denoiser) else model
+
+
+def _top_share(config: BlocksConfig, target: Target) -> float:
+    return target.top_share if config.top_share == "auto" else config.top_share
+
+
+def _checked(model: BlockModel, batch: Batch) -> Batch:
+    """The batch as the target checked it, which it does once."""
+    return batch if isinstance(batch, CheckedBatch) else model.target.check(batch)
 
 
 def _device_of(modules: Iterable[nn.Module], batch: Batch) -> torch.device:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dblocks.blocks.network import Batch, DiffusionBlocks, Loss
+from dblocks.blocks.denoiser import Loss
+from dblocks.blocks.network import DiffusionBlocks
+from dblocks.blocks.targets.base import Batch
 from dblocks.config import check_block
 
 Optimizers = Optimizer | Sequence[Optimizer] | None

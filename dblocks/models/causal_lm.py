@@ -14,11 +14,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dblocks.blocks import Batch
+from dblocks.blocks import Batch, TokenTarget
+from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.models.doubled_rows import attend_doubled, run_doubled
 from dblocks.models.language_config import LanguageModelConfig
-from dblocks.models.language_model import Hidden, LanguageModel, Readout
-from dblocks.models.token_batch import TokenBatch
+from dblocks.models.language_model import Hidden, LanguageModel
 from dblocks.nn import Attend, Rotary
 from dblocks.sampling.cache import KVCache, Slots
 from dblocks.schedules import NoiseLevel
@@ -74,7 +74,7 @@ class CausalLM(LanguageModel):
     conditioning, so a cache of them serves every noise level. Either way noisy tokens of a block
     see each other, and no clean token of their own block.
 
-    `LanguageModel` tells of batches, the readout, the loss and the start of the weights.
+    `LanguageModel` tells of batches, the output head, the loss and the start of the weights.
 
     End to end, `lm(tokens)` is the plain model under the null conditioning: row i predicts token
     i + 1.
@@ -101,8 +101,8 @@ class CausalLM(LanguageModel):
         With `cu_seqlens` the attention's mask is a tensor of T*T elements.
         """
         batch = TokenBatch.of({"tokens": tokens, "cu_seqlens": cu_seqlens}, self.config)
-        readout = self.current_readout()
-        return self._logits(self._plain_features(batch, readout), readout)
+        target = self.target.fixed()
+        return target.next_logits(self._plain_features(batch, target))
 
     def next_token_loss(self, batch: Batch) -> Tensor:
         """The mean cross-entropy of the plain model over the tokens that are scored, 0-d, in nats.
@@ -111,13 +111,12 @@ class CausalLM(LanguageModel):
             batch: as for training in blocks.
         """
         given = TokenBatch.of(batch, self.config)
-        readout = self.current_readout()
-        return self._plain_loss(self._plain_features(given, readout), given, readout)
+        target = self.target.fixed()
+        return target.next_loss(self._plain_features(given, target), given)
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
         """The clean rows; see `LanguageModel.embed_condition`."""
         given, k = self._checked(batch, drop), self.block_size
-        given.check_blocks(k)
         e, positions = self._embed(given.tokens, self.target_embedding.rows()), given.positions()
         if self.config.rows == "single":
             before = self._or_start(e.roll(k, 1), positions)
@@ -148,14 +147,14 @@ class CausalLM(LanguageModel):
         level: NoiseLevel,
         tokens: Tensor,
         cache: KVCache,
-        readout: Readout,
+        table: Tensor,
     ) -> Hidden:
         """As `run_layers` for some noisy rows; see `LanguageModel.run_cached`."""
         C, single = tokens.shape[1], self.config.rows == "single"
         rows = z_in.shape[1] + (0 if single else C)
         positions, attends = cache.positions(rows), cache.attends(rows)
         clean, cond, rotary = (
-            self._embed(tokens, readout.rows), self._cond(level), self._rotary(positions)
+            self._embed(tokens, table), self._cond(level), self._rotary(positions)
         )  # fmt: skip
         if single:
             e = cache.before(clean, self.block_size)
@@ -202,19 +201,19 @@ class CausalLM(LanguageModel):
         self,
         tokens: Tensor,
         cache: KVCache,
-        readout: Readout,
+        target: TokenTarget,
         *,
         num_steps: int = 1,
         noise: Tensor | None = None,
     ) -> Tensor:
         """The plain model's logits [N, V]; see `LanguageModel.next_logits`."""
         C = tokens.shape[1]
-        rotary, x = self._rotary(cache.positions(C)), self._embed(tokens, readout.rows)
+        rotary, x = self._rotary(cache.positions(C)), self._embed(tokens, target.rows())
         for layer, attend in zip(self.layers, cache.attends(C), strict=True):
             x = layer(x, None, rotary=rotary, attend=attend)
         x = cache.last_row(x)
         cache.commit(C)
-        return self._logits(self.norm.modulate(x, None, None), readout)[:, 0]
+        return target.next_logits(self._normed(x))[:, 0]
 
     def _run_single(
         self,
@@ -239,9 +238,9 @@ class CausalLM(LanguageModel):
     def _make_layers(self) -> None:
         self.layers = self._layers_of(self.config.depth, self.config.conditioning)
 
-    def _plain_features(self, batch: TokenBatch, readout: Readout) -> Tensor:
-        x, rotary = self._embed(batch.tokens, readout.rows), self._rotary(batch.positions())
+    def _plain_features(self, batch: TokenBatch, target: TokenTarget) -> Tensor:
+        x, rotary = self._embed(batch.tokens, target.rows()), self._rotary(batch.positions())
         attend = batch.attend_causally()
         for layer in self.layers:
             x = layer(x, None, rotary=rotary, attend=attend)
-        return self.norm.modulate(x, None, None)
+        return self._normed(x)

@@ -13,16 +13,9 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from dblocks import functional as F
 from dblocks.blocks import Batch, DiffusionBlocks, unwrapped
-from dblocks.models.images import (
-    ImageModelConfig,
-    check_floating,
-    check_label_values,
-    check_labels,
-    check_pairs,
-    entry,
-)
+from dblocks.blocks.targets.classes import check_labels
+from dblocks.models.images import ImageModelConfig, ImageTarget
 from dblocks.models.patches import sincos_positions, unpatchify
 from dblocks.nn import (
     AdaLayerNorm,
@@ -89,7 +82,7 @@ class DiTConfig(ImageModelConfig):
 
 
 class Hidden(NamedTuple):
-    """What the layers leave for the readout."""
+    """What the layers leave."""
 
     x: Tensor
     """Tokens [N, P, D], row by row of the image."""
@@ -110,7 +103,7 @@ class DiT(nn.Module):
     sines and cosines; images of another size than `config.image_size` have the coordinates of
     their patches' centres when stretched over the native size.
 
-    Linear layers start Xavier uniform, the embeddings of noise and label from a normal of deviation
+    Linear layers start Xavier uniform, the embeddings of noise and label from a normal of std
     .02, modulations and the last linear layer at zero.
 
     The layout of patches and tokens is that of the published DiT, whose tensors (left) are these
@@ -156,23 +149,9 @@ class DiT(nn.Module):
         self.readout = nn.Linear(D, patch * patch * config.channels)
         grid = self._grid(*config.height_width)
         self.register_buffer("positions", sincos_positions(grid, D, native=grid), persistent=False)
-        self.target_embedding = None
-        self.loss_kind: Literal["cross_entropy", "l2"] = "l2"
+        self.target = ImageTarget(config.channels, patch, config.num_classes)
         self.condition_drop = config.label_drop if config.drops_labels else 0.0
         self._init_weights()
-
-    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
-        """One noise level an image: [N]."""
-        images = self._images(batch)
-        if self.config.num_classes:
-            labels = self._labels(batch)
-            check_pairs(images, labels)
-        return (len(images),)
-
-    def embed_target(self, batch: Batch) -> Tensor:
-        """`batch["images"]` [N, C, H, W] themselves, float32 (float64)."""
-        images = self._images(batch)
-        return images if images.dtype == torch.float64 else images.float()
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor | None:
         """Embeddings of `batch["labels"]` [N], [N, cond_dim]; None for images without classes.
@@ -188,8 +167,7 @@ class DiT(nn.Module):
             )
         if self.label_embedding is None:
             return None
-        labels = self._labels(batch)
-        check_label_values(labels, config.num_classes)
+        labels = self.target.labels(batch)
         if drop is not None:
             labels = labels.masked_fill(drop, config.num_classes)
         return self.label_embedding(labels)
@@ -212,24 +190,13 @@ class DiT(nn.Module):
             x = layer(x, cond)
         return Hidden(x, cond, grid)
 
-    def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
+    def features(self, hidden: Hidden) -> Tensor:
         """F [N, C, H, W], float32 also under autocast (float64)."""
         x = hidden.x
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, self.readout.weight.dtype))
             tokens = self.readout(self.norm(x, hidden.cond.to(x.dtype)))
         return unpatchify(tokens, hidden.grid, self.config.patch_size)
-
-    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
-        """`c_skip*z + c_out*F`, [N, C, H, W]."""
-        return F.edm_denoise(prediction, z, level.sigma, sigma_data=level.sigma_data)
-
-    def score(
-        self, hidden: Hidden, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
-    ) -> Tensor:
-        """The L2 loss of F of each image, [N]."""
-        f = self.read_out(hidden, z, level)
-        return F.edm_loss(f, y, level.sigma, seed, sigma_data=level.sigma_data)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         return height // self.config.patch_size, width // self.config.patch_size
@@ -248,27 +215,6 @@ class DiT(nn.Module):
             nn.init.zeros_(cast(Tensor, tensor))
         if self.label_embedding is not None:
             nn.init.normal_(self.label_embedding.weight, std=EMBEDDING_STD)
-
-    def _images(self, batch: Batch) -> Tensor:
-        images = entry(batch, "images", of="a DiT", sampling="the labels")
-        self.check_shape(images.shape)
-        check_floating(images)
-        return images
-
-    def _labels(self, batch: Batch) -> Tensor:
-        labels = entry(batch, "labels", of="a DiT", sampling="the labels")
-        check_labels(labels)
-        return labels
-
-    def check_shape(self, shape: Sequence[int]) -> None:
-        """Raises ValueError unless `shape` is that of images for this network."""
-        C, patch = self.config.channels, self.config.patch_size
-        sides = shape[2:]
-        if len(shape) != 4 or shape[1] != C or any(s < patch or s % patch for s in sides):
-            raise ValueError(
-                f"images must have shape [N, C, H, W] with C = {C} and H and W multiples of "
-                f"patch_size={patch}, got {list(shape)}; resize them, or see DiTConfig"
-            )
 
 
 def generate_images(
@@ -324,7 +270,7 @@ def generate_images(
     cond = _condition(config, labels)
     count = labels if isinstance(labels, int) else len(labels)
     height, width = config.height_width if size is None else _pair(size)
-    network.check_shape((count, config.channels, height, width))
+    network.target.check_shape((count, config.channels, height, width))
     if sigmas is None:
         steps = NUM_STEPS if num_steps is None else num_steps
         sigmas, num_steps = model.config.noise_schedule.steps(steps, kind), None

@@ -1,14 +1,16 @@
-"""Sizes of models of images, and checks of batches of images and classes."""
+"""Sizes of models of images, and images as targets."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from dblocks.blocks import Batch
+from dblocks.blocks import Batch, L2Target
+from dblocks.blocks.targets.base import missing
+from dblocks.blocks.targets.classes import check_label_values, check_labels
 from dblocks.config import JsonConfig
 
 
@@ -60,60 +62,50 @@ class ImageModelConfig(JsonConfig):
         return (size, size) if isinstance(size, int) else size
 
 
-def entry(batch: Batch, key: str, *, of: str, sampling: str) -> Tensor:
-    """The tensor `key` of a batch.
+class ImageTarget(L2Target):
+    """Images [N, C, H, W] under the L2 loss, made from a class.
+
+    A batch holds "images" and, where there are classes, "labels", int64 [N].
 
     Args:
-        batch: what the network was given.
-        key: "images" or "labels".
-        of: the network, such as "a ViT".
-        sampling: what sampling needs of the batch, such as "the images".
-
-    Raises:
-        ValueError: the batch has no such tensor.
+        channels: C.
+        patch_size: of which H and W are multiples.
+        num_classes: number of classes; 0 for images without.
     """
-    value = batch.get(key)
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"{of}'s batch must hold a tensor {key!r}, got the keys {sorted(batch)}"
-            f"{'' if value is None else f' with {key} of type {type(value).__name__}'}; "
-            f"it is {{'images': [N, C, H, W], 'labels': [N]}}, of which sampling needs {sampling}"
-        )
-    return value
 
+    def __init__(self, channels: int, patch_size: int, num_classes: int) -> None:
+        super().__init__("images")
+        self.channels = channels
+        self.patch_size = patch_size
+        self.num_classes = num_classes
 
-def check_floating(images: Tensor) -> None:
-    """Raises TypeError unless images are floating point."""
-    if not images.is_floating_point():
-        raise TypeError(
-            f"images must be floating point, got {images.dtype}; convert and scale them first"
-        )
+    def check(self, batch: Batch) -> Batch:
+        """See `Target.check`."""
+        checked = super().check(batch)
+        images = batch["images"]
+        self.check_shape(images.shape)
+        if self.num_classes and len(labels := self.labels(batch)) != len(images):
+            raise ValueError(
+                "images and labels must be of as many samples, "
+                f"got {len(images)} images and {len(labels)} labels; pair them"
+            )
+        return checked
 
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raises ValueError unless `shape` is that of images for this target."""
+        C, patch = self.channels, self.patch_size
+        if len(shape) != 4 or shape[1] != C or any(s < patch or s % patch for s in shape[2:]):
+            raise ValueError(
+                f"images must have shape [N, C, H, W] = [N, {C}, H, W], with C = {C} and H and W "
+                f"multiples of patch_size={patch}, got {list(shape)}; resize or crop them"
+            )
 
-def check_labels(labels: Tensor) -> None:
-    """Raises TypeError or ValueError unless labels are int64 [N]."""
-    if labels.dtype != torch.int64:
-        # uint8 and bool would select rows as masks do.
-        raise TypeError(f"labels must be int64, got {labels.dtype}; call labels.long()")
-    if labels.ndim != 1:
-        raise ValueError(f"labels must have shape [N], got {list(labels.shape)}; flatten them")
-
-
-def check_label_values(labels: Tensor, num_classes: int) -> None:
-    """Raises ValueError unless labels are classes, where looking at them costs nothing."""
-    # On a GPU looking at the values would synchronise; there indexing itself asserts.
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
-        return
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
-            f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}"
-        )
-
-
-def check_pairs(images: Tensor, labels: Tensor) -> None:
-    """Raises ValueError unless there are as many images as labels."""
-    if len(images) != len(labels):
-        raise ValueError(
-            "images and labels must be of as many samples, "
-            f"got {len(images)} images and {len(labels)} labels; pair them"
-        )
+    def labels(self, batch: Batch) -> Tensor:
+        """`batch["labels"]` [N], checked."""
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor):
+            content = "{'images': [N, C, H, W], 'labels': [N]}, of which sampling needs the labels"
+            raise missing(batch, "labels", content, of="a DiT's")
+        check_labels(labels)
+        check_label_values(labels, self.num_classes)
+        return labels

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dblocks.models.posterior import Head, check_head
+from dblocks.blocks.targets.classes import Head, check_head
 from dblocks.models.token_sizes import TokenModelConfig
 
 ROWS = ("single", "doubled")
@@ -27,7 +27,7 @@ class LanguageModelConfig(TokenModelConfig):
     "doubled", as published, in rows of their own beside clean ones."""
     head: Head = "posterior"
     """What logits are: "posterior", a prediction from the text plus the exact log-likelihood of
-    the noisy embedding; or "learned", as published, a readout of the EDM-preconditioned row."""
+    the noisy embedding; or "learned", as published, an output head on the preconditioned row."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""What autoregressive language models share: embeddings, noisy rows, the readout, the loss.
+"""What autoregressive language models share: embeddings, noisy rows, the target.
 
 `dblocks.generate` and `dblocks.sampling.likelihood` work with every `LanguageModel`.
 """
@@ -8,17 +8,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from dblocks import functional as F
-from dblocks.blocks import Batch
+from dblocks.blocks import Batch, Features, TokenTarget
+from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.models.language_config import LanguageModelConfig
-from dblocks.models.posterior import precision_of
-from dblocks.models.token_batch import IGNORED, TokenBatch
 from dblocks.nn import (
     ConditioningKind,
     LabelEmbedding,
@@ -39,23 +36,12 @@ NOISE_SCALE = 0.1
 
 
 class Hidden(NamedTuple):
-    """What the layers leave for the readout."""
+    """What the layers leave."""
 
     x: Tensor
     """Noisy rows [N, T, D]."""
     cond: Tensor | None
     """Their conditioning vectors [N, cond_dim] or [N, S, cond_dim]; None for the null one."""
-
-
-class Readout(NamedTuple):
-    """The matrices between embeddings and logits."""
-
-    rows: Tensor
-    """Token embeddings, float32 [V, D]."""
-    weight: Tensor
-    """What features are multiplied with for the logits, [V, D]."""
-    scale: Tensor
-    """Factor of the logits, 0-d."""
 
 
 class LanguageModel(nn.Module, ABC):
@@ -73,20 +59,12 @@ class LanguageModel(nn.Module, ABC):
         posterior   logits = g W h + E z / sigma^2
         learned     logits = g W (m*(1 + scale) + shift),   m = c_skip*z + c_out*h
 
-    with shift and scale from the noise level. The first is Bayes' rule: where g W h is ln p(k)
-    given the text, the logits are ln p(k) given text and z, since all rows of E are of one norm;
-    its terms are float32. The second has to learn a factor that goes from 4 to 250,000. The loss is
-    the cross-entropy with the token of the same position; the denoised estimate is the expected
-    token embedding under the logits.
-
-    A batch holds "tokens", int64 [N, T]. The first token of a sequence is given (a token that marks
-    the beginning, or the first of a text) and is never predicted, so that both ways are scored on
-    the same tokens. It may hold "loss_mask", bool [N, T], false at tokens that are not scored,
-    such as padding at the end; and, for N = 1, "cu_seqlens", int32 [documents + 1], the ends of
-    documents packed one after the other: then positions begin again, and nothing attends, in each.
+    with shift and scale from the noise level; see `EmbeddedTarget`. The loss is the cross-entropy
+    with the token of the same position. `TokenBatch` says what a batch holds. The first token of a
+    sequence is given and never predicted, so that both ways are scored on the same tokens.
 
     RMS norms, rotary positions, SwiGLU, no biases but in modulations. Linear layers start from a
-    normal of deviation s = sqrt(2/(5 D)) (Nguyen and Salazar 2019; .023 at D = 768), those that end
+    normal of std s = sqrt(2/(5 D)) (Nguyen and Salazar 2019; .023 at D = 768), those that end
     a branch from s/sqrt(2*depth) (GPT-2), modulations at zero, but for gates at `gate_init`. A
     noisy embedding enters as `r + a*embed_scale/sqrt(D) * z_in`, where r is the row of the token
     before or, without one, learned and at the start as large as a clean row; a is learned and .1 at
@@ -121,8 +99,6 @@ class LanguageModel(nn.Module, ABC):
         self.noisy_row = nn.Parameter(torch.empty(D))
         self.noise_scale = nn.Parameter(torch.tensor(NOISE_SCALE))
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
-        self.loss_kind: Literal["cross_entropy", "l2"] = "cross_entropy"
-        self.condition_drop = 0.0
         self._init_weights()
 
     @property
@@ -144,6 +120,16 @@ class LanguageModel(nn.Module, ABC):
     def block_size(self) -> int:
         """How many consecutive tokens are predicted at once."""
         return 1
+
+    @property
+    def target(self) -> TokenTarget:
+        """The embedding of each token."""
+        config = self.config
+        return TokenTarget(
+            self.target_embedding, self.readout, config,
+            kind=config.head, modulation=self.modulation, log_scale=self.log_logit_scale,
+            tokens_per_sigma=config.tokens_per_sigma, tokens_per_block=self.block_size,
+        )  # fmt: skip
 
     # How rows run through the layers
 
@@ -177,13 +163,14 @@ class LanguageModel(nn.Module, ABC):
         level: NoiseLevel,
         tokens: Tensor,
         cache: KVCache,
-        readout: Readout,
+        table: Tensor,
     ) -> Hidden:
         """As `run_layers` for the noisy rows that follow the cached rows and `tokens`.
 
         `tokens` [N, C], C >= 0, are the clean ones after those of the cache, to which their rows
         are added; the noisy rows are not kept. In doubled rows z_in [N, R, D] is theirs; in a
         single stream [N, C + R, D] and the level [N, C + R] are of the rows of `tokens` too.
+        `table` are the embeddings of all tokens, [V, D].
 
         Returns:
             What the layers leave of the R noisy rows.
@@ -216,76 +203,20 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def next_logits(
-        self, tokens: Tensor, cache: KVCache, readout: Readout, *, num_steps: int, noise: Tensor
+        self, tokens: Tensor, cache: KVCache, target: TokenTarget, *, num_steps: int, noise: Tensor
     ) -> Tensor:
         """The plain model's logits [N, V] of the token after the cached ones and `tokens` [N, C].
 
-        The rows of `tokens` are added to the cache. `noise` [N, positions, plain_noise_width]
+        The rows of `tokens` are added to the cache. `target` is that of this model, best `fixed`.
+        `noise` [N, positions, plain_noise_width]
         holds the normals of the token at each position.
         """
 
-    # The parts of a `BlockModel` that are the same for all
+    # The same for all
 
-    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
-        """A noise level for every `tokens_per_sigma` tokens, [N, T/tokens_per_sigma], or [N]."""
-        given = TokenBatch.of(batch, self.config)
-        given.check_blocks(self.block_size)
-        N, T = given.tokens.shape
-        each = self.config.tokens_per_sigma
-        if each is None:
-            return (N,)
-        if T % each:
-            raise ValueError(
-                f"tokens must be a multiple of tokens_per_sigma={each} long, got {T}; "
-                f"pad them, with a loss_mask, or change {type(self.config).__name__}."
-                "tokens_per_sigma"
-            )
-        return (N, T // each)
-
-    def embed_target(self, batch: Batch) -> Tensor:
-        """Embeddings of `batch["tokens"]` [N, T], float32 [N, T, D]."""
-        return self.target_embedding(TokenBatch.of(batch, self.config).tokens)
-
-    def read_out(
-        self, hidden: Hidden, z: Tensor, level: NoiseLevel, readout: Readout | None = None
-    ) -> Tensor:
-        """Logits [N, T, V], float32; `readout` as `self.current_readout()` made it, if it did."""
-        readout = self.current_readout() if readout is None else readout
-        rows, weight = self._scored_rows(hidden, z, level, readout)
-        with torch.autocast(z.device.type, enabled=False):
-            return nnf.linear(rows, weight.to(rows.dtype))
-
-    def denoise(
-        self, prediction: Tensor, z: Tensor, level: NoiseLevel, readout: Readout | None = None
-    ) -> Tensor:
-        """The expected token embedding `softmax(logits) @ rows`, [N, T, D]."""
-        rows = self.target_embedding.rows() if readout is None else readout.rows
-        with torch.autocast(z.device.type, enabled=False):
-            return prediction.softmax(-1) @ rows.to(prediction.dtype)
-
-    def score(
-        self, hidden: Hidden, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
-    ) -> Tensor:
-        """Cross-entropy for each sigma: the mean over its tokens.
-
-        Where tokens are not scored, their loss is 0 and the others' are scaled up, so that the
-        mean over all sigmas is that over scored tokens.
-        """
-        labels = TokenBatch.of(batch, self.config).labels()
-        readout = self.current_readout()
-        rows, weight = self._scored_rows(hidden, z, level, readout)
-        losses = F.linear_cross_entropy(
-            rows, weight, labels, ignore_index=IGNORED, reduction="none"
-        )
-        losses = losses * (labels.numel() / (labels != IGNORED).sum().clamp(min=1))
-        sigma = level.sigma
-        return losses if sigma.shape == losses.shape else losses.view(*sigma.shape, -1).mean(-1)
-
-    def current_readout(self) -> Readout:
-        """The matrices of the readout as they are now: generation makes them once."""
-        rows = self.target_embedding.rows()
-        unit = rows / self.config.embed_scale if self.readout is None else self.readout.weight
-        return Readout(rows, unit, self.log_logit_scale.exp())
+    def features(self, hidden: Hidden) -> Features:
+        """The noisy rows, normalised, [N, T, D]."""
+        return Features(self._normed(hidden.x), hidden.cond)
 
     # What subclasses build on
 
@@ -306,32 +237,10 @@ class LanguageModel(nn.Module, ABC):
                 f"a {type(self).__name__} is not trained without its condition, "
                 "so guidance_scale must be 1"
             )
-        return TokenBatch.of(batch, self.config)
+        return self.target.check(batch)
 
-    def _plain_loss(self, features: Tensor, batch: TokenBatch, readout: Readout) -> Tensor:
-        """The mean cross-entropy of features [N, T, D], each of which predicts the next token."""
-        rows = self._readout_rows(features[:, :-1], readout)
-        return F.linear_cross_entropy(
-            rows, readout.weight, batch.labels()[:, 1:], ignore_index=IGNORED
-        )
-
-    def _scored_rows(
-        self, hidden: Hidden, z: Tensor, level: NoiseLevel, readout: Readout
-    ) -> tuple[Tensor, Tensor]:
-        """What is multiplied for the logits at a noise level: rows [N, T, C] and a matrix [V, C].
-
-        Both terms of a posterior are one product: of the sum of rows where both matrices are the
-        same but for a factor, else of rows side by side.
-        """
-        f = self.norm.modulate(hidden.x, None, None)
-        if self.config.head == "learned":
-            m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
-            return self._readout_rows(m, readout, hidden.cond), readout.weight
-        rows, evidence = self._readout_rows(f, readout), precision_of(level, z) * z
-        if self.readout is None:
-            return rows + self.config.embed_scale * evidence, readout.weight
-        weight = readout.weight.to(readout.rows.dtype)
-        return torch.cat([rows, evidence], -1), torch.cat([weight, readout.rows], -1)
+    def _normed(self, x: Tensor) -> Tensor:
+        return self.norm.modulate(x, None, None)
 
     def _embed(self, tokens: Tensor, rows: Tensor) -> Tensor:
         return rows[tokens].to(self.target_embedding.weight.dtype)
@@ -358,21 +267,6 @@ class LanguageModel(nn.Module, ABC):
 
     def _cond(self, level: NoiseLevel) -> Tensor | None:
         return None if self.noise_embedding is None else self.noise_embedding(level.c_noise)
-
-    def _readout_rows(self, m: Tensor, readout: Readout, cond: Tensor | None = None) -> Tensor:
-        """What the readout's matrix is multiplied with, `g*(m*(1 + scale) + shift)`."""
-        # The logits are float32 whatever the layers' dtype, and so is this.
-        with torch.autocast(m.device.type, enabled=False):
-            m = m.to(torch.promote_types(m.dtype, torch.float32))
-            if self.modulation is not None:
-                shift, scale = self.modulation(cond, m.shape[0])
-                m = m * (1 + over_rows(scale, m)) + over_rows(shift, m)
-            return m * readout.scale.to(m.dtype)
-
-    def _logits(self, m: Tensor, readout: Readout, cond: Tensor | None = None) -> Tensor:
-        rows = self._readout_rows(m, readout, cond)
-        with torch.autocast(m.device.type, enabled=False):
-            return nnf.linear(rows, readout.weight.to(rows.dtype))
 
     def _init_weights(self) -> None:
         s = math.sqrt(2 / (5 * self.config.width))

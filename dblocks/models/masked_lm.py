@@ -9,16 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from dblocks import functional as F
-from dblocks.blocks import Batch
-from dblocks.models.masked_tokens import MaskedTokens
-from dblocks.models.token_batch import IGNORED, TokenBatch
+from dblocks.blocks import Batch, MaskedTokenTarget
 from dblocks.models.token_sizes import TokenModelConfig
 from dblocks.nn import (
     Modulation,
@@ -32,7 +28,7 @@ from dblocks.schedules import MASKED, MaskLevel
 
 # Standard deviation of a number of an embedding at the start. With .06 a small model on characters
 # took twice the steps to learn more than their frequencies, with .7 a few more (tried), though with
-# .2 the logits of the tied readout begin too sharp.
+# .2 the logits of the tied output head begin too sharp.
 EMBEDDING_STD = 0.2
 
 
@@ -50,7 +46,7 @@ class MaskedLMConfig(TokenModelConfig):
 
 
 class Hidden(NamedTuple):
-    """What the layers leave for the readout."""
+    """What the layers leave."""
 
     x: Tensor
     """Rows [N, T, D]."""
@@ -58,7 +54,25 @@ class Hidden(NamedTuple):
     """Their conditioning vectors [N, cond_dim]; None without conditioning."""
 
 
-class MaskedLM(MaskedTokens, nn.Module):
+class FirstRows:
+    """The embeddings of the tokens without the mask's, as the matrix of the output head.
+
+    Args:
+        embedding: of the tokens and the mask.
+    """
+
+    bias = None
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        self.embedding = embedding
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D]."""
+        return self.embedding.weight[:-1]
+
+
+class MaskedLM(nn.Module):
     """A bidirectional transformer over masked text, for `DiffusionBlocks` with a `MaskSchedule`.
 
         DiffusionBlocks(MaskedLM(config), BlocksConfig(3, schedule=MaskSchedule("cosine")))
@@ -74,9 +88,8 @@ class MaskedLM(MaskedTokens, nn.Module):
     that of the others, given these, still for each token.
 
     RMS norms, rotary positions, SwiGLU, no biases but in modulations. Weights start from a normal
-    of deviation s = sqrt(2/(5 D)) (Nguyen and Salazar 2019), those that end a branch from
-    s/sqrt(2*depth) (GPT-2), embeddings from one of deviation .2, modulations at zero, but for gates
-    at `gate_init`.
+    of std s = sqrt(2/(5 D)) (Nguyen and Salazar 2019), those that end a branch from s/sqrt(2*depth)
+    (GPT-2), embeddings from one of std .2, modulations at zero, but for gates at `gate_init`.
 
     Args:
         config: the sizes.
@@ -104,8 +117,26 @@ class MaskedLM(MaskedTokens, nn.Module):
         self.norm = Norm(D, "none", norm="rms")
         self.modulation = Modulation(D, 2, kind) if conditioned else None
         self.readout = None if config.tied else nn.Linear(D, config.vocab_size, bias=False)
-        self.loss_kind: Literal["masked_cross_entropy"] = "masked_cross_entropy"
         self._init_weights()
+
+    @property
+    def target(self) -> MaskedTokenTarget:
+        """The tokens that are masked."""
+        head = FirstRows(self.embedding) if self.readout is None else self.readout
+        return MaskedTokenTarget(head, self.config)
+
+    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor | None:
+        """The tokens that are given, int64 [N, T] with `MASKED` elsewhere; None without any.
+
+        Raises:
+            ValueError: `drop` is given; a language model has no null condition.
+        """
+        if drop is not None:
+            raise ValueError(
+                "a masked language model is not trained without its condition, "
+                "so guidance_scale must be 1"
+            )
+        return self.target.known(batch)
 
     def run_layers(
         self,
@@ -130,47 +161,13 @@ class MaskedLM(MaskedTokens, nn.Module):
             x = layer(x, cond, rotary=rotary)
         return Hidden(x, cond)
 
-    def read_out(self, hidden: Hidden, z: Tensor, level: MaskLevel) -> Tensor:
-        """Logits [N, T, V], float32 whatever the layers' dtype."""
-        rows = self._features(hidden)
-        with torch.autocast(rows.device.type, enabled=False):
-            return nnf.linear(rows, self._readout_weight().to(rows.dtype))
-
-    def score(
-        self, hidden: Hidden, z: Tensor, level: MaskLevel, y: Tensor, seed: Tensor, batch: Batch
-    ) -> Tensor:
-        """The cross-entropy summed over masked tokens, over T, of each sample [N].
-
-        Where tokens are given, the others' are scaled up; see `MaskedTokens.scored`.
-        """
-        masked, T = self.scored(z, batch)
-        losses = F.linear_cross_entropy(
-            self._features(hidden), self._readout_weight(), torch.where(masked, y, IGNORED),
-            ignore_index=IGNORED, reduction="none",
-        )  # fmt: skip
-        return losses.sum(1) / T
-
     @property
     def sizes(self) -> MaskedLMConfig:
         """Of the vocabulary and of the longest text."""
         return self.config
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of logits."""
-        return self.config.vocab_size
-
-    def checked(self, batch: Batch) -> TokenBatch:
-        """The entries of a batch; see `MaskedTokens.checked`."""
-        if batch.get("cu_seqlens") is not None:
-            raise ValueError(
-                "a MaskedLM attends to all of a sequence, so a batch must not hold 'cu_seqlens'; "
-                "give each document a sequence of its own, padded, with a 'loss_mask'"
-            )
-        return TokenBatch.of(batch, self.config)
-
-    def _features(self, hidden: Hidden) -> Tensor:
-        """What the readout's matrix is multiplied with, `norm(x)*(1 + scale) + shift`, float32."""
+    def features(self, hidden: Hidden) -> Tensor:
+        """Rows for the output head, `norm(x)*(1 + scale) + shift` [N, T, D], float32 (float64)."""
         x = hidden.x
         with torch.autocast(x.device.type, enabled=False):
             shift = scale = None
@@ -178,11 +175,6 @@ class MaskedLM(MaskedTokens, nn.Module):
                 shift, scale = self.modulation(hidden.cond, len(x))
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             return self.norm.modulate(x, shift, scale)
-
-    def _readout_weight(self) -> Tensor:
-        if self.readout is not None:
-            return self.readout.weight
-        return self.embedding.weight[: self.config.vocab_size]
 
     def _init_weights(self) -> None:
         s = math.sqrt(2 / (5 * self.config.width))

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from dblocks import functional as F
-from dblocks.blocks import Batch
+from dblocks.blocks import Batch, TokenTarget
+from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.config import check_count
 from dblocks.models.doubled_rows import attend_doubled, run_doubled
 from dblocks.models.language_config import LanguageModelConfig
-from dblocks.models.language_model import Hidden, LanguageModel, Readout
-from dblocks.models.token_batch import TokenBatch
+from dblocks.models.language_model import Hidden, LanguageModel
 from dblocks.nn import Attend, Norm, Rotary
 from dblocks.sampling.cache import KVCache, Slots
 from dblocks.schedules import NoiseLevel
@@ -30,7 +30,7 @@ from dblocks.schedules.random import draw_seed
 
 # Geiping et al. 2025 and the code they published
 STATE_STD = math.sqrt(2 / 5)  # of the initial state, before it is cut off
-STATE_CUT = 3.0  # deviations
+STATE_CUT = 3.0  # standard deviations
 RECURRENCE_STD = 0.5  # of the logarithm of the Poisson's rate
 
 
@@ -47,7 +47,7 @@ class RecurrentConfig(LanguageModelConfig):
     core: int = 4
     """Layers that are applied again and again; what blocks divide."""
     coda: int = 2
-    """Layers between the core and the readout."""
+    """Layers between the core and the output head."""
     mean_recurrence: int = 32
     """How often training applies the core in the plain model, about, on the average."""
     backprop_depth: int = 8
@@ -92,7 +92,7 @@ class RecurrentLM(LanguageModel):
       `coda(s)`; row i predicts token i + 1. Training draws r from `Poisson(exp(u)) + 1` with
       `u ~ N(ln(mean_recurrence) - 1/8, 1/4)`, so 33 on the average for 32; gradients go through the
       last `backprop_depth` recurrences. The initial state is normal of variance 2/5, cut off at 3
-      deviations, drawn from the reproducible noise of `F.noise_inject`.
+      standard deviations, drawn from the reproducible noise of `F.noise_inject`.
 
     Kept of the original: the shape 2-4-2, the adapter, the norm after the core, the initial state,
     the recurrences and their truncation. Layers are the pre-norm ones of this library instead of
@@ -100,7 +100,7 @@ class RecurrentLM(LanguageModel):
     of its own after it, that the original shares with the core. Branches start from s/sqrt(2*l)
     with l the layers that there are, 8, not those of the mean unrolled depth, 132.
 
-    `LanguageModel` tells of batches, the readout, the loss and the start of the weights.
+    `LanguageModel` tells of batches, the output head, the loss and the start of the weights.
 
     Args:
         config: the sizes.
@@ -134,7 +134,7 @@ class RecurrentLM(LanguageModel):
             generator: a CPU generator, of which one number is drawn in their place.
         """
         batch = TokenBatch.of({"tokens": tokens, "cu_seqlens": cu_seqlens}, self.config)
-        readout = self.current_readout()
+        target = self.target.fixed()
         r = self.plain_steps(num_recurrences)
         shape = (*tokens.shape, self.config.width)
         if noise is None:
@@ -144,7 +144,7 @@ class RecurrentLM(LanguageModel):
                 f"noise must have shape [N, T, D] = {list(shape)}, got {list(noise.shape)}; "
                 "draw a row for each token"
             )
-        return self._logits(self._plain_features(batch, readout, r, noise), readout)
+        return target.next_logits(self._plain_features(batch, target, r, noise))
 
     def next_token_loss(
         self,
@@ -162,11 +162,11 @@ class RecurrentLM(LanguageModel):
                 drawn.
         """
         given = TokenBatch.of(batch, self.config)
-        readout = self.current_readout()
+        target = self.target.fixed()
         r = self.draw_recurrences(generator) if num_recurrences is None else num_recurrences
         noise = self._drawn(given.tokens, generator)
-        features = self._plain_features(given, readout, self.plain_steps(r), noise)
-        return self._plain_loss(features, given, readout)
+        features = self._plain_features(given, target, self.plain_steps(r), noise)
+        return target.next_loss(features, given)
 
     def draw_recurrences(self, generator: torch.Generator | None = None) -> int:
         """How often a training step of the plain model applies the core."""
@@ -215,14 +215,14 @@ class RecurrentLM(LanguageModel):
         level: NoiseLevel,
         tokens: Tensor,
         cache: KVCache,
-        readout: Readout,
+        table: Tensor,
     ) -> Hidden:
         """As `run_layers` for a noisy row; see `LanguageModel.run_cached`.
 
         The prelude runs on `tokens` alone, and the cache keeps what it made of the last of them.
         """
         C = tokens.shape[1]
-        clean, rotary = self._embed(tokens, readout.rows), self._rotary(cache.positions(C + 1))
+        clean, rotary = self._embed(tokens, table), self._rotary(cache.positions(C + 1))
         e = clean
         if C > 0:
             e = self._read(clean, rotary.rows(0, C), cache.attends(C, last=len(self.prelude)))
@@ -263,7 +263,7 @@ class RecurrentLM(LanguageModel):
         return KVCache(slots, len(self.prelude) + core + len(self.coda))
 
     def next_logits(
-        self, tokens: Tensor, cache: KVCache, readout: Readout, *, num_steps: int, noise: Tensor
+        self, tokens: Tensor, cache: KVCache, target: TokenTarget, *, num_steps: int, noise: Tensor
     ) -> Tensor:
         """The plain model's logits [N, V]; see `LanguageModel.next_logits`."""
         C = tokens.shape[1]
@@ -274,12 +274,12 @@ class RecurrentLM(LanguageModel):
             noise = noise.gather(1, positions[..., None].expand(-1, -1, noise.shape[2]))
         attends = iter(cache.attends(C))
         x = self._recurred(
-            self._embed(tokens, readout.rows), self._rotary(positions), lambda: next(attends),
+            self._embed(tokens, target.rows()), self._rotary(positions), lambda: next(attends),
             num_steps, noise,
         )  # fmt: skip
         x = cache.last_row(x)
         cache.commit(C)
-        return self._logits(self.norm.modulate(x, None, None), readout)[:, 0]
+        return target.next_logits(self._normed(x))[:, 0]
 
     def _make_layers(self) -> None:
         config = self.config
@@ -335,14 +335,14 @@ class RecurrentLM(LanguageModel):
         return run_doubled(coda, clean, noisy, cond, rotary, attends[n:], last=last)[1]
 
     def _plain_features(
-        self, batch: TokenBatch, readout: Readout, num_recurrences: int, noise: Tensor
+        self, batch: TokenBatch, target: TokenTarget, num_recurrences: int, noise: Tensor
     ) -> Tensor:
         attend = batch.attend_causally()
         x = self._recurred(
-            self._embed(batch.tokens, readout.rows), self._rotary(batch.positions()),
+            self._embed(batch.tokens, target.rows()), self._rotary(batch.positions()),
             lambda: attend, num_recurrences, noise,
         )  # fmt: skip
-        return self.norm.modulate(x, None, None)
+        return self._normed(x)
 
     def _recurred(
         self,
@@ -377,7 +377,7 @@ class RecurrentLM(LanguageModel):
 
 
 def initial_state(noise: Tensor) -> Tensor:
-    """A normal of variance 2/5, cut off at 3 deviations, as a function of standard normals."""
+    """A normal of variance 2/5, cut off at 3 std, as a function of standard normals."""
     below = math.erfc(STATE_CUT / math.sqrt(2)) / 2
     uniform = below + (1 - 2 * below) * torch.special.ndtr(noise.double())
     return (STATE_STD * torch.special.ndtri(uniform)).float()

@@ -34,7 +34,7 @@ class TokenModelConfig(JsonConfig):
     gate_init: float = 0.0
     """What the gates of conditioned layers start at: 0, as published, or 1, the plain layer."""
     tied: bool = True
-    """Whether the readout uses the token embeddings; else it has a matrix of its own."""
+    """Whether the output head uses the token embeddings; else it has a matrix of its own."""
 
     def __post_init__(self) -> None:
         conditioning_of(self.conditioning)

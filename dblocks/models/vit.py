@@ -12,25 +12,20 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from dblocks import functional as F
 from dblocks.blocks import (
     Batch,
+    ClassTarget,
     DiffusionBlocks,
+    Features,
+    OutputHead,
     trained_at_top,
     unwrapped,
 )
-from dblocks.models.images import (
-    ImageModelConfig,
-    check_floating,
-    check_label_values,
-    check_labels,
-    check_pairs,
-    entry,
-)
-from dblocks.models.posterior import Head, check_head, posterior_logits
+from dblocks.blocks.targets.base import missing
+from dblocks.blocks.targets.classes import Head, check_head
+from dblocks.models.images import ImageModelConfig
 from dblocks.nn import (
     ConditioningKind,
     LabelEmbedding,
@@ -65,7 +60,7 @@ class ViTConfig(ImageModelConfig):
     """Norm of a label's embedding."""
     head: Head = "posterior"
     """What logits are: "posterior", a prediction from the image plus the exact log-likelihood of
-    the noisy label; or "learned", as published, a readout of the EDM-preconditioned token."""
+    the noisy label; or "learned", as published, an output head on the EDM-preconditioned token."""
     noise_scale: float | None = 0.1
     """What a learned factor of the noisy label starts at, beside the class token; None: the noisy
     label is the first token itself, as published."""
@@ -93,7 +88,7 @@ class ViTConfig(ImageModelConfig):
 
 
 class Hidden(NamedTuple):
-    """What the layers leave for the readout."""
+    """What the layers leave."""
 
     x: Tensor
     """Tokens [N, 1 + P, D]."""
@@ -118,7 +113,7 @@ class ViT(nn.Module):
     End to end, `vit(images)` is the plain classifier with a learned class token and, where the
     layers are conditioned on noise, the null conditioning.
 
-    Positions start from a normal of deviation .5, class token and null image of .02, linear layers
+    Positions start from a normal of std .5, class token and null image of .02, linear layers
     Xavier uniform, modulations and the classifier at zero, but for gates at `gate_init`.
 
     Args:
@@ -128,6 +123,7 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
+        self.image_shape = (config.channels, *config.height_width)
         D, kind = config.width, config.conditioning
         patch = config.patch_size
         self.target_embedding = LabelEmbedding(config.num_classes, D, config.embed_scale)
@@ -150,7 +146,6 @@ class ViT(nn.Module):
         learned = config.head == "learned"
         self.modulation = Modulation(D, 2, kind) if conditioned and learned else None
         self.classifier = nn.Linear(D, config.num_classes)
-        self.loss_kind: Literal["cross_entropy", "l2"] = "cross_entropy"
         self.condition_drop = config.image_drop
         scale = config.noise_scale
         self.noise_scale = None if scale is None else nn.Parameter(torch.tensor(float(scale)))
@@ -162,29 +157,23 @@ class ViT(nn.Module):
         x = self._tokens(token, self.embed_condition({"images": images}))
         for layer in self.layers:
             x = layer(x, None)
-        return self._classify(self._normed_token(x), None)
+        return self.target.head.logits(self.features(Hidden(x, None)).x)
 
-    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
-        """One noise level a sample: [N]."""
-        labels, images = _entry(batch, "labels"), _entry(batch, "images")
-        check_labels(labels)
-        self._check_images(images)
-        check_pairs(images, labels)
-        return (len(labels),)
-
-    def embed_target(self, batch: Batch) -> Tensor:
-        """Embeddings of `batch["labels"]` [N], float32 [N, D]."""
-        labels = _entry(batch, "labels")
-        check_labels(labels)
-        check_label_values(labels, self.config.num_classes)
-        return self.target_embedding(labels)
+    @property
+    def target(self) -> ClassTarget:
+        """The embedding of the image's class."""
+        head = OutputHead(self.classifier, modulation=self.modulation)
+        return ClassTarget(self.target_embedding, head, self.config.head)
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor:
         """Patch tokens of `batch["images"]` [N, C, H, W], with positions: [N, P, D].
 
         Samples with `drop` [N] get the learned null image instead.
         """
-        images = _entry(batch, "images")
+        images = batch.get("images")
+        if not isinstance(images, Tensor):
+            content = "{'images': [N, C, H, W], 'labels': [N]}, of which sampling needs the images"
+            raise missing(batch, "images", content, of="a ViT's")
         self._check_images(images)
         tokens = self.patches(images).flatten(2).transpose(1, 2)
         if drop is not None:
@@ -212,42 +201,13 @@ class ViT(nn.Module):
             x = layer(x, cond)
         return Hidden(x, cond)
 
-    def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
-        """Logits [N, num_classes], float32."""
-        f = self._normed_token(hidden.x)
-        if self.config.head == "posterior":
-            return posterior_logits(self._classify(f, None), z, self.target_embedding.rows(), level)
-        m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
-        return self._classify(m, hidden.cond)
-
-    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
-        """The expected label embedding `softmax(logits) @ rows`, [N, D]."""
-        with torch.autocast(z.device.type, enabled=False):
-            return prediction.softmax(-1) @ self.target_embedding.rows().to(prediction.dtype)
-
-    def score(
-        self, hidden: Hidden, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
-    ) -> Tensor:
-        """Cross-entropy of each sample, [N]."""
-        logits = self.read_out(hidden, z, level)
-        return nnf.cross_entropy(logits, batch["labels"], reduction="none")
+    def features(self, hidden: Hidden) -> Features:
+        """The first token, normalised, [N, D]."""
+        return Features(self.norm.modulate(hidden.x[:, :1], None, None)[:, 0], hidden.cond)
 
     def _tokens(self, first: Tensor, patches: Tensor) -> Tensor:
         first = first[:, None] + self.positions[:, :1]
         return torch.cat([first.to(patches.dtype), patches], dim=1)
-
-    def _normed_token(self, x: Tensor) -> Tensor:
-        return self.norm.modulate(x[:, :1], None, None)[:, 0]
-
-    def _classify(self, m: Tensor, cond: Tensor | None) -> Tensor:
-        # The logits are float32 whatever the layers' dtype, and a matter of one row a sample.
-        with torch.autocast(m.device.type, enabled=False):
-            m = m.to(torch.promote_types(m.dtype, torch.float32))
-            if self.modulation is not None:
-                shift, scale = self.modulation(cond, m.shape[0])
-                m = m * (1 + scale) + shift
-            weight, bias = self.classifier.weight, self.classifier.bias
-            return nnf.linear(m, weight.to(m.dtype), bias.to(m.dtype))
 
     def _init_weights(self) -> None:
         nn.init.xavier_uniform_(self.patches.weight.view(self.patches.weight.shape[0], -1))
@@ -260,17 +220,16 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(tensor, std=INIT_STD)
 
     def _check_images(self, images: Tensor) -> None:
-        expected = (self.config.channels, *self.config.height_width)
+        expected = self.image_shape
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"images must have shape [N, C, H, W] = [N, {', '.join(map(str, expected))}], "
                 f"got {list(images.shape)}; reshape them, or see ViTConfig.image_size and channels"
             )
-        check_floating(images)
-
-
-def _entry(batch: Batch, key: str) -> Tensor:
-    return entry(batch, key, of="a ViT", sampling="the images")
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be floating point, got {images.dtype}; convert and scale them first"
+            )
 
 
 def classify(

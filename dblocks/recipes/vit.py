@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dblocks.blocks import BlocksConfig, Weighting, trained_at_top
-from dblocks.models.posterior import Head
+from dblocks.blocks.targets.classes import Head
 from dblocks.models.vit import Noise, ViT, ViTConfig
 from dblocks.nn import ConditioningKind
 from dblocks.recipes import columns

@@ -12,24 +12,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from dblocks.blocks import Features, TokenTarget
+from dblocks.blocks.targets.token_batch import TokenSizes
 from dblocks.sampling.cache import KVCache, Slots
 from dblocks.schedules import NoiseLevel
 
 RowsKind = Literal["single", "doubled"]
-
-
-class TokenSizes(Protocol):
-    """What the checks of tokens need."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-        ...
-
-    @property
-    def context(self) -> int:
-        """Longest sequence or document."""
-        ...
 
 
 @runtime_checkable
@@ -66,8 +54,9 @@ class CausalNetwork(TokenNetwork, Protocol):
 class CachedNetwork(CausalNetwork, Protocol):
     """One that also keeps keys and values of known tokens, for writing text token by token."""
 
-    def current_readout(self) -> Any:
-        """The matrices of the output head as they are now, made once for many calls."""
+    @property
+    def target(self) -> TokenTarget:
+        """The embedding of each token."""
         ...
 
     def new_cache(self, slots: Slots, layers: Sequence[nn.Module]) -> KVCache:
@@ -81,17 +70,13 @@ class CachedNetwork(CausalNetwork, Protocol):
         level: NoiseLevel,
         tokens: Tensor,
         cache: KVCache,
-        readout: Any,
+        table: Tensor,
     ) -> Any:
         """Runs the noisy rows that follow the cached rows and `tokens`; see `LanguageModel`."""
         ...
 
-    def read_out(self, hidden: Any, z: Tensor, level: NoiseLevel, readout: Any) -> Tensor:
-        """Logits of what `run_cached` returned, [N, R, V]."""
-        ...
-
-    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel, readout: Any) -> Tensor:
-        """The expected embedding under logits, [N, R, D]."""
+    def features(self, hidden: Any) -> Features:
+        """What the target makes logits of, from what `run_cached` returned."""
         ...
 
 
@@ -113,8 +98,9 @@ class NextTokenNetwork(Protocol):
         """How often it runs its layers, `num_steps` if it can; else it raises ValueError."""
         ...
 
-    def current_readout(self) -> Any:
-        """The matrices of the output head as they are now, made once for many calls."""
+    @property
+    def target(self) -> TokenTarget:
+        """The embedding of each token."""
         ...
 
     def new_plain_cache(self, slots: Slots, num_steps: int) -> KVCache:
@@ -122,7 +108,7 @@ class NextTokenNetwork(Protocol):
         ...
 
     def next_logits(
-        self, tokens: Tensor, cache: KVCache, readout: Any, *, num_steps: int, noise: Tensor
+        self, tokens: Tensor, cache: KVCache, target: TokenTarget, *, num_steps: int, noise: Tensor
     ) -> Tensor:
         """Logits [N, V] of the token after the cached ones and `tokens` [N, C]."""
         ...
@@ -132,20 +118,3 @@ class NextTokenNetwork(Protocol):
     ) -> Tensor:
         """Logits [N, T, V] of the tokens that follow `tokens` [N, T]."""
         ...
-
-
-def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raises unless `tokens` are int64 [N, T] in 0..vocab_size - 1; values are seen on the CPU."""
-    if tokens.dtype != torch.int64:
-        # uint8 and bool would select rows as masks do.
-        raise TypeError(f"tokens must be int64, got {tokens.dtype}; call tokens.long()")
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(
-            f"tokens must have shape [N, T] with T >= 1, got {list(tokens.shape)}; reshape them"
-        )
-    # On a GPU looking at the values would synchronise; there indexing itself asserts.
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
-        return
-    low, high = (int(value) for value in tokens.aminmax())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"tokens must be in 0..{vocab_size - 1}, got {low}..{high}")

@@ -1,4 +1,4 @@
-"""What tokens cost under a language model: exact figures, and a bound of all blocks."""
+"""Negative log-likelihoods of tokens under a language model, exact or bounded over all blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dblocks.sampling.samplers import initial_noise, product_logits
 
 
 class Bound(NamedTuple):
-    """An upper bound of what each token costs, in nats; all float32."""
+    """An upper bound of the negative log-likelihood of each token, in nats; all float32."""
 
     nll: Tensor
     """The bound, an estimate without bias, [N, T - 1]."""
@@ -54,10 +54,10 @@ def next_token_nll(
     num_steps: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """What each token costs given those before it: -ln p, in nats.
+    """Negative log-likelihood of each token given those before it, in nats.
 
-    In blocks it is the first one alone, at sigma_max, whose noise tells nothing: as exact a
-    next-token predictor as the plain model. With `tokens_per_block` tokens at once, p is that of
+    In blocks it is that of the first block alone, at sigma_max, whose noise tells nothing: as exact
+    a next-token predictor as the plain model. With `tokens_per_block` tokens at once, p is that of
     each token given those before its block. Bits per token are the mean over ln 2.
 
     Args:
@@ -103,7 +103,7 @@ def next_token_nll(
 def product_nll(
     model: DiffusionBlocks, tokens: Tensor, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """What each token costs under the product of all blocks' predictions: -ln p, in nats.
+    """Negative log-likelihood of each token under the product of all blocks' predictions, in nats.
 
         ln p(k) = mean over blocks of ln p_b(k), normalised
 
@@ -135,7 +135,7 @@ def denoising_bound(
     draws: int = 2,
     generator: torch.Generator | None = None,
 ) -> Bound:
-    """An upper bound of what each token costs under all blocks, in nats.
+    """An upper bound of the negative log-likelihood of each token under all blocks, in nats.
 
     That of a continuous diffusion of the token's embedding y (Kingma et al. 2021), with the last
     choice of a token from its embedding at sigma_min:
@@ -163,7 +163,8 @@ def denoising_bound(
         raise ValueError(f"draws must be at least 2, for the standard error, got {draws}")
     network = cast(Any, model.base_model)
     schedule, num_blocks = model.config.noise_schedule, model.config.num_blocks
-    y, k = network.embed_target({"tokens": tokens}), _block_size(model)
+    target, k = network.target, _block_size(model)
+    y = target.embed(target.check({"tokens": tokens}))
     ends = schedule.boundaries(num_blocks).tolist()
     parts, variances = [], []
     for block, (high, low) in enumerate(pairwise(ends)):

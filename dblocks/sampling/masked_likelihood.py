@@ -1,4 +1,4 @@
-"""How well a masked diffusion model knows a text: its variational bound, by quadrature."""
+"""The variational bound of a text under a masked diffusion model, by quadrature."""
 
 from __future__ import annotations
 

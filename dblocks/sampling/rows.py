@@ -64,7 +64,7 @@ class CachedRows:
         self.single = lm.rows_kind == "single"
         rows = slots.capacity if self.single else slots.capacity - slots.prompt
         self.noise_shape = (rows, lm.width)
-        self.readouts = {block: lm.current_readout() for block, lm in self.lms.items()}
+        self.targets = {block: lm.target.fixed() for block, lm in self.lms.items()}
         self.caches = {block: self._new_cache(block) for block in self.lms} if cache else None
 
     def begin(self, tokens: Tensor, noise: Tensor, step: int) -> tuple[Known, Tensor]:
@@ -75,16 +75,16 @@ class CachedRows:
 
     def logits(self, known: Known, block: int, z: Tensor, level: NoiseLevel) -> Tensor:
         """See `Rows`."""
-        lm, readout = self.lms[block], self.readouts[block]
-        return lm.read_out(self._run(known, block, z, level), z, level, readout)
+        features = self.lms[block].features(self._run(known, block, z, level))
+        return self.targets[block].predict(features, z, level)
 
     def denoised(self, block: int, logits: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         """See `Rows`."""
-        return self.lms[block].denoise(logits, z, level, self.readouts[block])
+        return self.targets[block].denoise(logits, z, level)
 
     def _run(self, known: Known, block: int, z: Tensor, level: NoiseLevel) -> Any:
         """What a block's layers leave of the noisy rows z, beside known tokens."""
-        lm, readout = self.lms[block], self.readouts[block]
+        lm, table = self.lms[block], self.targets[block].rows()
         cache = self._new_cache(block) if self.caches is None else self.caches[block]
         tokens = known.tokens[:, cache.committed :]
         schedule = self.model.config.noise_schedule
@@ -93,12 +93,12 @@ class CachedRows:
             held = top * self._of(known.noise, cache.committed, known.tokens.shape[1])
             if top < schedule.sigma_max:
                 # At sigma_max noise is all that there is, as where sampling starts.
-                held = held + readout.rows[tokens]
+                held = held + table[tokens]
             z = torch.cat([held, z], dim=1)
             noisy = level.sigma[:, None].expand(-1, z.shape[1] - tokens.shape[1])
             level = schedule.level(torch.cat([z.new_full(tokens.shape, top), noisy], dim=1))
         z_in = schedule.scale_in(z, level)
-        return lm.run_cached(self.model.parts(block)[1], z_in, level, tokens, cache, readout)
+        return lm.run_cached(self.model.parts(block)[1], z_in, level, tokens, cache, table)
 
     def _of(self, noise: Tensor, first: int, last: int) -> Tensor:
         """The noise of the positions of the slots first to last - 1, [N, last - first, D]."""
@@ -143,11 +143,11 @@ class WholeRows:
         hidden = lm.run_layers(layers, z_in, levels, condition)
         cond = hidden.cond if hidden.cond.ndim == 2 else hidden.cond[sample, end][:, None]
         hidden = hidden._replace(x=hidden.x[sample, end][:, None], cond=cond)
-        return lm.read_out(hidden, z, level)
+        return lm.target.predict(lm.features(hidden), z, level)
 
     def denoised(self, block: int, logits: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
         """See `Rows`."""
-        return self.model.parts(block)[0].denoise(logits, z, level)
+        return self.model.parts(block)[0].target.denoise(logits, z, level)
 
     def _rows_in(
         self, known: Known, block: int, z: Tensor, level: NoiseLevel
@@ -160,7 +160,7 @@ class WholeRows:
         top = top_level(self.model, block)
         held = top * known.noise[:, : tokens.shape[1]]
         if top < schedule.sigma_max:
-            held = held + self.model.parts(block)[0].embed_target({"tokens": tokens})
+            held = held + self.model.parts(block)[0].target.embed({"tokens": tokens})
         place = torch.arange(tokens.shape[1], device=tokens.device)
         last = place == cast(Tensor, known.end)[:, None]
         states = torch.where(last[..., None], z, held)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dblocks import functional as F
 from dblocks.blocks import DiffusionBlocks, check_trained_at_top, unwrapped
+from dblocks.blocks.targets.token_batch import TokenSizes, check_tokens
 from dblocks.config import check_count
 from dblocks.sampling.cache import Slots
 from dblocks.sampling.choice import Choice
@@ -18,8 +19,6 @@ from dblocks.sampling.interface import (
     CachedNetwork,
     CausalNetwork,
     NextTokenNetwork,
-    TokenSizes,
-    check_tokens,
 )
 from dblocks.sampling.levels import blocks_of, grid_of, levels_of
 from dblocks.sampling.rows import CachedRows, WholeRows

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dblocks.blocks import DiffusionBlocks, unwrapped
+from dblocks.blocks.targets.token_batch import TokenSizes, check_tokens
 from dblocks.sampling.choice import Choice
-from dblocks.sampling.interface import TokenNetwork, TokenSizes, check_tokens
+from dblocks.sampling.interface import TokenNetwork
 from dblocks.schedules import MASKED, MaskSchedule
 from dblocks.schedules.random import draw_seed, uniforms_at
 

@@ -41,14 +41,14 @@ class PlainWriter:
         self.num_steps = num_steps
         self.slots = slots
         self.noise_shape = (slots.capacity, lm.plain_noise_width)
-        self.readout = lm.current_readout()
+        self.target = lm.target.fixed()
         self.cache = self._new_cache() if cache else None
 
     def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
         """See `Writer`; noise is of positions, as every token needs what was drawn for it."""
         cache = self.cache or self._new_cache()
         return self.lm.next_logits(
-            tokens[:, cache.committed :], cache, self.readout, num_steps=self.num_steps, noise=noise
+            tokens[:, cache.committed :], cache, self.target, num_steps=self.num_steps, noise=noise
         )[:, None]
 
     def _new_cache(self) -> KVCache:

@@ -9,30 +9,30 @@ from dblocks.blocks import (
     BlocksConfig,
     Bound,
     DiffusionBlocks,
+    L2Target,
     loss_factors,
 )
 from dblocks.schedules import NoiseSchedule
 from tools import DEVICE, batch, normal, randomized, seeded, vit
 
 
+class Known(L2Target):
+    """Of features that are the clean target."""
+
+    def predict(self, features, z, level):
+        s, c_skip, c_out = (v[:, None] for v in (level.sigma, level.c_skip, level.c_out))
+        return (features - c_skip * z) / c_out + 0 * s
+
+
 class Oracle(nn.Module):
     """Knows the clean target and predicts the F that leads to it: a perfect denoiser."""
 
-    loss_kind = "l2"
-    condition_drop = 0.0
-    target_embedding = None
-
     def __init__(self, num_layers=3):
         super().__init__()
+        self.target = Known("y")
         self.layers = nn.ModuleList(nn.Identity() for _ in range(num_layers))
         self.unused = nn.Parameter(torch.zeros(()))
         self.embedded = 0
-
-    def sigma_shape(self, batch):
-        return (batch["y"].shape[0],)
-
-    def embed_target(self, batch):
-        return batch["y"]
 
     def embed_condition(self, batch, drop=None):
         self.embedded += 1
@@ -43,16 +43,25 @@ class Oracle(nn.Module):
             z_in = layer(z_in)
         return condition
 
-    def read_out(self, hidden, z, level):
-        s, c_skip, c_out = (v[:, None] for v in (level.sigma, level.c_skip, level.c_out))
-        return (hidden - c_skip * z) / c_out + 0 * s
+    def features(self, hidden):
+        return hidden
 
-    def denoise(self, prediction, z, level):
-        return F.edm_denoise(prediction, z, level.sigma, sigma_data=level.sigma_data)
 
-    def score(self, hidden, z, level, y, seed, batch):
-        f = self.read_out(hidden, z, level)
-        return F.edm_loss(f, y, level.sigma, seed, sigma_data=level.sigma_data)
+class SegmentTarget(L2Target):
+    """Sequences [N, T, D], with a noise level for every segment."""
+
+    def __init__(self, key, segments):
+        super().__init__(key)
+        self.segments = segments
+
+    def sigma_shape(self, batch):
+        return (len(batch["y"]), self.segments)
+
+    def score(self, features, z, level, y, seed, batch):
+        (N, T, D), S = y.shape, self.segments
+        rows = (N * S, T // S, D)
+        f, y, sigma = features.reshape(rows), y.reshape(rows), level.sigma.reshape(-1)
+        return F.edm_loss(f, y, sigma, seed, sigma_data=level.sigma_data).view(N, S)
 
 
 class Segments(Oracle):
@@ -60,25 +69,13 @@ class Segments(Oracle):
 
     def __init__(self, segments):
         super().__init__()
-        self.segments = segments
-
-    def sigma_shape(self, batch):
-        return (len(batch["y"]), self.segments)
+        self.target = SegmentTarget("y", segments)
 
     def embed_condition(self, batch, drop=None):
         return None
 
     def run_layers(self, layers, z_in, level, condition):
         return z_in
-
-    def read_out(self, hidden, z, level):
-        return hidden
-
-    def score(self, hidden, z, level, y, seed, batch):
-        (N, T, D), S = y.shape, self.segments
-        rows = (N * S, T // S, D)
-        f, y, sigma = hidden.reshape(rows), y.reshape(rows), level.sigma.reshape(-1)
-        return F.edm_loss(f, y, sigma, seed, sigma_data=level.sigma_data).view(N, S)
 
 
 # Loss
@@ -109,16 +106,17 @@ def test_a_sigma_for_every_segment(segments):
 )
 def test_one_loss_for_each_sigma(monkeypatch, change, shape):
     model = DiffusionBlocks(Oracle().to(DEVICE), BlocksConfig(3))
-    score = model.base_model.score
-    model.base_model.score = lambda *args: change(score(*args))
+    target = model.base_model.target
+    score = target.score
+    target.score = lambda *args: change(score(*args))
     with pytest.raises(ValueError, match=rf"one loss for each sigma, \[4\], got {shape}; average"):
         model.loss({"y": normal(4, 7)}, 0)
 
 
 def test_one_loss_for_each_token():
     model = DiffusionBlocks(Segments(6).to(DEVICE), BlocksConfig(3))
-    model.base_model.score = lambda hidden, z, level, y, seed, batch: F.edm_loss(
-        hidden, y, level.sigma, seed
+    model.base_model.target.score = lambda features, z, level, y, seed, batch: F.edm_loss(
+        features, y, level.sigma, seed
     )
     with pytest.raises(ValueError, match=r"one loss for each sigma, \[4, 6\], got \[4\]"):
         model.loss({"y": normal(4, 6, 5)}, 0)
@@ -159,7 +157,7 @@ def test_the_loss_is_weighted_cross_entropy(weighting):
     data = batch()
     draw = model.draw(data, 1, generator=seeded())
     got = model.loss_at(data, 1, draw)
-    y = model.base_model.embed_target(data)
+    y = model.base_model.target.embed(data)
     z, _ = F.noise_inject(y, draw.sigma, draw.seed)
     logits = model.logits(z, draw.sigma, block=1, images=data["images"])
     losses = nn.functional.cross_entropy(logits, data["labels"], reduction="none")

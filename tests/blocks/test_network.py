@@ -2,10 +2,20 @@ import copy
 
 import pytest
 import torch
+from masked_tools import lm_of as masked_of
 from torch import nn
 
-from dblocks import functional as F
-from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
+from dblocks.blocks import (
+    BlocksConfig,
+    ClassTarget,
+    DiffusionBlocks,
+    L2Target,
+    MaskedTokenTarget,
+    TokenTarget,
+    make_optimizers,
+    train_step,
+    trained_at_top,
+)
 from dblocks.nn import NoiseEmbedding
 from dblocks.sampling import initial_noise, sample_euler
 from dblocks.schedules import MaskSchedule, NoiseSchedule
@@ -15,9 +25,7 @@ from tools import DEVICE, batch, normal, randomized, seeded, vit
 class ConvDenoiser(nn.Module):
     """Denoises images by residual convolutions: the smallest complete model with an L2 loss."""
 
-    loss_kind = "l2"
-    condition_drop = 0.0
-    target_embedding = None
+    target = L2Target("images")
 
     def __init__(self, channels=1, width=16, depth=3):
         super().__init__()
@@ -25,12 +33,6 @@ class ConvDenoiser(nn.Module):
         self.noise = NoiseEmbedding(width)
         self.layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
         self.last = nn.Conv2d(width, channels, 3, padding=1)
-
-    def sigma_shape(self, batch):
-        return batch["images"].shape[:1]
-
-    def embed_target(self, batch):
-        return batch["images"]
 
     def embed_condition(self, batch, drop):
         return None
@@ -41,15 +43,8 @@ class ConvDenoiser(nn.Module):
             h = h + layer(nn.functional.silu(h))
         return h
 
-    def read_out(self, hidden, z, level):
+    def features(self, hidden):
         return self.last(hidden)
-
-    def denoise(self, prediction, z, level):
-        return F.edm_denoise(prediction, z, level.sigma, sigma_data=level.sigma_data)
-
-    def score(self, hidden, z, level, y, seed, batch):
-        f = self.read_out(hidden, z, level)
-        return F.edm_loss(f, y, level.sigma, seed, sigma_data=level.sigma_data)
 
 
 # Layers
@@ -117,12 +112,14 @@ def test_the_share_of_draws_at_the_top(schedule):
     config = BlocksConfig(3, schedule=schedule)
     assert config.top_share == "auto"
     auto = {"cross_entropy": 0.6, "l2": 0.0, "masked_cross_entropy": 0.0}
-    assert {kind: config.top_share_for(kind) for kind in auto} == auto
+    targets = (ClassTarget, TokenTarget, L2Target, MaskedTokenTarget)
+    assert {target.loss_kind: target.top_share for target in targets} == auto
     for share in ("auto", 0.0, 0.25, 1.0):
         config = BlocksConfig(3, schedule=schedule, top_share=share)
         assert BlocksConfig.from_json(config.to_json()) == config
-        if share != "auto":
-            assert {config.top_share_for(kind) for kind in auto} == {share}
+        network = masked_of() if isinstance(schedule, MaskSchedule) else ConvDenoiser()
+        model = DiffusionBlocks(network, config)
+        assert trained_at_top(model) == (share not in ("auto", 0.0))
     with pytest.raises(ValueError, match=r"top_share must be .*, got 'all'"):
         BlocksConfig.from_json('{"num_blocks": 3, "top_share": "all"}')
 
@@ -151,19 +148,28 @@ def test_a_model_needs_layers():
 
 def test_a_model_needs_all_members():
     class Partial(ConvDenoiser):
-        denoise = None
-        score = property()
+        features = None
+        target = property()
 
-    with pytest.raises(TypeError, match=r"Partial must have all .*got none of denoise\(\), score"):
+    with pytest.raises(
+        TypeError, match=r"Partial must have all .*got none of features\(\), target"
+    ):
         DiffusionBlocks(Partial(), BlocksConfig(1))
     model = ConvDenoiser()
-    model.loss_kind = "mse"
-    with pytest.raises(ValueError, match=r"loss_kind of ConvDenoiser must be one .* got 'mse'"):
+    model.target = L2Target("images")
+    model.target.loss_kind = "mse"
+    message = r"loss_kind of the target of ConvDenoiser must be one .* got 'mse'"
+    with pytest.raises(ValueError, match=message):
         DiffusionBlocks(model, BlocksConfig(1))
-    model = ConvDenoiser()
-    model.target_embedding = torch.zeros(3)
-    with pytest.raises(TypeError, match=r"target_embedding of ConvDenoiser must be an nn\.Module"):
-        DiffusionBlocks(model, BlocksConfig(1))
+    for target, got in (
+        (torch.zeros(3), "Tensor without loss_kind, "),
+        (L2Target, "the class L2T"),
+    ):
+        model = ConvDenoiser()
+        model.target = target
+        message = rf"target of ConvDenoiser must be a dblocks\.blocks\.Target, .* got {got}"
+        with pytest.raises(TypeError, match=message):
+            DiffusionBlocks(model, BlocksConfig(1))
 
 
 # Loss

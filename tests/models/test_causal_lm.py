@@ -179,7 +179,9 @@ def test_losses_are_of_the_tokens_that_are_scored():
     noised = F.noise_inject(lm.target_embedding(tokens), draw.sigma, draw.seed)
     hidden = lm.run_layers(layers, noised.z_in, level, lm.embed_condition({"tokens": tokens}))
     ce = nnf.cross_entropy(
-        lm.read_out(hidden, noised.z, level).transpose(1, 2), tokens, reduction="none"
+        lm.target.predict(lm.features(hidden), noised.z, level).transpose(1, 2),
+        tokens,
+        reduction="none",
     )
     scored = mask & (torch.arange(8, device=DEVICE) > 0)
     torch.testing.assert_close(got.losses.mean(), ce[scored].mean(), **CLOSE)
@@ -272,11 +274,11 @@ def test_the_plain_model_without_conditioning_is_llama():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_readout(tied):
+def test_the_output_head(tied):
     lm = randomized(lm_of(tied=tied, embed_scale=3.0, logit_scale=2.0))
     lm.log_logit_scale.data.fill_(math.log(2.0))
     weight = lm.target_embedding.rows() / 3 if tied else lm.readout.weight
-    torch.testing.assert_close(lm.current_readout().weight, weight)
+    torch.testing.assert_close(lm.target.matrices().weight, weight)
     model, z = DiffusionBlocks(lm, BlocksConfig(3)), normal(2, 8, 16)
     logits = model.logits(z, 0.3, tokens=tokens_of())
     torch.testing.assert_close(

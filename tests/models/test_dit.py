@@ -6,8 +6,8 @@ import torch.nn.functional as nnf
 from dit_tools import SIZES, batch_of, blocks_of, dit_of, some_labels
 from torch import nn
 
-from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.models.dit import DiT, DiTConfig, generate_images
+from dblocks.blocks import BlocksConfig, DiffusionBlocks, L2Target
+from dblocks.models.dit import DiTConfig, generate_images
 from dblocks.models.patches import sincos_positions, unpatchify
 from dblocks.sampling import initial_noise, sample_euler, sampling_cost
 from tools import DEVICE, seeded
@@ -127,7 +127,8 @@ def test_guidance_of_one_and_zero_is_exact_and_one_call():
     def prediction(drop):
         condition = network.embed_condition({"labels": labels}, drop)
         hidden = network.run_layers(layers, level.c_in.view(-1, 1, 1, 1) * z, level, condition)
-        return network.denoise(network.read_out(hidden, z, level), z, level)
+        prediction = network.target.predict(network.features(hidden), z, level)
+        return network.target.denoise(prediction, z, level)
 
     calls = []
     model.base_model.layers[2].register_forward_hook(lambda *_: calls.append(1))
@@ -149,18 +150,10 @@ class GaussianImages(nn.Module):
     Denoised is `mean + cov (cov + sigma^2)^-1 (z - mean)`, the optimum of every block.
     """
 
-    loss_kind, condition_drop, target_embedding = "l2", 0.0, None
-
     def __init__(self, mean, cov, depth=4):
         super().__init__()
         self.layers = nn.ModuleList(nn.Identity() for _ in range(depth))
-        self.mean, self.cov = mean, cov
-
-    def sigma_shape(self, batch):
-        return batch["images"].shape[:1]
-
-    def embed_target(self, batch):
-        return batch["images"]
+        self.target = Gaussian(mean, cov)
 
     def embed_condition(self, batch, drop=None):
         return None
@@ -170,15 +163,24 @@ class GaussianImages(nn.Module):
             z_in = layer(z_in)
         return z_in
 
-    def read_out(self, hidden, z, level):
+    def features(self, hidden):
+        return hidden
+
+
+class Gaussian(L2Target):
+    """Of features that are `c_in*z`."""
+
+    def __init__(self, mean, cov):
+        super().__init__("images")
+        self.mean, self.cov = mean, cov
+
+    def predict(self, features, z, level):
         values, vectors = torch.linalg.eigh(self.cov)
         c_in, sigma = level.c_in.view(-1, 1), level.sigma.view(-1, 1)
-        x = (hidden.flatten(1) / c_in - self.mean) @ vectors
+        x = (features.flatten(1) / c_in - self.mean) @ vectors
         denoised = self.mean + (x * values / (values + sigma**2)) @ vectors.T
         f = (denoised - level.c_skip.view(-1, 1) * z.flatten(1)) / level.c_out.view(-1, 1)
         return f.view_as(z)
-
-    denoise, score = DiT.denoise, DiT.score
 
 
 def gaussian(n=20000):
@@ -268,7 +270,7 @@ def test_config_json():
         ({"images": torch.ones(4, 3, 4, 6).byte()}, TypeError, "floating point, got torch.uint8"),
         ({"images": torch.ones(4, 1, 4, 6)}, ValueError, r"with C = 3 .* got \[4, 1, 4, 6\]"),
         ({"images": torch.ones(4, 3, 4, 5)}, ValueError, r"multiples of patch_size=2, got"),
-        ({"images": torch.ones(3, 4, 6)}, ValueError, r"got \[3, 4, 6\]; resize them"),
+        ({"images": torch.ones(3, 4, 6)}, ValueError, r"got \[3, 4, 6\]; resize or crop them"),
     ],
 )
 def test_batches_are_checked(change, error, message):

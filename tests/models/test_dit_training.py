@@ -59,7 +59,7 @@ def test_the_loss_is_that_of_the_denoised():
     network, layers = model.parts(1)
     condition = network.embed_condition(data, draw.drop)
     hidden = network.run_layers(layers, level.c_in.view(-1, 1, 1, 1) * z, level, condition)
-    denoised = network.denoise(network.read_out(hidden, z, level), z, level)
+    denoised = network.target.denoise(network.features(hidden), z, level)
     mse = (denoised - data["images"]).square().mean(dim=(1, 2, 3))
     expected = mse * model.config.schedule.loss_weight(draw.sigma)
     torch.testing.assert_close(loss.losses, expected, rtol=1e-3, atol=1e-4)

@@ -40,6 +40,10 @@ def classifier(**options):
     return with_exact_norms(randomized(vit(**options)))
 
 
+def predict(network, hidden, z, level):
+    return network.target.predict(network.features(hidden), z, level)
+
+
 def bayes(prior, z, rows, sigma):
     """ln p(k | z) from ln p(k) [..., K] and z [..., D], all densities written out, in float64."""
     prior, z, rows = prior.double(), z.double(), rows.double()
@@ -66,10 +70,10 @@ def test_language_models(sigma, kind, tied, rows, each):
     lm = language_model(kind, tied=tied, rows=rows).double()
     tokens, hidden = tokens_of(2, 5), Hidden(normal(2, 5, WIDTH, seed=1).double(), None)
     level = level_of((2,) if each == "sample" else (2, 5), sigma)
-    y = lm.embed_target({"tokens": tokens}).double()
+    y = lm.target.embed({"tokens": tokens}).double()
     z = y + sigma * normal(2, 5, WIDTH).double()
-    prior = lm.read_out(hidden, torch.zeros_like(z), level)
-    got = lm.read_out(hidden, z, level)
+    prior = predict(lm, hidden, torch.zeros_like(z), level)
+    got = predict(lm, hidden, z, level)
     assert got.dtype == torch.float64
     expected = bayes(prior, z, lm.target_embedding.rows(), sigma)
     torch.testing.assert_close(got.log_softmax(-1), expected, rtol=1e-9, atol=1e-8)
@@ -78,7 +82,7 @@ def test_language_models(sigma, kind, tied, rows, each):
     matrix = lm.target_embedding.rows().double() / SCALE if tied else lm.readout.weight
     head = lm.log_logit_scale.exp() * f @ matrix.T
     torch.testing.assert_close(prior, head, rtol=1e-9, atol=1e-9)
-    denoised = lm.denoise(got, z, level)
+    denoised = lm.target.denoise(got, z, level)
     expected = expected.exp() @ lm.target_embedding.rows().double()
     torch.testing.assert_close(denoised, expected, rtol=1e-8, atol=1e-8)
 
@@ -89,9 +93,9 @@ def test_classifiers(sigma, conditioning):
     model = classifier(conditioning=conditioning).double()
     hidden = ViTHidden(normal(4, 3, WIDTH, seed=1).double(), None)
     level, labels = level_of((4,), sigma), torch.arange(4, device=DEVICE)
-    z = model.embed_target({"labels": labels}).double() + sigma * normal(4, WIDTH).double()
-    prior = model.read_out(hidden, torch.zeros_like(z), level)
-    got = model.read_out(hidden, z, level)
+    z = model.target.embed({"labels": labels}).double() + sigma * normal(4, WIDTH).double()
+    prior = predict(model, hidden, torch.zeros_like(z), level)
+    got = predict(model, hidden, z, level)
     expected = bayes(prior, z, model.target_embedding.rows(), sigma)
     torch.testing.assert_close(got.log_softmax(-1), expected, rtol=1e-9, atol=1e-8)
 
@@ -102,10 +106,10 @@ def test_rows_of_any_embedding_are_of_one_norm_but_for_rounding(sigma, tied):
     """Rows are normalised in float32; |E_k|^2 / (2 sigma^2) differs by that."""
     lm = randomized(lm_of(**SINGLE, tied=tied)).double()
     hidden, level = Hidden(normal(2, 5, WIDTH, seed=1).double(), None), level_of((2,), sigma)
-    z = lm.embed_target({"tokens": tokens_of(2, 5)}).double() + sigma * normal(2, 5, 16).double()
-    prior = lm.read_out(hidden, torch.zeros_like(z), level)
+    z = lm.target.embed({"tokens": tokens_of(2, 5)}).double() + sigma * normal(2, 5, 16).double()
+    prior = predict(lm, hidden, torch.zeros_like(z), level)
     expected = bayes(prior, z, lm.target_embedding.rows(), sigma)
-    got = lm.read_out(hidden, z, level).log_softmax(-1)
+    got = predict(lm, hidden, z, level).log_softmax(-1)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-8 + 2**-22 / sigma**2)
 
 
@@ -123,14 +127,19 @@ def test_noise_is_read_in_float32_under_autocast(tied, sigma):
     """In bfloat16 the error at sigma_min would be thousands of nats at this norm."""
     lm, tokens = language_model("causal", tied=tied), tokens_of(2, 5)
     hidden, level = Hidden(normal(2, 5, WIDTH, seed=1), None), level_of((2, 5), sigma, torch.float)
-    z = lm.embed_target({"tokens": tokens}) + sigma * normal(2, 5, WIDTH)
+    z = lm.target.embed({"tokens": tokens}) + sigma * normal(2, 5, WIDTH)
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        got = lm.read_out(hidden, z, level)
-        losses = lm.score(hidden, z, level, z, torch.zeros(()), {"tokens": tokens})
-        others = lm.score(hidden, z, level, z, torch.zeros(()), {"tokens": (tokens + 1) % 11})
+        got, features = predict(lm, hidden, z, level), lm.features(hidden)
+        losses = lm.target.score(features, z, level, z, torch.zeros(()), {"tokens": tokens})
+        others = lm.target.score(
+            features, z, level, z, torch.zeros(()), {"tokens": (tokens + 1) % 11}
+        )
     assert got.dtype == losses.dtype == torch.float32
-    prior = lm.double().read_out(
-        Hidden(hidden.x.double(), None), torch.zeros_like(z).double(), level_of((2, 5), sigma)
+    prior = predict(
+        lm.double(),
+        Hidden(hidden.x.double(), None),
+        torch.zeros_like(z).double(),
+        level_of((2, 5), sigma),
     )
     exact = bayes(prior, z, lm.target_embedding.rows(), sigma)
     limit = bounds(got)
@@ -148,11 +157,11 @@ def test_a_classifier_reads_noise_in_float32_under_autocast(sigma):
     model, images = classifier(), normal(4, 3, 8, 8, seed=2)
     labels = torch.arange(4, device=DEVICE)
     level = level_of((4,), sigma, torch.float)
-    z = model.embed_target({"labels": labels}) + sigma * normal(4, WIDTH)
+    z = model.target.embed({"labels": labels}) + sigma * normal(4, WIDTH)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         condition = model.embed_condition({"images": images})
         hidden = model.run_layers(model.layers, level.c_in[:, None] * z, level, condition)
-        got, prior = (model.read_out(hidden, noisy, level) for noisy in (z, torch.zeros_like(z)))
+        got, prior = (predict(model, hidden, noisy, level) for noisy in (z, torch.zeros_like(z)))
     assert got.dtype == torch.float32
     exact = bayes(prior, z, model.target_embedding.rows(), sigma)
     assert (got.log_softmax(-1).double() - exact).abs().max() < bounds(got)
@@ -162,7 +171,7 @@ def test_a_classifier_reads_noise_in_float32_under_autocast(sigma):
 def test_parameters_may_be_bfloat16(kind):
     model = DiffusionBlocks(language_model(kind, tied=False).bfloat16(), BlocksConfig(2))
     tokens = tokens_of(2, 5)
-    y = model.base_model.embed_target({"tokens": tokens})
+    y = model.base_model.target.embed({"tokens": tokens})
     logits = model.logits(y, SIGMA_MIN, tokens=tokens)
     assert logits.dtype == torch.float32
     assert torch.equal(logits.argmax(-1), tokens)

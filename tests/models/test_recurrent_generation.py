@@ -49,9 +49,9 @@ def test_the_cache_equals_the_doubled_forward(lengths, calls, block, conditionin
             level, noisy = model.config.schedule.level(sigma), z[:, j, i : i + 1]
             hidden = lm.run_cached(
                 layers, level.c_in[:, None, None] * noisy, level,
-                tokens[:, cache.committed : P + j], cache, lm.current_readout(),
+                tokens[:, cache.committed : P + j], cache, lm.target.rows(),
             )  # fmt: skip
-            got = lm.read_out(hidden, noisy, level)[:, 0]
+            got = lm.target.predict(lm.features(hidden), noisy, level)[:, 0]
             for n, length in enumerate(lengths):
                 row = torch.cat([tokens[n, :length], tokens[n, P : P + j + 1]])[None]
                 full = torch.zeros(1, row.shape[1], 16, device=DEVICE)
@@ -69,7 +69,7 @@ def test_the_cache_of_the_plain_model_equals_its_forward(lengths, recurrences):
     cache = lm.new_plain_cache(Slots(lengths, P + 4, DEVICE), recurrences)
     for j in range(4):
         got = lm.next_logits(
-            tokens[:, cache.committed : P + j], cache, lm.current_readout(),
+            tokens[:, cache.committed : P + j], cache, lm.target.fixed(),
             num_steps=recurrences, noise=noise,
         )  # fmt: skip
         for n, length in enumerate(lengths):

@@ -124,7 +124,7 @@ def test_noise_about_a_token_does_not_reach_its_block_through_other_rows(kind, o
         other = y_tokens.clone()
         other[0, b * k :] = (other[0, b * k :] + 1) % 11
         z = [
-            model.base_model.embed_target({"tokens": t}) + sigma[..., None] * normal(1, T, 16)
+            model.base_model.target.embed({"tokens": t}) + sigma[..., None] * normal(1, T, 16)
             for t in (y_tokens, other)
         ]
         mixed = torch.where(rows[:, None].to(DEVICE) == b, z[0], z[1])
@@ -220,7 +220,7 @@ def test_the_loss_is_the_mean_over_tokens_that_are_scored(kind, options):
     draw = model.draw({"tokens": tokens}, 1, generator=seeded())
     got = model.loss_at({"tokens": tokens, "loss_mask": mask}, 1, draw)
     level = model.config.noise_schedule.level(draw.sigma)
-    z = model.config.schedule.corrupt(model.base_model.embed_target({"tokens": tokens}), level,
+    z = model.config.schedule.corrupt(model.base_model.target.embed({"tokens": tokens}), level,
                                       draw.seed).z  # fmt: skip
     logits = model.logits(z, draw.sigma, block=1, tokens=tokens)
     ce = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")

@@ -55,7 +55,7 @@ def test_denoised_is_the_expectation_under_the_logits():
     data, z = easy_batch(4), torch.randn(4, 24, generator=seeded()).to(DEVICE)
     sigma = torch.full((4,), 0.3, device=DEVICE)
     logits = model.logits(z, sigma, images=data["images"])
-    expected = logits.softmax(-1) @ model.base_model.embed_target(
+    expected = logits.softmax(-1) @ model.base_model.target.embed(
         {"labels": torch.arange(4, device=DEVICE)}
     )
     torch.testing.assert_close(model(z, sigma, images=data["images"]), expected)

@@ -122,7 +122,8 @@ def block_logits(model, block, tokens, z, sigma, length):
     rotary = rotary_of(position.to(DEVICE), 4, 10_000.0)
     context = Context(before, rotary, attend)
     z_in = model.config.schedule.scale_in(z, level)
-    return lm.read_out(lm.run_layers(layers, z_in, level, context), z, level)
+    features = lm.features(lm.run_layers(layers, z_in, level, context))
+    return lm.target.predict(features, z, level)
 
 
 def expected_logits(model, n, prompt, tokens, steps):

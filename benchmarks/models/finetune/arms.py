@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from benchmarks.models.finetune import pretrained
 from benchmarks.models.finetune.pretrained import Pretraining
 from dblocks import BlocksConfig, make_optimizers, train_step
+from dblocks.blocks.targets.classes import Head
 from dblocks.integrations.convert import ConvertedBlocks, convert
 from dblocks.integrations.convert.causal_lm import Rows
-from dblocks.models.posterior import Head
 from dblocks.recipes.data.text import Text
 from dblocks.schedules import NoiseSchedule
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.blocks.targets.classes import Head
 from dblocks.integrations.convert.blocks import ConvertedBlocks
 from dblocks.integrations.convert.causal_lm import Rows
 from dblocks.integrations.convert.network import Converted
 from dblocks.integrations.convert.options import ConvertOptions
 from dblocks.integrations.convert.tasks import Task, network_of
-from dblocks.models.posterior import Head
 
 
 def convert(

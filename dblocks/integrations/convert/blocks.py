@@ -55,7 +55,7 @@ class ConvertedBlocks(DiffusionBlocks):
         """
         schedule, z = self.config.schedule, None
         if schedule.corruption == "masks":
-            y = self.base_model.embed_target(batch)
+            y = self.base_model.target.embed(self.base_model.target.check(batch))
             z = schedule.corrupt(y, schedule.level(draw.sigma), draw.seed).z
         first, last = self.layer_ranges[block]
         names = self.base_model.names[first:last]

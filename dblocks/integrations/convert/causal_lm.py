@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from dblocks import functional as F
-from dblocks.blocks import Batch
+from dblocks.blocks import Batch, Features, TokenTarget
+from dblocks.blocks.targets.classes import Head
+from dblocks.blocks.targets.heads import at_least_float32
+from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some
-from dblocks.models.posterior import Head, precision_of
-from dblocks.models.token_batch import IGNORED, TokenBatch
 from dblocks.nn import Modulation, over_rows
 from dblocks.schedules import NoiseLevel
 
@@ -77,12 +77,38 @@ class Context(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """What the layers leave for the readout."""
+    """What the layers leave."""
 
     x: Tensor
     """Noisy rows [N, T, D]; in a single stream that of the first token is zero."""
     cond: Tensor
     """Their conditioning vectors."""
+
+
+class ScaledRows:
+    """Embeddings of somebody's model as targets, each of one norm.
+
+    Args:
+        embedding: of the tokens.
+        embed_scale: the norm.
+    """
+
+    def __init__(self, embedding: nn.Embedding, embed_scale: float) -> None:
+        self.embedding = embedding
+        self.embed_scale = embed_scale
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D]."""
+        return self.embedding.weight
+
+    def rows(self) -> Tensor:
+        """[V, D], float32 (float64)."""
+        return self.embed_scale * nnf.normalize(at_least_float32(self.weight), dim=-1)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the embedding."""
+        return self.embedding.parameters()
 
 
 class ConvertedCausalLM(Converted):
@@ -140,7 +166,6 @@ class ConvertedCausalLM(Converted):
         embedding = family.embedding(model)
         width = embedding.embedding_dim
         super().__init__(model, layers, width, conditioned=True)
-        self.loss_kind: Literal["cross_entropy"] = "cross_entropy"
         self.family = family
         self.sizes = Sizes(embedding.num_embeddings, family.context_length(model))
         self.embed_scale = embed_scale
@@ -149,39 +174,21 @@ class ConvertedCausalLM(Converted):
         self.head_kind: Head = head_kind
         start = 0.0 if rows_kind == "single" else NOISE_SCALE * _element(embedding.weight)
         self.noise_scale = nn.Parameter(torch.tensor(start))
+        self.readout_modulation = self.log_scale = None
         if head_kind == "learned":
             self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
             self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
         self.added_to_()
 
     @property
-    def target_embedding(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The model's own token embedding."""
-        return self.family.embedding(self.model)
-
-    def rows(self) -> Tensor:
-        """Token embeddings as targets, [V, D], each of norm `embed_scale`."""
-        weight = self.family.embedding(self.model).weight
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return self.embed_scale * nnf.normalize(weight, dim=-1)
-
-    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
-        """[N, T/tokens_per_sigma], or [N]."""
-        tokens = TokenBatch.of(batch, self.sizes).tokens
-        check_some(tokens)
-        N, T = tokens.shape
-        if self.tokens_per_sigma is None:
-            return (N,)
-        if T % self.tokens_per_sigma:
-            raise ValueError(
-                f"tokens must be a multiple of tokens_per_sigma={self.tokens_per_sigma} long, "
-                f"got {T}; pad them, with a loss_mask, or convert with another number"
-            )
-        return (N, T // self.tokens_per_sigma)
-
-    def embed_target(self, batch: Batch) -> Tensor:
-        """Embeddings of the tokens, [N, T, D]."""
-        return self.rows()[TokenBatch.of(batch, self.sizes).tokens]
+    def target(self) -> TokenTarget:
+        """The model's own embedding of each token, at norm `embed_scale`."""
+        embedding = ScaledRows(self.family.embedding(self.model), self.embed_scale)
+        return TokenTarget(
+            embedding, self.family.head(self.model), self.sizes,
+            kind=self.head_kind, modulation=self.readout_modulation, log_scale=self.log_scale,
+            tokens_per_sigma=self.tokens_per_sigma,
+        )  # fmt: skip
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
         """What is known before each token, and in doubled rows the clean ones."""
@@ -189,7 +196,8 @@ class ConvertedCausalLM(Converted):
             raise ValueError(
                 "a language model is not trained without its condition, so guidance_scale must be 1"
             )
-        given = TokenBatch.of(batch, self.sizes)
+        given = self.target.check(batch)
+        check_some(given.tokens)
         return self._single(given) if self.rows_kind == "single" else self._doubled(given)
 
     def _single(self, given: TokenBatch) -> Context:
@@ -244,58 +252,19 @@ class ConvertedCausalLM(Converted):
             )
         return Hidden(x[:, x.shape[1] // 2 :], cond)
 
-    def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
-        """Logits [N, T, V], float32."""
-        m, weight = self._scored_rows(hidden, z, level)
-        bias = self.family.head(self.model).bias
-        with torch.autocast(m.device.type, enabled=False):
-            bias = None if bias is None else bias.to(m.dtype)
-            return nnf.linear(m, weight.to(m.dtype), bias)
-
-    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
-        """The expected token embedding, [N, T, D]."""
-        with torch.autocast(z.device.type, enabled=False):
-            return prediction.softmax(-1) @ self.rows().to(prediction.dtype)
-
-    def score(
-        self, hidden: Hidden, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
-    ) -> Tensor:
-        """Cross-entropy for each sigma, as that of `CausalLM`."""
-        labels = TokenBatch.of(batch, self.sizes).labels()
-        rows, weight = self._scored_rows(hidden, z, level)
-        losses = F.linear_cross_entropy(
-            rows, weight, labels, bias=self.family.head(self.model).bias,
-            ignore_index=IGNORED, reduction="none",
-        )  # fmt: skip
-        losses = losses * (labels.numel() / (labels != IGNORED).sum().clamp(min=1))
-        sigma = level.sigma
-        return losses if sigma.shape == losses.shape else losses.view(*sigma.shape, -1).mean(-1)
+    def features(self, hidden: Hidden) -> Features:
+        """The noisy rows, normed for the head, [N, T, D]."""
+        return Features(self.family.leave(self.model, hidden.x), hidden.cond)
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy over the tokens that are scored, in nats."""
-        given = TokenBatch.of(batch, self.sizes)
+        given = self.target.check(batch)
         if given.cu_seqlens is not None:
             raise ValueError(
                 "the model's own loss does not keep packed documents apart, so a batch must not "
                 "hold 'cu_seqlens'; give each document a row, or set clean_loss_weight to 0"
             )
         return self.family.plain_loss(self.model, given.tokens, given.labels())
-
-    def _scored_rows(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """What is multiplied for the logits: rows [N, T, C], float32, and a matrix [V, C].
-
-        Both terms of a posterior are one product, of rows side by side.
-        """
-        f, weight = self.family.leave(self.model, hidden.x), self.family.head(self.model).weight
-        if self.head_kind == "posterior":
-            evidence, rows = precision_of(level, z) * z, self.rows()
-            m = torch.cat([f.to(evidence.dtype), evidence], -1)
-            return m, torch.cat([weight.to(rows.dtype), rows], -1)
-        m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
-        with torch.autocast(m.device.type, enabled=False):
-            shift, scale = self.readout_modulation(hidden.cond, len(m))
-            m = m * (1 + over_rows(scale, m)) + over_rows(shift, m)
-            return m * self.log_scale.exp().to(m.dtype), weight
 
 
 def _element(weight: Tensor) -> float:

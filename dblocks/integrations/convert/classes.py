@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from functools import partial
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from dblocks import functional as F
-from dblocks.blocks import Batch
+from dblocks.blocks import Batch, ClassTarget, Features
+from dblocks.blocks.targets.base import missing
+from dblocks.blocks.targets.classes import Head
+from dblocks.blocks.targets.heads import FunctionHead, at_least_float32
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
-from dblocks.integrations.convert.network import Converted, at_least_float32, check_some
-from dblocks.models.images import check_label_values, check_labels, check_pairs, entry
-from dblocks.models.posterior import Head, posterior_logits
+from dblocks.integrations.convert.network import Converted, check_some
 from dblocks.nn import LabelEmbedding, Modulation
 from dblocks.schedules import NoiseLevel
 
@@ -61,7 +62,7 @@ class Context(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """What the layers leave for the readout."""
+    """What the layers leave."""
 
     x: Tensor
     """Rows [N, P, D]."""
@@ -109,33 +110,25 @@ class ConvertedClassifier(Converted):
         head_kind: Head,
     ) -> None:
         super().__init__(model, layers, width, conditioned=True)
-        self.loss_kind: Literal["cross_entropy"] = "cross_entropy"
         self.family = family
         self.num_classes = num_classes
         self.target_embedding = LabelEmbedding(num_classes, width, embed_scale)
         self.head_kind: Head = head_kind
         self.noise_scale = nn.Parameter(torch.tensor(NOISE_SCALE))
+        self.readout_modulation = self.log_scale = None
         if head_kind == "learned":
             self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
             self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
         self.added_to_()
 
-    def rows(self) -> Tensor:
-        """Embeddings of the classes, [num_classes, D]."""
-        return cast(LabelEmbedding, self.target_embedding).rows()
-
-    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
-        """One noise level a sample: [N]."""
-        given, labels = self._given(batch), self._labels(batch)
-        check_pairs(given, labels)
-        check_some(labels)
-        return (len(labels),)
-
-    def embed_target(self, batch: Batch) -> Tensor:
-        """Embeddings of `batch["labels"]` [N], [N, D]."""
-        labels = self._labels(batch)
-        check_label_values(labels, self.num_classes)
-        return self.rows()[labels]
+    @property
+    def target(self) -> ClassTarget:
+        """The embedding of the class."""
+        head = FunctionHead(
+            partial(self.family.head, self.model),
+            modulation=self.readout_modulation, log_scale=self.log_scale,
+        )  # fmt: skip
+        return ClassTarget(self.target_embedding, head, self.head_kind, given=self.family.input)
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
         """The rows of what is classified."""
@@ -144,7 +137,15 @@ class ConvertedClassifier(Converted):
                 "a converted classifier is not trained without its condition, "
                 "so guidance_scale must be 1"
             )
-        self._given(batch)
+        key = self.family.input
+        if not isinstance(batch.get(key), Tensor):
+            raise missing(
+                batch,
+                key,
+                f"{{{key!r}: [N, ...], 'labels': [N]}}, of which sampling needs the {key}",
+                of="a converted classifier's",
+            )
+        check_some(batch[key])
         rows = self.family.enter(self.model, batch)
         return Context(rows, self.family.context(self.model, rows, batch))
 
@@ -162,43 +163,11 @@ class ConvertedClassifier(Converted):
             x = layer(x, cond, condition.attention, checkpointing=self.checkpointing)
         return Hidden(x, cond)
 
-    def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
-        """Logits [N, num_classes], float32 or float64."""
-        pooled = self.family.pool(self.model, hidden.x)
-        if self.head_kind == "posterior":
-            logits = at_least_float32(self.family.head(self.model, pooled))
-            return posterior_logits(logits, z, self.rows(), level)
-        m = F.edm_denoise(pooled, z, level.sigma, sigma_data=level.sigma_data)
-        with torch.autocast(m.device.type, enabled=False):
-            shift, scale = self.readout_modulation(hidden.cond, len(m))
-            m = (m * (1 + scale) + shift) * self.log_scale.exp().to(m.dtype)
-        logits = self.family.head(self.model, m.to(pooled.dtype))
-        return at_least_float32(logits)
-
-    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
-        """The expected embedding of the class, [N, D]."""
-        with torch.autocast(z.device.type, enabled=False):
-            return prediction.softmax(-1) @ self.rows().to(prediction.dtype)
-
-    def score(
-        self, hidden: Hidden, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
-    ) -> Tensor:
-        """Cross-entropy of each sample, [N]."""
-        logits = self.read_out(hidden, z, level)
-        return nnf.cross_entropy(logits, batch["labels"], reduction="none")
+    def features(self, hidden: Hidden) -> Features:
+        """What the model pools of the rows, [N, D]."""
+        return Features(self.family.pool(self.model, hidden.x), hidden.cond)
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy."""
         logits = self.family.plain_logits(self.model, batch)
-        return nnf.cross_entropy(at_least_float32(logits), self._labels(batch))
-
-    def _given(self, batch: Batch) -> Tensor:
-        key = self.family.input
-        return entry(batch, key, of="a converted classifier", sampling=f"the {key}")
-
-    def _labels(self, batch: Batch) -> Tensor:
-        labels = entry(
-            batch, "labels", of="a converted classifier", sampling=f"the {self.family.input}"
-        )
-        check_labels(labels)
-        return labels
+        return nnf.cross_entropy(at_least_float32(logits), self.target.check(batch)["labels"])

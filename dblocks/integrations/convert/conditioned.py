@@ -80,5 +80,5 @@ def check_form(
         raise ValueError(
             f"{name} must be a pre-norm or a post-norm layer of attention and MLP, but "
             f"{type(layer).__name__} computes something else from its parts; "
-            "write a network with the four parts of dblocks.blocks.BlockModel instead"
+            "write a network with the members of dblocks.blocks.BlockModel instead"
         )

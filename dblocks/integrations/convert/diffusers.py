@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -16,13 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dblocks import functional as F
 from dblocks.blocks import Batch
 from dblocks.integrations.convert.network import Converted, check_some
-from dblocks.models.images import (
-    check_floating,
-    check_label_values,
-    check_labels,
-    check_pairs,
-    entry,
-)
+from dblocks.models.images import ImageTarget
 from dblocks.models.patches import unpatchify
 from dblocks.schedules import EDMSchedule, NoiseLevel
 
@@ -31,7 +25,7 @@ LABEL_DROP = 0.1  # Peebles and Xie 2023
 
 
 class Hidden(NamedTuple):
-    """What the layers leave for the readout."""
+    """What the layers leave."""
 
     x: Tensor
     """Tokens [N, P, D]."""
@@ -41,6 +35,8 @@ class Hidden(NamedTuple):
     """int64 [N], dropped ones the null class."""
     grid: tuple[int, int]
     """Rows and columns of patches."""
+    dtype: torch.dtype
+    """Of the noisy image."""
 
 
 class ConvertedDiT(Converted):
@@ -65,8 +61,6 @@ class ConvertedDiT(Converted):
 
     def __init__(self, model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> None:
         super().__init__(model, layers, model.inner_dim, conditioned=False)
-        self.loss_kind: Literal["l2"] = "l2"
-        self.target_embedding = None
         first: Any = next(iter(layers.values()))
         self.final_embedding: Any = copy.deepcopy(first.norm1.emb)
         embedder = self.final_embedding.class_embedder
@@ -77,22 +71,16 @@ class ConvertedDiT(Converted):
         self.lowest = math.log(schedule.sigma_min)
         self.span = math.log(schedule.sigma_max) - self.lowest
 
-    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
-        """One noise level an image: [N]."""
-        images = self._images(batch)
-        check_pairs(images, self._labels(batch))
-        check_some(images)
-        return (len(images),)
-
-    def embed_target(self, batch: Batch) -> Tensor:
-        """`batch["images"]` [N, C, H, W] themselves, float32 (float64)."""
-        images = self._images(batch)
-        return images if images.dtype == torch.float64 else images.float()
+    @property
+    def target(self) -> ImageTarget:
+        """The image or latent itself."""
+        patch = cast(Any, self.model).config.patch_size
+        return ImageTarget(self.channels, patch, self.num_classes)
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor:
         """`batch["labels"]` [N], the null class where `drop` [N] is true."""
-        labels = self._labels(batch)
-        check_label_values(labels, self.num_classes)
+        labels = self.target.labels(batch)
+        check_some(labels)
         if drop is None:
             return labels
         if not self.has_null:
@@ -116,9 +104,9 @@ class ConvertedDiT(Converted):
                 x = checkpoint(_run_layer, layer, x, timestep, condition, use_reentrant=False)
             else:
                 x = _run_layer(layer, x, timestep, condition)
-        return Hidden(x, timestep, condition, grid)
+        return Hidden(x, timestep, condition, grid, z_in.dtype)
 
-    def read_out(self, hidden: Hidden, z: Tensor, level: NoiseLevel) -> Tensor:
+    def features(self, hidden: Hidden) -> Tensor:
         """F [N, C, H, W]."""
         model: Any = self.model
         x = hidden.x
@@ -127,45 +115,13 @@ class ConvertedDiT(Converted):
         shift, scale = model.proj_out_1(nnf.silu(cond)).chunk(2, dim=1)
         x = F.adaln(x, shift, scale, eps=model.norm_out.eps)
         image = unpatchify(model.proj_out_2(x), hidden.grid, model.config.patch_size)
-        return image[:, : self.channels].to(z.dtype)
-
-    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
-        """`c_skip*z + c_out*F`, [N, C, H, W]."""
-        return F.edm_denoise(prediction, z, level.sigma, sigma_data=level.sigma_data)
-
-    def score(
-        self, hidden: Hidden, z: Tensor, level: NoiseLevel, y: Tensor, seed: Tensor, batch: Batch
-    ) -> Tensor:
-        """The L2 loss of F of each image, [N]."""
-        f = self.read_out(hidden, z, level)
-        return F.edm_loss(f, y, level.sigma, seed, sigma_data=level.sigma_data)
+        return image[:, : self.channels].to(hidden.dtype)
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """None: the model itself has no loss but that of denoising."""
         raise ValueError(
             "a DiT has no loss of its own beside that of denoising; set clean_loss_weight to 0"
         )
-
-    def _images(self, batch: Batch) -> Tensor:
-        images = entry(batch, "images", of="a DiT", sampling="the labels")
-        model: Any = self.model
-        patch = model.config.patch_size
-        if images.ndim != 4 or images.shape[1] != self.channels:
-            raise ValueError(
-                f"images must have shape [N, {self.channels}, H, W], got {list(images.shape)}"
-            )
-        if images.shape[2] % patch or images.shape[3] % patch:
-            raise ValueError(
-                f"sides of images must be multiples of patch_size={patch}, "
-                f"got {list(images.shape[2:])}; crop them"
-            )
-        check_floating(images)
-        return images
-
-    def _labels(self, batch: Batch) -> Tensor:
-        labels = entry(batch, "labels", of="a DiT", sampling="the labels")
-        check_labels(labels)
-        return labels
 
 
 def image_model(model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> ConvertedDiT:
@@ -179,7 +135,7 @@ def image_model(model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedu
     if not isinstance(model, DiTTransformer2DModel):
         raise ValueError(
             f"task 'images' needs a DiTTransformer2DModel, got {type(model).__name__}; "
-            "write a network with the four parts of dblocks.blocks.BlockModel instead"
+            "write a network with the members of dblocks.blocks.BlockModel instead"
         )
     return ConvertedDiT(model, layers, schedule)
 

@@ -12,9 +12,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch
+from dblocks.blocks.targets.heads import IGNORED, at_least_float32
 from dblocks.integrations.convert.causal_lm import Sizes
-from dblocks.integrations.convert.network import at_least_float32
-from dblocks.models.token_batch import IGNORED
 
 # Language models of transformers that predict the next token
 

@@ -76,7 +76,7 @@ def require_form(name: str, layer: nn.Module) -> LayerForm:
         raise ValueError(
             f"{name} must be a transformer layer whose norms, attention and MLP are known by their "
             f"names, got a {type(layer).__name__} of {[n for n, _ in layer.named_children()]}; "
-            "write a network with the four parts of dblocks.blocks.BlockModel instead"
+            "write a network with the members of dblocks.blocks.BlockModel instead"
         )
     return form
 

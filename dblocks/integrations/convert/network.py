@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dblocks.blocks import Batch
+from dblocks.blocks import Batch, Target
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.nn import NoiseEmbedding
 
@@ -18,12 +18,13 @@ SWITCHES = ("gradient_checkpointing", "grad_checkpointing")  # of diffusers, and
 
 
 class Converted(nn.Module, ABC):
-    """Somebody's model with the parts that `DiffusionBlocks` asks for; see `BlockModel`.
+    """Somebody's model with what `DiffusionBlocks` asks for; see `BlockModel`.
 
     It is called as the model is, and has its attributes: `converted(...)` is the model itself,
     whose modules it runs and does not change. Its names in the state_dict follow `model.`.
 
-    Subclasses say what the target is and how it enters and leaves the layers.
+    Subclasses say what the target is and how it enters and leaves the layers. The target refers to
+    the user's own embedding and head, as they are when it is asked for.
 
     Args:
         model: the user's; its modules are used, not copied.
@@ -32,9 +33,6 @@ class Converted(nn.Module, ABC):
     """
 
     layers: nn.ModuleList
-    loss_kind: Any
-    target_embedding: nn.Module | None
-    condition_drop = 0.0
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, nn.Module], width: int, *, conditioned: bool
@@ -72,6 +70,11 @@ class Converted(nn.Module, ABC):
             if model is None:
                 raise
             return getattr(model, name)
+
+    @property
+    @abstractmethod
+    def target(self) -> Target:
+        """See `BlockModel`."""
 
     @abstractmethod
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
@@ -148,11 +151,6 @@ def check_some(samples: Tensor) -> None:
         raise ValueError(
             "a batch for a converted model must hold at least one sample, got none; leave it out"
         )
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Logits as losses and estimates are computed of them."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _without(module: nn.Module, paths: set[str]) -> nn.Module:

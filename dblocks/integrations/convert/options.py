@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
+from dblocks.blocks.targets.classes import Head, check_head
 from dblocks.config import check_count
 from dblocks.integrations.convert.causal_lm import Rows
-from dblocks.models.posterior import Head, check_head
 
 
 @dataclass(frozen=True)

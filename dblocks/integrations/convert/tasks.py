@@ -50,7 +50,7 @@ def network_of(
     if make is None:
         raise ValueError(
             f"task {task!r} must be one that a {type(model).__name__} has; see dblocks.convert for "
-            "those that are known, or write a network with the four parts of "
+            "those that are known, or write a network with the members of "
             "dblocks.blocks.BlockModel"
         )
     network = make(model, found, config, options)

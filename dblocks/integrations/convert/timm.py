@@ -28,7 +28,7 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
     if missing:
         raise ValueError(
             f"task 'classes' needs a VisionTransformer of timm, got {type(model).__name__}, which "
-            f"has no {', '.join(missing)}; write a network with the four parts of "
+            f"has no {', '.join(missing)}; write a network with the members of "
             "dblocks.blocks.BlockModel instead"
         )
     if not isinstance(model.head, nn.Linear):

@@ -123,7 +123,7 @@ def _family(model: Any, families: Mapping[str, Family], task: str) -> Family:
     if kind not in families:
         raise ValueError(
             f"task {task} needs one of {sorted(families)}, got {kind!r} "
-            f"({type(model).__name__}); write a network with the four parts of "
+            f"({type(model).__name__}); write a network with the members of "
             "dblocks.blocks.BlockModel instead"
         )
     return families[kind]

@@ -129,7 +129,7 @@ def test_gpt2_scales_as_it_is_told(options):
 def test_levels_of_tokens_and_of_sequences(kind, each):
     blocks, batch = shaken(blocks_of(kind, tokens_per_sigma=each)), batch_of(kind)
     shape = {1: (3, 8), 4: (3, 2), None: (3,)}[each]
-    assert blocks.base_model.sigma_shape(batch) == shape
+    assert blocks.base_model.target.sigma_shape(batch) == shape
     assert blocks.loss(batch, 0).losses.shape == shape
     sigma = 1 + torch.arange(3.0)[:, None].expand(3, 8)
     sigma = sigma if each == 1 else sigma[:, : 8 // (each or 8)]
@@ -154,7 +154,7 @@ def test_the_loss_is_that_of_the_logits(kind, masked):
     draw = blocks.draw(batch, 1, generator=seeded())
     result = blocks.loss_at(batch, 1, draw)
     network, schedule = blocks.base_model, blocks.config.schedule
-    y = nnf.normalize(network.target_embedding.weight, dim=-1)[tokens]
+    y = nnf.normalize(network.family.embedding(network.model).weight, dim=-1)[tokens]
     z = schedule.corrupt(y, schedule.level(draw.sigma), draw.seed).z
     logits = blocks.logits(z, draw.sigma, block=1, tokens=tokens)
     costs = nnf.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
@@ -162,7 +162,7 @@ def test_the_loss_is_that_of_the_logits(kind, masked):
     expected = costs.where(scored, 0) * 24 / scored.sum()
     torch.testing.assert_close(result.losses, expected)
     denoised = blocks(z, draw.sigma, block=1, tokens=tokens)
-    rows = nnf.normalize(network.target_embedding.weight, dim=-1)
+    rows = nnf.normalize(network.family.embedding(network.model).weight, dim=-1)
     torch.testing.assert_close(denoised, logits.softmax(-1) @ rows)
 
 

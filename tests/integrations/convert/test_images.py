@@ -52,7 +52,7 @@ def test_a_new_classifier_without_noise_says_what_the_model_says(kind):
     with torch.no_grad():
         blocks.base_model.noise_scale.zero_()
     found = blocks.logits(z, level, block=0, **given(kind, batch))
-    evidence = z @ blocks.base_model.rows().T / sigma**2
+    evidence = z @ blocks.base_model.target.rows().T / sigma**2
     torch.testing.assert_close(found, own + evidence, rtol=1e-5, atol=1e-6)
 
 
@@ -65,7 +65,7 @@ def test_the_posterior_is_bayes_rule(kind, sigma):
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     with torch.no_grad():
         network.noise_scale.zero_()
-    rows = network.rows().double()
+    rows = network.target.rows().double()
     z = rows[batch["labels"]] + sigma * normal(3, 16).double()
     density = -(z[:, None] - rows).square().sum(-1) / (2 * sigma**2)
     prior = plain_logits(kind, network, batch).log_softmax(-1)
@@ -106,14 +106,14 @@ def test_the_loss_of_a_classifier_is_that_of_its_logits(kind, head):
     draw = blocks.draw(batch, 1, generator=seeded())
     result = blocks.loss_at(batch, 1, draw)
     network, schedule = blocks.base_model, blocks.config.schedule
-    y = network.embed_target(batch)
+    y = network.target.embed(batch)
     torch.testing.assert_close(y.norm(dim=-1), torch.full((3,), 2.0))
     z = schedule.corrupt(y, schedule.level(draw.sigma), draw.seed).z
     logits = blocks.logits(z, draw.sigma, block=1, **given(kind, batch))
     costs = nnf.cross_entropy(logits, batch["labels"], reduction="none")
     torch.testing.assert_close(result.losses, costs)
     denoised = blocks(z, draw.sigma, block=1, **given(kind, batch))
-    torch.testing.assert_close(denoised, logits.softmax(-1) @ network.rows())
+    torch.testing.assert_close(denoised, logits.softmax(-1) @ network.target.rows())
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)

@@ -35,7 +35,7 @@ def logits_of(blocks, tokens, sigma=1.0, block=1, seed=3, **batch):
 
 
 def evidence_of(blocks, z, sigma):
-    return z @ blocks.base_model.rows().T / sigma**2
+    return z @ blocks.base_model.target.rows().T / sigma**2
 
 
 def lively(kind, **options):
@@ -109,7 +109,7 @@ def test_a_row_has_no_gradient_for_its_own_token(kind):
     known = condition.noisy.detach().requires_grad_()
     level = blocks.config.schedule.level(torch.rand(1, 8, generator=seeded()) + 0.5)
     hidden = network.run_layers(network.layers, z, level, condition._replace(noisy=known))
-    logits = network.read_out(hidden, z, level)
+    logits = network.target.predict(network.features(hidden), z, level)
     for i in range(1, 8):
         (grad,) = torch.autograd.grad(logits[0, i].square().sum(), known, retain_graph=True)
         assert not grad[0, i:].any()
@@ -175,7 +175,7 @@ def test_the_loss_is_that_of_the_logits(form, masked):
     draw = blocks.draw(batch, 1, generator=seeded())
     result = blocks.loss_at(batch, 1, draw)
     network, schedule, tokens = blocks.base_model, blocks.config.schedule, batch["tokens"]
-    y = network.rows()[tokens]
+    y = network.target.rows()[tokens]
     torch.testing.assert_close(y.norm(dim=-1), torch.full((3, 8), 2.0))
     z = schedule.corrupt(y, schedule.level(draw.sigma), draw.seed).z
     logits = blocks.logits(z, draw.sigma, block=1, tokens=tokens)
@@ -183,7 +183,7 @@ def test_the_loss_is_that_of_the_logits(form, masked):
     scored = scored & (torch.arange(8) > 0)
     torch.testing.assert_close(result.losses, costs.where(scored, 0) * 24 / scored.sum())
     denoised = blocks(z, draw.sigma, block=1, tokens=tokens)
-    torch.testing.assert_close(denoised, logits.softmax(-1) @ network.rows())
+    torch.testing.assert_close(denoised, logits.softmax(-1) @ network.target.rows())
 
 
 @pytest.mark.parametrize("kind", SOME)
@@ -193,7 +193,7 @@ def test_the_posterior_is_bayes_rule(kind, sigma):
     model = lively(kind).double()
     blocks, tokens = blocks_of(kind, 1, model=model, embed_scale=1.5), batch_of(kind)["tokens"]
     prior = plain_logits(kind, model, {"tokens": tokens})[:, :-1].log_softmax(-1)
-    rows = blocks.base_model.rows()
+    rows = blocks.base_model.target.rows()
     z = rows[tokens] + sigma * normal(3, 8, 16).double()
     density = -(z[:, 1:, None] - rows).square().sum(-1) / (2 * sigma**2)
     level = torch.full((3,), sigma, dtype=torch.float64)
@@ -279,7 +279,7 @@ def test_known_rows_are_at_the_top_level_of_their_block():
     noise = normal(1, *writer.noise_shape)
     with torch.no_grad():
         found = writer.next_logits(tokens, noise, 0)[0, 0]
-        z, rows = 80 * noise[:, 5:6], blocks.base_model.rows()
+        z, rows = 80 * noise[:, 5:6], blocks.base_model.target.rows()
         whole = torch.cat([tokens, tokens[:, :1]], dim=1)
         for i, (sigma, block) in enumerate(zip(sigmas.tolist(), owners, strict=True)):
             top = schedule.boundaries(2)[block].item()

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from dblocks.blocks import Batch
+from dblocks.blocks.targets.base import Batch, CheckedBatch, missing
+from dblocks.blocks.targets.heads import IGNORED
 from dblocks.nn import Attend
-from dblocks.sampling.interface import TokenSizes, check_tokens
-
-IGNORED = -100  # PyTorch's ignore_index
 
 
-class TokenBatch(NamedTuple):
-    """The checked entries of a batch; see `dblocks.models.language_model.LanguageModel`."""
+class TokenSizes(Protocol):
+    """What the checks of tokens need."""
 
-    tokens: Tensor
-    """int64 [N, T]."""
-    loss_mask: Tensor | None
-    """bool [N, T]."""
-    cu_seqlens: Tensor | None
-    """int32 [documents + 1]."""
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Longest sequence or document."""
+        ...
+
+
+class TokenBatch(CheckedBatch):
+    """The checked entries of a batch of token sequences.
+
+    "tokens", int64 [N, T]. The first token of a sequence is given (a token that marks the
+    beginning, or the first of a text) and is never predicted. There may be "loss_mask", bool
+    [N, T], false at tokens that are not scored, such as padding at the end; and, for N = 1,
+    "cu_seqlens", int32 [documents + 1], the ends of documents packed one after the other: then
+    positions begin again, and nothing attends, in each.
+    """
 
     @classmethod
     def of(cls, batch: Batch, sizes: TokenSizes) -> TokenBatch:
@@ -33,25 +45,37 @@ class TokenBatch(NamedTuple):
             ValueError: for an entry that is missing, or of a shape or value that does not fit.
             TypeError: for an entry of another dtype.
         """
-        tokens = batch.get("tokens")
+        given = cls(batch)
+        tokens, mask, ends = given.get("tokens"), given.loss_mask, given.cu_seqlens
         if not isinstance(tokens, Tensor):
-            raise ValueError(
-                f"a batch of token sequences must hold a tensor 'tokens', got {sorted(batch)}"
-                f"{'' if tokens is None else f' with tokens of type {type(tokens).__name__}'}; "
-                "it is {'tokens': [N, T]}, and may hold 'loss_mask' and 'cu_seqlens'"
-            )
+            content = "{'tokens': [N, T]}, and may hold 'loss_mask' and 'cu_seqlens'"
+            raise missing(batch, "tokens", content)
         check_tokens(tokens, sizes.vocab_size)
-        given = cls(tokens, batch.get("loss_mask"), batch.get("cu_seqlens"))
-        if given.cu_seqlens is not None:
-            _check_documents(given.cu_seqlens, tokens, sizes.context)
+        if ends is not None:
+            _check_documents(ends, tokens, sizes.context)
         elif tokens.shape[1] > sizes.context:
             raise ValueError(
                 f"tokens must be at most context={sizes.context} long, got {tokens.shape[1]}; "
                 "cut them"
             )
-        if given.loss_mask is not None:
-            _check_loss_mask(given.loss_mask, tokens)
+        if mask is not None:
+            _check_loss_mask(mask, tokens)
         return given
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [N, T]."""
+        return self["tokens"]
+
+    @property
+    def loss_mask(self) -> Tensor | None:
+        """bool [N, T]."""
+        return self.get("loss_mask")
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """int32 [documents + 1]."""
+        return self.get("cu_seqlens")
 
     def check_blocks(self, block_size: int) -> None:
         """Raises unless every sequence or document is a multiple of a block of tokens long."""
@@ -103,6 +127,23 @@ class TokenBatch(NamedTuple):
             )
 
         return attend
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raises unless `tokens` are int64 [N, T] in 0..vocab_size - 1; values are seen on the CPU."""
+    if tokens.dtype != torch.int64:
+        # uint8 and bool would select rows as masks do.
+        raise TypeError(f"tokens must be int64, got {tokens.dtype}; call tokens.long()")
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(
+            f"tokens must have shape [N, T] with T >= 1, got {list(tokens.shape)}; reshape them"
+        )
+    # On a GPU looking at the values would synchronise; there indexing itself asserts.
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
+        return
+    low, high = (int(value) for value in tokens.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"tokens must be in 0..{vocab_size - 1}, got {low}..{high}")
 
 
 def _check_loss_mask(mask: Tensor, tokens: Tensor) -> None:

@@ -1,0 +1,208 @@
+"""Targets that are one of K embeddings, and the class of a sample, the simplest of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, Protocol, get_args
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from dblocks import functional as F
+from dblocks.blocks.targets.base import (
+    Batch,
+    CheckedBatch,
+    Features,
+    LossKind,
+    Target,
+    missing,
+)
+from dblocks.blocks.targets.heads import OutputHead
+from dblocks.nn import over_rows
+from dblocks.schedules import NoiseLevel
+
+Head = Literal["posterior", "learned"]
+TOP_SHARE = 0.6  # chosen on validation data, see docs/results.md
+
+
+class Table(Protocol):
+    """Embeddings of K targets, such as a `LabelEmbedding`."""
+
+    embed_scale: float
+    """Norm of every row."""
+
+    @property
+    def weight(self) -> Tensor:
+        """What rows are made of, [K, D]."""
+        ...
+
+    def rows(self) -> Tensor:
+        """All rows at their norm, float32 or float64 [K, D]."""
+        ...
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """What trains."""
+        ...
+
+
+class EmbeddedTarget(Target):
+    """What targets have in common that are one of K embeddings, told apart by an output head.
+
+    With h the features, E the embeddings and `head` the logits of an `OutputHead`,
+
+        posterior   logits = head(h) + E z / sigma^2
+        learned     logits = head(c_skip*z + c_out*h)
+
+    The first is Bayes' rule, as all rows of E are of one norm: where head(h) is ln p(k | condition)
+    but for a constant, the logits are ln p(k | z, condition). Its terms are float32 (float64) under
+    autocast too: in bfloat16 the error of the second would be hundreds of nats at sigma_min. The
+    learned head, as published, has to learn a factor that goes from 4 to 250,000.
+
+    The loss is the logits' cross-entropy; the denoised estimate is the expectation of the embedding
+    under them.
+
+    Args:
+        embedding: E, such as a `LabelEmbedding`.
+        head: the output head.
+        kind: "posterior" or "learned".
+    """
+
+    loss_kind: LossKind = "cross_entropy"
+    top_share = TOP_SHARE
+
+    def __init__(self, embedding: Table, head: OutputHead, kind: Head = "posterior") -> None:
+        check_head(kind)
+        self.embedding = embedding
+        self.head = head
+        self.kind: Head = kind
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Those of the embedding."""
+        return self.embedding.parameters()
+
+    def rows(self) -> Tensor:
+        """The embeddings of all targets, [K, D]."""
+        return self.embedding.rows()
+
+    def denoise(self, prediction: Tensor, z: Tensor, level: NoiseLevel) -> Tensor:
+        """The expected embedding `softmax(logits) @ E`, [N, D] or [N, T, D]."""
+        with torch.autocast(z.device.type, enabled=False):
+            return prediction.softmax(-1) @ self.rows().to(prediction.dtype)
+
+
+class ClassTarget(EmbeddedTarget):
+    """The embedding of a sample's class; one noise level a sample.
+
+    A batch holds "labels", int64 [N], and what is classified. Features are [N, D].
+
+    Args:
+        embedding: of the classes, such as a `LabelEmbedding`.
+        head: the output head: an `OutputHead`, or a plain `nn.Linear`.
+        kind: "posterior" or "learned"; see `EmbeddedTarget`.
+        given: the batch's key of what is classified.
+    """
+
+    def __init__(
+        self,
+        embedding: Table,
+        head: OutputHead | nn.Linear,
+        kind: Head = "posterior",
+        *,
+        given: str = "images",
+    ) -> None:
+        head = OutputHead(head) if isinstance(head, nn.Linear) else head
+        super().__init__(embedding, head, kind)
+        self.given = given
+
+    def check(self, batch: Batch) -> Batch:
+        """See `Target.check`; there must be a label in 0..K-1 for each sample."""
+        for key in ("labels", self.given):
+            if not isinstance(batch.get(key), Tensor):
+                raise missing(batch, key, f"{{'labels': [N], {self.given!r}: [N, ...]}}")
+        labels, given = batch["labels"], batch[self.given]
+        check_labels(labels)
+        check_label_values(labels, len(self.embedding.weight))
+        if len(given) != len(labels):
+            raise ValueError(
+                f"{self.given} and labels must be of as many samples, "
+                f"got {len(given)} {self.given} and {len(labels)} labels; pair them"
+            )
+        return CheckedBatch(batch)
+
+    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
+        """[N]."""
+        return (len(batch["labels"]),)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Embeddings of the labels, [N, D]."""
+        return self.rows()[batch["labels"]]
+
+    def predict(self, features: Tensor | Features, z: Tensor, level: NoiseLevel) -> Tensor:
+        """Logits [N, K], float32 (float64)."""
+        f, cond = features if isinstance(features, Features) else Features(features)
+        if self.kind == "posterior":
+            return posterior_logits(self.head.logits(f), z, self.rows(), level)
+        m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
+        return self.head.logits(m, cond, dtype=f.dtype)
+
+    def score(
+        self,
+        features: Tensor | Features,
+        z: Tensor,
+        level: NoiseLevel,
+        y: Tensor,
+        seed: Tensor,
+        batch: Batch,
+    ) -> Tensor:
+        """Cross-entropy of each sample, [N]."""
+        logits = self.predict(features, z, level)
+        return nnf.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+def check_head(head: str) -> None:
+    """Raises unless `head` is one of `Head`."""
+    if head not in get_args(Head):
+        raise ValueError(f"head must be one of {get_args(Head)}, got {head!r}")
+
+
+def precision_of(level: NoiseLevel, z: Tensor) -> Tensor:
+    """`1/sigma^2` in float32 (float64), of the shape that multiplies z [N, D] or [N, T, D]."""
+    precision = level.sigma.square().reciprocal()
+    return precision[:, None] if z.ndim == 2 else over_rows(precision.view(len(z), -1, 1), z)
+
+
+def posterior_logits(logits: Tensor, z: Tensor, rows: Tensor, level: NoiseLevel) -> Tensor:
+    """Logits of a class given its noisy embedding, from those without.
+
+        ln p(k | z, c) = ln p(k | c) + E_k z / sigma^2 + const,   z = E_k + sigma*eps
+
+    Args:
+        logits: `ln p(k | c)` but for a constant, [N, K].
+        z: noisy embeddings, [N, D].
+        rows: E, [K, D].
+        level: of z, [N].
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        scaled = precision_of(level, z) * z
+        return logits + scaled @ rows.to(scaled.dtype).t()
+
+
+def check_labels(labels: Tensor) -> None:
+    """Raises TypeError or ValueError unless labels are int64 [N]."""
+    if labels.dtype != torch.int64:
+        # uint8 and bool would select rows as masks do.
+        raise TypeError(f"labels must be int64, got {labels.dtype}; call labels.long()")
+    if labels.ndim != 1:
+        raise ValueError(f"labels must have shape [N], got {list(labels.shape)}; flatten them")
+
+
+def check_label_values(labels: Tensor, num_classes: int) -> None:
+    """Raises ValueError unless labels are classes, where looking at them costs nothing."""
+    # On a GPU looking at the values would synchronise; there indexing itself asserts.
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+        return
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}"
+        )

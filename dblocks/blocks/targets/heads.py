@@ -1,0 +1,123 @@
+"""Output heads: logits of features, and their cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from dblocks import functional as F
+from dblocks.nn import Modulation, over_rows
+
+IGNORED = -100  # PyTorch's ignore_index
+
+
+class Linear(Protocol):
+    """What an output head multiplies with: an `nn.Linear`, or what looks like one."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[K, D]."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[K]."""
+        ...
+
+
+class OutputHead:
+    """Logits of features m, in float32 (float64) whatever the layers' dtype.
+
+        logits = W (g*(m*(1 + scale) + shift)) + b
+
+    Args:
+        linear: W and b, such as an `nn.Linear`.
+        modulation: makes shift and scale from the conditioning vector; none by default.
+        log_scale: ln g, 0-d; g is 1 by default.
+    """
+
+    def __init__(
+        self,
+        linear: Linear,
+        *,
+        modulation: Modulation | None = None,
+        log_scale: Tensor | None = None,
+    ) -> None:
+        self.linear = linear
+        self.modulation = modulation
+        self.log_scale = log_scale
+
+    def rows(self, m: Tensor, cond: Tensor | None = None) -> Tensor:
+        """What W is multiplied with, of features [N, D] or [N, T, D]."""
+        with torch.autocast(m.device.type, enabled=False):
+            m = at_least_float32(m)
+            if self.modulation is not None:
+                shift, scale = self.modulation(cond, len(m))
+                if m.ndim == 3:
+                    shift, scale = over_rows(shift, m), over_rows(scale, m)
+                m = m * (1 + scale) + shift
+            return m if self.log_scale is None else m * self.log_scale.exp().to(m.dtype)
+
+    def logits(
+        self, m: Tensor, cond: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Logits [N, K] or [N, T, K]; `dtype`, that of m by default, is what other heads run in."""
+        return product(self.rows(m, cond), self.linear.weight, self.linear.bias)
+
+    def losses(self, m: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of features [N, T, D] with `labels` [N, T], 0 where they are `IGNORED`.
+
+        Logits of all rows are never in memory at once.
+        """
+        return F.linear_cross_entropy(
+            self.rows(m), self.linear.weight, labels, bias=self.linear.bias,
+            ignore_index=IGNORED, reduction="none",
+        )  # fmt: skip
+
+
+class FunctionHead(OutputHead):
+    """An output head that is somebody's function of features, such as modules of other libraries.
+
+    Args:
+        function: from features, in their own dtype, to logits.
+        modulation: as of `OutputHead`.
+        log_scale: as of `OutputHead`.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        *,
+        modulation: Modulation | None = None,
+        log_scale: Tensor | None = None,
+    ) -> None:
+        self.function = function
+        self.modulation = modulation
+        self.log_scale = log_scale
+
+    def logits(
+        self, m: Tensor, cond: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Logits, of the function in `dtype`; float32 (float64)."""
+        return at_least_float32(self.function(self.rows(m, cond).to(dtype or m.dtype)))
+
+    def losses(self, m: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of features [N, T, D] with `labels` [N, T], 0 where they are `IGNORED`."""
+        logits = self.logits(m).transpose(1, 2)
+        return nnf.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """In float32, or float64 where it is, as losses and estimates are computed."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`rows @ weight.T + bias` in the dtype of the rows, under autocast too."""
+    with torch.autocast(rows.device.type, enabled=False):
+        bias = None if bias is None else bias.to(rows.dtype)
+        return nnf.linear(rows, weight.to(rows.dtype), bias)

@@ -1,0 +1,97 @@
+"""The tokens of a text, of which masked ones are predicted from both sides."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from dblocks.blocks.targets.base import Batch, LossKind, Target
+from dblocks.blocks.targets.heads import IGNORED, Linear, OutputHead
+from dblocks.blocks.targets.token_batch import TokenBatch, TokenSizes
+from dblocks.schedules import MASKED, MaskLevel
+
+
+class MaskedTokenTarget(Target):
+    """Tokens, int64 [N, T], under a `MaskSchedule`: masked ones are `MASKED` in z.
+
+    A batch holds "tokens", and may hold "loss_mask", bool [N, T], false at tokens that are given:
+    they are never masked and not scored. There is one t a sequence. Features are [N, T, D].
+
+    Args:
+        head: the output head: an `OutputHead`, or a matrix of V rows, such as an `nn.Linear`.
+        sizes: vocabulary and longest text, such as a network's config.
+        mask_token: a number of the vocabulary that stands for the mask and is no target.
+    """
+
+    loss_kind: LossKind = "masked_cross_entropy"
+
+    def __init__(
+        self, head: OutputHead | Linear, sizes: TokenSizes, *, mask_token: int | None = None
+    ) -> None:
+        self.head = head if isinstance(head, OutputHead) else OutputHead(head)
+        self.sizes = sizes
+        self.mask_token = mask_token
+
+    def check(self, batch: Batch) -> TokenBatch:
+        """See `Target.check`; a batch that was checked is returned as it is.
+
+        Raises:
+            ValueError: the entries do not fit, or there are packed documents.
+        """
+        if isinstance(batch, TokenBatch):
+            return batch
+        if batch.get("cu_seqlens") is not None:
+            raise ValueError(
+                "a masked language model attends to all of a sequence, so a batch must not hold "
+                "'cu_seqlens'; give each document a row of its own, padded, with a 'loss_mask'"
+            )
+        given = TokenBatch.of(batch, self.sizes)
+        # Looked up where that does not synchronise, as in `check_tokens`.
+        seen = given.tokens.is_cpu and not torch.compiler.is_compiling()
+        if seen and self.mask_token is not None and (given.tokens == self.mask_token).any():
+            raise ValueError(
+                f"tokens must not hold the mask, {self.mask_token}: masks are drawn in training"
+            )
+        return given
+
+    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
+        """A t for every sequence, [N]."""
+        return (len(batch["tokens"]),)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """`batch["tokens"]`, int64 [N, T]."""
+        return batch["tokens"]
+
+    def known(self, batch: Batch) -> Tensor | None:
+        """The tokens that are given, int64 [N, T] with `MASKED` elsewhere; None without any.
+
+        Of a batch with a "loss_mask"; sampling passes neither, as given tokens are in its state.
+        """
+        if batch.get("loss_mask") is None:
+            return None
+        return self.check(batch).tokens.masked_fill(batch["loss_mask"], MASKED)
+
+    def predict(self, features: Tensor, z: Tensor, level: MaskLevel) -> Tensor:
+        """Logits [N, T, V], float32 (float64)."""
+        return self.head.logits(features)
+
+    def denoise(self, prediction: Tensor, z: Tensor, level: MaskLevel) -> Tensor:
+        """Probabilities of the tokens [N, T, V]: softmax where masked, else 1 for z itself."""
+        known = nnf.one_hot(z.clamp(min=0), self.sizes.vocab_size).to(prediction.dtype)
+        return torch.where((z == MASKED)[..., None], prediction.softmax(-1), known)
+
+    def score(
+        self, features: Tensor, z: Tensor, level: MaskLevel, y: Tensor, seed: Tensor, batch: Batch
+    ) -> Tensor:
+        """The cross-entropy summed over masked tokens, over T, of each sample [N].
+
+        Where tokens are given, the sum is over the mean number of the others, so that the mean over
+        all samples is that of the tokens that are scored.
+        """
+        masked, mask, count = z == MASKED, batch.get("loss_mask"), z.shape[1]
+        if mask is not None:
+            N = max(len(z), 1)
+            masked, count = masked & mask, (mask.sum() / N).clamp(min=1 / N)
+        losses = self.head.losses(features, torch.where(masked, y, IGNORED))
+        return losses.sum(1) / count

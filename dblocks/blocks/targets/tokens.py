@@ -1,0 +1,195 @@
+"""The embeddings of a text's tokens, each predicted from those before it."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dblocks import functional as F
+from dblocks.blocks.targets.base import Batch, Features
+from dblocks.blocks.targets.classes import EmbeddedTarget, Head, Table, precision_of
+from dblocks.blocks.targets.heads import IGNORED, Linear, OutputHead, product
+from dblocks.blocks.targets.token_batch import TokenBatch, TokenSizes
+from dblocks.nn import Modulation
+from dblocks.schedules import NoiseLevel
+
+
+class Matrices(NamedTuple):
+    """The matrices between embeddings and logits."""
+
+    rows: Tensor
+    """Token embeddings E, [V, D]."""
+    weight: Tensor
+    """What features are multiplied with for the logits, W, [V, D]."""
+
+
+class TokenTarget(EmbeddedTarget):
+    """The embedding of each token of a text, for a network that sees the tokens before it.
+
+    A batch is that of `TokenBatch`: "tokens" [N, T], and there may be "loss_mask" and "cu_seqlens".
+    Features are [N, T, D], of the row that predicts each token; see `EmbeddedTarget` for logits.
+    Logits of all rows are never in memory at once in training.
+
+    Args:
+        embedding: of the tokens, such as a `LabelEmbedding`.
+        linear: W and b of the output head, such as an `nn.Linear`; None ties W to the embeddings,
+            of which it is the rows at unit norm.
+        sizes: vocabulary and longest text, such as a network's config.
+        kind: "posterior" or "learned".
+        modulation: as of `OutputHead`.
+        log_scale: as of `OutputHead`.
+        tokens_per_sigma: how many consecutive tokens share a noise level; None: all of a sequence.
+        tokens_per_block: how many consecutive tokens are predicted at once.
+    """
+
+    def __init__(
+        self,
+        embedding: Table,
+        linear: Linear | None,
+        sizes: TokenSizes,
+        *,
+        kind: Head = "posterior",
+        modulation: Modulation | None = None,
+        log_scale: Tensor | None = None,
+        tokens_per_sigma: int | None = 1,
+        tokens_per_block: int = 1,
+    ) -> None:
+        tied = linear is None
+        head = OutputHead(
+            UnitRows(embedding) if linear is None else linear,
+            modulation=modulation,
+            log_scale=log_scale,
+        )
+        super().__init__(embedding, head, kind)
+        self.tied = tied
+        self.sizes = sizes
+        self.tokens_per_sigma = tokens_per_sigma
+        self.tokens_per_block = tokens_per_block
+        self._fixed: Matrices | None = None
+
+    def check(self, batch: Batch) -> TokenBatch:
+        """See `Target.check` and `TokenBatch`; a batch that was checked is returned as it is."""
+        if isinstance(batch, TokenBatch):
+            return batch
+        given = TokenBatch.of(batch, self.sizes)
+        given.check_blocks(self.tokens_per_block)
+        return given
+
+    def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
+        """A noise level for every `tokens_per_sigma` tokens, [N, T/tokens_per_sigma], or [N]."""
+        N, T = batch["tokens"].shape
+        each = self.tokens_per_sigma
+        if each is None:
+            return (N,)
+        if T % each:
+            raise ValueError(
+                f"tokens must be a multiple of tokens_per_sigma={each} long, got {T}; "
+                "pad them, with a loss_mask, or change tokens_per_sigma"
+            )
+        return (N, T // each)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Embeddings of the tokens, [N, T, D]."""
+        return self.rows()[batch["tokens"]]
+
+    def predict(self, features: Tensor | Features, z: Tensor, level: NoiseLevel) -> Tensor:
+        """Logits [N, T, V], float32 (float64)."""
+        rows, weight = self._factors(features, z, level)
+        return product(rows, weight, self.head.linear.bias)
+
+    def score(
+        self,
+        features: Tensor | Features,
+        z: Tensor,
+        level: NoiseLevel,
+        y: Tensor,
+        seed: Tensor,
+        batch: Batch,
+    ) -> Tensor:
+        """Cross-entropy for each sigma: the mean over its tokens.
+
+        Where tokens are not scored, their loss is 0 and the others' are scaled up, so that the
+        mean over all sigmas is that over scored tokens.
+        """
+        labels = self.check(batch).labels()
+        rows, weight = self._factors(features, z, level)
+        losses = F.linear_cross_entropy(
+            rows, weight, labels, bias=self.head.linear.bias,
+            ignore_index=IGNORED, reduction="none",
+        )  # fmt: skip
+        losses = losses * (labels.numel() / (labels != IGNORED).sum().clamp(min=1))
+        sigma = level.sigma
+        return losses if sigma.shape == losses.shape else losses.view(*sigma.shape, -1).mean(-1)
+
+    # Beside denoising: the network end to end, and generation
+
+    def fixed(self) -> TokenTarget:
+        """This target with the matrices as they are now, computed once for many calls."""
+        target = copy.copy(self)
+        target._fixed = self.matrices()
+        return target
+
+    def matrices(self) -> Matrices:
+        """E and W, the same tensors for every call of a `fixed` target."""
+        if self._fixed is not None:
+            return self._fixed
+        rows = self.embedding.rows()
+        return Matrices(rows, _unit(rows, self.embedding) if self.tied else self.head.linear.weight)
+
+    def rows(self) -> Tensor:
+        """E, [V, D]."""
+        return self.embedding.rows() if self._fixed is None else self._fixed.rows
+
+    def next_logits(self, m: Tensor) -> Tensor:
+        """Logits of features [N, T, D] without noise, under the null conditioning: end to end."""
+        return product(self.head.rows(m), self.matrices().weight)
+
+    def next_loss(self, m: Tensor, batch: TokenBatch) -> Tensor:
+        """The mean cross-entropy of features [N, T, D], each of which predicts the next token."""
+        return F.linear_cross_entropy(
+            self.head.rows(m[:, :-1]), self.matrices().weight, batch.labels()[:, 1:],
+            ignore_index=IGNORED,
+        )  # fmt: skip
+
+    def _factors(
+        self, features: Tensor | Features, z: Tensor, level: NoiseLevel
+    ) -> tuple[Tensor, Tensor]:
+        """What is multiplied for the logits: rows [N, T, C] and a matrix [V, C].
+
+        Both terms of a posterior are one product: of the sum of rows where both matrices are the
+        same but for a factor, else of rows side by side.
+        """
+        f, cond = features if isinstance(features, Features) else Features(features)
+        table, weight = self.matrices()
+        if self.kind == "learned":
+            m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
+            return self.head.rows(m, cond), weight
+        rows, evidence = self.head.rows(f), precision_of(level, z) * z
+        if self.tied:
+            return rows + self.embedding.embed_scale * evidence, weight
+        return torch.cat([rows, evidence], -1), torch.cat([weight.to(table.dtype), table], -1)
+
+
+class UnitRows:
+    """The embeddings at unit norm, as the matrix of an output head.
+
+    Args:
+        embedding: of the tokens.
+    """
+
+    bias = None
+
+    def __init__(self, embedding: Table) -> None:
+        self.embedding = embedding
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D]."""
+        return _unit(self.embedding.rows(), self.embedding)
+
+
+def _unit(rows: Tensor, embedding: Table) -> Tensor:
+    return rows / embedding.embed_scale
