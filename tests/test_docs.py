@@ -6,6 +6,7 @@ which packages it needs, and at the top of a page which all of its blocks need; 
 are skipped.
 """
 
+import pkgutil
 import re
 import sys
 import types
@@ -101,6 +102,18 @@ def test_tables_are_narrow():
     lines = [line for name in PAGES for line in page(name).text.splitlines()]
     wide = [line for line in lines if line.startswith("|") and line.count("|") > MAX_COLUMNS + 1]
     assert wide == []
+
+
+def test_the_reference_is_of_what_exists():
+    entries = re.findall(r"^::: (\S+)\n(?:.*\n *members: \[(.*)\])?", page("api.md").text, re.M)
+    assert len(entries) > 50
+    for path, members in entries:
+        if path == "dblocks.integrations.scheduler.DiffusionBlocksScheduler" and absent(
+            ["diffusers"]
+        ):
+            continue
+        owner = pkgutil.resolve_name(path)
+        assert all(hasattr(owner, name.strip()) for name in members.split(",") if name), path
 
 
 def test_the_site_has_every_page():
