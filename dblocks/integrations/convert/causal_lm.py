@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
@@ -179,6 +180,11 @@ class ConvertedCausalLM(Converted):
             self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
             self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
         self.added_to_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The layers name the function that attends; a pickle may be read where none is registered.
+        import_module("dblocks.integrations.convert.row_attention")
+        super().__setstate__(state)
 
     @property
     def target(self) -> TokenTarget:
