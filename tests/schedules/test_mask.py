@@ -172,7 +172,7 @@ def test_zero_is_never_drawn():
 
 
 def integrand(share):
-    """Any smooth nats a masked token, as a function of the masked share."""
+    """Any smooth nats a masked token, as a function of the mask ratio."""
     return 1 + share.exp() * share
 
 

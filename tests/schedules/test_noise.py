@@ -181,7 +181,7 @@ def test_a_share_of_the_draws_is_at_the_top():
         lo, hi = schedule.range_of(block, 3, overlap=0.05)
         sigma = schedule.sample(block, 3, (n, 2), top_share=0.6, generator=seeded(block))
         top = sigma == 80.0
-        # Five deviations of a binomial.
+        # Five standard deviations of a binomial.
         assert abs(top.double().mean().item() - 0.6) < 5 * math.sqrt(0.24 / (2 * n))
         assert ((sigma[~top] >= lo) & (sigma[~top] <= hi)).all()
         # Independent of each other and of the levels: rows are all kinds, and medians agree.
