@@ -53,9 +53,6 @@ ORDER = (
     ("recipes",),
     ("cli",),
 )
-EXCEPTIONS = {
-    ("ops", "functional"),
-}
 
 
 @pytest.mark.parametrize("place", range(len(ORDER)))
@@ -69,7 +66,7 @@ def test_import_directions(place):
                 assert not module.startswith("benchmarks"), (file, module)
                 part = module.removeprefix("dblocks.").partition(".")[0]
                 climbs = module.startswith("dblocks.") and part in above
-                assert not climbs or (room, part) in EXCEPTIONS, (file, module)
+                assert not climbs, (file, module)
             top, _ = imports_of(file)
             kernels = {m.partition("dblocks.kernels.")[2] for m in top if "dblocks.kernels" in m}
             assert not any(m and not m.startswith("reference") for m in kernels - {"reference"})
