@@ -27,7 +27,7 @@ class Schedule(Protocol):
     symbol: ClassVar[str]
     """What a level is called."""
     loss_kinds: ClassVar[tuple[str, ...]]
-    """The losses of models that this schedule trains; see `BlockModel.loss_kind`."""
+    """The losses of models that this schedule trains; see `Target.loss_kind`."""
     weightings: ClassVar[tuple[str, ...]]
     """The weightings that have a meaning."""
 
