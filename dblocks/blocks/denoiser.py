@@ -66,11 +66,13 @@ class Denoiser(nn.Module):
 
     def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
         """The network that embeds and predicts for a block, and the block's layers."""
-        block = check_block(block, self.config.num_blocks)
-        if block not in self.held:
-            raise ValueError(f"block must be {self.index}, the only one held here, got {block}")
-        model = self.copies._modules.get(str(block - 1), self.base_model)
-        layers = list(self.base_model.layers._modules.values())[self.held[block]]
+        asked = check_block(block, self.config.num_blocks)
+        # Compared, not looked up: in a compiled graph the number may be a symbol, which this fixes.
+        found = [held for held in self.held if held == asked]
+        if not found:
+            raise ValueError(f"block must be {self.index}, the only one held here, got {asked}")
+        model = self.copies._modules.get(str(found[0] - 1), self.base_model)
+        layers = list(self.base_model.layers._modules.values())[self.held[found[0]]]
         return cast(BlockModel, model), cast(list[nn.Module], layers)
 
     def loss(

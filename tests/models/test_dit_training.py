@@ -127,3 +127,14 @@ def test_under_autocast_the_loss_is_float32():
         half = model.loss(data, 1, generator=seeded()).losses
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, whole, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("shared", ["train", "private"])
+def test_one_compiled_loss_serves_all_blocks(shared):
+    # From the second number on, the compiler takes the block for a symbol.
+    model, data = DiffusionBlocks(dit_of(), BlocksConfig(3, shared=shared)), batch_of()
+    compiled = torch.compile(model.loss_at, fullgraph=True, backend="aot_eager")
+    for block in range(model.config.num_blocks):
+        draw = model.draw(data, block, generator=seeded())
+        expected = model.loss_at(data, block, draw).loss
+        torch.testing.assert_close(compiled(data, block, draw).loss, expected)

@@ -176,7 +176,7 @@ def test_rounding_to_16_bits_is_pytorch_s(dtype):
 CODE = """
 import json, sys, torch
 sys.path.insert(0, {folder!r})
-from ops.test_cpp import everything, problem
+from ops.shared.test_cpp import everything, problem
 torch.manual_seed(0)
 values = everything("cpp", *problem((2, 40, 133), torch.{dtype}))
 flat = {{name: [t.double().flatten().tolist() for t in ts] for name, ts in values.items()}}
