@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 from dblocks._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from dblocks import blocks as blocks
     from dblocks import functional as functional
     from dblocks import models as models
     from dblocks import nn as nn
+    from dblocks import sampling as sampling
+    from dblocks import schedules as schedules
     from dblocks.blocks import BlockOptimizers as BlockOptimizers
     from dblocks.blocks import BlocksConfig as BlocksConfig
     from dblocks.blocks import DiffusionBlocks as DiffusionBlocks
@@ -64,7 +67,9 @@ _MODULE_OF = {
         "dblocks.schedules",
     ),
 }
-_MODULES = ("functional", "models", "nn")
+_MODULES = ("blocks", "functional", "models", "nn", "sampling", "schedules")
+
+__all__ = ["__version__", *_MODULE_OF, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -118,6 +118,8 @@ def save_model(folder: str | Path, model: Network | DiffusionBlocks) -> None:
     Raises:
         TypeError: `model` is neither.
     """
+    if isinstance(folder, nn.Module):
+        raise TypeError("save_model takes the folder first, got a model; swap the two")
     model = unwrapped(model)
     network = _network(model)
     names = [name for name, (kind, _) in NETWORKS.items() if isinstance(network, kind)]

@@ -24,6 +24,8 @@ class JsonConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         fields = dataclasses.fields(typing.cast(Any, self))
+        for field in fields:
+            _check_registered(field, getattr(self, field.name))
         return {field.name: _encode(getattr(self, field.name)) for field in fields}
 
     def to_json(self) -> str:
@@ -73,6 +75,18 @@ def _encode(value: Any) -> Any:
     if isinstance(value, JsonConfig):
         return {"type": type(value).__name__, **value.to_dict()}
     return list(value) if isinstance(value, tuple) else value
+
+
+def _check_registered(field: dataclasses.Field[Any], value: Any) -> None:
+    """Raises for a config that could not be read again, before a file is written with it."""
+    if "types" not in field.metadata or not isinstance(value, JsonConfig):
+        return
+    kinds = (field.default_factory, *field.metadata["types"].values())
+    if type(value) not in kinds:
+        raise ValueError(
+            f"{field.name} must be of a registered class to be written, got a "
+            f"{type(value).__name__}; decorate it with dblocks.schedules.register"
+        )
 
 
 def _registered(field: dataclasses.Field[Any]) -> Any:

@@ -219,3 +219,8 @@ def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"safetensors.*dblocks\[train\]"):
         save_model(tmp_path, make_blocks())
+
+
+def test_arguments_in_the_order_of_torch_save_are_named(tmp_path):
+    with pytest.raises(TypeError, match="takes the folder first"):
+        save_model(torch.nn.Linear(1, 1), tmp_path)

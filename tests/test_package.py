@@ -58,6 +58,20 @@ def test_import_loads_no_optional_package_that_is_there():
     assert not (top_level - torch_itself) & set(OPTIONAL)
 
 
+def test_what_the_package_holds_is_there_at_once():
+    out = run(
+        """
+import dblocks
+dblocks.schedules, dblocks.sampling, dblocks.blocks, dblocks.models
+from dblocks import *
+BlocksConfig, generate, convert, fuse_, functional
+print("import_module" in globals(), sorted(set(dir(dblocks)) - set(dblocks.__all__))[:1] != [])
+""",
+        root_on_path=True,
+    )
+    assert out.split() == ["False", "True"]
+
+
 def test_triton_asked_for_where_it_is_absent():
     out = run(
         """

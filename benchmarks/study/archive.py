@@ -12,13 +12,14 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dblocks.checkpoint import replacing
-from dblocks.recipes.records import read_record, write_record
+from dblocks.recipes.records import FORMAT, read_record, write_record
 
 Record = dict[str, Any]
 
@@ -75,12 +76,20 @@ class Archive:
 
     def _read_packed(self) -> dict[str, Record]:
         try:
-            text = gzip.decompress(self.file.read_bytes()).decode()
-            lines = [json.loads(line) for line in text.splitlines()]
-            return {line["name"]: line["record"] for line in lines}
+            packed = self.file.read_bytes()
+            if not packed:
+                raise ValueError("it is empty")
+            lines = [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()]
+            found = {line["name"]: line["record"] for line in lines}
+            if len(found) < len(lines):
+                raise ValueError("a name stands in it twice")
+            for name, record in found.items():
+                if Path(name).name != name or record["format"] != FORMAT:
+                    raise ValueError(f"{name!r} is no record of format {FORMAT}")
+            return found
         except FileNotFoundError:
             return {}
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.file} is not an archive of records: {error}") from error
 
     def _write(self, records: Mapping[str, Record]) -> None:

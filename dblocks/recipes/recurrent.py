@@ -21,7 +21,7 @@ from dblocks.recipes.data.text import Corpus, load_corpus
 from dblocks.recipes.metrics.autoregressive import bits_per_character
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import COSTS
-from dblocks.recipes.writing import SampleText, load_text_model, print_bits
+from dblocks.recipes.writing import SampleText, load_text_model, print_bits, scored_part
 
 STEPS = (1, 2, 4, 8, 16, 32)  # Euler steps, or recurrences, whose quality is measured
 SAMPLE_STEPS = 8  # Euler steps of the samples that stand for the model
@@ -207,7 +207,7 @@ class Eval:
         steps = self.steps or network.config.mean_recurrence
         bits = bits_per_character(model, text, context, num_steps=steps, windows=self.windows)
         how = f"{steps} recurrence{'s' * (steps > 1)}"
-        print(f"{bits:.3f} bits a character on {text.characters:,} held-out characters, {how}")
+        print(f"{bits:.3f} bits a character on {scored_part(text, self.windows)}, {how}")
 
 
 @dataclass(frozen=True, kw_only=True)

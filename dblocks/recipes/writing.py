@@ -76,7 +76,7 @@ def print_bits(model: Any, text: Any, context: int, windows: int) -> None:
     bits = bits_per_character(model, text, context, windows=windows)
     in_blocks = isinstance(model, DiffusionBlocks)
     how = "the first block alone" if in_blocks else "trained end to end"
-    print(f"{bits:.3f} bits a character on {text.characters:,} held-out characters, {how}")
+    print(f"{bits:.3f} bits a character on {scored_part(text, windows)}, {how}")
     if not isinstance(model, DiffusionBlocks):
         return
     if trained_at_top(model):
@@ -87,6 +87,11 @@ def print_bits(model: Any, text: Any, context: int, windows: int) -> None:
         f"{bound['bits']:.3f} bits a character, a bound of denoising by all blocks "
         f"(standard error {bound['std_error']:.3f})"
     )
+
+
+def scored_part(text: Any, windows: int) -> str:
+    """What part of a held-out text is scored, in words."""
+    return f"up to {windows:,} windows of {text.characters:,} held-out characters"
 
 
 def prompt_tokens(prompt: str, tokenizer: Any) -> list[int]:

@@ -108,7 +108,8 @@ def sampler_of(sampler: Sampler) -> Callable[..., Tensor]:
         ValueError: there is no such sampler.
     """
     check_sampler(sampler)
-    return sample_heun if sampler == "heun" else sample_euler
+    samplers: dict[Sampler, Callable[..., Tensor]] = {"euler": sample_euler, "heun": sample_heun}
+    return samplers[sampler]
 
 
 @torch.no_grad()

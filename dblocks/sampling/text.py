@@ -296,6 +296,8 @@ def _noise(N: int, rows: int, stride: int, width: int, seed: int, device: torch.
 
 def _prompt_rows(prompts: Prompts, vocab_size: int) -> list[Tensor]:
     """The prompts as int64 tensors on the CPU, checked."""
+    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError("prompts must be rows of tokens, got text; encode it with a tokenizer")
     rows = [torch.as_tensor(prompt, device="cpu") for prompt in prompts]
     if not rows:
         raise ValueError("prompts must hold at least one prompt, got none")

@@ -274,3 +274,28 @@ def test_kinds_of_heads_are_checked():
 def test_one_block_needs_to_be_named():
     with pytest.raises(ValueError, match="block must say which block's loss to take, got None"):
         blocks_of(Points).loss(Points.batch)
+
+
+class Adapted(nn.Linear):
+    """As a linear layer with an adapter: its weight is not all that it computes with."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_computes_something_else_is_refused(tied):
+    with pytest.raises(TypeError, match=r"must be an nn\.Linear.*got a Adapted"):
+        ClassTarget(LabelEmbedding(3, 4), Adapted(4, 3))
+    if tied:
+        return
+    network = lm_of(tied=False)
+    network.readout = Adapted(*reversed(network.readout.weight.shape), bias=False)
+    model = DiffusionBlocks(network, BlocksConfig(3))
+    with pytest.raises(TypeError, match="merge its adapter"):
+        model.loss({"tokens": tokens_of()}, 0)
+
+
+def test_an_embedding_without_rows_of_one_norm_is_refused():
+    with pytest.raises(TypeError, match=r"such as a dblocks\.nn\.LabelEmbedding"):
+        ClassTarget(nn.Embedding(3, 4), nn.Linear(4, 3))

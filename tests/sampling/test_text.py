@@ -360,3 +360,9 @@ def test_generation_does_not_synchronise(plain):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(tokens) == 9
+
+
+@pytest.mark.parametrize("prompts", ["text", ["text"]])
+def test_text_is_no_prompt(prompts):
+    with pytest.raises(TypeError, match="encode it with a tokenizer"):
+        generate(blocks_of(), prompts, max_new_tokens=1)

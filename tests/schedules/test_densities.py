@@ -213,3 +213,11 @@ def test_a_name_is_registered_once():
 def test_values_are_checked(density, values, message):
     with pytest.raises(ValueError, match=message):
         density(**values)
+
+
+def test_a_schedule_that_could_not_be_read_again_is_not_written():
+    named = type("NoiseSchedule", (LogUniformNoiseSchedule,), {})  # as one that is registered
+    for kind in (named, type("Unknown", (LogUniformNoiseSchedule,), {})):
+        config = BlocksConfig(3, schedule=kind())
+        with pytest.raises(ValueError, match="must be of a registered class"):
+            config.to_json()

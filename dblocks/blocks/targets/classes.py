@@ -73,6 +73,11 @@ class EmbeddedTarget(Target):
 
     def __init__(self, embedding: Table, head: OutputHead, kind: Head = "posterior") -> None:
         check_head(kind)
+        if not callable(getattr(embedding, "rows", None)):
+            raise TypeError(
+                "the embedding of a target must have rows of one norm, such as a "
+                f"dblocks.nn.LabelEmbedding(num_classes, dim), got a {type(embedding).__name__}"
+            )
         self.embedding = embedding
         self.head = head
         self.kind: Head = kind

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor
+from torch import Tensor, nn
 
 from dblocks import functional as F
 from dblocks.nn import Modulation, over_rows
@@ -37,7 +37,12 @@ class OutputHead:
     Args:
         linear: W and b, such as an `nn.Linear`.
         modulation: makes shift and scale from the conditioning vector; none by default.
-        log_scale: ln g, 0-d; g is 1 by default.
+        log_scale: ln g, 0-d; g is 1 by default. A target that refers to a parameter is made in a
+            property of the network, as parameters may be replaced (`load_state_dict(assign=True)`).
+
+    Raises:
+        TypeError: `linear` is a module that computes something else than `nn.Linear`, such as one
+            with an adapter or packed weights: only weight and bias are read here.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class OutputHead:
         modulation: Modulation | None = None,
         log_scale: Tensor | None = None,
     ) -> None:
+        _check_linear(linear)
         self.linear = linear
         self.modulation = modulation
         self.log_scale = log_scale
@@ -121,3 +127,13 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     with torch.autocast(rows.device.type, enabled=False):
         bias = None if bias is None else bias.to(rows.dtype)
         return nnf.linear(rows, weight.to(rows.dtype), bias)
+
+
+def _check_linear(linear: object) -> None:
+    """Raises where a module's own forward would be passed over."""
+    if isinstance(linear, nn.Module) and type(linear).forward is not nn.Linear.forward:
+        raise TypeError(
+            "an output head must be an nn.Linear, whose weight and bias are multiplied without "
+            f"calling it, got a {type(linear).__name__}; merge its adapter, or leave the head out "
+            "of those that get one"
+        )

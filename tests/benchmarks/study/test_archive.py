@@ -118,3 +118,30 @@ def test_the_records_that_are_there_are_of_runs_that_are_known(name):
     assert [kind.from_dict(run).to_dict().keys() >= run.keys() for run in runs] == [True] * len(
         runs
     )
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "twice", "outside", "format"])
+def test_an_archive_that_is_broken_is_named(tmp_path, damage):
+    folder = tmp_path / "study"
+    write_record(folder / "a.json", {"format": 1, "accuracy": 0.5})
+    archive = Archive(folder)
+    archive.pack()
+    whole = archive.file.read_bytes()
+    line = {"name": "a", "record": {"format": 1}}
+    lines = {
+        "twice": [line, line],
+        "outside": [{**line, "name": "../a"}],
+        "format": [{**line, "record": {"format": 0}}],
+    }
+    broken = {
+        "empty": b"",
+        "cut": whole[:-9],
+        "flipped": whole[:12] + bytes([whole[12] ^ 255]) + whole[13:],
+    }
+    if damage in broken:
+        archive.file.write_bytes(broken[damage])
+    else:
+        text = "".join(json.dumps(line) + "\n" for line in lines[damage])
+        archive.file.write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(ValueError, match="is not an archive of records"):
+        archive.load()
