@@ -131,6 +131,7 @@ def test_under_autocast_the_loss_is_float32():
 
 @pytest.mark.parametrize("shared", ["train", "private"])
 def test_one_compiled_loss_serves_all_blocks(shared):
+    torch.compiler.reset()  # other tests compile the same function, and there is a limit
     # From the second number on, the compiler takes the block for a symbol.
     model, data = DiffusionBlocks(dit_of(), BlocksConfig(3, shared=shared)), batch_of()
     compiled = torch.compile(model.loss_at, fullgraph=True, backend="aot_eager")
