@@ -290,8 +290,8 @@ def test_a_head_that_computes_something_else_is_refused(tied):
     if tied:
         return
     network = lm_of(tied=False)
-    network.readout = Adapted(*reversed(network.readout.weight.shape), bias=False)
     model = DiffusionBlocks(network, BlocksConfig(3))
+    network.readout = Adapted(*reversed(network.readout.weight.shape), bias=False)
     with pytest.raises(TypeError, match="merge its adapter"):
         model.loss({"tokens": tokens_of()}, 0)
 
