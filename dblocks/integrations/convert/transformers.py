@@ -15,6 +15,7 @@ from dblocks.integrations.convert.families import (
     BertClassFamily,
     BertMaskedFamily,
     GPT2Family,
+    OPTFamily,
     RobertaClassFamily,
     RobertaMaskedFamily,
     RotaryFamily,
@@ -24,12 +25,31 @@ from dblocks.integrations.convert.families import (
 from dblocks.integrations.convert.masked_lm import ConvertedMaskedLM
 from dblocks.integrations.convert.row_attention import CAUSAL, DOUBLED, with_attention
 
-CAUSAL_FAMILIES = {
-    "llama": RotaryFamily(),
-    "mistral": RotaryFamily(),
-    "qwen2": RotaryFamily(),
-    "qwen3": RotaryFamily(),
+GRANITE = RotaryFamily(embedding_factor="embedding_multiplier", logit_divisor="logits_scaling")
+LLAMA_LIKE = (
+    "apertus", "arcee", "bitnet", "cwm", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "glm4_moe", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jais2", "llama", "ministral",
+    "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
+    "starcoder2", "vaultgemma", "youtu",
+)  # fmt: skip
+CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
+    **dict.fromkeys(LLAMA_LIKE, RotaryFamily()),
+    "cohere": RotaryFamily(logit_factor="logit_scale"),
+    "cohere2": RotaryFamily(logit_factor="logit_scale"),
+    "cohere2_moe": RotaryFamily(logit_factor="logit_scale"),
+    "codegen": RotaryFamily("ln_f", dropout="drop"),
     "gpt2": GPT2Family(),
+    "gpt_bigcode": GPT2Family(),
+    "gpt_neox": RotaryFamily("final_layer_norm", dropout="emb_dropout"),
+    "gptj": RotaryFamily("ln_f", dropout="drop"),
+    "granite": GRANITE,
+    "granitemoe": GRANITE,
+    "opt": OPTFamily(),
+    "persimmon": RotaryFamily("final_layernorm"),
+    "phi": RotaryFamily("final_layernorm", dropout="embed_dropout"),
+    "phimoe": RotaryFamily(refused={"sliding_window": "a window in the masks of all layers"}),
 }
 CLASS_FAMILIES = {
     "vit": ViTFamily(),
@@ -53,6 +73,13 @@ def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> Co
     family = _family(model, CAUSAL_FAMILIES, "'tokens' with a NoiseSchedule")
     if not isinstance(family.head(model), nn.Linear):
         raise _no_head(model, "AutoModelForCausalLM")
+    reason = family.unsupported(model)
+    if reason is not None:
+        raise ValueError(
+            f"a {type(model).__name__} must have no options that its rows are not computed with, "
+            f"got {reason}; change the config, or write a network with the members of "
+            "dblocks.blocks.BlockModel instead"
+        )
     width = model.config.hidden_size
     name = CAUSAL if options["rows_kind"] == "single" else DOUBLED
     context = partial(context_from_start, family, model)
