@@ -7,7 +7,7 @@ from hub_tools import library
 from dblocks import BlocksConfig
 from dblocks.integrations.convert import convert
 
-V, T = 23, 8
+V, T, CLASSES = 23, 8, 5
 SIZES = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
 SIZES |= {"head_dim": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -95,6 +95,48 @@ CAUSAL = {
                    "query_pre_attn_scalar": 9},
     "youtu": MLA,
 }  # fmt: skip
+
+ENCODER = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+ENCODER |= {"num_attention_heads": 4, "max_position_embeddings": 34, "pad_token_id": 0}
+IMAGES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+IMAGES |= {"num_attention_heads": 4, "image_size": 8, "patch_size": 2, "num_channels": 1}
+DINO = {**IMAGES, "mlp_ratio": 2, "layerscale_value": 0.3}
+ROBERTA = {**ENCODER, "pad_token_id": 1}
+TEXT = {
+    "bert": ENCODER,
+    "camembert": ROBERTA,
+    "data2vec-text": ROBERTA,
+    "distilbert": {"vocab_size": V, "dim": 16, "hidden_dim": 32, "n_layers": 4, "n_heads": 4,
+                   "max_position_embeddings": 34, "sinusoidal_pos_embds": True},
+    "electra": {**ENCODER, "embedding_size": 8},
+    "ernie": ENCODER,
+    "modernbert": {**ENCODER, "local_attention": 4, "global_attn_every_n_layers": 2},
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+}  # fmt: skip
+VISION = {
+    "clip": {"vision_config": IMAGES},
+    "deit": IMAGES,
+    "dinov2": DINO,
+    "dinov2_with_registers": {**DINO, "num_register_tokens": 2},
+    "siglip": {"vision_config": IMAGES},
+    "vit": IMAGES,
+    "vit_msn": IMAGES,
+}
+
+
+def encoder_model(kind, task):
+    """As `causal_model`, with a head for "masks" or "classes"."""
+    transformers = library("transformers")
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    config = transformers.AutoConfig.for_model(kind, **(TEXT | VISION)[kind], num_labels=CLASSES)
+    auto = "ForMaskedLM" if task == "masks" else "ForSequenceClassification"
+    auto = "ForImageClassification" if kind in VISION else auto
+    if kind == "deit":  # which has two classes for this
+        config.architectures = ["DeiTForImageClassification"]
+    torch.manual_seed(0)
+    return randomised(getattr(transformers, f"AutoModel{auto}").from_config(config).eval())
 
 
 def causal_model(kind, **options):

@@ -144,6 +144,15 @@ class ViTFamily:
     input = "images"
     class_row = True
 
+    def unsupported(self, model: Any) -> str | None:
+        """As for `RotaryFamily`."""
+        return None
+
+    def width(self, model: Any) -> int:
+        """D of the rows."""
+        config = model.config
+        return getattr(config, "vision_config", config).hidden_size
+
     def enter(self, model: Any, batch: Batch) -> Tensor:
         """See `ClassFamily`, as for the others."""
         return backbone(model).embeddings(batch["images"])
@@ -217,6 +226,9 @@ class BertMaskedFamily:
 
     def enter(self, model: Any, tokens: Tensor) -> Tensor:
         return backbone(model).embeddings(input_ids=tokens)
+
+    def context(self, model: Any, rows: Tensor) -> dict[str, Any]:
+        return {}
 
     def head(self, model: Any, x: Tensor) -> Tensor:
         return getattr(model, self.head_name)(x)

@@ -125,6 +125,19 @@ FORMS = (
     LayerForm(  # timm
         "norm1", "attn", "norm2", "mlp", ("ls1", "drop_path1"), ("ls2", "drop_path2")
     ),
+    LayerForm(  # DINOv2
+        "norm1",
+        "attention",
+        "norm2",
+        "mlp",
+        ("layer_scale1", "drop_path"),
+        ("layer_scale2", "drop_path"),
+    ),
+    LayerForm("layer_norm1", "self_attn", "layer_norm2", "mlp"),  # CLIP
+    LayerForm("attn_norm", "attn", "mlp_norm", "mlp"),  # ModernBERT
+    LayerForm(  # DistilBERT
+        "sa_layer_norm", "attention", "output_layer_norm", "ffn", post_norm=True
+    ),
     LayerForm(  # BERT
         "attention.output.LayerNorm",
         "attention.self",

@@ -6,11 +6,22 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
 from dblocks.integrations.convert.classes import ConvertedClassifier
 from dblocks.integrations.convert.conditioned import conditioned
+from dblocks.integrations.convert.encoder_families import (
+    CLIPFamily,
+    DINOv2Family,
+    DistilBertClassFamily,
+    DistilBertMaskedFamily,
+    ElectraClassFamily,
+    ElectraMaskedFamily,
+    ModernBertClassFamily,
+    ModernBertMaskedFamily,
+    SigLIPFamily,
+)
 from dblocks.integrations.convert.families import (
     BertClassFamily,
     BertMaskedFamily,
@@ -51,12 +62,35 @@ CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
     "phi": RotaryFamily("final_layernorm", dropout="embed_dropout"),
     "phimoe": RotaryFamily(refused={"sliding_window": "a window in the masks of all layers"}),
 }
-CLASS_FAMILIES = {
-    "vit": ViTFamily(),
+CLASS_FAMILIES: dict[str, ViTFamily] = {
     "bert": BertClassFamily(),
+    "camembert": RobertaClassFamily(),
+    "clip": CLIPFamily(),
+    "data2vec-text": RobertaClassFamily(),
+    "deit": ViTFamily(),
+    "dinov2": DINOv2Family(),
+    "dinov2_with_registers": DINOv2Family(),
+    "distilbert": DistilBertClassFamily(),
+    "electra": ElectraClassFamily(),
+    "ernie": BertClassFamily(),
+    "modernbert": ModernBertClassFamily(),
     "roberta": RobertaClassFamily(),
+    "siglip": SigLIPFamily(),
+    "vit": ViTFamily(),
+    "vit_msn": ViTFamily(),
+    "xlm-roberta": RobertaClassFamily(),
 }
-MASKED_FAMILIES = {"bert": BertMaskedFamily(), "roberta": RobertaMaskedFamily()}
+MASKED_FAMILIES: dict[str, BertMaskedFamily] = {
+    "bert": BertMaskedFamily(),
+    "camembert": RobertaMaskedFamily(),
+    "data2vec-text": RobertaMaskedFamily(),
+    "distilbert": DistilBertMaskedFamily(),
+    "electra": ElectraMaskedFamily(),
+    "ernie": BertMaskedFamily(),
+    "modernbert": ModernBertMaskedFamily(),
+    "roberta": RobertaMaskedFamily(),
+    "xlm-roberta": RobertaMaskedFamily(),
+}
 
 
 def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedCausalLM:
@@ -73,13 +107,7 @@ def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> Co
     family = _family(model, CAUSAL_FAMILIES, "'tokens' with a NoiseSchedule")
     if not isinstance(family.head(model), nn.Linear):
         raise _no_head(model, "AutoModelForCausalLM")
-    reason = family.unsupported(model)
-    if reason is not None:
-        raise ValueError(
-            f"a {type(model).__name__} must have no options that its rows are not computed with, "
-            f"got {reason}; change the config, or write a network with the members of "
-            "dblocks.blocks.BlockModel instead"
-        )
+    _check_options(model, family)
     width = model.config.hidden_size
     name = CAUSAL if options["rows_kind"] == "single" else DOUBLED
     context = partial(context_from_start, family, model)
@@ -103,10 +131,17 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
         model.classifier, nn.Identity
     ):
         raise _no_head(model, "AutoModelForImageClassification or ...ForSequenceClassification")
-    width = model.config.hidden_size
+    _check_options(model, family)
+    width, inputs = family.width(model), getattr(model.classifier, "in_features", None)
+    if options["head_kind"] == "learned" and inputs not in (None, width):
+        raise ValueError(
+            f"head='learned' needs a classifier of rows of width {width}, as the embedding of the "
+            f"class is, got one of {inputs} in {type(model).__name__}; set head='posterior'"
+        )
+    context = partial(_context_of_batch, family, model)
     return ConvertedClassifier(
         model,
-        conditioned(layers, width),
+        conditioned(layers, width, context),
         family,
         num_classes=model.config.num_labels,
         width=width,
@@ -138,7 +173,7 @@ def masked_lm(
             "pass tokenizer.mask_token_id"
         )
     width = model.config.hidden_size
-    parts = conditioned(layers, width)
+    parts = conditioned(layers, width, partial(family.context, model))
     return ConvertedMaskedLM(model, parts, family, width=width, mask_token_id=mask_token_id)
 
 
@@ -154,6 +189,20 @@ def _family(model: Any, families: Mapping[str, Family], task: str) -> Family:
             "dblocks.blocks.BlockModel instead"
         )
     return families[kind]
+
+
+def _check_options(model: Any, family: RotaryFamily | ViTFamily) -> None:
+    reason = family.unsupported(model)
+    if reason is not None:
+        raise ValueError(
+            f"{type(model).__name__} must have no options that its rows are not computed with, "
+            f"got {reason}; change the config, or write a network with the members of "
+            "dblocks.blocks.BlockModel instead"
+        )
+
+
+def _context_of_batch(family: ViTFamily, model: Any, rows: Tensor) -> dict[str, Any]:
+    return family.context(model, rows, {})
 
 
 def _no_head(model: Any, loader: str) -> ValueError:

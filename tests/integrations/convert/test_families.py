@@ -5,9 +5,20 @@ import copy
 import pytest
 import torch
 from convert_tools import adamw, shaken
-from family_models import CAUSAL, T, V, causal_model, clean_logits
+from family_models import (
+    CAUSAL,
+    CLASSES,
+    TEXT,
+    VISION,
+    T,
+    V,
+    causal_model,
+    clean_logits,
+    encoder_model,
+)
+from hub_tools import library
 
-from dblocks import BlocksConfig, make_optimizers, train_step
+from dblocks import BlocksConfig, MaskSchedule, NoiseSchedule, make_optimizers, train_step
 from dblocks.integrations.convert import ConvertedBlocks, convert
 from tools import seeded
 
@@ -18,10 +29,11 @@ pytestmark = [
 TOKENS = torch.randint(3, V, (2, T), generator=seeded(2))
 
 
-def check_family(model, fresh, batch, own_logits, path, **options):
+def check_family(model, fresh, batch, own_logits, path, schedule=None, **options):
     """The model stays as it is; a step moves one block; files hold everything."""
     before = own_logits(model)
-    blocks = convert(model, BlocksConfig(2), **options)
+    config = BlocksConfig(2, schedule=schedule or NoiseSchedule())
+    blocks = convert(model, config, **options)
     assert own_logits(model).equal(before)
     assert own_logits(blocks.base_model).equal(before)
 
@@ -62,3 +74,110 @@ def test_models_of_the_next_token(kind, tmp_path):
         return called(input_ids=TOKENS, use_cache=False).logits
 
     check_family(model, fresh, {"tokens": TOKENS}, own_logits, tmp_path, task="tokens")
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_models_of_masked_tokens(kind, tmp_path):
+    model = encoder_model(kind, "masks")
+    fresh = copy.deepcopy(model)
+    options = {"task": "tokens", "mask_token_id": 2}
+    with torch.no_grad():
+        own = model(input_ids=TOKENS).logits
+        config = BlocksConfig(2, schedule=MaskSchedule())
+        blocks = convert(copy.deepcopy(model), config, **options)
+        network, level = blocks.base_model, blocks.config.schedule.level(torch.full((2,), 0.5))
+        hidden = network.run_layers(network.layers, TOKENS, level, None)
+        ours = network.family.head(network.model, hidden.x)
+        assert (ours - own).abs().max() < 2e-5 * own.abs().max()
+
+    def own_logits(called):
+        return called(input_ids=TOKENS).logits
+
+    check_family(model, fresh, {"tokens": TOKENS}, own_logits, tmp_path, MaskSchedule(), **options)
+
+
+@pytest.mark.parametrize("kind", [*TEXT, *VISION])
+def test_models_of_classes(kind, tmp_path):
+    model = encoder_model(kind, "classes")
+    fresh = copy.deepcopy(model)
+    images = torch.randn(2, 1, 8, 8, generator=seeded(3))
+    batch = {"images": images} if kind in VISION else {"tokens": TOKENS}
+    batch["labels"] = torch.arange(2) % CLASSES
+    masked = (
+        {} if kind in VISION else {"attention_mask": torch.arange(T) < torch.tensor([[8], [5]])}
+    )
+
+    def own_logits(called, **mask):
+        given = {"pixel_values": images} if kind in VISION else {"input_ids": TOKENS}
+        return called(**given, **mask).logits
+
+    with torch.no_grad():
+        blocks = convert(copy.deepcopy(model), BlocksConfig(2), task="classes")
+        network, level = blocks.base_model, blocks.config.schedule.level(torch.ones(2))
+        for mask in ({}, masked):
+            condition = network.embed_condition(batch | mask)
+            z = torch.zeros(2, network.width)
+            hidden = network.run_layers(network.layers, z, level, condition)
+            family = network.family
+            ours = family.head(network.model, family.pool(network.model, hidden.x))
+            own = own_logits(model, **mask)
+            assert (ours - own).abs().max() < 2e-5 * own.abs().max()
+    check_family(model, fresh, batch, own_logits, tmp_path, task="classes")
+
+
+def test_every_family_is_tested():
+    library("transformers")
+    from dblocks.integrations.convert import transformers as known
+
+    assert set(CAUSAL) == set(known.CAUSAL_FAMILIES)
+    assert set(TEXT) == set(known.MASKED_FAMILIES)
+    assert {*TEXT, *VISION} == set(known.CLASS_FAMILIES)
+
+
+# Options that are refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("phimoe", {"sliding_window": 3}, "sliding_window=3"),
+        ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim"),
+    ],
+)
+def test_options_that_are_not_computed(kind, options, message):
+    with pytest.raises(ValueError, match=f"must have no options .* got .*{message}"):
+        convert(causal_model(kind, **options), BlocksConfig(2), task="tokens")
+
+
+def test_heads_that_are_not_computed():
+    library("transformers")
+    model = encoder_model("dinov2", "classes")
+    with pytest.raises(
+        ValueError, match=r"needs a classifier of rows of width 16, .* got one of 32"
+    ):
+        convert(model, BlocksConfig(2), task="classes", head="learned")
+    model = encoder_model("modernbert", "classes")
+    model.config.classifier_pooling = "mean"
+    with pytest.raises(ValueError, match="classifier_pooling='mean'"):
+        convert(model, BlocksConfig(2), task="classes")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("stablelm", {"use_parallel_residual": True}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("opt", {"do_layer_norm_before": False}),
+        ("gemma3_text", {"attn_logit_softcapping": 0.7}),
+    ],
+)
+def test_other_options_of_these(kind, options):
+    """Computed as the model does, or refused."""
+    model = causal_model(kind, **options)
+    with torch.no_grad():
+        own = model(input_ids=TOKENS, use_cache=False).logits
+        for rows in ("single", "doubled"):
+            ours = clean_logits(copy.deepcopy(model), TOKENS, rows)
+            assert (ours - own[:, : ours.shape[1]]).abs().max() < 2e-5 * own.abs().max(), rows
