@@ -16,6 +16,7 @@ from family_models import (
     clean_logits,
     encoder_model,
 )
+from family_table import PAGE, page
 from hub_tools import library
 
 from dblocks import BlocksConfig, MaskSchedule, NoiseSchedule, make_optimizers, train_step
@@ -132,6 +133,11 @@ def test_every_family_is_tested():
     assert set(CAUSAL) == set(known.CAUSAL_FAMILIES)
     assert set(TEXT) == set(known.MASKED_FAMILIES)
     assert {*TEXT, *VISION} == set(known.CLASS_FAMILIES)
+
+
+def test_the_page_of_families_is_that_of_this_list():
+    """See `family_table`, which writes it."""
+    assert PAGE.read_text() == page()
 
 
 # Options that are refused
