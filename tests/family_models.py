@@ -5,6 +5,7 @@ import torch
 from hub_tools import library
 
 from dblocks import BlocksConfig
+from dblocks.blocks import Features
 from dblocks.integrations.convert import convert
 
 V, T, CLASSES = 23, 8, 5
@@ -50,9 +51,9 @@ CAUSAL = {
     "exaone4": WINDOW,
     "flex_olmo": MOE,
     "gemma": {},
-    "gemma2": {**WINDOW, "attn_logit_softcapping": 0.7, "final_logit_softcapping": None,
+    "gemma2": {**WINDOW, "attn_logit_softcapping": 0.7, "final_logit_softcapping": 0.9,
                "query_pre_attn_scalar": 9},
-    "gemma3_text": {**WINDOW, "query_pre_attn_scalar": 9},
+    "gemma3_text": {**WINDOW, "final_logit_softcapping": 0.9, "query_pre_attn_scalar": 9},
     "glm": {"partial_rotary_factor": 0.5, "attention_bias": True},
     "glm4": {"partial_rotary_factor": 0.5, "attention_bias": True},
     "glm4_moe": {**DEEP, "use_qk_norm": True, "partial_rotary_factor": 0.5},
@@ -91,7 +92,7 @@ CAUSAL = {
     "stablelm": {"use_parallel_residual": False, "qk_layernorm": True, "use_qkv_bias": True,
                  "partial_rotary_factor": 0.5},
     "starcoder2": {"use_bias": True, "sliding_window": 3},
-    "vaultgemma": {**WINDOW, "attn_logit_softcapping": 0.7, "final_logit_softcapping": None,
+    "vaultgemma": {**WINDOW, "attn_logit_softcapping": 0.7, "final_logit_softcapping": 0.9,
                    "query_pre_attn_scalar": 9},
     "youtu": MLA,
 }  # fmt: skip
@@ -176,4 +177,6 @@ def clean_logits(model, tokens, rows):
         for layer in network.layers:
             x = layer(x, cond, condition.attention, clean=True)
         x = x[:, : tokens.shape[1]]
-    return network.family.head(model)(network.family.leave(model, x))
+    features = Features(network.family.leave(model, x))
+    z = torch.zeros(*x.shape)
+    return network.target.predict(features, z, level)

@@ -28,9 +28,6 @@ REFUSED = """## What is refused
 
 Options that a converted model would not compute are an error of `convert`:
 
-- `final_logit_softcapping` of Gemma 2 and others, whose logits are then no product of rows and
-  head, and which Gemma 2 has by default: with `model.config.final_logit_softcapping = None` it
-  converts, and its plain logits lose their bound too;
 - `use_bidirectional_attention`, and layers that are neither of full nor of sliding attention;
 - PhiMoE's `sliding_window`, OPT's embeddings of another width (`word_embed_proj_dim`);
 - ModernBERT's `classifier_pooling="mean"`; `head="learned"` where the classifier does not read rows

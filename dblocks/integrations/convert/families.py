@@ -23,7 +23,6 @@ from dblocks.integrations.convert.layers import ByLayerType
 
 # Options of a config that no family computes, and why.
 UNSUPPORTED = {
-    "final_logit_softcapping": "logits that are no product of the rows",
     "use_bidirectional_attention": "rows that see later ones",
     "add_cross_attention": "another text",
 }
@@ -62,6 +61,9 @@ class RotaryFamily:
 
     def head(self, model: Any) -> nn.Linear:
         return model.get_output_embeddings()
+
+    def softcap(self, model: Any) -> float | None:
+        return getattr(model.config, "final_logit_softcapping", None)
 
     def context_length(self, model: Any) -> int:
         return model.config.max_position_embeddings

@@ -140,13 +140,30 @@ def test_the_page_of_families_is_that_of_this_list():
     assert PAGE.read_text() == page()
 
 
+@pytest.mark.parametrize("head", ["posterior", "learned"])
+def test_bounded_logits_are_scored_as_they_are_predicted(head):
+    blocks = shaken(convert(causal_model("gemma2"), BlocksConfig(2), task="tokens", head=head))
+    batch = {"tokens": TOKENS, "loss_mask": torch.arange(T) < torch.tensor([[8], [5]])}
+    draw = blocks.draw(batch, 1, generator=seeded())
+    found = blocks.loss_at(batch, 1, draw).losses
+    network, schedule = blocks.base_model, blocks.config.schedule
+    z = schedule.corrupt(network.target.embed(batch), schedule.level(draw.sigma), draw.seed).z
+    logits = blocks.logits(z, draw.sigma, block=1, tokens=TOKENS)
+    costs = torch.nn.functional.cross_entropy(logits.mT, TOKENS, reduction="none")
+    scored = batch["loss_mask"] & (torch.arange(T) > 0)
+    torch.testing.assert_close(found, costs.where(scored, 0) * scored.numel() / scored.sum())
+    if head == "learned":
+        assert logits.abs().max() <= 0.9
+    found.sum().backward()
+    assert network.family.head(network.model).weight.grad.abs().max() > 0
+
+
 # Options that are refused
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("phimoe", {"sliding_window": 3}, "sliding_window=3"),
         ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim"),
