@@ -49,6 +49,7 @@ CAUSAL = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 8,
                      "moe_layer_start_index": 1},
     "exaone4": WINDOW,
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False, "bias": True},
     "flex_olmo": MOE,
     "gemma": {},
     "gemma2": {**WINDOW, "attn_logit_softcapping": 0.7, "final_logit_softcapping": 0.9,
@@ -96,6 +97,7 @@ CAUSAL = {
                    "query_pre_attn_scalar": 9},
     "youtu": MLA,
 }  # fmt: skip
+SINGLE_ONLY = ("falcon",)  # whose attention is its own, so that rows are never doubled
 
 ENCODER = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
 ENCODER |= {"num_attention_heads": 4, "max_position_embeddings": 34, "pad_token_id": 0}
@@ -147,6 +149,8 @@ def causal_model(kind, **options):
         pytest.skip(f"this transformers has no {kind}")
     given = CAUSAL[kind]
     sizes = {} if "n_embd" in given else SIZES
+    if kind == "falcon":  # which computes it
+        sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
     config = transformers.AutoConfig.for_model(kind, **{**sizes, **given, **options})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -29,11 +29,12 @@ REFUSED = """## What is refused
 Options that a converted model would not compute are an error of `convert`:
 
 - `use_bidirectional_attention`, and layers that are neither of full nor of sliding attention;
+- Falcon's `alibi` and dropouts, and its `rows="doubled"`;
 - PhiMoE's `sliding_window`, OPT's embeddings of another width (`word_embed_proj_dim`);
 - ModernBERT's `classifier_pooling="mean"`; `head="learned"` where the classifier does not read rows
   of the layers' width, as in DINOv2.
 
-Of no family here: layers without a form, such as those of ALiBi (Bloom, MPT, Falcon), of state
+Of no family here: layers without a form, such as those of ALiBi (Bloom, MPT), of state
 spaces and linear attention, attention with sinks (GPT-OSS), position biases in the layers (BEiT,
 DeBERTa, T5), and encoders with decoders.
 """

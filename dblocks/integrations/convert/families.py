@@ -43,6 +43,8 @@ class RotaryFamily:
     """The config's number that logits are divided by."""
     dropout: str = ""
     """The backbone's dropout of rows that enter."""
+    own_attention: bool = False
+    """The attention calls PyTorch's own, causal without a mask, and no function by name."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Options of the config that must not be set, and why."""
 
@@ -94,6 +96,14 @@ class RotaryFamily:
         return nnf.cross_entropy(
             at_least_float32(logits).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
         )
+
+
+@dataclass(frozen=True)
+class FalconFamily(RotaryFamily):
+    """Falcon with rotary positions."""
+
+    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+        return super().context(model, rows, positions) | {"alibi": None}
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,22 @@ FORMS = (
         )
         for before in (True, False)
     ),
+    LayerForm("ln_attn", "self_attention", "ln_mlp", "mlp", parallel=True),  # Falcon 40B
+    LayerForm(
+        "input_layernorm",
+        "self_attention",
+        "",
+        "mlp",
+        parallel=True,
+        when={"config.parallel_attn": True},
+    ),
+    LayerForm(
+        "input_layernorm",
+        "self_attention",
+        SECOND,
+        "mlp",
+        when={"config.parallel_attn": False},
+    ),
     LayerForm("ln_1", "attn", "ln_2", "mlp"),  # GPT-2
     LayerForm("ln_1", "attn", "", "mlp", parallel=True),  # GPT-J
     LayerForm(  # ViT of transformers

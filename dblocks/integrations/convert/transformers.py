@@ -25,6 +25,7 @@ from dblocks.integrations.convert.encoder_families import (
 from dblocks.integrations.convert.families import (
     BertClassFamily,
     BertMaskedFamily,
+    FalconFamily,
     GPT2Family,
     OPTFamily,
     RobertaClassFamily,
@@ -51,6 +52,15 @@ CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
     "cohere2": RotaryFamily(logit_factor="logit_scale"),
     "cohere2_moe": RotaryFamily(logit_factor="logit_scale"),
     "codegen": RotaryFamily("ln_f", dropout="drop"),
+    "falcon": FalconFamily(
+        "ln_f",
+        own_attention=True,
+        refused={
+            "alibi": "positions as a bias of the scores",
+            "hidden_dropout": "one dropout of the sum of both branches",
+            "attention_dropout": "a dropout of some sums",
+        },
+    ),
     "gpt2": GPT2Family(),
     "gpt_bigcode": GPT2Family(),
     "gpt_neox": RotaryFamily("final_layer_norm", dropout="emb_dropout"),
@@ -110,6 +120,13 @@ def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> Co
     _check_options(model, family)
     width = model.config.hidden_size
     name = CAUSAL if options["rows_kind"] == "single" else DOUBLED
+    if family.own_attention:
+        if name == DOUBLED:
+            raise ValueError(
+                "rows='doubled' needs an attention that calls a function by its name, which "
+                f"{type(model).__name__} has not; set rows='single'"
+            )
+        name = "sdpa"
     context = partial(context_from_start, family, model)
     parts = conditioned(layers, width, context, partial(with_attention, name=name))
     return ConvertedCausalLM(model, parts, family, **options)

@@ -8,6 +8,7 @@ from convert_tools import adamw, shaken
 from family_models import (
     CAUSAL,
     CLASSES,
+    SINGLE_ONLY,
     TEXT,
     VISION,
     T,
@@ -60,13 +61,17 @@ def check_family(model, fresh, batch, own_logits, path, schedule=None, **options
         assert losses[0].isfinite()
 
 
+def rows_of(kind):
+    return ("single",) if kind in SINGLE_ONLY else ("single", "doubled")
+
+
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_models_of_the_next_token(kind, tmp_path):
     model = causal_model(kind)
     fresh = copy.deepcopy(model)
     with torch.no_grad():
         own = model(input_ids=TOKENS, use_cache=False).logits
-        for rows in ("single", "doubled"):
+        for rows in rows_of(kind):
             ours = clean_logits(copy.deepcopy(model), TOKENS, rows)
             # Rounded at each of a few hundred operations; a wrong window or factor is far off.
             assert (ours - own[:, : ours.shape[1]]).abs().max() < 2e-5 * own.abs().max(), rows
@@ -165,6 +170,8 @@ def test_bounded_logits_are_scored_as_they_are_predicted(head):
     ("kind", "options", "message"),
     [
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("falcon", {"alibi": True}, "alibi=True"),
+        ("falcon", {"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
         ("phimoe", {"sliding_window": 3}, "sliding_window=3"),
         ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim"),
     ],
@@ -172,6 +179,21 @@ def test_bounded_logits_are_scored_as_they_are_predicted(head):
 def test_options_that_are_not_computed(kind, options, message):
     with pytest.raises(ValueError, match=f"must have no options .* got .*{message}"):
         convert(causal_model(kind, **options), BlocksConfig(2), task="tokens")
+
+
+def test_rows_that_are_not_computed():
+    with pytest.raises(ValueError, match=r"rows='doubled' needs .* FalconForCausalLM has not"):
+        convert(causal_model("falcon"), BlocksConfig(2), task="tokens", rows="doubled")
+
+
+def test_packed_documents_of_an_attention_of_its_own():
+    blocks = convert(causal_model("falcon"), BlocksConfig(2), task="tokens")
+    packed = {"tokens": TOKENS[:1], "cu_seqlens": torch.tensor([0, 5, 8], dtype=torch.int32)}
+    z, sigma = torch.zeros(1, T, 16), torch.tensor(1.0)
+    together = blocks.logits(z, sigma, block=0, **packed)
+    for first, last in ((0, 5), (5, 8)):
+        alone = blocks.logits(z[:, first:last], sigma, block=0, tokens=TOKENS[:1, first:last])
+        torch.testing.assert_close(together[:, first + 1 : last], alone[:, 1:])
 
 
 def test_heads_that_are_not_computed():
@@ -194,6 +216,9 @@ def test_heads_that_are_not_computed():
         ("gpt_neox", {"use_parallel_residual": False}),
         ("opt", {"do_layer_norm_before": False}),
         ("gemma3_text", {"attn_logit_softcapping": 0.7}),
+        ("falcon", {"num_ln_in_parallel_attn": 1}),
+        ("falcon", {"new_decoder_architecture": False, "multi_query": True}),
+        ("falcon", {"new_decoder_architecture": False, "parallel_attn": False}),
     ],
 )
 def test_other_options_of_these(kind, options):
@@ -201,6 +226,6 @@ def test_other_options_of_these(kind, options):
     model = causal_model(kind, **options)
     with torch.no_grad():
         own = model(input_ids=TOKENS, use_cache=False).logits
-        for rows in ("single", "doubled"):
+        for rows in rows_of(kind):
             ours = clean_logits(copy.deepcopy(model), TOKENS, rows)
             assert (ours - own[:, : ours.shape[1]]).abs().max() < 2e-5 * own.abs().max(), rows
