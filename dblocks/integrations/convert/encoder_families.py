@@ -12,7 +12,6 @@ from dblocks.blocks import Batch
 from dblocks.integrations.convert.families import (
     BertClassFamily,
     BertMaskedFamily,
-    RobertaClassFamily,
     ViTFamily,
     backbone,
 )
@@ -65,11 +64,17 @@ def electra_rows(model: Any, tokens: Tensor) -> Tensor:
     return electra.embeddings_project(rows) if hasattr(electra, "embeddings_project") else rows
 
 
-class ElectraClassFamily(RobertaClassFamily):
-    """ELECTRA with a head as RoBERTa's."""
+class ElectraClassFamily(BertClassFamily):
+    """ELECTRA, whose head pools the rows itself, as RoBERTa's."""
 
     def enter(self, model: Any, batch: Batch) -> Tensor:
         return electra_rows(model, batch["tokens"])
+
+    def pool(self, model: Any, x: Tensor) -> Tensor:
+        return x[:, 0]
+
+    def head(self, model: Any, pooled: Tensor) -> Tensor:
+        return model.classifier(pooled[:, None])
 
 
 class ElectraMaskedFamily(BertMaskedFamily):
