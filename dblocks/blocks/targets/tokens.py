@@ -6,6 +6,7 @@ import copy
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from dblocks import functional as F
@@ -43,6 +44,8 @@ class TokenTarget(EmbeddedTarget):
         log_scale: as of `OutputHead`.
         tokens_per_sigma: how many consecutive tokens share a noise level; None: all of a sequence.
         tokens_per_block: how many consecutive tokens are predicted at once.
+        softcap: bound c of the output head's logits, c*tanh(logits/c), as of Gemma 2; what the
+            noisy embedding says is added after it. Logits of all rows are in memory then.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class TokenTarget(EmbeddedTarget):
         log_scale: Tensor | None = None,
         tokens_per_sigma: int | None = 1,
         tokens_per_block: int = 1,
+        softcap: float | None = None,
     ) -> None:
         tied = linear is None
         head = OutputHead(
@@ -68,6 +72,7 @@ class TokenTarget(EmbeddedTarget):
         self.sizes = sizes
         self.tokens_per_sigma = tokens_per_sigma
         self.tokens_per_block = tokens_per_block
+        self.softcap = softcap
         self._fixed: Matrices | None = None
 
     def check(self, batch: Batch) -> TokenBatch:
@@ -97,6 +102,8 @@ class TokenTarget(EmbeddedTarget):
 
     def predict(self, features: Tensor | Features, z: Tensor, level: NoiseLevel) -> Tensor:
         """Logits [N, T, V], float32 (float64)."""
+        if self.softcap is not None:
+            return self._capped(self.softcap, features, z, level)
         rows, weight = self._factors(features, z, level)
         return product(rows, weight, self.head.linear.bias)
 
@@ -115,11 +122,17 @@ class TokenTarget(EmbeddedTarget):
         mean over all sigmas is that over scored tokens.
         """
         labels = self.check(batch).labels()
-        rows, weight = self._factors(features, z, level)
-        losses = F.linear_cross_entropy(
-            rows, weight, labels, bias=self.head.linear.bias,
-            ignore_index=IGNORED, reduction="none",
-        )  # fmt: skip
+        if self.softcap is not None:
+            logits = self._capped(self.softcap, features, z, level)
+            losses = nnf.cross_entropy(
+                logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+            )
+        else:
+            rows, weight = self._factors(features, z, level)
+            losses = F.linear_cross_entropy(
+                rows, weight, labels, bias=self.head.linear.bias,
+                ignore_index=IGNORED, reduction="none",
+            )  # fmt: skip
         losses = losses * (labels.numel() / (labels != IGNORED).sum().clamp(min=1))
         sigma = level.sigma
         return losses if sigma.shape == losses.shape else losses.view(*sigma.shape, -1).mean(-1)
@@ -171,6 +184,20 @@ class TokenTarget(EmbeddedTarget):
         if self.tied:
             return rows + self.embedding.embed_scale * evidence, weight
         return torch.cat([rows, evidence], -1), torch.cat([weight.to(table.dtype), table], -1)
+
+    def _capped(
+        self, cap: float, features: Tensor | Features, z: Tensor, level: NoiseLevel
+    ) -> Tensor:
+        """Logits of a head with a bound, which are no product of rows."""
+        f, cond = features if isinstance(features, Features) else Features(features)
+        table, weight = self.matrices()
+        if self.kind == "learned":
+            f = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
+        logits = product(self.head.rows(f, cond), weight, self.head.linear.bias)
+        logits = cap * (logits / cap).tanh()
+        if self.kind == "learned":
+            return logits
+        return logits + product(precision_of(level, z) * z, table)
 
 
 class UnitRows:

@@ -37,6 +37,10 @@ class CausalFamily(Protocol):
         """What makes logits."""
         ...
 
+    def softcap(self, model: nn.Module) -> float | None:
+        """Bound of the head's logits."""
+        ...
+
     def context_length(self, model: nn.Module) -> int:
         """Longest sequence."""
         ...
@@ -193,7 +197,7 @@ class ConvertedCausalLM(Converted):
         return TokenTarget(
             embedding, self.family.head(self.model), self.sizes,
             kind=self.head_kind, modulation=self.readout_modulation, log_scale=self.log_scale,
-            tokens_per_sigma=self.tokens_per_sigma,
+            tokens_per_sigma=self.tokens_per_sigma, softcap=self.family.softcap(self.model),
         )  # fmt: skip
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.integrations.convert.forms import LayerForm, require_form
-from dblocks.integrations.convert.layers import ConditionedLayer
+from dblocks.integrations.convert.layers import ConditionedLayer, context_of
 
 
 def conditioned(
@@ -66,7 +66,8 @@ def check_form(
     layer.eval()
     try:
         with torch.no_grad():
-            own = layer(x, **context)
+            attention = layer.get_submodule(form.attention)
+            own = layer(x, **context_of(attention, context))
             own = own if isinstance(own, Tensor) else own[0]
             ours = ConditionedLayer(layer, x.shape[-1], form)(x, None, context)
     finally:

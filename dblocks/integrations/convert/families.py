@@ -5,6 +5,8 @@ A family gets the model with every call and keeps none, so it also serves copies
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,14 +16,46 @@ from torch import Tensor, nn
 from dblocks.blocks import Batch
 from dblocks.blocks.targets.heads import IGNORED, at_least_float32
 from dblocks.integrations.convert.causal_lm import Sizes
+from dblocks.integrations.convert.layers import ByLayerType
 
 # Language models of transformers that predict the next token
 
 
+# Options of a config that no family computes, and why.
+UNSUPPORTED = {
+    "use_bidirectional_attention": "rows that see later ones",
+    "add_cross_attention": "another text",
+}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
 class RotaryFamily:
     """Llama and those like it: rotary positions, which the backbone makes for all layers."""
 
-    final_norm = "norm"
+    final_norm: str = "norm"
+    """The backbone's last norm."""
+    embedding_factor: str = ""
+    """The config's number that embeddings are multiplied with."""
+    logit_factor: str = ""
+    """The config's number that logits are multiplied with."""
+    logit_divisor: str = ""
+    """The config's number that logits are divided by."""
+    dropout: str = ""
+    """The backbone's dropout of rows that enter."""
+    own_attention: bool = False
+    """The attention calls PyTorch's own, causal without a mask, and no function by name."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Options of the config that must not be set, and why."""
+
+    def unsupported(self, model: Any) -> str | None:
+        """Which option of the model's config is not computed here; None where there is none."""
+        config = model.config
+        for name, why in (UNSUPPORTED | dict(self.refused)).items():
+            if getattr(config, name, None):
+                return f"{name}={getattr(config, name)!r} ({why})"
+        others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+        return f"layers of the types {sorted(others)}" if others else None
 
     def embedding(self, model: Any) -> nn.Embedding:
         """See `CausalFamily`, as for the others."""
@@ -30,18 +64,32 @@ class RotaryFamily:
     def head(self, model: Any) -> nn.Linear:
         return model.get_output_embeddings()
 
+    def softcap(self, model: Any) -> float | None:
+        return getattr(model.config, "final_logit_softcapping", None)
+
     def context_length(self, model: Any) -> int:
         return model.config.max_position_embeddings
 
     def enter(self, model: Any, rows: Tensor, positions: Tensor) -> Tensor:
-        return rows
+        if self.embedding_factor:
+            rows = rows * getattr(model.config, self.embedding_factor)
+        return getattr(backbone(model), self.dropout)(rows) if self.dropout else rows
 
     def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
-        rotary = backbone(model).rotary_emb(rows, position_ids=positions[None])
-        return {"position_embeddings": rotary, "attention_mask": None}
+        rotary, ids = backbone(model).rotary_emb, positions[None]
+        kinds = getattr(rotary, "layer_types", None)
+        turned: Any = (
+            rotary(rows, position_ids=ids)
+            if kinds is None
+            else ByLayerType({kind: rotary(rows, ids, kind) for kind in kinds})
+        )
+        return {"position_embeddings": turned, "attention_mask": None}
 
     def leave(self, model: Any, x: Tensor) -> Tensor:
-        return getattr(backbone(model), self.final_norm)(x)
+        x, config = getattr(backbone(model), self.final_norm)(x), model.config
+        if self.logit_factor:
+            x = x * getattr(config, self.logit_factor)
+        return x / getattr(config, self.logit_divisor) if self.logit_divisor else x
 
     def plain_loss(self, model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
@@ -50,10 +98,19 @@ class RotaryFamily:
         )
 
 
+@dataclass(frozen=True)
+class FalconFamily(RotaryFamily):
+    """Falcon with rotary positions."""
+
+    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+        return super().context(model, rows, positions) | {"alibi": None}
+
+
+@dataclass(frozen=True)
 class GPT2Family(RotaryFamily):
     """GPT-2: learned positions, which are added to the rows."""
 
-    final_norm = "ln_f"
+    final_norm: str = "ln_f"
 
     def enter(self, model: Any, rows: Tensor, positions: Tensor) -> Tensor:
         gpt2 = backbone(model)
@@ -61,6 +118,28 @@ class GPT2Family(RotaryFamily):
 
     def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
         return {"attention_mask": None}
+
+
+@dataclass(frozen=True)
+class OPTFamily(RotaryFamily):
+    """OPT: learned positions, in a decoder inside the backbone."""
+
+    def unsupported(self, model: Any) -> str | None:
+        decoder = backbone(model).decoder
+        if decoder.project_in is not None or decoder.project_out is not None:
+            return "embeddings of another width than the layers' (word_embed_proj_dim)"
+        return super().unsupported(model)
+
+    def enter(self, model: Any, rows: Tensor, positions: Tensor) -> Tensor:
+        at = backbone(model).decoder.embed_positions(None, position_ids=positions[None])
+        return rows + at
+
+    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+        return {"attention_mask": None}
+
+    def leave(self, model: Any, x: Tensor) -> Tensor:
+        norm = backbone(model).decoder.final_layer_norm
+        return x if norm is None else norm(x)
 
 
 def context_from_start(family: RotaryFamily, model: Any, rows: Tensor) -> dict[str, Any]:
@@ -76,6 +155,15 @@ class ViTFamily:
 
     input = "images"
     class_row = True
+
+    def unsupported(self, model: Any) -> str | None:
+        """As for `RotaryFamily`."""
+        return None
+
+    def width(self, model: Any) -> int:
+        """D of the rows."""
+        config = model.config
+        return getattr(config, "vision_config", config).hidden_size
 
     def enter(self, model: Any, batch: Batch) -> Tensor:
         """See `ClassFamily`, as for the others."""
@@ -150,6 +238,9 @@ class BertMaskedFamily:
 
     def enter(self, model: Any, tokens: Tensor) -> Tensor:
         return backbone(model).embeddings(input_ids=tokens)
+
+    def context(self, model: Any, rows: Tensor) -> dict[str, Any]:
+        return {}
 
     def head(self, model: Any, x: Tensor) -> Tensor:
         return getattr(model, self.head_name)(x)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
 
 from torch import nn
 
@@ -12,11 +15,11 @@ class LayerForm:
     """Where the parts of a layer are: paths of its submodules."""
 
     norm1: str
-    """The attention's norm."""
+    """The attention's norm; empty where the attention sees the rows as they are."""
     attention: str
     """The attention."""
     norm2: str
-    """The MLP's norm."""
+    """The MLP's norm; empty where there is none, or a parallel MLP shares that of the attention."""
     mlp: str
     """The MLP."""
     after_attention: tuple[str, ...] = ()
@@ -25,17 +28,106 @@ class LayerForm:
     """What the MLP's result goes through before it is added."""
     post_norm: bool = False
     """Norms come after the sums."""
+    parallel: bool = False
+    """Attention and MLP see the same rows, and are added together."""
+    multiplier: str = ""
+    """The layer's attribute with the number that what is added is multiplied with."""
+    dropout: str = ""
+    """The layer's attribute with the rate of a dropout of what is added, where it is no module."""
+    when: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes of the layer and their values, where the same parts are run in several ways."""
 
     def paths(self) -> tuple[str, ...]:
         """All of them."""
         named = (self.norm1, self.attention, self.norm2, self.mlp)
-        return (*named, *self.after_attention, *self.after_mlp)
+        return (*filter(None, named), *self.after_attention, *self.after_mlp)
+
+    def fits(self, layer: nn.Module) -> bool:
+        """Whether the layer has these parts and attributes."""
+        attributes = [*filter(None, (self.multiplier, self.dropout)), *self.when]
+        try:
+            for path in self.paths():
+                layer.get_submodule(path)
+            values = {name: attrgetter(name)(layer) for name in attributes}
+        except AttributeError:
+            return False
+        return all(values[name] == value for name, value in self.when.items())
 
 
-# Tried in this order; `check_form` runs a layer to see that its form is right.
+ATTENTION = ("input_layernorm", "self_attn")
+SECOND = "post_attention_layernorm"
+
+# Tried in this order: what has more parts comes before what has some of them. `check_form` runs a
+# layer to see that its form is right.
 FORMS = (
-    LayerForm("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),  # Llama
+    LayerForm(  # Gemma 2 and 3: norms before and after
+        *ATTENTION, "pre_feedforward_layernorm", "mlp", (SECOND,), ("post_feedforward_layernorm",)
+    ),
+    LayerForm(*ATTENTION, "pre_feedforward_layernorm", "mlp"),  # VaultGemma
+    LayerForm(  # GLM 4: the same under other names
+        *ATTENTION, SECOND, "mlp", ("post_self_attn_layernorm",), ("post_mlp_layernorm",)
+    ),
+    LayerForm(*ATTENTION, SECOND, "mlp", multiplier="residual_multiplier"),  # Granite
+    LayerForm(*ATTENTION, SECOND, "block_sparse_moe", multiplier="residual_multiplier"),
+    LayerForm(*ATTENTION, SECOND, "mlp", multiplier="residual_scale"),  # MiniCPM
+    LayerForm(  # Phi 3
+        *ATTENTION, SECOND, "mlp", ("resid_attn_dropout",), ("resid_mlp_dropout",)
+    ),
+    LayerForm(  # StableLM
+        *ATTENTION, "", "mlp", (), ("dropout",), parallel=True, when={"use_parallel_residual": True}
+    ),
+    LayerForm(*ATTENTION, SECOND, "mlp", (), ("dropout",)),
+    LayerForm(*ATTENTION, SECOND, "mlp"),  # Llama
+    LayerForm(*ATTENTION, "", "mlp", ("resid_dropout",), ("resid_dropout",), parallel=True),  # Phi
+    LayerForm(*ATTENTION, "", "mlp", parallel=True),  # Cohere
+    LayerForm(  # OLMo 2: norms after only
+        "", "self_attn", "", "mlp", (SECOND,), ("post_feedforward_layernorm",)
+    ),
+    LayerForm("attention_layernorm", "self_attn", "feedforward_layernorm", "mlp"),  # Apertus
+    *(
+        LayerForm(  # GPT-NeoX
+            "input_layernorm",
+            "attention",
+            SECOND,
+            "mlp",
+            ("post_attention_dropout",),
+            ("post_mlp_dropout",),
+            parallel=parallel,
+            when={"use_parallel_residual": parallel},
+        )
+        for parallel in (True, False)
+    ),
+    *(
+        LayerForm(  # OPT
+            "self_attn_layer_norm",
+            "self_attn",
+            "final_layer_norm",
+            "fc1",
+            after_mlp=("activation_fn", "fc2"),
+            post_norm=not before,
+            dropout="dropout",
+            when={"do_layer_norm_before": before},
+        )
+        for before in (True, False)
+    ),
+    LayerForm("ln_attn", "self_attention", "ln_mlp", "mlp", parallel=True),  # Falcon 40B
+    LayerForm(
+        "input_layernorm",
+        "self_attention",
+        "",
+        "mlp",
+        parallel=True,
+        when={"config.parallel_attn": True},
+    ),
+    LayerForm(
+        "input_layernorm",
+        "self_attention",
+        SECOND,
+        "mlp",
+        when={"config.parallel_attn": False},
+    ),
     LayerForm("ln_1", "attn", "ln_2", "mlp"),  # GPT-2
+    LayerForm("ln_1", "attn", "", "mlp", parallel=True),  # GPT-J
     LayerForm(  # ViT of transformers
         "layernorm_before", "attention", "layernorm_after", "mlp", ("dropout",), ("dropout",)
     ),
@@ -48,6 +140,19 @@ FORMS = (
     ),
     LayerForm(  # timm
         "norm1", "attn", "norm2", "mlp", ("ls1", "drop_path1"), ("ls2", "drop_path2")
+    ),
+    LayerForm(  # DINOv2
+        "norm1",
+        "attention",
+        "norm2",
+        "mlp",
+        ("layer_scale1", "drop_path"),
+        ("layer_scale2", "drop_path"),
+    ),
+    LayerForm("layer_norm1", "self_attn", "layer_norm2", "mlp"),  # CLIP
+    LayerForm("attn_norm", "attn", "mlp_norm", "mlp"),  # ModernBERT
+    LayerForm(  # DistilBERT
+        "sa_layer_norm", "attention", "output_layer_norm", "ffn", post_norm=True
     ),
     LayerForm(  # BERT
         "attention.output.LayerNorm",
@@ -62,9 +167,9 @@ FORMS = (
 
 
 def form_of(layer: nn.Module) -> LayerForm | None:
-    """The first of `FORMS` whose submodules the layer has."""
+    """The first of `FORMS` whose parts the layer has."""
     for form in FORMS:
-        if all(_has(layer, path) for path in form.paths()):
+        if form.fits(layer):
             return form
     return None
 
@@ -79,11 +184,3 @@ def require_form(name: str, layer: nn.Module) -> LayerForm:
             "write a network with the members of dblocks.blocks.BlockModel instead"
         )
     return form
-
-
-def _has(layer: nn.Module, path: str) -> bool:
-    try:
-        layer.get_submodule(path)
-    except AttributeError:
-        return False
-    return True

@@ -5,7 +5,14 @@
 
 or, where the norms come after the sums as in BERT,
 
-    x = norm1(x + (1 + gate1)*attention(x))*(1 + scale1) + shift1, and the same of the MLP.
+    x = norm1(x + (1 + gate1)*attention(x))*(1 + scale1) + shift1, and the same of the MLP,
+
+or, where both branches see the same rows as in GPT-J,
+
+    h1 = norm1(x)*(1 + scale1) + shift1 ;  h2 = norm2(x)*(1 + scale2) + shift2
+    x = x + (1 + gate1)*attention(h1) + (1 + gate2)*mlp(h2),
+
+in which norm2 may be norm1. A layer without a norm before a branch has the rows in its place.
 
 Without a modulation, or with zeros, this is the layer's own function. Norms, sums and modulations
 run as fused ops; attention and MLP are the model's own modules.
@@ -14,6 +21,7 @@ run as fused ops; attention and MLP are the model's own modules.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -30,6 +38,19 @@ CHUNKS = 6  # shift, scale and gate of the attention, then of the MLP
 # Largest width of the conditioning vector. At the width of the model, as in DiT, the modulations
 # would have half as many parameters as the layers, which is too many for a function of one number.
 COND_DIM = 256
+
+
+class ByLayerType(dict[str, Any]):
+    """What the attention is given, by the type of its layer, as its model's config has it."""
+
+
+def context_of(attention: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of one layer's attention, of those for all layers."""
+    kind = [v for v in context.values() if isinstance(v, ByLayerType)]
+    if not kind:
+        return dict(context)
+    name = attention.config.layer_types[attention.layer_idx]
+    return {k: v[name] if isinstance(v, ByLayerType) else v for k, v in context.items()}
 
 
 def cond_dim(width: int) -> int:
@@ -83,10 +104,10 @@ class ConditionedLayer(nn.Module):
             return checkpoint(self._run, x, cond, context or {}, clean, use_reentrant=False)
         return self._run(x, cond, context or {}, clean)
 
-    def norms(self) -> tuple[nn.Module, nn.Module]:
+    def norms(self) -> list[nn.Module]:
         """The layer's norms, of its attention and of its MLP."""
-        part = self.layer.get_submodule
-        return part(self.form.norm1), part(self.form.norm2)
+        paths = filter(None, (self.form.norm1, self.form.norm2))
+        return [self.layer.get_submodule(path) for path in paths]
 
     def _run(
         self, x: Tensor, cond: Tensor | None, context: Mapping[str, Any], clean: bool
@@ -95,35 +116,47 @@ class ConditionedLayer(nn.Module):
         if cond is not None:
             chunks = _chunks(self.modulation(cond, len(x)), clean=clean)
         run = self._post_norm if self.form.post_norm else self._pre_norm
-        return run(x, chunks, context)
+        return (self._parallel if self.form.parallel else run)(x, chunks, context)
 
     def _pre_norm(
         self, x: Tensor, chunks: tuple[Tensor | None, ...], context: Mapping[str, Any]
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = chunks
-        part, form = self.layer.get_submodule, self.form
-        h = _modulate(part(form.norm1), x, shift1, scale1)
+        h = _modulate(self._norm(self.form.norm1), x, shift1, scale1)
         x, h = _add_and_modulate(
-            part(form.norm2), x, self._attend(h, context), gate1, shift2, scale2
+            self._norm(self.form.norm2), x, self._attend(h, context), gate1, shift2, scale2
         )
         return F.gated_residual(x, self._transform(h), gate2)
+
+    def _parallel(
+        self, x: Tensor, chunks: tuple[Tensor | None, ...], context: Mapping[str, Any]
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = chunks
+        form = self.form
+        norm1, norm2 = self._norm(form.norm1), self._norm(form.norm2 or form.norm1)
+        h1 = _modulate(norm1, x, shift1, scale1)
+        same = norm1 is norm2 and shift1 is None
+        h2 = h1 if same else _modulate(norm2, x, shift2, scale2)
+        attended, transformed = self._attend(h1, context), self._transform(h2)
+        return F.gated_residual(F.gated_residual(x, attended, gate1), transformed, gate2)
 
     def _post_norm(
         self, x: Tensor, chunks: tuple[Tensor | None, ...], context: Mapping[str, Any]
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = chunks
-        part, form = self.layer.get_submodule, self.form
-        _, x = _add_and_modulate(
-            part(form.norm1), x, self._attend(x, context), gate1, shift1, scale1
-        )
-        _, x = _add_and_modulate(part(form.norm2), x, self._transform(x), gate2, shift2, scale2)
+        norm1, norm2 = self._norm(self.form.norm1), self._norm(self.form.norm2)
+        _, x = _add_and_modulate(norm1, x, self._attend(x, context), gate1, shift1, scale1)
+        _, x = _add_and_modulate(norm2, x, self._transform(x), gate2, shift2, scale2)
         return x
+
+    def _norm(self, path: str) -> nn.Module:
+        return self.layer.get_submodule(path) if path else nn.Identity()
 
     def _attend(self, h: Tensor, context: Mapping[str, Any]) -> Tensor:
         attention = own = self.layer.get_submodule(self.form.attention)
         for attention in self.instead:
             attention.training = own.training
-        out = attention(h, **context)
+        out = attention(h, **context_of(own, context))
         return self._after(out if isinstance(out, Tensor) else out[0], self.form.after_attention)
 
     def _transform(self, h: Tensor) -> Tensor:
@@ -132,7 +165,10 @@ class ConditionedLayer(nn.Module):
     def _after(self, x: Tensor, paths: tuple[str, ...]) -> Tensor:
         for path in paths:
             x = self.layer.get_submodule(path)(x)
-        return x
+        layer: Any = self.layer
+        if self.form.dropout:
+            x = nnf.dropout(x, attrgetter(self.form.dropout)(layer), layer.training)
+        return x * attrgetter(self.form.multiplier)(layer) if self.form.multiplier else x
 
 
 def _chunks(chunks: Sequence[Tensor], *, clean: bool) -> tuple[Tensor, ...]:

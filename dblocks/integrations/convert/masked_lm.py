@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -28,6 +28,10 @@ class MaskedFamily(Protocol):
 
     def enter(self, model: nn.Module, tokens: Tensor) -> Tensor:
         """Rows [N, T, D] of tokens, as they enter the first layer."""
+        ...
+
+    def context(self, model: nn.Module, rows: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the layers' attention."""
         ...
 
     def head(self, model: nn.Module, x: Tensor) -> Tensor:
@@ -107,8 +111,9 @@ class ConvertedMaskedLM(Converted):
             z_in = torch.where(condition == MASKED, z_in, condition)
         cond = cast(Tensor, self._cond(level))
         x = self.family.enter(self.model, z_in.masked_fill(z_in == MASKED, self.mask_token_id))
+        context = self.family.context(self.model, x)
         for layer in layers:
-            x = layer(x, cond, checkpointing=self.checkpointing)
+            x = layer(x, cond, context, checkpointing=self.checkpointing)
         return Hidden(x, cond)
 
     def features(self, hidden: Hidden) -> Tensor:

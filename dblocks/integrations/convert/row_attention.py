@@ -27,7 +27,20 @@ def with_attention(attention: nn.Module, name: str) -> nn.Module:
     config = copy.copy(cast(Any, attention).config)
     config._attn_implementation = name
     cast(Any, view).config = config
+    cast(Any, view).dblocks_window = _window(view)
     return view
+
+
+def _window(attention: Any) -> int | None:
+    """How many positions back the rows of this attention's layer see, by its model's config.
+
+    Most models pass it to the function that attends, but some have it in their masks only.
+    """
+    types = getattr(attention.config, "layer_types", None)
+    number = getattr(attention, "layer_idx", None)
+    if not types or number is None or types[number] != "sliding_attention":
+        return None
+    return attention.config.sliding_window
 
 
 # Arguments that transformers passes to every attention, and their values without an effect.
@@ -74,6 +87,7 @@ def doubled(
         ValueError: an argument asks for what it does not do.
     """
     _refuse(module, others | {"attention_mask": attention_mask}, is_causal)
+    sliding_window = sliding_window or getattr(module, "dblocks_window", None)
     # Rotary positions come in float32 under autocast, which casts the arguments of torch's own.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if not dropout:
@@ -109,6 +123,7 @@ def causal(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of the rows of a single stream as transformers calls it.
@@ -123,6 +138,7 @@ def causal(
         dropout: of the attention's weights.
         is_causal: that of the module by default; must be true.
         sliding_window: how many positions back a row sees, its own included.
+        softcap: bound of the scores.
         **others: refused unless they are `None` or change nothing.
 
     Returns:
@@ -132,16 +148,36 @@ def causal(
         ValueError: an argument asks for what it does not do.
     """
     _refuse(module, others, is_causal)
+    sliding_window = sliding_window or getattr(module, "dblocks_window", None)
     R, mask = query.shape[2], attention_mask
     if sliding_window is not None and sliding_window < R:
         row = torch.arange(R, device=query.device)
         near = row[:, None] - row < sliding_window
         mask = near & ((row[:, None] >= row) if mask is None else mask)
+    if softcap is not None:
+        if mask is None:
+            mask = torch.ones(R, R, dtype=torch.bool, device=query.device).tril()
+        o = _capped(query, key, value, mask, scaling, softcap, dropout)
+        return o.transpose(1, 2), None
     o = nnf.scaled_dot_product_attention(
         query.to(value.dtype), key.to(value.dtype), value, attn_mask=mask, is_causal=mask is None,
         dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return o.transpose(1, 2), None
+
+
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None,
+    softcap: float, dropout: float,
+) -> Tensor:  # fmt: skip
+    """Attention with bounded scores, which PyTorch's own has not."""
+    each = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(each, 1), value.repeat_interleave(each, 1)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = factor * query.to(value.dtype) @ key.to(value.dtype).transpose(-1, -2)
+    scores = softcap * (scores / softcap).tanh()
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    return nnf.dropout(weights.to(value.dtype), dropout) @ value
 
 
 def _refuse(module: nn.Module, others: Mapping[str, Any], is_causal: bool | None) -> None:

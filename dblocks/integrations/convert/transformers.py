@@ -6,15 +6,28 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
 from dblocks.integrations.convert.classes import ConvertedClassifier
 from dblocks.integrations.convert.conditioned import conditioned
+from dblocks.integrations.convert.encoder_families import (
+    CLIPFamily,
+    DINOv2Family,
+    DistilBertClassFamily,
+    DistilBertMaskedFamily,
+    ElectraClassFamily,
+    ElectraMaskedFamily,
+    ModernBertClassFamily,
+    ModernBertMaskedFamily,
+    SigLIPFamily,
+)
 from dblocks.integrations.convert.families import (
     BertClassFamily,
     BertMaskedFamily,
+    FalconFamily,
     GPT2Family,
+    OPTFamily,
     RobertaClassFamily,
     RobertaMaskedFamily,
     RotaryFamily,
@@ -24,19 +37,70 @@ from dblocks.integrations.convert.families import (
 from dblocks.integrations.convert.masked_lm import ConvertedMaskedLM
 from dblocks.integrations.convert.row_attention import CAUSAL, DOUBLED, with_attention
 
-CAUSAL_FAMILIES = {
-    "llama": RotaryFamily(),
-    "mistral": RotaryFamily(),
-    "qwen2": RotaryFamily(),
-    "qwen3": RotaryFamily(),
+GRANITE = RotaryFamily(embedding_factor="embedding_multiplier", logit_divisor="logits_scaling")
+LLAMA_LIKE = (
+    "apertus", "arcee", "bitnet", "cwm", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "glm4_moe", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jais2", "llama", "ministral",
+    "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
+    "starcoder2", "vaultgemma", "youtu",
+)  # fmt: skip
+CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
+    **dict.fromkeys(LLAMA_LIKE, RotaryFamily()),
+    "cohere": RotaryFamily(logit_factor="logit_scale"),
+    "cohere2": RotaryFamily(logit_factor="logit_scale"),
+    "cohere2_moe": RotaryFamily(logit_factor="logit_scale"),
+    "codegen": RotaryFamily("ln_f", dropout="drop"),
+    "falcon": FalconFamily(
+        "ln_f",
+        own_attention=True,
+        refused={
+            "alibi": "positions as a bias of the scores",
+            "hidden_dropout": "one dropout of the sum of both branches",
+            "attention_dropout": "a dropout of some sums",
+        },
+    ),
     "gpt2": GPT2Family(),
+    "gpt_bigcode": GPT2Family(),
+    "gpt_neox": RotaryFamily("final_layer_norm", dropout="emb_dropout"),
+    "gptj": RotaryFamily("ln_f", dropout="drop"),
+    "granite": GRANITE,
+    "granitemoe": GRANITE,
+    "opt": OPTFamily(),
+    "persimmon": RotaryFamily("final_layernorm"),
+    "phi": RotaryFamily("final_layernorm", dropout="embed_dropout"),
+    "phimoe": RotaryFamily(refused={"sliding_window": "a window in the masks of all layers"}),
 }
-CLASS_FAMILIES = {
-    "vit": ViTFamily(),
+CLASS_FAMILIES: dict[str, ViTFamily] = {
     "bert": BertClassFamily(),
+    "camembert": RobertaClassFamily(),
+    "clip": CLIPFamily(),
+    "data2vec-text": RobertaClassFamily(),
+    "deit": ViTFamily(),
+    "dinov2": DINOv2Family(),
+    "dinov2_with_registers": DINOv2Family(),
+    "distilbert": DistilBertClassFamily(),
+    "electra": ElectraClassFamily(),
+    "ernie": BertClassFamily(),
+    "modernbert": ModernBertClassFamily(),
     "roberta": RobertaClassFamily(),
+    "siglip": SigLIPFamily(),
+    "vit": ViTFamily(),
+    "vit_msn": ViTFamily(),
+    "xlm-roberta": RobertaClassFamily(),
 }
-MASKED_FAMILIES = {"bert": BertMaskedFamily(), "roberta": RobertaMaskedFamily()}
+MASKED_FAMILIES: dict[str, BertMaskedFamily] = {
+    "bert": BertMaskedFamily(),
+    "camembert": RobertaMaskedFamily(),
+    "data2vec-text": RobertaMaskedFamily(),
+    "distilbert": DistilBertMaskedFamily(),
+    "electra": ElectraMaskedFamily(),
+    "ernie": BertMaskedFamily(),
+    "modernbert": ModernBertMaskedFamily(),
+    "roberta": RobertaMaskedFamily(),
+    "xlm-roberta": RobertaMaskedFamily(),
+}
 
 
 def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedCausalLM:
@@ -53,8 +117,16 @@ def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> Co
     family = _family(model, CAUSAL_FAMILIES, "'tokens' with a NoiseSchedule")
     if not isinstance(family.head(model), nn.Linear):
         raise _no_head(model, "AutoModelForCausalLM")
+    _check_options(model, family)
     width = model.config.hidden_size
     name = CAUSAL if options["rows_kind"] == "single" else DOUBLED
+    if family.own_attention:
+        if name == DOUBLED:
+            raise ValueError(
+                "rows='doubled' needs an attention that calls a function by its name, which "
+                f"{type(model).__name__} has not; set rows='single'"
+            )
+        name = "sdpa"
     context = partial(context_from_start, family, model)
     parts = conditioned(layers, width, context, partial(with_attention, name=name))
     return ConvertedCausalLM(model, parts, family, **options)
@@ -76,10 +148,17 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
         model.classifier, nn.Identity
     ):
         raise _no_head(model, "AutoModelForImageClassification or ...ForSequenceClassification")
-    width = model.config.hidden_size
+    _check_options(model, family)
+    width, inputs = family.width(model), getattr(model.classifier, "in_features", None)
+    if options["head_kind"] == "learned" and inputs not in (None, width):
+        raise ValueError(
+            f"head='learned' needs a classifier of rows of width {width}, as the embedding of the "
+            f"class is, got one of {inputs} in {type(model).__name__}; set head='posterior'"
+        )
+    context = partial(_context_of_batch, family, model)
     return ConvertedClassifier(
         model,
-        conditioned(layers, width),
+        conditioned(layers, width, context),
         family,
         num_classes=model.config.num_labels,
         width=width,
@@ -111,7 +190,7 @@ def masked_lm(
             "pass tokenizer.mask_token_id"
         )
     width = model.config.hidden_size
-    parts = conditioned(layers, width)
+    parts = conditioned(layers, width, partial(family.context, model))
     return ConvertedMaskedLM(model, parts, family, width=width, mask_token_id=mask_token_id)
 
 
@@ -127,6 +206,20 @@ def _family(model: Any, families: Mapping[str, Family], task: str) -> Family:
             "dblocks.blocks.BlockModel instead"
         )
     return families[kind]
+
+
+def _check_options(model: Any, family: RotaryFamily | ViTFamily) -> None:
+    reason = family.unsupported(model)
+    if reason is not None:
+        raise ValueError(
+            f"{type(model).__name__} must have no options that its rows are not computed with, "
+            f"got {reason}; change the config, or write a network with the members of "
+            "dblocks.blocks.BlockModel instead"
+        )
+
+
+def _context_of_batch(family: ViTFamily, model: Any, rows: Tensor) -> dict[str, Any]:
+    return family.context(model, rows, {})
 
 
 def _no_head(model: Any, loader: str) -> ValueError:

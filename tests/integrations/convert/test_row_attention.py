@@ -127,12 +127,11 @@ def test_other_refusals():
     for function in (doubled, causal):
         with pytest.raises(ValueError, match="is_causal=False"):
             function(module, Q, K, V, None)
-    with pytest.raises(ValueError, match="asks for with softcap;"):
-        causal(MODULE, Q, K, V, None, softcap=2.0)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("window", [None, 1, 3, 16])
-def test_the_attention_of_a_single_stream(window):
+def test_the_attention_of_a_single_stream(window, softcap):
     """Against softmax written out; a mask narrows what the window leaves."""
     R = Q.shape[2]
     row = torch.arange(R)
@@ -141,10 +140,12 @@ def test_the_attention_of_a_single_stream(window):
         seen = (back >= 0) if given is None else given
         seen = seen if window is None else seen & (back < window)
         scores = 0.3 * Q.double() @ K.repeat_interleave(2, 1).double().mT
+        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
         expected = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         expected = expected @ V.repeat_interleave(2, 1).double()
-        found, weights = causal(MODULE, Q, K, V, given, scaling=0.3, sliding_window=window)
+        options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+        found, weights = causal(MODULE, Q, K, V, given, **options)
         assert weights is None
         torch.testing.assert_close(found, expected.transpose(1, 2).float())
-    dropped = causal(MODULE, Q, K, V, None, dropout=0.5)[0]
+    dropped = causal(MODULE, Q, K, V, None, dropout=0.5, softcap=softcap)[0]
     assert not torch.allclose(dropped, causal(MODULE, Q, K, V, None)[0], atol=0.1)

@@ -1,0 +1,78 @@
+"""The page of the families that `convert` knows, from the list of the tests.
+
+`PYTHONPATH=tests python tests/family_table.py` writes it again; a test holds it to the list.
+"""
+
+from family_models import CAUSAL, TEXT, VISION
+
+from tools import ROOT
+
+PAGE = ROOT / "docs" / "families.md"
+HEAD = """# Families of models
+
+`convert` knows these families of transformers by the `model_type` of their config; every other one
+is refused with an error that lists them. `python tests/family_table.py` writes this page from the
+list of `tests/family_models.py`. For each family a test makes a small model with random weights and
+the options below, and checks that
+
+- the plain model gives the same logits bit for bit after the conversion;
+- the converted rows give the plain model's logits, to rounding, where nothing is modulated: in a
+  single stream and in doubled rows, or for all layers of an encoder;
+- a step of one block moves no weight of another block;
+- what is saved and loaded gives the same losses bit for bit.
+
+Other models: [what can be converted](convert.md#what-can-be-converted) lists the models of timm and
+diffusers.
+"""
+REFUSED = """## What is refused
+
+Options that a converted model would not compute are an error of `convert`:
+
+- `use_bidirectional_attention`, and layers that are neither of full nor of sliding attention;
+- Falcon's `alibi` and dropouts, and its `rows="doubled"`;
+- PhiMoE's `sliding_window`, OPT's embeddings of another width (`word_embed_proj_dim`);
+- ModernBERT's `classifier_pooling="mean"`; `head="learned"` where the classifier does not read rows
+  of the layers' width, as in DINOv2.
+
+Of no family here: layers without a form, such as those of ALiBi (Bloom, MPT), of state
+spaces and linear attention, attention with sinks (GPT-OSS), position biases in the layers (BEiT,
+DeBERTa, T5), and encoders with decoders.
+"""
+
+
+def options(given):
+    """What of a test's options is no size."""
+    others = {k: v for k, v in given.items() if k not in SIZES and v is not None}
+    kept = {k: v for k, v in others.items() if not isinstance(v, (dict, str))}
+    return ", ".join(f"`{name}`" for name in sorted(kept)) or ""
+
+
+SIZES = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "n_embd", "n_layer",
+    "n_head", "n_positions", "n_ctx", "image_size", "patch_size", "num_channels", "dim", "dropout",
+    "hidden_dim", "n_layers", "n_heads", "ffn_dim", "word_embed_proj_dim", "moe_intermediate_size",
+}  # fmt: skip
+
+
+def section(title, families):
+    """One table."""
+    rows = [f"| `{kind}` | {options(given)} |" for kind, given in sorted(families.items())]
+    head = ["| `model_type` | tested with |", "|---|---|"]
+    return "\n".join([f"## {title}\n\n{len(families)} families.\n", *head, *rows, ""])
+
+
+def page():
+    """The whole page."""
+    parts = [
+        HEAD,
+        section('`task="tokens"` with a `NoiseSchedule`: the next token', CAUSAL),
+        section('`task="tokens"` with a `MaskSchedule`: masked tokens', TEXT),
+        section('`task="classes"`', TEXT | VISION),
+        REFUSED,
+    ]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,231 @@
+"""Every family of models that can be converted, by one small model with unusual options."""
+
+import copy
+
+import pytest
+import torch
+from convert_tools import adamw, shaken
+from family_models import (
+    CAUSAL,
+    CLASSES,
+    SINGLE_ONLY,
+    TEXT,
+    VISION,
+    T,
+    V,
+    causal_model,
+    clean_logits,
+    encoder_model,
+)
+from family_table import PAGE, page
+from hub_tools import library
+
+from dblocks import BlocksConfig, MaskSchedule, NoiseSchedule, make_optimizers, train_step
+from dblocks.integrations.convert import ConvertedBlocks, convert
+from tools import seeded
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:not fused"),  # norms of a class of their own
+]
+TOKENS = torch.randint(3, V, (2, T), generator=seeded(2))
+
+
+def check_family(model, fresh, batch, own_logits, path, schedule=None, **options):
+    """The model stays as it is; a step moves one block; files hold everything."""
+    before = own_logits(model)
+    config = BlocksConfig(2, schedule=schedule or NoiseSchedule())
+    blocks = convert(model, config, **options)
+    assert own_logits(model).equal(before)
+    assert own_logits(blocks.base_model).equal(before)
+
+    shaken(blocks)
+    state = {name: value.clone() for name, value in blocks.state_dict().items()}
+    optimizers = make_optimizers(blocks, lambda p: adamw(p, weight_decay=0.1))
+    train_step(blocks, batch, optimizers, block=1, generator=seeded())
+    moved = {n for n, value in blocks.state_dict().items() if not value.equal(state[n])}
+    ids = {id(p) for p in (*blocks.block_parameters(0),)}
+    others = {n for n, p in blocks.named_parameters(remove_duplicate=False) if id(p) in ids}
+    own = {id(p) for p in blocks.block_parameters(1)}
+    trained = {n for n, p in blocks.named_parameters(remove_duplicate=False) if id(p) in own}
+    assert others
+    assert not moved & others
+    # Experts that no token chose, and keys' biases, may have no gradient, but most do.
+    assert 2 * len(moved & trained) > len(trained)
+
+    blocks.save_pretrained(path)
+    again = ConvertedBlocks.from_pretrained(path, fresh)
+    for b in range(2):
+        losses = [m.loss(batch, b, generator=seeded()).loss for m in (blocks, again)]
+        assert losses[0].equal(losses[1])
+        assert losses[0].isfinite()
+
+
+def rows_of(kind):
+    return ("single",) if kind in SINGLE_ONLY else ("single", "doubled")
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_models_of_the_next_token(kind, tmp_path):
+    model = causal_model(kind)
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        own = model(input_ids=TOKENS, use_cache=False).logits
+        for rows in rows_of(kind):
+            ours = clean_logits(copy.deepcopy(model), TOKENS, rows)
+            # Rounded at each of a few hundred operations; a wrong window or factor is far off.
+            assert (ours - own[:, : ours.shape[1]]).abs().max() < 2e-5 * own.abs().max(), rows
+
+    def own_logits(called):
+        return called(input_ids=TOKENS, use_cache=False).logits
+
+    check_family(model, fresh, {"tokens": TOKENS}, own_logits, tmp_path, task="tokens")
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_models_of_masked_tokens(kind, tmp_path):
+    model = encoder_model(kind, "masks")
+    fresh = copy.deepcopy(model)
+    options = {"task": "tokens", "mask_token_id": 2}
+    with torch.no_grad():
+        own = model(input_ids=TOKENS).logits
+        config = BlocksConfig(2, schedule=MaskSchedule())
+        blocks = convert(copy.deepcopy(model), config, **options)
+        network, level = blocks.base_model, blocks.config.schedule.level(torch.full((2,), 0.5))
+        hidden = network.run_layers(network.layers, TOKENS, level, None)
+        ours = network.family.head(network.model, hidden.x)
+        assert (ours - own).abs().max() < 2e-5 * own.abs().max()
+
+    def own_logits(called):
+        return called(input_ids=TOKENS).logits
+
+    check_family(model, fresh, {"tokens": TOKENS}, own_logits, tmp_path, MaskSchedule(), **options)
+
+
+@pytest.mark.parametrize("kind", [*TEXT, *VISION])
+def test_models_of_classes(kind, tmp_path):
+    model = encoder_model(kind, "classes")
+    fresh = copy.deepcopy(model)
+    images = torch.randn(2, 1, 8, 8, generator=seeded(3))
+    batch = {"images": images} if kind in VISION else {"tokens": TOKENS}
+    batch["labels"] = torch.arange(2) % CLASSES
+    masked = (
+        {} if kind in VISION else {"attention_mask": torch.arange(T) < torch.tensor([[8], [5]])}
+    )
+
+    def own_logits(called, **mask):
+        given = {"pixel_values": images} if kind in VISION else {"input_ids": TOKENS}
+        return called(**given, **mask).logits
+
+    with torch.no_grad():
+        blocks = convert(copy.deepcopy(model), BlocksConfig(2), task="classes")
+        network, level = blocks.base_model, blocks.config.schedule.level(torch.ones(2))
+        for mask in ({}, masked):
+            condition = network.embed_condition(batch | mask)
+            z = torch.zeros(2, network.width)
+            hidden = network.run_layers(network.layers, z, level, condition)
+            family = network.family
+            ours = family.head(network.model, family.pool(network.model, hidden.x))
+            own = own_logits(model, **mask)
+            assert (ours - own).abs().max() < 2e-5 * own.abs().max()
+    check_family(model, fresh, batch, own_logits, tmp_path, task="classes")
+
+
+def test_every_family_is_tested():
+    library("transformers")
+    from dblocks.integrations.convert import transformers as known
+
+    assert set(CAUSAL) == set(known.CAUSAL_FAMILIES)
+    assert set(TEXT) == set(known.MASKED_FAMILIES)
+    assert {*TEXT, *VISION} == set(known.CLASS_FAMILIES)
+
+
+def test_the_page_of_families_is_that_of_this_list():
+    """See `family_table`, which writes it."""
+    assert PAGE.read_text() == page()
+
+
+@pytest.mark.parametrize("head", ["posterior", "learned"])
+def test_bounded_logits_are_scored_as_they_are_predicted(head):
+    blocks = shaken(convert(causal_model("gemma2"), BlocksConfig(2), task="tokens", head=head))
+    batch = {"tokens": TOKENS, "loss_mask": torch.arange(T) < torch.tensor([[8], [5]])}
+    draw = blocks.draw(batch, 1, generator=seeded())
+    found = blocks.loss_at(batch, 1, draw).losses
+    network, schedule = blocks.base_model, blocks.config.schedule
+    z = schedule.corrupt(network.target.embed(batch), schedule.level(draw.sigma), draw.seed).z
+    logits = blocks.logits(z, draw.sigma, block=1, tokens=TOKENS)
+    costs = torch.nn.functional.cross_entropy(logits.mT, TOKENS, reduction="none")
+    scored = batch["loss_mask"] & (torch.arange(T) > 0)
+    torch.testing.assert_close(found, costs.where(scored, 0) * scored.numel() / scored.sum())
+    if head == "learned":
+        assert logits.abs().max() <= 0.9
+    found.sum().backward()
+    assert network.family.head(network.model).weight.grad.abs().max() > 0
+
+
+# Options that are refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("falcon", {"alibi": True}, "alibi=True"),
+        ("falcon", {"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
+        ("phimoe", {"sliding_window": 3}, "sliding_window=3"),
+        ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim"),
+    ],
+)
+def test_options_that_are_not_computed(kind, options, message):
+    with pytest.raises(ValueError, match=f"must have no options .* got .*{message}"):
+        convert(causal_model(kind, **options), BlocksConfig(2), task="tokens")
+
+
+def test_rows_that_are_not_computed():
+    with pytest.raises(ValueError, match=r"rows='doubled' needs .* FalconForCausalLM has not"):
+        convert(causal_model("falcon"), BlocksConfig(2), task="tokens", rows="doubled")
+
+
+def test_packed_documents_of_an_attention_of_its_own():
+    blocks = convert(causal_model("falcon"), BlocksConfig(2), task="tokens")
+    packed = {"tokens": TOKENS[:1], "cu_seqlens": torch.tensor([0, 5, 8], dtype=torch.int32)}
+    z, sigma = torch.zeros(1, T, 16), torch.tensor(1.0)
+    together = blocks.logits(z, sigma, block=0, **packed)
+    for first, last in ((0, 5), (5, 8)):
+        alone = blocks.logits(z[:, first:last], sigma, block=0, tokens=TOKENS[:1, first:last])
+        torch.testing.assert_close(together[:, first + 1 : last], alone[:, 1:])
+
+
+def test_heads_that_are_not_computed():
+    library("transformers")
+    model = encoder_model("dinov2", "classes")
+    with pytest.raises(
+        ValueError, match=r"needs a classifier of rows of width 16, .* got one of 32"
+    ):
+        convert(model, BlocksConfig(2), task="classes", head="learned")
+    model = encoder_model("modernbert", "classes")
+    model.config.classifier_pooling = "mean"
+    with pytest.raises(ValueError, match="classifier_pooling='mean'"):
+        convert(model, BlocksConfig(2), task="classes")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("stablelm", {"use_parallel_residual": True}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("opt", {"do_layer_norm_before": False}),
+        ("gemma3_text", {"attn_logit_softcapping": 0.7}),
+        ("falcon", {"num_ln_in_parallel_attn": 1}),
+        ("falcon", {"new_decoder_architecture": False, "multi_query": True}),
+        ("falcon", {"new_decoder_architecture": False, "parallel_attn": False}),
+    ],
+)
+def test_other_options_of_these(kind, options):
+    """Computed as the model does, or refused."""
+    model = causal_model(kind, **options)
+    with torch.no_grad():
+        own = model(input_ids=TOKENS, use_cache=False).logits
+        for rows in rows_of(kind):
+            ours = clean_logits(copy.deepcopy(model), TOKENS, rows)
+            assert (ours - own[:, : ours.shape[1]]).abs().max() < 2e-5 * own.abs().max(), rows
