@@ -17,7 +17,7 @@ from dblocks.blocks.targets.classes import Head
 from dblocks.blocks.targets.heads import at_least_float32
 from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
-from dblocks.integrations.convert.network import Converted, check_some
+from dblocks.integrations.convert.network import Converted, check_some, example_tokens
 from dblocks.nn import Modulation, over_rows
 from dblocks.schedules import NoiseLevel
 
@@ -51,6 +51,10 @@ class CausalFamily(Protocol):
 
     def leave(self, model: nn.Module, x: Tensor) -> Tensor:
         """What the layers leave, normed for the head."""
+        ...
+
+    def plain_logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """The model's own logits [N, T, V]."""
         ...
 
     def plain_loss(self, model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -261,6 +265,23 @@ class ConvertedCausalLM(Converted):
     def features(self, hidden: Hidden) -> Features:
         """The noisy rows, normed for the head, [N, T, D]."""
         return Features(self.family.leave(self.model, hidden.x), hidden.cond)
+
+    def compare(self) -> tuple[Tensor, Tensor]:
+        """See `Converted.compare`; of the clean rows, which are all where noise is left out."""
+        weight = self.family.embedding(self.model).weight
+        tokens = example_tokens(self.sizes.vocab_size, (), weight.device)
+        tokens = tokens[:, : self.sizes.context]
+        own = self.family.plain_logits(self.model, tokens)
+        condition = self.embed_condition({"tokens": tokens})
+        x = condition.noisy
+        if condition.clean is not None:
+            x = torch.cat([condition.clean, x], dim=1)
+        for layer in self.layers:
+            x = layer(x, None, condition.attention)
+        if condition.clean is not None:
+            x = x[:, : tokens.shape[1]]
+        rows = self.family.leave(self.model, x)
+        return own[:, : rows.shape[1]], self.family.head(self.model)(rows)
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy over the tokens that are scored, in nats."""

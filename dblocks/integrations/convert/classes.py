@@ -47,6 +47,10 @@ class ClassFamily(Protocol):
         """Logits of pooled rows."""
         ...
 
+    def example(self, model: nn.Module) -> Batch:
+        """A small batch to try the model with."""
+        ...
+
     def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """The model's own logits."""
         ...
@@ -166,6 +170,16 @@ class ConvertedClassifier(Converted):
     def features(self, hidden: Hidden) -> Features:
         """What the model pools of the rows, [N, D]."""
         return Features(self.family.pool(self.model, hidden.x), hidden.cond)
+
+    def compare(self) -> tuple[Tensor, Tensor]:
+        """See `Converted.compare`; the logits."""
+        batch = self.family.example(self.model)
+        own = self.family.plain_logits(self.model, batch)
+        condition = self.embed_condition(batch)
+        x = condition.rows
+        for layer in self.layers:
+            x = layer(x, None, condition.attention)
+        return own, self.family.head(self.model, self.family.pool(self.model, x))
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy."""

@@ -117,6 +117,22 @@ class ConvertedDiT(Converted):
         image = unpatchify(model.proj_out_2(x), hidden.grid, model.config.patch_size)
         return image[:, : self.channels].to(hidden.dtype)
 
+    def compare(self) -> tuple[Tensor, Tensor]:
+        """See `Converted.compare`; the image, at two timesteps."""
+        model: Any = self.model
+        side, like = model.config.sample_size, model.proj_out_2.weight
+        numbers = torch.arange(2 * self.channels * side**2, device=like.device)
+        z = numbers.float().sin().view(2, self.channels, side, side).to(like.dtype)
+        timestep = torch.tensor([TIMESTEPS // 8, TIMESTEPS // 2], device=like.device)
+        labels = torch.arange(2, device=like.device) % self.num_classes
+        x = model.pos_embed(z)
+        for layer in self.layers:
+            x = _run_layer(layer, x, timestep, labels)
+        patches = side // model.config.patch_size
+        hidden = Hidden(x, timestep, labels, (patches, patches), z.dtype)
+        own = model(z, timestep=timestep, class_labels=labels).sample
+        return own[:, : self.channels], self.features(hidden)
+
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """None: the model itself has no loss but that of denoising."""
         raise ValueError(

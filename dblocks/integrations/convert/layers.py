@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dblocks import functional as F
 from dblocks.integrations.convert.forms import LayerForm
-from dblocks.integrations.norms import norm_spec
+from dblocks.integrations.convert.plain import runs_more
+from dblocks.integrations.norms import NormSpec, norm_spec
 from dblocks.nn import Modulation, over_rows
 
 CHUNKS = 6  # shift, scale and gate of the attention, then of the MLP
@@ -40,7 +41,7 @@ def cond_dim(width: int) -> int:
 class ConditionedLayer(nn.Module):
     """A layer of a model with a modulation that starts at zero.
 
-    Hooks on the layer itself and on its norms do not run here.
+    Hooks on the layer itself do not run here; those on its parts do.
 
     Args:
         layer: the model's own; its modules are used, not copied.
@@ -144,8 +145,13 @@ def _chunks(chunks: Sequence[Tensor], *, clean: bool) -> tuple[Tensor, ...]:
     return shift1, scale1, 1 + gate1, shift2, scale2, 1 + gate2
 
 
+def _spec(norm: nn.Module, dtype: torch.dtype) -> NormSpec | None:
+    """None where the norm itself has to be called."""
+    return None if runs_more(norm) else norm_spec(norm, dtype)
+
+
 def _modulate(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    spec = norm_spec(norm, x.dtype)
+    spec = _spec(norm, x.dtype)
     if spec is None:
         h = norm(x)
         if shift is None or scale is None:
@@ -164,7 +170,7 @@ def _add_and_modulate(
     shift: Tensor | None,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    spec = norm_spec(norm, x.dtype)
+    spec = _spec(norm, x.dtype)
     if spec is None:
         x = F.gated_residual(x, branch, gate)
         return x, _modulate(norm, x, shift, scale)

@@ -48,6 +48,9 @@ class Converted(nn.Module, ABC):
             layer.modulation for layer in layers.values() if isinstance(layer, ConditionedLayer)
         )
 
+    whole_checked = True
+    """Whether the whole model was compared with its parts, or need not be."""
+
     @property
     def _frozen_by_blocks(self) -> bool:
         # Of the model, which may be converted again.
@@ -82,6 +85,13 @@ class Converted(nn.Module, ABC):
 
         Raises:
             ValueError: the model has none.
+        """
+
+    @abstractmethod
+    def compare(self) -> tuple[Tensor, Tensor]:
+        """What the model itself makes of a small batch, and what its parts make of it.
+
+        The parts run as here, with all layers, but without noise and modulations.
         """
 
     @property
@@ -143,6 +153,15 @@ class Converted(nn.Module, ABC):
 
     def _cond(self, level: Any) -> Tensor | None:
         return None if self.noise_embedding is None else self.noise_embedding(level.c_noise)
+
+
+def example_tokens(
+    vocab_size: int, without: Iterable[int | None], device: torch.device, length: int = 6
+) -> Tensor:
+    """Two texts [2, T] that hold none of some tokens."""
+    left = sorted(set(range(min(vocab_size, 64))) - set(without))
+    places = torch.arange(2 * length, device=device) * 5 % len(left)
+    return torch.tensor(left, device=device)[places].view(2, length)
 
 
 def check_some(samples: Tensor) -> None:
