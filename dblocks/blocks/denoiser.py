@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dblocks.blocks.config import BlocksConfig, Weighting
 from dblocks.blocks.model import BlockModel
 from dblocks.blocks.parameters import warn_of_frozen_zeros
+from dblocks.blocks.sharding import within
 from dblocks.blocks.targets.base import Batch, CheckedBatch, Target
 from dblocks.config import check_block
 from dblocks.kernels.reference import in_forward_mode
@@ -182,6 +183,9 @@ class Denoiser(nn.Module):
 
     def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
         """The loss of a block at given random numbers; compiles as one graph."""
+        return within(self, self._loss_at, batch, block, draw)
+
+    def _loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
         model, layers = self.parts(block)
         config, target = self.config, model.target
         schedule: Schedule = config.schedule
@@ -247,6 +251,11 @@ class Bound:
         return null + self.guidance_scale * (given - null)
 
     def _predict(self, z: Tensor, level: Any, block: int, *, logits: bool, drop: bool) -> Tensor:
+        return within(self.denoiser, self._predict_whole, z, level, block, logits=logits, drop=drop)
+
+    def _predict_whole(
+        self, z: Tensor, level: Any, block: int, *, logits: bool, drop: bool
+    ) -> Tensor:
         model, layers = self.denoiser.parts(block)
         z_in = self.denoiser.config.schedule.scale_in(z, level)
         condition = self._condition(model, z, drop)

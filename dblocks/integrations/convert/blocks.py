@@ -57,12 +57,12 @@ class ConvertedBlocks(DiffusionBlocks):
         if not self.base_model.whole_checked and not torch.compiler.is_compiling():
             self.base_model.whole_checked = check_whole(self.base_model)
 
-    def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
-        """As `DiffusionBlocks.loss_at`, plus `clean_loss_weight` times `clean_loss`."""
+    def _loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
+        """As `DiffusionBlocks._loss_at`, plus `clean_loss_weight` times `clean_loss`."""
         if self.clean_loss_weight == 0:
-            return super().loss_at(batch, block, draw)
+            return super()._loss_at(batch, block, draw)
         clean = self.clean_loss_weight * self.clean_loss(batch, block, draw)
-        result = super().loss_at(batch, block, draw)
+        result = super()._loss_at(batch, block, draw)
         return result._replace(loss=result.loss + clean)
 
     def clean_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor:

@@ -19,6 +19,7 @@ from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some, example_tokens
 from dblocks.nn import Modulation, over_rows
+from dblocks.nn.scalars import number
 from dblocks.schedules import NoiseLevel
 
 NOISE_SCALE = 0.1  # as that of CausalLM
@@ -178,11 +179,11 @@ class ConvertedCausalLM(Converted):
         self.rows_kind: Rows = rows_kind
         self.head_kind: Head = head_kind
         start = 0.0 if rows_kind == "single" else NOISE_SCALE * _element(embedding.weight)
-        self.noise_scale = nn.Parameter(torch.tensor(start))
+        self.noise_scale = number(start)
         self.readout_modulation = self.log_scale = None
         if head_kind == "learned":
             self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
-            self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
+            self.log_scale = number(-math.log(sigma_data))
         self.added_to_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

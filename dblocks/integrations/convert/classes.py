@@ -18,6 +18,7 @@ from dblocks.blocks.targets.heads import FunctionHead, at_least_float32
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some
 from dblocks.nn import LabelEmbedding, Modulation
+from dblocks.nn.scalars import number
 from dblocks.schedules import NoiseLevel
 
 NOISE_SCALE = 0.1  # of a row's numbers, whose size the model's class token tells
@@ -118,11 +119,11 @@ class ConvertedClassifier(Converted):
         self.num_classes = num_classes
         self.target_embedding = LabelEmbedding(num_classes, width, embed_scale)
         self.head_kind: Head = head_kind
-        self.noise_scale = nn.Parameter(torch.tensor(NOISE_SCALE))
+        self.noise_scale = number(NOISE_SCALE)
         self.readout_modulation = self.log_scale = None
         if head_kind == "learned":
             self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
-            self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
+            self.log_scale = number(-math.log(sigma_data))
         self.added_to_()
 
     @property

@@ -108,10 +108,13 @@ class ConvertedDiT(Converted):
 
     def features(self, hidden: Hidden) -> Tensor:
         """F [N, C, H, W]."""
+        return self._features(hidden, self.final_embedding)
+
+    def _features(self, hidden: Hidden, embedding: Any) -> Tensor:
         model: Any = self.model
         x = hidden.x
-        with _all_labels(self.final_embedding):
-            cond = self.final_embedding(hidden.timestep, hidden.labels, hidden_dtype=x.dtype)
+        with _all_labels(embedding):
+            cond = embedding(hidden.timestep, hidden.labels, hidden_dtype=x.dtype)
         shift, scale = model.proj_out_1(nnf.silu(cond)).chunk(2, dim=1)
         x = F.adaln(x, shift, scale, eps=model.norm_out.eps)
         image = unpatchify(model.proj_out_2(x), hidden.grid, model.config.patch_size)
@@ -131,7 +134,9 @@ class ConvertedDiT(Converted):
         patches = side // model.config.patch_size
         hidden = Hidden(x, timestep, labels, (patches, patches), z.dtype)
         own = model(z, timestep=timestep, class_labels=labels).sample
-        return own[:, : self.channels], self.features(hidden)
+        # The model reads the first layer's, of which ours was a copy before it was trained.
+        first: Any = next(iter(self.layers))
+        return own[:, : self.channels], self._features(hidden, first.norm1.emb)
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """None: the model itself has no loss but that of denoising."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dblocks import functional as F
+from dblocks.blocks.sharding import within
 from dblocks.integrations.convert.forms import LayerForm
 from dblocks.integrations.convert.plain import runs_more
 from dblocks.integrations.norms import NormSpec, norm_spec
@@ -81,13 +82,18 @@ class ConditionedLayer(nn.Module):
         """
         own = getattr(self.layer, "gradient_checkpointing", False) and torch.is_grad_enabled()
         if checkpointing or own:
-            return checkpoint(self._run, x, cond, context or {}, clean, use_reentrant=False)
-        return self._run(x, cond, context or {}, clean)
+            return checkpoint(self._within, x, cond, context or {}, clean, use_reentrant=False)
+        return self._within(x, cond, context or {}, clean)
 
     def norms(self) -> tuple[nn.Module, nn.Module]:
         """The layer's norms, of its attention and of its MLP."""
         part = self.layer.get_submodule
         return part(self.form.norm1), part(self.form.norm2)
+
+    def _within(
+        self, x: Tensor, cond: Tensor | None, context: Mapping[str, Any], clean: bool
+    ) -> Tensor:
+        return within(self.layer, self._run, x, cond, context, clean)
 
     def _run(
         self, x: Tensor, cond: Tensor | None, context: Mapping[str, Any], clean: bool

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dblocks.blocks import Batch, Target
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.nn import NoiseEmbedding
+from dblocks.nn.scalars import accept_scalars
 
 SWITCHES = ("gradient_checkpointing", "grad_checkpointing")  # of diffusers, and of timm
 
@@ -63,6 +64,10 @@ class Converted(nn.Module, ABC):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model itself."""
         return self.model(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        accept_scalars(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getattr__(self, name: str) -> Any:
         try:

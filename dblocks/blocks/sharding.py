@@ -1,0 +1,33 @@
+"""Calls functions within FSDP2, which gathers a module's parameters around its forward only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+NAME = "_run_within"
+
+
+def within(module: nn.Module, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """`function(*args, **kwargs)`, while the parameters of `module` are whole.
+
+    It runs as the forward of a module does that `fully_shard` was called on, with the same hooks;
+    see `register_fsdp_forward_method`. For any other module it is a plain call.
+    """
+    # Whoever shards has imported it.
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if torch.compiler.is_compiling() or fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return function(*args, **kwargs)
+    if NAME not in vars(module):
+        object.__setattr__(module, NAME, _call)
+        fsdp.register_fsdp_forward_method(module, NAME)
+    return cast(T, getattr(module, NAME)(function, *args, **kwargs))
+
+
+def _call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    return function(*args, **kwargs)
