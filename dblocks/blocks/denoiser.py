@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dblocks.blocks.config import BlocksConfig, Weighting
 from dblocks.blocks.model import BlockModel
+from dblocks.blocks.parameters import warn_of_frozen_zeros
+from dblocks.blocks.sharding import within
 from dblocks.blocks.targets.base import Batch, CheckedBatch, Target
 from dblocks.config import check_block
 from dblocks.kernels.reference import in_forward_mode
@@ -63,6 +65,7 @@ class Denoiser(nn.Module):
     """The blocks that are here, and where each one's layers are among `base_model.layers`."""
     index: int | None = None
     """The only block here; None where there are all."""
+    _zeros_looked_for = False
 
     def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
         """The network that embeds and predicts for a block, and the block's layers."""
@@ -89,10 +92,17 @@ class Denoiser(nn.Module):
 
         Raises:
             ValueError: `block` is out of range, or the batch is not what the target takes.
+
+        Warns:
+            UserWarning: at the first call, weights that `shared="frozen"` keeps are all zero, such
+                as an output head's, which then passes no gradient on.
         """
         block = self.index if block is None else block
         if block is None:
             raise ValueError("block must say which block's loss to take, got None")
+        if self.config.shared == "frozen" and not self._zeros_looked_for:
+            self._zeros_looked_for = True
+            warn_of_frozen_zeros(self.base_model, stacklevel=2)
         checked = _checked(self.parts(block)[0], batch)
         return self.loss_at(checked, block, self.draw(checked, block, generator=generator))
 
@@ -173,6 +183,9 @@ class Denoiser(nn.Module):
 
     def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
         """The loss of a block at given random numbers; compiles as one graph."""
+        return within(self, self._loss_at)(batch, block, draw)
+
+    def _loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
         model, layers = self.parts(block)
         config, target = self.config, model.target
         schedule: Schedule = config.schedule
@@ -238,6 +251,12 @@ class Bound:
         return null + self.guidance_scale * (given - null)
 
     def _predict(self, z: Tensor, level: Any, block: int, *, logits: bool, drop: bool) -> Tensor:
+        predict = within(self.denoiser, self._predict_whole)
+        return predict(z, level, block, logits=logits, drop=drop)
+
+    def _predict_whole(
+        self, z: Tensor, level: Any, block: int, *, logits: bool, drop: bool
+    ) -> Tensor:
         model, layers = self.denoiser.parts(block)
         z_in = self.denoiser.config.schedule.scale_in(z, level)
         condition = self._condition(model, z, drop)

@@ -64,6 +64,9 @@ class Divisible(Protocol):
     `DiffusionBlocks` divides others itself: a converted model keeps its layers where they were.
     """
 
+    names: tuple[str, ...]
+    """The paths of its layers."""
+
     def with_layers(self, layers: dict[str, nn.Module], *, shared: bool) -> nn.Module:
         """A view of layers, by their number, with all that is outside the layers, or without."""
         ...

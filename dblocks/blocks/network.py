@@ -16,6 +16,7 @@ from torch import nn
 from dblocks.blocks.config import BlocksConfig
 from dblocks.blocks.denoiser import Denoiser
 from dblocks.blocks.model import BlockModel, Divisible, check_model
+from dblocks.blocks.parameters import check_apart
 from dblocks.config import check_block
 
 
@@ -36,6 +37,9 @@ class DiffusionBlocks(Denoiser):
         model: a network with the members of `BlockModel`; its parameters are used, not copied.
         config: how it is cut.
 
+    Raises:
+        ValueError: layers of two blocks share a parameter, or a layer and what is outside of all.
+
     Warns:
         UserWarning: parameters that an earlier `DiffusionBlocks` froze would train here.
 
@@ -48,6 +52,7 @@ class DiffusionBlocks(Denoiser):
         _check_loss_kind(model, config)
         self.config = config
         self.layer_ranges = config.layer_ranges(len(model.layers))
+        check_apart(model, self.layer_ranges)
         self.held = {b: slice(*layers) for b, layers in enumerate(self.layer_ranges)}
         self.base_model = model
         self.copies = nn.ModuleList()

@@ -8,6 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from dblocks import functional as F
+from dblocks.blocks.sharding import within
 from dblocks.nn import Attend, Rotary, TransformerLayer
 
 
@@ -52,7 +53,8 @@ def run_doubled(
         if clean.shape[1] == 0:
             noisy = layer(noisy, cond, rotary=rotary, attend=attend)
         else:
-            clean, noisy = layer.doubled(
+            doubled = within(layer, layer.doubled)
+            clean, noisy = doubled(
                 clean, noisy, cond,
                 rotary=rotary, attend=cast(Attend, attend), keys_only=layer is last,
             )  # fmt: skip

@@ -28,6 +28,7 @@ from dblocks.nn import (
     over_rows,
     rotary_of,
 )
+from dblocks.nn.scalars import accept_scalars, number
 from dblocks.sampling.cache import KVCache, Slots
 from dblocks.sampling.interface import RowsKind
 from dblocks.schedules import NoiseLevel
@@ -97,8 +98,8 @@ class LanguageModel(nn.Module, ABC):
         self.readout = None if config.tied else nn.Linear(D, config.vocab_size, bias=False)
         # The logarithm, so that a step changes it by a factor.
         self.noisy_row = nn.Parameter(torch.empty(D))
-        self.noise_scale = nn.Parameter(torch.tensor(NOISE_SCALE))
-        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
+        self.noise_scale = number(NOISE_SCALE)
+        self.log_logit_scale = number(math.log(config.logit_scale))
         self._init_weights()
 
     @property
@@ -267,6 +268,10 @@ class LanguageModel(nn.Module, ABC):
 
     def _cond(self, level: NoiseLevel) -> Tensor | None:
         return None if self.noise_embedding is None else self.noise_embedding(level.c_noise)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        accept_scalars(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _init_weights(self) -> None:
         s = math.sqrt(2 / (5 * self.config.width))

@@ -35,6 +35,7 @@ from dblocks.nn import (
     TransformerLayer,
     conditioning_of,
 )
+from dblocks.nn.scalars import accept_scalars, number
 from dblocks.sampling import initial_noise, product_logits, sample_logits
 from dblocks.sampling.levels import grid_of
 from dblocks.sampling.steps import Sampler
@@ -148,7 +149,7 @@ class ViT(nn.Module):
         self.classifier = nn.Linear(D, config.num_classes)
         self.condition_drop = config.image_drop
         scale = config.noise_scale
-        self.noise_scale = None if scale is None else nn.Parameter(torch.tensor(float(scale)))
+        self.noise_scale = None if scale is None else number(scale)
         self._init_weights()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -208,6 +209,10 @@ class ViT(nn.Module):
     def _tokens(self, first: Tensor, patches: Tensor) -> Tensor:
         first = first[:, None] + self.positions[:, :1]
         return torch.cat([first.to(patches.dtype), patches], dim=1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        accept_scalars(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _init_weights(self) -> None:
         nn.init.xavier_uniform_(self.patches.weight.view(self.patches.weight.shape[0], -1))

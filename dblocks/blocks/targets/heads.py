@@ -37,7 +37,7 @@ class OutputHead:
     Args:
         linear: W and b, such as an `nn.Linear`.
         modulation: makes shift and scale from the conditioning vector; none by default.
-        log_scale: ln g, 0-d; g is 1 by default. A target that refers to a parameter is made in a
+        log_scale: ln g; g is 1 by default. A target that refers to a parameter is made in a
             property of the network, as parameters may be replaced (`load_state_dict(assign=True)`).
 
     Raises:

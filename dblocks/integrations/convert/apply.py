@@ -13,6 +13,7 @@ from dblocks.integrations.convert.causal_lm import Rows
 from dblocks.integrations.convert.network import Converted
 from dblocks.integrations.convert.options import ConvertOptions
 from dblocks.integrations.convert.tasks import Task, network_of
+from dblocks.integrations.convert.whole import check_whole
 
 
 def convert(
@@ -27,6 +28,7 @@ def convert(
     mask_token_id: int | None = None,
     rows: Rows = "single",
     head: Head = "posterior",
+    check: bool = True,
 ) -> ConvertedBlocks:
     """Wraps an existing model, so that its layers are trained in blocks.
 
@@ -60,10 +62,15 @@ def convert(
         head: what logits of classes, or of tokens with a `NoiseSchedule`, are: "posterior", what
             the model says of its input plus the exact log-likelihood of the noisy embedding; or
             "learned", as published, the head of the EDM-preconditioned row.
+        check: runs the whole model once on a small batch, and compares it with its parts; a model
+            without data (on the meta device) at the first loss or prediction. False for one whose
+            weights are offloaded.
 
     Raises:
         ValueError: the layers are not found or are no transformer layers, the head is missing, or
-            the model's family, the task and the schedule do not fit.
+            the model's family, the task and the schedule do not fit; the model computes something
+            outside of its layers, embedding and head that would be left out, such as an adapter on
+            the head, virtual tokens, or hooks on layers; or blocks share a parameter.
         TypeError: `model` is no module, or `config` is no `BlocksConfig`.
 
     Warns:
@@ -88,4 +95,6 @@ def convert(
         rows=rows,
         head=head,
     )
-    return ConvertedBlocks(network_of(model, config, task, layers, options), config, task, options)
+    network = network_of(model, config, task, layers, options)
+    network.whole_checked = not check or check_whole(network)
+    return ConvertedBlocks(network, config, task, options)

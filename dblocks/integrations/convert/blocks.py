@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, Block, BlockModel, BlocksConfig, DiffusionBlocks, Draw, Loss
+from dblocks.blocks.denoiser import Bound
 from dblocks.checkpoint import naming
 from dblocks.config import check_block
 from dblocks.integrations.convert import files
@@ -15,6 +17,7 @@ from dblocks.integrations.convert.clean_loss import clean_loss
 from dblocks.integrations.convert.network import Converted
 from dblocks.integrations.convert.options import ConvertOptions
 from dblocks.integrations.convert.tasks import Task, network_of
+from dblocks.integrations.convert.whole import check_whole
 
 
 class ConvertedBlocks(DiffusionBlocks):
@@ -40,12 +43,26 @@ class ConvertedBlocks(DiffusionBlocks):
         self.options = options
         self.clean_loss_weight: float = options.clean_loss_weight
 
-    def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
-        """As `DiffusionBlocks.loss_at`, plus `clean_loss_weight` times `clean_loss`."""
+    def draw(self, batch: Batch, block: int, *, generator: torch.Generator | None = None) -> Draw:
+        """As `DiffusionBlocks.draw`; a model that had no data yet is checked first."""
+        self._check_once()
+        return super().draw(batch, block, generator=generator)
+
+    def bind(self, *, guidance_scale: float = 1.0, **cond: Any) -> Bound:
+        """As `DiffusionBlocks.bind`; a model that had no data yet is checked first."""
+        self._check_once()
+        return super().bind(guidance_scale=guidance_scale, **cond)
+
+    def _check_once(self) -> None:
+        if not self.base_model.whole_checked and not torch.compiler.is_compiling():
+            self.base_model.whole_checked = check_whole(self.base_model)
+
+    def _loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
+        """As `DiffusionBlocks._loss_at`, plus `clean_loss_weight` times `clean_loss`."""
         if self.clean_loss_weight == 0:
-            return super().loss_at(batch, block, draw)
+            return super()._loss_at(batch, block, draw)
         clean = self.clean_loss_weight * self.clean_loss(batch, block, draw)
-        result = super().loss_at(batch, block, draw)
+        result = super()._loss_at(batch, block, draw)
         return result._replace(loss=result.loss + clean)
 
     def clean_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor:
@@ -121,4 +138,5 @@ class ConvertedBlocks(DiffusionBlocks):
             network = network_of(model, config, given["task"], given["layers"], options)
             converted = cls(network, config, given["task"], options)
         files.load(converted, folder, given["ties"])
+        network.whole_checked = False
         return converted

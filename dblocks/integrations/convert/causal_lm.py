@@ -17,8 +17,9 @@ from dblocks.blocks.targets.classes import Head
 from dblocks.blocks.targets.heads import at_least_float32
 from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
-from dblocks.integrations.convert.network import Converted, check_some
+from dblocks.integrations.convert.network import Converted, check_some, example_tokens
 from dblocks.nn import Modulation, over_rows
+from dblocks.nn.scalars import number
 from dblocks.schedules import NoiseLevel
 
 NOISE_SCALE = 0.1  # as that of CausalLM
@@ -55,6 +56,10 @@ class CausalFamily(Protocol):
 
     def leave(self, model: nn.Module, x: Tensor) -> Tensor:
         """What the layers leave, normed for the head."""
+        ...
+
+    def plain_logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """The model's own logits [N, T, V]."""
         ...
 
     def plain_loss(self, model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -178,11 +183,11 @@ class ConvertedCausalLM(Converted):
         self.rows_kind: Rows = rows_kind
         self.head_kind: Head = head_kind
         start = 0.0 if rows_kind == "single" else NOISE_SCALE * _element(embedding.weight)
-        self.noise_scale = nn.Parameter(torch.tensor(start))
+        self.noise_scale = number(start)
         self.readout_modulation = self.log_scale = None
         if head_kind == "learned":
             self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
-            self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
+            self.log_scale = number(-math.log(sigma_data))
         self.added_to_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -265,6 +270,26 @@ class ConvertedCausalLM(Converted):
     def features(self, hidden: Hidden) -> Features:
         """The noisy rows, normed for the head, [N, T, D]."""
         return Features(self.family.leave(self.model, hidden.x), hidden.cond)
+
+    def compare(self) -> tuple[Tensor, Tensor]:
+        """See `Converted.compare`; of the clean rows, which are all where noise is left out."""
+        weight = self.family.embedding(self.model).weight
+        tokens = example_tokens(self.sizes.vocab_size, (), weight.device)
+        tokens = tokens[:, : self.sizes.context]
+        own = self.family.plain_logits(self.model, tokens)
+        condition = self.embed_condition({"tokens": tokens})
+        x = condition.noisy
+        if condition.clean is not None:
+            x = torch.cat([condition.clean, x], dim=1)
+        for layer in self.layers:
+            x = layer(x, None, condition.attention)
+        if condition.clean is not None:
+            x = x[:, : tokens.shape[1]]
+        rows = self.family.leave(self.model, x)
+        logits, cap = self.family.head(self.model)(rows), self.family.softcap(self.model)
+        if cap is not None:
+            logits = cap * (logits / cap).tanh()
+        return own[:, : rows.shape[1]], logits
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy over the tokens that are scored, in nats."""

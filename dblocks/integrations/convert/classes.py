@@ -18,6 +18,7 @@ from dblocks.blocks.targets.heads import FunctionHead, at_least_float32
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some
 from dblocks.nn import LabelEmbedding, Modulation
+from dblocks.nn.scalars import number
 from dblocks.schedules import NoiseLevel
 
 NOISE_SCALE = 0.1  # of a row's numbers, whose size the model's class token tells
@@ -45,6 +46,10 @@ class ClassFamily(Protocol):
 
     def head(self, model: nn.Module, pooled: Tensor) -> Tensor:
         """Logits of pooled rows."""
+        ...
+
+    def example(self, model: nn.Module) -> Batch:
+        """A small batch to try the model with."""
         ...
 
     def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -114,11 +119,11 @@ class ConvertedClassifier(Converted):
         self.num_classes = num_classes
         self.target_embedding = LabelEmbedding(num_classes, width, embed_scale)
         self.head_kind: Head = head_kind
-        self.noise_scale = nn.Parameter(torch.tensor(NOISE_SCALE))
+        self.noise_scale = number(NOISE_SCALE)
         self.readout_modulation = self.log_scale = None
         if head_kind == "learned":
             self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
-            self.log_scale = nn.Parameter(torch.tensor(-math.log(sigma_data)))
+            self.log_scale = number(-math.log(sigma_data))
         self.added_to_()
 
     @property
@@ -166,6 +171,16 @@ class ConvertedClassifier(Converted):
     def features(self, hidden: Hidden) -> Features:
         """What the model pools of the rows, [N, D]."""
         return Features(self.family.pool(self.model, hidden.x), hidden.cond)
+
+    def compare(self) -> tuple[Tensor, Tensor]:
+        """See `Converted.compare`; the logits."""
+        batch = self.family.example(self.model)
+        own = self.family.plain_logits(self.model, batch)
+        condition = self.embed_condition(batch)
+        x = condition.rows
+        for layer in self.layers:
+            x = layer(x, None, condition.attention)
+        return own, self.family.head(self.model, self.family.pool(self.model, x))
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy."""

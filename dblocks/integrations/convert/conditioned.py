@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dblocks.integrations.convert.forms import LayerForm, require_form
 from dblocks.integrations.convert.layers import ConditionedLayer, context_of
+from dblocks.integrations.convert.plain import check_layers_alone
 
 
 def conditioned(
@@ -30,6 +31,7 @@ def conditioned(
         ValueError: the form of a layer is not known, or the first of its class is computed
             otherwise.
     """
+    check_layers_alone(layers)
     forms = {name: require_form(name, layer) for name, layer in layers.items()}
     first = {type(layer): name for name, layer in reversed(list(layers.items()))}
     for name in first.values():

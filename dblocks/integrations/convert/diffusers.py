@@ -108,14 +108,35 @@ class ConvertedDiT(Converted):
 
     def features(self, hidden: Hidden) -> Tensor:
         """F [N, C, H, W]."""
+        return self._features(hidden, self.final_embedding)
+
+    def _features(self, hidden: Hidden, embedding: Any) -> Tensor:
         model: Any = self.model
         x = hidden.x
-        with _all_labels(self.final_embedding):
-            cond = self.final_embedding(hidden.timestep, hidden.labels, hidden_dtype=x.dtype)
+        with _all_labels(embedding):
+            cond = embedding(hidden.timestep, hidden.labels, hidden_dtype=x.dtype)
         shift, scale = model.proj_out_1(nnf.silu(cond)).chunk(2, dim=1)
         x = F.adaln(x, shift, scale, eps=model.norm_out.eps)
         image = unpatchify(model.proj_out_2(x), hidden.grid, model.config.patch_size)
         return image[:, : self.channels].to(hidden.dtype)
+
+    def compare(self) -> tuple[Tensor, Tensor]:
+        """See `Converted.compare`; the image, at two timesteps."""
+        model: Any = self.model
+        side, like = model.config.sample_size, model.proj_out_2.weight
+        numbers = torch.arange(2 * self.channels * side**2, device=like.device)
+        z = numbers.float().sin().view(2, self.channels, side, side).to(like.dtype)
+        timestep = torch.tensor([TIMESTEPS // 8, TIMESTEPS // 2], device=like.device)
+        labels = torch.arange(2, device=like.device) % self.num_classes
+        x = model.pos_embed(z)
+        for layer in self.layers:
+            x = _run_layer(layer, x, timestep, labels)
+        patches = side // model.config.patch_size
+        hidden = Hidden(x, timestep, labels, (patches, patches), z.dtype)
+        own = model(z, timestep=timestep, class_labels=labels).sample
+        # The model reads the first layer's, of which ours was a copy before it was trained.
+        first: Any = next(iter(self.layers))
+        return own[:, : self.channels], self._features(hidden, first.norm1.emb)
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """None: the model itself has no loss but that of denoising."""

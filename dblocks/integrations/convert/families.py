@@ -5,7 +5,8 @@ A family gets the model with every call and keeps none, so it also serves copies
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from dblocks.blocks import Batch
 from dblocks.blocks.targets.heads import IGNORED, at_least_float32
 from dblocks.integrations.convert.causal_lm import Sizes
 from dblocks.integrations.convert.layers import ByLayerType
+from dblocks.integrations.convert.network import example_tokens
 
 # Language models of transformers that predict the next token
 
@@ -91,8 +93,11 @@ class RotaryFamily:
             x = x * getattr(config, self.logit_factor)
         return x / getattr(config, self.logit_divisor) if self.logit_divisor else x
 
+    def plain_logits(self, model: Any, tokens: Tensor) -> Tensor:
+        return model(input_ids=tokens, use_cache=False).logits
+
     def plain_loss(self, model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        logits = self.plain_logits(model, tokens)[:, :-1]
         return nnf.cross_entropy(
             at_least_float32(logits).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
         )
@@ -178,6 +183,12 @@ class ViTFamily:
     def head(self, model: Any, pooled: Tensor) -> Tensor:
         return model.classifier(pooled)
 
+    def example(self, model: Any) -> Batch:
+        config = getattr(model.config, "vision_config", model.config)
+        size = config.image_size
+        sides = size if isinstance(size, Sequence) else (size, size)
+        return {"images": _waves(model, (1, config.num_channels, *sides))}
+
     def plain_logits(self, model: Any, batch: Batch) -> Tensor:
         return model(pixel_values=batch["images"]).logits
 
@@ -207,6 +218,9 @@ class BertClassFamily(ViTFamily):
 
     def pool(self, model: Any, x: Tensor) -> Tensor:
         return model.dropout(backbone(model).pooler(x))
+
+    def example(self, model: Any) -> Batch:
+        return {"tokens": _example_text(model)}
 
     def plain_logits(self, model: Any, batch: Batch) -> Tensor:
         return model(input_ids=batch["tokens"], attention_mask=batch.get("attention_mask")).logits
@@ -245,6 +259,9 @@ class BertMaskedFamily:
     def head(self, model: Any, x: Tensor) -> Tensor:
         return getattr(model, self.head_name)(x)
 
+    def example(self, model: Any) -> Tensor:
+        return _example_text(model)
+
     def plain_logits(self, model: Any, tokens: Tensor) -> Tensor:
         return model(input_ids=tokens).logits
 
@@ -281,8 +298,27 @@ class TimmFamily:
     def head(self, model: Any, pooled: Tensor) -> Tensor:
         return model.head(pooled)
 
+    def example(self, model: Any) -> Batch:
+        stem = model.patch_embed
+        size = stem.img_size or tuple(4 * side for side in stem.patch_size)
+        return {"images": _waves(model, (1, stem.proj.in_channels, *size))}
+
     def plain_logits(self, model: Any, batch: Batch) -> Tensor:
         return model(batch["images"])
+
+
+def _waves(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    """An image that is the same each time, like the model's parameters."""
+    like = next(model.parameters())
+    numbers = torch.arange(math.prod(shape), device=like.device, dtype=torch.float32)
+    return numbers.sin().view(*shape).to(like.dtype)
+
+
+def _example_text(model: Any) -> Tensor:
+    device = next(model.parameters()).device
+    config = model.config
+    positions = config.max_position_embeddings - 2
+    return example_tokens(config.vocab_size, (config.pad_token_id,), device, min(6, positions))
 
 
 def backbone(model: Any) -> Any:

@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dblocks import functional as F
+from dblocks.blocks.sharding import within
 from dblocks.integrations.convert.forms import LayerForm
-from dblocks.integrations.norms import norm_spec
+from dblocks.integrations.convert.plain import runs_more
+from dblocks.integrations.norms import NormSpec, norm_spec
 from dblocks.nn import Modulation, over_rows
 
 CHUNKS = 6  # shift, scale and gate of the attention, then of the MLP
@@ -61,7 +63,7 @@ def cond_dim(width: int) -> int:
 class ConditionedLayer(nn.Module):
     """A layer of a model with a modulation that starts at zero.
 
-    Hooks on the layer itself and on its norms do not run here.
+    Hooks on the layer itself do not run here; those on its parts do.
 
     Args:
         layer: the model's own; its modules are used, not copied.
@@ -101,13 +103,18 @@ class ConditionedLayer(nn.Module):
         """
         own = getattr(self.layer, "gradient_checkpointing", False) and torch.is_grad_enabled()
         if checkpointing or own:
-            return checkpoint(self._run, x, cond, context or {}, clean, use_reentrant=False)
-        return self._run(x, cond, context or {}, clean)
+            return checkpoint(self._within, x, cond, context or {}, clean, use_reentrant=False)
+        return self._within(x, cond, context or {}, clean)
 
     def norms(self) -> list[nn.Module]:
         """The layer's norms, of its attention and of its MLP."""
         paths = filter(None, (self.form.norm1, self.form.norm2))
         return [self.layer.get_submodule(path) for path in paths]
+
+    def _within(
+        self, x: Tensor, cond: Tensor | None, context: Mapping[str, Any], clean: bool
+    ) -> Tensor:
+        return within(self.layer, self._run)(x, cond, context, clean)
 
     def _run(
         self, x: Tensor, cond: Tensor | None, context: Mapping[str, Any], clean: bool
@@ -180,8 +187,13 @@ def _chunks(chunks: Sequence[Tensor], *, clean: bool) -> tuple[Tensor, ...]:
     return shift1, scale1, 1 + gate1, shift2, scale2, 1 + gate2
 
 
+def _spec(norm: nn.Module, dtype: torch.dtype) -> NormSpec | None:
+    """None where the norm itself has to be called."""
+    return None if runs_more(norm) else norm_spec(norm, dtype)
+
+
 def _modulate(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    spec = norm_spec(norm, x.dtype)
+    spec = _spec(norm, x.dtype)
     if spec is None:
         h = norm(x)
         if shift is None or scale is None:
@@ -200,7 +212,7 @@ def _add_and_modulate(
     shift: Tensor | None,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    spec = norm_spec(norm, x.dtype)
+    spec = _spec(norm, x.dtype)
     if spec is None:
         x = F.gated_residual(x, branch, gate)
         return x, _modulate(norm, x, shift, scale)

@@ -38,6 +38,10 @@ class MaskedFamily(Protocol):
         """Logits [N, T, V] of what the layers leave."""
         ...
 
+    def example(self, model: nn.Module) -> Tensor:
+        """Tokens [N, T] to try the model with."""
+        ...
+
     def plain_logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
         """The model's own logits."""
         ...
@@ -120,6 +124,15 @@ class ConvertedMaskedLM(Converted):
         """Rows for the head, told of the masks' level, [N, T, D]."""
         shift, scale = self.readout_modulation(hidden.cond, len(hidden.x))
         return (hidden.x * (1 + scale[:, None]) + shift[:, None]).to(hidden.x.dtype)
+
+    def compare(self) -> tuple[Tensor, Tensor]:
+        """See `Converted.compare`; the logits."""
+        tokens = self.family.example(self.model)
+        x = self.family.enter(self.model, tokens)
+        context = self.family.context(self.model, x)
+        for layer in self.layers:
+            x = layer(x, None, context)
+        return self.family.plain_logits(self.model, tokens), self.family.head(self.model, x)
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own cross-entropy, the mean over the tokens that are masked in z."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dblocks.blocks import Batch, Target
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.nn import NoiseEmbedding
+from dblocks.nn.scalars import accept_scalars
 
 SWITCHES = ("gradient_checkpointing", "grad_checkpointing")  # of diffusers, and of timm
 
@@ -48,6 +49,9 @@ class Converted(nn.Module, ABC):
             layer.modulation for layer in layers.values() if isinstance(layer, ConditionedLayer)
         )
 
+    whole_checked = True
+    """Whether the whole model was compared with its parts, or need not be."""
+
     @property
     def _frozen_by_blocks(self) -> bool:
         # Of the model, which may be converted again.
@@ -60,6 +64,10 @@ class Converted(nn.Module, ABC):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model itself."""
         return self.model(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        accept_scalars(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -82,6 +90,13 @@ class Converted(nn.Module, ABC):
 
         Raises:
             ValueError: the model has none.
+        """
+
+    @abstractmethod
+    def compare(self) -> tuple[Tensor, Tensor]:
+        """What the model itself makes of a small batch, and what its parts make of it.
+
+        The parts run as here, with all layers, but without noise and modulations.
         """
 
     @property
@@ -143,6 +158,15 @@ class Converted(nn.Module, ABC):
 
     def _cond(self, level: Any) -> Tensor | None:
         return None if self.noise_embedding is None else self.noise_embedding(level.c_noise)
+
+
+def example_tokens(
+    vocab_size: int, without: Iterable[int | None], device: torch.device, length: int = 6
+) -> Tensor:
+    """Two texts [2, T] that hold none of some tokens."""
+    left = sorted(set(range(min(vocab_size, 64))) - set(without))
+    places = torch.arange(2 * length, device=device) * 5 % len(left)
+    return torch.tensor(left, device=device)[places].view(2, length)
 
 
 def check_some(samples: Tensor) -> None:

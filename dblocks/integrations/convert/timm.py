@@ -10,6 +10,7 @@ from torch import nn
 from dblocks.integrations.convert.classes import ConvertedClassifier
 from dblocks.integrations.convert.conditioned import conditioned
 from dblocks.integrations.convert.families import TimmFamily
+from dblocks.integrations.convert.plain import check_classes
 
 
 def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedClassifier:
@@ -36,6 +37,12 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
             "model must have a head that makes logits of classes, got a "
             f"{type(model.head).__name__}; create it with num_classes=, or reset_classifier()"
         )
+    if getattr(model, "head_dist", None) is not None:
+        raise ValueError(
+            "model must have one head, got head_dist beside head, as a distilled DeiT has; make it "
+            "a plain one (timm.create_model without '_distilled')"
+        )
+    check_classes(model.num_classes)
     width = model.embed_dim
     class_row = model.cls_token is not None and model.global_pool == "token"
     return ConvertedClassifier(

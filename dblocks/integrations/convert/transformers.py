@@ -35,6 +35,12 @@ from dblocks.integrations.convert.families import (
     context_from_start,
 )
 from dblocks.integrations.convert.masked_lm import ConvertedMaskedLM
+from dblocks.integrations.convert.plain import (
+    check_classes,
+    check_no_virtual_tokens,
+    check_read,
+    check_target,
+)
 from dblocks.integrations.convert.row_attention import CAUSAL, DOUBLED, with_attention
 
 GRANITE = RotaryFamily(embedding_factor="embedding_multiplier", logit_divisor="logits_scaling")
@@ -115,9 +121,12 @@ def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> Co
         ValueError: it has no head, or is of a family that is not known here.
     """
     family = _family(model, CAUSAL_FAMILIES, "'tokens' with a NoiseSchedule")
-    if not isinstance(family.head(model), nn.Linear):
+    check_no_virtual_tokens(model)
+    if family.head(model) is None:
         raise _no_head(model, "AutoModelForCausalLM")
     _check_options(model, family)
+    check_read(model, family.head(model), nn.Linear, "output head")
+    check_read(model, family.embedding(model), nn.Embedding, "embedding of tokens")
     width = model.config.hidden_size
     name = CAUSAL if options["rows_kind"] == "single" else DOUBLED
     if family.own_attention:
@@ -144,10 +153,13 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
         ValueError: it has no head, or is of a family that is not known here.
     """
     family = _family(model, CLASS_FAMILIES, "'classes'")
+    check_no_virtual_tokens(model)
+    check_target(model)
     if not isinstance(getattr(model, "classifier", None), nn.Module) or isinstance(
         model.classifier, nn.Identity
     ):
         raise _no_head(model, "AutoModelForImageClassification or ...ForSequenceClassification")
+    check_classes(model.config.num_labels, model.config.problem_type)
     _check_options(model, family)
     width, inputs = family.width(model), getattr(model.classifier, "in_features", None)
     if options["head_kind"] == "learned" and inputs not in (None, width):
@@ -181,6 +193,8 @@ def masked_lm(
             its tokens.
     """
     family = _family(model, MASKED_FAMILIES, "'tokens' with a MaskSchedule")
+    check_no_virtual_tokens(model)
+    check_target(model)
     if model.get_output_embeddings() is None:
         raise _no_head(model, "AutoModelForMaskedLM")
     size = model.config.vocab_size

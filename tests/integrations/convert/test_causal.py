@@ -93,6 +93,7 @@ def test_dropout_in_attention_goes_through_a_mask(kind, monkeypatch):
     name = "attn_pdrop" if kind == "gpt2" else "attention_dropout"
     fused = shaken(blocks_of(kind, model=model_of(kind, **{name: 0.0})).train())
     dropping = shaken(blocks_of(kind, model=model_of(kind, **{name: 1e-12})).train())
+    half = shaken(blocks_of(kind, model=model_of(kind, **{name: 0.5})).train())
     for blocks in (fused, dropping):
         for module in blocks.modules():
             if isinstance(module, torch.nn.Dropout) and module.p > 1e-9:
@@ -103,7 +104,6 @@ def test_dropout_in_attention_goes_through_a_mask(kind, monkeypatch):
     torch.testing.assert_close(dropping.loss(batch, 1, generator=seeded()).loss, expected)
     with pytest.raises(TypeError):
         fused.loss(batch, 1)
-    half = shaken(blocks_of(kind, model=model_of(kind, **{name: 0.5})).train())
     losses = [half.loss(batch, 1, generator=seeded()).loss for _ in range(2)]
     assert losses[0] != losses[1]
     assert doubled_mask(8).sum() == 8 * 9

@@ -1,0 +1,99 @@
+"""Refuses what converted models would pass over: adapters, hooks and heads of another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+OTHER_HEADS = {
+    "ForTokenClassification": "a class of each token",
+    "ForMultipleChoice": "a choice between texts",
+    "ForQuestionAnswering": "the place of an answer",
+    "ForNextSentencePrediction": "whether one sentence follows another",
+    "ForPreTraining": "two targets at once",
+}
+
+
+def runs_more(module: nn.Module) -> bool:
+    """Whether a call of a module runs more than its class' forward: hooks, or one put in place.
+
+    Hooks of transformers record outputs and change none.
+    """
+    hooks = (hook for name in HOOKS for hook in getattr(module, name).values())
+    return "forward" in vars(module) or any(
+        not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks
+    )
+
+
+def check_layers_alone(layers: Mapping[str, nn.Module]) -> None:
+    """Raises for layers with hooks or a forward put in place, since only their parts are called."""
+    for name, layer in layers.items():
+        if runs_more(layer):
+            raise ValueError(
+                f"{name} must have no hooks and no forward put in place of its own, since the "
+                f"parts of a converted layer are called and not the layer, got some on this "
+                f"{type(layer).__name__}; remove them, or put them on its attention or MLP"
+            )
+
+
+def check_read(model: nn.Module, module: Any, kind: type[nn.Module], what: str) -> None:
+    """Raises unless a module whose weights are read computes what they say.
+
+    Args:
+        model: holds the module.
+        module: an embedding or output head.
+        kind: the class whose forward it must have.
+        what: it is for the model.
+    """
+    name = next((n for n, m in model.named_modules() if m is module), what)
+    own = type(module).__module__.startswith("transformers.")  # Such as an embedding times sqrt(D).
+    if not isinstance(module, kind) or (type(module).forward is not kind.forward and not own):
+        raise ValueError(
+            f"{name} must be an nn.{kind.__name__}, since the {what} is also read as weights, got "
+            f"a {type(module).__module__.partition('.')[0]} {type(module).__name__}; merge its "
+            "adapter (merge_and_unload), or leave it out of target_modules and modules_to_save"
+        )
+    # An embedding is called too, and hooks that ask for gradients are usual there.
+    if "forward" in vars(module) or (kind is nn.Linear and runs_more(module)):
+        raise ValueError(
+            f"{name} must have no hooks and no forward put in place of its own, since the {what} "
+            "is also read as weights; remove them"
+        )
+
+
+def check_no_virtual_tokens(model: Any) -> None:
+    """Raises for prompt and prefix tuning of peft, whose virtual tokens are in no layer."""
+    configs = getattr(model, "peft_config", None)
+    for adapter in configs.values() if isinstance(configs, Mapping) else ():
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                "model must have no virtual tokens, which layers trained in blocks would not see, "
+                f"got {type(adapter).__name__}; use an adapter in the layers such as LoRA"
+            )
+
+
+def check_target(model: Any) -> None:
+    """Raises for a model of transformers whose head has another target than one class or token."""
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for kind in type(own).__mro__:
+        for ending, content in OTHER_HEADS.items():
+            if kind.__name__.endswith(ending):
+                raise ValueError(
+                    "the head must tell one class of each sample, or each token, got "
+                    f"{type(own).__name__}, whose target is {content}; write a network with the "
+                    "members of dblocks.blocks.BlockModel instead"
+                )
+
+
+def check_classes(count: int, problem: str | None = None) -> None:
+    """Raises unless exactly one of several classes is right."""
+    if count < 2 or problem not in (None, "single_label_classification"):
+        raise ValueError(
+            "the head must choose one of at least two classes, got "
+            f"num_labels={count} with problem_type={problem!r}, as for a number (regression) or "
+            "for several labels at once; load it with num_labels= and "
+            "problem_type='single_label_classification'"
+        )

@@ -1,0 +1,81 @@
+"""Runs the whole model once beside its converted form, and refuses one that computes more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses import FakeTensor
+
+from dblocks.integrations.convert.network import Converted
+
+ROUNDINGS = 64
+"""Roundings of one layer that may add up; those of layers add as random numbers do."""
+LARGEST = 0.1
+"""Of bfloat16: what is left out of a model changes more, or is found by name."""
+
+
+def check_whole(network: Converted) -> bool:
+    """Raises unless the model's own forward gives what its parts give without noise.
+
+    All layers run as in one block, with modulations and noise left out; see `Converted.compare`.
+    Nothing random is drawn, and the model is as it was.
+
+    Args:
+        network: the converted model.
+
+    Returns:
+        Whether the model ran: not without data, on the meta device or as fake tensors.
+
+    Raises:
+        ValueError: its output differs, so that something of it would be left out.
+    """
+    tensors = chain(network.model.parameters(), network.model.buffers())
+    if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors) or detect_fake_mode():
+        return False
+    with _evaluated(network.model), torch.no_grad():
+        own, ours = network.compare()
+    name = type(network.model).__name__
+    if own.shape != ours.shape:
+        raise ValueError(
+            f"the model must return logits (or an image) of shape {list(ours.shape)} on a small "
+            f"batch, as its embedding, layers and head do, got {list(own.shape)} from {name}; "
+            "its head has another target, or rows are added outside of its layers"
+        )
+    difference = _difference(own, ours)
+    eps = max(torch.finfo(own.dtype).eps, torch.finfo(torch.float32).eps)
+    dtype = next(network.layers.parameters()).dtype
+    if dtype.is_floating_point:
+        eps = max(eps, torch.finfo(dtype).eps)
+    if not difference <= min(ROUNDINGS * eps * len(network.names) ** 0.5, LARGEST):
+        raise ValueError(
+            f"{name} must compute what its embedding, layers and head compute, but on a small "
+            f"batch its output differs from theirs by {difference:.2g} of its size: something "
+            "outside of these layers, such as a layer that is not among layers=, an adapter, a "
+            "hook or a forward of its own, would be left out; name all layers, merge or remove it, "
+            "or write a network with the members of "
+            "dblocks.blocks.BlockModel instead"
+        )
+    return True
+
+
+def _difference(own: Tensor, ours: Tensor) -> float:
+    own, ours = own.double(), ours.double()
+    size = own.norm().item()
+    return (own - ours).norm().item() / size if size else ours.norm().item()
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,83 @@
+"""One training step of sharded blocks in two processes, against one process; run by a test."""
+
+import copy
+import sys
+
+import torch
+import torch.distributed as dist
+from convert_tools import blocks_of, shaken
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from lm_tools import lm_of
+from tools import randomized, seeded, vit
+
+N = 4
+
+
+def cases():
+    tokens = {"tokens": torch.randint(5, 11, (N, 8), generator=seeded(1))}
+    images = {
+        "images": torch.randn(N, 3, 8, 8, generator=seeded(1)),
+        "labels": torch.arange(N) % 5,
+    }
+    config = BlocksConfig(2)
+    yield "vit", DiffusionBlocks(randomized(vit()), config), images
+    for rows in ("single", "doubled"):
+        yield rows, DiffusionBlocks(randomized(lm_of(rows=rows)), config), tokens
+        yield f"llama-{rows}", shaken(blocks_of("llama", rows=rows, clean_loss_weight=0.0)), tokens
+
+
+def layers_of(blocks):
+    network = blocks.base_model
+    names = getattr(network, "names", None)
+    return [network.model.get_submodule(n) for n in names] if names else list(network.layers)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    rank = int(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for name, blocks, batch in cases():
+        alone, sharded = blocks, copy.deepcopy(blocks)
+        for layer in layers_of(sharded):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        # Every process has the same batch, so that the mean of the gradients is that of one.
+        for block in range(2):
+            expected = alone.loss(batch, block, generator=seeded(7)).loss
+            found = sharded.loss(batch, block, generator=seeded(7)).loss
+            torch.testing.assert_close(found, expected)
+            expected.backward()
+            found.backward()
+        grads = {n: p.grad for n, p in alone.named_parameters()}
+        for n, p in sharded.named_parameters():
+            assert isinstance(p, DTensor), n
+            assert (p.grad is None) == (grads[n] is None), n
+            if p.grad is not None:
+                torch.testing.assert_close(whole(p.grad), grads[n], rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            cond = {k: v for k, v in batch.items() if k != "labels"}
+            z = torch.randn(
+                N,
+                *((8,) if "tokens" in batch else ()),
+                alone.base_model.target.rows().shape[1],
+                generator=seeded(3),
+            )
+            expected = alone.logits(z, 1.0, block=1, **cond)
+            torch.testing.assert_close(
+                sharded.logits(z, 1.0, block=1, **cond), expected, rtol=1e-4, atol=1e-4
+            )
+        print("right", name, flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
