@@ -1,0 +1,50 @@
+"""`torch.compile(model, backend="dblocks")`: the fused ops in the graph of any model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from dblocks.integrations.fuse.graph import fuse_graph
+from dblocks.ops._dispatch import IMPLS
+
+log = logging.getLogger(__name__)
+
+
+def compiler(
+    module: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """A backend of torch.compile that puts the fused ops into a graph and passes it on.
+
+    Replaced are `norm(x) * (1 + scale) + shift` by adaln, `x + gate * branch` by gated_residual and
+    one after the other by residual_adaln, in whatever model they stand; see `fuse_graph`. The model
+    itself is not changed: its classes, hooks and state stay as they are.
+
+    Args:
+        module: the graph.
+        example_inputs: of the graph.
+        options: `inner` is the backend that compiles the graph, by name ("inductor"; "eager" runs
+            it as it is) or as a function; `impl` is as in `dblocks.functional.adaln`; `report` is
+            called with the `GraphReport` of each graph. All others go to `inner`.
+
+    Raises:
+        ValueError: for an unknown `impl`.
+        TypeError: if `report` is no function.
+    """
+    options = dict(options or {})
+    inner, impl = options.pop("inner", "inductor"), options.pop("impl", "auto")
+    report = options.pop("report", None)
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if not (report is None or callable(report)):
+        raise TypeError(f"report must be a function or None, got {type(report).__name__}")
+    found = fuse_graph(module, impl)
+    log.info("fused %s by %s; left %s", dict(found.sites), dict(found.ops), found.left)
+    if report is not None:
+        report(found)
+    inner = torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner
+    return inner(module, example_inputs, **({"options": options} if options else {}))
