@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dblocks.blocks.config import BlocksConfig, Weighting
-from dblocks.blocks.model import BlockModel
+from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import within
 from dblocks.blocks.targets.base import Batch, CheckedBatch, Target
@@ -76,7 +76,16 @@ class Denoiser(nn.Module):
             raise ValueError(f"block must be {self.index}, the only one held here, got {asked}")
         model = self.copies._modules.get(str(found[0] - 1), self.base_model)
         layers = list(self.base_model.layers._modules.values())[self.held[found[0]]]
+        if model is not self.base_model and isinstance(model, Divisible):
+            model.follow_(self.base_model)
         return cast(BlockModel, model), cast(list[nn.Module], layers)
+
+    def before_use(self) -> None:
+        """What is checked before a draw and before a condition is bound; nothing here."""
+
+    def extra_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor | None:
+        """What `loss_at` adds to the loss of denoising, 0-d; None for nothing."""
+        return None
 
     def loss(
         self, batch: Batch, block: int | None = None, *, generator: torch.Generator | None = None
@@ -151,6 +160,7 @@ class Denoiser(nn.Module):
 
     def bind(self, *, guidance_scale: float = 1.0, **cond: Any) -> Bound:
         """The denoiser with its condition, which is embedded once for all calls."""
+        self.before_use()
         return Bound(self, cond, guidance_scale)
 
     def draw(self, batch: Batch, block: int, *, generator: torch.Generator | None = None) -> Draw:
@@ -161,6 +171,7 @@ class Denoiser(nn.Module):
             block: the block to train.
             generator: a CPU generator, of which one number is drawn.
         """
+        self.before_use()
         model, layers = self.parts(block)
         target = model.target
         shape = target.sigma_shape(_checked(model, batch))
@@ -186,6 +197,8 @@ class Denoiser(nn.Module):
         return within(self, self._loss_at)(batch, block, draw)
 
     def _loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
+        # First, as its graph is freed before that of denoising is built.
+        extra = self.extra_loss(batch, block, draw)
         model, layers = self.parts(block)
         config, target = self.config, model.target
         schedule: Schedule = config.schedule
@@ -204,7 +217,8 @@ class Denoiser(nn.Module):
             )
         w = schedule.loss_weight(draw.sigma, block, config.num_blocks, overlap=config.overlap)
         weight = loss_factors(config.weighting, target.loss_kind, w)
-        return Loss((weight * losses).mean(), losses, weight, draw.sigma)
+        loss = (weight * losses).mean()
+        return Loss(loss if extra is None else loss + extra, losses, weight, draw.sigma)
 
 
 class Bound:

@@ -75,6 +75,10 @@ class Divisible(Protocol):
         """A deep copy of what is outside the layers."""
         ...
 
+    def follow_(self, other: Any) -> None:
+        """Takes over the settings of the network that this is such a copy of, before it runs."""
+        ...
+
 
 def check_model(model: object) -> None:
     """Raises unless `model` is an `nn.Module` with the members of `BlockModel`."""

@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from convert_tools import batch_of, blocks_of
 
 import dblocks
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
@@ -58,6 +60,17 @@ def test_a_training_step_calls_downwards():
     assert {"blocks/training.py", "blocks/denoiser.py", "models/vit.py", "nn/layer.py"} <= files
     assert not {file for file in files if file in reached(calls, file)}
     assert "blocks/network.py" not in files  # it divides a network; a step is the denoiser's
+
+
+@pytest.mark.parametrize("shared", ["train", "private"])
+def test_a_step_of_a_converted_model_calls_downwards(shared):
+    model = blocks_of("llama", config={"shared": shared}, clean_loss_weight=0.5)
+    optimizers = make_optimizers(model, torch.optim.SGD)
+    text = batch_of("llama")
+    calls = calls_of(lambda: train_step(model, text, optimizers, block=1, generator=seeded()))
+    files = {file for pair in calls for file in pair}
+    assert {"blocks/denoiser.py", "integrations/convert/clean_loss.py"} <= files
+    assert not {file for file in files if file in reached(calls, file)}
 
 
 def test_a_circle_would_be_found():

@@ -8,8 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dblocks.blocks import Batch, Block, BlockModel, BlocksConfig, DiffusionBlocks, Draw, Loss
-from dblocks.blocks.denoiser import Bound
+from dblocks.blocks import Batch, Block, BlocksConfig, DiffusionBlocks, Draw
 from dblocks.checkpoint import naming
 from dblocks.config import check_block
 from dblocks.integrations.convert import files
@@ -43,27 +42,15 @@ class ConvertedBlocks(DiffusionBlocks):
         self.options = options
         self.clean_loss_weight: float = options.clean_loss_weight
 
-    def draw(self, batch: Batch, block: int, *, generator: torch.Generator | None = None) -> Draw:
-        """As `DiffusionBlocks.draw`; a model that had no data yet is checked first."""
-        self._check_once()
-        return super().draw(batch, block, generator=generator)
-
-    def bind(self, *, guidance_scale: float = 1.0, **cond: Any) -> Bound:
-        """As `DiffusionBlocks.bind`; a model that had no data yet is checked first."""
-        self._check_once()
-        return super().bind(guidance_scale=guidance_scale, **cond)
-
-    def _check_once(self) -> None:
+    def before_use(self) -> None:
+        """Compares a model that had no data when it was converted; see `check_whole`."""
         if not self.base_model.whole_checked and not torch.compiler.is_compiling():
             self.base_model.whole_checked = check_whole(self.base_model)
 
-    def _loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
-        """As `DiffusionBlocks._loss_at`, plus `clean_loss_weight` times `clean_loss`."""
-        if self.clean_loss_weight == 0:
-            return super()._loss_at(batch, block, draw)
-        clean = self.clean_loss_weight * self.clean_loss(batch, block, draw)
-        result = super()._loss_at(batch, block, draw)
-        return result._replace(loss=result.loss + clean)
+    def extra_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor | None:
+        """`clean_loss_weight` times `clean_loss`; see `DiffusionBlocks.extra_loss`."""
+        weight = self.clean_loss_weight
+        return weight * self.clean_loss(batch, block, draw) if weight else None
 
     def clean_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor:
         """The model's own loss, whose gradients go to the layers of one block and no further.
@@ -78,13 +65,6 @@ class ConvertedBlocks(DiffusionBlocks):
         names = self.base_model.names[first:last]
         layers = [self.base_model.model.get_submodule(name) for name in names]
         return clean_loss(self.base_model, layers, batch, z)
-
-    def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
-        """As `DiffusionBlocks.parts`; private copies checkpoint as the model does."""
-        model, layers = super().parts(block)
-        if model is not self.base_model:
-            cast(Converted, model).switch_as_(self.base_model)
-        return model, layers
 
     def block(self, block: int) -> Block:
         """The view of one block.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, NamedTuple, Protocol, cast
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from dblocks.blocks import Batch, Features, TokenTarget
 from dblocks.blocks.targets.classes import Head
-from dblocks.blocks.targets.heads import at_least_float32
 from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some, example_tokens
+from dblocks.integrations.convert.scaled_rows import ScaledRows
 from dblocks.nn import Modulation, over_rows
 from dblocks.nn.scalars import number
 from dblocks.schedules import NoiseLevel
@@ -93,32 +93,6 @@ class Hidden(NamedTuple):
     """Noisy rows [N, T, D]; in a single stream that of the first token is zero."""
     cond: Tensor
     """Their conditioning vectors."""
-
-
-class ScaledRows:
-    """Embeddings of somebody's model as targets, each of one norm.
-
-    Args:
-        embedding: of the tokens.
-        embed_scale: the norm.
-    """
-
-    def __init__(self, embedding: nn.Embedding, embed_scale: float) -> None:
-        self.embedding = embedding
-        self.embed_scale = embed_scale
-
-    @property
-    def weight(self) -> Tensor:
-        """[V, D]."""
-        return self.embedding.weight
-
-    def rows(self) -> Tensor:
-        """[V, D], float32 (float64)."""
-        return self.embed_scale * nnf.normalize(at_least_float32(self.weight), dim=-1)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the embedding."""
-        return self.embedding.parameters()
 
 
 class ConvertedCausalLM(Converted):

@@ -107,12 +107,6 @@ class Converted(nn.Module, ABC):
         """
         return torch.is_grad_enabled() and any(getattr(self.model, s, False) for s in SWITCHES)
 
-    def switch_as_(self, other: Converted) -> None:
-        """Takes over these switches of another one, which has the same kind of model."""
-        for switch in SWITCHES:
-            if hasattr(other.model, switch):
-                setattr(self.model, switch, getattr(other.model, switch))
-
     def added_to_(self) -> None:
         """Moves what is added to the device of the layers; float32, or float64 where they are."""
         first = next(self.layers.parameters())
@@ -152,6 +146,12 @@ class Converted(nn.Module, ABC):
         memo[id(self.layers)] = nn.ModuleList()
         memo[id(self.modulations)] = nn.ModuleList()
         return copy.deepcopy(self, memo)
+
+    def follow_(self, other: Converted) -> None:
+        """Checkpoints as `other` does, of which this is a copy."""
+        for switch in SWITCHES:
+            if hasattr(other.model, switch):
+                setattr(self.model, switch, getattr(other.model, switch))
 
     def _added(self) -> Iterable[nn.Module]:
         return (child for name, child in self.named_children() if name != "model")

@@ -28,7 +28,6 @@ from dblocks.integrations.fuse.nodes import (
 )
 from dblocks.ops._dispatch import FLOATS, Impl, Norm
 
-
 LAYER = ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")
 RMS = ("input", "normalized_shape", "weight", "eps")
 MEAN = ("input", "dim", "keepdim", "dtype")

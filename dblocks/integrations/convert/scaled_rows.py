@@ -1,0 +1,36 @@
+"""The embeddings of somebody's model, as targets of one norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from dblocks.blocks.targets.heads import at_least_float32
+
+
+class ScaledRows:
+    """Embeddings of somebody's model as targets, each of one norm.
+
+    Args:
+        embedding: of the tokens.
+        embed_scale: the norm.
+    """
+
+    def __init__(self, embedding: nn.Embedding, embed_scale: float) -> None:
+        self.embedding = embedding
+        self.embed_scale = embed_scale
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D]."""
+        return self.embedding.weight
+
+    def rows(self) -> Tensor:
+        """[V, D], float32 (float64)."""
+        return self.embed_scale * nnf.normalize(at_least_float32(self.weight), dim=-1)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the embedding."""
+        return self.embedding.parameters()
