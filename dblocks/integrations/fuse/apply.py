@@ -48,8 +48,10 @@ def fuse_(
     differ from the original by rounding: an op rounds its result once, and plain PyTorch each step.
 
     A module is replaced if the forward that its class runs is the library's own, with the source
-    that dblocks knows: a subclass that overrides forward, an instance whose forward was set and a
-    version of the library with another source are left alone; the last with a warning. Inside a
+    that dblocks knows: a subclass that overrides forward and a version of the library with another
+    source are left alone; the last with a warning. A module on which something else set `forward`
+    (a hook of offloading or of a cache, checkpointing) is refused: fuse first. What stores
+    `module.forward` afterwards calls the fused one, and the plain one after `unfuse_`. Inside a
     module that is replaced, the norms of `dblocks.integrations.norms` are fused; any other runs its
     own forward, with a warning where it is a subclass of one of them.
 
@@ -64,6 +66,7 @@ def fuse_(
 
     Raises:
         ValueError: if an `impl` other than "auto" is given and nothing was replaced.
+        RuntimeError: where `forward` was set on a module to be replaced. Nothing is changed then.
         TypeError, RuntimeError, ImportError: for a named `impl` that cannot run on the module's
             parameters, as in the ops. Nothing is changed then.
     """
@@ -73,8 +76,9 @@ def fuse_(
     resolve_impl(impl, _sample(model), "fuse_")
     found: list[tuple[str, nn.Module, Fusion]] = []
     unknown: dict[str, None] = {}
+    wrapped: list[str] = []
     for name, module in model.named_modules():
-        if is_fused(module) or "forward" in vars(module):
+        if is_fused(module):
             continue
         fusion = fusion_of(type(module))
         if isinstance(fusion, str):
@@ -85,6 +89,14 @@ def fuse_(
             and (filter_fn is None or filter_fn(module, name))
         ):
             found.append((name, module, fusion))
+            if "forward" in vars(module):
+                wrapped.append(f"{name or 'the model'} ({type(module).__name__})")
+    if wrapped:
+        raise RuntimeError(
+            f"modules to fuse must run the forward of their class, got one set on "
+            f"{len(wrapped)} of {len(found)}: {', '.join(wrapped[:4])}; call fuse_ before what "
+            "wraps modules (enable_cache, offloading, checkpointing), or leave them by filter_fn"
+        )
     if impl != "auto" and not found:
         why = "; ".join(unknown) or "they are fused already, filtered out or of other classes"
         raise ValueError(

@@ -6,6 +6,11 @@ are those of diffusers 0.33 to 0.42; a new one stands here once its source was r
 
 from __future__ import annotations
 
+import importlib
+from copy import copy
+from importlib.util import find_spec
+from typing import Any
+
 from diffusers.models import attention, normalization
 from diffusers.models.transformers import transformer_flux, transformer_sd3
 
@@ -42,9 +47,35 @@ FUSIONS = {
         blocks.FluxSingleTransformerBlock, _SUM, ("83a8afc0808a",)
     ),
 }
+# Other models' copies of Flux's blocks, word for word.
+_COPIES = (
+    ("bria_fibo", "BriaFiboTransformerBlock", "FluxTransformerBlock"),
+    ("longcat_image", "LongCatImageTransformerBlock", "FluxTransformerBlock"),
+    ("longcat_image", "LongCatImageSingleTransformerBlock", "FluxSingleTransformerBlock"),
+    ("ovis_image", "OvisImageTransformerBlock", "FluxTransformerBlock"),
+)
+for _name, _copy, _original in _COPIES:
+    _path = f"diffusers.models.transformers.transformer_{_name}"
+    if find_spec(_path) is not None:
+        FUSIONS[importlib.import_module(_path), _copy] = FUSIONS[transformer_flux, _original]
 # By class, as far as the installed version has them.
 BY_CLASS = {
     getattr(module, name): fusion
     for (module, name), fusion in FUSIONS.items()
     if hasattr(module, name)
 }
+
+
+def announce(made: type, unfused: type) -> None:
+    """Enters a fused class in diffusers' registries of blocks, which look up the exact class.
+
+    Caches and layer skip read there where a block has its states among arguments and results.
+    """
+    if find_spec("diffusers.hooks._helpers") is None:
+        return
+    registry: Any = importlib.import_module("diffusers.hooks._helpers").TransformerBlockRegistry
+    try:
+        metadata = registry.get(unfused)
+    except ValueError:
+        return  # not one of its blocks
+    registry.register(made, copy(metadata))

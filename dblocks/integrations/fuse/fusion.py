@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -82,14 +82,33 @@ def fused_class(unfused: type[nn.Module], forward: Callable[..., Any], impl: Imp
         "__module__": unfused.__module__,
         "__qualname__": unfused.__qualname__,
         "__doc__": unfused.__doc__,
-        "forward": forward,
+        "forward": _bound(forward),
         "unfused": unfused,
         "fused_impl": impl,
     }
     make = cast("Callable[..., type[Fused]]", type(unfused))
     made = make(unfused.__name__, (Fused, unfused), namespace)
     _MADE.add(made)
+    adapter = LIBRARIES.get(owner_of(unfused).__module__.partition(".")[0])
+    if adapter is not None:
+        importlib.import_module(adapter).announce(made, unfused)
     return made
+
+
+def _bound(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` as long as the instance is fused, and after that the forward of its class.
+
+    What wraps a module (hooks of offloading and caches, checkpointing) stores `module.forward` as
+    it was then, and calls it for ever. This way it calls the right one after `unfuse_` too.
+    """
+
+    @wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, Fused):
+            return forward(self, *args, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
+
+    return call
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import operator
 from collections import Counter
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from dblocks.integrations.fuse import lowered
@@ -146,18 +147,28 @@ def _gate(graph: Graph, node: Node, impl: Impl, report: GraphReport) -> None:
         if rows.ndim == 4 and operation(uncast(x)) == "mul":
             continue  # rotary positions: x * cos + rotated * sin
         for gate, branch in operands(product, "mul"):
-            if not broadcasts(gate, rows) or value(branch) is None:
+            if not _is_gate(gate, branch, rows) or value(x).dtype not in FLOATS:  # pyright: ignore
                 continue
-            g, b = value(gate), value(branch)
-            if b.shape != rows.shape or not (g.ndim == 1 or g.shape[-2] == 1 < rows.shape[-2]):  # pyright: ignore
-                continue
-            if {value(x).dtype, b.dtype} - set(FLOATS) or not _undisturbed(uncast(product), node):  # pyright: ignore
+            if not _undisturbed(uncast(product), node):
                 continue
             with graph.inserting_before(node):
                 made = graph.call_function(lowered.gated, (x, branch, gate, rows.dtype, impl))
             _put(node, made)
             report.sites["gate"] += 1
             return
+
+
+def _is_gate(gate: Any, branch: Any, rows: Tensor) -> bool:
+    """Whether one factor is a gate: the same for several tokens, or a part of a modulation."""
+    g, b = value(gate), value(branch)
+    if g is None or b is None or b.shape != rows.shape or b.dtype not in FLOATS:
+        return False
+    if not broadcasts(gate, rows) or g.device != b.device:
+        return False
+    if g.ndim == 1 or g.shape[-2] == 1 < rows.shape[-2]:
+        return True
+    per_token = operation(uncast(gate)) == "view" and operation(uncast(branch)) != "view"
+    return g.ndim == rows.ndim == 3 and (per_token or rows.shape[-2] == 1)
 
 
 def _merge(graph: Graph, node: Node) -> None:
@@ -236,12 +247,11 @@ def _norm(
     if rows is None or rows.ndim < 2 or tuple(shape) != (rows.shape[-1],):
         return None
     below = uncast(x, up_only=True)
-    channels = [uncast(c, up_only=True) for c in (weight, bias)]
-    if not isinstance(eps, float) or any(
-        c is not None and not is_channels(c, rows) for c in channels
-    ):
+    weight, bias = uncast(weight, up_only=True), uncast(bias, up_only=True)
+    given = [c for c in (weight, bias) if c is not None]
+    if not isinstance(eps, float) or not all(is_channels(c, rows) for c in given):
         return None
-    return NormNode(node, below, *channels, norm, eps)
+    return NormNode(node, below, weight, bias, norm, eps)
 
 
 def _written_out(node: Node) -> NormNode | None:
@@ -286,6 +296,13 @@ def _why_left(node: Node) -> str | None:
             continue
         if value(factor) is None or not broadcasts(factor, rows):
             continue
+        if rows.ndim == 4 and any(
+            operation(uncast(other)) == "mul"
+            for user in node.users
+            for other in user.args
+            if other is not node
+        ):
+            continue  # rotary positions: x * cos + rotated * sin
         if without_one(factor) is None:
             return "the factor of the norm is not 1 + scale"
         return "shapes, dtypes or a change in place between its steps"

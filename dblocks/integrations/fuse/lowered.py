@@ -6,6 +6,8 @@ A graph has modulations in the shape in which they are broadcast, such as [N, 1,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,6 @@ def modulated(
 def gated(x: Tensor, branch: Tensor, gate: Tensor, out_dtype: torch.dtype, impl: Impl) -> Tensor:
     """`x + gate * branch` of x and branch [..., D]; the gate broadcasts against them."""
     rows, gate_rows = _as_rows(x.to(out_dtype), gate)
-    assert rows is not None
     y = F.gated_residual(rows, branch.reshape(rows.shape), gate_rows, impl=impl)
     return y.view(x.shape)
 
@@ -64,7 +65,7 @@ def gated_modulated(
     return x_new.view(x.shape), y.view(x.shape)
 
 
-def _as_rows(x: Tensor, *modulation: Tensor | None) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+def _as_rows(x: Tensor, *modulation: Tensor | None) -> tuple[Any, ...]:
     """x as [N, T, D], and each modulation as [N, S, D] with one S."""
     x = x[None] if x.ndim == 2 else x
     full = [None if m is None else m[(None,) * (x.ndim - m.ndim)] for m in modulation]

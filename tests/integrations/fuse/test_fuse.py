@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -144,11 +145,28 @@ def test_filter_sees_what_could_be_replaced():
 def test_only_the_known_forward_is_replaced():
     model = nn.ModuleList([Renamed(), Doubled(), Block(), Mixer(D), nn.LayerNorm(D)]).to(DEVICE)
     model[2].forward = lambda x, c: x
-    assert [(r.name, r.before) for r in fuse_(model)] == [("0", "Renamed")]
+    with pytest.raises(
+        RuntimeError, match=r"got one set on 1 of 2: 2 \(Block\); call fuse_ before"
+    ):
+        fuse_(model)
+    assert type(model[0]) is Renamed
+    left = lambda module, name: "forward" not in vars(module)
+    assert [(r.name, r.before) for r in fuse_(model, left)] == [("0", "Renamed")]
     x, c = inputs()
     plain = copy.deepcopy(model[1])
     assert torch.equal(model[1](x, c), plain(x, c))
     assert torch.equal(model[2](x, c), x)
+
+
+def test_a_stored_forward_is_the_fused_one_and_after_unfuse_the_plain_one():
+    model, (x, c) = network(), inputs()
+    plain = copy.deepcopy(model)(x, c)
+    fuse_(model)
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    torch.testing.assert_close(model(x, c), plain)
+    assert unfuse_(model) == ["blocks.0", "blocks.1", "final"]
+    assert torch.equal(model(x, c), plain)
 
 
 def test_nothing_to_replace():
