@@ -135,6 +135,8 @@ def parse_json(text: str, *, infinite: bool = False) -> Any:
 
     try:
         value = json.loads(text, parse_float=number, parse_int=integer, parse_constant=number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it must be JSON: {error}") from error
     except RecursionError:
         depth = DEEPEST_JSON + 1
     else:
