@@ -101,6 +101,7 @@ RECIPE_HELP = (
     "Defaults of the other flags: small, for minutes on a CPU; gpu, for one large GPU. "
     "`--recipe gpu --help` shows them."
 )
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as shells have it
 OUT_HELP = "Folder to write to; it is made if it is not there."
 
 
@@ -111,9 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             command()
-    except (ImportError, ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError, FloatingPointError) as error:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("dblocks: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -6,11 +6,19 @@ import dataclasses
 import json
 import math
 import operator
+import stat
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from typing_extensions import Self
+
+# Of JSON that is read: far above any config, far below what takes time or memory.
+LONGEST_JSON = 16 * 2**20  # bytes
+DEEPEST_JSON = 64  # lists and objects inside one another
+LARGEST_INTEGER = 2**63 - 1
 
 
 class JsonConfig:
@@ -30,7 +38,7 @@ class JsonConfig:
 
     def to_json(self) -> str:
         """The fields as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json_text(self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -68,7 +76,109 @@ class JsonConfig:
         Raises:
             ValueError: the text is not JSON, or not what `from_dict` takes.
         """
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(parse_json(text))
+
+
+def read_json(path: Path, *, longest: int = LONGEST_JSON, infinite: bool = False) -> Any:
+    """The JSON value in a file; the one reader of JSON files.
+
+    Args:
+        path: a regular file in UTF-8; links to one will do.
+        longest: bytes that it may have.
+        infinite: whether numbers may be infinite, as some of other libraries' are.
+
+    Raises:
+        ValueError: it is no such file, or not what `parse_json` takes; the message names it.
+    """
+    text = read_text(path, longest=longest)
+    try:
+        return parse_json(text, infinite=infinite)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def read_text(path: Path, *, longest: int = LONGEST_JSON) -> str:
+    """The text of a regular file in UTF-8; no pipe or device is opened, and a BOM is dropped.
+
+    Raises:
+        ValueError: it is no such file, or a longer one; the message names it.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it must be a regular file, no folder, pipe or device")
+        if found.st_size > longest:
+            raise ValueError(f"it must have at most {longest:,} bytes, got {found.st_size:,}")
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def parse_json(text: str, *, infinite: bool = False) -> Any:
+    """The JSON value of a text, within limits of nesting and of numbers.
+
+    Raises:
+        ValueError: it is not JSON, is nested deeper than `DEEPEST_JSON`, or holds NaN, an infinite
+            number, or an integer of more than 64 bits.
+    """
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if math.isnan(value) or (math.isinf(value) and not infinite):
+            raise ValueError(f"JSON must hold finite numbers, got {digits}")
+        return value
+
+    def integer(digits: str) -> int:
+        if len(digits) > 20 or abs(int(digits)) > LARGEST_INTEGER:
+            raise ValueError(f"JSON must hold integers of at most 64 bits, got {digits[:25]}...")
+        return int(digits)
+
+    try:
+        value = json.loads(text, parse_float=number, parse_int=integer, parse_constant=number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it must be JSON: {error}") from error
+    except RecursionError:
+        depth = DEEPEST_JSON + 1
+    else:
+        depth = _depth(value)
+    if depth > DEEPEST_JSON:
+        raise ValueError(f"JSON must be nested at most {DEEPEST_JSON} deep, got more")
+    return value
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects are inside one another, up to one more than the limit."""
+    level, depth = [value], -1
+    while level and depth <= DEEPEST_JSON:
+        inner = [v for v in level if isinstance(v, (dict, list))]
+        level = [x for v in inner for x in (v.values() if isinstance(v, dict) else v)]
+        depth += 1
+        if not inner:
+            break
+    return depth
+
+
+def json_text(value: Any, *, indent: int | None = 1) -> str:
+    """JSON of a value; the one writer of JSON files.
+
+    Raises:
+        ValueError: a number in it is not finite, which JSON has no word for; the message says
+            where.
+    """
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError as error:
+        place = next(_not_finite(value, ""), "")
+        raise ValueError(f"JSON must hold finite numbers: {place or error}") from error
+
+
+def _not_finite(value: Any, place: str) -> typing.Iterator[str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"got {value} for {place or 'the value'}"
+    parts = value.items() if isinstance(value, dict) else ()
+    parts = enumerate(value) if isinstance(value, (list, tuple)) else parts
+    for key, inner in parts:
+        yield from _not_finite(inner, f"{place}[{key!r}]" if place else str(key))
 
 
 def _encode(value: Any) -> Any:
@@ -195,7 +305,17 @@ def _integer(value: object) -> int | None:
         return None
 
 
-def check_finite(name: str, value: float) -> None:
-    """Raises unless `value` is a finite number."""
+def check_finite(name: str, value: float) -> float:
+    """`value`, which must be a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return value
+
+
+def check_generator(generator: object) -> None:
+    """Raises unless `generator` is a `torch.Generator` or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {generator!r} of type "
+            f"{type(generator).__name__}; torch.Generator().manual_seed(5) makes one"
+        )

@@ -16,7 +16,7 @@ from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import within
 from dblocks.blocks.targets.base import Batch, CheckedBatch, Target
-from dblocks.config import check_block
+from dblocks.config import check_block, check_finite
 from dblocks.kernels.reference import in_forward_mode
 from dblocks.schedules import Schedule
 from dblocks.schedules.random import draw_seed
@@ -233,7 +233,7 @@ class Bound:
     def __init__(self, denoiser: Denoiser, cond: Batch, guidance_scale: float = 1.0) -> None:
         self.denoiser = denoiser
         self.cond = cond
-        self.guidance_scale = guidance_scale
+        self.guidance_scale = check_finite("guidance_scale", guidance_scale)
         self._embedded: dict[tuple[int, bool], Any] = {}
 
     def __call__(self, z: Tensor, sigma: Tensor, *, block: int | None = None) -> Tensor:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dblocks.blocks.denoiser import Loss
+from dblocks.blocks.denoiser import Loss, unwrapped
 from dblocks.blocks.network import DiffusionBlocks
 from dblocks.blocks.targets.base import Batch
-from dblocks.config import check_block
+from dblocks.config import check_block, check_generator
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
+NonFinite = Literal["raise", "skip"]
 
 
 class BlockOptimizers:
@@ -73,6 +75,8 @@ class StepResult(NamedTuple):
     """All of `DiffusionBlocks.loss`, detached."""
     grad_norm: Tensor | None
     """The norm of the gradients before clipping; None without clipping."""
+    skipped: bool = False
+    """Whether the step was left out, because its loss or a gradient was not finite."""
 
 
 def make_optimizers(
@@ -86,11 +90,15 @@ def make_optimizers(
             `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or several that divide the list
             among them, such as Muon for matrices and AdamW for the rest. It is called for each
             block, and for what they share, where there is a parameter that requires gradients.
+
+    Raises:
+        TypeError: `model` is no `DiffusionBlocks`, or the factory returns something else.
     """
+    model = _blocks_of(model)
     groups = [_trainable(model.block_parameters(b)) for b in range(model.config.num_blocks)]
     shared = _trainable(model.shared_parameters())
-    blocks = [factory(group) if group else None for group in groups]
-    return BlockOptimizers(blocks, factory(shared) if shared else None)
+    blocks = [_made(factory, group) if group else None for group in groups]
+    return BlockOptimizers(blocks, _made(factory, shared) if shared else None)
 
 
 def train_step(
@@ -101,11 +109,12 @@ def train_step(
     block: int | None = None,
     generator: torch.Generator | None = None,
     clip_grad_norm: float | None = None,
+    nonfinite: NonFinite | None = None,
 ) -> StepResult:
     """One step on one block; no other block's parameters or optimizer state change.
 
     Everything random follows from `generator`: it draws the block and one seed, from which sigma
-    and the noise are made on the device. Nothing synchronises.
+    and the noise are made on the device. Nothing synchronises, but for `nonfinite` on a GPU.
 
     Gradients are cleared before the step and after it, so that none is held between steps. To
     accumulate them over k batches, call for each `(model.loss(batch, block).loss / k).backward()`,
@@ -117,12 +126,22 @@ def train_step(
         optimizers: from `make_optimizers`.
         block: the block to train; drawn uniformly by default.
         generator: a CPU generator.
-        clip_grad_norm: largest norm of the gradients of the block and the shared parameters.
+        clip_grad_norm: largest norm of the gradients of the block and the shared parameters,
+            above 0; inf measures it only.
+        nonfinite: what to do where the loss or a gradient is NaN or infinite: "raise", or "skip"
+            the step; either way parameters and optimizers stay as they are. Looking synchronises
+            with a GPU, so by default it is "raise" where the loss is on a CPU, and elsewhere
+            nothing is looked at.
 
     Raises:
-        TypeError: `optimizers` are not of `make_optimizers`, or `block` is no integer.
-        ValueError: `block` is out of range, or nothing in it trains.
+        FloatingPointError: the loss or a gradient is not finite; the message names the block.
+        TypeError: `model` is no `DiffusionBlocks`, `optimizers` are not of `make_optimizers`,
+            `block` is no integer, or `generator` no generator.
+        ValueError: `block` is out of range, or nothing in it trains; or another value does not fit.
     """
+    model = _blocks_of(model)
+    check_generator(generator)
+    _check_options(clip_grad_norm, nonfinite)
     if not isinstance(optimizers, BlockOptimizers):
         raise TypeError(
             f"optimizers must be BlockOptimizers, got {type(optimizers).__name__}; "
@@ -141,16 +160,71 @@ def train_step(
     model.zero_grad(set_to_none=True)
     result = model.loss(batch, block, generator=generator)
     result.loss.backward()
+    parameters = [p for o in moved for group in o.param_groups for p in group["params"]]
+    wrong = None
+    if nonfinite is not None or result.loss.device.type == "cpu":
+        wrong = not_finite(result.loss, parameters)
+    if wrong is not None and nonfinite != "skip":
+        model.zero_grad(set_to_none=True)
+        raise FloatingPointError(
+            f"loss and gradients of block {block} must be finite, got {wrong}; its parameters are "
+            'as before the step. Lower the learning rate, or give nonfinite="skip"'
+        )
     grad_norm = None
     if clip_grad_norm is not None:
-        parameters = [p for o in moved for group in o.param_groups for p in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-    for optimizer in moved:
+    for optimizer in moved if wrong is None else ():
         optimizer.step()
     # Between steps no gradient is held, so that the memory of a step is one block's.
     model.zero_grad(set_to_none=True)
     details = Loss(*(value.detach() for value in result))
-    return StepResult(block, details.loss, details, grad_norm)
+    return StepResult(block, details.loss, details, grad_norm, wrong is not None)
+
+
+def _blocks_of(model: Any) -> DiffusionBlocks:
+    inner = unwrapped(model)
+    compiled = getattr(model, "_orig_mod", None) is inner
+    if isinstance(inner, DiffusionBlocks) and (inner is model or compiled):
+        return inner
+    name = type(model).__name__
+    if isinstance(inner, DiffusionBlocks):
+        raise TypeError(
+            f"model must be a DiffusionBlocks, got one inside a {name}, which would not see the "
+            f"step; give the {name}'s module, and wrap its layers instead"
+        )
+    raise TypeError(
+        f"model must be a DiffusionBlocks, got {name}; DiffusionBlocks(network, config) makes one"
+    )
+
+
+def _made(factory: Callable[[list[nn.Parameter]], Optimizers], group: Any) -> Optimizers:
+    """What the factory makes of a group, which must be optimizers."""
+    made: Any = factory(group)
+    several = isinstance(made, (list, tuple)) and all(isinstance(o, Optimizer) for o in made)
+    if made is not None and not isinstance(made, Optimizer) and not several:
+        raise TypeError(
+            "factory must return an optimizer, several in a list, or None, "
+            f"got {type(made).__name__}; such as lambda params: torch.optim.AdamW(params, lr=1e-3)"
+        )
+    return made
+
+
+def _check_options(clip_grad_norm: float | None, nonfinite: str | None) -> None:
+    if nonfinite is not None and nonfinite not in get_args(NonFinite):
+        raise ValueError(f"nonfinite must be one of {get_args(NonFinite)}, got {nonfinite!r}")
+    number = isinstance(clip_grad_norm, (int, float)) and not isinstance(clip_grad_norm, bool)
+    if clip_grad_norm is not None and not (number and clip_grad_norm > 0):
+        raise ValueError(f"clip_grad_norm must be a number above 0, got {clip_grad_norm!r}")
+
+
+def not_finite(loss: Tensor, parameters: Iterable[nn.Parameter]) -> str | None:
+    """What of a step is not finite, in words; synchronises."""
+    if not loss.detach().isfinite():
+        return f"a loss of {loss.item()}"
+    # Largest magnitudes tell as much as the elements, and a sum of squares may overflow.
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads, norm_type=math.inf)
+    return None if norm.isfinite() else f"a gradient with {norm.item()} in it"
 
 
 def _several(held: Optimizers) -> tuple[Optimizer, ...]:

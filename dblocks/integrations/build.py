@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from dblocks.config import read_json
+from dblocks.integrations.sizes import few_modules, offline, sizes_of, timm_sizes
 
 EXTRAS = {"transformers": "hf", "diffusers": "hf", "timm": "timm"}
 CONFIG = "config.json"
@@ -28,10 +30,12 @@ def build(source: str) -> nn.Module:
         source: a folder with a config.json, or such a file, of transformers (which has a
             "model_type"), diffusers ("_class_name") or timm ("architecture"); "timm:" and the name
             of a model of timm; or a model type of transformers, such as "llama", with the sizes
-            that are its defaults. Code beside a config is not run.
+            that are its defaults. Only sizes are taken from a config: code beside it is not run,
+            and nothing that it names is loaded or fetched.
 
     Raises:
-        ValueError: it is none of these, or its library cannot build it.
+        ValueError: it is none of these, asks for more than sizes or for too large ones, or its
+            library cannot build it.
         ImportError: its library is not installed, or cannot be imported.
     """
     if source.startswith(TIMM):
@@ -39,7 +43,7 @@ def build(source: str) -> nn.Module:
     path = Path(source)
     if path.is_dir():
         path = _config_in(path)
-    if path.is_file():
+    if path.exists():  # also what is no regular file, which its reader refuses
         return _of_file(path)
     if path.suffix == ".json" or len(path.parts) != 1:
         raise ValueError(
@@ -62,10 +66,11 @@ def _config_in(folder: Path) -> Path:
 
 
 def _of_file(path: Path) -> nn.Module:
+    config = read_json(path, infinite=True)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = sizes_of(config)
     except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from error
+        raise ValueError(f"{path} cannot be used: {error}") from error
     makers: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
         "_class_name": _of_diffusers,
         "architecture": lambda config: _of_timm(config["architecture"], config),
@@ -93,14 +98,16 @@ def _of_transformers(config: dict[str, Any]) -> nn.Module:
             if kind in (mapping := getattr(transformers, f"MODEL_FOR_{head}_MAPPING")):
                 made = mapping[kind]
                 break
-    if config.get("architectures"):
-        made = _member(transformers, config["architectures"][0])
+    if names := config.get("architectures"):
+        name = names[0] if isinstance(names, list) else names
+        made = _network(_member(transformers, name), name)
     return _made(lambda: made(kind.from_dict(config)))
 
 
 def _of_diffusers(config: dict[str, Any]) -> nn.Module:
     diffusers = _library("diffusers")
-    kind = _member(diffusers, config["_class_name"])
+    name = config["_class_name"]
+    kind = _network(_member(diffusers, name), name)
     return _made(kind.from_config, config)
 
 
@@ -108,8 +115,7 @@ def _of_timm(name: str, config: dict[str, Any]) -> nn.Module:
     timm = _library("timm")
     if not timm.is_model(name):
         raise _unknown("model", "timm", name, timm.list_models())
-    options = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
-    return _made(timm.create_model, name, **{**options, **config.get("model_args", {})})
+    return _made(timm.create_model, name, **timm_sizes(config), pretrained=False)
 
 
 def _library(name: str) -> Any:
@@ -126,10 +132,19 @@ def _library(name: str) -> Any:
 
 
 def _member(library: Any, name: str) -> Any:
+    if not isinstance(name, str):
+        raise ValueError(f"a config must name a class, got {name!r}")
     with _importing(library.__name__):
         if hasattr(library, name):
             return getattr(library, name)
     raise _unknown("class", library.__name__, name, dir(library))
+
+
+def _network(kind: Any, name: str) -> Any:
+    """A class of networks: a library also has pipelines and functions, which a config may name."""
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ValueError(f"a config must name a class of networks, got {name!r}, which is none")
+    return kind
 
 
 @contextmanager
@@ -148,7 +163,7 @@ def _importing(library: str) -> Iterator[None]:
 
 def _made(make: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), few_modules(), offline():
             model = make(*args, **kwargs)
     # A config can be wrong in as many ways as there are models.
     except Exception as error:

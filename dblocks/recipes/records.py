@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dblocks.checkpoint import replacing
+from dblocks.config import json_text, read_json
 from dblocks.info import environment
 from dblocks.recipes.costs import LayerCounter, memory
 from dblocks.recipes.progress import progress_bar
@@ -45,6 +45,7 @@ def train(
     trainer = run.trainer()
     with LayerCounter(trainer.counted()) as counter:
         curve, seconds = _fit(trainer, counter, progress=progress)
+    trainer.check_finite()
     if save is not None:
         save(trainer)
     layer_evaluations = counter.count
@@ -113,7 +114,7 @@ def write_record(path: Path, record: Any) -> None:
     """Write JSON so that the file is there either whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json_text(record) + "\n", encoding="utf-8")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: the file is no record, or one of another format.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not a record: {error}; delete it to run it again") from error
     found = record.get("format") if isinstance(record, dict) else None

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from dblocks.blocks import Weighting
-from dblocks.config import JsonConfig
+from dblocks.config import JsonConfig, check_finite
 from dblocks.recipes.data.splits import Part
 
 if TYPE_CHECKING:
@@ -68,6 +68,11 @@ class Run(JsonConfig, ABC):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), float):
+                check_finite(field.name, value)
+        if self.clip <= 0:
+            raise ValueError(f"clip must be positive, got {self.clip}")
         check_seed(self.seed)
         if not self.end_to_end and not 1 <= self.blocks <= self.depth:
             raise ValueError(

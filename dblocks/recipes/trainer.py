@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
+from dblocks.blocks.training import not_finite
 from dblocks.recipes.data.batches import Batch, Data
 from dblocks.recipes.run import Run
 
@@ -93,7 +94,28 @@ class Trainer(ABC):
         return {key: value.to(self.run.device) for key, value in self.batches.batch(step).items()}
 
     def step(self, step: int) -> tuple[int, float]:
-        """Train on batch number `step`; returns the block (0 end to end) and its loss."""
+        """Train on batch number `step`; returns the block (0 end to end) and its loss.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite; the network is as before.
+        """
+        try:
+            return self._step(step)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"training stopped at step {step + 1} of {self.run.steps}: {error}"
+            ) from error
+
+    def check_finite(self) -> None:
+        """Raises FloatingPointError unless all parameters are finite numbers."""
+        for name, parameter in self.network.named_parameters():
+            if not parameter.detach().isfinite().all():
+                raise FloatingPointError(
+                    f"trained parameters must be finite, got {name} with NaN or infinite ones; "
+                    "lower the learning rate"
+                )
+
+    def _step(self, step: int) -> tuple[int, float]:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.run.lr_at(step)
@@ -103,7 +125,7 @@ class Trainer(ABC):
                 return 0, self._end_to_end_step(batch)
             result = train_step(
                 self.model, batch, self.block_optimizers,
-                generator=self.generator, clip_grad_norm=self.run.clip,
+                generator=self.generator, clip_grad_norm=self.run.clip, nonfinite="raise",
             )  # fmt: skip
         return result.block, result.details.losses.mean().item()
 
@@ -129,6 +151,8 @@ class Trainer(ABC):
         self.network.zero_grad(set_to_none=True)
         loss: Tensor = cast(Any, self.end_to_end_loss)(self.network, batch)
         loss.backward()
+        if wrong := not_finite(loss, self.network.parameters()):
+            raise FloatingPointError(f"loss and gradients must be finite, got {wrong}")
         nn.utils.clip_grad_norm_(self.network.parameters(), self.run.clip)
         self.optimizers[0].step()
         self.network.zero_grad(set_to_none=True)

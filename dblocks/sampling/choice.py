@@ -22,19 +22,22 @@ class Choice:
     def __init__(
         self, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
     ) -> None:
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
+        if not (_is_number(temperature) and 0 <= temperature < math.inf):
+            raise ValueError(f"temperature must be a finite number >= 0, got {temperature!r}")
         if top_k is not None:
             top_k = check_count("top_k", top_k)
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
+            raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
+        self._failed: Tensor | None = None  # on a GPU: whether logits were not finite so far
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What tokens are drawn from, float64 [N, V], of logits [N, V]; temperature is not 0."""
-        logits = logits.double() / self.temperature
+        # The largest becomes 0, so that no temperature, however small, makes an infinite one.
+        logits = logits.double()
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None:
             kth = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < kth, -math.inf)
@@ -47,9 +50,37 @@ class Choice:
         return torch.zeros_like(ordered).scatter(-1, index, ordered * kept)
 
     def token(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """The token that each uniform number in (0, 1), float64 [N], picks; int64 [N]."""
+        """The token that each uniform number in (0, 1), float64 [N], picks; int64 [N].
+
+        Raises:
+            FloatingPointError: logits are NaN, infinite, or -inf for every token. On a GPU, where
+                looking would synchronise, `check` raises it later.
+        """
+        failed = ~logits.amax(-1).isfinite().all()
+        if logits.device.type == "cpu":
+            self._failed = failed
+            self.check()
+        else:
+            self._failed = failed if self._failed is None else self._failed | failed
         if self.temperature == 0:
             return logits.argmax(-1)
         # Of the cumulative distribution: unlike torch.multinomial, a row at a time.
         cdf = self.probabilities(logits).cumsum(-1)
-        return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+        found = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+        return found.clamp_(max=logits.shape[-1] - 1)  # of NaN: beyond the last
+
+    def check(self) -> None:
+        """Raises if logits of any token so far were not finite; synchronises with a GPU.
+
+        Raises:
+            FloatingPointError: they were.
+        """
+        if self._failed is not None and self._failed:
+            raise FloatingPointError(
+                "a model's logits must be finite numbers to draw tokens from, got NaN or infinite "
+                "ones; its weights or its input are not finite"
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

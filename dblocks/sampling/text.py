@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -130,6 +129,7 @@ def stream(
         int64 [N], on the device of the model.
 
     Raises:
+        FloatingPointError: logits are not finite; on a GPU it is found out at the end.
         TypeError: `model` is no language model, or tokens are not integers.
         ValueError: for prompts that are empty or, with the new tokens, longer than the context;
             for tokens outside the vocabulary; for both of `num_steps` and `sigmas`, `sigmas` with
@@ -166,8 +166,8 @@ def stream(
     for row, given in zip(tokens, rows, strict=True):
         row[: len(given)] = given
     stride = sizes.context + k - 1  # rows of noise between one prompt's and the next one's
-    written = _steps(writer, tokens.to(slots.device), slots, choice, seed, stop_token, stride)
-    return islice(written, max_new_tokens)
+    last = longest + max_new_tokens
+    return _steps(writer, tokens.to(slots.device), slots, choice, seed, stop_token, stride, last)
 
 
 def _network_of(model: Any, cache: bool) -> tuple[Any, TokenSizes]:
@@ -243,8 +243,9 @@ def _steps(
     seed: int,
     stop_token: int | None,
     stride: int,
+    last: int,
 ) -> Iterator[Tensor]:
-    """Writes into `tokens` [N, capacity] from the end of the longest prompt on."""
+    """Writes into `tokens` [N, capacity] from the end of the longest prompt on, up to `last`."""
     first, new = slots.prompt, slots.capacity - slots.prompt
     N, (count, width) = len(tokens), writer.noise_shape
     noise = _noise(N, count, stride, width, seed, tokens.device)
@@ -262,7 +263,10 @@ def _steps(
         tokens[:, first + j] = token
         yield token
         if stop_token is not None and finished.all():
-            return
+            break
+        if first + j + 1 == last:
+            break
+    choice.check()
 
 
 def _check_product(

@@ -78,6 +78,7 @@ def unmask(
 
     Raises:
         TypeError: `model` is neither, or `tokens` are not int64.
+        FloatingPointError: logits are not finite; on a GPU it is found out at the end.
         ValueError: `tokens` are neither in the vocabulary nor `MASKED`, or longer than the context;
             or another value does not fit.
 
@@ -119,6 +120,7 @@ def unmask(
             rows[block] += len(row)
         if callback is not None:
             callback({"i": i, "num_steps": levels.shape[1], "tokens": z})
+    choice.check()
     return Written(z, tuple(calls), tuple(rows))
 
 

@@ -197,7 +197,10 @@ BAD_CONFIGS = {
     "class": ({**LLAMA, "architectures": ["LlamaForCausalML"]}, "near names: LlamaForCausalLM"),
     "sizes": ({**DIT, "norm_type": "none"}, "a model of, without data, got NotImplementedError"),
     "diffusers": ({"_class_name": "DiTTransformer2DMode"}, "near names: DiTTransformer2DModel"),
-    "scheduler": ({"_class_name": "DDIMScheduler"}, "that of a model, got one of DDIMScheduler"),
+    "scheduler": (
+        {"_class_name": "DDIMScheduler"},
+        "a class of networks, got 'DDIMScheduler', which is none",
+    ),
     "timm": ({"architecture": "vit_tiny_patch16_225"}, "near names: vit_tiny_patch16_224"),
     "neither": ({"hidden_size": 3}, "it has none of these"),
     "list": ([1], "it has none of these"),
