@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as nnf
+import torch.utils.checkpoint
 from torch import nn
 
 from dblocks.integrations.fuse.compiler import compiler
@@ -67,11 +68,12 @@ def compiled(model, **options):
     return torch.compile(model, backend=compiler, options=options), reports
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("style", ["plain", "affine", "rms", "written_out"])
-def test_outputs_and_gradients_are_those_of_the_model(style):
+def test_outputs_and_gradients_are_those_of_the_model(style, dtype):
     torch.manual_seed(0)
-    model = Block(style)
-    x, cond = inputs()
+    model = Block(style).to(dtype)
+    x, cond = (t.to(dtype) for t in inputs())
     eager = outcome(model, x, cond)
     exact = outcome(copy.deepcopy(model).double(), x.double(), cond.double())
     fused, reports = compiled(model)
@@ -85,6 +87,36 @@ def test_outputs_and_gradients_are_those_of_the_model(style):
             key = name if name in exact else name.removeprefix("_orig_mod.")
             assert_within_budget(result, exact[key], want, name)
     assert type(model) is Block
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (2, 1), (1, 1)])
+def test_few_rows_or_none(shape):
+    x, cond = torch.randn(*shape, D, generator=seeded(0)), torch.randn(shape[0], D)
+    model = Block("plain")
+    torch.testing.assert_close(compiled(model)[0](x, cond), model(x, cond))
+
+
+def test_other_lengths_need_one_more_graph():
+    model, (_, cond) = Block("plain"), inputs()
+    fused, reports = compiled(model)
+    for length in (5, 7, 9, 11):
+        x = torch.randn(2, length, D, generator=seeded(length))
+        torch.testing.assert_close(fused(x, cond), model(x, cond))
+    assert [r.sites for r in reports] == 2 * [{"modulation": 2, "gate": 2}]
+
+
+def test_under_checkpointing():
+    block, (x, cond) = Block("plain"), inputs()
+
+    def model(x, cond):
+        return torch.utils.checkpoint.checkpoint(block, x, cond, use_reentrant=False)
+
+    fused, reports = compiled(model, inner="aot_eager")
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    for f, leaf in zip((model, fused), leaves, strict=True):
+        f(leaf, cond).square().sum().backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+    assert reports[0].sites == {"modulation": 2, "gate": 2}
 
 
 def test_a_factor_without_one_stays_and_is_named():
