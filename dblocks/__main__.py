@@ -1,7 +1,256 @@
-"""`python -m dblocks` is the command `dblocks`."""
+"""The command line: `dblocks train|eval|sample|info|bench`, also `python -m dblocks`."""
 
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import subprocess
 import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from dblocks.cli import main
+if TYPE_CHECKING:
+    from dblocks.recipes.command import Recipe
 
-sys.exit(main())
+DESCRIPTION = """DiffusionBlocks: train a residual network one block of layers at a time.
+
+Try: dblocks train vit --data digits --blocks 3 --out runs/vit"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Print versions, devices, and which implementation each fused op would use here and why.
+
+    With --model: what dblocks would do with a model of another library, found out from its config
+    alone. Its residual layers, the blocks that they would be cut into and the memory that training
+    one of them would take, and the modules that the fused ops would replace.
+    """
+
+    model: str | None = None
+    """A model of transformers, diffusers or timm: a folder with its config.json, or that file;
+    a model type of transformers, such as llama, with default sizes; or a name of timm, such as
+    timm:vit_small_patch16_224. No weights are downloaded or allocated."""
+    blocks: int = 3
+    """Number of blocks, with --model."""
+
+    def __call__(self) -> None:
+        """Print the report."""
+        if self.model is not None:
+            from dblocks.integrations import describe
+
+            print(describe.report(self.model, self.blocks))
+            return
+        from dblocks.info import report
+
+        print(report())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time every fused op, or whole training steps, beside PyTorch and its compiler.
+
+    Runs from a checkout, where the folder benchmarks/ is. Results are checked before they are
+    timed; all of it takes about half an hour on 2 cores.
+    """
+
+    what: Literal["ops", "step"] = "ops"
+    """ops: each op by itself. step: one training step of a ViT, of a block and end to end."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run."""
+    op: tuple[str, ...] = ()
+    """Only these ops, such as adaln noise_inject."""
+    rounds: int = 10
+    """How often each of the compared takes its turn."""
+    memory: bool = False
+    """Measure peak memory too, each of the compared in a process of its own."""
+    out: Path | None = None
+    """Folder for the JSON, the tables and the charts."""
+    compare: Path | None = None
+    """An earlier JSON: also print what changed."""
+
+    def __call__(self) -> None:
+        """Run the benchmark in a process of its own, with the allocator's settings it needs."""
+        if self.rounds < 1:
+            raise ValueError(f"--rounds must be positive, got {self.rounds}")
+        root = Path(__file__).resolve().parents[1]
+        if not (root / "benchmarks" / "ops" / "run.py").exists():
+            raise ValueError(
+                "dblocks bench runs from a checkout, where the folder benchmarks/ is; this dblocks "
+                f"is installed in {root}. Clone the repository and run `make bench` there"
+            )
+        arguments = [f"benchmarks.{'ops.run' if self.what == 'ops' else 'models.step'}"]
+        arguments += ["--device", self.device, "--rounds", str(self.rounds)]
+        if self.out is not None:
+            arguments += ["--out", str(self.out.resolve())]
+        if self.what == "ops":
+            arguments += [word for name in self.op for word in ("--op", name)]
+            arguments += ["--memory"] if self.memory else []
+            if self.compare is not None:
+                arguments += ["--compare", str(self.compare.resolve())]
+        elif self.op or self.memory or self.compare is not None:
+            raise ValueError("--op, --memory and --compare are of `--what ops`; leave them out")
+        done = subprocess.run([sys.executable, "-m", *arguments], cwd=root, check=False)
+        if done.returncode:
+            raise ValueError(f"the benchmark ended with exit code {done.returncode}; see above")
+
+
+COMMANDS = {"info": Info, "bench": Bench}
+RECIPE_HELP = (
+    "Defaults of the other flags: small, for minutes on a CPU; gpu, for one large GPU. "
+    "`--recipe gpu --help` shows them."
+)
+PATH_FLAGS = ("--out", "--checkpoint", "--compare", "--data", "--tokenizer", "--model")
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as shells have it
+BROKEN_PIPE = 141
+OVERWRITE_HELP = "Replace the network that --out holds."
+OUT_HELP = "Folder to write to; it is made if it is not there."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake is one line on stderr and the exit code 2."""
+    try:
+        argv = sys.argv[1:] if argv is None else argv
+        _check_paths(argv)
+        command = _parse(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command()
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough, as in `dblocks info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (ImportError, ValueError, OSError, FloatingPointError) as error:
+        print(f"dblocks: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dblocks: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _check_paths(argv: Sequence[str]) -> None:
+    """Raises ValueError for an empty path, which would stand for the folder that one is in."""
+    words = [word for arg in argv for word in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
+    for flag, value in pairwise(words):
+        if flag in PATH_FLAGS and not value.strip():
+            raise ValueError(
+                f"{flag} must be a path, got an empty text; . is the folder you are in"
+            )
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """One line, without the path and the source line that Python prints."""
+    print(f"dblocks: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _parse(argv: Sequence[str]) -> Callable[[], None]:
+    tyro = _tyro()
+    parsed = tyro.extras.subcommand_cli_from_dict(
+        {**_verbs(tyro, argv), **COMMANDS},
+        prog="dblocks",
+        description=DESCRIPTION,
+        args=list(argv),
+        config=(
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.OmitSubcommandPrefixes,
+            tyro.conf.OmitArgPrefixes,
+        ),
+    )
+    return getattr(parsed, "network", parsed)
+
+
+def _verbs(tyro: Any, argv: Sequence[str]) -> dict[str, type]:
+    """The commands of the networks."""
+    from dblocks.recipes import causal_lm, dit, masked_lm, recurrent, vit
+
+    networks = {
+        "vit": vit,
+        "causal-lm": causal_lm,
+        "masked-lm": masked_lm,
+        "recurrent": recurrent,
+        "dit": dit,
+    }
+    train = {name: _training(tyro, module.RECIPE, argv) for name, module in networks.items()}
+    evaluate = {name: module.Eval for name, module in networks.items()}
+    sample = {name: module.Sample for name, module in networks.items() if hasattr(module, "Sample")}
+    return {
+        "train": _verb(tyro, "train", "Train a network.", train),
+        "eval": _verb(tyro, "eval", "Measure a trained network.", evaluate),
+        "sample": _verb(tyro, "sample", "Let a trained network generate.", sample),
+    }
+
+
+def _training(tyro: Any, recipe: Recipe, argv: Sequence[str]) -> Any:
+    """The command that trains by a recipe, with the defaults of its flags.
+
+    The flags are the fields of the run, and a few more. `--recipe` and `--published` choose the
+    defaults of the others, so they are read beforehand.
+    """
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--recipe", nargs="?")
+    chosen.add_argument("--published", action="store_true")
+    found, _ = chosen.parse_known_args(list(argv))
+    run = recipe.defaults(gpu=found.recipe == "gpu", published=found.published)
+    # Which part of the data a run holds out is for studies to choose.
+    more: list[Any] = [("part", tyro.conf.Suppress[str], run.part)]
+    more.append(("out", Annotated[Path, tyro.conf.arg(help=OUT_HELP)], recipe.out))
+    more.append(("overwrite", Annotated[bool, tyro.conf.arg(help=OVERWRITE_HELP)], False))
+    if recipe.gpu is not None:
+        kind = Annotated[Literal["small", "gpu"], tyro.conf.arg(help=RECIPE_HELP)]
+        more.append(("recipe", kind, "small"))
+    if recipe.published:
+        kind = Annotated[bool, tyro.conf.arg(help=recipe.published_help)]
+        more.append(("published", kind, False))
+    fields = dataclasses.fields(run)
+
+    def train(flags: Any) -> None:
+        # Made here, not by the parser: a run's own checks say what is wrong in one line.
+        made = type(run)(**{f.name: getattr(flags, f.name) for f in fields})
+        recipe.train(made, flags.out, overwrite=flags.overwrite)
+
+    made: Any = make_dataclass(
+        type(run).__name__,
+        more,
+        bases=(type(run),),
+        namespace={"__post_init__": lambda flags: None, "__call__": train},
+        frozen=True,
+        kw_only=True,
+    )
+    made.__doc__ = type(run).__doc__
+    return made(**vars(run))
+
+
+def _verb(tyro: Any, name: str, description: str, networks: Mapping[str, Any]) -> type:
+    """A command whose one field is the command of a network, as tyro wants subcommands.
+
+    A network's command is a class, or an instance with the defaults of the flags.
+    """
+    options = tuple(
+        Annotated[command, tyro.conf.subcommand(name=network)]
+        if isinstance(command, type)
+        else Annotated[type(command), tyro.conf.subcommand(name=network, default=command)]
+        for network, command in networks.items()
+    )
+    made = make_dataclass(name, [("network", Union[options])], frozen=True)  # noqa: UP007
+    made.__doc__ = description
+    return made
+
+
+def _tyro() -> Any:
+    try:
+        return importlib.import_module("tyro")
+    except ImportError as error:
+        raise ImportError(
+            "the command line needs the package tyro, which is not installed; "
+            "`pip install 'dblocks[train]'`"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dblocks import functional, info
+from dblocks.__main__ import main
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import save_model
-from dblocks.cli import main
 from dblocks.models import ViT, ViTConfig
 from dblocks.recipes import causal_lm, dit, masked_lm, records, recurrent, vit
 from dblocks.recipes.command import Recipe
@@ -76,7 +76,7 @@ def test_flags_are_the_fields_of_a_run(capsys):
 )
 def test_a_recipe_sets_the_defaults_and_flags_count_before_it(monkeypatch, flags, expected):
     given = []
-    monkeypatch.setattr(Recipe, "train", lambda recipe, run, out: given.append((run, out)))
+    monkeypatch.setattr(Recipe, "train", lambda _, run, out, **__: given.append((run, out)))
     assert main(["train", *flags, "--out", "somewhere"]) == 0
     assert given == [(expected, Path("somewhere"))]
     assert type(given[0][0]) is type(expected)
@@ -296,7 +296,7 @@ def test_without_safetensors_nothing_is_trained(tmp_path, monkeypatch, capsys):
     assert "safetensors, which is not installed" in error
 
 
-MODULES = """cli checkpoint info recipes.data.images recipes.data.text recipes.metrics.images
+MODULES = """__main__ checkpoint info recipes.data.images recipes.data.text recipes.metrics.images
 recipes.image_grid recipes.records recipes.tables recipes.vit recipes.causal_lm"""
 OPTIONAL = "tyro sklearn matplotlib safetensors"  # torch itself may import tqdm
 
@@ -347,6 +347,12 @@ def test_bench_says_what_is_wrong(monkeypatch, capsys, tmp_path):
     assert not commands
     assert main(["bench"]) == 2
     assert "ended with exit code 1" in capsys.readouterr().err
-    monkeypatch.setattr("dblocks.cli.__file__", str(tmp_path / "dblocks" / "cli.py"))
+    monkeypatch.setattr("dblocks.__main__.__file__", str(tmp_path / "dblocks" / "__main__.py"))
     assert main(["bench"]) == 2
     assert "runs from a checkout" in capsys.readouterr().err
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error():
+    command = f"{sys.executable} -m dblocks info | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

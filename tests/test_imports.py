@@ -50,8 +50,9 @@ ORDER = (
     ("checkpoint",),
     ("info", "testing"),
     ("integrations",),
+    ("scale",),
     ("recipes",),
-    ("cli",),
+    ("__main__",),
 )
 
 
@@ -76,7 +77,7 @@ def test_every_room_has_its_place():
     found = {
         p.stem for p in (ROOT / "dblocks").iterdir() if p.suffix == ".py" or any(p.glob("*.py"))
     }
-    apart = {"__init__", "__main__", "__pycache__", "_version", "kernels"}
+    apart = {"__init__", "__pycache__", "_version", "kernels"}
     assert found - apart == {room for rooms in ORDER for room in rooms}
 
 
@@ -87,13 +88,13 @@ def test_only_the_command_line_imports_recipes_and_only_inside_functions():
         top, lazy = imports_of(file)
         assert not any(module.startswith("dblocks.recipes") for module in top), file
         used = any(module.startswith("dblocks.recipes") for module in lazy)
-        assert used == (file.name == "cli.py"), file
+        assert used == (file.name == "__main__.py"), file
 
 
 def test_nothing_but_the_program_imports_the_command_line():
     importers = {
         file.name
         for file in (ROOT / "dblocks").rglob("*.py")
-        if any("dblocks.cli" in module for module in set.union(*imports_of(file)))
+        if any("dblocks.__main__" in module for module in set.union(*imports_of(file)))
     }
     assert importers <= {"__main__.py"}

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from dblocks import blocks, checkpoint
+from dblocks.config import json_text
 from dblocks.recipes import records
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import Column, text_table
 from dblocks.recipes.trainer import Trainer
+
+RECORD_FILE = "run.json"
+SAVED_FILES = ("model.safetensors", "config.json", RECORD_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +43,41 @@ class Recipe:
         run = self.gpu if gpu and self.gpu is not None else self.run
         return dataclasses.replace(run, **self.published) if published else run
 
-    def train(self, run: Run, out: Path) -> None:
+    def train(self, run: Run, out: Path, *, overwrite: bool = False) -> None:
         """Trains with a progress bar, writes checkpoint and record, and prints the table.
 
         Raises:
-            ValueError: `out` cannot be written to; found out before training.
+            ValueError: `out` cannot be written to, or holds a save and `overwrite` is false; found
+                out before training.
             ImportError: a package that this needs is not installed; likewise.
         """
+        check_free(out, overwrite=overwrite)
         checkpoint.prepare(out)
         if run.device == "cpu":
             records.use_one_thread()
 
         def save(trainer: Trainer) -> None:
-            checkpoint.save_model(out, trainer.trained)
-            trainer.batches.save_beside(out)
+            # The record so far, so that the unit never holds another model's.
+            begun = json_text(records.begun(trainer)) + "\n"
+            texts = {RECORD_FILE: begun, **trainer.batches.texts()}
+            checkpoint.save_model(out, trainer.trained, texts=texts)
 
         record = records.train(run, progress=True, save=save).record
-        records.write_record(out / "run.json", record)
+        records.write_record(out / RECORD_FILE, record)
         print(text_table({run.name: [record]}, self.columns))
         print(f"\nSaved model.safetensors, config.json and run.json in {out}")
         if self.after:
             print(self.after.format(out=out))
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raises ValueError where a folder holds a save that is not to be overwritten."""
+    found = [name for name in SAVED_FILES if checkpoint.current(out, name).exists()]
+    if found and not overwrite:
+        raise ValueError(
+            f"--out must be a folder without a save, got {out} with {', '.join(found)}; name "
+            "another one, or give --overwrite"
+        )
 
 
 def load_network(folder: Path, kind: type, command: str) -> tuple[Any, Any]:

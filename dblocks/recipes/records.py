@@ -50,10 +50,7 @@ def train(
         save(trainer)
     layer_evaluations = counter.count
     record = {
-        "format": FORMAT,
-        "run": run.to_dict(),
-        "model": trainer.network.config.to_dict(),
-        "blocks": None if trainer.config is None else trainer.config.to_dict(),
+        **begun(trainer),
         "environment": where,
         **trainer.results(curve[-1]),
         "layer_evaluations": layer_evaluations,
@@ -64,6 +61,16 @@ def train(
         "curve": curve,
     }
     return Trained(trainer, record)
+
+
+def begun(trainer: Trainer) -> dict[str, Any]:
+    """What a record says before anything was measured."""
+    return {
+        "format": FORMAT,
+        "run": trainer.run.to_dict(),
+        "model": trainer.network.config.to_dict(),
+        "blocks": None if trainer.config is None else trainer.config.to_dict(),
+    }
 
 
 def _fit(

@@ -11,8 +11,14 @@ from typing import Any
 import torch
 
 from dblocks.blocks import DiffusionBlocks, trained_at_top
+from dblocks.checkpoint import current
+from dblocks.config import read_text
 from dblocks.recipes.command import load_network
-from dblocks.recipes.data.tokenizers import TOKENIZER_FILE, tokenizer_from_json
+from dblocks.recipes.data.tokenizers import (
+    LONGEST_TOKENIZER,
+    TOKENIZER_FILE,
+    tokenizer_from_json,
+)
 from dblocks.recipes.metrics.autoregressive import bits_per_character, bound_of
 from dblocks.recipes.run import check_seed
 from dblocks.sampling import stream
@@ -63,11 +69,16 @@ def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, A
     """
 
     model, network = load_network(folder, kind, command)
-    try:
-        text = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{folder} must hold a {TOKENIZER_FILE}: {error}") from error
-    return model, network, tokenizer_from_json(text)
+    path = current(folder, TOKENIZER_FILE)
+    if not path.exists():
+        raise ValueError(f"{folder} must hold a {TOKENIZER_FILE} written by `dblocks train`")
+    tokenizer = tokenizer_from_json(read_text(path, longest=LONGEST_TOKENIZER))
+    if tokenizer.size != network.config.vocab_size:
+        raise ValueError(
+            f"{path} must have as many tokens as the model beside it, {network.config.vocab_size}, "
+            f"got {tokenizer.size}; it is another model's"
+        )
+    return model, network, tokenizer
 
 
 def print_bits(model: Any, text: Any, context: int, windows: int) -> None:

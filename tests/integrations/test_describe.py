@@ -8,8 +8,8 @@ import pytest
 import torch
 from hub_tools import library
 
+from dblocks.__main__ import main
 from dblocks.blocks import BlocksConfig
-from dblocks.cli import main
 from dblocks.integrations import build as building
 from dblocks.integrations import describe
 from dblocks.integrations.build import build

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from dblocks.__main__ import main
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import save_model
-from dblocks.cli import main
 from dblocks.models import DiT, DiTConfig
 from dblocks.recipes import dit as recipe
 from dblocks.recipes.metrics.judge import train_judge

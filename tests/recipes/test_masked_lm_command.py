@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dblocks.cli import main
+from dblocks.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dblocks.cli import main
+from dblocks.__main__ import main
 from dblocks.recipes.data import images
 
 pytestmark = pytest.mark.usefixtures("one_thread")

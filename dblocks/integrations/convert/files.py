@@ -9,7 +9,6 @@ what `convert` added begin with `dblocks.`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from dblocks._version import __version__
-from dblocks.checkpoint import load_safetensors, make_folder, naming, replacing, save_safetensors
+from dblocks.checkpoint import current, load_safetensors, naming, save_safetensors, saving
+from dblocks.config import json_text, read_json
 
 if TYPE_CHECKING:
     from dblocks.integrations.convert.blocks import ConvertedBlocks
@@ -49,7 +49,6 @@ def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) 
         block: writes the file of this block, and dblocks.json.
     """
     folder = Path(folder)
-    make_folder(folder)
     tensors, ties = _named(blocks)
     owners = _owners(blocks)
     parts: dict[str, dict[str, Tensor]] = {SHARED_FILE: {}}
@@ -67,14 +66,13 @@ def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) 
         "blocks_config": blocks.config.to_dict(),
         "ties": {_outside(name): _outside(first) for name, first in ties.items()},
     }
-    for file, part in parts.items():
-        if block is None or file == block_file(block):
-            save_safetensors(folder / file, part)
-    with replacing(folder / CONFIG_FILE) as path:
-        path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    if block is None:
-        with replacing(folder / CARD_FILE) as path:
-            path.write_text(_card(blocks), encoding="utf-8")
+    with saving(folder) as place:
+        for file, part in parts.items():
+            if block is None or file == block_file(block):
+                save_safetensors(place / file, part)
+        (place / CONFIG_FILE).write_text(json_text(written, indent=2) + "\n", encoding="utf-8")
+        if block is None:
+            (place / CARD_FILE).write_text(_card(blocks), encoding="utf-8")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -83,11 +81,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not there, or is no such file.
     """
-    path = Path(folder) / CONFIG_FILE
+    path = current(Path(folder), CONFIG_FILE)
     if not path.exists():
         raise ValueError(f"{folder} must hold a {CONFIG_FILE} written by save_pretrained()")
     with naming(path):
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         known = isinstance(config, dict) and set(config) == KEYS
         if not known or config["format"] not in (1, FORMAT):
             raise ValueError(f"it must be of format {FORMAT} or 1 with the keys {sorted(KEYS)}")
@@ -109,13 +107,14 @@ def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> N
     folder = Path(folder)
     tensors: dict[str, Tensor] = {}
     for file in (*map(block_file, range(blocks.config.num_blocks)), SHARED_FILE):
-        if not (folder / file).exists():
+        path = current(folder, file)
+        if not path.exists():
             raise ValueError(
                 f"{folder} must hold {file}; each block's worker writes its own by "
                 "save_pretrained(folder, block=), and the rest comes with save_pretrained(folder)"
             )
-        with naming(folder / file):
-            tensors |= load_safetensors(folder / file)
+        with naming(path):
+            tensors |= load_safetensors(path)
     with naming(folder / CONFIG_FILE):
         if missing := sorted(set(ties.values()) - set(tensors)):
             raise ValueError(f"ties must be to tensors that the other files hold, got {missing}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -22,8 +21,8 @@ class Data(Protocol):
         """Batch number `step`, on the CPU."""
         ...
 
-    def save_beside(self, folder: Path) -> None:
-        """Writes what a network of this data needs beside its checkpoint."""
+    def texts(self) -> dict[str, str]:
+        """What a network of this data needs beside its weights, by the name of the file."""
         ...
 
 
@@ -53,8 +52,9 @@ class ImageData:
         chosen = self.images[batch_indices(size, self.batch_size, seed=self.seed, step=step)]
         return {"images": chosen.images.float(), "labels": chosen.labels}
 
-    def save_beside(self, folder: Path) -> None:
+    def texts(self) -> dict[str, str]:
         """Nothing: images need nothing beside the network."""
+        return {}
 
 
 class TextData:
@@ -86,7 +86,6 @@ class TextData:
         windows = random_windows(tokens, self.context, self.batch_size, seed=self.seed, step=step)
         return {"tokens": windows}
 
-    def save_beside(self, folder: Path) -> None:
-        """Writes the tokenizer."""
-        text = self.corpus.tokenizer.to_json()
-        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+    def texts(self) -> dict[str, str]:
+        """The tokenizer."""
+        return {TOKENIZER_FILE: self.corpus.tokenizer.to_json()}

@@ -71,7 +71,7 @@ def read_text(data: str | Path = "pydoc") -> str:
     if data == "gcide":
         return letters_and_spaces(_gcide())[:GCIDE_CHARACTERS]
     try:
-        text = Path(data).read_text(encoding="utf-8")
+        text = Path(data).read_text(encoding="utf-8-sig")  # a BOM is no text
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"data must be 'pydoc', 'gcide' or a text file in UTF-8: {error}"

@@ -12,10 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dblocks.config import parse_json, read_text
+
 CHARACTERS_AT_A_TIME = 1 << 20  # that are looked up
 UTF_32 = f"utf-32-{sys.byteorder[0]}e"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 TOKENIZER_FILE = "tokenizer.json"
+LONGEST_TOKENIZER = 256 * 2**20  # bytes
 
 
 class Tokenizer(Protocol):
@@ -110,8 +113,8 @@ class FileTokenizer:
 
     @property
     def size(self) -> int:
-        """How many tokens there are."""
-        return self._tokenizer.get_vocab_size()
+        """One more than the largest token, so that numbers in a gap are tokens too."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without special ones around it."""
@@ -134,7 +137,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         ImportError: it needs the package tokenizers, which is not installed.
     """
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError as error:
         raise ValueError(f"a tokenizer must be a JSON file: {error}") from error
     if isinstance(values, dict) and set(values) == {"characters"}:
@@ -152,7 +155,7 @@ def read_tokenizer(path: str | None) -> Tokenizer | None:
     if path is None:
         return None
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(Path(path), longest=LONGEST_TOKENIZER)
+    except ValueError as error:
         raise ValueError(f"tokenizer must be a readable JSON file: {error}") from error
     return tokenizer_from_json(text)

@@ -210,8 +210,8 @@ class FakeTokenizer:
 
     from_str = classmethod(lambda cls, contents: cls(contents))
 
-    def get_vocab_size(self):
-        return 256
+    def get_vocab(self):
+        return {str(i): i for i in range(256)}
 
     def encode(self, sample, add_special_tokens):
         assert not add_special_tokens
@@ -247,3 +247,22 @@ def test_without_tokenizers_the_package_is_named(monkeypatch):
 def test_a_tokenizer_must_be_json():
     with pytest.raises(ValueError, match="a tokenizer must be a JSON file"):
         tokenizers.tokenizer_from_json("no")
+
+
+def test_a_byte_order_mark_is_no_character(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + b"abc" * 10)
+    assert text.read_text(path) == "abc" * 10
+    path.write_bytes(b'\xef\xbb\xbf{"characters": "ab"}')
+    assert tokenizers.read_tokenizer(str(path)).size == 3
+
+
+def test_a_gap_in_the_numbers_of_a_tokenizer_file_is_counted():
+    library = pytest.importorskip("tokenizers")
+    model = library.models.WordLevel({"a": 0, "b": 7}, unk_token="a")
+    made = library.Tokenizer(model)
+    made.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    tokenizer = tokenizers.tokenizer_from_json(made.to_str())
+    assert tokenizer.encode("a b") == [0, 7]
+    assert tokenizer.size == 8
+    assert tokenizer.decode([0, 3, 7]) == "a b"

@@ -1,14 +1,8 @@
-"""Saving a trained network: `model.safetensors` beside a `config.json` that rebuilds it."""
+"""Saves and loads networks; their weights, config and what belongs to them are one unit."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-import tempfile
-import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +10,16 @@ from torch import Tensor, nn
 
 from dblocks._version import __version__
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, unwrapped
-from dblocks.config import JsonConfig
+from dblocks.checkpoint.files import (
+    current,
+    load_safetensors,
+    make_folder,
+    naming,
+    safetensors,
+    save_safetensors,
+    saving,
+)
+from dblocks.config import JsonConfig, json_text, read_json
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.models.dit import DiT, DiTConfig
 from dblocks.models.masked_lm import MaskedLM, MaskedLMConfig
@@ -43,53 +46,6 @@ KEYS = {"format", "dblocks", "model", "model_config", "blocks_config"}
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 COPIES = "copies."  # prefix of private copies; as of DiffusionBlocks.copies
-LONGEST_REASON = 300  # characters of what a file has wrong; PyTorch lists every tensor
-
-
-def make_folder(folder: str | Path) -> None:
-    """Make a folder if it is not there, and try that files can be written in it.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"{folder} must be a folder to write files in: {error}") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes `path` if the `with` block succeeds."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, on whatever device, to a file that appears when it is whole.
-
-    Raises:
-        ImportError: safetensors is not installed.
-    """
-    safetensors = _safetensors()
-    written = {name: t.detach().contiguous() for name, t in tensors.items()}
-    with replacing(path) as part:
-        safetensors.save_file(written, part, metadata={"format": "pt"})
-
-
-def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU.
-
-    Raises:
-        ImportError: safetensors is not installed.
-    """
-    return _safetensors().load_file(path)
 
 
 def prepare(folder: str | Path) -> None:
@@ -99,24 +55,32 @@ def prepare(folder: str | Path) -> None:
         ImportError: safetensors is not installed.
         ValueError: the folder cannot be made or written to.
     """
-    _safetensors()
+    safetensors()
     make_folder(folder)
 
 
-def save_model(folder: str | Path, model: Network | DiffusionBlocks) -> None:
+def save_model(
+    folder: str | Path,
+    model: Network | DiffusionBlocks,
+    *,
+    texts: Mapping[str, str] | None = None,
+) -> None:
     """Write a network, and how it is cut into blocks; the folder is made if it is not there.
 
     The names of the weights are those of the network itself, whether it was in blocks or not;
     private copies of what blocks share come beside them as `copies.0.` and so on, for the blocks
-    after the first. An earlier save there stays whole until both files are written.
+    after the first. All files are one unit: whatever happens on the way, the folder holds the
+    earlier save or the new one.
 
     Args:
         folder: where to write; files of an earlier save there are replaced.
         model: one of `NETWORKS` trained end to end, or the `DiffusionBlocks` of one; these also
             inside torch.compile's or AveragedModel's wrapper.
+        texts: what more the save holds, by the name of the file, such as a tokenizer.json.
 
     Raises:
         TypeError: `model` is neither.
+        OSError: a file cannot be written; the earlier save is kept.
     """
     if isinstance(folder, nn.Module):
         raise TypeError("save_model takes the folder first, got a model; swap the two")
@@ -129,8 +93,7 @@ def save_model(folder: str | Path, model: Network | DiffusionBlocks) -> None:
             "or the DiffusionBlocks of one, "
             f"got {type(network).__name__}; save its state_dict yourself"
         )
-    folder, safetensors = Path(folder), _safetensors()
-    make_folder(folder)
+    safetensors()
     config = model.config if isinstance(model, DiffusionBlocks) else None
     written = {
         "format": FORMAT,
@@ -139,11 +102,11 @@ def save_model(folder: str | Path, model: Network | DiffusionBlocks) -> None:
         "model_config": cast(Any, network).config.to_dict(),
         "blocks_config": None if config is None else config.to_dict(),
     }
-    tensors = {name: t.detach().contiguous() for name, t in _tensors(model).items()}
-    # Left in reverse order: the weights get their name first, the config last.
-    with replacing(folder / CONFIG_FILE) as config_part, replacing(folder / WEIGHTS_FILE) as part:
-        safetensors.save_file(tensors, part, metadata={"format": "pt"})
-        config_part.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    config_text = json_text(written, indent=2) + "\n"
+    with saving(Path(folder)) as part:
+        save_safetensors(part / WEIGHTS_FILE, _tensors(model))
+        for name, text in {**(texts or {}), CONFIG_FILE: config_text}.items():
+            (part / name).write_text(text, encoding="utf-8")
 
 
 def load_model(folder: str | Path) -> Network | DiffusionBlocks:
@@ -153,16 +116,16 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
         ValueError: the folder holds no such network, or a file of it is broken; the message names
             the file.
     """
-    folder, safetensors = Path(folder), _safetensors()
+    folder, _ = Path(folder), safetensors()
     path = folder / CONFIG_FILE
-    config = _read_config(path)
+    config = _read_config(folder)
     with naming(path):
         kind, of_config = NETWORKS[config["model"]]
         model: Any = kind(cast(Any, of_config.from_dict(config["model_config"])))
         if config["blocks_config"] is not None:
             model = DiffusionBlocks(model, BlocksConfig.from_dict(config["blocks_config"]))
     with naming(folder / WEIGHTS_FILE):
-        tensors = safetensors.load_file(folder / WEIGHTS_FILE)
+        tensors = load_safetensors(current(folder, WEIGHTS_FILE))
         if isinstance(model, DiffusionBlocks):
             copies = [name for name in tensors if name.startswith(COPIES)]
             model.copies.load_state_dict({n.removeprefix(COPIES): tensors.pop(n) for n in copies})
@@ -181,22 +144,11 @@ def _tensors(model: Network | DiffusionBlocks) -> dict[str, Tensor]:
     return tensors
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn what goes wrong with a file's contents into a ValueError of one line that names it."""
-    broken = importlib.import_module("safetensors").SafetensorError
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError, OSError, broken) as error:
-        reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
-        raise ValueError(f"{path} cannot be used: {reason}") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = current(folder, CONFIG_FILE)
     if not path.exists():
-        raise ValueError(f"{path.parent} must hold a {CONFIG_FILE} written by `dblocks train`")
-    with naming(path):
-        config = json.loads(path.read_text(encoding="utf-8"))
+        raise ValueError(f"{folder} must hold a {CONFIG_FILE} written by `dblocks train`")
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} must be a JSON object, got {config!r}")
     if unknown := sorted(set(config) - KEYS):
@@ -221,13 +173,3 @@ def _read_config(path: Path) -> dict[str, Any]:
             old = blocks.get("weighting", "auto")
             blocks["weighting"] = "batch_mean" if old == "auto" else old
     return config
-
-
-def _safetensors() -> Any:
-    try:
-        return importlib.import_module("safetensors.torch")
-    except ImportError as error:
-        raise ImportError(
-            "checkpoints need the package safetensors, which is not installed; "
-            "`pip install 'dblocks[train]'`"
-        ) from error

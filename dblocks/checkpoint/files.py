@@ -1,0 +1,218 @@
+"""Files that appear whole, and several of them as one unit.
+
+A save writes all its files to a folder of its own inside the target, `.saving-*`. One rename makes
+that the folder `.saved`, and the save valid: from then on a reader takes a file from there first
+(`current`), while the files move to their places one by one. Whoever dies before the rename leaves
+the earlier save, and after it the new one, whose files the next save puts in place. Two writers
+never mix: a second one first puts the files of the first in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import shutil
+import socket
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+SAVING, SAVED = ".saving-", ".saved"
+DEAD_AFTER = 24 * 3600  # seconds, of what a writer on another machine left
+LONGEST_REASON = 300  # characters of what a file has wrong; PyTorch lists every tensor
+TRIES = 100  # of a rename, while other writers' saves are put in place
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make a folder if it is not there, and try that files can be written in it.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} must be a folder to write files in: {error}") from error
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[Path]:
+    """A folder to write files to, which all take their places in `folder` if the block succeeds.
+
+    Files of an earlier save that are not written again stay. What writers that died left behind is
+    removed.
+
+    Raises:
+        OSError: a file cannot be written, such as on a full disk; the message names it, and what
+            was there is kept.
+    """
+    make_folder(folder)
+    _put_in_place(folder)
+    _remove_leftovers(folder)
+    own = Path(tempfile.mkdtemp(prefix=f"{SAVING}{_writer()}-", dir=folder))
+    try:
+        try:
+            yield own
+            _flush(own)
+        except _write_errors() as error:
+            raise OSError(
+                f"{folder} cannot be written: {error}; an earlier save there is kept"
+            ) from error
+        _commit(own, folder)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    _put_in_place(folder)
+
+
+def current(folder: Path, name: str) -> Path:
+    """Where the valid file `name` of a folder is: in its place, or not moved there yet."""
+    waiting = folder / SAVED / name
+    return waiting if waiting.exists() else folder / name
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes `path` if the `with` block succeeds."""
+    handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o666 & ~_umask())
+        os.replace(part, path)
+    except _write_errors() as error:
+        raise OSError(f"{path} cannot be written: {error}; an earlier one is kept") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, on whatever device, to a file; within `saving`, or a file of its own.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    written = {name: t.detach().contiguous() for name, t in tensors.items()}
+    save_file = safetensors().save_file
+    try:
+        save_file(written, path, metadata={"format": "pt"})
+    except _write_errors() as error:
+        raise OSError(f"{path.name}: {error}") from error  # it does not name the file
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    return safetensors().load_file(path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a file's contents into a ValueError of one line that names it."""
+    broken = importlib.import_module("safetensors").SafetensorError
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OSError, broken) as error:
+        reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
+        place = f"{path} cannot be used: "
+        raise ValueError(place + reason.removeprefix(place)) from error
+
+
+def safetensors() -> Any:
+    """The package safetensors.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise ImportError(
+            "checkpoints need the package safetensors, which is not installed; "
+            "`pip install 'dblocks[train]'`"
+        ) from error
+
+
+def _commit(own: Path, folder: Path) -> None:
+    """Makes `own` the valid save by one rename, which fails while another one's is not empty."""
+    for _ in range(TRIES):
+        try:
+            os.rename(own, folder / SAVED)
+            return
+        except OSError:
+            if not own.exists() or not (folder / SAVED).exists():
+                raise
+            _put_in_place(folder)
+    raise OSError(f"{folder} must not be written to by others all the time; try again")
+
+
+def _put_in_place(folder: Path) -> None:
+    """Moves the files of the valid save to their places; any process may, at any time."""
+    saved = folder / SAVED
+    if not saved.is_dir():
+        return
+    for name in sorted(os.listdir(saved), reverse=True):
+        with contextlib.suppress(FileNotFoundError):  # another process moved it
+            os.replace(saved / name, folder / name)
+    with contextlib.suppress(OSError):  # another one's save is there meanwhile
+        saved.rmdir()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    host, _, _ = _writer().rpartition("-")
+    for path in folder.glob(f"{SAVING}*"):
+        of_host, _, rest = path.name.removeprefix(SAVING).partition("-")
+        process = rest.partition("-")[0]
+        with contextlib.suppress(OSError):
+            old = time.time() - path.stat().st_mtime > DEAD_AFTER
+            if old or (of_host == host and process.isdigit() and not _is_alive(int(process))):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _writer() -> str:
+    """This process, as the name of its folder tells it."""
+    return f"{socket.gethostname().replace('-', '_')}-{os.getpid()}"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _flush(folder: Path) -> None:
+    """Files reach the disk before their names do."""
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~_umask())
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    folder.chmod(0o777 & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_errors() -> tuple[type[Exception], ...]:
+    try:
+        return OSError, importlib.import_module("safetensors").SafetensorError
+    except ImportError:
+        return (OSError,)

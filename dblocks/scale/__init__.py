@@ -1,0 +1,1 @@
+"""One block's memory on a device, blocks on many machines, and checkpoints that no crash loses."""

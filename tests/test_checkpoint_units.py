@@ -1,0 +1,124 @@
+"""A save is one unit: whoever dies on the way leaves the earlier save or the new one."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+from dblocks.checkpoint import load_model, replacing, save_model, saving
+from dblocks.models.vit import ViT, ViTConfig
+
+SIZES = {"image_size": 8, "channels": 1, "patch_size": 4, "heads": 2, "conditioning": "none"}
+FILES = {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def make(width):
+    return ViT(ViTConfig(width=width, depth=1, **SIZES))
+
+
+def save(folder, width):
+    save_model(folder, make(width), texts={"tokenizer.json": str(width)})
+
+
+def dying(call, count, work):
+    """Runs `work` in a process that ends, with no clean-up, before that call number `count`."""
+    process = os.fork()
+    if process == 0:
+        try:
+            original, seen = getattr(os, call), [0]
+
+            def die(*args, **kwargs):
+                seen[0] += 1
+                if seen[0] == count:
+                    os._exit(9)
+                return original(*args, **kwargs)
+
+            setattr(os, call, die)
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "count", "width"),
+    [("fsync", 1, 8), ("fsync", 3, 8), ("rename", 1, 8)] + [("replace", n, 12) for n in (1, 2, 3)],
+)
+def test_a_process_that_dies_leaves_the_earlier_save_or_the_new_one(tmp_path, call, count, width):
+    save(tmp_path, 8)
+    assert dying(call, count, lambda: save(tmp_path, 12)) == 9
+    assert load_model(tmp_path).config.width == width
+    save(tmp_path, 16)
+    assert {path.name for path in tmp_path.iterdir()} == FILES  # leftovers are gone
+    assert load_model(tmp_path).config.width == 16
+    assert (tmp_path / "tokenizer.json").read_text() == "16"
+
+
+def test_writers_at_a_time_never_mix(tmp_path):
+    def write(width):
+        for _ in range(4):
+            save(tmp_path, width)
+
+    threads = [threading.Thread(target=write, args=(width,)) for width in (8, 12, 16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    width = load_model(tmp_path).config.width
+    assert (tmp_path / "tokenizer.json").read_text() == str(width)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_a_living_writers_files_are_left(tmp_path):
+    with saving(tmp_path) as part:
+        (part / "a.txt").write_text("a")
+        save(tmp_path, 8)
+        assert (part / "a.txt").exists()
+    assert (tmp_path / "a.txt").read_text() == "a"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_full_disk_names_the_file_and_keeps_the_earlier_save(tmp_path, monkeypatch, file):
+    save(tmp_path, 8)
+
+    def full(path, *_args, **_options):
+        raise OSError(28, "No space left on device", str(path))
+
+    if file == "model.safetensors":
+        monkeypatch.setattr("safetensors.torch.save_file", lambda *_, **__: full("no name"))
+    else:
+        monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match=r"cannot be written: .*No space left.*earlier save") as found:
+        save(tmp_path, 12)
+    assert file in str(found.value)
+    assert str(tmp_path) in str(found.value)
+    monkeypatch.undo()
+    assert load_model(tmp_path).config.width == 8
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_one_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text("old")
+
+    def write():
+        with replacing(path) as part:
+            part.write_text("ne")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"run\.json cannot be written: .*an earlier one is kept"):
+        write()
+    assert path.read_text() == "old"
+    with replacing(path) as one, replacing(path) as two:
+        assert one != two
+        one.write_text("one")
+        two.write_text("two")
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_weights_are_those_that_were_saved(tmp_path):
+    model = make(8)
+    save_model(tmp_path, model)
+    found = load_model(tmp_path).state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,91 @@
+"""Mistakes of the command line that would cost a network, or end in a traceback."""
+
+import pytest
+
+from dblocks import __main__ as cli
+from dblocks.__main__ import main
+from dblocks.checkpoint import load_model
+from dblocks.recipes.data.tokenizers import Characters
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = ("--batch-size", "4", "--width", "8", "--depth", "1", "--heads", "2", "--blocks", "1")
+TEXT = ("train", "causal-lm", *SIZES, "--context", "20", "--points", "1")
+
+
+def mistake(capsys, *argv):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dblocks: error: ")
+    return error
+
+
+@pytest.fixture
+def story(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_text("0123456789" * 60)
+    return str(path)
+
+
+@pytest.fixture
+def trained(story, tmp_path):
+    out = tmp_path / "out"
+    assert main([*TEXT, "--data", story, "--steps", "1", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_save_is_overwritten_only_if_asked(trained, story, capsys):
+    before = (trained / "model.safetensors").read_bytes()
+    again = (*TEXT, "--data", story, "--steps", "1", "--seed", "1", "--out", str(trained))
+    assert "must be a folder without a save" in mistake(capsys, *again)
+    assert (trained / "model.safetensors").read_bytes() == before
+    assert main([*again, "--overwrite"]) == 0
+    assert (trained / "model.safetensors").read_bytes() != before
+
+
+def test_training_that_is_not_finite_saves_nothing(trained, story, capsys):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    args = (*TEXT, "--data", story, "--steps", "9", "--lr", "1e30", "--out", str(trained))
+    error = mistake(capsys, *args, "--overwrite")
+    assert "training stopped at step" in error
+    assert "of block 0 must be finite" in error
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+    assert load_model(trained) is not None
+
+
+def test_a_tokenizer_of_another_vocabulary_is_an_error(trained, capsys):
+    (trained / "tokenizer.json").write_text(Characters("ab").to_json())
+    sample = ("sample", "causal-lm", "--checkpoint", str(trained), "--prompt", "a")
+    assert "must have as many tokens as the model beside it, 11, got 3" in mistake(capsys, *sample)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("train", "vit", "--out", ""),
+        ("train", "vit", "--out="),
+        ("eval", "vit", "--checkpoint", " "),
+        ("info", "--model", ""),
+    ],
+)
+def test_an_empty_path_is_an_error(args, capsys):
+    assert "must be a path, got an empty text" in mistake(capsys, *args)
+
+
+@pytest.mark.parametrize("option", ["--lr", "--clip", "--weight-decay", "--warmup"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_of_a_run_are_finite(option, value, capsys):
+    assert "finite" in mistake(capsys, "train", "vit", option, value)
+
+
+def test_rounds_are_positive(capsys):
+    assert "--rounds must be positive, got 0" in mistake(capsys, "bench", "--rounds", "0")
+
+
+def test_an_interrupt_ends_a_command_in_one_line(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parse", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "dblocks: interrupted\n"
