@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dblocks.blocks.config import BlocksConfig, Weighting
+from dblocks.blocks.entries import check_entries, checked
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import within
-from dblocks.blocks.targets.base import Batch, CheckedBatch, Target
+from dblocks.blocks.targets.base import Batch, Target
 from dblocks.config import check_block, check_finite
 from dblocks.kernels.reference import in_forward_mode
 from dblocks.schedules import Schedule
@@ -100,7 +101,8 @@ class Denoiser(nn.Module):
             generator: a CPU generator; one number drawn from it seeds sigma and the noise.
 
         Raises:
-            ValueError: `block` is out of range, or the batch is not what the target takes.
+            ValueError: `block` is out of range, or the batch is not what the target takes, or holds
+                an entry that nobody reads.
 
         Warns:
             UserWarning: at the first call, weights that `shared="frozen"` keeps are all zero, such
@@ -112,8 +114,8 @@ class Denoiser(nn.Module):
         if self.config.shared == "frozen" and not self._zeros_looked_for:
             self._zeros_looked_for = True
             warn_of_frozen_zeros(self.base_model, stacklevel=2)
-        checked = _checked(self.parts(block)[0], batch)
-        return self.loss_at(checked, block, self.draw(checked, block, generator=generator))
+        given = checked(self.parts(block)[0], batch)
+        return self.loss_at(given, block, self.draw(given, block, generator=generator))
 
     def forward(
         self,
@@ -140,7 +142,8 @@ class Denoiser(nn.Module):
             denoised [N, ...], float32.
 
         Raises:
-            ValueError: the levels belong to several blocks, or `block` is out of range.
+            ValueError: the levels belong to several blocks, `block` is out of range, or a keyword
+                is read by nobody.
         """
         block = self.index if block is None else block
         return self.bind(guidance_scale=guidance_scale, **cond)(z, sigma, block=block)
@@ -174,7 +177,7 @@ class Denoiser(nn.Module):
         self.before_use()
         model, layers = self.parts(block)
         target = model.target
-        shape = target.sigma_shape(_checked(model, batch))
+        shape = target.sigma_shape(checked(model, batch))
         seed = draw_seed(generator)
         device = _device_of((*layers, cast(nn.Module, model)), batch)
         # The generator of a GPU is Philox too: under the same key, sigma would be made of the same
@@ -202,7 +205,7 @@ class Denoiser(nn.Module):
         model, layers = self.parts(block)
         config, target = self.config, model.target
         schedule: Schedule = config.schedule
-        batch = _checked(model, batch)
+        batch = checked(model, batch)
         level: Any = schedule.level(draw.sigma)
         y = target.embed(batch)
         noised = schedule.corrupt(y, level, draw.seed)
@@ -231,6 +234,7 @@ class Bound:
     """
 
     def __init__(self, denoiser: Denoiser, cond: Batch, guidance_scale: float = 1.0) -> None:
+        check_entries(denoiser.parts(next(iter(denoiser.held)))[0], cond)
         self.denoiser = denoiser
         self.cond = cond
         self.guidance_scale = check_finite("guidance_scale", guidance_scale)
@@ -356,11 +360,6 @@ def unwrapped(model: Any) -> Any:
 
 def _top_share(config: BlocksConfig, target: Target) -> float:
     return target.top_share if config.top_share == "auto" else config.top_share
-
-
-def _checked(model: BlockModel, batch: Batch) -> Batch:
-    """The batch as the target checked it, which it does once."""
-    return batch if isinstance(batch, CheckedBatch) else model.target.check(batch)
 
 
 def _device_of(modules: Iterable[nn.Module], batch: Batch) -> torch.device:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, TokenTarget
+from dblocks.blocks.entries import check_entries
 from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.models.doubled_rows import attend_doubled, run_doubled
 from dblocks.models.language_config import LanguageModelConfig
@@ -86,6 +87,7 @@ class CausalLM(LanguageModel):
     """
 
     config: CausalLMConfig
+    reads = ()
 
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__(config)
@@ -111,6 +113,7 @@ class CausalLM(LanguageModel):
             batch: as for training in blocks.
         """
         given = TokenBatch.of(batch, self.config)
+        check_entries(self, batch)
         target = self.target.fixed()
         return target.next_loss(self._plain_features(given, target), given)
 

@@ -125,6 +125,7 @@ class DiT(nn.Module):
     """
 
     positions: Tensor
+    reads = ()  # beside what its target does
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()

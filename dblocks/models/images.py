@@ -65,13 +65,16 @@ class ImageModelConfig(JsonConfig):
 class ImageTarget(L2Target):
     """Images [N, C, H, W] under the L2 loss, made from a class.
 
-    A batch holds "images" and, where there are classes, "labels", int64 [N].
+    A batch holds "images" and, where there are classes, "labels", int64 [N]; else labels of the
+    data may be there, and nobody needs them.
 
     Args:
         channels: C.
         patch_size: of which H and W are multiples.
         num_classes: number of classes; 0 for images without.
     """
+
+    reads = ("images", "labels")
 
     def __init__(self, channels: int, patch_size: int, num_classes: int) -> None:
         super().__init__("images")

@@ -97,6 +97,8 @@ class MaskedLM(nn.Module):
     Source: Shi et al. 2024 (MD4), arXiv 2406.04329.
     """
 
+    reads = ()  # beside what its target does
+
     def __init__(self, config: MaskedLMConfig) -> None:
         super().__init__()
         self.config = config

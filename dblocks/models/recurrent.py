@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dblocks import functional as F
 from dblocks.blocks import Batch, TokenTarget
+from dblocks.blocks.entries import check_entries
 from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.config import check_count
 from dblocks.models.doubled_rows import attend_doubled, run_doubled
@@ -109,6 +110,7 @@ class RecurrentLM(LanguageModel):
     """
 
     config: RecurrentConfig
+    reads = ()
 
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
@@ -162,6 +164,7 @@ class RecurrentLM(LanguageModel):
                 drawn.
         """
         given = TokenBatch.of(batch, self.config)
+        check_entries(self, batch)
         target = self.target.fixed()
         r = self.draw_recurrences(generator) if num_recurrences is None else num_recurrences
         noise = self._drawn(given.tokens, generator)

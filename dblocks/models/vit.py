@@ -121,6 +121,8 @@ class ViT(nn.Module):
         config: the sizes.
     """
 
+    reads = ()  # beside what its target does
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config

@@ -44,6 +44,9 @@ class Target(metaclass=ABCMeta):
     tokens."""
     top_share: float = 0.0
     """What `BlocksConfig.top_share` is for this target where it is "auto"."""
+    reads: tuple[str, ...] | None = None
+    """The entries of a batch that it reads; None: not said, and no entry is refused. A class that
+    overrides methods says it anew."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """The parameters of `embed`, which all blocks share, since they say what the target is."""

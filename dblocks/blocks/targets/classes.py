@@ -120,6 +120,11 @@ class ClassTarget(EmbeddedTarget):
         super().__init__(embedding, head, kind)
         self.given = given
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Target.reads`."""
+        return ("labels", self.given)
+
     def check(self, batch: Batch) -> Batch:
         """See `Target.check`; there must be a label in 0..K-1 for each sample."""
         for key in ("labels", self.given):

@@ -31,6 +31,11 @@ class L2Target(Target):
     def __init__(self, key: str) -> None:
         self.key = key
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Target.reads`."""
+        return (self.key,)
+
     def check(self, batch: Batch) -> Batch:
         """See `Target.check`; the target must be floating point."""
         value = batch.get(self.key)

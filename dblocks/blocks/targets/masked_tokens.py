@@ -25,6 +25,7 @@ class MaskedTokenTarget(Target):
     """
 
     loss_kind: LossKind = "masked_cross_entropy"
+    reads = ("tokens", "loss_mask")
 
     def __init__(
         self, head: OutputHead | Linear, sizes: TokenSizes, *, mask_token: int | None = None

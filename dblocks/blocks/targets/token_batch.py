@@ -12,6 +12,8 @@ from dblocks.blocks.targets.base import Batch, CheckedBatch, missing
 from dblocks.blocks.targets.heads import IGNORED
 from dblocks.nn import Attend
 
+READS = ("tokens", "loss_mask", "cu_seqlens")
+
 
 class TokenSizes(Protocol):
     """What the checks of tokens need."""

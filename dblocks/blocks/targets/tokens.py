@@ -13,7 +13,7 @@ from dblocks import functional as F
 from dblocks.blocks.targets.base import Batch, Features
 from dblocks.blocks.targets.classes import EmbeddedTarget, Head, Table, precision_of
 from dblocks.blocks.targets.heads import IGNORED, Linear, OutputHead, product
-from dblocks.blocks.targets.token_batch import TokenBatch, TokenSizes
+from dblocks.blocks.targets.token_batch import READS, TokenBatch, TokenSizes
 from dblocks.nn import Modulation
 from dblocks.schedules import NoiseLevel
 
@@ -47,6 +47,8 @@ class TokenTarget(EmbeddedTarget):
         softcap: bound c of the output head's logits, c*tanh(logits/c), as of Gemma 2; what the
             noisy embedding says is added after it. Logits of all rows are in memory then.
     """
+
+    reads = READS
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, Features, TokenTarget
+from dblocks.blocks.entries import checked
 from dblocks.blocks.targets.classes import Head
 from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
@@ -134,6 +135,7 @@ class ConvertedCausalLM(Converted):
     """
 
     block_size = 1  # tokens that are predicted at once
+    reads = ()
 
     def __init__(
         self,
@@ -267,7 +269,7 @@ class ConvertedCausalLM(Converted):
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy over the tokens that are scored, in nats."""
-        given = self.target.check(batch)
+        given = cast(TokenBatch, checked(self, batch))
         if given.cu_seqlens is not None:
             raise ValueError(
                 "the model's own loss does not keep packed documents apart, so a batch must not "

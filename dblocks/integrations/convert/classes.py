@@ -12,6 +12,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, ClassTarget, Features
+from dblocks.blocks.entries import checked
 from dblocks.blocks.targets.base import missing
 from dblocks.blocks.targets.classes import Head
 from dblocks.blocks.targets.heads import FunctionHead, at_least_float32
@@ -29,6 +30,8 @@ class ClassFamily(Protocol):
 
     input: str
     """The batch's key of what is classified: images or tokens."""
+    reads: tuple[str, ...]
+    """What else of a batch it reads."""
     class_row: bool
     """The first row stands for the class; else all rows together do."""
 
@@ -127,6 +130,11 @@ class ConvertedClassifier(Converted):
         self.added_to_()
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """See `BlockModel`."""
+        return self.family.reads
+
+    @property
     def target(self) -> ClassTarget:
         """The embedding of the class."""
         head = FunctionHead(
@@ -184,5 +192,6 @@ class ConvertedClassifier(Converted):
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy."""
-        logits = self.family.plain_logits(self.model, batch)
-        return nnf.cross_entropy(at_least_float32(logits), self.target.check(batch)["labels"])
+        given = checked(self, batch)
+        logits = self.family.plain_logits(self.model, given)
+        return nnf.cross_entropy(at_least_float32(logits), given["labels"])

@@ -59,6 +59,8 @@ class ConvertedDiT(Converted):
         schedule: of the noise.
     """
 
+    reads = ()
+
     def __init__(self, model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> None:
         super().__init__(model, layers, model.inner_dim, conditioned=False)
         first: Any = next(iter(layers.values()))

@@ -159,6 +159,7 @@ class ViTFamily:
     """ViT: the first row is the class token's."""
 
     input = "images"
+    reads = ()
     class_row = True
 
     def unsupported(self, model: Any) -> str | None:
@@ -197,6 +198,7 @@ class BertClassFamily(ViTFamily):
     """BERT, whose first token stands for the class; a batch may hold "attention_mask" [N, T]."""
 
     input = "tokens"
+    reads = ("attention_mask",)
 
     def enter(self, model: Any, batch: Batch) -> Tensor:
         return backbone(model).embeddings(input_ids=batch["tokens"])
@@ -243,6 +245,7 @@ class BertMaskedFamily:
     """BERT with the head of its pretraining."""
 
     head_name = "cls"
+    reads = ()
     special_positions = 0
 
     def sizes(self, model: Any) -> Sizes:
@@ -280,6 +283,7 @@ class TimmFamily:
     """timm's `VisionTransformer`."""
 
     input = "images"
+    reads = ()
 
     def __init__(self, *, class_row: bool) -> None:
         self.class_row = class_row

@@ -11,6 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, MaskedTokenTarget
+from dblocks.blocks.entries import checked
 from dblocks.blocks.targets.heads import IGNORED, FunctionHead, at_least_float32
 from dblocks.integrations.convert.causal_lm import Sizes
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
@@ -21,6 +22,9 @@ from dblocks.schedules import MASKED, MaskLevel
 
 class MaskedFamily(Protocol):
     """What differs between masked language models."""
+
+    reads: tuple[str, ...]
+    """What of a batch it reads beside tokens."""
 
     def sizes(self, model: nn.Module) -> Sizes:
         """Of the vocabulary and of the longest text."""
@@ -87,6 +91,11 @@ class ConvertedMaskedLM(Converted):
         self.added_to_()
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """See `BlockModel`."""
+        return self.family.reads
+
+    @property
     def target(self) -> MaskedTokenTarget:
         """The tokens that are masked."""
         head = FunctionHead(partial(_logits, self.family, self.model, self.mask_token_id))
@@ -136,9 +145,9 @@ class ConvertedMaskedLM(Converted):
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own cross-entropy, the mean over the tokens that are masked in z."""
+        tokens = checked(self, batch)["tokens"]
         if z is None:
             raise ValueError("the loss of a masked language model needs z, to say what is masked")
-        tokens = self.target.check(batch).tokens
         masked = z == MASKED
         given = tokens.masked_fill(masked, self.mask_token_id)
         logits = at_least_float32(self.family.plain_logits(self.model, given)).flatten(0, 1)
