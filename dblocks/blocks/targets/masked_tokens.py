@@ -22,17 +22,29 @@ class MaskedTokenTarget(Target):
         head: the output head: an `OutputHead`, or a matrix of V rows, such as an `nn.Linear`.
         sizes: vocabulary and longest text, such as a network's config.
         mask_token: a number of the vocabulary that stands for the mask and is no target.
+        padding: whether a batch may hold "attention_mask", which its network honours.
     """
 
     loss_kind: LossKind = "masked_cross_entropy"
-    reads = ("tokens", "loss_mask")
 
     def __init__(
-        self, head: OutputHead | Linear, sizes: TokenSizes, *, mask_token: int | None = None
+        self,
+        head: OutputHead | Linear,
+        sizes: TokenSizes,
+        *,
+        mask_token: int | None = None,
+        padding: bool = False,
     ) -> None:
         self.head = head if isinstance(head, OutputHead) else OutputHead(head)
         self.sizes = sizes
         self.mask_token = mask_token
+        self.padding = padding
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Target.reads`."""
+        more = ("attention_mask",) if self.padding else ()
+        return ("tokens", "loss_mask", *more)
 
     def check(self, batch: Batch) -> TokenBatch:
         """See `Target.check`; a batch that was checked is returned as it is.
@@ -47,7 +59,7 @@ class MaskedTokenTarget(Target):
                 "a masked language model attends to all of a sequence, so a batch must not hold "
                 "'cu_seqlens'; give each document a row of its own, padded, with a 'loss_mask'"
             )
-        given = TokenBatch.of(batch, self.sizes)
+        given = TokenBatch.of(batch, self.sizes, padding=self.padding)
         # Looked up where that does not synchronise, as in `check_tokens`.
         seen = given.tokens.is_cpu and not torch.compiler.is_compiling()
         if seen and self.mask_token is not None and (given.tokens == self.mask_token).any():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dblocks.blocks.targets.base import Batch, CheckedBatch, missing
 from dblocks.blocks.targets.heads import IGNORED
+from dblocks.blocks.targets.padding import check_attention_mask, starts_of, to_front
 from dblocks.nn import Attend
 
 READS = ("tokens", "loss_mask", "cu_seqlens")
@@ -36,12 +37,13 @@ class TokenBatch(CheckedBatch):
     beginning, or the first of a text) and is never predicted. There may be "loss_mask", bool
     [N, T], false at tokens that are not scored, such as padding at the end; and, for N = 1,
     "cu_seqlens", int32 [documents + 1], the ends of documents packed one after the other: then
-    positions begin again, and nothing attends, in each.
+    positions begin again, and nothing attends, in each. Where a network honours it, there may be
+    "attention_mask", [N, T], 0 at padding before or after each text, which is not scored.
     """
 
     @classmethod
-    def of(cls, batch: Batch, sizes: TokenSizes) -> TokenBatch:
-        """The entries of `batch`, checked.
+    def of(cls, batch: Batch, sizes: TokenSizes, *, padding: bool = False) -> TokenBatch:
+        """The entries of `batch`, checked; an "attention_mask" only with `padding`.
 
         Raises:
             ValueError: for an entry that is missing, or of a shape or value that does not fit.
@@ -62,7 +64,19 @@ class TokenBatch(CheckedBatch):
             )
         if mask is not None:
             _check_loss_mask(mask, tokens)
+        if padding and given.attention_mask is not None:
+            given._leave_out_padding(given.attention_mask)
         return given
+
+    def _leave_out_padding(self, attention_mask: Tensor) -> None:
+        if self.cu_seqlens is not None:
+            raise ValueError(
+                "attention_mask must be None with cu_seqlens: packed documents have no padding; "
+                "leave one of them out"
+            )
+        shown = check_attention_mask(attention_mask, tuple(self.tokens.shape))
+        self["attention_mask"] = shown
+        self["loss_mask"] = shown if self.loss_mask is None else self.loss_mask & shown
 
     @property
     def tokens(self) -> Tensor:
@@ -73,6 +87,11 @@ class TokenBatch(CheckedBatch):
     def loss_mask(self) -> Tensor | None:
         """bool [N, T]."""
         return self.get("loss_mask")
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """[N, T]; where padding is taken, bool."""
+        return self.get("attention_mask")
 
     @property
     def cu_seqlens(self) -> Tensor | None:
@@ -107,6 +126,9 @@ class TokenBatch(CheckedBatch):
         predicted = self.positions() > 0
         if self.loss_mask is not None:
             predicted = predicted & self.loss_mask
+        if self.attention_mask is not None:
+            # The first token of a text is given.
+            predicted = predicted & nnf.pad(self.attention_mask[:, :-1], (1, 0))
         return torch.where(predicted, self.tokens, IGNORED)
 
     def attend_causally(self, block_size: int = 1) -> Attend | None:
@@ -129,6 +151,16 @@ class TokenBatch(CheckedBatch):
             )
 
         return attend
+
+
+def moved_to_front(given: TokenBatch) -> tuple[TokenBatch, Tensor | None]:
+    """The batch with padding behind the texts, and where these began; see `padding`."""
+    starts = starts_of(given.attention_mask)
+    if starts is None:
+        return given, None
+    names = ("tokens", "loss_mask", "attention_mask", "position_ids")
+    moved = {n: to_front(given[n], starts) for n in names if given.get(n) is not None}
+    return TokenBatch({**given, **moved}), starts
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:

@@ -46,9 +46,8 @@ class TokenTarget(EmbeddedTarget):
         tokens_per_block: how many consecutive tokens are predicted at once.
         softcap: bound c of the output head's logits, c*tanh(logits/c), as of Gemma 2; what the
             noisy embedding says is added after it. Logits of all rows are in memory then.
+        padding: whether a batch may hold "attention_mask", which its network honours.
     """
-
-    reads = READS
 
     def __init__(
         self,
@@ -62,6 +61,7 @@ class TokenTarget(EmbeddedTarget):
         tokens_per_sigma: int | None = 1,
         tokens_per_block: int = 1,
         softcap: float | None = None,
+        padding: bool = False,
     ) -> None:
         tied = linear is None
         head = OutputHead(
@@ -75,13 +75,19 @@ class TokenTarget(EmbeddedTarget):
         self.tokens_per_sigma = tokens_per_sigma
         self.tokens_per_block = tokens_per_block
         self.softcap = softcap
+        self.padding = padding
         self._fixed: Matrices | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Target.reads`."""
+        return (*READS, "attention_mask") if self.padding else READS
 
     def check(self, batch: Batch) -> TokenBatch:
         """See `Target.check` and `TokenBatch`; a batch that was checked is returned as it is."""
         if isinstance(batch, TokenBatch):
             return batch
-        given = TokenBatch.of(batch, self.sizes)
+        given = TokenBatch.of(batch, self.sizes, padding=self.padding)
         given.check_blocks(self.tokens_per_block)
         return given
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dblocks.blocks import Batch, Features, TokenTarget
 from dblocks.blocks.entries import checked
 from dblocks.blocks.targets.classes import Head
-from dblocks.blocks.targets.token_batch import TokenBatch
+from dblocks.blocks.targets.padding import check_ids, from_front, starts_of, to_front
+from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some, example_tokens
 from dblocks.integrations.convert.scaled_rows import ScaledRows
@@ -52,7 +53,7 @@ class CausalFamily(Protocol):
         ...
 
     def context(self, model: nn.Module, rows: Tensor, positions: Tensor) -> dict[str, Any]:
-        """Keyword arguments of the layers' attention, for rows at these positions [T]."""
+        """Keyword arguments of the layers' attention, for rows at positions [(N,) T]."""
         ...
 
     def leave(self, model: nn.Module, x: Tensor) -> Tensor:
@@ -63,7 +64,9 @@ class CausalFamily(Protocol):
         """The model's own logits [N, T, V]."""
         ...
 
-    def plain_loss(self, model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    def plain_loss(
+        self, model: nn.Module, tokens: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    ) -> Tensor:
         """The mean cross-entropy of `labels` [N, T], the tokens or `IGNORED`, 0-d."""
         ...
 
@@ -85,6 +88,8 @@ class Context(NamedTuple):
     """What a noisy row adds its noise to, [N, T, D]; [N, T - 1, D] in a single stream."""
     attention: Mapping[str, Any]
     """Of the rows' attention."""
+    starts: Tensor | None = None
+    """Where texts begin whose rows were moved to the front, int64 [N]; None without padding."""
 
 
 class Hidden(NamedTuple):
@@ -121,7 +126,9 @@ class ConvertedCausalLM(Converted):
     the model itself does. In the second, g is a learned number, 1/sigma_data at the start: at the
     highest noise the head sees norm(h).
 
-    A batch holds "tokens", and may hold "loss_mask" and "cu_seqlens", as that of `CausalLM`.
+    A batch holds "tokens", and may hold "loss_mask" and "cu_seqlens", as that of `CausalLM`; or
+    "attention_mask" [N, T], 0 at padding before or after each text, which changes nothing for the
+    text: positions count from its first token. "position_ids" [N, T] are used in their place.
 
     Args:
         model: the user's.
@@ -135,7 +142,7 @@ class ConvertedCausalLM(Converted):
     """
 
     block_size = 1  # tokens that are predicted at once
-    reads = ()
+    reads = ("position_ids",)
 
     def __init__(
         self,
@@ -179,6 +186,7 @@ class ConvertedCausalLM(Converted):
             embedding, self.family.head(self.model), self.sizes,
             kind=self.head_kind, modulation=self.readout_modulation, log_scale=self.log_scale,
             tokens_per_sigma=self.tokens_per_sigma, softcap=self.family.softcap(self.model),
+            padding=True,
         )  # fmt: skip
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
@@ -189,16 +197,18 @@ class ConvertedCausalLM(Converted):
             )
         given = self.target.check(batch)
         check_some(given.tokens)
-        return self._single(given) if self.rows_kind == "single" else self._doubled(given)
+        given, starts = moved_to_front(given)
+        embed = self._single if self.rows_kind == "single" else self._doubled
+        return embed(given, _places(given, self.sizes.context))._replace(starts=starts)
 
-    def _single(self, given: TokenBatch) -> Context:
+    def _single(self, given: TokenBatch, places: Tensor) -> Context:
         if given.tokens.shape[1] < 2:
             raise ValueError(
                 "tokens must be at least 2 long in a single stream, whose first token is given, "
                 f"got {given.tokens.shape[1]}; leave such texts out"
             )
-        positions = given.positions()[1:]
-        first, before = positions == 0, (positions - 1).clamp(min=0)
+        first = given.positions() == 0
+        before, first = _before(places, first)[..., 1:], first[1:]
         embedded = cast(Tensor, self.family.embedding(self.model)(given.tokens[:, :-1]))
         attention = self.family.context(self.model, embedded, before)
         if given.cu_seqlens is not None:
@@ -206,16 +216,16 @@ class ConvertedCausalLM(Converted):
             attention["attention_mask"] = _document_mask(first)
         return Context(None, self.family.enter(self.model, embedded, before), attention)
 
-    def _doubled(self, given: TokenBatch) -> Context:
-        positions = given.positions()
-        before = (positions - 1).clamp(min=0)
+    def _doubled(self, given: TokenBatch, places: Tensor) -> Context:
+        first = given.positions() == 0
+        before = _before(places, first)
         embedded = cast(Tensor, self.family.embedding(self.model)(given.tokens))
-        previous = embedded.roll(1, dims=1).masked_fill((positions == 0)[:, None], 0)
-        attention = self.family.context(self.model, embedded, torch.cat([positions, before]))
+        previous = embedded.roll(1, dims=1).masked_fill(first[:, None], 0)
+        attention = self.family.context(self.model, embedded, torch.cat([places, before], -1))
         if given.cu_seqlens is not None:
             attention["dblocks_cu_seqlens"] = given.cu_seqlens
         return Context(
-            self.family.enter(self.model, embedded, positions),
+            self.family.enter(self.model, embedded, places),
             self.family.enter(self.model, previous, before),
             attention,
         )
@@ -224,24 +234,28 @@ class ConvertedCausalLM(Converted):
         self, layers: Sequence[nn.Module], z_in: Tensor, level: NoiseLevel, condition: Context
     ) -> Hidden:
         """Runs `layers` on the noisy embeddings [N, T, D], beside clean rows or without."""
-        cond = cast(Tensor, self._cond(level))
+        cond = inner = cast(Tensor, self._cond(level))
+        starts = condition.starts
+        if inner.ndim == 3 and starts is not None:
+            inner = to_front(over_rows(inner, z_in), starts)
+        z_in = to_front(z_in, starts)
         if condition.clean is None:
-            noise, inner = z_in[:, 1:], cond
-            if cond.ndim == 3:
-                inner = over_rows(cond, z_in)[:, 1:]
+            noise = z_in[:, 1:]
+            if inner.ndim == 3:
+                inner = over_rows(inner, z_in)[:, 1:]
             x = condition.noisy + (self.noise_scale * noise).to(condition.noisy.dtype)
             for layer in layers:
                 x = layer(x, inner, condition.attention, checkpointing=self.checkpointing)
-            return Hidden(nnf.pad(x, (0, 0, 1, 0)), cond)
+            return Hidden(from_front(nnf.pad(x, (0, 0, 1, 0)), starts), cond)
         # A level for each segment, also where there is one only, as clean rows are a segment too.
-        segments = cond if cond.ndim == 3 else cond[:, None]
+        segments = inner if inner.ndim == 3 else inner[:, None]
         noisy = condition.noisy + (self.noise_scale * z_in).to(condition.noisy.dtype)
         x = torch.cat([condition.clean, noisy], dim=1)
         for layer in layers:
             x = layer(
                 x, segments, condition.attention, clean=True, checkpointing=self.checkpointing
             )
-        return Hidden(x[:, x.shape[1] // 2 :], cond)
+        return Hidden(from_front(x[:, x.shape[1] // 2 :], starts), cond)
 
     def features(self, hidden: Hidden) -> Features:
         """The noisy rows, normed for the head, [N, T, D]."""
@@ -275,7 +289,31 @@ class ConvertedCausalLM(Converted):
                 "the model's own loss does not keep packed documents apart, so a batch must not "
                 "hold 'cu_seqlens'; give each document a row, or set clean_loss_weight to 0"
             )
-        return self.family.plain_loss(self.model, given.tokens, given.labels())
+        labels = to_front(given.labels(), starts_of(given.attention_mask))
+        given, _ = moved_to_front(given)
+        ids = given.get("position_ids")
+        if ids is not None:
+            _places(given, self.sizes.context)
+        return self.family.plain_loss(self.model, given.tokens, labels, ids)
+
+
+def _places(given: TokenBatch, context: int) -> Tensor:
+    """The places at which tokens enter, int64 [T], or [N, T] where the batch says them."""
+    ids = given.get("position_ids")
+    if ids is None:
+        return given.positions()
+    if given.cu_seqlens is not None:
+        raise ValueError(
+            "position_ids must be None with cu_seqlens, as positions begin again in each document; "
+            "leave them out"
+        )
+    check_ids("position_ids", ids, tuple(given.tokens.shape), context)
+    return ids
+
+
+def _before(places: Tensor, first: Tensor) -> Tensor:
+    """The place of the token before each; its own where it is the first, `first` [T]."""
+    return torch.where(first, places, places.roll(1, -1))
 
 
 def _element(weight: Tensor) -> float:

@@ -18,6 +18,7 @@ from dblocks.blocks.targets.classes import Head
 from dblocks.blocks.targets.heads import FunctionHead, at_least_float32
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some
+from dblocks.integrations.convert.text_entries import whole_text
 from dblocks.nn import LabelEmbedding, Modulation
 from dblocks.nn.scalars import number
 from dblocks.schedules import NoiseLevel
@@ -92,7 +93,9 @@ class ConvertedClassifier(Converted):
     the model itself does. In the second, g is a learned number, 1/sigma_data at the start: at the
     highest noise the head sees pool(h).
 
-    A batch holds "labels" [N], and what is classified, which is all that sampling needs.
+    A batch holds "labels" [N], and what is classified, which is all that sampling needs. Beside
+    tokens it may hold "attention_mask", 0 at padding before or after each text, and "position_ids"
+    and "token_type_ids" where the model has them, each [N, T].
 
     Args:
         model: the user's.
@@ -159,6 +162,7 @@ class ConvertedClassifier(Converted):
                 of="a converted classifier's",
             )
         check_some(batch[key])
+        batch = self._given(batch)
         rows = self.family.enter(self.model, batch)
         return Context(rows, self.family.context(self.model, rows, batch))
 
@@ -192,6 +196,9 @@ class ConvertedClassifier(Converted):
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy."""
-        given = checked(self, batch)
+        given = self._given(checked(self, batch))
         logits = self.family.plain_logits(self.model, given)
         return nnf.cross_entropy(at_least_float32(logits), given["labels"])
+
+    def _given(self, batch: Batch) -> Batch:
+        return whole_text(self.model, batch) if self.family.input == "tokens" else batch

@@ -16,6 +16,9 @@ from dblocks.integrations.convert.families import (
     backbone,
 )
 from dblocks.integrations.convert.layers import ByLayerType
+from dblocks.integrations.convert.text_entries import ids_of
+
+PLACED = ("attention_mask", "position_ids")  # what is read where tokens have no types
 
 # Images
 
@@ -57,10 +60,10 @@ class SigLIPFamily(CLIPFamily):
 # Tokens
 
 
-def electra_rows(model: Any, tokens: Tensor) -> Tensor:
+def electra_rows(model: Any, batch: Batch) -> Tensor:
     """Rows as they enter ELECTRA's layers, which may be wider than the embeddings."""
     electra = backbone(model)
-    rows = electra.embeddings(input_ids=tokens)
+    rows = electra.embeddings(input_ids=batch["tokens"], **ids_of(batch))
     return electra.embeddings_project(rows) if hasattr(electra, "embeddings_project") else rows
 
 
@@ -68,7 +71,7 @@ class ElectraClassFamily(BertClassFamily):
     """ELECTRA, whose head pools the rows itself, as RoBERTa's."""
 
     def enter(self, model: Any, batch: Batch) -> Tensor:
-        return electra_rows(model, batch["tokens"])
+        return electra_rows(model, batch)
 
     def pool(self, model: Any, x: Tensor) -> Tensor:
         return x[:, 0]
@@ -80,8 +83,8 @@ class ElectraClassFamily(BertClassFamily):
 class ElectraMaskedFamily(BertMaskedFamily):
     """ELECTRA's generator."""
 
-    def enter(self, model: Any, tokens: Tensor) -> Tensor:
-        return electra_rows(model, tokens)
+    def enter(self, model: Any, batch: Batch) -> Tensor:
+        return electra_rows(model, batch)
 
     def head(self, model: Any, x: Tensor) -> Tensor:
         return model.generator_lm_head(model.generator_predictions(x))
@@ -90,6 +93,8 @@ class ElectraMaskedFamily(BertMaskedFamily):
 class DistilBertClassFamily(BertClassFamily):
     """DistilBERT."""
 
+    reads = PLACED
+
     def pool(self, model: Any, x: Tensor) -> Tensor:
         return model.dropout(nnf.relu(model.pre_classifier(x[:, 0])))
 
@@ -97,41 +102,49 @@ class DistilBertClassFamily(BertClassFamily):
 class DistilBertMaskedFamily(BertMaskedFamily):
     """DistilBERT."""
 
+    reads = PLACED
+
     def head(self, model: Any, x: Tensor) -> Tensor:
         x = model.activation(model.vocab_transform(x))
         return model.vocab_projector(model.vocab_layer_norm(x))
 
 
-def modern_context(model: Any, rows: Tensor, mask: Tensor | None) -> dict[str, Any]:
+def modern_context(model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
     """What ModernBERT makes once for its layers of each type: masks and rotary positions."""
     from transformers.masking_utils import (
         create_bidirectional_mask,
         create_bidirectional_sliding_window_mask,
     )
 
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     given = {"config": model.config, "inputs_embeds": rows, "attention_mask": mask}
-    rotary, positions = backbone(model).rotary_emb, torch.arange(rows.shape[1], device=rows.device)
+    if positions is None:
+        positions = torch.arange(rows.shape[1], device=rows.device)[None]
+    rotary = backbone(model).rotary_emb
     kinds = set(model.config.layer_types)
     return {
         "attention_mask": ByLayerType(
             full_attention=create_bidirectional_mask(**given),
             sliding_attention=create_bidirectional_sliding_window_mask(**given),
         ),
-        "position_embeddings": ByLayerType(
-            {kind: rotary(rows, positions[None], kind) for kind in kinds}
-        ),
+        "position_embeddings": ByLayerType({kind: rotary(rows, positions, kind) for kind in kinds}),
     }
 
 
 class ModernBertClassFamily(BertClassFamily):
     """ModernBERT: rotary positions, windows in most layers."""
 
+    reads = PLACED
+
+    def enter(self, model: Any, batch: Batch) -> Tensor:
+        return backbone(model).embeddings(input_ids=batch["tokens"])
+
     def unsupported(self, model: Any) -> str | None:
         pooling = model.config.classifier_pooling
         return None if pooling == "cls" else f"classifier_pooling={pooling!r} (a mean of all rows)"
 
     def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
-        return modern_context(model, rows, batch.get("attention_mask"))
+        return modern_context(model, rows, batch)
 
     def pool(self, model: Any, x: Tensor) -> Tensor:
         return model.drop(model.head(backbone(model).final_norm(x)[:, 0]))
@@ -140,8 +153,13 @@ class ModernBertClassFamily(BertClassFamily):
 class ModernBertMaskedFamily(BertMaskedFamily):
     """ModernBERT: rotary positions, windows in most layers."""
 
-    def context(self, model: Any, rows: Tensor) -> dict[str, Any]:
-        return modern_context(model, rows, None)
+    reads = PLACED
+
+    def enter(self, model: Any, batch: Batch) -> Tensor:
+        return backbone(model).embeddings(input_ids=batch["tokens"])
+
+    def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
+        return modern_context(model, rows, batch)
 
     def head(self, model: Any, x: Tensor) -> Tensor:
         return model.decoder(model.head(backbone(model).final_norm(x)))

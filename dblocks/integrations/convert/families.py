@@ -19,6 +19,7 @@ from dblocks.blocks.targets.heads import IGNORED, at_least_float32
 from dblocks.integrations.convert.causal_lm import Sizes
 from dblocks.integrations.convert.layers import ByLayerType
 from dblocks.integrations.convert.network import example_tokens
+from dblocks.integrations.convert.text_entries import TEXT, entries_of, ids_of
 
 # Language models of transformers that predict the next token
 
@@ -78,7 +79,7 @@ class RotaryFamily:
         return getattr(backbone(model), self.dropout)(rows) if self.dropout else rows
 
     def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
-        rotary, ids = backbone(model).rotary_emb, positions[None]
+        rotary, ids = backbone(model).rotary_emb, _in_rows(positions)
         kinds = getattr(rotary, "layer_types", None)
         turned: Any = (
             rotary(rows, position_ids=ids)
@@ -93,11 +94,20 @@ class RotaryFamily:
             x = x * getattr(config, self.logit_factor)
         return x / getattr(config, self.logit_divisor) if self.logit_divisor else x
 
-    def plain_logits(self, model: Any, tokens: Tensor) -> Tensor:
-        return model(input_ids=tokens, use_cache=False).logits
+    def plain_logits(
+        self, model: Any, tokens: Tensor, position_ids: Tensor | None = None
+    ) -> Tensor:
+        more = {}
+        if position_ids is not None:
+            # Without a mask, places that do not follow one another would mean packed documents.
+            more = {"position_ids": position_ids, "attention_mask": torch.ones_like(tokens)}
+        return model(input_ids=tokens, use_cache=False, **more).logits
 
-    def plain_loss(self, model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
-        logits = self.plain_logits(model, tokens)[:, :-1]
+    def plain_loss(
+        self, model: Any, tokens: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    ) -> Tensor:
+        # Padding is behind the texts, where none of their rows sees it.
+        logits = self.plain_logits(model, tokens, position_ids)[:, :-1]
         return nnf.cross_entropy(
             at_least_float32(logits).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
         )
@@ -136,7 +146,7 @@ class OPTFamily(RotaryFamily):
         return super().unsupported(model)
 
     def enter(self, model: Any, rows: Tensor, positions: Tensor) -> Tensor:
-        at = backbone(model).decoder.embed_positions(None, position_ids=positions[None])
+        at = backbone(model).decoder.embed_positions(None, position_ids=_in_rows(positions))
         return rows + at
 
     def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
@@ -147,9 +157,33 @@ class OPTFamily(RotaryFamily):
         return x if norm is None else norm(x)
 
 
+def _in_rows(positions: Tensor) -> Tensor:
+    return positions if positions.ndim == 2 else positions[None]
+
+
 def context_from_start(family: RotaryFamily, model: Any, rows: Tensor) -> dict[str, Any]:
     """`family.context` of rows [N, T, D] at the positions 0 to T - 1."""
     return family.context(model, rows, torch.arange(rows.shape[1], device=rows.device))
+
+
+# Encoders of text
+
+
+def bert_context(model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
+    """The attention's mask, where a batch has padding, as the model itself makes it."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return {}
+    try:
+        from transformers.masking_utils import create_bidirectional_mask
+    except ImportError:  # transformers 4
+        mask = backbone(model).get_extended_attention_mask(mask, mask.shape, dtype=rows.dtype)
+        return {"attention_mask": mask}
+    return {
+        "attention_mask": create_bidirectional_mask(
+            config=model.config, inputs_embeds=rows, attention_mask=mask
+        )
+    }
 
 
 # Classifiers of transformers
@@ -195,28 +229,16 @@ class ViTFamily:
 
 
 class BertClassFamily(ViTFamily):
-    """BERT, whose first token stands for the class; a batch may hold "attention_mask" [N, T]."""
+    """BERT, whose first token stands for the class."""
 
     input = "tokens"
-    reads = ("attention_mask",)
+    reads = TEXT
 
     def enter(self, model: Any, batch: Batch) -> Tensor:
-        return backbone(model).embeddings(input_ids=batch["tokens"])
+        return backbone(model).embeddings(input_ids=batch["tokens"], **ids_of(batch))
 
     def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
-        mask = batch.get("attention_mask")
-        if mask is None:
-            return {}
-        try:
-            from transformers.masking_utils import create_bidirectional_mask
-        except ImportError:  # transformers 4
-            mask = backbone(model).get_extended_attention_mask(mask, mask.shape, dtype=rows.dtype)
-            return {"attention_mask": mask}
-        return {
-            "attention_mask": create_bidirectional_mask(
-                config=model.config, inputs_embeds=rows, attention_mask=mask
-            )
-        }
+        return bert_context(model, rows, batch)
 
     def pool(self, model: Any, x: Tensor) -> Tensor:
         return model.dropout(backbone(model).pooler(x))
@@ -225,7 +247,7 @@ class BertClassFamily(ViTFamily):
         return {"tokens": _example_text(model)}
 
     def plain_logits(self, model: Any, batch: Batch) -> Tensor:
-        return model(input_ids=batch["tokens"], attention_mask=batch.get("attention_mask")).logits
+        return model(input_ids=batch["tokens"], **entries_of(batch)).logits
 
 
 class RobertaClassFamily(BertClassFamily):
@@ -245,7 +267,7 @@ class BertMaskedFamily:
     """BERT with the head of its pretraining."""
 
     head_name = "cls"
-    reads = ()
+    reads = TEXT
     special_positions = 0
 
     def sizes(self, model: Any) -> Sizes:
@@ -253,11 +275,11 @@ class BertMaskedFamily:
         config = model.config
         return Sizes(config.vocab_size, config.max_position_embeddings - self.special_positions)
 
-    def enter(self, model: Any, tokens: Tensor) -> Tensor:
-        return backbone(model).embeddings(input_ids=tokens)
+    def enter(self, model: Any, batch: Batch) -> Tensor:
+        return backbone(model).embeddings(input_ids=batch["tokens"], **ids_of(batch))
 
-    def context(self, model: Any, rows: Tensor) -> dict[str, Any]:
-        return {}
+    def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
+        return bert_context(model, rows, batch)
 
     def head(self, model: Any, x: Tensor) -> Tensor:
         return getattr(model, self.head_name)(x)
@@ -265,8 +287,8 @@ class BertMaskedFamily:
     def example(self, model: Any) -> Tensor:
         return _example_text(model)
 
-    def plain_logits(self, model: Any, tokens: Tensor) -> Tensor:
-        return model(input_ids=tokens).logits
+    def plain_logits(self, model: Any, batch: Batch) -> Tensor:
+        return model(input_ids=batch["tokens"], **entries_of(batch)).logits
 
 
 class RobertaMaskedFamily(BertMaskedFamily):

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from dblocks.blocks import Batch, MaskedTokenTarget
 from dblocks.blocks.entries import checked
 from dblocks.blocks.targets.heads import IGNORED, FunctionHead, at_least_float32
+from dblocks.blocks.targets.padding import from_front, to_front
+from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.integrations.convert.causal_lm import Sizes
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some
+from dblocks.integrations.convert.text_entries import text_entries
 from dblocks.nn import Modulation
 from dblocks.schedules import MASKED, MaskLevel
 
@@ -30,11 +33,11 @@ class MaskedFamily(Protocol):
         """Of the vocabulary and of the longest text."""
         ...
 
-    def enter(self, model: nn.Module, tokens: Tensor) -> Tensor:
+    def enter(self, model: nn.Module, batch: Batch) -> Tensor:
         """Rows [N, T, D] of tokens, as they enter the first layer."""
         ...
 
-    def context(self, model: nn.Module, rows: Tensor) -> dict[str, Any]:
+    def context(self, model: nn.Module, rows: Tensor, batch: Batch) -> dict[str, Any]:
         """Keyword arguments of the layers' attention."""
         ...
 
@@ -46,9 +49,20 @@ class MaskedFamily(Protocol):
         """Tokens [N, T] to try the model with."""
         ...
 
-    def plain_logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
+    def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """The model's own logits."""
         ...
+
+
+class Context(NamedTuple):
+    """What is known of texts beside their state."""
+
+    known: Tensor | None
+    """The tokens that are given; see `MaskedTokenTarget.known`."""
+    entries: Mapping[str, Tensor]
+    """See `text_entries`."""
+    starts: Tensor | None
+    """Where texts begin, int64 [N]; None without padding."""
 
 
 class Hidden(NamedTuple):
@@ -64,7 +78,9 @@ class ConvertedMaskedLM(Converted):
     """A masked language model, for `DiffusionBlocks` with a `MaskSchedule`.
 
     Masked tokens enter as the model's own mask; rows are modulated by t, and so is what the head
-    sees. The mask itself is never predicted. The loss and the batch are those of `MaskedLM`.
+    sees. The mask itself is never predicted. The loss and the batch are those of `MaskedLM`; the
+    batch may also hold "attention_mask", 0 at padding before or after each text, which is never
+    masked or scored, and "position_ids" and "token_type_ids" where the model has them, each [N, T].
 
     Args:
         model: the user's.
@@ -99,35 +115,46 @@ class ConvertedMaskedLM(Converted):
     def target(self) -> MaskedTokenTarget:
         """The tokens that are masked."""
         head = FunctionHead(partial(_logits, self.family, self.model, self.mask_token_id))
-        return MaskedTokenTarget(head, self.sizes, mask_token=self.mask_token_id)
+        return MaskedTokenTarget(head, self.sizes, mask_token=self.mask_token_id, padding=True)
 
-    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor | None:
-        """The tokens that are given; see `MaskedTokenTarget.known`."""
+    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
+        """The tokens that are given, and what else the batch holds."""
         if drop is not None:
             raise ValueError(
                 "a masked language model is not trained without its condition, "
                 "so guidance_scale must be 1"
             )
+        shape = None
         if "tokens" in batch:
             check_some(batch["tokens"])
-        return self.target.known(batch)
+            shape = tuple(batch["tokens"].shape)
+        return Context(self.target.known(batch), *text_entries(self.model, batch, shape))
 
     def run_layers(
         self,
         layers: Sequence[nn.Module],
         z_in: Tensor,
         level: MaskLevel,
-        condition: Tensor | None,
+        condition: Context,
     ) -> Hidden:
         """Runs `layers` on tokens `z_in` [N, T], masked or given."""
-        if condition is not None:
-            z_in = torch.where(condition == MASKED, z_in, condition)
+        known, entries, starts = condition
+        for name, value in entries.items():
+            if value.shape != z_in.shape:
+                raise ValueError(
+                    f"{name} must have the shape of the tokens, {list(z_in.shape)}, "
+                    f"got {list(value.shape)}"
+                )
+        if known is not None:
+            z_in = torch.where(known == MASKED, z_in, known)
         cond = cast(Tensor, self._cond(level))
-        x = self.family.enter(self.model, z_in.masked_fill(z_in == MASKED, self.mask_token_id))
-        context = self.family.context(self.model, x)
+        tokens = to_front(z_in.masked_fill(z_in == MASKED, self.mask_token_id), starts)
+        batch = {**entries, "tokens": tokens}
+        x = self.family.enter(self.model, batch)
+        context = self.family.context(self.model, x, batch)
         for layer in layers:
             x = layer(x, cond, context, checkpointing=self.checkpointing)
-        return Hidden(x, cond)
+        return Hidden(from_front(x, starts), cond)
 
     def features(self, hidden: Hidden) -> Tensor:
         """Rows for the head, told of the masks' level, [N, T, D]."""
@@ -136,22 +163,27 @@ class ConvertedMaskedLM(Converted):
 
     def compare(self) -> tuple[Tensor, Tensor]:
         """See `Converted.compare`; the logits."""
-        tokens = self.family.example(self.model)
-        x = self.family.enter(self.model, tokens)
-        context = self.family.context(self.model, x)
+        batch = {"tokens": self.family.example(self.model)}
+        x = self.family.enter(self.model, batch)
+        context = self.family.context(self.model, x, batch)
         for layer in self.layers:
             x = layer(x, None, context)
-        return self.family.plain_logits(self.model, tokens), self.family.head(self.model, x)
+        return self.family.plain_logits(self.model, batch), self.family.head(self.model, x)
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own cross-entropy, the mean over the tokens that are masked in z."""
-        tokens = checked(self, batch)["tokens"]
+        given = cast(TokenBatch, checked(self, batch))
         if z is None:
             raise ValueError("the loss of a masked language model needs z, to say what is masked")
         masked = z == MASKED
-        given = tokens.masked_fill(masked, self.mask_token_id)
-        logits = at_least_float32(self.family.plain_logits(self.model, given)).flatten(0, 1)
-        labels = torch.where(masked, tokens, IGNORED).flatten()
+        if given.loss_mask is not None:
+            masked = masked & given.loss_mask
+        labels = torch.where(masked, given.tokens, IGNORED)
+        tokens = given.tokens.masked_fill(masked, self.mask_token_id)
+        entries, starts = text_entries(self.model, given, tuple(tokens.shape))
+        tokens, labels = to_front(tokens, starts), to_front(labels, starts).flatten()
+        logits = self.family.plain_logits(self.model, {**entries, "tokens": tokens})
+        logits = at_least_float32(logits).flatten(0, 1)
         total = nnf.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         return total / masked.sum().clamp(min=1)
 

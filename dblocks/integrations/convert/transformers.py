@@ -204,7 +204,7 @@ def masked_lm(
             "pass tokenizer.mask_token_id"
         )
     width = model.config.hidden_size
-    parts = conditioned(layers, width, partial(family.context, model))
+    parts = conditioned(layers, width, partial(_context_of_batch, family, model))
     return ConvertedMaskedLM(model, parts, family, width=width, mask_token_id=mask_token_id)
 
 
@@ -232,7 +232,9 @@ def _check_options(model: Any, family: RotaryFamily | ViTFamily) -> None:
         )
 
 
-def _context_of_batch(family: ViTFamily, model: Any, rows: Tensor) -> dict[str, Any]:
+def _context_of_batch(
+    family: ViTFamily | BertMaskedFamily, model: Any, rows: Tensor
+) -> dict[str, Any]:
     return family.context(model, rows, {})
 
 

@@ -92,7 +92,7 @@ def test_models_of_masked_tokens(kind, tmp_path):
         config = BlocksConfig(2, schedule=MaskSchedule())
         blocks = convert(copy.deepcopy(model), config, **options)
         network, level = blocks.base_model, blocks.config.schedule.level(torch.full((2,), 0.5))
-        hidden = network.run_layers(network.layers, TOKENS, level, None)
+        hidden = network.run_layers(network.layers, TOKENS, level, network.embed_condition({}))
         ours = network.family.head(network.model, hidden.x)
         assert (ours - own).abs().max() < 2e-5 * own.abs().max()
 

@@ -1,0 +1,94 @@
+"""Padding of texts, as an attention mask tells it, and texts moved to where there is none before.
+
+Padding after a text is seen by no row of it under causal attention, and a model's first row is the
+text's. So padding before it is moved behind it, where positions, pooling and attention are those of
+the text alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_attention_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The mask as bool [N, T], true at the tokens of each text, which follow one another.
+
+    Values are looked at on the device where that is no CPU, without waiting for them.
+
+    Args:
+        mask: bool or integers, 0 and 1.
+        shape: of the tokens.
+
+    Raises:
+        TypeError: it is no tensor of bool or integers.
+        ValueError: it has another shape or other values, holes, or a row without tokens.
+    """
+    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"attention_mask must be a tensor of bool or of integers 0 and 1, got {got}; give the "
+            "mask of the tokenizer, true at tokens and false at padding"
+        )
+    if mask.shape != shape:
+        raise ValueError(
+            f"attention_mask must have the shape of the tokens, {list(shape)}, got "
+            f"{list(mask.shape)}; masks of pairs of tokens (4-D) are not taken"
+        )
+    shown = mask.bool()
+    before = torch.nn.functional.pad(shown[:, :-1], (1, 0))
+    runs = (shown & ~before).sum(1)
+    fits = (runs == 1).all() & ((mask == 0) | (mask == 1)).all()
+    message = (
+        "attention_mask must be 0 or 1, with ones at one token or more of each row that follow one "
+        "another: no holes and no row of padding alone"
+    )
+    if torch.compiler.is_compiling() or not mask.is_cpu:
+        torch.ops.aten._assert_async.msg(fits, message)
+    elif not fits:
+        raise ValueError(f"{message}, got {_wrong(mask, runs)}")
+    return shown
+
+
+def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], count: int) -> None:
+    """Raises unless `ids` are int64 of a shape, in 0..count - 1; values are seen on the CPU."""
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be an int64 tensor, got {got}; call .long()")
+    if ids.shape != shape:
+        raise ValueError(
+            f"{name} must have the shape of the tokens, {list(shape)}, got {list(ids.shape)}"
+        )
+    if not ids.is_cpu or torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} must be in 0..{count - 1}, got {low}..{high}")
+
+
+def starts_of(mask: Tensor | None) -> Tensor | None:
+    """The place of each text's first token, int64 [N], of a checked mask; None without one."""
+    return None if mask is None else mask.int().argmax(1)
+
+
+def to_front(x: Tensor, starts: Tensor | None) -> Tensor:
+    """Rows [N, T, ...] turned so that those at `starts` [N] come first; None: as they are."""
+    return x if starts is None else _turned(x, starts)
+
+
+def from_front(x: Tensor, starts: Tensor | None) -> Tensor:
+    """Undoes `to_front`."""
+    return x if starts is None else _turned(x, -starts)
+
+
+def _turned(x: Tensor, by: Tensor) -> Tensor:
+    N, T = x.shape[:2]
+    place = (torch.arange(T, device=x.device) + by[:, None]) % T
+    # Each row is read once, so that gradients, which are added up, repeat bit for bit.
+    index = place.view(N, T, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
+
+
+def _wrong(mask: Tensor, runs: Tensor) -> str:
+    row = int((runs != 1).int().argmax())
+    return f"{mask[row].tolist()} in row {row}"
