@@ -15,7 +15,7 @@ from dblocks.blocks.config import BlocksConfig, Weighting
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import within
-from dblocks.blocks.targets.base import Batch, CheckedBatch, Target
+from dblocks.blocks.targets.base import Batch, CheckedBatch, Target, scored_shape
 from dblocks.config import check_block, check_finite
 from dblocks.kernels.reference import in_forward_mode
 from dblocks.schedules import Schedule
@@ -174,7 +174,7 @@ class Denoiser(nn.Module):
         self.before_use()
         model, layers = self.parts(block)
         target = model.target
-        shape = target.sigma_shape(_checked(model, batch))
+        shape = scored_shape(target, _checked(model, batch))
         seed = draw_seed(generator)
         device = _device_of((*layers, cast(nn.Module, model)), batch)
         # The generator of a GPU is Philox too: under the same key, sigma would be made of the same
