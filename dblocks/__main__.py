@@ -71,6 +71,8 @@ class Bench:
     """Measure peak memory too, each of the compared in a process of its own."""
     out: Path | None = None
     """Folder for the JSON, the tables and the charts."""
+    overwrite: bool = False
+    """Replace the results that --out holds."""
     compare: Path | None = None
     """An earlier JSON: also print what changed."""
 
@@ -87,6 +89,10 @@ class Bench:
         arguments = [f"benchmarks.{'ops.run' if self.what == 'ops' else 'models.step'}"]
         arguments += ["--device", self.device, "--rounds", str(self.rounds)]
         if self.out is not None:
+            from dblocks.recipes.command import check_free
+
+            record = self.out / f"{self.what}-{self.device}.json"
+            check_free(self.out, [record], overwrite=self.overwrite)
             arguments += ["--out", str(self.out.resolve())]
         if self.what == "ops":
             arguments += [word for name in self.op for word in ("--op", name)]

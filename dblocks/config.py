@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import operator
 import stat
 import types
 import typing
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +29,22 @@ class JsonConfig:
     A nested config is written with its class name under "type", so that a field can hold one of
     several configs: those of its annotation, or of the dictionary `metadata["types"]` of the field,
     by name. Without a name it is read as the default's class, or else the annotation's first.
+
+    A subclass with a `__post_init__` of its own begins it with that of this class, which checks the
+    types of all fields and makes plain numbers of other libraries' ones.
     """
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            plain = _plain(value)
+            if not _matches(plain, hint, choices=False):
+                raise TypeError(
+                    f"{name} of {type(self).__name__} must be {_described(hint)}, "
+                    f"got {value!r} of type {type(value).__name__}"
+                )
+            if plain is not value:
+                object.__setattr__(self, name, plain)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -204,6 +221,30 @@ def _registered(field: dataclasses.Field[Any]) -> Any:
     return typing.Union[(field.default_factory, *field.metadata["types"].values())]
 
 
+@lru_cache(maxsize=256)
+def _hints(config: type) -> dict[str, Any]:
+    """The annotations of fields by their names, of those whose type is told."""
+    try:
+        hints = typing.get_type_hints(config)
+    except NameError:  # a class inside a function may name what is known there alone
+        return {}
+    fields = dataclasses.fields(typing.cast(Any, config))
+    return {f.name: hints[f.name] for f in fields if "types" not in f.metadata}
+
+
+def _plain(value: Any) -> Any:
+    """`value` with numbers of any library as Python's, and lists as tuples."""
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        plain = tuple(map(_plain, value))
+        same = isinstance(value, tuple) and all(map(operator.is_, plain, value))
+        return value if same else plain
+    if isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
 def _decode(value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
@@ -226,13 +267,16 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is missing and field.default_factory is missing
 
 
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether a value is of the annotated type; an int is a float too, a bool is no number."""
+def _matches(value: Any, hint: Any, *, choices: bool = True) -> bool:
+    """Whether a value is of the annotated type; an int is a float too, a bool is no number.
+
+    Without `choices`, any value of their type is one of them.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, arg) for arg in args)
+        return any(_matches(value, arg, choices=choices) for arg in args)
     if origin is Literal:
-        return value in args
+        return value in args if choices else type(value) in map(type, args)
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
@@ -269,6 +313,25 @@ def check_block(block: int, num_blocks: int) -> int:
     if not 0 <= index < num_blocks:
         raise ValueError(f"block must be in 0..{num_blocks - 1}, got {index}")
     return index
+
+
+def check_seed(seed: Any) -> Any:
+    """`seed` as an int of 64 bits, in two's complement; integers of any library will do.
+
+    Tensors, and numbers of a graph, are returned as they are.
+    """
+    if isinstance(seed, (torch.Tensor, torch.SymInt)):
+        return seed
+    number = _integer(seed)
+    if number is None:
+        raise TypeError(
+            f"seed must be an int or a 0-d int64 tensor, got {seed!r} of type "
+            f"{type(seed).__name__}; convert it with int()"
+        )
+    # A graph's has 64 bits, and a comparison would be a guard.
+    if not torch.compiler.is_compiling() and not -(2**63) <= number < 2**63:
+        raise ValueError(f"seed must fit in 64 bits (two's complement), got {number}; reduce it")
+    return number
 
 
 def check_overlap(overlap: float) -> None:

@@ -37,7 +37,7 @@ def trained(story, tmp_path):
 def test_a_save_is_overwritten_only_if_asked(trained, story, capsys):
     before = (trained / "model.safetensors").read_bytes()
     again = (*TEXT, "--data", story, "--steps", "1", "--seed", "1", "--out", str(trained))
-    assert "must be a folder without a save" in mistake(capsys, *again)
+    assert "--out must name what is not there yet" in mistake(capsys, *again)
     assert (trained / "model.safetensors").read_bytes() == before
     assert main([*again, "--overwrite"]) == 0
     assert (trained / "model.safetensors").read_bytes() != before

@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 from dblocks.config import JsonConfig, check_count, check_share
 from dblocks.schedules import SCHEDULES, EDMSchedule, MaskSchedule, NoiseSchedule, Schedule
-from dblocks.schedules.base import OVERLAP
+from dblocks.schedules.base import OVERLAP, check_schedule
 
 Weighting = Literal["auto", "edm", "clamped", "none", "batch_mean"]
 Shared = Literal["train", "frozen", "private"]
@@ -39,6 +39,8 @@ class BlocksConfig(JsonConfig):
     """What happens to parameters outside the layers: train, frozen or private."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_schedule(self.schedule)
         object.__setattr__(self, "num_blocks", check_count("num_blocks", self.num_blocks))
         if self.layers_per_block is not None:
             counts = (check_count("layers_per_block", n) for n in self.layers_per_block)
@@ -115,3 +117,12 @@ class BlocksConfig(JsonConfig):
             raise ValueError(
                 f"layers_per_block must have num_blocks={self.num_blocks} entries, got {counts}"
             )
+
+
+def check_config(config: object) -> None:
+    """Raises TypeError unless `config` is a `BlocksConfig`."""
+    if not isinstance(config, BlocksConfig):
+        raise TypeError(
+            f"config must be a BlocksConfig, got {config!r} of type {type(config).__name__}; "
+            "BlocksConfig(3) makes three blocks"
+        )

@@ -16,7 +16,7 @@ from dblocks.blocks.entries import check_entries, checked
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import within
-from dblocks.blocks.targets.base import Batch, Target
+from dblocks.blocks.targets.base import Batch, Target, scored_shape
 from dblocks.config import check_block, check_finite
 from dblocks.kernels.reference import in_forward_mode
 from dblocks.schedules import Schedule
@@ -177,7 +177,7 @@ class Denoiser(nn.Module):
         self.before_use()
         model, layers = self.parts(block)
         target = model.target
-        shape = target.sigma_shape(checked(model, batch))
+        shape = scored_shape(target, checked(model, batch))
         seed = draw_seed(generator)
         device = _device_of((*layers, cast(nn.Module, model)), batch)
         # The generator of a GPU is Philox too: under the same key, sigma would be made of the same

@@ -13,7 +13,7 @@ from typing import cast
 
 from torch import nn
 
-from dblocks.blocks.config import BlocksConfig
+from dblocks.blocks.config import BlocksConfig, check_config
 from dblocks.blocks.denoiser import Denoiser
 from dblocks.blocks.model import BlockModel, Divisible, check_model
 from dblocks.blocks.parameters import check_apart
@@ -38,6 +38,7 @@ class DiffusionBlocks(Denoiser):
         config: how it is cut.
 
     Raises:
+        TypeError: `model` lacks members of `BlockModel`, or `config` is no `BlocksConfig`.
         ValueError: layers of two blocks share a parameter, or a layer and what is outside of all.
 
     Warns:
@@ -49,6 +50,7 @@ class DiffusionBlocks(Denoiser):
     def __init__(self, model: BlockModel, config: BlocksConfig) -> None:
         super().__init__()
         check_model(model)
+        check_config(config)
         _check_loss_kind(model, config)
         self.config = config
         self.layer_ranges = config.layer_ranges(len(model.layers))

@@ -166,9 +166,11 @@ def train_step(
         wrong = not_finite(result.loss, parameters)
     if wrong is not None and nonfinite != "skip":
         model.zero_grad(set_to_none=True)
+        # Who asked for "raise" by name has chosen, such as a command that has no such option.
+        other = ', or give nonfinite="skip"' if nonfinite is None else ""
         raise FloatingPointError(
             f"loss and gradients of block {block} must be finite, got {wrong}; its parameters are "
-            'as before the step. Lower the learning rate, or give nonfinite="skip"'
+            f"as before the step. Lower the learning rate{other}"
         )
     grad_norm = None
     if clip_grad_norm is not None:

@@ -29,6 +29,7 @@ from dblocks.sampling.levels import grid_of
 from dblocks.sampling.samplers import sampler_of
 from dblocks.sampling.steps import Callback, Sampler
 from dblocks.schedules import NoiseLevel
+from dblocks.schedules.random import draw_device
 
 NUM_STEPS = 50  # and the scale of guidance; Shing et al. 2026
 GUIDANCE_SCALE = 2.0
@@ -285,7 +286,7 @@ def generate_images(
         model.config.noise_schedule,
         kind=noise,
         generator=generator,
-        device=device if generator is None else generator.device,
+        device=draw_device(generator, device),
     )
     return sampler_of(sampler)(
         model, z.to(device), grid, callback=callback, guidance_scale=guidance_scale, **cond

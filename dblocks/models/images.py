@@ -38,6 +38,7 @@ class ImageModelConfig(JsonConfig):
     """What the gates of conditioned layers start at: 0, as published, or 1, the plain layer."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.image_size, int):
             object.__setattr__(self, "image_size", tuple(self.image_size))
         for name in ("channels", "patch_size", "width", "depth", "heads"):

@@ -20,7 +20,7 @@ from dblocks import functional as F
 from dblocks.blocks import Batch, TokenTarget
 from dblocks.blocks.entries import check_entries
 from dblocks.blocks.targets.token_batch import TokenBatch
-from dblocks.config import check_count
+from dblocks.config import check_count, check_generator
 from dblocks.models.doubled_rows import attend_doubled, run_doubled
 from dblocks.models.language_config import LanguageModelConfig
 from dblocks.models.language_model import Hidden, LanguageModel
@@ -173,6 +173,7 @@ class RecurrentLM(LanguageModel):
 
     def draw_recurrences(self, generator: torch.Generator | None = None) -> int:
         """How often a training step of the plain model applies the core."""
+        check_generator(generator)
         mean = math.log(self.config.mean_recurrence) - RECURRENCE_STD**2 / 2
         u = torch.randn((), generator=generator, device="cpu")
         rate = (mean + RECURRENCE_STD * u).exp()

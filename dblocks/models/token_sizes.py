@@ -37,6 +37,7 @@ class TokenModelConfig(JsonConfig):
     """Whether the output head uses the token embeddings; else it has a matrix of its own."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         conditioning_of(self.conditioning)
         for name in ("vocab_size", "context", "width", "heads"):
             if getattr(self, name) < 1:

@@ -40,6 +40,7 @@ from dblocks.sampling import initial_noise, product_logits, sample_logits
 from dblocks.sampling.levels import grid_of
 from dblocks.sampling.steps import Sampler
 from dblocks.schedules import NoiseLevel
+from dblocks.schedules.random import draw_device
 
 INIT_STD = 0.02  # class token and null image; Dosovitskiy et al. 2021
 # As large as the patch tokens that Xavier weights make of pixels: at .02 the layers hardly see
@@ -287,9 +288,9 @@ def classify(
     config: Any = model.base_model.config  # pyright: ignore[reportAttributeAccessIssue]
     shape = (images.shape[0], config.width)
     z = torch.zeros(shape, device=images.device)
+    device = draw_device(generator, images.device)
     if noise != "none":
         schedule = model.config.noise_schedule
-        device = images.device if generator is None else generator.device
         z = initial_noise(shape, schedule, kind=noise, generator=generator, device=device)
         z = z.to(images.device)
     if num_steps is None and sigmas is None and trained_at_top(model):

@@ -232,7 +232,7 @@ def _is_plain(tensor: object, device: torch.device) -> bool:
 
 def noised_fit(tensors: tuple[Tensor, ...], sigma: Tensor, sigma_data: float) -> bool:
     """Whether `_levels.check_noised` would pass; False where it may, or where it must say why."""
-    fits = samples_fit(*tensors) and type(sigma_data) is float and sigma_data > 0
+    fits = samples_fit(*tensors) and type(sigma_data) is float and 0 < sigma_data < math.inf
     return fits and sigma_fits(sigma, tensors[0])
 
 

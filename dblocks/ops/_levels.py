@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dblocks.config import check_seed
 from dblocks.ops import _checks, _dispatch
-from dblocks.ops._dispatch import COUNT_RANGE, SEED_RANGE
+from dblocks.ops._dispatch import COUNT_RANGE
 
 
 def check_samples(name: str, x: Tensor) -> None:
@@ -102,10 +103,10 @@ def _check_sigma_shape(name: str, sigma: Tensor, x_name: str, x: Tensor) -> None
 
 
 def check_sigma_data(sigma_data: float) -> None:
-    """`sigma_data` is positive."""
+    """`sigma_data` is positive and finite."""
     _checks.check_number("sigma_data", sigma_data)
-    if not sigma_data > 0:
-        raise ValueError(f"sigma_data must be a number > 0, got {sigma_data}; 0.5 is usual")
+    if not sigma_data > 0 or sigma_data == math.inf:
+        raise ValueError(f"sigma_data must be a finite number > 0, got {sigma_data}; 0.5 is usual")
 
 
 def split_seed(seed: int | Tensor, offset: int, x: Tensor) -> tuple[Tensor | None, int]:
@@ -118,13 +119,7 @@ def split_seed(seed: int | Tensor, offset: int, x: Tensor) -> tuple[Tensor | Non
             raise ValueError(f"seed must be 0-d, got shape {list(seed.shape)}; take one element")
         _checks.check_device(x, seed=seed)
         return seed, 0
-    if not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(
-            f"seed must be an int or a 0-d int64 tensor, got {_checks.type_name(seed)}; convert it"
-        )
-    if _is_known(seed) and not -SEED_RANGE <= seed < SEED_RANGE:
-        raise ValueError(f"seed must fit in 64 bits (two's complement), got {seed}; reduce it")
-    return None, seed
+    return None, check_seed(seed)
 
 
 def _is_known(value: int | torch.SymInt) -> bool:

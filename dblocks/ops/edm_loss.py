@@ -150,5 +150,6 @@ def edm_loss(
             return apply(_Loss, *call, impl)
         return _FWD[impl](*call, False)[0]
     return reference.edm_loss(
-        f, y, sigma, seed, offset=offset, sigma_data=sigma_data, row_weight=row_weight
-    )
+        f, y, sigma, number if seed_tensor is None else seed_tensor,
+        offset=offset, sigma_data=sigma_data, row_weight=row_weight,
+    )  # fmt: skip

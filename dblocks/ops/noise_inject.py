@@ -148,7 +148,7 @@ def noise_inject(
         return Noised(z if need_z else None, z_in)
     return Noised(
         *reference.noise_inject(
-            y, sigma, seed, offset=offset, sigma_data=sigma_data, dtype=dtype,
-            need_z=need_z,
+            y, sigma, number if seed_tensor is None else seed_tensor,
+            offset=offset, sigma_data=sigma_data, dtype=dtype, need_z=need_z,
         )
     )  # fmt: skip

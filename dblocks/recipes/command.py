@@ -51,7 +51,8 @@ class Recipe:
                 out before training.
             ImportError: a package that this needs is not installed; likewise.
         """
-        check_free(out, overwrite=overwrite)
+        saved = [checkpoint.current(out, name) for name in SAVED_FILES]
+        check_free(out, saved, overwrite=overwrite)
         checkpoint.prepare(out)
         if run.device == "cpu":
             records.use_one_thread()
@@ -70,13 +71,19 @@ class Recipe:
             print(self.after.format(out=out))
 
 
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raises ValueError where a folder holds a save that is not to be overwritten."""
-    found = [name for name in SAVED_FILES if checkpoint.current(out, name).exists()]
+def check_free(out: Path, files: Sequence[Path], *, overwrite: bool) -> None:
+    """Raises ValueError where files that are to be written are there and must not be replaced.
+
+    Args:
+        out: as the user named it.
+        files: what is to be written.
+        overwrite: whether they may be replaced.
+    """
+    found = [path.name for path in files if path.exists()]
     if found and not overwrite:
         raise ValueError(
-            f"--out must be a folder without a save, got {out} with {', '.join(found)}; name "
-            "another one, or give --overwrite"
+            f"--out must name what is not there yet, got {out} with {', '.join(found)}; name "
+            "something else, or give --overwrite"
         )
 
 

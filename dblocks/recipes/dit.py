@@ -22,7 +22,7 @@ from dblocks.models.dit import (
     generate_images,
 )
 from dblocks.recipes import columns, image_grid
-from dblocks.recipes.command import Recipe, load_network
+from dblocks.recipes.command import Recipe, check_free, load_network
 from dblocks.recipes.data.batches import ImageData
 from dblocks.recipes.data.images import load_images
 from dblocks.recipes.data.splits import Images
@@ -304,6 +304,8 @@ class Sample:
     """Folder that `dblocks train dit` wrote."""
     out: Path = Path("samples.png")
     """The PNG to write, or a .npy file for the numbers themselves."""
+    overwrite: bool = False
+    """Replace the file that --out names."""
     classes: tuple[int, ...] = ()
     """Classes to draw, such as 3 7; the first ten by default."""
     count: int = 5
@@ -326,6 +328,7 @@ class Sample:
         for name in ("count", "steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be positive, got {value}")
+        check_free(self.out, [self.out], overwrite=self.overwrite)
         checkpoint.make_folder(self.out.parent)
         model, network = load_network(self.checkpoint, DiT, "dit")
         config = network.config

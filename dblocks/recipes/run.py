@@ -63,6 +63,7 @@ class Run(JsonConfig, ABC):
     """Compute the layers in bfloat16 (autocast)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("steps", "batch_size", "points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -11,9 +11,10 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dblocks.blocks import DiffusionBlocks, unwrapped
-from dblocks.config import check_count
+from dblocks.config import check_count, check_generator
 from dblocks.sampling.interface import CausalNetwork, NextTokenNetwork
 from dblocks.sampling.samplers import initial_noise, product_logits
+from dblocks.schedules.random import draw_device
 
 
 class Bound(NamedTuple):
@@ -78,6 +79,7 @@ def next_token_nll(
         ValueError: blocks, or a plain `CausalLM`, are asked for several steps.
     """
     model = unwrapped(model)
+    check_generator(generator)
     if isinstance(model, DiffusionBlocks):
         _of_tokens(model)
         if num_steps not in (None, 1):
@@ -192,7 +194,7 @@ def _scaled_errors(
     """What each stratum of a block's levels adds to the integral, [draws, N, T - 1]."""
     low, high = map(math.log, levels)
     k, (N, T) = _block_size(model), tokens.shape
-    device = tokens.device if generator is None else generator.device
+    device = draw_device(generator, tokens.device)
     errors = []
     for draw in range(draws):
         u = torch.rand(N, -(-T // k), generator=generator, device=device).to(tokens.device)
@@ -247,11 +249,11 @@ def _noise_at_top(
 ) -> Tensor:
     """A state [N, T, D] at sigma_max for every token, noise of its own alone."""
     schedule, width = model.config.noise_schedule, cast(CausalNetwork, model.base_model).width
-    device = tokens.device if generator is None else generator.device
+    device = draw_device(generator, tokens.device)
     z = initial_noise((*tokens.shape, width), schedule, generator=generator, device=device)
     return z.to(tokens.device)
 
 
 def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = like.device if generator is None else generator.device
+    device = draw_device(generator, like.device)
     return torch.randn(shape, generator=generator, device=device).to(like.device)

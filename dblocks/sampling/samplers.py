@@ -13,6 +13,7 @@ from dblocks.sampling.levels import blocks_of, levels_of
 from dblocks.sampling.steps import Callback, Sampler, Steps, check_sampler
 from dblocks.schedules import EDMSchedule
 from dblocks.schedules.base import computed
+from dblocks.schedules.random import draw_device
 
 
 def initial_noise(
@@ -38,8 +39,8 @@ def initial_noise(
     """
     if kind not in ("paper", "unit_variance"):
         raise ValueError(f"kind must be 'paper' or 'unit_variance', got {kind!r}")
-    if device is None:
-        device = generator.device if generator is not None else "cpu"
+    drawn_on = draw_device(generator)
+    device = drawn_on if device is None else device
     variance = schedule.sigma_max**2 + (kind == "unit_variance")
     return variance**0.5 * torch.randn(tuple(shape), generator=generator, device=device)
 

@@ -80,6 +80,11 @@ class Schedule(Protocol):
         ...
 
 
+MEMBERS = (
+    *(name for name in Schedule.__annotations__),
+    *(name for name in vars(Schedule) if not name.startswith("_")),
+)
+
 # By the name that is written into JSON; the first one is read where JSON gives no name.
 SCHEDULES: dict[str, type[JsonConfig]] = {}
 
@@ -94,8 +99,10 @@ def register(schedule: ScheduleType) -> ScheduleType:
             `Schedule`, such as a subclass of `EDMSchedule`.
 
     Raises:
+        TypeError: it is no such class.
         ValueError: another class is registered by this name.
     """
+    _check_class(schedule)
     name = schedule.__name__
     known = SCHEDULES.setdefault(name, schedule)
     # A module that is reloaded registers its class again.
@@ -106,6 +113,28 @@ def register(schedule: ScheduleType) -> ScheduleType:
         )
     SCHEDULES[name] = schedule
     return schedule
+
+
+def check_schedule(schedule: object) -> None:
+    """Raises TypeError unless `schedule` has the members of `Schedule`."""
+    lacks = [name for name in MEMBERS if not hasattr(schedule, name)]
+    if lacks or isinstance(schedule, type):
+        raise TypeError(
+            "schedule must be a schedule, such as dblocks.NoiseSchedule(), got "
+            f"{schedule!r} of type {type(schedule).__name__}"
+            + (f", which lacks {', '.join(lacks)}" if lacks and schedule is not None else "")
+        )
+
+
+def _check_class(schedule: Any) -> None:
+    """Raises TypeError unless JSON can make an object of the class."""
+    # The fields of a base class are not those that this one adds.
+    own = vars(schedule).get("__dataclass_params__") if isinstance(schedule, type) else None
+    if own is None or not own.frozen or not issubclass(schedule, JsonConfig):
+        raise TypeError(
+            "a schedule must be a frozen dataclass that derives from JsonConfig, such as an "
+            f"EDMSchedule, got {schedule!r}; write @dataclass(frozen=True) below @register"
+        )
 
 
 # What schedules share
@@ -132,6 +161,14 @@ def with_top(levels: Tensor, top: float, share: float, generator: torch.Generato
 def clamp_inside(levels: Tensor, lo: float, hi: float) -> Tensor:
     """float32 `levels`, clamped to the float32 numbers in [lo, hi]."""
     return levels.clamp(_float32_at_least(lo), _float32_at_most(hi))
+
+
+def power(base: float, exponent: float) -> float:
+    """`base**exponent`, infinite where it is too large for a float."""
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf
 
 
 def computed(x: Tensor) -> Tensor:

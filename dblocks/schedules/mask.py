@@ -24,7 +24,7 @@ from dblocks.schedules.base import (
     register,
     with_top,
 )
-from dblocks.schedules.random import uniforms
+from dblocks.schedules.random import draw_device, uniforms
 
 MASKED = -1  # in the place of a token that is masked
 # No t below is drawn, so that the weight 1/masked(t) stays a float32. Truncating the bound here
@@ -85,6 +85,7 @@ class MaskSchedule(JsonConfig):
     weightings: ClassVar[tuple[str, ...]] = ("auto", "none")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
         if self.draw not in DRAWS:
@@ -182,8 +183,8 @@ class MaskSchedule(JsonConfig):
         """
         low, high = self.range_of(block, num_blocks, overlap=overlap)
         check_share("top_share", top_share)
-        if device is None:
-            device = generator.device if generator is not None else "cpu"
+        drawn_on = draw_device(generator)
+        device = drawn_on if device is None else device
         N = math.prod(shape)
         shift = torch.rand((), generator=generator, device=device, dtype=torch.float64)
         place = torch.arange(N, device=device, dtype=torch.float64) / max(N, 1) + shift

@@ -25,13 +25,16 @@ from dblocks.config import (
     check_overlap,
     check_share,
 )
-from dblocks.schedules.base import OVERLAP, clamp_inside, owner_of, with_top
+from dblocks.schedules.base import OVERLAP, clamp_inside, owner_of, power, with_top
 from dblocks.schedules.edm import EDMPreconditioning
+from dblocks.schedules.random import draw_device
 
 # Karras et al. 2022, table 1
 SIGMA_MIN = 0.002
 SIGMA_MAX = 80.0
 RHO = 7.0
+# Of sigma and sigma_data: their squares, and the sums and inverses of these, are float32 numbers.
+LOWEST, HIGHEST = 1e-18, 1e18
 
 Partition = Literal["equal_mass", "uniform_log", "uniform"]
 PARTITIONS = ("equal_mass", "uniform_log", "uniform")
@@ -53,11 +56,18 @@ class EDMSchedule(EDMPreconditioning, JsonConfig, ABC):
     """How blocks share the levels: a rule, or the inner boundaries, descending."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("sigma_min", "sigma_max", "sigma_data"):
             check_finite(name, getattr(self, name))
         for name in ("sigma_min", "sigma_data"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("sigma_min", "sigma_max", "sigma_data"):
+            if not LOWEST <= getattr(self, name) <= HIGHEST:
+                raise ValueError(
+                    f"{name} must lie between {LOWEST} and {HIGHEST}, whose squares are float32 "
+                    f"numbers, got {getattr(self, name)}"
+                )
         if self.sigma_max <= self.sigma_min:
             raise ValueError(
                 "sigma_max must be greater than sigma_min, "
@@ -123,7 +133,7 @@ class EDMSchedule(EDMPreconditioning, JsonConfig, ABC):
         block = check_block(block, num_blocks)
         check_overlap(overlap)
         hi, lo = _boundaries(self, num_blocks)[block : block + 2]
-        factor = (hi / lo) ** overlap
+        factor = power(hi / lo, overlap)
         return max(lo / factor, self.sigma_min), min(hi * factor, self.sigma_max)
 
     def sample(
@@ -159,8 +169,8 @@ class EDMSchedule(EDMPreconditioning, JsonConfig, ABC):
         """
         lo, hi = self.range_of(block, num_blocks, overlap=overlap)
         check_share("top_share", top_share)
-        if device is None:
-            device = generator.device if generator is not None else "cpu"
+        drawn_on = draw_device(generator)
+        device = drawn_on if device is None else device
         u = torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float64)
         below, above, mass = self._tails(lo, hi)
         # Quantiles are accurate for small probabilities only: count from the nearer tail.
@@ -212,8 +222,11 @@ class EDMSchedule(EDMPreconditioning, JsonConfig, ABC):
             check_finite("rho", rho)
             if rho <= 0:
                 raise ValueError(f"rho must be positive, got {rho}")
-            first, last = self.sigma_max ** (1 / rho), self.sigma_min ** (1 / rho)
-            levels = [(first + i / (n - 1) * (last - first)) ** rho for i in range(n)]
+            # sigma_max (1 + i/(n-1) (r - 1))^rho with r = (sigma_min/sigma_max)^(1/rho), which is
+            # the same for any rho > 0, without overflow for small and cancellation for large ones.
+            fall = math.expm1(math.log(self.sigma_min / self.sigma_max) / rho)
+            inner = (rho * math.log1p(i / (n - 1) * fall) for i in range(1, n - 1))
+            levels = [0.0, *(self.sigma_max * math.exp(x) for x in inner), 0.0]
         levels[0], levels[-1] = self.sigma_max, self.sigma_min
         return torch.tensor(levels, dtype=torch.float64, device="cpu")
 

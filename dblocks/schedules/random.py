@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dblocks.config import check_generator, check_seed
 from dblocks.kernels.reference import philox
 
 MAX_SEED = 2**63 - 1
@@ -20,11 +21,25 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     """A seed for what is drawn on any device: one number of a CPU generator.
 
     Raises:
+        TypeError: this is no generator.
         ValueError: the generator is not on the CPU.
     """
+    check_generator(generator)
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
     return int(torch.randint(MAX_SEED, (), generator=generator, device="cpu"))
+
+
+def draw_device(
+    generator: torch.Generator | None, otherwise: torch.device | str = "cpu"
+) -> torch.device | str:
+    """The device of a generator, on which it draws; without one, `otherwise`.
+
+    Raises:
+        TypeError: this is no generator.
+    """
+    check_generator(generator)
+    return otherwise if generator is None else generator.device
 
 
 def uniforms(
@@ -55,7 +70,7 @@ def uniforms_at(numbers: Tensor, seed: int | Tensor) -> Tensor:
 
     Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3.
     """
-    words = philox(seed, (numbers >> 1) + FIRST_COUNTER)
+    words = philox(check_seed(seed), (numbers >> 1) + FIRST_COUNTER)
     odd, half = numbers & 1 == 1, UNIFORM_BITS // 2
     high, low = torch.where(odd, words[2], words[0]), torch.where(odd, words[3], words[1])
     bits = (high >> (32 - half) << half) | (low >> (32 - half))

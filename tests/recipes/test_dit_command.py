@@ -75,6 +75,7 @@ def test_images_without_classes_are_not_judged(tmp_path, capsys):
 def test_sample_draws_what_was_asked_for(tmp_path, capsys):
     folder, png = saved(tmp_path / "saved"), tmp_path / "a.png"
     sample = ("sample", "dit", "--checkpoint", str(folder), "--out", str(png), "--count", "2")
+    sample = (*sample, "--overwrite")
     text = stdout(capsys, *sample, "--steps", "9", "--guidance", "1", "--classes", "3", "1")
     assert "block 0: 3, block 1: 3, block 2: 3\n9 layer evaluations an image; wrote" in text
     first = png.read_bytes()
@@ -99,6 +100,8 @@ def test_a_model_without_classes(tmp_path, capsys):
     folder = saved(tmp_path / "saved", num_classes=0)
     sample = ("sample", "dit", "--checkpoint", str(folder), "--out", str(tmp_path / "a.png"))
     assert "\n3 layer evaluations" in stdout(capsys, *sample, "--steps", "3", "--count", "1")
+    assert "with a.png; name something else" in mistake(capsys, *sample)
+    sample = (*sample, "--overwrite")
     assert "--classes needs a model with classes, got [3]" in mistake(
         capsys, *sample, "--classes", "3"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -84,6 +85,22 @@ class Target(metaclass=ABCMeta):
         self, features: Any, z: Tensor, level: Any, y: Tensor, seed: Tensor, batch: Batch
     ) -> Tensor:
         """The losses, exactly of the shape of sigma; noise regenerated from `seed` is that of z."""
+
+
+def scored_shape(target: Target, batch: Batch) -> tuple[int, ...]:
+    """The shape of sigma of a batch that is trained on.
+
+    Raises:
+        ValueError: it is empty: the mean of no losses is NaN.
+    """
+    shape = target.sigma_shape(batch)
+    if math.prod(shape) == 0:
+        given = {key: list(v.shape) for key, v in batch.items() if isinstance(v, Tensor)}
+        raise ValueError(
+            f"a batch to train on must hold at least one sample, got the shapes {given}; leave out "
+            "batches that are empty"
+        )
+    return shape
 
 
 def missing(batch: Batch, key: str, content: str, *, of: str = "a") -> ValueError:

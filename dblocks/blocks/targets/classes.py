@@ -151,10 +151,12 @@ class ClassTarget(EmbeddedTarget):
     def predict(self, features: Tensor | Features, z: Tensor, level: NoiseLevel) -> Tensor:
         """Logits [N, K], float32 (float64)."""
         f, cond = features if isinstance(features, Features) else Features(features)
+        check_features(f, z, any_width=self.kind == "posterior")
         if self.kind == "posterior":
-            return posterior_logits(self.head.logits(f), z, self.rows(), level)
+            logits = check_logits(self.head.logits(f), f, self.embedding)
+            return posterior_logits(logits, z, self.rows(), level)
         m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
-        return self.head.logits(m, cond, dtype=f.dtype)
+        return check_logits(self.head.logits(m, cond, dtype=f.dtype), f, self.embedding)
 
     def score(
         self,
@@ -174,6 +176,30 @@ def check_head(head: str) -> None:
     """Raises unless `head` is one of `Head`."""
     if head not in get_args(Head):
         raise ValueError(f"head must be one of {get_args(Head)}, got {head!r}")
+
+
+def check_features(features: Tensor, z: Tensor, *, any_width: bool) -> None:
+    """Raises ValueError unless there is a row of features for each noisy embedding, [N, D]."""
+    expected = z.shape[:-1] if any_width else z.shape
+    if (features.shape[:-1] if any_width else features.shape) != expected:
+        width = "D" if any_width else str(z.shape[-1])
+        raise ValueError(
+            f"features must have shape [{', '.join(map(str, z.shape[:-1]))}, {width}], a row for "
+            f"each noisy embedding {list(z.shape)}, got {list(features.shape)}; see features() of "
+            "the network"
+        )
+
+
+def check_logits(logits: Tensor, features: Tensor, embedding: Table) -> Tensor:
+    """`logits`, which must have one for each embedding in each row; ValueError."""
+    expected = (*features.shape[:-1], len(embedding.weight))
+    if logits.shape != expected:
+        raise ValueError(
+            f"logits must have shape {list(expected)}, one for each of {expected[-1]} embeddings, "
+            f"got {list(logits.shape)} from features {list(features.shape)}; give the output head "
+            "as many rows as there are embeddings"
+        )
+    return logits
 
 
 def precision_of(level: NoiseLevel, z: Tensor) -> Tensor:

@@ -87,7 +87,13 @@ class MaskedTokenTarget(Target):
 
     def predict(self, features: Tensor, z: Tensor, level: MaskLevel) -> Tensor:
         """Logits [N, T, V], float32 (float64)."""
-        return self.head.logits(features)
+        logits = self.head.logits(features)
+        if logits.shape[-1] != self.sizes.vocab_size:
+            raise ValueError(
+                f"logits must have shape [N, T, V] with V = {self.sizes.vocab_size} tokens, got "
+                f"{list(logits.shape)}; give the output head a row for each token"
+            )
+        return logits
 
     def denoise(self, prediction: Tensor, z: Tensor, level: MaskLevel) -> Tensor:
         """Probabilities of the tokens [N, T, V]: softmax where masked, else 1 for z itself."""

@@ -10,7 +10,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dblocks import functional as F
-from dblocks.blocks.targets.base import Batch, Features
+from dblocks.blocks.targets.base import Batch, Features, scored_shape
 from dblocks.blocks.targets.classes import EmbeddedTarget, Head, Table, precision_of
 from dblocks.blocks.targets.heads import IGNORED, Linear, OutputHead, product
 from dblocks.blocks.targets.token_batch import READS, TokenBatch, TokenSizes
@@ -64,6 +64,12 @@ class TokenTarget(EmbeddedTarget):
         padding: bool = False,
     ) -> None:
         tied = linear is None
+        if linear is not None and len(linear.weight) != len(embedding.weight):
+            raise ValueError(
+                "the output head must have a row for each embedding, got a weight of "
+                f"{list(linear.weight.shape)} for embeddings {list(embedding.weight.shape)}; make "
+                "them of one vocabulary"
+            )
         head = OutputHead(
             UnitRows(embedding) if linear is None else linear,
             modulation=modulation,
@@ -166,13 +172,14 @@ class TokenTarget(EmbeddedTarget):
 
     def next_logits(self, m: Tensor) -> Tensor:
         """Logits of features [N, T, D] without noise, under the null conditioning: end to end."""
-        return product(self.head.rows(m), self.matrices().weight)
+        return product(self.head.rows(m), self.matrices().weight, self.head.linear.bias)
 
     def next_loss(self, m: Tensor, batch: TokenBatch) -> Tensor:
         """The mean cross-entropy of features [N, T, D], each of which predicts the next token."""
+        scored_shape(self, batch)
         return F.linear_cross_entropy(
             self.head.rows(m[:, :-1]), self.matrices().weight, batch.labels()[:, 1:],
-            ignore_index=IGNORED,
+            bias=self.head.linear.bias, ignore_index=IGNORED,
         )  # fmt: skip
 
     def _factors(

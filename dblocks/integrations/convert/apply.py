@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.blocks.config import check_config
 from dblocks.blocks.targets.classes import Head
 from dblocks.integrations.convert.blocks import ConvertedBlocks
 from dblocks.integrations.convert.causal_lm import Rows
@@ -85,8 +86,7 @@ def convert(
             f"model must be one that was not converted, got a {type(model).__name__}; convert "
             "base_model.model of it"
         )
-    if not isinstance(config, BlocksConfig):
-        raise TypeError(f"config must be a BlocksConfig, got {type(config).__name__}")
+    check_config(config)
     options = ConvertOptions(
         clean_loss_weight=clean_loss_weight,
         embed_scale=embed_scale,

@@ -1,7 +1,4 @@
-"""Images and latents of a folder of pictures, or of a .npy or .npz file.
-
-Pillow is imported when a folder is read.
-"""
+"""Images and latents of a folder of pictures, or of a .npy or .npz file."""
 
 from __future__ import annotations
 
@@ -14,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dblocks.recipes.data.pictures import Size, read_picture
 from dblocks.recipes.data.splits import Images
 
 MAX_BYTE = 255.0
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-
-Size = int | tuple[int, int]
+MOST_CHANNELS = 4  # of bytes, such as RGB with alpha
+NO_IMAGES = "__MACOSX"  # a folder that macOS adds to archives
 
 
 def from_bytes(pixels: Tensor) -> Tensor:
@@ -36,8 +34,9 @@ def from_bytes(pixels: Tensor) -> Tensor:
 def image_folder(folder: str | Path, *, size: Size | None = None, channels: int = 3) -> Images:
     """Images of a folder, whose sub-folders are the classes, in the order of their names.
 
-    Without sub-folders that hold images, all are of class 0. Files are read by Pillow, which turns
-    any kind of image into RGB, or grey for one channel.
+    Without sub-folders that hold images, all are of class 0. Files are read as `read_picture` says:
+    upright, transparent pixels over white, any kind of image as RGB, or grey for one channel. Files
+    with other endings, those whose name or folder begins with ".", and `__MACOSX` are left out.
 
     Args:
         folder: what to read.
@@ -49,23 +48,14 @@ def image_folder(folder: str | Path, *, size: Size | None = None, channels: int 
         ValueError: there are no images, one cannot be read, or their sizes differ.
         ImportError: Pillow is not installed.
     """
-    pillow = import_package("PIL.Image", "Pillow", "folders of images")
-    ops = importlib.import_module("PIL.ImageOps")
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
+        raise ValueError(f"size must be positive, got {size}")
     files, labels = _files_of(Path(folder))
     pixels: list[Tensor] = []
     for path in files:
-        try:
-            with pillow.open(path) as image:
-                image = image.convert("RGB" if channels == 3 else "L")
-        except OSError as error:
-            raise ValueError(f"{path} must be an image: {error}") from error
-        if size is not None:
-            height, width = (size, size) if isinstance(size, int) else size
-            image = ops.fit(image, (width, height), pillow.Resampling.LANCZOS)
-        array = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        array = array.view(image.height, image.width, channels)
+        array = read_picture(path, channels, size)
         if pixels and array.shape != pixels[0].shape:
             raise ValueError(
                 f"images of {folder} must be of one size, got {list(pixels[0].shape[:2])} and for "
@@ -79,9 +69,9 @@ def array_file(path: str | Path, *, scale: float = 1.0) -> Images:
     """Images or latents of a .npy or .npz file.
 
     A .npy file is one array, a .npz file has it as "images" or "latents" beside "labels" [N],
-    without which all are of class 0. It is uint8 [N, H, W, C], pixels, or floating point
-    [N, C, H, W], taken as it is but for the factor; a .npy file with factor 1 is mapped into
-    memory, not read, and float16 stays float16.
+    without which all are of class 0. It is uint8 [N, H, W, C], [N, C, H, W] or [N, H, W], pixels of
+    at most 4 channels; or floating point [N, C, H, W], taken as it is but for the factor. A .npy
+    file with factor 1 is mapped into memory, not read, and float16 stays float16.
 
     Args:
         path: the file.
@@ -117,14 +107,15 @@ def images_of(array: Any, labels: Any, scale: float, of: str) -> Images:
     if images.dtype == torch.uint8:
         if scale != 1:
             raise ValueError(f"scale is for floating-point values, got {scale} with bytes in {of}")
-        images = from_bytes(images)
+        images = from_bytes(_channels_last(images, of))
     elif not images.is_floating_point() or images.ndim != 4:
         raise ValueError(
             f"{of} must hold uint8 [N, H, W, C] or floating point [N, C, H, W], "
             f"got {images.dtype} {list(images.shape)}"
         )
-    elif scale != 1:
-        images = images * scale
+    else:
+        _check_channels_first(images, of)
+        images = images if scale == 1 else images * scale
     if labels is None:
         return Images(images, torch.zeros(len(images), dtype=torch.int64))
     classes = torch.as_tensor(labels)
@@ -138,13 +129,36 @@ def images_of(array: Any, labels: Any, scale: float, of: str) -> Images:
     return Images(images, classes.long())
 
 
+def _channels_last(pixels: Tensor, of: str) -> Tensor:
+    """Bytes [N, H, W] or [N, H, W, C], of these or of [N, C, H, W]; a picture has few channels."""
+    if pixels.ndim != 4 or pixels.shape[-1] <= MOST_CHANNELS:
+        return pixels
+    if pixels.shape[1] <= MOST_CHANNELS:
+        return pixels.permute(0, 2, 3, 1)
+    raise ValueError(
+        f"bytes of {of} must be [N, H, W, C] or [N, C, H, W] with at most {MOST_CHANNELS} "
+        f"channels, got {list(pixels.shape)}; scale more channels to floating point [N, C, H, W]"
+    )
+
+
+def _check_channels_first(images: Tensor, of: str) -> None:
+    """Latents may have any number of channels, but none are so narrow and so high."""
+    H, W, C = images.shape[1:]
+    if C <= MOST_CHANNELS < min(H, W):
+        raise ValueError(
+            f"floating point of {of} must be [N, C, H, W], got {list(images.shape)}, which looks "
+            "like [N, H, W, C]; permute(0, 3, 1, 2) puts the channels first"
+        )
+
+
 def _files_of(folder: Path) -> tuple[list[Path], list[int]]:
     """The images of a folder and their classes."""
     if not folder.is_dir():
         raise ValueError(f"{folder} must be a folder of images, and is none")
-    kinds = [_images_in(child.rglob("*")) for child in sorted(folder.iterdir()) if child.is_dir()]
+    children = [child for child in sorted(folder.iterdir()) if child.is_dir()]
+    kinds = [_images_in(child.rglob("*"), folder) for child in children]
     kinds = [files for files in kinds if files]
-    loose = _images_in(folder.iterdir())
+    loose = _images_in(folder.iterdir(), folder)
     if kinds and loose:
         raise ValueError(
             f"{folder} must hold images or sub-folders of them, got both; "
@@ -158,15 +172,12 @@ def _files_of(folder: Path) -> tuple[list[Path], list[int]]:
     ]
 
 
-def _images_in(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
+def _images_in(paths: Iterable[Path], folder: Path) -> list[Path]:
+    """The image files among paths below a folder, without what other programs left there."""
 
+    def is_image(path: Path) -> bool:
+        inside = path.relative_to(folder).parts
+        left_out = any(name.startswith(".") or name == NO_IMAGES for name in inside)
+        return path.suffix.lower() in SUFFIXES and not left_out and path.is_file()
 
-def import_package(module: str, package: str, purpose: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"{purpose} need the package {package}, which is not installed; "
-            f"`pip install {package.lower()}`"
-        ) from error
+    return sorted(path for path in paths if is_image(path))

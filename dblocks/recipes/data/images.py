@@ -12,13 +12,8 @@ from pathlib import Path
 
 from dblocks.recipes.data.byte_images import ByteImages, is_idx, read_idx, read_parts
 from dblocks.recipes.data.digits import digits
-from dblocks.recipes.data.image_files import (
-    Size,
-    array_file,
-    image_folder,
-    images_of,
-    import_package,
-)
+from dblocks.recipes.data.image_files import array_file, image_folder, images_of
+from dblocks.recipes.data.pictures import Size, import_package
 from dblocks.recipes.data.splits import Images, Part, choose_part, split
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -111,8 +106,9 @@ def hugging_face(
     Args:
         name: what `datasets.load_dataset` takes, a name or a folder.
         split: of the data set.
-        image: the column: pictures, uint8 [H, W, C], or floating point [C, H, W]; by default the
-            one that there is of "image", "img", "latents" and "latent".
+        image: the column: pictures, uint8 [H, W, C], or floating point [C, H, W], of one size and
+            one number of channels, see `image_files.array_file`; by default the one that there
+            is of "image", "img", "latents" and "latent".
         label: the column of classes; where there is none, all are of class 0.
         scale: factor of floating-point values.
 
@@ -132,7 +128,12 @@ def hugging_face(
     found = found.select_columns([*columns, *([label] if labelled else [])]).with_format("numpy")
     batches = list(found.iter(batch_size=ROWS_AT_A_TIME))
     numpy = importlib.import_module("numpy")
-    arrays = numpy.concatenate([numpy.stack(list(batch[columns[0]])) for batch in batches])
+    try:
+        arrays = numpy.concatenate([numpy.stack(list(batch[columns[0]])) for batch in batches])
+    except ValueError as error:
+        raise ValueError(
+            f"{columns[0]} of {name} must be of one size and number of channels: {error}"
+        ) from error
     labels = numpy.concatenate([batch[label] for batch in batches]) if labelled else None
     return images_of(arrays, labels, scale, name)
 

@@ -90,6 +90,7 @@ def test_folders_are_checked(tmp_path):
 
 
 def test_without_pillow_it_is_named(tmp_path, monkeypatch):
+    write_folder(tmp_path, pixels_of(1, 4, 4), ["a.png"])
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ImportError, match="need the package Pillow, which is not installed"):
         image_folder(tmp_path)
