@@ -50,7 +50,9 @@ class Held:
         grad = tensor.grad if tensor.is_leaf else None
         if grad is not None:
             tensor.grad = None
-        if torch._has_compatible_shallow_copy_type(tensor, value):
+        if torch._has_compatible_shallow_copy_type(  # pyright: ignore[reportPrivateImportUsage]
+            tensor, value
+        ):
             tensor.data = value
         else:
             kind = nn.Parameter if isinstance(tensor, nn.Parameter) else torch.Tensor

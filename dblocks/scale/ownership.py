@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -39,35 +40,30 @@ def owned(model: DiffusionBlocks) -> Owned:
     stays = {id(p) for p in model.shared_parameters()}
     # The target embedding is common to all blocks, though a private network holds a copy of it.
     stays |= {id(p) for copied in model.copies for p in cast(Any, copied).target.parameters()}
-    found = Owned([[] for _ in range(count)], [])
-    seen: dict[int, int | None] = {}
+    places: dict[int, set[int | None]] = {}
+    first: dict[int, Named] = {}
     for path, module in _modules(model, layers):
         for values in (module._parameters, module._buffers):
             for name, tensor in values.items():
                 if tensor is None:
                     continue
                 named = (f"{path}.{name}".removeprefix("."), module, values, name)
-                block = owner.get(id(tensor))
-                if values is module._buffers:
-                    block = inside.get(id(module))
-                elif block is None and id(tensor) not in stays:
+                parameter = values is module._parameters
+                block = owner.get(id(tensor)) if parameter else inside.get(id(module))
+                if parameter and block is None and id(tensor) not in stays:
                     raise ValueError(
                         "model must have each parameter in a block or among what all blocks use, "
                         f"got {named[0]} in neither; put it into a layer or into the network"
                     )
-                if id(tensor) not in seen:
-                    _check(named[0], tensor)
-                    (found.shared if block is None else found.blocks[block]).append(named)
-                elif seen[id(tensor)] != block and (before := seen[id(tensor)]) is not None:
-                    # A buffer of two blocks.
-                    mine = found.blocks[before]
-                    same = next(n for n in mine if n[2][n[3]] is tensor)
-                    mine.remove(same)
-                    found.shared.append(same)
-                    block = None
-                seen[id(tensor)] = block if id(tensor) not in seen else seen[id(tensor)]
-                if block is None:
-                    seen[id(tensor)] = None
+                places.setdefault(id(tensor), set()).add(block)
+                first.setdefault(id(tensor), named)
+    found = Owned([[] for _ in range(count)], [])
+    for key, named in first.items():
+        _check(named[0], named[2][named[3]])
+        blocks = places[key]
+        # A buffer of several blocks stays.
+        block = blocks.pop() if len(blocks) == 1 else None
+        (found.shared if block is None else found.blocks[block]).append(named)
     _check_apart(named for group in (*found.blocks, found.shared) for named in group)
     return found
 
@@ -196,7 +192,7 @@ def _check_apart(named: Iterable[Named]) -> None:
             steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
             spans.append((str(tensor.device), first, first + (steps + 1) * tensor.itemsize, path))
     spans.sort()
-    for one, other in zip(spans, spans[1:], strict=False):
+    for one, other in pairwise(spans):
         if one[0] == other[0] and other[1] < one[2]:
             raise ValueError(
                 "the tensors of a resident model must lie in memory of their own, got "

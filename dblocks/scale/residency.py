@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from dblocks.blocks import BlockOptimizers, DiffusionBlocks
 from dblocks.blocks.training import blocks_of
+from dblocks.scale.hooks import Gather, apart
 from dblocks.scale.host import Host, host_buffer
-from dblocks.scale.layout import Held
 from dblocks.scale.ownership import (
     check_optimizers,
     held_items,
@@ -28,7 +28,6 @@ from dblocks.scale.transfers import Transfers
 from dblocks.schedules.random import draw_seed
 
 Prefetch = Literal["none", "parameters", "all"]
-F = TypeVar("F", bound=Callable[..., Any])
 VISITS_AHEAD = 64
 
 
@@ -135,18 +134,6 @@ def resident(
     return Residency(model, optimizers, place, allocate, steps_per_visit, prefetch)
 
 
-def _apart(function: F) -> F:
-    """Runs a method outside of the caller's autograd and inference modes."""
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        # A parameter must not become a tensor of inference, which no backward takes.
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return cast(F, run)
-
-
 class Residency:
     """What `resident` returns: where the blocks of a model are, and how they come and go.
 
@@ -159,7 +146,7 @@ class Residency:
         prefetch: what of the next block comes early.
     """
 
-    @_apart
+    @apart
     def __init__(
         self, model: DiffusionBlocks, optimizers: BlockOptimizers, device: torch.device,
         allocate: Callable[[int], torch.Tensor], steps_per_visit: int, prefetch: Prefetch,
@@ -241,7 +228,7 @@ class Residency:
         self._left -= 1
         return self._block
 
-    @_apart
+    @apart
     def release(self) -> None:
         """Copies everything to the host, and waits until it is there.
 
@@ -251,7 +238,7 @@ class Residency:
         self.parameters.empty()
         self.states.empty()
 
-    @_apart
+    @apart
     def close(self) -> None:
         """Ends the residency: the model and its optimizers are on the CPU, in memory of their own.
 
@@ -293,7 +280,7 @@ class Residency:
     def __reduce__(self) -> Any:
         return type(None), ()
 
-    @_apart
+    @apart
     def _bring(self, block: int, trains: bool) -> None:
         self.parameters.fetch(block)
         self.parameters.arrive(block)
@@ -302,7 +289,7 @@ class Residency:
             if self.prefetch == "all":
                 self.states.arrive(block)
 
-    @_apart
+    @apart
     def _prefetch(self, block: int | None) -> None:
         if block is not None:
             self.parameters.prefetch(block)
@@ -356,7 +343,7 @@ class Residency:
                                     values[key] = value.to(device)
 
     def _add_hooks(self, modules: dict[int, nn.Module]) -> None:
-        gather = _Gather(self.release)
+        gather = Gather(self.release)
         for module in modules.values():
             self._keep(module.register_state_dict_pre_hook(gather))
             self._keep(module.register_load_state_dict_pre_hook(gather))
@@ -370,7 +357,7 @@ class Residency:
     def _keep(self, handle: Any) -> None:
         self._handles.callback(handle.remove)
 
-    @_apart
+    @apart
     def _before_step(self, block: int, optimizer: Optimizer, *_: Any) -> None:
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if block != self.block and all(p.grad is None for p in held):
@@ -381,25 +368,8 @@ class Residency:
         self.states.arrive(block)
         self._move_counts([block], self.device)
 
-    @_apart
+    @apart
     def _after_step(self, *_: Any) -> None:
         # From here on whoever reads a parameter on the host finds what was computed.
         self.parameters.settle()
         self.states.settle()
-
-
-class _Gather:
-    """Releases a residency before a state_dict is read or loaded; a copy of it does nothing."""
-
-    def __init__(self, release: Callable[[], None] | None = None) -> None:
-        self.release = release
-
-    def __call__(self, *_: Any) -> None:
-        if self.release is not None:
-            self.release()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Gather:
-        return _Gather()
-
-    def __reduce__(self) -> Any:
-        return _Gather, ()
