@@ -9,14 +9,16 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from dblocks.blocks.config import BlocksConfig, check_config
 from dblocks.blocks.denoiser import Denoiser
 from dblocks.blocks.model import BlockModel, Divisible, check_model
 from dblocks.blocks.parameters import check_apart
+from dblocks.blocks.visits import Residency
 from dblocks.config import check_block
 
 
@@ -47,6 +49,9 @@ class DiffusionBlocks(Denoiser):
     Source: Shing, Koyama and Akiba 2026, arXiv 2506.14202.
     """
 
+    residency: Residency | None = None
+    """What keeps one block at a time on a device; see `dblocks.scale.resident`."""
+
     def __init__(self, model: BlockModel, config: BlocksConfig) -> None:
         super().__init__()
         check_model(model)
@@ -69,9 +74,14 @@ class DiffusionBlocks(Denoiser):
         """The view of one block: what one worker trains and saves."""
         return Block(self, block)
 
+    def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
+        """The network that embeds and predicts for a block, and the block's layers, to be run."""
+        _bring(self.residency, block)
+        return super().parts(block)
+
     def block_parameters(self, block: int) -> Iterator[nn.Parameter]:
         """The parameters that belong to one block alone."""
-        model, layers = self.parts(block)
+        model, layers = super().parts(block)
         yield from (p for layer in layers for p in layer.parameters())
         if self.config.shared == "private":
             frozen = {id(p) for p in model.target.parameters()}
@@ -96,6 +106,14 @@ class DiffusionBlocks(Denoiser):
             f"{'all':>5} {'':>8} {'':>20} {sum(p.numel() for p in self.shared_parameters()):>12,}"
         )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.residency is not None:
+            raise RuntimeError(
+                "a resident model must not be moved or converted, since its blocks travel by "
+                "themselves; call close() on what resident() returned first"
+            )
+        return super()._apply(fn, recurse)
+
 
 class Block(Denoiser):
     """One block of a `DiffusionBlocks`: the same tensors, without the other blocks' layers.
@@ -112,7 +130,8 @@ class Block(Denoiser):
         super().__init__()
         self.config = whole.config
         self.index = block = check_block(block, whole.config.num_blocks)
-        model, layers = whole.parts(block)
+        self.residency = whole.residency
+        model, layers = Denoiser.parts(whole, block)
         first = whole.layer_ranges[block][0]
         named = {str(first + k): layer for k, layer in enumerate(layers)}
         self.held = {block: slice(len(layers))}
@@ -121,6 +140,17 @@ class Block(Denoiser):
         self.copies = nn.ModuleDict()
         if model is not whole.base_model:
             self.copies[str(block - 1)] = cast(nn.Module, model)
+
+    def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
+        """The network that embeds and predicts, and the layers, to be run."""
+        _bring(self.residency, block)
+        return super().parts(block)
+
+
+def _bring(residency: Residency | None, block: int) -> None:
+    # In a compiled graph it is there already: the draw before it brought it.
+    if residency is not None and not torch.compiler.is_compiling():
+        residency.acquire(block)
 
 
 def _check_loss_kind(model: BlockModel, config: BlocksConfig) -> None:

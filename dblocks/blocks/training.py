@@ -94,7 +94,7 @@ def make_optimizers(
     Raises:
         TypeError: `model` is no `DiffusionBlocks`, or the factory returns something else.
     """
-    model = _blocks_of(model)
+    model = blocks_of(model)
     groups = [_trainable(model.block_parameters(b)) for b in range(model.config.num_blocks)]
     shared = _trainable(model.shared_parameters())
     blocks = [_made(factory, group) if group else None for group in groups]
@@ -139,7 +139,7 @@ def train_step(
             `block` is no integer, or `generator` no generator.
         ValueError: `block` is out of range, or nothing in it trains; or another value does not fit.
     """
-    model = _blocks_of(model)
+    model = blocks_of(model)
     check_generator(generator)
     _check_options(clip_grad_norm, nonfinite)
     if not isinstance(optimizers, BlockOptimizers):
@@ -148,9 +148,12 @@ def train_step(
             "call make_optimizers(model, factory)"
         )
     num_blocks = model.config.num_blocks
+    drawn = block is None
     if block is None:
         block = int(torch.randint(num_blocks, (), generator=generator, device="cpu"))
     block = check_block(block, num_blocks)
+    if model.residency is not None:
+        block = model.residency.visit(block, optimizers, generator, drawn=drawn)
     moved = optimizers.of_block(block)
     if not moved:
         raise ValueError(
@@ -183,7 +186,12 @@ def train_step(
     return StepResult(block, details.loss, details, grad_norm, wrong is not None)
 
 
-def _blocks_of(model: Any) -> DiffusionBlocks:
+def blocks_of(model: Any) -> DiffusionBlocks:
+    """The `DiffusionBlocks` to train, also inside torch.compile's wrapper.
+
+    Raises:
+        TypeError: there is none, or inside another wrapper.
+    """
     inner = unwrapped(model)
     compiled = getattr(model, "_orig_mod", None) is inner
     if isinstance(inner, DiffusionBlocks) and (inner is model or compiled):

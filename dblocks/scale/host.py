@@ -1,0 +1,48 @@
+"""Buffers of bytes on the host: in memory, pinned where there is an accelerator, or in a file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Host = Literal["pinned", "file"]
+
+
+def host_buffer(nbytes: int, host: Host, device: torch.device, folder: Path | None) -> Tensor:
+    """Bytes on the host, uint8 [nbytes].
+
+    Args:
+        nbytes: how many.
+        host: "pinned" for memory that the device copies to and from by itself; "file" for a file
+            that is mapped into memory. It has no name, so that nothing is left of it whatever ends
+            the process.
+        device: the device.
+        folder: where the file is; None for that of `tempfile`.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    if host == "pinned":
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=device.type != "cpu")
+    file, path = tempfile.mkstemp(prefix="dblocks-", suffix=".resident", dir=folder)
+    try:
+        # Without the room set aside, a full disk would kill the process at some later write.
+        os.posix_fallocate(file, 0, nbytes)
+        return torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f'host="file" must find room for {nbytes:,} bytes, got: {error.strerror}; '
+            "free some, or give another folder",
+            path,
+        ) from error
+    finally:
+        os.close(file)
+        os.unlink(path)

@@ -1,0 +1,375 @@
+"""One block at a time on a device: parameters, gradients and optimizer state of the active one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dblocks.blocks import BlockOptimizers, DiffusionBlocks
+from dblocks.blocks.training import blocks_of
+from dblocks.scale.hooks import Gather, apart
+from dblocks.scale.host import Host, host_buffer
+from dblocks.scale.ownership import (
+    check_optimizers,
+    held_items,
+    owned,
+    several,
+    state_items,
+)
+from dblocks.scale.rooms import Home, Room
+from dblocks.scale.transfers import Transfers
+from dblocks.schedules.random import draw_seed
+
+Prefetch = Literal["none", "parameters", "all"]
+VISITS_AHEAD = 64
+
+
+def resident(
+    model: DiffusionBlocks,
+    optimizers: BlockOptimizers,
+    device: torch.device | str,
+    *,
+    steps_per_visit: int = 1,
+    prefetch: Prefetch = "none",
+    host: Host = "pinned",
+    folder: str | Path | None = None,
+) -> Residency:
+    """Keeps one block at a time on a device, and the others on the host.
+
+    On the device are the parameters, gradients and optimizer state of the block that is trained,
+    the buffers in its layers, and what all blocks share. `train_step` and all other uses of the
+    model stay as they are: whatever runs a block brings it first. The results are those without
+    residency, bit for bit, at the same order of blocks.
+
+    A visit is `steps_per_visit` steps of `train_step` on one block, that which is drawn at the
+    first of them; the generator gives as many numbers as without. A copy of the generator tells
+    the block of the next visit, which is copied on a side stream while this one trains.
+
+    Bytes of the device, with P those of the parameters of the largest block in float32, A of its
+    activations, X of the optimizer's temporaries (0 for a fused AdamW, P for foreach, which is the
+    default), and S of what blocks share::
+
+        max(4P + A, 4P + X) + S       prefetch="none", of AdamW: parameters, gradients, two moments
+                            + P       prefetch="parameters"
+                            + 3P      prefetch="all"
+
+    A visit moves the parameters (P in; P out, but for the frozen ones) and the state (2P in and
+    out). With `prefetch="none"` the computation waits for P out and P in; the state travels during
+    the first forward and backward. With "parameters" it waits for neither while the first step
+    takes as long as the state's way, and with "all" while the visit takes as long as everything's.
+
+    Host buffers hold P and the state of each block, in one piece each. PyTorch rounds pinned memory
+    up to a power of two; `PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1` spares that.
+
+    Gradients that are accumulated travel with their block. A tensor taken out of a parameter
+    (`p.data`, `p.detach()`) is that of this visit only. Parameters may be changed by hand at any
+    time in place, except that after a write through `.data` to a block that is not active
+    `release()` must be called; and one to a frozen parameter is not kept.
+
+    Args:
+        model: the network, on the CPU or wherever it is; moved as described. Also inside
+            torch.compile's wrapper.
+        optimizers: from `make_optimizers`, new or with state.
+        device: where blocks run, "cpu" too, for example with `host="file"`.
+        steps_per_visit: steps on a block before the next one is drawn.
+        prefetch: what of the next block is on the device before its visit.
+        host: where the other blocks are: "pinned" memory (ordinary memory without an accelerator),
+            or a "file" that is mapped into memory, whose copies are not overlapped.
+        folder: of the files; that of `tempfile` by default, which may itself be in memory.
+
+    Returns:
+        The residency, to release or close; the model keeps it too.
+
+    Raises:
+        OSError: a file cannot be made; the message says how large it is.
+        RuntimeError: the model is resident already, or the device is not this machine's.
+        TypeError: the model, the optimizers or a tensor is of a kind that cannot travel.
+        ValueError: a parameter is in no block, or in the memory of another; an optimizer is of
+            other parameters; the clean loss of a converted model needs all blocks; or another
+            value does not fit.
+
+    Example::
+
+        model = DiffusionBlocks(network, BlocksConfig(num_blocks=4))
+        optimizers = make_optimizers(model, lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))
+        residency = resident(model, optimizers, "cuda", steps_per_visit=10, prefetch="all")
+        for batch in batches:
+            train_step(model, batch, optimizers)
+        residency.close()  # all on the CPU again
+    """
+    model = blocks_of(model)
+    if not isinstance(optimizers, BlockOptimizers):
+        raise TypeError(
+            f"optimizers must be BlockOptimizers, got {type(optimizers).__name__}; "
+            "call make_optimizers(model, factory)"
+        )
+    for name, value, allowed in (
+        ("prefetch", prefetch, get_args(Prefetch)),
+        ("host", host, get_args(Host)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    if isinstance(steps_per_visit, bool) or not isinstance(steps_per_visit, int):
+        raise TypeError(f"steps_per_visit must be an integer, got {steps_per_visit!r}")
+    if steps_per_visit < 1:
+        raise ValueError(f"steps_per_visit must be at least 1, got {steps_per_visit}")
+    if model.residency is not None:
+        raise RuntimeError("model must not be resident yet; call close() on its residency first")
+    if getattr(model, "clean_loss_weight", 0):
+        raise ValueError(
+            "a resident model must not have a clean loss, which runs all blocks at once, got "
+            f"clean_loss_weight={cast(Any, model).clean_loss_weight}; convert without it"
+        )
+    place = torch.device(device)
+    allocate = partial(
+        host_buffer, host=host, device=place, folder=None if folder is None else Path(folder)
+    )
+    return Residency(model, optimizers, place, allocate, steps_per_visit, prefetch)
+
+
+class Residency:
+    """What `resident` returns: where the blocks of a model are, and how they come and go.
+
+    Args:
+        model: the network.
+        optimizers: of its blocks.
+        device: where blocks run.
+        allocate: makes host buffers.
+        steps_per_visit: steps on a block before the next one is drawn.
+        prefetch: what of the next block comes early.
+    """
+
+    @apart
+    def __init__(
+        self, model: DiffusionBlocks, optimizers: BlockOptimizers, device: torch.device,
+        allocate: Callable[[int], torch.Tensor], steps_per_visit: int, prefetch: Prefetch,
+    ) -> None:  # fmt: skip
+        self.model, self.optimizers, self.device = model, optimizers, device
+        self.steps_per_visit, self.prefetch = steps_per_visit, prefetch
+        self.transfers = Transfers(device)
+        # A converted model compares itself whole before its first use.
+        model.before_use()
+        found = owned(model)
+        ids = [{id(v[n]): p for p, _, v, n in named} for named in found.blocks]
+        check_optimizers(
+            optimizers, [set(held) for held in ids], {id(v[n]) for _, _, v, n in found.shared}
+        )
+        homes = []
+        for named in found.blocks:
+            expected = {p: id(v[n]) for p, m, v, n in named if v is m._parameters}
+            homes.append(Home(partial(held_items, named, expected), allocate, fixed=True))
+        states = [
+            Home(partial(self._state, b), allocate, fixed=False)
+            for b in range(model.config.num_blocks)
+        ]
+        self.parameters = Room(homes, self.transfers, 1 if prefetch == "none" else 2)
+        self.states = Room(states, self.transfers, 2 if prefetch == "all" else 1)
+        self.shared = found.shared
+        self.parameters.gather()
+        self.states.gather()
+        self._place_shared(device)
+        self._block, self._left, self._looked = 0, 0, False
+        self._handles = ExitStack()
+        self._add_hooks({id(m): m for named in found.blocks for _, m, _, _ in named})
+        model.residency = self
+
+    @property
+    def block(self) -> int | None:
+        """The block whose parameters are on the device; None for no block."""
+        return self.parameters.here
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes copied to the device and back so far."""
+        return self.transfers.to_device, self.transfers.to_host
+
+    def acquire(self, block: int) -> None:
+        """Brings a block, which is about to run: its state too, where gradients are recorded."""
+        trains = torch.is_grad_enabled()
+        if block != self.parameters.here:
+            self._cancel()
+        self._bring(int(block), trains)
+
+    def visit(
+        self, block: int, optimizers: Any, generator: torch.Generator | None, *, drawn: bool
+    ) -> int:
+        """The block of this step, brought with all that a step needs; called by `train_step`.
+
+        Args:
+            block: that which was given or drawn.
+            optimizers: those of the step.
+            generator: what the step draws from.
+            drawn: whether `block` is of `generator`; then it counts at the start of a visit only.
+
+        Raises:
+            ValueError: the optimizers are not those of the residency.
+        """
+        if optimizers is not self.optimizers:
+            raise ValueError(
+                "optimizers must be those that resident() was given, got others, whose state "
+                "would stay on the device; call close(), and resident() with these"
+            )
+        if not drawn:
+            self.acquire(block)
+            return block
+        if self._left == 0:
+            self._block, self._left, self._looked = block, self.steps_per_visit, False
+        self._bring(self._block, True)
+        if not self._looked and self.prefetch != "none":
+            self._looked = True
+            self._prefetch(self._next(generator))
+        self._left -= 1
+        return self._block
+
+    @apart
+    def release(self) -> None:
+        """Copies everything to the host, and waits until it is there.
+
+        What reads a state_dict of the model or an optimizer, or loads one, does so by itself.
+        """
+        self._looked = False
+        self.parameters.empty()
+        self.states.empty()
+
+    @apart
+    def close(self) -> None:
+        """Ends the residency: the model and its optimizers are on the CPU, in memory of their own.
+
+        The order of blocks is drawn for each step from then on.
+        """
+        if self.model.residency is not self:
+            return
+        self.release()
+        for home in (*self.parameters.homes, *self.states.homes):
+            for item in home.layout.items:
+                item.place(item.read().clone(memory_format=torch.preserve_format))
+        self._place_shared(torch.device("cpu"))
+        self._move_counts(range(len(self.optimizers.blocks)), torch.device("cpu"))
+        self._handles.close()
+        self.model.residency = None
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in a visit training is; to go on in the same order of blocks."""
+        return {"block": self._block, "left": self._left}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restores what `state_dict` returned.
+
+        Raises:
+            ValueError: it is of another number of blocks or steps a visit.
+        """
+        block, left = state["block"], state["left"]
+        if not 0 <= block < len(self.optimizers.blocks) or not 0 <= left < self.steps_per_visit:
+            raise ValueError(
+                f"state must be of {len(self.optimizers.blocks)} blocks and "
+                f"{self.steps_per_visit} steps a visit, got block {block} and {left} steps left"
+            )
+        self._block, self._left, self._looked = block, left, False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # A copy of the model is an ordinary one.
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    @apart
+    def _bring(self, block: int, trains: bool) -> None:
+        self.parameters.fetch(block)
+        self.parameters.arrive(block)
+        if trains:
+            self.states.fetch(block)
+            if self.prefetch == "all":
+                self.states.arrive(block)
+
+    @apart
+    def _prefetch(self, block: int | None) -> None:
+        if block is not None:
+            self.parameters.prefetch(block)
+            self.states.prefetch(block)
+
+    def _cancel(self) -> None:
+        # Whatever happened since may have changed the next block.
+        self._looked = False
+        self.parameters.cancel()
+        self.states.cancel()
+
+    def _next(self, generator: torch.Generator | None) -> int | None:
+        """The next block that differs, as the generator will give it; None where none comes."""
+        source = torch.default_generator if generator is None else generator
+        ahead = torch.Generator().set_state(source.get_state())
+        num_blocks, steps = self.model.config.num_blocks, self._left
+        for _ in range(VISITS_AHEAD):
+            drawn = self._block
+            for _ in range(steps):
+                draw_seed(ahead)
+                drawn = int(torch.randint(num_blocks, (), generator=ahead, device="cpu"))
+            if drawn != self._block:
+                return drawn
+            steps = self.steps_per_visit
+        return None
+
+    def _state(self, block: int) -> Any:
+        return state_items(
+            several(self.optimizers.blocks[block]), self.parameters.homes[block].layout.items
+        )
+
+    def _place_shared(self, device: torch.device) -> None:
+        items = held_items(self.shared, {})
+        states = state_items(several(self.optimizers.shared), items)
+        for item in (*items, *states):
+            if item.read().device != device:
+                item.place(item.read().to(device))
+        self._move_counts([None], device)
+
+    def _move_counts(self, blocks: Any, device: torch.device) -> None:
+        """Counts of steps, where an optimizer keeps them on the device of its parameters."""
+        for block in blocks:
+            held = self.optimizers.shared if block is None else self.optimizers.blocks[block]
+            for optimizer in several(held):
+                for group in optimizer.param_groups:
+                    if group.get("fused") or group.get("capturable"):
+                        for parameter in group["params"]:
+                            values = optimizer.state.get(parameter) or {}
+                            for key, value in values.items():
+                                if isinstance(value, torch.Tensor) and not value.ndim:
+                                    values[key] = value.to(device)
+
+    def _add_hooks(self, modules: dict[int, nn.Module]) -> None:
+        gather = Gather(self.release)
+        for module in modules.values():
+            self._keep(module.register_state_dict_pre_hook(gather))
+            self._keep(module.register_load_state_dict_pre_hook(gather))
+        for block, held in enumerate(self.optimizers.blocks):
+            for optimizer in several(held):
+                self._keep(optimizer.register_step_pre_hook(partial(self._before_step, block)))
+                self._keep(optimizer.register_step_post_hook(self._after_step))
+                self._keep(optimizer.register_state_dict_pre_hook(gather))
+                self._keep(optimizer.register_load_state_dict_pre_hook(gather))
+
+    def _keep(self, handle: Any) -> None:
+        self._handles.callback(handle.remove)
+
+    @apart
+    def _before_step(self, block: int, optimizer: Optimizer, *_: Any) -> None:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if block != self.block and all(p.grad is None for p in held):
+            return
+        if block != self.block:
+            self._cancel()
+            self._bring(block, True)
+        self.states.arrive(block)
+        self._move_counts([block], self.device)
+
+    @apart
+    def _after_step(self, *_: Any) -> None:
+        # From here on whoever reads a parameter on the host finds what was computed.
+        self.parameters.settle()
+        self.states.settle()

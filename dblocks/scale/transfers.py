@@ -1,0 +1,68 @@
+"""Copies between host and device, in order, on a stream beside that of the computation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Transfers:
+    """The side stream on which tensors travel; on a CPU every copy is done when it is asked for.
+
+    Copies run one after the other. A copy waits for the computation, or the computation for a copy,
+    only where a method says so.
+
+    Args:
+        device: what the host copies to and from.
+
+    Raises:
+        RuntimeError: the device is neither the CPU nor this machine's accelerator.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        found = torch.accelerator.current_accelerator()
+        if device.type not in ("cpu", "" if found is None else found.type):
+            raise RuntimeError(
+                f"device must be the CPU or this machine's accelerator ({found}), got {device}"
+            )
+        self.device = device
+        self.stream = None if device.type == "cpu" else torch.Stream(device=device)
+        self.to_device = 0
+        """Bytes copied to the device so far."""
+        self.to_host = 0
+        """Bytes copied back so far."""
+
+    def bring(self, target: Tensor, source: Tensor) -> None:
+        """Copies to the device."""
+        self.to_device += source.nbytes
+        self._copy(target, source)
+
+    def take(self, target: Tensor, source: Tensor) -> None:
+        """Copies to the host."""
+        self.to_host += source.nbytes
+        self._copy(target, source)
+
+    def wait_for_compute(self) -> None:
+        """Later copies start when the computation so far is done."""
+        if self.stream is not None:
+            self.stream.wait_stream(self._compute())
+
+    def mark(self) -> torch.Event | None:
+        """What is reached when the copies so far are done."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def compute_waits(self, mark: torch.Event | None) -> None:
+        """The later computation starts when a mark is reached."""
+        if mark is not None:
+            self._compute().wait_event(mark)
+
+    def _compute(self) -> torch.Stream:
+        return torch.accelerator.current_stream(self.device)
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        if self.stream is None:
+            target.copy_(source)
+            return
+        with self.stream:
+            # What is not pinned, such as a file, is copied at once: the host may touch it again.
+            target.copy_(source, non_blocking=target.is_pinned() or source.is_pinned())
