@@ -69,11 +69,7 @@ class DiffusionBlocks(Denoiser):
 
     def block_parameters(self, block: int) -> Iterator[nn.Parameter]:
         """The parameters that belong to one block alone."""
-        model, layers = self.parts(block)
-        yield from (p for layer in layers for p in layer.parameters())
-        if self.config.shared == "private":
-            frozen = {id(p) for p in model.target.parameters()}
-            yield from (p for p in _outside_layers(model) if id(p) not in frozen)
+        return _parameters_of(self, block)
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that all blocks use."""
@@ -119,6 +115,25 @@ class Block(Denoiser):
         self.copies = nn.ModuleDict()
         if model is not whole.base_model:
             self.copies[str(block - 1)] = cast(nn.Module, model)
+
+    def block_parameters(self, block: int) -> Iterator[nn.Parameter]:
+        """The parameters that belong to this block alone; the others' are not here."""
+        return _parameters_of(self, block) if block in self.held else iter(())
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that all blocks use: those that are here."""
+        model, _ = self.parts(cast(int, self.index))
+        if self.config.shared == "private":
+            return iter(model.target.parameters())
+        return _outside_layers(model)
+
+
+def _parameters_of(held: Denoiser, block: int) -> Iterator[nn.Parameter]:
+    model, layers = held.parts(block)
+    yield from (p for layer in layers for p in layer.parameters())
+    if held.config.shared == "private":
+        frozen = {id(p) for p in model.target.parameters()}
+        yield from (p for p in _outside_layers(model) if id(p) not in frozen)
 
 
 def _check_loss_kind(model: BlockModel, config: BlocksConfig) -> None:
