@@ -1,4 +1,4 @@
-"""The command line: `dblocks train|eval|sample|info|bench`, also `python -m dblocks`."""
+"""The command line: `dblocks train|eval|sample|merge|info|bench`, also `python -m dblocks`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_type_hints
+
+from dblocks.scale import Interrupted
 
 if TYPE_CHECKING:
     from dblocks.recipes.command import Recipe
@@ -89,7 +91,7 @@ class Bench:
         arguments = [f"benchmarks.{'ops.run' if self.what == 'ops' else 'models.step'}"]
         arguments += ["--device", self.device, "--rounds", str(self.rounds)]
         if self.out is not None:
-            from dblocks.recipes.command import check_free
+            from dblocks.recipes.command import check_free, saved_files
 
             record = self.out / f"{self.what}-{self.device}.json"
             check_free(self.out, [record], overwrite=self.overwrite)
@@ -106,6 +108,27 @@ class Bench:
             raise ValueError(f"the benchmark ended with exit code {done.returncode}; see above")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Make one network of blocks that were trained apart, by `dblocks train ... --block N`."""
+
+    out: Path
+    """Folder to write the network to; it may be the one that the blocks are in."""
+    folders: tuple[Path, ...]
+    """The folders of the blocks, or a folder that they are in."""
+    overwrite: bool = False
+    """Replace the network that OUT holds."""
+
+    def __call__(self) -> None:
+        """Check that they are of one network, and write it."""
+        from dblocks.recipes.command import check_free, saved_files
+        from dblocks.scale import merge_blocks
+
+        check_free(self.out, saved_files(self.out), overwrite=self.overwrite)
+        merge_blocks(self.out, self.folders)
+        print(f"Saved model.safetensors, config.json and run.json in {self.out}")
+
+
 COMMANDS = {"info": Info, "bench": Bench}
 RECIPE_HELP = (
     "Defaults of the other flags: small, for minutes on a CPU; gpu, for one large GPU. "
@@ -116,6 +139,15 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as shells hav
 BROKEN_PIPE = 141
 OVERWRITE_HELP = "Replace the network that --out holds."
 OUT_HELP = "Folder to write to; it is made if it is not there."
+EVERY_HELP = (
+    "Write a checkpoint every so many steps, in the folder checkpoints of --out, and where Ctrl-C "
+    "or SIGTERM ends the run."
+)
+KEEP_HELP = "How many of the last checkpoints stay."
+RESUME_HELP = (
+    "Go on from the newest valid checkpoint, with the same bits as without an interruption; where "
+    "there is none yet, start."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,6 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, ValueError, OSError, FloatingPointError) as error:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as error:
+        print(f"dblocks: {error}", file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
         print("dblocks: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -158,7 +193,7 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 def _parse(argv: Sequence[str]) -> Callable[[], None]:
     tyro = _tyro()
     parsed = tyro.extras.subcommand_cli_from_dict(
-        {**_verbs(tyro, argv), **COMMANDS},
+        {**_verbs(tyro, argv), "merge": _positional(tyro, Merge, "out", "folders"), **COMMANDS},
         prog="dblocks",
         description=DESCRIPTION,
         args=list(argv),
@@ -204,9 +239,15 @@ def _training(tyro: Any, recipe: Recipe, argv: Sequence[str]) -> Any:
     found, _ = chosen.parse_known_args(list(argv))
     run = recipe.defaults(gpu=found.recipe == "gpu", published=found.published)
     # Which part of the data a run holds out is for studies to choose.
+    from dblocks.recipes.command import KEEP
+
     more: list[Any] = [("part", tyro.conf.Suppress[str], run.part)]
     more.append(("out", Annotated[Path, tyro.conf.arg(help=OUT_HELP)], recipe.out))
     more.append(("overwrite", Annotated[bool, tyro.conf.arg(help=OVERWRITE_HELP)], False))
+    every = Annotated[Optional[int], tyro.conf.arg(help=EVERY_HELP)]  # noqa: UP045
+    more.append(("checkpoint_every", every, None))
+    more.append(("keep", Annotated[int, tyro.conf.arg(help=KEEP_HELP)], KEEP))
+    more.append(("resume", Annotated[bool, tyro.conf.arg(help=RESUME_HELP)], False))
     if recipe.gpu is not None:
         kind = Annotated[Literal["small", "gpu"], tyro.conf.arg(help=RECIPE_HELP)]
         more.append(("recipe", kind, "small"))
@@ -218,7 +259,14 @@ def _training(tyro: Any, recipe: Recipe, argv: Sequence[str]) -> Any:
     def train(flags: Any) -> None:
         # Made here, not by the parser: a run's own checks say what is wrong in one line.
         made = type(run)(**{f.name: getattr(flags, f.name) for f in fields})
-        recipe.train(made, flags.out, overwrite=flags.overwrite)
+        recipe.train(
+            made,
+            flags.out,
+            overwrite=flags.overwrite,
+            checkpoint_every=flags.checkpoint_every,
+            keep=flags.keep,
+            resume=flags.resume,
+        )
 
     made: Any = make_dataclass(
         type(run).__name__,
@@ -245,6 +293,15 @@ def _verb(tyro: Any, name: str, description: str, networks: Mapping[str, Any]) -
     )
     made = make_dataclass(name, [("network", Union[options])], frozen=True)  # noqa: UP007
     made.__doc__ = description
+    return made
+
+
+def _positional(tyro: Any, command: type, *names: str) -> type:
+    """A command whose arguments of these names have no flags."""
+    hints = get_type_hints(command)
+    fields = [(name, tyro.conf.Positional[hints[name]]) for name in names]
+    made = make_dataclass(command.__name__, fields, bases=(command,), frozen=True, kw_only=True)
+    made.__doc__ = command.__doc__
     return made
 
 

@@ -81,11 +81,7 @@ class DiffusionBlocks(Denoiser):
 
     def block_parameters(self, block: int) -> Iterator[nn.Parameter]:
         """The parameters that belong to one block alone."""
-        model, layers = super().parts(block)
-        yield from (p for layer in layers for p in layer.parameters())
-        if self.config.shared == "private":
-            frozen = {id(p) for p in model.target.parameters()}
-            yield from (p for p in _outside_layers(model) if id(p) not in frozen)
+        return _parameters_of(self, block)
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that all blocks use."""
@@ -146,11 +142,30 @@ class Block(Denoiser):
         _bring(self.residency, block)
         return super().parts(block)
 
+    def block_parameters(self, block: int) -> Iterator[nn.Parameter]:
+        """The parameters that belong to this block alone; the others' are not here."""
+        return _parameters_of(self, block) if block in self.held else iter(())
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that all blocks use: those that are here."""
+        model, _ = super().parts(cast(int, self.index))
+        if self.config.shared == "private":
+            return iter(model.target.parameters())
+        return _outside_layers(model)
+
 
 def _bring(residency: Residency | None, block: int) -> None:
     # In a compiled graph it is there already: the draw before it brought it.
     if residency is not None and not torch.compiler.is_compiling():
         residency.acquire(block)
+
+
+def _parameters_of(held: Denoiser, block: int) -> Iterator[nn.Parameter]:
+    model, layers = Denoiser.parts(held, block)  # wherever residency has them
+    yield from (p for layer in layers for p in layer.parameters())
+    if held.config.shared == "private":
+        frozen = {id(p) for p in model.target.parameters()}
+        yield from (p for p in _outside_layers(model) if id(p) not in frozen)
 
 
 def _check_loss_kind(model: BlockModel, config: BlocksConfig) -> None:

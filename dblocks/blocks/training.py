@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dblocks.blocks.denoiser import Loss, unwrapped
-from dblocks.blocks.network import DiffusionBlocks
+from dblocks.blocks.network import Block, DiffusionBlocks
 from dblocks.blocks.targets.base import Batch
 from dblocks.config import check_block, check_generator
 
@@ -80,12 +80,12 @@ class StepResult(NamedTuple):
 
 
 def make_optimizers(
-    model: DiffusionBlocks, factory: Callable[[list[nn.Parameter]], Optimizers]
+    model: DiffusionBlocks | Block, factory: Callable[[list[nn.Parameter]], Optimizers]
 ) -> BlockOptimizers:
     """The optimizers of each block and of the shared parameters.
 
     Args:
-        model: the network.
+        model: the network, or one block of it: then only that block has optimizers.
         factory: makes an optimizer of a list of parameters, such as
             `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or several that divide the list
             among them, such as Muon for matrices and AdamW for the rest. It is called for each
@@ -102,7 +102,7 @@ def make_optimizers(
 
 
 def train_step(
-    model: DiffusionBlocks,
+    model: DiffusionBlocks | Block,
     batch: Batch,
     optimizers: BlockOptimizers,
     *,
@@ -121,10 +121,10 @@ def train_step(
     then `step()` of every optimizer in `optimizers.of_block(block)`, then `model.zero_grad()`.
 
     Args:
-        model: the network.
+        model: the network, or one block of it.
         batch: what its parts read.
         optimizers: from `make_optimizers`.
-        block: the block to train; drawn uniformly by default.
+        block: the block to train; drawn uniformly by default, where there is more than one.
         generator: a CPU generator.
         clip_grad_norm: largest norm of the gradients of the block and the shared parameters,
             above 0; inf measures it only.
@@ -148,6 +148,8 @@ def train_step(
             "call make_optimizers(model, factory)"
         )
     num_blocks = model.config.num_blocks
+    if block is None:
+        block = model.index
     drawn = block is None
     if block is None:
         block = int(torch.randint(num_blocks, (), generator=generator, device="cpu"))
@@ -186,18 +188,18 @@ def train_step(
     return StepResult(block, details.loss, details, grad_norm, wrong is not None)
 
 
-def blocks_of(model: Any) -> DiffusionBlocks:
-    """The `DiffusionBlocks` to train, also inside torch.compile's wrapper.
+def blocks_of(model: Any) -> DiffusionBlocks | Block:
+    """The `DiffusionBlocks` or `Block` to train, also inside torch.compile's wrapper.
 
     Raises:
         TypeError: there is none, or inside another wrapper.
     """
     inner = unwrapped(model)
     compiled = getattr(model, "_orig_mod", None) is inner
-    if isinstance(inner, DiffusionBlocks) and (inner is model or compiled):
+    if isinstance(inner, (DiffusionBlocks, Block)) and (inner is model or compiled):
         return inner
     name = type(model).__name__
-    if isinstance(inner, DiffusionBlocks):
+    if isinstance(inner, (DiffusionBlocks, Block)):
         raise TypeError(
             f"model must be a DiffusionBlocks, got one inside a {name}, which would not see the "
             f"step; give the {name}'s module, and wrap its layers instead"

@@ -1,6 +1,8 @@
 """Saving a trained network: `model.safetensors` beside a `config.json` that rebuilds it."""
 
+from dblocks.checkpoint.files import appearing as appearing
 from dblocks.checkpoint.files import current as current
+from dblocks.checkpoint.files import discard as discard
 from dblocks.checkpoint.files import load_safetensors as load_safetensors
 from dblocks.checkpoint.files import make_folder as make_folder
 from dblocks.checkpoint.files import naming as naming

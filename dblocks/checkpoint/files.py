@@ -73,6 +73,41 @@ def saving(folder: Path) -> Iterator[Path]:
     _put_in_place(folder)
 
 
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write files to, which becomes `folder` by one rename if the block succeeds.
+
+    Whoever dies before leaves nothing under that name; what was there before gives way. What
+    writers that died left beside it is removed.
+
+    Raises:
+        OSError: a file cannot be written, such as on a full disk; nothing was changed.
+    """
+    own = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent)
+        own = Path(tempfile.mkdtemp(prefix=f"{SAVING}{_writer()}-", dir=folder.parent))
+        yield own
+        _flush(own)
+        discard(folder)
+        os.rename(own, folder)
+        _sync(folder.parent)
+    except _write_errors() as error:
+        raise OSError(f"{folder} cannot be written: {error}") from error
+    finally:
+        if own is not None:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder; it is gone at once, or not yet."""
+    if folder.exists():
+        away = tempfile.mkdtemp(prefix=f"{SAVING}{_writer()}-", dir=folder.parent)
+        os.rename(folder, away)
+        shutil.rmtree(away, ignore_errors=True)
+
+
 def current(folder: Path, name: str) -> Path:
     """Where the valid file `name` of a folder is: in its place, or not moved there yet."""
     waiting = folder / SAVED / name
@@ -203,6 +238,16 @@ def _flush(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     folder.chmod(0o777 & ~_umask())
+
+
+def _sync(folder: Path) -> None:
+    """The names in a folder reach the disk, where the system can open one."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _umask() -> int:

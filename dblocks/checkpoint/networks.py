@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from dblocks._version import __version__
-from dblocks.blocks import BlocksConfig, DiffusionBlocks, unwrapped
+from dblocks.blocks import Block, BlocksConfig, DiffusionBlocks, unwrapped
 from dblocks.checkpoint.files import (
     current,
     load_safetensors,
@@ -45,6 +45,7 @@ FORMAT_1_BLOCKS = {"top_share": 0.0}
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config"}
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+BLOCK_FILE = "block.json"  # in place of config.json, where the weights are one block's
 COPIES = "copies."  # prefix of private copies; as of DiffusionBlocks.copies
 
 
@@ -86,6 +87,21 @@ def save_model(
         raise TypeError("save_model takes the folder first, got a model; swap the two")
     model = unwrapped(model)
     network = _network(model)
+    safetensors()
+    config = model.config if isinstance(model, DiffusionBlocks) else None
+    config_text = json_text(described(network, config), indent=2) + "\n"
+    with saving(Path(folder)) as part:
+        save_safetensors(part / WEIGHTS_FILE, _tensors(model))
+        for name, text in {**(texts or {}), CONFIG_FILE: config_text}.items():
+            (part / name).write_text(text, encoding="utf-8")
+
+
+def described(network: Network, config: BlocksConfig | None) -> dict[str, Any]:
+    """What `config.json` says of a network, as JSON values.
+
+    Raises:
+        TypeError: it is none of `NETWORKS`.
+    """
     names = [name for name, (kind, _) in NETWORKS.items() if isinstance(network, kind)]
     if not names:
         raise TypeError(
@@ -93,20 +109,13 @@ def save_model(
             "or the DiffusionBlocks of one, "
             f"got {type(network).__name__}; save its state_dict yourself"
         )
-    safetensors()
-    config = model.config if isinstance(model, DiffusionBlocks) else None
-    written = {
+    return {
         "format": FORMAT,
         "dblocks": __version__,
         "model": names[0],
         "model_config": cast(Any, network).config.to_dict(),
         "blocks_config": None if config is None else config.to_dict(),
     }
-    config_text = json_text(written, indent=2) + "\n"
-    with saving(Path(folder)) as part:
-        save_safetensors(part / WEIGHTS_FILE, _tensors(model))
-        for name, text in {**(texts or {}), CONFIG_FILE: config_text}.items():
-            (part / name).write_text(text, encoding="utf-8")
 
 
 def load_model(folder: str | Path) -> Network | DiffusionBlocks:
@@ -117,13 +126,9 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
             the file.
     """
     folder, _ = Path(folder), safetensors()
-    path = folder / CONFIG_FILE
     config = _read_config(folder)
-    with naming(path):
-        kind, of_config = NETWORKS[config["model"]]
-        model: Any = kind(cast(Any, of_config.from_dict(config["model_config"])))
-        if config["blocks_config"] is not None:
-            model = DiffusionBlocks(model, BlocksConfig.from_dict(config["blocks_config"]))
+    with naming(folder / CONFIG_FILE):
+        model = rebuilt(config)
     with naming(folder / WEIGHTS_FILE):
         tensors = load_safetensors(current(folder, WEIGHTS_FILE))
         if isinstance(model, DiffusionBlocks):
@@ -133,19 +138,38 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
     return model
 
 
+def rebuilt(config: Mapping[str, Any]) -> Any:
+    """The network that `described` described, with fresh weights; in blocks where it was."""
+    kind, of_config = NETWORKS[config["model"]]
+    model: Any = kind(cast(Any, of_config.from_dict(config["model_config"])))
+    if config["blocks_config"] is None:
+        return model
+    return DiffusionBlocks(model, BlocksConfig.from_dict(config["blocks_config"]))
+
+
 def _network(model: Network | DiffusionBlocks) -> Network:
     return cast(Network, model.base_model) if isinstance(model, DiffusionBlocks) else model
 
 
-def _tensors(model: Network | DiffusionBlocks) -> dict[str, Tensor]:
-    tensors = _network(model).state_dict()
-    if isinstance(model, DiffusionBlocks):
+def _tensors(model: Any) -> dict[str, Tensor]:
+    return named_tensors(model) if isinstance(model, DiffusionBlocks) else model.state_dict()
+
+
+def named_tensors(model: DiffusionBlocks | Block) -> dict[str, Tensor]:
+    """The tensors of a network in blocks, or of one of them, by their names in a save."""
+    tensors = cast(nn.Module, model.base_model).state_dict()
+    if len(model.copies):
         tensors.update(model.copies.state_dict(prefix=COPIES))
     return tensors
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = current(folder, CONFIG_FILE)
+    if not path.exists() and current(folder, BLOCK_FILE).exists():
+        raise ValueError(
+            f"{folder} must hold a whole network, got one block of it; `dblocks merge` makes one "
+            "of the folders of all its blocks"
+        )
     if not path.exists():
         raise ValueError(f"{folder} must hold a {CONFIG_FILE} written by `dblocks train`")
     config = read_json(path)

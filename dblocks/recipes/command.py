@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dblocks import blocks, checkpoint
-from dblocks.config import json_text
+from dblocks import blocks, checkpoint, scale
+from dblocks.config import check_count, json_text
 from dblocks.recipes import records
+from dblocks.recipes.keeping import FOLDER as CHECKPOINTS_FOLDER
+from dblocks.recipes.keeping import Keeping
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import Column, text_table
 from dblocks.recipes.trainer import Trainer
 
 RECORD_FILE = "run.json"
-SAVED_FILES = ("model.safetensors", "config.json", RECORD_FILE)
+SAVED_FILES = ("model.safetensors", "config.json", "block.json", RECORD_FILE)
+KEEP = 2  # checkpoints that stay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,32 +46,87 @@ class Recipe:
         run = self.gpu if gpu and self.gpu is not None else self.run
         return dataclasses.replace(run, **self.published) if published else run
 
-    def train(self, run: Run, out: Path, *, overwrite: bool = False) -> None:
-        """Trains with a progress bar, writes checkpoint and record, and prints the table.
+    def train(
+        self,
+        run: Run,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        checkpoint_every: int | None = None,
+        keep: int = KEEP,
+        resume: bool = False,
+    ) -> None:
+        """Trains with a progress bar, writes network and record, and prints the table.
+
+        Args:
+            run: what to train.
+            out: where to write; of one block alone a folder in it.
+            overwrite: whether to replace what is there.
+            checkpoint_every: steps between two checkpoints.
+            keep: how many of the last ones stay.
+            resume: whether to go on from the newest.
 
         Raises:
-            ValueError: `out` cannot be written to, or holds a save and `overwrite` is false; found
-                out before training.
+            ValueError: `out` cannot be written to, or holds a save or checkpoints and neither
+                `overwrite` nor `resume` is given; found out before training.
             ImportError: a package that this needs is not installed; likewise.
+            Interrupted: Ctrl-C or SIGTERM came, and there is a checkpoint.
         """
-        saved = [checkpoint.current(out, name) for name in SAVED_FILES]
-        check_free(out, saved, overwrite=overwrite)
+        if run.block is not None:
+            out = out / f"block-{run.block}"
+        folder = out / CHECKPOINTS_FOLDER
+        keeping = None
+        if checkpoint_every is not None or resume:
+            check_count("checkpoint_every", 1 if checkpoint_every is None else checkpoint_every)
+            check_count("keep", keep)
+            keeping = Keeping(folder=folder, every=checkpoint_every, keep=keep, resume=resume)
+        kept = folder.is_dir() and any(folder.glob("step-*"))
+        if kept and not resume and not overwrite:
+            raise ValueError(
+                f"--out must be a folder without checkpoints, got {out}; go on from the newest "
+                "with --resume, name another folder, or start anew with --overwrite"
+            )
+        check_free(out, saved_files(out), overwrite=overwrite or (resume and kept))
         checkpoint.prepare(out)
         if run.device == "cpu":
             records.use_one_thread()
 
         def save(trainer: Trainer) -> None:
             # The record so far, so that the unit never holds another model's.
-            begun = json_text(records.begun(trainer)) + "\n"
-            texts = {RECORD_FILE: begun, **trainer.batches.texts()}
+            begun = records.begun(trainer)
+            texts = trainer.batches.texts()
+            if run.block is not None:
+                scale.save_block(out, trainer.trained, texts=texts, about={"run": begun["run"]})
+                return
+            texts = {RECORD_FILE: json_text(begun) + "\n", **texts}
             checkpoint.save_model(out, trainer.trained, texts=texts)
 
-        record = records.train(run, progress=True, save=save).record
-        records.write_record(out / RECORD_FILE, record)
-        print(text_table({run.name: [record]}, self.columns))
+        trained = records.train(run, progress=True, save=save, keeping=keeping)
+        records.write_record(out / RECORD_FILE, trained.record)
+        if run.block is not None:
+            print(_of_block(run, trained.record, out))
+            return
+        print(text_table({run.name: [trained.record]}, self.columns))
         print(f"\nSaved model.safetensors, config.json and run.json in {out}")
         if self.after:
             print(self.after.format(out=out))
+
+
+def _of_block(run: Run, record: dict[str, Any], out: Path) -> str:
+    losses = [point["block_loss"][run.block] for point in record["curve"]]
+    last = next((loss for loss in reversed(losses) if loss is not None), None)
+    shown = "no step" if last is None else f"{record['steps_of_block']} of {run.steps} steps, "
+    shown += "" if last is None else f"loss {last:.4f}, {record['process_mib']:.1f} MiB of state"
+    return (
+        f"block {run.block} of {run.blocks}: {shown}\n"
+        f"Saved model.safetensors, block.json and run.json in {out}\n"
+        f"When all blocks are there: dblocks merge {out.parent} {out.parent}"
+    )
+
+
+def saved_files(out: Path) -> list[Path]:
+    """Where the files of a network are in a folder, whether they are there or not."""
+    return [checkpoint.current(out, name) for name in SAVED_FILES]
 
 
 def check_free(out: Path, files: Sequence[Path], *, overwrite: bool) -> None:

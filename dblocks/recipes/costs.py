@@ -57,7 +57,7 @@ def memory(trainer: Trainer) -> dict[str, float]:
     `process_mib` what this process holds, where all blocks live.
     """
     batch = trainer.batch(0)
-    costs = [_step_bytes(trainer, batch, b) for b in range(trainer.num_blocks)]
+    costs = [_step_bytes(trainer, batch, b) for b in trainer.trained_blocks]
     activations, state, process = (max(column) / MIB for column in zip(*costs, strict=True))
     return {"activations_mib": activations, "state_mib": state, "process_mib": process}
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def progress_bar(purpose: str, label: str, total: int | None = None, *, shown: bool = True) -> Any:
+def progress_bar(
+    purpose: str, label: str, total: int | None = None, *, shown: bool = True, done: int = 0
+) -> Any:
     """A bar of steps, silent where the output is not a terminal.
 
     Args:
@@ -13,6 +15,7 @@ def progress_bar(purpose: str, label: str, total: int | None = None, *, shown: b
         label: stands before the bar.
         total: number of steps, where it is known.
         shown: whether to show it at all.
+        done: steps that were taken before.
 
     Raises:
         ImportError: tqdm is not installed.
@@ -25,4 +28,5 @@ def progress_bar(purpose: str, label: str, total: int | None = None, *, shown: b
             "`pip install 'dblocks[train]'`"
         ) from error
     # disable=None is tqdm's way of being silent where the output is not a terminal.
-    return tqdm(total=total, desc=label, unit="step", disable=None if shown else True)
+    quiet = None if shown else True
+    return tqdm(total=total, initial=done, desc=label, unit="step", disable=quiet)

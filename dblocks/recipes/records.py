@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,11 @@ from dblocks.checkpoint import replacing
 from dblocks.config import json_text, read_json
 from dblocks.info import environment
 from dblocks.recipes.costs import LayerCounter, memory
+from dblocks.recipes.keeping import Keeper, Keeping, Progress
 from dblocks.recipes.progress import progress_bar
 from dblocks.recipes.run import Run
 from dblocks.recipes.trainer import Trainer
+from dblocks.scale import Stop
 
 FORMAT = 1  # of the record
 
@@ -30,35 +33,48 @@ class Trained(NamedTuple):
 
 
 def train(
-    run: Run, *, progress: bool = False, save: Callable[[Trainer], None] | None = None
+    run: Run,
+    *,
+    progress: bool = False,
+    save: Callable[[Trainer], None] | None = None,
+    keeping: Keeping | None = None,
 ) -> Trained:
     """Train one network and measure what it cost and reached.
 
-    What is measured on the way is for a curve only: nothing is chosen by it.
+    What is measured on the way is for a curve only: nothing is chosen by it. Of one block alone
+    there is nothing to measure but its loss and its cost.
 
     Args:
         run: what to train.
         progress: show a progress bar.
         save: called with the trained network before its results are measured, which may fail.
+        keeping: checkpoints to write and to go on from.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM came, and there is a checkpoint.
     """
     where = environment()  # of the code that runs, whatever is committed meanwhile
     trainer = run.trainer()
-    with LayerCounter(trainer.counted()) as counter:
-        curve, seconds = _fit(trainer, counter, progress=progress)
+    alone = run.block is not None
+    with LayerCounter([] if alone else trainer.counted()) as counter:
+        done = _fit(trainer, counter, progress=progress, keeping=keeping)
     trainer.check_finite()
     if save is not None:
         save(trainer)
     layer_evaluations = counter.count
-    record = {
-        **begun(trainer),
-        "environment": where,
-        **trainer.results(curve[-1]),
+    layers = {
         "layer_evaluations": layer_evaluations,
         "layers_per_step": layer_evaluations // run.steps,
         "samples": run.steps * run.batch_size,
+    }
+    record = {
+        **begun(trainer),
+        "environment": where,
+        **({"steps_of_block": done.own_steps} if alone else trainer.results(done.curve[-1])),
+        **({} if alone else layers),
         **memory(trainer),
-        "seconds": round(seconds, 3),
-        "curve": curve,
+        "seconds": round(done.seconds, 3),
+        "curve": done.curve,
     }
     return Trained(trainer, record)
 
@@ -74,33 +90,38 @@ def begun(trainer: Trainer) -> dict[str, Any]:
 
 
 def _fit(
-    trainer: Trainer, counter: LayerCounter, *, progress: bool
-) -> tuple[list[dict[str, Any]], float]:
+    trainer: Trainer, counter: LayerCounter, *, progress: bool, keeping: Keeping | None
+) -> Progress:
     """All steps; returns the points of the curve and the seconds spent in training alone."""
-    run, curve, seconds = trainer.run, [], 0.0
+    run, done = trainer.run, Progress(trainer.num_blocks, counter)
     marks = {round(run.steps * i / run.points) for i in range(1, run.points + 1)} - {0}
-    losses = _empty_losses(trainer)
-    bar = progress_bar("training", run.name, run.steps, shown=progress)
-    for step in range(run.steps):
-        start = time.perf_counter()
-        block, loss = trainer.step(step)
-        seconds += time.perf_counter() - start
-        losses[block].append(loss)
-        bar.update()
-        if step + 1 in marks:
-            # The losses are those since the point before.
-            means = [sum(v) / len(v) if v else None for v in losses]
-            point = {"step": step + 1, "layer_evaluations": counter.count, "block_loss": means}
-            with counter.paused():
-                curve.append(point | trainer.measure())
-            losses = _empty_losses(trainer)
-            bar.set_postfix_str(trainer.progress(curve[-1]))
+    keeper = None if keeping is None else Keeper(keeping, trainer, done, begun(trainer))
+    bar = progress_bar("training", run.name, run.steps, shown=progress, done=done.step)
+    with Stop() if keeper else nullcontext() as stop:
+        for step in range(done.step, run.steps):
+            start = time.perf_counter()
+            block, loss = trainer.step(step)
+            done.seconds += time.perf_counter() - start
+            done.add(block, loss)
+            bar.update()
+            if step + 1 in marks:
+                _add_point(trainer, counter, done)
+                bar.set_postfix_str(trainer.progress(done.curve[-1]) if run.block is None else "")
+            if keeper:
+                keeper.after_step(None if stop is None else stop.received)
     bar.close()
-    return curve, seconds
+    return done
 
 
-def _empty_losses(trainer: Trainer) -> list[list[float]]:
-    return [[] for _ in range(trainer.num_blocks)]
+def _add_point(trainer: Trainer, counter: LayerCounter, done: Progress) -> None:
+    """A point of the curve; its losses are those since the point before."""
+    point = {
+        "step": done.step,
+        "layer_evaluations": counter.count,
+        "block_loss": done.take_losses(),
+    }
+    with counter.paused():
+        done.curve.append(point | ({} if trainer.run.block is not None else trainer.measure()))
 
 
 def use_one_thread() -> None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dblocks.blocks import Weighting
-from dblocks.config import JsonConfig, check_finite
+from dblocks.blocks.config import Shared
+from dblocks.config import JsonConfig, check_block, check_finite
 from dblocks.recipes.data.splits import Part
 
 if TYPE_CHECKING:
     from dblocks.recipes.trainer import Trainer
 
 SEED_END = 2**63
+ADDED = ("shared", "block")  # fields that earlier records do not have
 
 
 def check_seed(seed: int) -> None:
@@ -62,6 +64,14 @@ class Run(JsonConfig, ABC):
     bf16: bool = False
     """Compute the layers in bfloat16 (autocast)."""
 
+    shared: Shared | None = None
+    """What happens to parameters outside the layers: train, with every block's steps; frozen, as
+    they are; or private, a copy for each block. By default train, and private with `--block`."""
+    block: int | None = None
+    """Train this block alone, from 0, in the folder block-N of `--out`: one of as many jobs as
+    there are blocks, which share nothing and may run anywhere, at any time. It takes exactly the
+    steps that the block takes in a run of all; `dblocks merge` makes one network of them."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("steps", "batch_size", "points"):
@@ -80,6 +90,17 @@ class Run(JsonConfig, ABC):
                 f"blocks must lie between 1 and the number of layers {self.depth}, "
                 f"got {self.blocks}"
             )
+        self._check_sharing()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, without what the defaults of newer fields say."""
+        values = super().to_dict()
+        return {k: v for k, v in values.items() if v is not None or k not in ADDED}
+
+    @property
+    def sharing(self) -> Shared:
+        """What happens to parameters outside the layers."""
+        return self.shared or ("train" if self.block is None else "private")
 
     @property
     def num_blocks(self) -> int:
@@ -103,6 +124,22 @@ class Run(JsonConfig, ABC):
             return self.lr * (step + 1) / rise
         fraction = (step - rise) / max(1, self.steps - rise)
         return self.lr * 0.5 * (1 + math.cos(math.pi * fraction))
+
+    def _check_sharing(self) -> None:
+        if self.end_to_end and not self.block is self.shared is None:
+            raise ValueError(
+                "block and shared must be left out end to end, where there are no blocks, "
+                f"got block={self.block} and shared={self.shared!r}"
+            )
+        if self.block is None:
+            return
+        check_block(self.block, self.blocks)
+        if self.shared == "train":
+            raise ValueError(
+                "shared must be private or frozen where one block is trained alone, got 'train': "
+                "each job would train a copy of its own of the shared parameters, and they would "
+                "drift apart"
+            )
 
     @abstractmethod
     def trainer(self) -> Trainer:

@@ -8,6 +8,7 @@ to end without noise levels.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -20,6 +21,7 @@ from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train
 from dblocks.blocks.training import not_finite
 from dblocks.recipes.data.batches import Batch, Data
 from dblocks.recipes.run import Run
+from dblocks.schedules.random import draw_seed
 
 BLOCK_SEED = 2**31  # added to a run's seed: of the blocks and noise levels drawn in training
 
@@ -48,9 +50,10 @@ class Trainer(ABC):
         self.end_to_end_loss = end_to_end_loss if run.end_to_end else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            self.network: Any = make().to(run.device)
-        self.config = None if self.end_to_end_loss else config()
-        self.model = None if self.config is None else DiffusionBlocks(self.network, self.config)
+            self.network: Any = make()
+        self.config = None if self.end_to_end_loss else self._shared_as_asked(config())
+        self.model = None if self.config is None else self._in_blocks(self.config)
+        self.trained.to(run.device)
         self.block_optimizers = (
             None if self.model is None else make_optimizers(self.model, self._adamw)
         )
@@ -81,7 +84,7 @@ class Trainer(ABC):
 
     @property
     def trained(self) -> Any:
-        """What is trained: the `DiffusionBlocks`, or the network itself end to end."""
+        """What is trained: the `DiffusionBlocks`, one `Block`, or the network end to end."""
         return self.network if self.model is None else self.model
 
     @property
@@ -93,8 +96,16 @@ class Trainer(ABC):
         """Batch number `step`, on the run's device."""
         return {key: value.to(self.run.device) for key, value in self.batches.batch(step).items()}
 
-    def step(self, step: int) -> tuple[int, float]:
+    @property
+    def trained_blocks(self) -> Sequence[int]:
+        """The blocks that are trained here."""
+        return range(self.num_blocks) if self.run.block is None else (self.run.block,)
+
+    def step(self, step: int) -> tuple[int, float | None]:
         """Train on batch number `step`; returns the block (0 end to end) and its loss.
+
+        Where one block is trained alone, the steps of others draw their random numbers and do
+        nothing, with None for their loss: so it takes the steps that it takes beside the others.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite; the network is as before.
@@ -115,7 +126,26 @@ class Trainer(ABC):
                     "lower the learning rate"
                 )
 
-    def _step(self, step: int) -> tuple[int, float]:
+    def _shared_as_asked(self, config: BlocksConfig) -> BlocksConfig:
+        sharing = "train" if self.run.end_to_end else self.run.sharing
+        return dataclasses.replace(config, shared=sharing)
+
+    def _in_blocks(self, config: BlocksConfig) -> Any:
+        """The network in blocks; where one is trained alone, all else is let go."""
+        whole = DiffusionBlocks(self.network, config)
+        if self.run.block is None:
+            return whole
+        block = whole.block(self.run.block)
+        self.network, _ = block.parts(self.run.block)
+        return block
+
+    def _step(self, step: int) -> tuple[int, float | None]:
+        block = 0
+        if self.model is not None:
+            block = int(torch.randint(self.num_blocks, (), generator=self.generator))
+            if block not in self.trained_blocks:
+                draw_seed(self.generator)
+                return block, None
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.run.lr_at(step)
@@ -124,7 +154,7 @@ class Trainer(ABC):
             if self.model is None or self.block_optimizers is None:
                 return 0, self._end_to_end_step(batch)
             result = train_step(
-                self.model, batch, self.block_optimizers,
+                self.model, batch, self.block_optimizers, block=block,
                 generator=self.generator, clip_grad_norm=self.run.clip, nonfinite="raise",
             )  # fmt: skip
         return result.block, result.details.losses.mean().item()

@@ -1,4 +1,9 @@
 """One block's memory on a device, blocks on many machines, and checkpoints that no crash loses."""
 
+from dblocks.scale.checkpoints import Checkpoints as Checkpoints
+from dblocks.scale.merge import merge_blocks as merge_blocks
+from dblocks.scale.merge import save_block as save_block
 from dblocks.scale.residency import Residency as Residency
 from dblocks.scale.residency import resident as resident
+from dblocks.scale.signals import Interrupted as Interrupted
+from dblocks.scale.signals import Stop as Stop

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import hashlib
+from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from dblocks.recipes.data.splits import Images, batch_indices
@@ -23,6 +25,10 @@ class Data(Protocol):
 
     def texts(self) -> dict[str, str]:
         """What a network of this data needs beside its weights, by the name of the file."""
+        ...
+
+    def digest(self) -> str:
+        """A SHA-256 of what is trained on."""
         ...
 
 
@@ -55,6 +61,10 @@ class ImageData:
     def texts(self) -> dict[str, str]:
         """Nothing: images need nothing beside the network."""
         return {}
+
+    def digest(self) -> str:
+        """Of the training images and their labels."""
+        return _sha256(self.images.images, self.images.labels)
 
 
 class TextData:
@@ -89,3 +99,16 @@ class TextData:
     def texts(self) -> dict[str, str]:
         """The tokenizer."""
         return {TOKENIZER_FILE: self.corpus.tokenizer.to_json()}
+
+    def digest(self) -> str:
+        """Of the tokens of the training text."""
+        return _sha256(self.corpus.training.tokens)
+
+
+def _sha256(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        numbers = tensor.detach().cpu().contiguous().view(torch.uint8)
+        digest.update(cast(Any, numbers.numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""Checkpoints of a run: what is in them, when they are written, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dblocks.scale import Checkpoints, Interrupted
+
+if TYPE_CHECKING:
+    from dblocks.recipes.costs import LayerCounter
+    from dblocks.recipes.trainer import Trainer
+
+FOLDER = "checkpoints"  # inside that of the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """Whether and where a run keeps checkpoints."""
+
+    folder: Path
+    """Where they are."""
+    every: int | None
+    """Steps between two of them; None: only where a signal ends the run."""
+    keep: int
+    """How many of the last ones stay."""
+    resume: bool
+    """Whether to go on from the newest; else those that are there are removed."""
+
+
+class Progress:
+    """How far a run has come: what a checkpoint says of it beside network and optimizer."""
+
+    def __init__(self, num_blocks: int, counter: LayerCounter) -> None:
+        self.step = 0
+        """Steps taken; the position in the data too, which are a function of the step."""
+        self.own_steps = 0
+        """Of them, those of the blocks that are trained here."""
+        self.seconds = 0.0
+        self.curve: list[dict[str, Any]] = []
+        self._counter = counter
+        self._losses: list[list[float]] = [[] for _ in range(num_blocks)]
+
+    def add(self, block: int, loss: float | None) -> None:
+        """A step was taken."""
+        self.step += 1
+        if loss is not None:
+            self.own_steps += 1
+            self._losses[block].append(loss)
+
+    def take_losses(self) -> list[float | None]:
+        """The mean loss of each block since the last call."""
+        means = [sum(losses) / len(losses) if losses else None for losses in self._losses]
+        self._losses = [[] for _ in means]
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "step": self.step,
+            "own_steps": self.own_steps,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "losses": self._losses,
+            "layer_evaluations": self._counter.count,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.step, self.own_steps = state["step"], state["own_steps"]
+        self.seconds, self.curve = state["seconds"], state["curve"]
+        self._losses = state["losses"]
+        self._counter.count = state["layer_evaluations"]
+
+
+class RandomState:
+    """PyTorch's own generators, which no step should read, but a part of a network might."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Their states."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        torch.set_rng_state(state["cpu"])
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Keeper:
+    """Writes the checkpoints of a run, after it went on from the newest.
+
+    Args:
+        keeping: whether and where.
+        trainer: what is trained.
+        progress: how far it is; of the checkpoint from here on.
+        begun: JSON values that say what is trained.
+
+    Raises:
+        ValueError: the folder cannot be written to, or there is no valid checkpoint of this run.
+    """
+
+    def __init__(
+        self, keeping: Keeping, trainer: Trainer, progress: Progress, begun: dict[str, Any]
+    ) -> None:
+        self.keeping, self.progress, self.steps = keeping, progress, trainer.run.steps
+        configuration = begun | {"data": trainer.batches.digest()}
+        texts = trainer.batches.texts().items()
+        configuration |= {name: hashlib.sha256(t.encode()).hexdigest() for name, t in texts}
+        self.checkpoints = Checkpoints(keeping.folder, configuration, keep=keeping.keep)
+        self.objects = {
+            "model": trainer.trained,
+            "optimizers": trainer.block_optimizers or trainer.optimizers[0],
+            "generator": trainer.generator,
+            "random": RandomState(),
+            "progress": progress,
+        }
+        if not keeping.resume:
+            self.checkpoints.clear()
+        elif self.checkpoints.resume(self.objects) is None:
+            print(f"no checkpoint in {keeping.folder} yet: training starts anew", file=sys.stderr)
+        else:
+            print(f"resumed after step {progress.step} of {self.steps}", file=sys.stderr)
+
+    def after_step(self, received: int | None) -> None:
+        """Writes a checkpoint where one is due, and ends the run where a signal was received.
+
+        Raises:
+            Interrupted: one was.
+
+        Warns:
+            UserWarning: the checkpoint cannot be written; training goes on.
+        """
+        step, every = self.progress.step, self.keeping.every
+        due = step == self.steps or (every is not None and step % every == 0)
+        if due or received is not None:
+            try:
+                self.checkpoints.save(step, self.objects)
+            except OSError as error:
+                last = self.checkpoints.last
+                kept = "there is none yet" if last is None else f"that of step {last} is kept"
+                warnings.warn(f"no checkpoint of step {step}: {error}; {kept}", stacklevel=2)
+        if received is not None:
+            last = self.checkpoints.last
+            how = "no checkpoint" if last is None else f"--resume goes on after step {last}"
+            raise Interrupted(f"interrupted after step {step} of {self.steps}; {how}", received)

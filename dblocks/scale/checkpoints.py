@@ -1,0 +1,271 @@
+"""Checkpoints of a training that can be interrupted at any time, and goes on bit for bit.
+
+A checkpoint is a folder `step-00000100`, which appears by one rename: the tensors of each object in
+a safetensors file, all else in `state.json`, and `checksums.txt`, as of the program sha256sum. Only
+these formats are read: nothing in a checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dblocks._version import __version__
+from dblocks.checkpoint import (
+    appearing,
+    discard,
+    load_safetensors,
+    make_folder,
+    naming,
+    save_safetensors,
+)
+from dblocks.config import check_count, json_text, parse_json, read_json
+from dblocks.scale.state import load_state_, pack, state_of, unpack
+
+FORMAT = 1
+STATE_FILE, CHECKSUMS_FILE, SUFFIX = "state.json", "checksums.txt", ".safetensors"
+LONGEST_STATE = 2**30  # bytes
+FOLDER_NAME = re.compile(r"step-(\d{8,})")
+OBJECT_NAME = re.compile(r"[a-z][a-z0-9_]*")
+CHECKSUM_LINE = re.compile(r"[0-9a-f]{64}  ([a-z0-9_.]+)")
+CHUNK = 2**22  # bytes that are hashed at a time
+MOST_NAMED = 5  # differences that a message lists
+
+
+class Checkpoints:
+    """The checkpoints of one training, in a folder of their own.
+
+    An object is anything with `state_dict` and `load_state_dict`, or a `torch.Generator`: a model,
+    `BlockOptimizers`, an EMA, a GradScaler, a learning rate's schedule, a position in the data.
+
+        checkpoints = Checkpoints("runs/a/checkpoints", {"lr": 1e-3, "blocks": 3})
+        objects = {"model": model, "optimizers": optimizers, "generator": generator}
+        first = checkpoints.resume(objects) or 0
+        for step in range(first, steps):
+            ...
+            if (step + 1) % 100 == 0:
+                checkpoints.save(step + 1, objects)
+
+    Args:
+        folder: where they are; it is made if it is not there.
+        configuration: JSON values that a checkpoint must have been saved with to be resumed.
+        keep: how many of the last ones stay.
+
+    Raises:
+        ValueError: the folder cannot be written to, or `keep` is not positive.
+    """
+
+    def __init__(
+        self, folder: str | Path, configuration: Mapping[str, Any], *, keep: int = 2
+    ) -> None:
+        self.folder, self.keep = Path(folder), check_count("keep", keep)
+        self.configuration: Any = parse_json(json_text(dict(configuration)))
+        self.last: int | None = None
+        """The step of the last one saved or resumed."""
+        self._refused: list[Path] = []
+        make_folder(self.folder)
+
+    def save(self, step: int, objects: Mapping[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all, and remove those before the last `keep`.
+
+        Args:
+            step: how many steps were taken.
+            objects: what to save, by name; the same names as for `resume`.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk; the earlier ones are kept.
+            TypeError: an object has no state, or one that JSON and tensors cannot hold.
+            ValueError: `step` is negative, or a name is not made of a-z, 0-9 and _.
+        """
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        if step == self.last:  # it is there already
+            return
+        packed, tensors = {}, {}
+        for name, holder in objects.items():
+            _check_name(name)
+            tensors[name] = {}
+            packed[name] = pack(state_of(holder), tensors[name])
+        state = {
+            "format": FORMAT,
+            "dblocks": __version__,
+            "torch": torch.__version__,
+            "step": step,
+            "configuration": self.configuration,
+            "objects": packed,
+        }
+        with appearing(self.folder / f"step-{step:08d}") as part:
+            for name, held in tensors.items():
+                if held:
+                    save_safetensors(part / (name + SUFFIX), _apart(held))
+            (part / STATE_FILE).write_text(json_text(state, indent=None), encoding="utf-8")
+            names = sorted(path.name for path in part.iterdir())
+            (part / CHECKSUMS_FILE).write_text(_checksums(part, names), encoding="utf-8")
+        self.last = step
+        self._remove_old(step)
+
+    def resume(self, objects: Mapping[str, Any]) -> int | None:
+        """Give the objects the state of the newest valid checkpoint.
+
+        Returns:
+            Its number of steps; None where there is no checkpoint yet.
+
+        Raises:
+            ValueError: all of them are broken, or the newest valid one is of another configuration
+                or of other objects; the message names what is wrong.
+
+        Warns:
+            UserWarning: a checkpoint is broken and an earlier one is used; the message names the
+                file.
+        """
+        found = self.found()
+        for path in found:
+            wrong = what_is_broken(path)
+            if wrong is None:
+                self._load(path, objects)
+                return self.last
+            self._refused.append(path)
+            warnings.warn(
+                f"checkpoint {path} is refused: {wrong}; the one before it is looked for",
+                UserWarning,
+                stacklevel=2,
+            )
+        if found:
+            raise ValueError(
+                f"{self.folder} must hold a valid checkpoint, got {len(found)} broken; restore "
+                "the files that are named above, or start anew in another folder"
+            )
+        return None
+
+    def found(self) -> list[Path]:
+        """The folders of the checkpoints, valid or not, newest first."""
+        steps = {path: FOLDER_NAME.fullmatch(path.name) for path in self.folder.iterdir()}
+        numbers = {path: int(match[1]) for path, match in steps.items() if match}
+        return sorted(numbers, key=lambda path: numbers[path], reverse=True)
+
+    def clear(self) -> None:
+        """Remove all checkpoints."""
+        for path in self.found():
+            discard(path)
+        self.last = None
+
+    def _load(self, path: Path, objects: Mapping[str, Any]) -> None:
+        with naming(path / STATE_FILE):
+            state = read_json(path / STATE_FILE, longest=LONGEST_STATE)
+            if not isinstance(state, dict) or state.get("format") != FORMAT:
+                raise ValueError(f"it must be of format {FORMAT}")
+        self._check_configuration(path, state["configuration"])
+        names = sorted(state["objects"])
+        if names != sorted(objects):
+            raise ValueError(f"{path} must hold {sorted(objects)}, got {names}")
+        for name, holder in objects.items():
+            file = path / (name + SUFFIX)
+            with naming(file):
+                tensors = load_safetensors(file) if file.exists() else {}
+                load_state_(holder, unpack(state["objects"][name], tensors))
+        self.last = state["step"]
+
+    def _check_configuration(self, path: Path, found: Any) -> None:
+        there, here = _flat(found), _flat(self.configuration)
+        other = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
+        if other:
+            listed = [f"{k} was {there.get(k)!r} and is {here.get(k)!r}" for k in other]
+            more = f" and {len(other) - MOST_NAMED} more" if len(other) > MOST_NAMED else ""
+            raise ValueError(
+                f"{path} is of another configuration: {', '.join(listed[:MOST_NAMED])}{more}; "
+                "resume with what it was started with, or write to another folder"
+            )
+
+    def _remove_old(self, step: int) -> None:
+        """Newer ones stay: they are of a run that went further."""
+        numbers = {path: int(path.name.removeprefix("step-")) for path in self.found()}
+        before = [path for path, number in numbers.items() if number <= step]
+        refused = [path for path in self._refused if numbers.get(path) != step]
+        kept = [path for path in before if path not in refused][: self.keep]
+        self._refused.clear()
+        for path in {*before, *refused} - {*kept}:
+            try:
+                discard(path)
+            except OSError as error:  # it is written, which is what counts
+                warnings.warn(f"{path} cannot be removed: {error}", UserWarning, stacklevel=3)
+
+
+def what_is_broken(path: Path) -> str | None:
+    """Which file of a checkpoint is missing or not what was written; None: it is valid."""
+    try:
+        written = (path / CHECKSUMS_FILE).read_bytes()
+        names = _names_in(written)
+        if names is None:
+            return f"{CHECKSUMS_FILE} is not what was written"
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            return f"{', '.join(missing)} is missing"
+        expected = written.decode().splitlines()
+        found = _checksums(path, names).splitlines()
+    except FileNotFoundError:
+        return f"{CHECKSUMS_FILE} is missing"
+    except OSError as error:
+        return f"it cannot be read: {error}"
+    wrong = [f.split("  ")[1] for e, f in zip(expected, found, strict=True) if e != f]
+    return f"{', '.join(wrong)} is not what was written, by its checksum" if wrong else None
+
+
+def _names_in(written: bytes) -> list[str] | None:
+    """The files that checksums are of; None where a byte of the list itself is wrong."""
+    try:
+        head, *lines = written.decode("ascii").split("\n")
+    except UnicodeDecodeError:
+        return None
+    if not lines or lines.pop() or head != _head(len(lines)):
+        return None
+    matches = [CHECKSUM_LINE.fullmatch(line) for line in lines]
+    names = [match[1] for match in matches if match]
+    known = STATE_FILE in names and len(names) == len(lines) and names == sorted(set(names))
+    return names if known else None
+
+
+def _checksums(folder: Path, names: list[str]) -> str:
+    return "\n".join([_head(len(names)), *(f"{_hash(folder / n)}  {n}" for n in names), ""])
+
+
+def _head(count: int) -> str:
+    return f"# sha256 of {count} files"
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with those that share memory copied: safetensors holds each by itself."""
+    seen: set[tuple[torch.device, int]] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        key = tensor.device, tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if key in seen else tensor
+        seen.add(key)
+    return apart
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    """The values of nested JSON objects, by their place."""
+    if not isinstance(value, dict):
+        return {place: value}
+    parts = (_flat(v, f"{place}.{k}" if place else k) for k, v in value.items())
+    return {k: v for part in parts for k, v in part.items()}
+
+
+def _check_name(name: str) -> None:
+    if not OBJECT_NAME.fullmatch(name):
+        raise ValueError(f"the name of an object must be made of a-z, 0-9 and _, got {name!r}")

@@ -1,0 +1,214 @@
+"""Blocks that were trained apart, each in a folder of its own, made one network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dblocks.blocks import Block, DiffusionBlocks
+from dblocks.checkpoint import current, load_safetensors, naming, save_safetensors, saving
+from dblocks.checkpoint.networks import (
+    BLOCK_FILE,
+    CONFIG_FILE,
+    COPIES,
+    WEIGHTS_FILE,
+    described,
+    named_tensors,
+    rebuilt,
+)
+from dblocks.config import json_text, read_json, read_text
+
+KEYS = {"format", "dblocks", "model", "model_config", "blocks_config", "block", "texts", "about"}
+COMPARED = ("format", "model", "model_config", "blocks_config")
+LONGEST_TEXT = 256 * 2**20  # bytes
+
+
+def save_block(
+    folder: str | Path,
+    block: Block,
+    *,
+    texts: Mapping[str, str] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one block of a network, for `merge_blocks`; the weights have the names of the whole.
+
+    Args:
+        folder: where to write; as of `save_model`, its files are one unit.
+        block: of one of `dblocks.checkpoint.NETWORKS`.
+        texts: what the whole network's save holds too, by the name of the file, such as a
+            tokenizer.json; the same for every block.
+        about: JSON values that say how it was trained; they may differ between blocks.
+
+    Raises:
+        TypeError: it is no `Block`, or of another network.
+        OSError: a file cannot be written; the earlier save is kept.
+    """
+    if not isinstance(block, Block):
+        raise TypeError(f"block must be a Block, got {type(block).__name__}; see save_model")
+    index = cast(int, block.index)
+    network, _ = block.parts(index)
+    texts = dict(texts or {})
+    about_block = {"block": index, "texts": sorted(texts), "about": dict(about or {})}
+    written = described(cast(nn.Module, network), block.config) | about_block
+    with saving(Path(folder)) as part:
+        save_safetensors(part / WEIGHTS_FILE, named_tensors(block))
+        for name, text in {**texts, BLOCK_FILE: json_text(written, indent=2) + "\n"}.items():
+            (part / name).write_text(text, encoding="utf-8")
+
+
+def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
+    """Make one network of all its blocks: what `load_model` reads.
+
+    Args:
+        out: where to write.
+        folders: what `save_block` wrote for each block, in any order; or folders of such folders.
+
+    Raises:
+        ValueError: a block is missing or there twice, or the blocks are not of one network: of one
+            configuration, one target embedding, and one tokenizer. The message names the folders.
+    """
+    found = {folder: _read(folder) for given in folders for folder in _blocks_in(Path(given))}
+    first, config = next(iter(found.items()), (None, {}))
+    if first is None:
+        raise ValueError("folders must name at least one block's folder, got none")
+    for folder, other in found.items():
+        _check_alike(first, config, folder, other)
+    with naming(first / BLOCK_FILE), torch.device("meta"):
+        whole: DiffusionBlocks = rebuilt(config)
+    places = _in_order(found, whole.config.num_blocks)
+    tensors = _merged(places, whole)
+    texts = _texts(places, config["texts"])
+    about = [{"folder": str(f), "block": b, **found[f]["about"]} for b, f in enumerate(places)]
+    written = {key: config[key] for key in (*COMPARED, "dblocks")}
+    texts |= {
+        CONFIG_FILE: json_text(written, indent=2) + "\n",
+        "run.json": json_text({"merged": about}) + "\n",
+    }
+    with saving(Path(out)) as part:
+        save_safetensors(part / WEIGHTS_FILE, tensors)
+        for name, text in texts.items():
+            (part / name).write_text(text, encoding="utf-8")
+
+
+def _blocks_in(folder: Path) -> list[Path]:
+    """The folder itself, or those in it that hold a block."""
+    if current(folder, BLOCK_FILE).exists():
+        return [folder]
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    blocks = [path for path in inside if path.is_dir() and current(path, BLOCK_FILE).exists()]
+    if not blocks:
+        raise ValueError(
+            f"{folder} must hold a {BLOCK_FILE}, or folders that do; `dblocks train ... --block N` "
+            "writes one at the end of its training"
+        )
+    return blocks
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = current(folder, BLOCK_FILE)
+    found = read_json(path)
+    if not isinstance(found, dict) or set(found) != KEYS:
+        raise ValueError(f"{path} must be a JSON object with the keys {sorted(KEYS)}")
+    return found
+
+
+def _check_alike(first: Path, config: Any, folder: Path, other: Any) -> None:
+    for key in COMPARED:
+        mine, its = config[key], other[key]
+        if mine == its:
+            continue
+        if isinstance(mine, dict) and isinstance(its, dict):
+            name = next(k for k in {**mine, **its} if mine.get(k) != its.get(k))
+            key, mine, its = f"{key}.{name}", mine.get(name), its.get(name)
+        raise ValueError(
+            f"blocks must be of one configuration, got {key} of {mine!r} in {first} and {its!r} "
+            f"in {folder}"
+        )
+
+
+def _in_order(found: Mapping[Path, Any], num_blocks: int) -> list[Path]:
+    """The folders by the number of their block."""
+    places: dict[int, Path] = {}
+    for folder, config in found.items():
+        block = config["block"]
+        if block in places:
+            raise ValueError(f"block {block} must be given once, got {places[block]} and {folder}")
+        places[block] = folder
+    if missing := sorted(set(range(num_blocks)) - set(places)):
+        raise ValueError(
+            f"all {num_blocks} blocks must be given, got none of block "
+            f"{', '.join(map(str, missing))}; train it with --block, or name its folder"
+        )
+    return [places[block] for block in range(num_blocks)]
+
+
+def _merged(places: Sequence[Path], whole: DiffusionBlocks) -> dict[str, Tensor]:
+    """The tensors of all blocks, which must be those of the network, and agree where they meet."""
+    merged: dict[str, Tensor] = {}
+    owners: dict[str, Path] = {}
+    for block, folder in enumerate(places):
+        path = folder / WEIGHTS_FILE
+        expected = named_tensors(whole.block(block))
+        with naming(path):
+            held = load_safetensors(current(folder, WEIGHTS_FILE))
+            _check_tensors(held, expected)
+        for name, tensor in held.items():
+            if name in merged and not torch.equal(merged[name], tensor):
+                raise ValueError(_differs("what all blocks share", name, owners[name], folder))
+            merged[name], owners[name] = tensor, folder
+    _check_targets(merged, owners, whole)
+    return merged
+
+
+def _check_tensors(held: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    if wrong := sorted(set(held) ^ set(expected)):
+        where = "lacks" if wrong[0] in expected else "must not hold"
+        raise ValueError(f"it {where} {wrong[0]}; {len(wrong)} names of tensors differ")
+    for name, tensor in expected.items():
+        if held[name].shape != tensor.shape:
+            raise ValueError(
+                f"{name} must have shape {list(tensor.shape)}, got {list(held[name].shape)}"
+            )
+
+
+def _check_targets(
+    merged: Mapping[str, Tensor], owners: Mapping[str, Path], whole: DiffusionBlocks
+) -> None:
+    """Private copies hold the target embedding too: it must be the same everywhere."""
+    target = {id(p) for p in whole.base_model.target.parameters()}
+    network = cast(nn.Module, whole.base_model)
+    names = [name for name, p in network.named_parameters() if id(p) in target]
+    for name in names:
+        for copy in range(len(whole.copies)):
+            other = f"{COPIES}{copy}.{name}"
+            if not torch.equal(merged[name], merged[other]):
+                raise ValueError(
+                    _differs("the target embedding", name, owners[name], owners[other])
+                )
+
+
+def _differs(what: str, name: str, first: Path, second: Path) -> str:
+    return (
+        f"{what} must be the same in all blocks, got another {name} in {first} than in {second}; "
+        "train all blocks with one --seed and one --data"
+    )
+
+
+def _texts(places: Sequence[Path], names: Sequence[str]) -> dict[str, str]:
+    """The texts beside the weights, which must be the same in all folders."""
+    texts: dict[str, str] = {}
+    for folder in places:
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{folder / BLOCK_FILE} must name files beside it, got {name!r}")
+            text = read_text(current(folder, name), longest=LONGEST_TEXT)
+            if texts.setdefault(name, text) != text:
+                raise ValueError(
+                    f"{name} must be the same for all blocks, got another one in {folder} than in "
+                    f"{places[0]}; train all blocks on one text with one tokenizer"
+                )
+    return texts

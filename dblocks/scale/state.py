@@ -1,0 +1,135 @@
+"""The state of what is trained, as JSON values and tensors: nothing that a reader would execute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dblocks.blocks import BlockOptimizers
+from dblocks.config import LARGEST_INTEGER
+
+
+def state_of(holder: Any) -> Any:
+    """The state of a generator, or of anything that has `state_dict`.
+
+    Raises:
+        TypeError: it has none.
+    """
+    if isinstance(holder, torch.Generator):
+        return holder.get_state()
+    if not hasattr(holder, "state_dict") or not hasattr(holder, "load_state_dict"):
+        raise TypeError(
+            "what a checkpoint holds must be a torch.Generator or have state_dict and "
+            f"load_state_dict, got {type(holder).__name__}"
+        )
+    return holder.state_dict()
+
+
+def load_state_(holder: Any, state: Any) -> None:
+    """Gives `holder` the state that `state_of` returned, exactly: no dtype changes.
+
+    Raises:
+        ValueError: the state is not one of such a holder.
+    """
+    if isinstance(holder, torch.Generator):
+        holder.set_state(state)
+    elif isinstance(holder, BlockOptimizers):
+        holder.load_state_dict(state)
+        states = (s for group in (*state["blocks"], state["shared"]) for s in group)
+        for optimizer, values in zip(holder, states, strict=True):
+            _restore_dtypes_(optimizer, values)
+    else:
+        if isinstance(holder, nn.Module):
+            _check_dtypes(holder, state)
+        holder.load_state_dict(state)
+        if isinstance(holder, Optimizer):
+            _restore_dtypes_(holder, state)
+
+
+def pack(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
+    """A state as JSON values; its tensors are put into `tensors` by their place.
+
+    Lists, tuples, dictionaries with any keys, and numbers come back from `unpack` as they were.
+
+    Args:
+        value: None, numbers, texts and tensors, in lists, tuples and dictionaries.
+        tensors: where tensors go.
+        place: the keys on the way to the value, with dots between.
+
+    Raises:
+        TypeError: there is something else in it; the message says where.
+    """
+
+    def inner(key: Any, part: Any) -> Any:
+        return pack(part, tensors, f"{place}.{key}" if place else str(key))
+
+    if isinstance(value, Tensor):
+        name = place or "value"
+        while name in tensors:  # keys that look alike, such as 1 and "1"
+            name += "'"
+        tensors[name] = value.detach()
+        return {"tensor": name, "device": value.device.type}
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return value if abs(value) <= LARGEST_INTEGER else {"int": str(value)}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, Mapping):
+        return {"dict": [[inner(".key", k), inner(k, v)] for k, v in value.items()]}
+    if isinstance(value, list):
+        return [inner(i, part) for i, part in enumerate(value)]
+    if isinstance(value, tuple):
+        return {"tuple": [inner(i, part) for i, part in enumerate(value)]}
+    raise TypeError(
+        f"a checkpoint holds numbers, texts and tensors, got {type(value).__name__} at "
+        f"{place or 'the top'}"
+    )
+
+
+def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `pack` was given; each tensor on a device of the kind that it was on.
+
+    Raises:
+        ValueError: it was not made by `pack`.
+    """
+    if isinstance(packed, list):
+        return [unpack(part, tensors) for part in packed]
+    if not isinstance(packed, dict):
+        return packed
+    if set(packed) == {"tensor", "device"} and packed["tensor"] in tensors:
+        return tensors[packed["tensor"]].to(packed["device"])
+    kind, value = next(iter(packed.items()), ("", ""))
+    if kind == "int":
+        return int(value)
+    if kind == "float":
+        return float(value)
+    if kind == "tuple":
+        return tuple(unpack(value, tensors))
+    if kind == "dict":
+        return {unpack(k, tensors): unpack(v, tensors) for k, v in value}
+    raise ValueError(f"state must have been written by a checkpoint, got {packed!r:.100}")
+
+
+def _check_dtypes(module: nn.Module, state: Mapping[str, Any]) -> None:
+    for name, held in module.state_dict().items():
+        found = state.get(name)
+        if not isinstance(held, Tensor) or not isinstance(found, Tensor):
+            continue
+        if held.dtype != found.dtype:
+            raise ValueError(f"{name} must be {held.dtype} as here, got {found.dtype}")
+
+
+def _restore_dtypes_(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """`load_state_dict` gives tensors the dtype of their parameter; they get their own back."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, values in state["state"].items():
+        held = optimizer.state[parameters[number]]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and held[name].dtype != value.dtype:
+                held[name] = value.to(held[name].device)
