@@ -1,4 +1,4 @@
-"""The command line: `dblocks train|eval|sample|info|bench`, also `python -m dblocks`."""
+"""The command line: `dblocks train|eval|sample|plan|info|bench`, also `python -m dblocks`."""
 
 from __future__ import annotations
 
@@ -106,6 +106,7 @@ RECIPE_HELP = (
     "`--recipe gpu --help` shows them."
 )
 PATH_FLAGS = ("--out", "--checkpoint", "--compare", "--data", "--tokenizer", "--model")
+PATH_FLAGS += ("--json", "--chart")
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as shells have it
 BROKEN_PIPE = 141
 OVERWRITE_HELP = "Replace the network that --out holds."
@@ -151,8 +152,10 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 
 def _parse(argv: Sequence[str]) -> Callable[[], None]:
     tyro = _tyro()
+    from dblocks.scale.planner import command as plan
+
     parsed = tyro.extras.subcommand_cli_from_dict(
-        {**_verbs(tyro, argv), **COMMANDS},
+        {**_verbs(tyro, argv), "plan": plan.command(tyro, argv), **COMMANDS},
         prog="dblocks",
         description=DESCRIPTION,
         args=list(argv),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from torch import Tensor
 
 from dblocks.scale.planner.trace import Part
 
@@ -30,17 +31,7 @@ class Peak(NamedTuple):
     """When: the end of the forward, the backward of a part, or the optimizer."""
 
 
-@dataclass(frozen=True)
-class Flow:
-    """How memory changes in the backward of some parts, first to last as the backward meets them."""
-
-    highest: int
-    """The largest memory, over that at the beginning."""
-    change: int
-    """The memory at the end, over that at the beginning."""
-
-
-def state_bytes(parameters: Sequence[Any], optimizer: Optimizer) -> int:
+def state_bytes(parameters: Iterable[Tensor]) -> int:
     """Bytes of the state of AdamW for parameters that train."""
     return sum(MOMENTS * p.nbytes + STEP_BYTES for p in parameters)
 
@@ -48,16 +39,6 @@ def state_bytes(parameters: Sequence[Any], optimizer: Optimizer) -> int:
 def temporaries(trained: int, optimizer: Optimizer) -> int:
     """Bytes that a step of the optimizer makes and frees: none if fused, else a copy of all."""
     return 0 if optimizer == "adamw" else trained
-
-
-def backward_flow(part: Part) -> Flow:
-    """The backward of one part: its events in reverse order."""
-    memory = highest = 0
-    for saved, gradient in reversed(part.events):
-        memory += gradient
-        highest = max(highest, memory)
-        memory -= saved
-    return Flow(highest, memory)
 
 
 def step_peak(held: Held, parts: Sequence[tuple[str, Part]], optimizer: Optimizer) -> Peak:
@@ -77,21 +58,18 @@ def step_peak(held: Held, parts: Sequence[tuple[str, Part]], optimizer: Optimize
     memory = base + sum(part.saved for _, part in parts)
     peak = Peak(memory, "end of the forward")
     for name, part in reversed(parts):
-        flow = backward_flow(part)
-        if memory + flow.highest > peak.bytes:
-            peak = Peak(memory + flow.highest, f"backward of {name}")
-        memory += flow.change
+        if memory + part.highest > peak.bytes:
+            peak = Peak(memory + part.highest, f"backward of {name}")
+        memory += part.gradients - part.saved
     stepping = base + held.trained + temporaries(held.trained, optimizer)
     return Peak(stepping, "optimizer") if stepping > peak.bytes else peak
 
 
-def checkpointed(part: Part, again: Part | None = None) -> Part:
-    """A layer that keeps its input, and computes the rest again when the backward meets it.
-
-    Its events in reverse are those of one call of the layer, which appear at once.
-    """
+def checkpointed(part: Part) -> Part:
+    """A layer that keeps its input, and computes the rest again when the backward meets it."""
     calls = max(part.calls, 1)
-    events = [(s // calls, g) for s, g in (again or part).events]
-    saved = sum(s for s, _ in events)
-    # Read backwards: the activations appear, leave as usual, and at last the input leaves.
-    return Part([(part.inputs, 0), *events, (-saved, 0)], part.flops, part.inputs, part.calls)
+    events = [(saved // calls, gradient) for saved, gradient in part.events]
+    kept = part.kept // calls
+    again = sum(saved for saved, _ in events) - kept
+    # Read backwards: the activations of one call appear, leave as usual, and the input leaves last.
+    return Part([(part.inputs - kept, 0), *events, (-again, 0)], part.flops)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,18 +34,30 @@ class Part:
     """Of the forward pass."""
     inputs: int = 0
     """Bytes of the layer's input, which is all that checkpointing keeps."""
+    kept: int = 0
+    """Bytes of it that the layer itself saves."""
     calls: int = 0
     """How often the layer runs; 0 for what is no layer."""
 
-    @property
+    @cached_property
     def saved(self) -> int:
         """Bytes saved for the backward."""
         return sum(saved for saved, _ in self.events)
 
-    @property
+    @cached_property
     def gradients(self) -> int:
         """Bytes of gradients."""
         return sum(gradient for _, gradient in self.events)
+
+    @cached_property
+    def highest(self) -> int:
+        """The largest memory while the backward of this part runs, over that at its beginning."""
+        memory = highest = 0
+        for saved, gradient in reversed(self.events):
+            memory += gradient
+            highest = max(highest, memory)
+            memory -= saved
+        return highest
 
 
 @dataclass
@@ -204,8 +217,11 @@ class _Recorder:
             # What layers share, such as positions, is that of every block.
             if part >= 0 and self.made.get(key, BEFORE) == BEFORE and key not in self.hidden:
                 part = BEFORE
+            size = tensor.untyped_storage().nbytes()
             self.saved[key] = part, len(self.parts[part].events)
-            self.parts[part].events.append((tensor.untyped_storage().nbytes(), 0))
+            self.parts[part].events.append((size, 0))
+            if part >= 0 and key in self.hidden:
+                self.parts[part].kept += size
         return tensor
 
 
