@@ -1,4 +1,4 @@
-"""The command line: `dblocks train|eval|sample|merge|info|bench`, also `python -m dblocks`."""
+"""The command line: `dblocks train|eval|sample|merge|plan|info|bench`, also `python -m dblocks`."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Bench:
         arguments = [f"benchmarks.{'ops.run' if self.what == 'ops' else 'models.step'}"]
         arguments += ["--device", self.device, "--rounds", str(self.rounds)]
         if self.out is not None:
-            from dblocks.recipes.command import check_free, saved_files
+            from dblocks.recipes.command import check_free
 
             record = self.out / f"{self.what}-{self.device}.json"
             check_free(self.out, [record], overwrite=self.overwrite)
@@ -135,6 +135,7 @@ RECIPE_HELP = (
     "`--recipe gpu --help` shows them."
 )
 PATH_FLAGS = ("--out", "--checkpoint", "--compare", "--data", "--tokenizer", "--model")
+PATH_FLAGS += ("--json", "--chart")
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as shells have it
 BROKEN_PIPE = 141
 OVERWRITE_HELP = "Replace the network that --out holds."
@@ -192,8 +193,15 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 
 def _parse(argv: Sequence[str]) -> Callable[[], None]:
     tyro = _tyro()
+    from dblocks.scale.planner import command as plan
+
     parsed = tyro.extras.subcommand_cli_from_dict(
-        {**_verbs(tyro, argv), "merge": _positional(tyro, Merge, "out", "folders"), **COMMANDS},
+        {
+            **_verbs(tyro, argv),
+            "merge": _positional(tyro, Merge, "out", "folders"),
+            "plan": plan.command(tyro, argv),
+            **COMMANDS,
+        },
         prog="dblocks",
         description=DESCRIPTION,
         args=list(argv),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch._subclasses import FakeTensor
 from typing_extensions import Self
 
 # Of JSON that is read: far above any config, far below what takes time or memory.
@@ -382,3 +383,13 @@ def check_generator(generator: object) -> None:
             f"generator must be a torch.Generator or None, got {generator!r} of type "
             f"{type(generator).__name__}; torch.Generator().manual_seed(5) makes one"
         )
+
+
+def values_known(tensor: torch.Tensor) -> bool:
+    """Whether a check may look at the values of a tensor, which costs nothing then.
+
+    On a GPU looking would synchronise, and in a graph or a fake tensor there are no values.
+    """
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not isinstance(tensor, FakeTensor)

@@ -34,7 +34,7 @@ def run_help(capsys, *argv):
 
 def test_help_shows_the_commands_and_an_example(capsys):
     text = run_help(capsys)
-    assert "{train,eval,sample,info,bench}" in text
+    assert "{train,eval,sample,plan,info,bench}" in text
     assert "dblocks train vit --data digits --blocks 3" in text
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from dblocks.blocks.targets.base import Batch, LossKind, Target
 from dblocks.blocks.targets.heads import IGNORED, Linear, OutputHead
 from dblocks.blocks.targets.token_batch import TokenBatch, TokenSizes
+from dblocks.config import values_known
 from dblocks.schedules import MASKED, MaskLevel
 
 
@@ -61,8 +62,8 @@ class MaskedTokenTarget(Target):
             )
         given = TokenBatch.of(batch, self.sizes, padding=self.padding)
         # Looked up where that does not synchronise, as in `check_tokens`.
-        seen = given.tokens.is_cpu and not torch.compiler.is_compiling()
-        if seen and self.mask_token is not None and (given.tokens == self.mask_token).any():
+        seen = self.mask_token is not None and values_known(given.tokens)
+        if seen and (given.tokens == self.mask_token).any():
             raise ValueError(
                 f"tokens must not hold the mask, {self.mask_token}: masks are drawn in training"
             )

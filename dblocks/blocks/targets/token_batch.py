@@ -11,6 +11,7 @@ from torch import Tensor
 from dblocks.blocks.targets.base import Batch, CheckedBatch, missing
 from dblocks.blocks.targets.heads import IGNORED
 from dblocks.blocks.targets.padding import check_attention_mask, starts_of, to_front
+from dblocks.config import values_known
 from dblocks.nn import Attend
 
 READS = ("tokens", "loss_mask", "cu_seqlens")
@@ -106,7 +107,7 @@ class TokenBatch(CheckedBatch):
                 f"tokens must be multiples of tokens_per_block={block_size} long, got {T}; "
                 "pad them, with a loss_mask"
             )
-        if block_size == 1 or ends is None or not ends.is_cpu or torch.compiler.is_compiling():
+        if block_size == 1 or ends is None or not values_known(ends):
             return
         if (ends % block_size).any():
             raise ValueError(
@@ -173,7 +174,7 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
             f"tokens must have shape [N, T] with T >= 1, got {list(tokens.shape)}; reshape them"
         )
     # On a GPU looking at the values would synchronise; there indexing itself asserts.
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
+    if not values_known(tokens) or not tokens.numel():
         return
     low, high = (int(value) for value in tokens.aminmax())
     if low < 0 or high >= vocab_size:
@@ -203,7 +204,7 @@ def _check_documents(cu_seqlens: Tensor, tokens: Tensor, context: int) -> None:
     N, T = tokens.shape
     if N != 1:
         raise ValueError(f"cu_seqlens needs N = 1, got N = {N}; pack the samples into one sequence")
-    if not cu_seqlens.is_cpu or torch.compiler.is_compiling():
+    if not values_known(cu_seqlens):
         return
     lengths = cu_seqlens.diff()
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or (lengths < 0).any():

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dblocks.config import values_known
 from dblocks.ops import _checks
 
 CleanCausal = Literal["block", "token"]
@@ -172,8 +173,8 @@ def _check_int32(q: Tensor, **tensors: Tensor) -> None:
 
 
 def _assert(fits: Tensor, values: Tensor, message: str) -> None:
-    """On a GPU, and in a graph, the values are looked at there."""
-    if torch.compiler.is_compiling() or not values.is_cpu:
+    """Where values are not known, they are looked at when the graph, or the GPU, runs."""
+    if not values_known(values):
         torch.ops.aten._assert_async.msg(fits, message)
     elif not fits:
         raise ValueError(f"{message}, got {values.tolist()}")

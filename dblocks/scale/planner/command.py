@@ -1,0 +1,170 @@
+"""`dblocks plan`: its flags, and what it prints and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+
+from dblocks.blocks.config import Shared
+from dblocks.config import check_count
+from dblocks.scale.planner.costs import Costs
+from dblocks.scale.planner.plan import Machine, Planner, Prefetch, Split
+from dblocks.scale.planner.report import as_json, chart, table
+from dblocks.scale.planner.step import Optimizer
+from dblocks.scale.planner.subject import CONFIGS, Subject, of_model, of_network
+from dblocks.scale.planner.units import parse_bytes, parse_flops, parse_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Plan the memory and time of training a network end to end and in any number of blocks.
+
+    NETWORK is vit, causal-lm, masked-lm, recurrent or dit, whose sizes are flags (dblocks plan vit
+    --help shows them), or another library's model, as for `dblocks info --model`. Nothing is
+    downloaded, and no weights are allocated. Prints a table; all figures are modelled.
+    """
+
+    memory: str
+    """Of each device, such as 24GiB."""
+    link: str = "50GB/s"
+    """How fast bytes move between a device and the host."""
+    flops: str = "400T"
+    """Operations a second that a device reaches in training, not its peak."""
+    devices: int = 1
+    """Devices, which do not communicate: each trains a block, or several in turn."""
+    batch_size: int = 1
+    """Samples in a batch."""
+    tokens: int | None = None
+    """Tokens of a text; by default as many as the network takes, up to 2,048."""
+    shared: Shared | None = None
+    """What happens to parameters outside the layers. By default: train on one device; on several,
+    private of networks here and frozen of other libraries' models."""
+    optimizer: Optimizer = "adamw"
+    """adamw is the fused one; adamw-foreach makes a copy of the parameters in a step."""
+    bf16: bool = False
+    """Compute the layers in bfloat16 (autocast)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights of another library's model, and of their gradients and moments."""
+    prefetch: Prefetch = "none"
+    """What of the next block comes to the device while one is trained."""
+    steps_per_visit: int = 10
+    """Steps on a block before the next one takes its place on the device."""
+    split: Split = "even"
+    """How layers are split into blocks: evenly, or so that the largest memory or time is least."""
+    train_tokens: str | None = None
+    """How many tokens (or images) to train on, such as 15T: prints the days that it takes."""
+    json: Path | None = None
+    """File for all figures as JSON."""
+    chart: Path | None = None
+    """File for a stacked bar chart, such as plan.png or plan.svg."""
+
+    def subject(self) -> Subject:
+        """The network."""
+        raise NotImplementedError
+
+    def machine(self) -> Machine:
+        """What it is planned for."""
+        return Machine(
+            memory=parse_bytes("--memory", self.memory),
+            link=parse_rate("--link", self.link),
+            flops=parse_flops("--flops", self.flops),
+            devices=self.devices,
+            steps_per_visit=self.steps_per_visit,
+            prefetch=self.prefetch,
+        )
+
+    def __call__(self) -> None:
+        """Print the plan."""
+        machine = self.machine()
+        check_count("batch_size", self.batch_size)
+        trained = None
+        if self.train_tokens is not None:
+            trained = parse_flops("--train-tokens", self.train_tokens)
+        subject = self.subject()
+        costs = Costs(
+            subject,
+            self.batch_size,
+            shared=self.shared_by(subject),
+            optimizer=self.optimizer,
+            bf16=self.bf16,
+        )
+        planner = Planner(costs, machine, self.split)
+        ways = planner.ways()
+        if self.chart is not None:
+            chart(self.chart, planner, ways)
+        if self.json is not None:
+            self.json.write_text(as_json(planner, ways), encoding="utf-8")
+        print(table(planner, ways, trained))
+
+    def shared_by(self, subject: Subject) -> Shared:
+        """What happens to the parameters outside the layers.
+
+        Raises:
+            ValueError: several devices would train them, which needs communication.
+        """
+        if self.shared == "train" and self.devices > 1:
+            raise ValueError(
+                "--shared must be frozen or private with several --devices, which do not "
+                f"communicate, got train with {self.devices} devices"
+            )
+        if self.shared is not None:
+            return self.shared
+        if self.devices == 1:
+            return "train"
+        return "frozen" if subject.pretrained else "private"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanModel(Plan):
+    """A plan of another library's model."""
+
+    source: str
+    """As for `dblocks info --model`, or a network: vit, causal-lm, masked-lm, recurrent, dit."""
+
+    def subject(self) -> Subject:
+        """The model."""
+        dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        return of_model(self.source, length=self.tokens, dtype=dtype)
+
+
+PlanModel.__doc__ = Plan.__doc__
+
+
+def command(tyro: Any, argv: Sequence[str]) -> Any:
+    """The command, with the flags of the network that `argv` names after "plan"."""
+    chosen = next((word for word in argv[1:] if word in CONFIGS), None)
+    if argv[:1] != ["plan"] or chosen is None:
+        return _made([_positional(tyro, str)], (PlanModel,), {})
+    kind = CONFIGS[chosen]
+
+    def subject(plan: Any) -> Subject:
+        if plan.dtype != "float32":
+            raise ValueError(
+                f"--dtype must be float32 for {chosen}, whose parameters are, got {plan.dtype}; "
+                "--bf16 computes in bfloat16"
+            )
+        # Made here, not by the parser: the config's own checks say what is wrong in one line.
+        config = kind(**{f.name: getattr(plan, f.name) for f in dataclasses.fields(kind)})
+        length = plan.tokens if hasattr(config, "vocab_size") else None
+        return of_network(config, length=length)
+
+    fields = [_positional(tyro, Literal[chosen])]  # pyright: ignore[reportInvalidTypeForm]
+    return _made(fields, (Plan, kind), {"subject": subject})
+
+
+def _positional(tyro: Any, kind: Any) -> tuple[str, Any]:
+    return "source", Annotated[kind, tyro.conf.Positional, tyro.conf.arg(metavar="NETWORK")]
+
+
+def _made(fields: list[Any], bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+    namespace = {"__post_init__": lambda plan: None, **namespace}
+    made: Any = make_dataclass(
+        "Plan", fields, bases=bases, namespace=namespace, frozen=True, kw_only=True
+    )
+    made.__doc__ = Plan.__doc__
+    return made

@@ -1,0 +1,160 @@
+"""What each block of a network takes: bytes that it holds, saves and moves, and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dblocks.blocks.config import Shared
+from dblocks.scale.planner.step import (
+    Held,
+    Optimizer,
+    Peak,
+    checkpointed,
+    state_bytes,
+    step_peak,
+)
+from dblocks.scale.planner.subject import Subject, block_loss, onto_cpu, without_data
+from dblocks.scale.planner.trace import Part, Trace, trace
+
+BACKWARD = 2  # times the operations of the forward: for the inputs, and for the weights
+
+
+class Bytes(NamedTuple):
+    """Of some parameters."""
+
+    parameters: int = 0
+    trained: int = 0
+    optimizer: int = 0
+
+    @classmethod
+    def of(cls, parameters: Iterable[Tensor]) -> Bytes:
+        """Of these; AdamW's state is that of those that train."""
+        held = list({id(p): p for p in parameters}.values())
+        trained = [p for p in held if p.requires_grad]
+        sizes = (sum(p.nbytes for p in held), sum(p.nbytes for p in trained))
+        return cls(*sizes, state_bytes(trained))
+
+    def plus(self, *others: Bytes) -> Bytes:
+        """The sums."""
+        return Bytes(*(sum(column) for column in zip(self, *others, strict=True)))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes, end to end or on one block."""
+
+    held: Bytes
+    activations: int
+    """Bytes saved for the backward at the end of the forward."""
+    peak: Peak
+    flops: int
+    """Of forward and backward, and of what is computed again."""
+
+
+class Costs:
+    """The costs of a network's ways to be trained; it runs forward passes without data.
+
+    Args:
+        subject: the network.
+        samples: in a batch.
+        shared: what happens to the parameters outside the layers.
+        optimizer: which one.
+        bf16: whether layers compute in bfloat16 (autocast).
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        samples: int,
+        *,
+        shared: Shared = "train",
+        optimizer: Optimizer = "adamw",
+        bf16: bool = False,
+    ) -> None:
+        self.subject, self.samples, self.optimizer = subject, samples, optimizer
+        self.bf16 = bf16
+        with torch.device("meta"):
+            dm = subject.blocks(subject.config(1, shared))
+        layers = list(dm.base_model.layers)
+        with without_data():
+            onto_cpu(dm)
+            batch = subject.batch(samples)
+            with self._autocast():
+                self.trace = trace(lambda: block_loss(dm, batch), dm, layers, once=True)
+        self.by_layer = [Bytes.of(layer.parameters()) for layer in layers]
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        outside = [p for p in dm.parameters() if id(p) not in inside]
+        self.outside = Bytes.of(outside)
+        # A block's own copies travel with it; what all blocks use stays.
+        common = {id(p) for p in dm.shared_parameters()}
+        self.outside_own = Bytes.of(p for p in outside if id(p) not in common)
+        self.num_layers = len(layers)
+        self._blocks: dict[tuple[int, int], Cost] = {}
+
+    def block(self, first: int, end: int) -> Cost:
+        """A step on a block of the layers first..end-1."""
+        if (first, end) not in self._blocks:
+            names = ["the embedding", *(f"layer {i}" for i in range(first, end)), "the output head"]
+            parts = self.trace.parts(first, end)
+            held = self.outside.plus(*self.by_layer[first:end])
+            self._blocks[first, end] = self._cost(held, names, parts)
+        return self._blocks[first, end]
+
+    def travels(self, first: int, end: int) -> Bytes:
+        """What a block brings to the device and takes with it."""
+        return self.outside_own.plus(*self.by_layer[first:end])
+
+    @cached_property
+    def end_to_end(self) -> Cost:
+        """A step of the whole network."""
+        held, names, found = self._whole
+        return self._cost(held, names, found.parts(0, len(found.layers)))
+
+    @cached_property
+    def checkpointing(self) -> Cost:
+        """As `end_to_end`, where layers keep their input only."""
+        held, names, found = self._whole
+        layers = [checkpointed(part) for part in found.parts(0, len(found.layers))[1:-1]]
+        cost = self._cost(held, names, [found.before, *layers, found.after])
+        again = sum(part.flops for part in layers)
+        return Cost(cost.held, cost.activations, cost.peak, cost.flops + again)
+
+    @cached_property
+    def _whole(self) -> tuple[Bytes, list[str], Trace]:
+        subject = self.subject
+        if subject.whole is None:
+            found, held = self.trace, self.outside.plus(*self.by_layer)
+        else:
+            with torch.device("meta"):
+                model, layers, loss = subject.whole()
+            _trainable(model)
+            with without_data():
+                onto_cpu(model)
+                batch = subject.batch(self.samples)
+                with self._autocast():
+                    found = trace(lambda: loss(batch), model, layers, once=True)
+            held = Bytes.of(model.parameters())
+        count = len(found.layers)
+        names = ["the embedding", *(f"layer {i}" for i in range(count)), "the output head"]
+        return held, names, found
+
+    def _cost(self, held: Bytes, names: Sequence[str], parts: Sequence[Part]) -> Cost:
+        named = list(zip(names, parts, strict=True))
+        flops = (1 + BACKWARD) * sum(part.flops for part in parts)
+        saved = sum(part.saved for part in parts)
+        return Cost(held, saved, step_peak(Held(*held), named, self.optimizer), flops)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext()
+
+
+def _trainable(model: nn.Module) -> None:
+    """End to end everything trains, also what an earlier conversion froze."""
+    model.requires_grad_(True)

@@ -1,0 +1,174 @@
+"""A plan as a table, as JSON and as a chart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dblocks.config import json_text
+from dblocks.info import aligned
+from dblocks.scale.planner.plan import Planner, Way, smallest_fitting
+from dblocks.scale.planner.units import format_bytes, format_seconds
+
+DAY = 86400
+HEAD = (
+    "way", "layers", "parameters", "gradients", "optimizer", "activations", "peak", "fits",
+    "moved a step", "step", "{unit} a second", "peak is at",
+)  # fmt: skip
+NOTES = """\
+All figures are modelled: bytes are those of the largest block, which alone is on the device with
+what blocks share; temporaries of single operations and rounding by the allocator are not in them.
+Times are a roofline of the arithmetic and of the link. {unit_} a second are those that all blocks
+have trained on. Numbers of blocks that are left out have as many layers in their largest block as
+the row above."""
+CHART = ("parameters", "gradients", "optimizer", "activations", "prefetched")
+
+
+def table(planner: Planner, ways: Sequence[Way], train_tokens: float | None = None) -> str:
+    """The plan for a terminal, with the fewest blocks that fit and their balanced splits.
+
+    Args:
+        planner: made the ways.
+        ways: the rows.
+        train_tokens: how many to train on: says how many days that takes.
+    """
+    unit = planner.costs.subject.unit
+    rows = [tuple(head.format(unit=unit) for head in HEAD)]
+    rows += [_row(way) for way in _different(ways)]
+    notes = NOTES.format(unit_=unit.capitalize())
+    lines = [_title(planner), *aligned(rows), "", notes, "", *_chosen(planner, ways)]
+    if train_tokens is not None:
+        chosen = smallest_fitting(ways) or ways[-1]
+        days = train_tokens / chosen.tokens_per_second / DAY
+        lines.append(f"{train_tokens:,.0f} {unit} in {chosen.name}: {days:,.1f} days (modelled)")
+    return "\n".join(lines)
+
+
+def as_json(planner: Planner, ways: Sequence[Way]) -> str:
+    """The plan as JSON; bytes and seconds are numbers."""
+    costs, chosen = planner.costs, smallest_fitting(ways)
+    values: dict[str, Any] = {
+        "modelled": True,
+        "network": costs.subject.name,
+        "layers": costs.num_layers,
+        "samples": costs.samples,
+        "unit": costs.subject.unit,
+        "units_per_sample": costs.subject.tokens,
+        "optimizer": costs.optimizer,
+        "bf16": costs.bf16,
+        "split": planner.split,
+        "machine": dataclasses.asdict(planner.machine),
+        "smallest_fitting": chosen.blocks if chosen else None,
+        "ways": [dataclasses.asdict(way) for way in ways],
+    }
+    if chosen:
+        values["balanced"] = {
+            "memory": planner.layers_per_block(chosen.blocks, "memory"),
+            "time": planner.layers_per_block(chosen.blocks, "time"),
+        }
+    return json_text(values) + "\n"
+
+
+def chart(path: Path, planner: Planner, ways: Sequence[Way]) -> None:
+    """Writes a stacked bar for each way, with the device's memory as a line.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the file's ending is none that matplotlib writes.
+    """
+    pyplot = _pyplot()
+    shown, gib = _different(ways), 2**30
+    figure, axes = pyplot.subplots(figsize=(max(6, 0.5 * len(shown) + 2), 4.5))
+    bottom = [0.0] * len(shown)
+    names = [way.name for way in shown]
+    for part in CHART:
+        heights = [getattr(way, part) / gib for way in shown]
+        axes.bar(names, heights, bottom=bottom, label=part)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    peaks = [way.peak / gib for way in shown]
+    axes.plot(names, peaks, "k_", markersize=14, label="peak of a step")
+    axes.axhline(planner.machine.memory / gib, color="k", linestyle="--", label="memory")
+    axes.set_ylabel("GiB on a device (modelled)")
+    axes.set_title(planner.costs.subject.name)
+    axes.tick_params(axis="x", rotation=90)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    try:
+        figure.savefig(path)
+    finally:
+        pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "--chart needs the package matplotlib, which is not installed; "
+            "`pip install 'dblocks[bench]'`"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _title(planner: Planner) -> str:
+    costs, machine = planner.costs, planner.machine
+    size = f" of {costs.subject.tokens:,} tokens" if costs.subject.unit == "tokens" else ""
+    devices = f"{machine.devices} devices" if machine.devices > 1 else "one device"
+    return (
+        f"{costs.subject.name}, {costs.num_layers} layers, batches of {costs.samples}{size}; "
+        f"{devices} of {format_bytes(machine.memory)}, {machine.flops / 1e12:g} TFLOP/s, link "
+        f"{machine.link / 1e9:g} GB/s (modelled)"
+    )
+
+
+def _row(way: Way) -> tuple[str, ...]:
+    layers = sorted({*way.layers_per_block}, reverse=True)
+    return (
+        way.name,
+        f"{layers[-1]}-{layers[0]}" if len(layers) > 1 else str(layers[0]),
+        *(format_bytes(n) for n in (way.parameters, way.gradients, way.optimizer)),
+        format_bytes(way.activations),
+        format_bytes(way.peak),
+        "yes" if way.fits else "no",
+        format_bytes(way.transfer) if way.transfer else "-",
+        format_seconds(way.step_seconds),
+        f"{way.tokens_per_second:,.4g}",
+        way.moment,
+    )
+
+
+def _different(ways: Sequence[Way]) -> list[Way]:
+    """Without numbers of blocks whose largest block has as many layers as one block less."""
+    shown = list(ways[:2])
+    for way in ways[2:]:
+        before = shown[-1]
+        if before.name in ("end to end", "checkpointing") or (
+            max(before.layers_per_block) != max(way.layers_per_block)
+        ):
+            shown.append(way)
+    return shown
+
+
+def _chosen(planner: Planner, ways: Sequence[Way]) -> list[str]:
+    memory = format_bytes(planner.machine.memory)
+    chosen = smallest_fitting(ways)
+    if chosen is None:
+        least = min(ways, key=lambda way: way.peak)
+        return [
+            f"Nothing fits into {memory}; the least is {format_bytes(least.peak)}, {least.name}. "
+            "Take smaller batches, or a smaller network"
+        ]
+    lines = [f"The fewest blocks that fit into {memory}: {chosen.blocks}"]
+    for split in ("memory", "time"):
+        way = planner.blocks(chosen.blocks, split)
+        counts = ",".join(map(str, way.layers_per_block))
+        lines.append(
+            f"  balanced by {split}: layers_per_block=({counts}), peak {format_bytes(way.peak)}, "
+            f"step {format_seconds(way.step_seconds)}"
+        )
+    return lines

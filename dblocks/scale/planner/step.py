@@ -1,0 +1,75 @@
+"""The memory of one training step, moment by moment: gradients arrive as activations leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from dblocks.scale.planner.trace import Part
+
+Optimizer = Literal["adamw", "adamw-foreach"]
+STEP_BYTES = 4  # AdamW counts the steps of every tensor by itself
+MOMENTS = 2
+
+
+class Held(NamedTuple):
+    """Bytes that a step holds from its beginning to its end."""
+
+    parameters: int
+    trained: int
+    """Bytes of those that train."""
+    optimizer: int
+
+
+class Peak(NamedTuple):
+    """The largest memory of a step."""
+
+    bytes: int
+    moment: str
+    """When: the end of the forward, the backward of a part, or the optimizer."""
+
+
+def state_bytes(parameters: Iterable[Tensor]) -> int:
+    """Bytes of the state of AdamW for parameters that train."""
+    return sum(MOMENTS * p.nbytes + STEP_BYTES for p in parameters)
+
+
+def temporaries(trained: int, optimizer: Optimizer) -> int:
+    """Bytes that a step of the optimizer makes and frees: none if fused, else a copy of all."""
+    return 0 if optimizer == "adamw" else trained
+
+
+def step_peak(held: Held, parts: Sequence[tuple[str, Part]], optimizer: Optimizer) -> Peak:
+    """The peak of a step and its moment.
+
+    It holds parameters and optimizer state all along. The forward adds what it saves; the backward
+    takes this away again, part by part from the last, and adds gradients; the optimizer's
+    temporaries come last, when all gradients are there. What single operations take meanwhile is
+    not counted.
+
+    Args:
+        held: all along.
+        parts: of the forward pass, first to last, by their names.
+        optimizer: which one.
+    """
+    base = held.parameters + held.optimizer
+    memory = base + sum(part.saved for _, part in parts)
+    peak = Peak(memory, "end of the forward")
+    for name, part in reversed(parts):
+        if memory + part.highest > peak.bytes:
+            peak = Peak(memory + part.highest, f"backward of {name}")
+        memory += part.gradients - part.saved
+    stepping = base + held.trained + temporaries(held.trained, optimizer)
+    return Peak(stepping, "optimizer") if stepping > peak.bytes else peak
+
+
+def checkpointed(part: Part) -> Part:
+    """A layer that keeps its input, and computes the rest again when the backward meets it."""
+    calls = max(part.calls, 1)
+    events = [(saved // calls, gradient) for saved, gradient in part.events]
+    kept = part.kept // calls
+    again = sum(saved for saved, _ in events) - kept
+    # Read backwards: the activations of one call appear, leave as usual, and the input leaves last.
+    return Part([(part.inputs - kept, 0), *events, (-again, 0)], part.flops)
