@@ -1,4 +1,4 @@
-"""Calls functions within FSDP2, which gathers a module's parameters around its forward only."""
+"""Calls functions within FSDP2 and DDP, which act around a module's forward only."""
 
 from __future__ import annotations
 
@@ -28,6 +28,42 @@ def within(module: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
         object.__setattr__(module, NAME, _call)
         fsdp.register_fsdp_forward_method(module, NAME)
     return partial(cast(Callable[..., T], getattr(module, NAME)), function)
+
+
+def through(parallel: Any, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """`function(*args)` as the forward of a `DistributedDataParallel`.
+
+    The backward of what it returns then averages gradients over the processes.
+    """
+    module: Any = parallel.module
+    module.forward = function
+    try:
+        return parallel(*args, **kwargs)
+    finally:
+        del module.forward
+
+
+def check_parallel(parallel: Any, num_blocks: int) -> None:
+    """Raises where a `DistributedDataParallel` would wait for gradients of the other blocks."""
+    if num_blocks > 1 and not parallel.find_unused_parameters:
+        raise ValueError(
+            "DistributedDataParallel must be given find_unused_parameters=True, got False: a step "
+            f"uses the parameters of one of {num_blocks} blocks, and it would wait for the others"
+        )
+    if parallel.static_graph:
+        raise ValueError(
+            "DistributedDataParallel must be given static_graph=False, got True: each step may use "
+            "another block's parameters"
+        )
+
+
+def agreed(block: int, parallel: Any) -> int:
+    """The block that the first process has drawn, in all of them."""
+    distributed: Any = torch.distributed
+    device = next(p.device for p in parallel.module.parameters())
+    number = torch.tensor(block, device=device)
+    distributed.broadcast(number, group=parallel.process_group, group_src=0)
+    return int(number)
 
 
 def _call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from dblocks.blocks.denoiser import Loss, unwrapped
 from dblocks.blocks.network import Block, DiffusionBlocks
+from dblocks.blocks.sharding import agreed, check_parallel, through
 from dblocks.blocks.targets.base import Batch
 from dblocks.config import check_block, check_generator
 
@@ -80,12 +81,13 @@ class StepResult(NamedTuple):
 
 
 def make_optimizers(
-    model: DiffusionBlocks | Block, factory: Callable[[list[nn.Parameter]], Optimizers]
+    model: nn.Module, factory: Callable[[list[nn.Parameter]], Optimizers]
 ) -> BlockOptimizers:
     """The optimizers of each block and of the shared parameters.
 
     Args:
-        model: the network, or one block of it: then only that block has optimizers.
+        model: the network, it in a `DistributedDataParallel`, or one block of it: then only that
+            block has optimizers.
         factory: makes an optimizer of a list of parameters, such as
             `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or several that divide the list
             among them, such as Muon for matrices and AdamW for the rest. It is called for each
@@ -94,7 +96,8 @@ def make_optimizers(
     Raises:
         TypeError: `model` is no `DiffusionBlocks`, or the factory returns something else.
     """
-    model = blocks_of(model)
+    parallel = _parallel(model)
+    model = blocks_of(model if parallel is None else parallel.module)
     groups = [_trainable(model.block_parameters(b)) for b in range(model.config.num_blocks)]
     shared = _trainable(model.shared_parameters())
     blocks = [_made(factory, group) if group else None for group in groups]
@@ -102,7 +105,7 @@ def make_optimizers(
 
 
 def train_step(
-    model: DiffusionBlocks | Block,
+    model: nn.Module,
     batch: Batch,
     optimizers: BlockOptimizers,
     *,
@@ -121,7 +124,10 @@ def train_step(
     then `step()` of every optimizer in `optimizers.of_block(block)`, then `model.zero_grad()`.
 
     Args:
-        model: the network, or one block of it.
+        model: the network, or one block of it; or it in a `DistributedDataParallel` with `find_unused_parameters=True`,
+            where gradients are averaged over the processes, each with its part of the batch and a
+            generator of its own. A block that is drawn is then that of the first process, which
+            synchronises; a block that is given must be the same in all.
         batch: what its parts read.
         optimizers: from `make_optimizers`.
         block: the block to train; drawn uniformly by default, where there is more than one.
@@ -139,7 +145,8 @@ def train_step(
             `block` is no integer, or `generator` no generator.
         ValueError: `block` is out of range, or nothing in it trains; or another value does not fit.
     """
-    model = blocks_of(model)
+    parallel = _parallel(model)
+    model = blocks_of(model if parallel is None else parallel.module)
     check_generator(generator)
     _check_options(clip_grad_norm, nonfinite)
     if not isinstance(optimizers, BlockOptimizers):
@@ -148,11 +155,14 @@ def train_step(
             "call make_optimizers(model, factory)"
         )
     num_blocks = model.config.num_blocks
+    if parallel is not None:
+        check_parallel(parallel, num_blocks)
     if block is None:
         block = model.index
     drawn = block is None
     if block is None:
         block = int(torch.randint(num_blocks, (), generator=generator, device="cpu"))
+        block = block if parallel is None else agreed(block, parallel)
     block = check_block(block, num_blocks)
     if model.residency is not None:
         block = model.residency.visit(block, optimizers, generator, drawn=drawn)
@@ -163,12 +173,16 @@ def train_step(
             "unfreeze some of its layers, or train the other blocks by block="
         )
     model.zero_grad(set_to_none=True)
-    result = model.loss(batch, block, generator=generator)
+    if parallel is None:
+        result = model.loss(batch, block, generator=generator)
+    else:
+        result = through(parallel, model.loss, batch, block, generator=generator)
     result.loss.backward()
     parameters = [p for o in moved for group in o.param_groups for p in group["params"]]
     wrong = None
     if nonfinite is not None or result.loss.device.type == "cpu":
-        wrong = not_finite(result.loss, parameters)
+        # Gradients are the same in all processes, which must agree; losses are not.
+        wrong = not_finite(result.loss if parallel is None else None, parameters)
     if wrong is not None and nonfinite != "skip":
         model.zero_grad(set_to_none=True)
         # Who asked for "raise" by name has chosen, such as a command that has no such option.
@@ -186,6 +200,11 @@ def train_step(
     model.zero_grad(set_to_none=True)
     details = Loss(*(value.detach() for value in result))
     return StepResult(block, details.loss, details, grad_norm, wrong is not None)
+
+
+def _parallel(model: Any) -> Any:
+    """The `DistributedDataParallel` that a model is, or None."""
+    return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
 def blocks_of(model: Any) -> DiffusionBlocks | Block:
@@ -229,9 +248,9 @@ def _check_options(clip_grad_norm: float | None, nonfinite: str | None) -> None:
         raise ValueError(f"clip_grad_norm must be a number above 0, got {clip_grad_norm!r}")
 
 
-def not_finite(loss: Tensor, parameters: Iterable[nn.Parameter]) -> str | None:
+def not_finite(loss: Tensor | None, parameters: Iterable[nn.Parameter]) -> str | None:
     """What of a step is not finite, in words; synchronises."""
-    if not loss.detach().isfinite():
+    if loss is not None and not loss.detach().isfinite():
         return f"a loss of {loss.item()}"
     # Largest magnitudes tell as much as the elements, and a sum of squares may overflow.
     grads = [p.grad for p in parameters if p.grad is not None]

@@ -12,17 +12,16 @@ from hub_tools import library
 from lm_tools import lm_of
 from tools import ROOT, vit
 
-RUN = ROOT / "tests" / "blocks" / "sharded.py"
+HERE = ROOT / "tests" / "blocks"
 
 
-def test_a_step_of_two_processes_is_that_of_one(tmp_path):
-    """Layers sharded and the whole, without a word about which methods are forwards."""
-    library("transformers")
+def in_two_processes(script, folder):
+    """What the two wrote, each run of the script having ended well."""
     folders = [ROOT, ROOT / "tests"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     runs = [
         subprocess.Popen(
-            [sys.executable, str(RUN), str(tmp_path), str(rank)],
+            [sys.executable, str(HERE / script), str(folder), str(rank)],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
@@ -34,7 +33,21 @@ def test_a_step_of_two_processes_is_that_of_one(tmp_path):
             run.kill()
     for run, text in zip(runs, written, strict=True):
         assert run.returncode == 0, text
+    return written
+
+
+def test_a_step_of_two_processes_is_that_of_one(tmp_path):
+    """Layers sharded and the whole, without a word about which methods are forwards."""
+    library("transformers")
+    for text in in_two_processes("sharded.py", tmp_path):
         assert text.count("right") == 5
+
+
+def test_a_step_of_data_parallel_processes_is_that_of_one(tmp_path):
+    """And a DTensor is refused by an op."""
+    library("transformers")
+    for text in in_two_processes("parallel.py", tmp_path):
+        assert text.count("right") == 3
 
 
 @pytest.mark.parametrize("make", [vit, lm_of])

@@ -144,9 +144,9 @@ def _gate(graph: Graph, node: Node, impl: Impl, report: GraphReport) -> None:
     for x, product in operands(node, "add"):
         if value(x) is None or value(x).shape != rows.shape:  # pyright: ignore
             continue
-        if rows.ndim == 4 and operation(uncast(x)) == "mul":
-            continue  # rotary positions: x * cos + rotated * sin
         for gate, branch in operands(product, "mul"):
+            if _rotary(x, gate, rows):
+                continue
             if not _is_gate(gate, branch, rows) or value(x).dtype not in FLOATS:  # pyright: ignore
                 continue
             if not _undisturbed(uncast(product), node):
@@ -156,6 +156,14 @@ def _gate(graph: Graph, node: Node, impl: Impl, report: GraphReport) -> None:
             _put(node, made)
             report.sites["gate"] += 1
             return
+
+
+def _rotary(x: Any, gate: Any, rows: Tensor) -> bool:
+    """Whether a sum is of rotary positions: x * cos + rotated * sin."""
+    g = value(gate)
+    like = [value(f) for pair in operands(x, "mul") for f in pair]
+    alike = any(g is not None and f is not None and f.shape == g.shape for f in like)
+    return bool(like) and (rows.ndim == 4 or alike)
 
 
 def _is_gate(gate: Any, branch: Any, rows: Tensor) -> bool:
@@ -192,6 +200,7 @@ def _merge(graph: Graph, node: Node) -> None:
         both = graph.call_function(
             lowered.gated_modulated, (x, branch, gate, rows.dtype, *node.args[1:])
         )
+        both.meta["stack_trace"] = node.meta.get("stack_trace")
         x_new = graph.call_function(operator.getitem, (both, 0))
         y = graph.call_function(operator.getitem, (both, 1))
     if node.args[0] is not total:  # a conversion before the norm, which the op makes itself

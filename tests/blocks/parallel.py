@@ -1,0 +1,111 @@
+"""Steps of a DistributedDataParallel in two processes, against one process; run by a test."""
+
+import copy
+import sys
+
+import torch
+import torch.distributed as dist
+from sharded import cases
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dblocks import functional as F
+from dblocks.blocks import make_optimizers, train_step
+from tools import seeded
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def part(batch, rank):
+    return {name: values[rank::2] for name, values in batch.items()}
+
+
+def parameters_of(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def check_steps(blocks, batch, rank):
+    alone, parallel = blocks, copy.deepcopy(blocks)
+    parallel = DistributedDataParallel(parallel, find_unused_parameters=True)
+    one, two = make_optimizers(alone, sgd), make_optimizers(parallel, sgd)
+    for step, block in enumerate((0, 1, 0)):
+        seeds = [10 * step + r for r in range(2)]
+        before = parameters_of(parallel.module)
+        train_step(parallel, part(batch, rank), two, block=block, generator=seeded(seeds[rank]))
+        alone.zero_grad()
+        for r, seed in enumerate(seeds):
+            loss = alone.loss(part(batch, r), block, generator=seeded(seed)).loss
+            (loss / 2).backward()
+        for optimizer in one.of_block(block):
+            optimizer.step()
+        after = parameters_of(parallel.module)
+        for name, wanted in parameters_of(alone).items():
+            torch.testing.assert_close(after[name], wanted, rtol=1e-4, atol=1e-5)
+        others = parallel.module.block_parameters(1 - block)
+        others = {id(p) for p in others}
+        for name, p in parallel.module.named_parameters():
+            assert id(p) not in others or torch.equal(before[name], p), name
+    drawn = [train_step(parallel, part(batch, rank), two, generator=seeded(rank)).block
+             for _ in range(4)]  # fmt: skip
+    both = [None, None]
+    dist.all_gather_object(both, drawn)
+    assert both[0] == both[1]
+
+
+def check_refusals(blocks, batch):
+    for options, words in (
+        ({}, "find_unused_parameters=True"),
+        ({"static_graph": True, "find_unused_parameters": True}, "static_graph=False"),
+    ):
+        parallel = DistributedDataParallel(copy.deepcopy(blocks), **options)
+        before = parameters_of(parallel)
+        try:
+            train_step(parallel, batch, make_optimizers(parallel, sgd), block=0)
+        except ValueError as error:
+            assert words in str(error)
+        else:
+            raise AssertionError(words)
+        assert all(torch.equal(before[n], p) for n, p in parallel.named_parameters())
+
+
+def check_sharded_rows():
+    x, shift, scale = (
+        torch.randn(*shape, 8, generator=seeded(i)) for i, shape in enumerate([(2, 3), (2,), (2,)])
+    )
+    wanted = F.adaln(x, shift, scale)
+    mesh = init_device_mesh("cpu", (2,))
+    rows, *modulation = (distribute_tensor(t, mesh, [Shard(0)]) for t in (x, shift, scale))
+    for call in (
+        lambda: F.adaln(rows, *modulation),
+        lambda: F.gated_residual(rows, rows, modulation[0]),
+        lambda: F.residual_adaln(rows, rows, modulation[0], *modulation),
+    ):
+        try:
+            call()
+        except TypeError as error:
+            assert "DTensor" in str(error) and "to_local" in str(error)
+        else:
+            raise AssertionError("a DTensor was taken")
+    whole = F.adaln(rows, *modulation, impl="reference").full_tensor()
+    torch.testing.assert_close(whole, wanted)
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    rank = int(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    check_sharded_rows()
+    for name, blocks, batch in cases():
+        if name in ("vit", "doubled", "llama-doubled"):
+            if name == "vit":
+                check_refusals(blocks, batch)
+            check_steps(blocks, batch, rank)
+            print("right", name, flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
