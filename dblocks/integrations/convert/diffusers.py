@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dblocks import functional as F
 from dblocks.blocks import Batch
+from dblocks.integrations.convert.denoisers import denoiser
 from dblocks.integrations.convert.network import Converted, check_some
 from dblocks.models.images import ImageTarget
 from dblocks.models.patches import unpatchify
@@ -147,20 +148,17 @@ class ConvertedDiT(Converted):
         )
 
 
-def image_model(model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> ConvertedDiT:
-    """A DiT of diffusers.
+def image_model(model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> Converted:
+    """A DiT, or another denoiser, of diffusers.
 
     Raises:
-        ValueError: the model is no `DiTTransformer2DModel`.
+        ValueError: the model is of no known class.
     """
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    if not isinstance(model, DiTTransformer2DModel):
-        raise ValueError(
-            f"task 'images' needs a DiTTransformer2DModel, got {type(model).__name__}; "
-            "write a network with the members of dblocks.blocks.BlockModel instead"
-        )
-    return ConvertedDiT(model, layers, schedule)
+    if isinstance(model, DiTTransformer2DModel):
+        return ConvertedDiT(model, layers, schedule)
+    return denoiser(model, layers)
 
 
 def _run_layer(layer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:

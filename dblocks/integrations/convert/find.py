@@ -32,8 +32,8 @@ def find_layers(model: nn.Module, layers: Layers | None = None) -> dict[str, nn.
     Args:
         model: any module; it is not changed.
         layers: the path of an `nn.ModuleList` or `nn.Sequential`, such as "transformer.h"; or the
-            paths of the layers; or a function from the model to those of its modules. It wins over
-            every signal.
+            paths of the layers, or of several such lists, one after the other; or a function from
+            the model to those of its modules. It wins over every signal.
 
     Raises:
         ValueError: no list is found, or several, or one whose shapes change (the error names what
@@ -87,13 +87,20 @@ def _at(model: nn.Module, layers: str | Sequence[str]) -> Iterable[tuple[str, nn
                 + (f"near names: {near}" if near else "see model.named_modules()")
             )
     if not isinstance(layers, str):
-        return [(path, modules[path]) for path in paths]
+        # A list of modules is no layer, as it cannot be called: its members are.
+        return [pair for path in paths for pair in _layers_at(modules[path], path)]
     if not isinstance(modules[layers], LISTS):
         raise ValueError(
             f"layers must be the path of an nn.ModuleList or nn.Sequential, got {layers!r}, "
             f"a {type(modules[layers]).__name__}; pass single layers as a sequence of paths"
         )
     return members(modules[layers], layers).items()
+
+
+def _layers_at(module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
+    if isinstance(module, nn.ModuleList):
+        return members(module, path).items()
+    return [(path, module)]
 
 
 def _returned(

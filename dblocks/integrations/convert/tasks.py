@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 from torch import nn
 
 from dblocks.blocks import BlocksConfig
+from dblocks.integrations.convert.denoisers import default_layers
 from dblocks.integrations.convert.find import Layers, find_layers
 from dblocks.integrations.convert.layers import ConditionedLayer
 from dblocks.integrations.convert.network import Converted
@@ -45,6 +46,8 @@ def network_of(
             f"that of denoising, got {options.clean_loss_weight}"
         )
     library = library_of(model)
+    if layers is None and (library, task) == ("diffusers", "images"):
+        layers = default_layers(model)
     found = find_layers(model, layers)
     make = NETWORKS.get((library, task))
     if make is None:

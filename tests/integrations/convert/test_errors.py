@@ -78,10 +78,8 @@ def test_several_lists_of_layers():
         num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8,
         axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
-    refused(flux, r"transformer_blocks .* single_transformer_blocks", task="images")
-    refused(
-        flux, "needs a DiTTransformer2DModel, got Flux", task="images", layers="transformer_blocks"
-    )
+    one = "transformer_blocks"
+    refused(flux, f"must be all of {one} and single_{one}, .* order", task="images", layers=one)
 
 
 def test_heads_that_are_missing():
