@@ -6,9 +6,7 @@ from dblocks.blocks.denoiser import Bound as Bound
 from dblocks.blocks.denoiser import Denoiser as Denoiser
 from dblocks.blocks.denoiser import Draw as Draw
 from dblocks.blocks.denoiser import Loss as Loss
-from dblocks.blocks.denoiser import check_trained_at_top as check_trained_at_top
 from dblocks.blocks.denoiser import loss_factors as loss_factors
-from dblocks.blocks.denoiser import trained_at_top as trained_at_top
 from dblocks.blocks.denoiser import unwrapped as unwrapped
 from dblocks.blocks.model import BlockModel as BlockModel
 from dblocks.blocks.network import Block as Block
@@ -21,6 +19,8 @@ from dblocks.blocks.targets import MaskedTokenTarget as MaskedTokenTarget
 from dblocks.blocks.targets import OutputHead as OutputHead
 from dblocks.blocks.targets import Target as Target
 from dblocks.blocks.targets import TokenTarget as TokenTarget
+from dblocks.blocks.top import check_trained_at_top as check_trained_at_top
+from dblocks.blocks.top import trained_at_top as trained_at_top
 from dblocks.blocks.training import BlockOptimizers as BlockOptimizers
 from dblocks.blocks.training import StepResult as StepResult
 from dblocks.blocks.training import make_optimizers as make_optimizers

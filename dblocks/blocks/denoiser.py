@@ -17,6 +17,7 @@ from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import within
 from dblocks.blocks.targets.base import Batch, Target, scored_shape
+from dblocks.blocks.visits import Residency
 from dblocks.config import check_block, check_finite
 from dblocks.kernels.reference import in_forward_mode
 from dblocks.schedules import Schedule
@@ -66,10 +67,19 @@ class Denoiser(nn.Module):
     """The blocks that are here, and where each one's layers are among `base_model.layers`."""
     index: int | None = None
     """The only block here; None where there are all."""
+    residency: Residency | None = None
+    """What keeps one block at a time on a device; see `dblocks.scale.resident`."""
     _zeros_looked_for = False
 
     def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
-        """The network that embeds and predicts for a block, and the block's layers."""
+        """The network that embeds and predicts for a block, and the block's layers, to be run."""
+        # In a compiled graph it is there already: the draw before it brought it.
+        if self.residency is not None and not torch.compiler.is_compiling():
+            self.residency.acquire(block)
+        return self.parts_at_rest(block)
+
+    def parts_at_rest(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
+        """As `parts`, on whatever device a residency has them."""
         asked = check_block(block, self.config.num_blocks)
         # Compared, not looked up: in a compiled graph the number may be a symbol, which this fixes.
         found = [held for held in self.held if held == asked]
@@ -186,7 +196,7 @@ class Denoiser(nn.Module):
         on_device = torch.Generator(device).manual_seed(key)
         sigma = self.config.schedule.sample(
             block, self.config.num_blocks, shape,
-            overlap=self.config.overlap, top_share=_top_share(self.config, target),
+            overlap=self.config.overlap, top_share=top_share_of(self.config, target),
             generator=on_device, device=device,
         )  # fmt: skip
         drop, condition_drop = None, getattr(model, "condition_drop", 0.0)
@@ -329,22 +339,6 @@ def loss_factors(weighting: Weighting, loss_kind: str, w: Tensor) -> Tensor:
     return factor / w if loss_kind == "l2" else factor
 
 
-def check_trained_at_top(model: Denoiser) -> None:
-    """Raises unless every block was trained at the highest level."""
-    config = model.config
-    if config.num_blocks > 1 and not trained_at_top(model):
-        raise ValueError(
-            "the product of blocks needs blocks that were all trained at sigma_max, got "
-            "BlocksConfig.top_share = 0; train with a top_share such as .6, or use the first block"
-        )
-
-
-def trained_at_top(model: Denoiser) -> bool:
-    """Whether blocks after the first one were trained at the highest level too."""
-    network, _ = model.parts(next(iter(model.held)))
-    return _top_share(model.config, network.target) > 0
-
-
 def attention_with_tangents() -> AbstractContextManager:
     """In forward-mode differentiation, PyTorch's attention in the form that alone can take part."""
     return sdpa_kernel(SDPBackend.MATH) if in_forward_mode() else nullcontext()
@@ -358,7 +352,8 @@ def unwrapped(model: Any) -> Any:
     return inner if isinstance(inner, Denoiser) else model
 
 
-def _top_share(config: BlocksConfig, target: Target) -> float:
+def top_share_of(config: BlocksConfig, target: Target) -> float:
+    """The share of a block's draws at the highest level."""
     return target.top_share if config.top_share == "auto" else config.top_share
 
 

@@ -11,14 +11,12 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from dblocks.blocks.config import BlocksConfig, check_config
 from dblocks.blocks.denoiser import Denoiser
 from dblocks.blocks.model import BlockModel, Divisible, check_model
 from dblocks.blocks.parameters import check_apart
-from dblocks.blocks.visits import Residency
 from dblocks.config import check_block
 
 
@@ -49,9 +47,6 @@ class DiffusionBlocks(Denoiser):
     Source: Shing, Koyama and Akiba 2026, arXiv 2506.14202.
     """
 
-    residency: Residency | None = None
-    """What keeps one block at a time on a device; see `dblocks.scale.resident`."""
-
     def __init__(self, model: BlockModel, config: BlocksConfig) -> None:
         super().__init__()
         check_model(model)
@@ -73,11 +68,6 @@ class DiffusionBlocks(Denoiser):
     def block(self, block: int) -> Block:
         """The view of one block: what one worker trains and saves."""
         return Block(self, block)
-
-    def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
-        """The network that embeds and predicts for a block, and the block's layers, to be run."""
-        _bring(self.residency, block)
-        return super().parts(block)
 
     def block_parameters(self, block: int) -> Iterator[nn.Parameter]:
         """The parameters that belong to one block alone."""
@@ -127,7 +117,7 @@ class Block(Denoiser):
         self.config = whole.config
         self.index = block = check_block(block, whole.config.num_blocks)
         self.residency = whole.residency
-        model, layers = Denoiser.parts(whole, block)
+        model, layers = whole.parts_at_rest(block)
         first = whole.layer_ranges[block][0]
         named = {str(first + k): layer for k, layer in enumerate(layers)}
         self.held = {block: slice(len(layers))}
@@ -137,31 +127,20 @@ class Block(Denoiser):
         if model is not whole.base_model:
             self.copies[str(block - 1)] = cast(nn.Module, model)
 
-    def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
-        """The network that embeds and predicts, and the layers, to be run."""
-        _bring(self.residency, block)
-        return super().parts(block)
-
     def block_parameters(self, block: int) -> Iterator[nn.Parameter]:
         """The parameters that belong to this block alone; the others' are not here."""
         return _parameters_of(self, block) if block in self.held else iter(())
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that all blocks use: those that are here."""
-        model, _ = super().parts(cast(int, self.index))
+        model, _ = self.parts_at_rest(cast(int, self.index))
         if self.config.shared == "private":
             return iter(model.target.parameters())
         return _outside_layers(model)
 
 
-def _bring(residency: Residency | None, block: int) -> None:
-    # In a compiled graph it is there already: the draw before it brought it.
-    if residency is not None and not torch.compiler.is_compiling():
-        residency.acquire(block)
-
-
 def _parameters_of(held: Denoiser, block: int) -> Iterator[nn.Parameter]:
-    model, layers = Denoiser.parts(held, block)  # wherever residency has them
+    model, layers = held.parts_at_rest(block)
     yield from (p for layer in layers for p in layer.parameters())
     if held.config.shared == "private":
         frozen = {id(p) for p in model.target.parameters()}

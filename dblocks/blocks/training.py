@@ -124,8 +124,9 @@ def train_step(
     then `step()` of every optimizer in `optimizers.of_block(block)`, then `model.zero_grad()`.
 
     Args:
-        model: the network, or one block of it; or it in a `DistributedDataParallel` with `find_unused_parameters=True`,
-            where gradients are averaged over the processes, each with its part of the batch and a
+        model: the network, or one block of it; or it in a `DistributedDataParallel` with
+            `find_unused_parameters=True`, where gradients are averaged over the processes, each with
+            its part of the batch and a
             generator of its own. A block that is drawn is then that of the first process, which
             synchronises; a block that is given must be the same in all.
         batch: what its parts read.
