@@ -125,10 +125,10 @@ def train_step(
 
     Args:
         model: the network, or one block of it; or it in a `DistributedDataParallel` with
-            `find_unused_parameters=True`, where gradients are averaged over the processes, each with
-            its part of the batch and a
-            generator of its own. A block that is drawn is then that of the first process, which
-            synchronises; a block that is given must be the same in all.
+            `find_unused_parameters=True`, where gradients are averaged over the processes, each
+            with its part of the batch and a generator of its own. A block that is drawn is then
+            that of the first process, which synchronises; a block that is given must be the same
+            in all.
         batch: what its parts read.
         optimizers: from `make_optimizers`.
         block: the block to train; drawn uniformly by default, where there is more than one.
