@@ -7,6 +7,7 @@ from family_models import SINGLE_ONLY, TEXT, T, V, causal_model, encoder_model
 
 from dblocks import BlocksConfig, MaskSchedule
 from dblocks.integrations.convert import convert
+from dblocks.sampling import generate
 from dblocks.schedules import MASKED
 from tools import seeded
 
@@ -117,7 +118,7 @@ def test_levels_of_several_tokens(rows, each):
     assert blocks.loss(batch, 1, generator=seeded()).loss.isfinite()
 
 
-@pytest.mark.parametrize("kind", ("llama", "gpt2", "gemma2"))
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
 def test_padding_of_any_content_changes_nothing(kind):
     other = torch.where(MASK == 1, TOKENS, (TOKENS + 5) % V)
     for rows in ("single", "doubled"):
@@ -162,7 +163,7 @@ def test_the_models_own_loss_and_places(kind):
     assert not torch.allclose(whole, default, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ("llama", "gpt2"))
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_clean_loss_of_padded_texts(kind):
     blocks = causal_blocks(kind, "single", clean_loss_weight=1.0)
     batch = {"tokens": TOKENS, "attention_mask": MASK}
