@@ -124,7 +124,8 @@ class Denoiser(nn.Module):
         if self.config.shared == "frozen" and not self._zeros_looked_for:
             self._zeros_looked_for = True
             warn_of_frozen_zeros(self.base_model, stacklevel=2)
-        given = checked(self.parts(block)[0], batch)
+        model = self.parts(block)[0]
+        given = checked(model, batch, model.target)
         return self.loss_at(given, block, self.draw(given, block, generator=generator))
 
     def forward(
@@ -187,7 +188,7 @@ class Denoiser(nn.Module):
         self.before_use()
         model, layers = self.parts(block)
         target = model.target
-        shape = scored_shape(target, checked(model, batch))
+        shape = scored_shape(target, checked(model, batch, target))
         seed = draw_seed(generator)
         device = _device_of((*layers, cast(nn.Module, model)), batch)
         # The generator of a GPU is Philox too: under the same key, sigma would be made of the same
@@ -215,7 +216,7 @@ class Denoiser(nn.Module):
         model, layers = self.parts(block)
         config, target = self.config, model.target
         schedule: Schedule = config.schedule
-        batch = checked(model, batch)
+        batch = checked(model, batch, target)
         level: Any = schedule.level(draw.sigma)
         y = target.embed(batch)
         noised = schedule.corrupt(y, level, draw.seed)
@@ -244,7 +245,8 @@ class Bound:
     """
 
     def __init__(self, denoiser: Denoiser, cond: Batch, guidance_scale: float = 1.0) -> None:
-        check_entries(denoiser.parts(next(iter(denoiser.held)))[0], cond)
+        model, _ = denoiser.parts(next(iter(denoiser.held)))
+        check_entries(model, cond, model.target)
         self.denoiser = denoiser
         self.cond = cond
         self.guidance_scale = check_finite("guidance_scale", guidance_scale)

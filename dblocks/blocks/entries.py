@@ -9,19 +9,19 @@ from typing import Any
 import torch
 
 from dblocks.blocks.model import METHODS, TARGET
-from dblocks.blocks.targets.base import Batch, CheckedBatch
+from dblocks.blocks.targets.base import Batch, CheckedBatch, Target
 
 
-def checked(model: Any, batch: Batch) -> Batch:
-    """The batch as the model's target checked it, which it does once; see `check_entries`."""
+def checked(model: Any, batch: Batch, target: Target) -> Batch:
+    """The batch as the model's `target` checked it, which it does once; see `check_entries`."""
     if isinstance(batch, CheckedBatch):
         return batch
-    given = model.target.check(batch)
-    check_entries(model, batch)
+    given = target.check(batch)
+    check_entries(model, batch, target)
     return given
 
 
-def check_entries(model: Any, batch: Batch) -> None:
+def check_entries(model: Any, batch: Batch, target: Target) -> None:
     """Raises for an entry of a batch, or a keyword of a call, that nobody reads.
 
     Those that are read are what the network and its target name as `reads`. Where one of them names
@@ -30,11 +30,11 @@ def check_entries(model: Any, batch: Batch) -> None:
     Args:
         model: the network.
         batch: what it is given.
+        target: the network's.
 
     Raises:
         ValueError: there is another entry; the error names it, and those that are read.
     """
-    target = getattr(model, "target", None)
     of_network, of_target = _reads(model, METHODS), _reads(target, TARGET)
     if of_network is None or of_target is None:
         return

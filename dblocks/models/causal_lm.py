@@ -113,7 +113,7 @@ class CausalLM(LanguageModel):
             batch: as for training in blocks.
         """
         given = TokenBatch.of(batch, self.config)
-        check_entries(self, batch)
+        check_entries(self, batch, self.target)
         target = self.target.fixed()
         return target.next_loss(self._plain_features(given, target), given)
 

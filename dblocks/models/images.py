@@ -75,13 +75,16 @@ class ImageTarget(L2Target):
         num_classes: number of classes; 0 for images without.
     """
 
-    reads = ("images", "labels")
-
     def __init__(self, channels: int, patch_size: int, num_classes: int) -> None:
         super().__init__("images")
         self.channels = channels
         self.patch_size = patch_size
         self.num_classes = num_classes
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Target.reads`."""
+        return ("images", "labels")
 
     def check(self, batch: Batch) -> Batch:
         """See `Target.check`."""

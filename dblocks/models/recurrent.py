@@ -164,7 +164,7 @@ class RecurrentLM(LanguageModel):
                 drawn.
         """
         given = TokenBatch.of(batch, self.config)
-        check_entries(self, batch)
+        check_entries(self, batch, self.target)
         target = self.target.fixed()
         r = self.draw_recurrences(generator) if num_recurrences is None else num_recurrences
         noise = self._drawn(given.tokens, generator)

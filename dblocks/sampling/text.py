@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dblocks import functional as F
 from dblocks.blocks import DiffusionBlocks, check_trained_at_top, unwrapped
+from dblocks.blocks.targets.padding import texts_of
 from dblocks.blocks.targets.token_batch import TokenSizes, check_tokens
 from dblocks.config import check_count
 from dblocks.sampling.cache import Slots
@@ -43,6 +44,7 @@ def generate(
     cache: bool = True,
     product: bool = False,
     sampler: Sampler = "euler",
+    attention_mask: Tensor | None = None,
 ) -> list[Tensor]:
     """The tokens that continue each prompt: what `stream` yields, collected.
 
@@ -56,7 +58,7 @@ def generate(
         model, prompts,
         max_new_tokens=max_new_tokens, num_steps=num_steps, sigmas=sigmas, temperature=temperature,
         top_k=top_k, top_p=top_p, generator=generator, stop_token=stop_token, cache=cache,
-        product=product, sampler=sampler,
+        product=product, sampler=sampler, attention_mask=attention_mask,
     )  # fmt: skip
     tokens = torch.stack(list(steps), dim=1)
     if stop_token is None:
@@ -80,6 +82,7 @@ def stream(
     cache: bool = True,
     product: bool = False,
     sampler: Sampler = "euler",
+    attention_mask: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every prompt, step after step.
 
@@ -124,6 +127,8 @@ def stream(
         product: draw from the product of all blocks' predictions instead of by steps; for blocks
             of a language model trained with a `top_share`.
         sampler: how blocks step from level to level, "euler" or "heun"; see `sample_heun`.
+        attention_mask: [N, P], 0 at padding before or after each prompt of a tensor, which is then
+            left out: what is written is that of the prompts alone.
 
     Yields:
         int64 [N], on the device of the model.
@@ -143,6 +148,8 @@ def stream(
     choice = Choice(temperature, top_k, top_p)
     if stop_token is not None and not 0 <= stop_token < sizes.vocab_size:
         raise ValueError(f"stop_token must be in 0..{sizes.vocab_size - 1}, got {stop_token}")
+    if attention_mask is not None:
+        prompts = texts_of(cast(Tensor, prompts), attention_mask)
     rows = _prompt_rows(prompts, sizes.vocab_size)
     longest = max(map(len, rows))
     if longest + max_new_tokens > sizes.context:

@@ -71,6 +71,28 @@ def starts_of(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.int().argmax(1)
 
 
+def texts_of(tokens: Tensor, mask: Tensor) -> list[Tensor]:
+    """The texts of padded tokens [N, T], without their padding, on the CPU.
+
+    Raises:
+        TypeError: the tokens are no tensor, or the mask does not fit.
+        ValueError: they are not [N, T], or the mask does not fit.
+    """
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            "attention_mask needs prompts in one tensor [N, P], got a "
+            f"{type(tokens).__name__}; rows of their own lengths need none"
+        )
+    if tokens.ndim != 2:
+        raise ValueError(
+            f"attention_mask needs prompts of shape [N, P], got {list(tokens.shape)}; reshape them"
+        )
+    if isinstance(mask, Tensor):
+        mask = mask.cpu()
+    shown = check_attention_mask(mask, tuple(tokens.shape))
+    return [row[kept] for row, kept in zip(tokens.cpu(), shown, strict=True)]
+
+
 def to_front(x: Tensor, starts: Tensor | None) -> Tensor:
     """Rows [N, T, ...] turned so that those at `starts` [N] come first; None: as they are."""
     return x if starts is None else _turned(x, starts)

@@ -283,8 +283,7 @@ class ConvertedCausalLM(Converted):
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy over the tokens that are scored, in nats."""
-        # In a training step it was checked before.
-        given = batch if isinstance(batch, TokenBatch) else cast(TokenBatch, checked(self, batch))
+        given = cast(TokenBatch, checked(self, batch, self.target))
         if given.cu_seqlens is not None:
             raise ValueError(
                 "the model's own loss does not keep packed documents apart, so a batch must not "

@@ -122,6 +122,7 @@ class ConvertedClassifier(Converted):
     ) -> None:
         super().__init__(model, layers, width, conditioned=True)
         self.family = family
+        self.reads = family.reads
         self.num_classes = num_classes
         self.target_embedding = LabelEmbedding(num_classes, width, embed_scale)
         self.head_kind: Head = head_kind
@@ -131,11 +132,6 @@ class ConvertedClassifier(Converted):
             self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
             self.log_scale = number(-math.log(sigma_data))
         self.added_to_()
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """See `BlockModel`."""
-        return self.family.reads
 
     @property
     def target(self) -> ClassTarget:
@@ -196,7 +192,7 @@ class ConvertedClassifier(Converted):
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy."""
-        given = self._given(checked(self, batch))
+        given = self._given(checked(self, batch, self.target))
         logits = self.family.plain_logits(self.model, given)
         return nnf.cross_entropy(at_least_float32(logits), given["labels"])
 

@@ -193,7 +193,7 @@ class ViTFamily:
     """ViT: the first row is the class token's."""
 
     input = "images"
-    reads = ()
+    reads: tuple[str, ...] = ()
     class_row = True
 
     def unsupported(self, model: Any) -> str | None:
@@ -232,7 +232,7 @@ class BertClassFamily(ViTFamily):
     """BERT, whose first token stands for the class."""
 
     input = "tokens"
-    reads = TEXT
+    reads: tuple[str, ...] = TEXT
 
     def enter(self, model: Any, batch: Batch) -> Tensor:
         return backbone(model).embeddings(input_ids=batch["tokens"], **ids_of(batch))
@@ -267,7 +267,7 @@ class BertMaskedFamily:
     """BERT with the head of its pretraining."""
 
     head_name = "cls"
-    reads = TEXT
+    reads: tuple[str, ...] = TEXT
     special_positions = 0
 
     def sizes(self, model: Any) -> Sizes:
@@ -305,7 +305,7 @@ class TimmFamily:
     """timm's `VisionTransformer`."""
 
     input = "images"
-    reads = ()
+    reads: tuple[str, ...] = ()
 
     def __init__(self, *, class_row: bool) -> None:
         self.class_row = class_row

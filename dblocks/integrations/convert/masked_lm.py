@@ -101,15 +101,11 @@ class ConvertedMaskedLM(Converted):
     ) -> None:
         super().__init__(model, layers, width, conditioned=True)
         self.family = family
+        self.reads = family.reads
         self.sizes = family.sizes(model)
         self.mask_token_id = mask_token_id
         self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
         self.added_to_()
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """See `BlockModel`."""
-        return self.family.reads
 
     @property
     def target(self) -> MaskedTokenTarget:
@@ -172,7 +168,7 @@ class ConvertedMaskedLM(Converted):
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own cross-entropy, the mean over the tokens that are masked in z."""
-        given = cast(TokenBatch, checked(self, batch))
+        given = cast(TokenBatch, checked(self, batch, self.target))
         if z is None:
             raise ValueError("the loss of a masked language model needs z, to say what is masked")
         masked = z == MASKED
