@@ -31,7 +31,7 @@ def run(blocks, condition, sigma, z):
     x = torch.cat([condition.clean, noisy], dim=1)
     cond = network.noise_embedding(level.c_noise)
     for layer in network.layers:
-        x = layer(x, cond, condition.attention, clean=True)
+        x = layer(x, cond, condition.attention, clean=cond.shape[1])
     return x.chunk(2, dim=1)
 
 
