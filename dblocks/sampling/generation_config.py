@@ -167,7 +167,7 @@ def _greedy(options: dict[str, Any]) -> dict[str, Any]:
             "do_sample of the generation_config is not True, so the most likely token is taken, as "
             f"transformers does, and {unread} have no effect; set do_sample=True",
             UserWarning,
-            stacklevel=6,
+            stacklevel=5,
         )
     return {"temperature": 0.0}
 

@@ -62,15 +62,15 @@ class RowCache(KVCache):
             window: how many positions back a row sees, its own included.
         """
         slots, first, start = self.slots, self.first, self.start
-        near = window is None or window >= last - start
-        if near and slots.lengths is None and (first == start or last - first == 1):
+        far = window if window is not None and window < last - start else None
+        if far is None and slots.lengths is None and (first == start or last - first == 1):
             return None
         slot = torch.arange(last, device=slots.device)
         row, column = slot[first:, None], slot[start:]
         seen = row >= column
-        if not near:
+        if far is not None:
             at = slots.positions(0, last)
-            seen = seen & (at[..., first:, None] - at[..., None, start:] < window)
+            seen = seen & (at[..., first:, None] - at[..., None, start:] < far)
         if slots.lengths is not None:
             used = (slot < slots.lengths[:, None]) | (slot >= slots.prompt)
             seen = seen & used[:, None, start:]
