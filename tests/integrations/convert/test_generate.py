@@ -110,6 +110,14 @@ def test_without_a_cache_all_rows_run(monkeypatch):
     generate(blocks, [[5]], max_new_tokens=2)
 
 
+def test_a_network_that_keeps_nothing_is_refused(monkeypatch):
+    blocks = any_blocks_of("llama")
+    monkeypatch.delattr(type(blocks.base_model), "run_cached")
+    with pytest.raises(ValueError, match="cache must be False for the blocks of a ConvertedCausal"):
+        generate(blocks, [[5]], max_new_tokens=2)
+    generate(blocks, [[5]], max_new_tokens=2, cache=False)
+
+
 def test_half_precision():
     for form in FORMS:
         blocks = shaken(any_blocks_of("llama", model=model_of("llama").bfloat16(), **form))
