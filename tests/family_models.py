@@ -179,7 +179,7 @@ def clean_logits(model, tokens, rows):
         x = torch.cat([condition.clean, condition.noisy], dim=1)
         cond = network.noise_embedding(level.c_noise)[:, None]
         for layer in network.layers:
-            x = layer(x, cond, condition.attention, clean=True)
+            x = layer(x, cond, condition.attention, clean=cond.shape[1])
         x = x[:, : tokens.shape[1]]
     features = Features(network.family.leave(model, x))
     z = torch.zeros(*x.shape)

@@ -70,7 +70,7 @@ class Slots:
 
 
 class KVCache:
-    """Keys and values of some layers, [N, Hkv, capacity, Dh] each, allocated at the first use.
+    """Keys and values of some layers, [N, Hkv, capacity, D] each, allocated at the first use.
 
     Rows are first written, by the functions of `attends`, and then counted, by `commit`; what was
     not counted is overwritten by the next rows. Beside the keys and values the cache holds rows of
@@ -86,6 +86,11 @@ class KVCache:
         self.committed = 0
         self._kv: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._last: Tensor | None = None
+
+    @property
+    def first(self) -> int:
+        """The slot of the next row."""
+        return self.committed
 
     def positions(self, rows: int) -> Tensor:
         """Positions of the `rows` slots after the committed ones."""
@@ -139,25 +144,34 @@ class KVCache:
         index = (lengths - 1 - self.committed)[:, None, None]
         return x.gather(1, index.expand(-1, 1, x.shape[2]))
 
-    def _attend(self, layer: int, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        first, last = self.committed, self.committed + k.shape[2]
-        keys, values = self._stored(layer, k)
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes keys and values of the next rows, [N, Hkv, R, Dk] and [N, Hkv, R, Dv].
+
+        Returns:
+            Those of all slots up to the last one written.
+        """
+        first, last = self.first, self.first + k.shape[2]
+        keys, values = self._stored(layer, k, v)
         keys[:, :, first:last] = k
         values[:, :, first:last] = v
+        return keys[:, :, :last], values[:, :, :last]
+
+    def _attend(self, layer: int, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.write(layer, k, v)
         mask = None if mask is None else mask[..., -q.shape[2] :, :]
         return nnf.scaled_dot_product_attention(
-            q, keys[:, :, :last], values[:, :, :last],
+            q, keys, values,
             attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
 
-    def _stored(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         held = self._kv[layer]
         if held is None:
-            N, Hkv, _, Dh = k.shape
+            capacity = self.slots.capacity
             # Zeros: a slot that is never written must not hold a NaN, which a mask lets through.
             held = self._kv[layer] = (
-                k.new_zeros(N, Hkv, self.slots.capacity, Dh),
-                k.new_zeros(N, Hkv, self.slots.capacity, Dh),
+                k.new_zeros(*k.shape[:2], capacity, k.shape[3]),
+                v.new_zeros(*v.shape[:2], capacity, v.shape[3]),
             )
         return held

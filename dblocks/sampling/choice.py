@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,6 +81,49 @@ class Choice:
                 "a model's logits must be finite numbers to draw tokens from, got NaN or infinite "
                 "ones; its weights or its input are not finite"
             )
+
+
+class Repeats:
+    """A penalty of tokens that a text holds already: logits l > 0 become l/p, others p*l.
+
+    It is applied to logits as a model gives them, before the temperature.
+
+    Args:
+        penalty: p; above 1 makes repetitions less likely.
+        texts: tokens of each prompt, int64 [P], P >= 1.
+        vocab_size: V.
+        device: of the logits.
+
+    Raises:
+        ValueError: `penalty` is not positive and finite.
+
+    Source: Keskar et al. 2019 (CTRL), section 4.1, as transformers has it.
+    """
+
+    def __init__(
+        self, penalty: float, texts: Sequence[Tensor], vocab_size: int, device: torch.device
+    ) -> None:
+        if not (_is_number(penalty) and 0 < penalty < math.inf):
+            raise ValueError(f"repetition_penalty must be positive and finite, got {penalty!r}")
+        self.penalty = penalty
+        self.held = None
+        if penalty != 1:
+            held = torch.zeros(len(texts), vocab_size, dtype=torch.bool)
+            for row, text in zip(held, texts, strict=True):
+                row[text] = True
+            self.held = held.to(device)
+
+    def penalised(self, logits: Tensor) -> Tensor:
+        """Logits [N, V], with the penalty of the tokens that each text holds."""
+        if self.held is None:
+            return logits
+        less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+        return torch.where(self.held, less, logits)
+
+    def add(self, token: Tensor) -> None:
+        """Adds a token to each text, int64 [N]."""
+        if self.held is not None:
+            self.held.scatter_(1, token[:, None], True)
 
 
 def _is_number(value: object) -> bool:

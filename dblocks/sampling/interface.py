@@ -52,7 +52,12 @@ class CausalNetwork(TokenNetwork, Protocol):
 
 @runtime_checkable
 class CachedNetwork(CausalNetwork, Protocol):
-    """One that also keeps keys and values of known tokens, for writing text token by token."""
+    """One that also keeps keys and values of known tokens, for writing text token by token.
+
+    Without a cache they are computed at each call, unless it has an attribute `runs_whole` that is
+    true: then all rows run as in training, by `embed_condition` and `run_layers`, whose result has
+    the fields `x` and `cond`.
+    """
 
     @property
     def target(self) -> TokenTarget:

@@ -12,9 +12,9 @@ from dblocks import functional as F
 from dblocks.blocks import DiffusionBlocks, check_trained_at_top, unwrapped
 from dblocks.blocks.targets.padding import texts_of
 from dblocks.blocks.targets.token_batch import TokenSizes, check_tokens
-from dblocks.config import check_count
 from dblocks.sampling.cache import Slots
-from dblocks.sampling.choice import Choice
+from dblocks.sampling.choice import Choice, Repeats
+from dblocks.sampling.generation_config import Writing
 from dblocks.sampling.interface import (
     CachedNetwork,
     CausalNetwork,
@@ -33,18 +33,20 @@ def generate(
     model: DiffusionBlocks | NextTokenNetwork,
     prompts: Prompts,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     num_steps: int | None = None,
     sigmas: Tensor | Sequence[float] | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float | None = None,
     generator: torch.Generator | None = None,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     cache: bool = True,
     product: bool = False,
     sampler: Sampler = "euler",
     attention_mask: Tensor | None = None,
+    generation_config: Any = None,
 ) -> list[Tensor]:
     """The tokens that continue each prompt: what `stream` yields, collected.
 
@@ -54,16 +56,18 @@ def generate(
         For each prompt its new tokens, int64 [at most max_new_tokens], up to and with the
         `stop_token`.
     """
-    steps = stream(
-        model, prompts,
-        max_new_tokens=max_new_tokens, num_steps=num_steps, sigmas=sigmas, temperature=temperature,
-        top_k=top_k, top_p=top_p, generator=generator, stop_token=stop_token, cache=cache,
-        product=product, sampler=sampler, attention_mask=attention_mask,
+    writing = Writing.of(
+        generation_config, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, repetition_penalty=repetition_penalty, stop_token=stop_token, cache=cache,
     )  # fmt: skip
+    steps = _begin(
+        model, prompts, attention_mask, writing, num_steps, sigmas, generator, product, sampler
+    )
     tokens = torch.stack(list(steps), dim=1)
-    if stop_token is None:
+    if not writing.stop_tokens:
         return list(tokens.unbind())
-    lengths = ((tokens == stop_token).cumsum(1) == 0).sum(1) + 1
+    ends = _among(tokens, writing.stop_tokens)
+    lengths = (ends.cumsum(1) == 0).sum(1) + 1
     return [row[:length] for row, length in zip(tokens, lengths.tolist(), strict=True)]
 
 
@@ -71,18 +75,20 @@ def stream(
     model: DiffusionBlocks | NextTokenNetwork,
     prompts: Prompts,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     num_steps: int | None = None,
     sigmas: Tensor | Sequence[float] | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float | None = None,
     generator: torch.Generator | None = None,
-    stop_token: int | None = None,
+    stop_token: int | Sequence[int] | None = None,
     cache: bool = True,
     product: bool = False,
     sampler: Sampler = "euler",
     attention_mask: Tensor | None = None,
+    generation_config: Any = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every prompt, step after step.
 
@@ -110,25 +116,35 @@ def stream(
     Args:
         model: the blocks of a `CausalLM` or a `RecurrentLM`, also inside torch.compile's or
             AveragedModel's wrapper, or one of these networks itself, which is the plain model. Or
-            the blocks of a model that `dblocks.convert` made of another one, without a cache.
+            the blocks of a model that `dblocks.convert` made of another one; without a cache, those
+            run all rows as in training.
         prompts: int64 [N, P], or N of different lengths, each with at least one token.
-        max_new_tokens: tokens to write for each prompt.
+        max_new_tokens: tokens to write for each prompt; if not given, the generation_config says.
         num_steps: Euler steps of the equal-mass grid; the number of blocks by default. Of a plain
             `RecurrentLM` its recurrences, by default their mean in training.
         sigmas: a grid to use instead, descending.
-        temperature: what logits are divided by; 0 takes the most likely token.
+        temperature: what logits are divided by, 1 by default; 0 takes the most likely token.
         top_k: keep only as many most likely tokens (and those as likely as the last of them).
         top_p: then keep only the fewest most likely tokens whose probabilities sum to at least
-            this. The order is that of transformers: temperature, top_k, top_p.
+            this. The order is that of transformers: repetition_penalty, temperature, top_k, top_p.
+        repetition_penalty: of tokens that a text holds, its prompt included; above 1 makes them
+            less likely. See `dblocks.sampling.choice.Repeats`.
         generator: a CPU generator, of which one number is drawn.
-        stop_token: prompts that wrote it repeat it, and when all did, the iterator ends; that is
-            looked up after every token, the only thing that synchronises with a GPU.
+        stop_token: a token or several; prompts that wrote one repeat it, and when all did, the
+            iterator ends; that is looked up after every token, the only thing that synchronises
+            with a GPU.
         cache: whether keys and values are kept.
         product: draw from the product of all blocks' predictions instead of by steps; for blocks
             of a language model trained with a `top_share`.
         sampler: how blocks step from level to level, "euler" or "heun"; see `sample_heun`.
         attention_mask: [N, P], 0 at padding before or after each prompt of a tensor, which is then
             left out: what is written is that of the prompts alone.
+        generation_config: a GenerationConfig of transformers or a mapping of its names, with its
+            meaning and defaults: without `do_sample=True` the most likely token is taken, and with
+            it `top_k` is 50 if not given. Read are `max_new_tokens`, `max_length`, `do_sample`,
+            `temperature`, `top_k`, `top_p`, `repetition_penalty`, `eos_token_id` (the stop token),
+            `pad_token_id` (what is yielded after it) and `use_cache`. Arguments that are given
+            beside it stand above it.
 
     Yields:
         int64 [N], on the device of the model.
@@ -138,30 +154,55 @@ def stream(
         TypeError: `model` is no language model, or tokens are not integers.
         ValueError: for prompts that are empty or, with the new tokens, longer than the context;
             for tokens outside the vocabulary; for both of `num_steps` and `sigmas`, `sigmas` with
-            a plain model, or `num_steps` with one that has no steps; for a cache with a converted
-            model; for `product` with steps, or with blocks that never saw sigma_max; for another
-            `sampler` with `product` or a plain model; for other values that do not fit.
+            a plain model, or `num_steps` with one that has no steps; for a cache with a model whose
+            keys and values cannot be kept; for `product` with steps, or with blocks that never saw
+            sigma_max; for another `sampler` with `product` or a plain model; for options of a
+            `generation_config` that are unknown, or ask for what is not done; for other values
+            that do not fit.
     """
-    model = unwrapped(model)
+    writing = Writing.of(
+        generation_config, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, repetition_penalty=repetition_penalty, stop_token=stop_token, cache=cache,
+    )  # fmt: skip
+    return _begin(
+        model, prompts, attention_mask, writing, num_steps, sigmas, generator, product, sampler
+    )
+
+
+def _begin(
+    model: DiffusionBlocks | NextTokenNetwork,
+    prompts: Prompts,
+    attention_mask: Tensor | None,
+    writing: Writing,
+    num_steps: int | None,
+    sigmas: Tensor | Sequence[float] | None,
+    generator: torch.Generator | None,
+    product: bool,
+    sampler: Sampler,
+) -> Iterator[Tensor]:
+    """What `stream` returns; checks come before the first token is asked for."""
+    model, cache = unwrapped(model), writing.cache
+    if isinstance(model, DiffusionBlocks):
+        model.before_use()
     network, sizes = _network_of(model, cache)
-    max_new_tokens = check_count("max_new_tokens", max_new_tokens)
-    choice = Choice(temperature, top_k, top_p)
-    if stop_token is not None and not 0 <= stop_token < sizes.vocab_size:
-        raise ValueError(f"stop_token must be in 0..{sizes.vocab_size - 1}, got {stop_token}")
+    choice = Choice(writing.temperature, writing.top_k, writing.top_p)
+    _check_ends(writing, sizes.vocab_size)
     if attention_mask is not None:
         prompts = texts_of(cast(Tensor, prompts), attention_mask)
     rows = _prompt_rows(prompts, sizes.vocab_size)
     longest = max(map(len, rows))
-    if longest + max_new_tokens > sizes.context:
+    new = writing.new_tokens(longest)
+    if longest + new > sizes.context:
         raise ValueError(
             "prompt and new tokens must fit in the context of "
-            f"{sizes.context} tokens, got {longest} and {max_new_tokens}; shorten one"
+            f"{sizes.context} tokens, got {longest} and {new}; shorten one"
         )
     check_sampler(sampler)
     k = cast(CausalNetwork, network).block_size if network is not model else 1
     # Blocks of tokens are written whole, the last one too.
-    capacity = longest + -(-max_new_tokens // k) * k
+    capacity = longest + -(-new // k) * k
     slots = Slots([len(row) for row in rows], capacity, next(network.parameters()).device, k)
+    repeats = Repeats(writing.repetition_penalty, rows, sizes.vocab_size, slots.device)
     if product:
         _check_product(model, network, num_steps, sigmas, sampler)
     if isinstance(model, DiffusionBlocks):
@@ -173,8 +214,8 @@ def stream(
     for row, given in zip(tokens, rows, strict=True):
         row[: len(given)] = given
     stride = sizes.context + k - 1  # rows of noise between one prompt's and the next one's
-    last = longest + max_new_tokens
-    return _steps(writer, tokens.to(slots.device), slots, choice, seed, stop_token, stride, last)
+    tokens, last = tokens.to(slots.device), longest + new
+    return _steps(writer, tokens, slots, choice, repeats, seed, writing, stride, last)
 
 
 def _network_of(model: Any, cache: bool) -> tuple[Any, TokenSizes]:
@@ -189,8 +230,8 @@ def _network_of(model: Any, cache: bool) -> tuple[Any, TokenSizes]:
         )
     if in_blocks and cache and not isinstance(network, CachedNetwork):
         raise ValueError(
-            "cache must be False for the blocks of a converted model, whose keys and values "
-            "are not kept, got True; the model itself has generate() of its own"
+            f"cache must be False for the blocks of a {type(network).__name__}, which keeps no "
+            "keys and values, got True; see CachedNetwork of dblocks.sampling.interface"
         )
     return network, network.sizes
 
@@ -209,11 +250,13 @@ def _block_writer(
         blocks = list(range(model.config.num_blocks))
     else:
         # One step is asked for as what it is, the top block alone; others may skip by mistake.
-        blocks = [0] if num_steps == 1 else blocks_of(model, levels, stacklevel=4)
-    if isinstance(model.base_model, CachedNetwork):
-        rows = CachedRows(model, blocks, slots, cache=cache)
-    else:
+        blocks = [0] if num_steps == 1 else blocks_of(model, levels, stacklevel=5)
+    network = model.base_model
+    whole = not cache and getattr(network, "runs_whole", False)
+    if whole or not isinstance(network, CachedNetwork):
         rows = WholeRows(model, slots)
+    else:
+        rows = CachedRows(model, blocks, slots, cache=cache)
     if product:
         return ProductWriter(model, rows)
     return StepWriter(model, rows, levels, blocks, sampler)
@@ -247,8 +290,9 @@ def _steps(
     tokens: Tensor,
     slots: Slots,
     choice: Choice,
+    repeats: Repeats,
     seed: int,
-    stop_token: int | None,
+    writing: Writing,
     stride: int,
     last: int,
 ) -> Iterator[Tensor]:
@@ -259,21 +303,43 @@ def _steps(
     sample, step = (torch.arange(n, device=tokens.device) for n in (N, new))
     uniform = uniforms_at(stride * sample[:, None] + step, seed)
     finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    after = torch.zeros_like(finished, dtype=torch.int64)
     for j in range(new):
         place = j % slots.block_size
         if place == 0:
             logits = writer.next_logits(tokens[:, : first + j], noise, j)
-        token = choice.token(logits[:, place], uniform[:, j])
-        if stop_token is not None:
-            token = torch.where(finished, stop_token, token)
-            finished = token == stop_token
+        token = choice.token(repeats.penalised(logits[:, place]), uniform[:, j])
+        if writing.stop_tokens:
+            token = torch.where(finished, after, token)
+            finished = finished | _among(token, writing.stop_tokens)
+            pad = writing.pad_token
+            after = token if pad is None else torch.full_like(token, pad)
+        repeats.add(token)
         tokens[:, first + j] = token
         yield token
-        if stop_token is not None and finished.all():
+        if writing.stop_tokens and finished.all():
             break
         if first + j + 1 == last:
             break
     choice.check()
+
+
+def _among(tokens: Tensor, stop_tokens: Sequence[int]) -> Tensor:
+    """Which tokens are stop tokens; bool of their shape."""
+    # Numbers, and no tensor of them, which would be copied to a GPU at each step.
+    found = tokens == stop_tokens[0]
+    for stop_token in stop_tokens[1:]:
+        found = found | (tokens == stop_token)
+    return found
+
+
+def _check_ends(writing: Writing, vocab_size: int) -> None:
+    for token in writing.stop_tokens:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"stop_token must be in 0..{vocab_size - 1}, got {token}")
+    pad = writing.pad_token
+    if pad is not None and not (isinstance(pad, int) and 0 <= pad < vocab_size):
+        raise ValueError(f"pad_token_id must be None or in 0..{vocab_size - 1}, got {pad!r}")
 
 
 def _check_product(

@@ -17,11 +17,13 @@ from dblocks.blocks.entries import checked
 from dblocks.blocks.targets.classes import Head
 from dblocks.blocks.targets.padding import check_ids, from_front, starts_of, to_front
 from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
+from dblocks.integrations.convert.cached import RowCache
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some, example_tokens
 from dblocks.integrations.convert.scaled_rows import ScaledRows
 from dblocks.nn import Modulation, over_rows
 from dblocks.nn.scalars import number
+from dblocks.sampling.cache import Slots
 from dblocks.schedules import NoiseLevel
 
 NOISE_SCALE = 0.1  # as that of CausalLM
@@ -53,7 +55,11 @@ class CausalFamily(Protocol):
         ...
 
     def context(self, model: nn.Module, rows: Tensor, positions: Tensor) -> dict[str, Any]:
-        """Keyword arguments of the layers' attention, for rows at positions [(N,) T]."""
+        """Keyword arguments of the layers' attention, for rows at positions [T] or [N, T]."""
+        ...
+
+    def check_cache(self, model: nn.Module, slots: Slots) -> None:
+        """Raises where keys and values of earlier rows would not be those of later calls."""
         ...
 
     def leave(self, model: nn.Module, x: Tensor) -> Tensor:
@@ -143,6 +149,7 @@ class ConvertedCausalLM(Converted):
 
     block_size = 1  # tokens that are predicted at once
     reads = ("position_ids",)
+    runs_whole = True  # without a cache, as in training
 
     def __init__(
         self,
@@ -253,9 +260,51 @@ class ConvertedCausalLM(Converted):
         x = torch.cat([condition.clean, noisy], dim=1)
         for layer in layers:
             x = layer(
-                x, segments, condition.attention, clean=True, checkpointing=self.checkpointing
-            )
+                x, segments, condition.attention,
+                clean=segments.shape[1], checkpointing=self.checkpointing,
+            )  # fmt: skip
         return Hidden(from_front(x[:, x.shape[1] // 2 :], starts), cond)
+
+    def new_cache(self, slots: Slots, layers: Sequence[nn.Module]) -> RowCache:
+        """A cache for `run_cached` with these layers.
+
+        Raises:
+            ValueError: keys and values of this model cannot be kept for such a text.
+        """
+        self.family.check_cache(self.model, slots)
+        return RowCache(slots, len(layers), start=int(self.rows_kind == "single"))
+
+    def run_cached(
+        self,
+        layers: Sequence[nn.Module],
+        z_in: Tensor,
+        level: NoiseLevel,
+        tokens: Tensor,
+        cache: RowCache,
+        table: Tensor,
+    ) -> Hidden:
+        """As `run_layers` for some noisy rows; see `LanguageModel.run_cached`."""
+        C, last = tokens.shape[1], cache.committed + tokens.shape[1] + 1
+        cond, clean = cast(Tensor, self._cond(level)), C
+        at = cache.slots.positions(cache.first, last)
+        R = at.shape[-1]
+        rows = cast(Tensor, self.family.embedding(self.model)(tokens))
+        before = cache.before(rows)
+        # Noisy rows are where the token before them is.
+        if self.rows_kind == "single":
+            rows, at, cond, z_in, clean = before[:, -R:], at - 1, cond[:, -R:], z_in[:, -R:], 0
+            inner = cond
+        else:
+            rows, inner = torch.cat([rows, before[:, C:]], dim=1), cond[:, None]
+            at = torch.cat([at[..., :C], at[..., C:] - 1], dim=-1)
+        x = self.family.enter(self.model, rows, at)
+        noise = (self.noise_scale * z_in).to(x.dtype)
+        x = torch.cat([x[:, :clean], x[:, clean:] + noise], dim=1)
+        attention = self.family.context(self.model, rows, at)
+        for layer, keep in zip(layers, cache.keeps(last), strict=True):
+            x = layer(x, inner, {**attention, "dblocks_keep": keep}, clean=clean)
+        cache.commit(C, before[:, C:])
+        return Hidden(x[:, -1:], cond[:, -1:] if cond.ndim == 3 else cond)
 
     def features(self, hidden: Hidden) -> Features:
         """The noisy rows, normed for the head, [N, T, D]."""

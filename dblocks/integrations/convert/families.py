@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from dblocks.blocks import Batch
 from dblocks.blocks.targets.heads import IGNORED, at_least_float32
+from dblocks.integrations.convert.cached import check_rotations
 from dblocks.integrations.convert.causal_lm import Sizes
 from dblocks.integrations.convert.layers import ByLayerType
 from dblocks.integrations.convert.network import example_tokens
 from dblocks.integrations.convert.text_entries import TEXT, entries_of, ids_of
+from dblocks.sampling.cache import Slots
 
 # Language models of transformers that predict the next token
 
@@ -79,7 +81,7 @@ class RotaryFamily:
         return getattr(backbone(model), self.dropout)(rows) if self.dropout else rows
 
     def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
-        rotary, ids = backbone(model).rotary_emb, _in_rows(positions)
+        rotary, ids = backbone(model).rotary_emb, positions_of_samples(positions)
         kinds = getattr(rotary, "layer_types", None)
         turned: Any = (
             rotary(rows, position_ids=ids)
@@ -87,6 +89,14 @@ class RotaryFamily:
             else ByLayerType({kind: rotary(rows, ids, kind) for kind in kinds})
         )
         return {"position_embeddings": turned, "attention_mask": None}
+
+    def check_cache(self, model: Any, slots: Slots) -> None:
+        if self.own_attention:
+            raise ValueError(
+                f"cache must be False for a {type(model).__name__}, whose attention calls no "
+                "function by its name, so that its keys and values cannot be kept, got True"
+            )
+        check_rotations(getattr(backbone(model), "rotary_emb", None), slots)
 
     def leave(self, model: Any, x: Tensor) -> Tensor:
         x, config = getattr(backbone(model), self.final_norm)(x), model.config
@@ -146,8 +156,8 @@ class OPTFamily(RotaryFamily):
         return super().unsupported(model)
 
     def enter(self, model: Any, rows: Tensor, positions: Tensor) -> Tensor:
-        at = backbone(model).decoder.embed_positions(None, position_ids=_in_rows(positions))
-        return rows + at
+        ids = positions_of_samples(positions)
+        return rows + backbone(model).decoder.embed_positions(None, position_ids=ids)
 
     def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
         return {"attention_mask": None}
@@ -157,7 +167,8 @@ class OPTFamily(RotaryFamily):
         return x if norm is None else norm(x)
 
 
-def _in_rows(positions: Tensor) -> Tensor:
+def positions_of_samples(positions: Tensor) -> Tensor:
+    """Positions [T] of all samples, or [N, T], as [1 or N, T]."""
     return positions if positions.ndim == 2 else positions[None]
 
 

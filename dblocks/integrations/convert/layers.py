@@ -88,7 +88,7 @@ class ConditionedLayer(nn.Module):
         cond: Tensor | None = None,
         context: Mapping[str, Any] | None = None,
         *,
-        clean: bool = False,
+        clean: int = 0,
         checkpointing: bool = False,
     ) -> Tensor:
         """One layer.
@@ -97,8 +97,8 @@ class ConditionedLayer(nn.Module):
             x: rows [N, T, D].
             cond: conditioning vectors [N, D] or [N, S, D]; None for the layer's own function.
             context: keyword arguments of the attention.
-            clean: the first half of the rows is not modulated, and `cond` [N, S, D] is that of the
-                second.
+            clean: how many segments of rows, as long as one of `cond` [N, S, D], stand before
+                those that are modulated.
             checkpointing: keep the layer's input only, and compute the rest again for gradients.
         """
         own = getattr(self.layer, "gradient_checkpointing", False) and torch.is_grad_enabled()
@@ -112,12 +112,12 @@ class ConditionedLayer(nn.Module):
         return [self.layer.get_submodule(path) for path in paths]
 
     def _within(
-        self, x: Tensor, cond: Tensor | None, context: Mapping[str, Any], clean: bool
+        self, x: Tensor, cond: Tensor | None, context: Mapping[str, Any], clean: int
     ) -> Tensor:
         return within(self.layer, self._run)(x, cond, context, clean)
 
     def _run(
-        self, x: Tensor, cond: Tensor | None, context: Mapping[str, Any], clean: bool
+        self, x: Tensor, cond: Tensor | None, context: Mapping[str, Any], clean: int
     ) -> Tensor:
         chunks: tuple[Tensor | None, ...] = (None,) * CHUNKS
         if cond is not None:
@@ -178,11 +178,10 @@ class ConditionedLayer(nn.Module):
         return x * attrgetter(self.form.multiplier)(layer) if self.form.multiplier else x
 
 
-def _chunks(chunks: Sequence[Tensor], *, clean: bool) -> tuple[Tensor, ...]:
+def _chunks(chunks: Sequence[Tensor], *, clean: int) -> tuple[Tensor, ...]:
     """Shifts, scales and factors of the branches, from shifts, scales and gates [N, (S,) D]."""
     if clean:
-        # As many segments of zeros before, for the clean rows.
-        chunks = [nnf.pad(chunk, (0, 0, chunk.shape[1], 0)) for chunk in chunks]
+        chunks = [nnf.pad(chunk, (0, 0, clean, 0)) for chunk in chunks]
     shift1, scale1, gate1, shift2, scale2, gate2 = chunks
     return shift1, scale1, 1 + gate1, shift2, scale2, 1 + gate2
 

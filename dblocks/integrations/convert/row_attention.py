@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from dblocks import functional as F
+from dblocks.integrations.convert.cached import Keep
 from dblocks.kernels.reference import doubled_mask
 
 DOUBLED, CAUSAL = "dblocks_doubled", "dblocks_causal"
@@ -60,6 +61,7 @@ def doubled(
     sliding_window: int | None = None,
     softcap: float | None = None,
     dblocks_cu_seqlens: Tensor | None = None,
+    dblocks_keep: Keep | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of rows `[clean | noisy]` as transformers calls it; see `F.doubled_attention`.
@@ -78,6 +80,7 @@ def doubled(
         sliding_window: how many positions back a row sees, its own included.
         softcap: bound of the scores.
         dblocks_cu_seqlens: ends of packed documents.
+        dblocks_keep: keeps keys and values of R rows, which are any, beside those of earlier ones.
         **others: refused unless they are `None` or change nothing.
 
     Returns:
@@ -90,6 +93,9 @@ def doubled(
     sliding_window = sliding_window or getattr(module, "dblocks_window", None)
     # Rotary positions come in float32 under autocast, which casts the arguments of torch's own.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    if dblocks_keep is not None:
+        key, value, mask = dblocks_keep(key, value, sliding_window)
+        return _attend(query, key, value, mask, scaling, softcap, dropout), None
     if not dropout:
         o = F.doubled_attention(
             query, key, value, scale=scaling, cu_seqlens=dblocks_cu_seqlens,
@@ -124,6 +130,7 @@ def causal(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    dblocks_keep: Keep | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of the rows of a single stream as transformers calls it.
@@ -139,6 +146,7 @@ def causal(
         is_causal: that of the module by default; must be true.
         sliding_window: how many positions back a row sees, its own included.
         softcap: bound of the scores.
+        dblocks_keep: keeps keys and values beside those of earlier rows.
         **others: refused unless they are `None` or change nothing.
 
     Returns:
@@ -150,20 +158,36 @@ def causal(
     _refuse(module, others, is_causal)
     sliding_window = sliding_window or getattr(module, "dblocks_window", None)
     R, mask = query.shape[2], attention_mask
-    if sliding_window is not None and sliding_window < R:
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if dblocks_keep is not None:
+        key, value, mask = dblocks_keep(key, value, sliding_window)
+    elif sliding_window is not None and sliding_window < R:
         row = torch.arange(R, device=query.device)
         near = row[:, None] - row < sliding_window
         mask = near & ((row[:, None] >= row) if mask is None else mask)
+    return _attend(query, key, value, mask, scaling, softcap, dropout), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
+    softcap: float | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    """Attention of rows that see what the mask says: [N, R, H, Dv].
+
+    Without a mask a single row sees all, and others the earlier ones and themselves.
+    """
+    R = query.shape[2]
     if softcap is not None:
         if mask is None:
-            mask = torch.ones(R, R, dtype=torch.bool, device=query.device).tril()
+            mask = torch.ones(R, key.shape[2], dtype=torch.bool, device=query.device)
+            mask = mask if R == 1 else mask.tril()
         o = _capped(query, key, value, mask, scaling, softcap, dropout)
-        return o.transpose(1, 2), None
-    o = nnf.scaled_dot_product_attention(
-        query.to(value.dtype), key.to(value.dtype), value, attn_mask=mask, is_causal=mask is None,
-        dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    return o.transpose(1, 2), None
+    else:
+        o = nnf.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None and R > 1,
+            dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+    return o.transpose(1, 2)
 
 
 def _capped(
@@ -174,7 +198,7 @@ def _capped(
     each = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(each, 1), value.repeat_interleave(each, 1)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = factor * query.to(value.dtype) @ key.to(value.dtype).transpose(-1, -2)
+    scores = factor * query @ key.transpose(-1, -2)
     scores = softcap * (scores / softcap).tanh()
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
     return nnf.dropout(weights.to(value.dtype), dropout) @ value

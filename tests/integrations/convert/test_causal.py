@@ -31,7 +31,7 @@ def run(blocks, condition, sigma, z):
     x = torch.cat([condition.clean, noisy], dim=1)
     cond = network.noise_embedding(level.c_noise)
     for layer in network.layers:
-        x = layer(x, cond, condition.attention, clean=True)
+        x = layer(x, cond, condition.attention, clean=cond.shape[1])
     return x.chunk(2, dim=1)
 
 
@@ -212,15 +212,12 @@ def test_what_is_written_is_what_the_logits_say(kind, monkeypatch):
         lambda N, rows, _, width, *others: torch.zeros(N, rows, width),
     )
     blocks, prompts = shaken(blocks_of(kind)), [[5, 6, 7, 8], [9, 10]]
-    options = {"max_new_tokens": 3, "cache": False, "temperature": 0}
-    for prompt, written in zip(
-        prompts, generate(blocks, prompts, num_steps=1, **options), strict=True
-    ):
+    options = {"max_new_tokens": 3, "num_steps": 1, "temperature": 0}
+    texts = [generate(blocks, prompts, cache=cache, **options) for cache in (True, False)]
+    for prompt, written in zip(2 * prompts, [*texts[0], *texts[1]], strict=True):
         tokens = torch.tensor([[*prompt, *written.tolist()]])
         z = torch.zeros(*tokens.shape, 16)
         logits = blocks.logits(z, torch.tensor(80.0), block=0, tokens=tokens)
         assert logits[0, len(prompt) :].argmax(-1).equal(written)
-    with pytest.raises(ValueError, match="cache must be False for the blocks of a converted"):
-        generate(blocks, prompts, max_new_tokens=3)
     with pytest.raises(TypeError, match=r"model must be a CausalLM, .* got ConvertedCausalLM"):
         generate(blocks.base_model, prompts, max_new_tokens=3)

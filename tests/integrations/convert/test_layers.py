@@ -54,7 +54,7 @@ def our_rows(kind, blocks, batch):
     x = torch.cat([condition.clean, condition.noisy], dim=1)
     cond = network.noise_embedding(level.c_noise)
     for layer in network.layers:
-        x = layer(x, cond, condition.attention, clean=True)
+        x = layer(x, cond, condition.attention, clean=cond.shape[1])
     return x[:, : x.shape[1] // 2]
 
 
@@ -148,7 +148,7 @@ def test_the_modulation_is_the_plain_formula(kind, segments):
         cond = normal(N, D, seed=3) if S is None else normal(N, S, D, seed=3)
         cond = cond.to(dtype).requires_grad_()
         if name == "got":
-            out = ours(x, cond, context, clean=clean)
+            out = ours(x, cond, context, clean=S if clean else 0)
         else:
             rows = (cond[:, None] if S is None else cond).expand(N, S or 1, D)
             rows = rows.repeat_interleave((T // 2 if clean else T) // rows.shape[1], dim=1)

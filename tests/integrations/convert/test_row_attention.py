@@ -38,8 +38,9 @@ def clean_logits(kind, model):
     condition = network.embed_condition({"tokens": tokens})
     level = blocks.config.schedule.level(torch.ones(3, 8))
     x = torch.cat([condition.clean, condition.noisy], dim=1)
+    cond = network.noise_embedding(level.c_noise)
     for layer in network.layers:
-        x = layer(x, network.noise_embedding(level.c_noise), condition.attention, clean=True)
+        x = layer(x, cond, condition.attention, clean=cond.shape[1])
     clean = x.chunk(2, dim=1)[0]
     return network.family.head(network.model)(network.family.leave(network.model, clean))
 

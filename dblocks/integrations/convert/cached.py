@@ -1,0 +1,113 @@
+"""Keys and values of the rows of a converted model of the next token, for writing text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dblocks.sampling.cache import KVCache, Slots
+
+Keep: TypeAlias = Callable[[Tensor, Tensor, "int | None"], "tuple[Tensor, Tensor, Tensor | None]"]
+"""Of one layer: keys and values of the next rows and its window, to those of all rows and a mask.
+
+The mask is bool [R, K] or [N, 1, R, K]; None for a single row that sees all, and for a square of
+rows that see the earlier ones and themselves.
+"""
+
+
+class RowCache(KVCache):
+    """A `KVCache` of rows of transformers' attentions, which have windows and other scales.
+
+    The row of a slot is the noisy one that predicts its token, or in doubled rows, once the token
+    is known, the clean one that holds it. In a single stream the first slot has none.
+
+    Args:
+        slots: where tokens stand.
+        num_layers: number of layers.
+        start: the first slot that has a row, 1 in a single stream.
+    """
+
+    def __init__(self, slots: Slots, num_layers: int, *, start: int) -> None:
+        super().__init__(slots, num_layers)
+        self.start = start
+
+    @property
+    def first(self) -> int:
+        """See `KVCache.first`; not one without a row."""
+        return max(self.committed, self.start)
+
+    def keeps(self, last: int) -> list[Keep]:
+        """For each layer, what keeps keys and values of the rows from the next to last - 1."""
+        masks: dict[int | None, Tensor | None] = {}
+
+        def keep_of(layer: int) -> Keep:
+            def keep(k: Tensor, v: Tensor, window: int | None) -> tuple[Any, ...]:
+                if window not in masks:
+                    masks[window] = self.mask(last, window)
+                keys, values = self.write(layer, k, v)
+                return keys[:, :, self.start :], values[:, :, self.start :], masks[window]
+
+            return keep
+
+        return [keep_of(layer) for layer in range(len(self._kv))]
+
+    def mask(self, last: int, window: int | None) -> Tensor | None:
+        """Which rows those from the next to last - 1 see, of the rows that are kept; see `Keep`.
+
+        Args:
+            last: the slot after the rows.
+            window: how many positions back a row sees, its own included.
+        """
+        slots, first, start = self.slots, self.first, self.start
+        far = window if window is not None and window < last - start else None
+        if far is None and slots.lengths is None and (first == start or last - first == 1):
+            return None
+        slot = torch.arange(last, device=slots.device)
+        row, column = slot[first:, None], slot[start:]
+        seen = row >= column
+        if far is not None:
+            at = slots.positions(0, last)
+            seen = seen & (at[..., first:, None] - at[..., None, start:] < far)
+        if slots.lengths is not None:
+            used = (slot < slots.lengths[:, None]) | (slot >= slots.prompt)
+            seen = seen & used[:, None, start:]
+        # Rows between a short prompt and the next token, which nothing sees, see themselves: a row
+        # that sees nothing is NaN.
+        seen = seen | (row == column)
+        return seen if seen.ndim == 2 else seen[:, None]
+
+
+def check_rotations(rotary: Any, slots: Slots) -> None:
+    """Raises where rotations of earlier rows would change while text is written.
+
+    Those of LongRoPE are others for all rows as soon as a text is longer than in pretraining.
+
+    Args:
+        rotary: of a model of transformers.
+        slots: where the tokens stand.
+    """
+    kinds = getattr(rotary, "rope_type", None)
+    kinds = list(kinds.values()) if isinstance(kinds, Mapping) else [kinds]
+    if "longrope" not in kinds:
+        return
+    limit = _pretrained_length(rotary.config)
+    if slots.capacity > limit >= slots.prompt:
+        raise ValueError(
+            f"cache must be False where a text grows beyond {limit} tokens in a model with "
+            "rope_type='longrope', whose rotations then change for earlier tokens too, got prompts "
+            f"of up to {slots.prompt} tokens and {slots.capacity} with the new ones"
+        )
+
+
+def _pretrained_length(config: Any) -> int:
+    name = "original_max_position_embeddings"
+    for options in (
+        getattr(config, "rope_parameters", None),
+        getattr(config, "rope_scaling", None),
+    ):
+        if isinstance(options, Mapping) and options.get(name):
+            return options[name]
+    return getattr(config, name, None) or config.max_position_embeddings

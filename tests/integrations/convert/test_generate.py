@@ -1,0 +1,158 @@
+"""Text of converted models with a cache of keys and values, against all rows at every call."""
+
+import pytest
+import torch
+from convert_tools import FORMS, model_of
+from convert_tools import blocks_of as any_blocks_of
+from convert_tools import shaken as all_shaken
+from family_models import CAUSAL, SINGLE_ONLY, V, causal_model
+
+from dblocks import BlocksConfig, NoiseSchedule
+from dblocks.integrations.convert import convert
+from dblocks.sampling import generate
+from dblocks.sampling.cache import Slots
+from dblocks.sampling.rows import CachedRows, WholeRows
+from dblocks.sampling.writers import ProductWriter, StepWriter
+from tools import normal, seeded
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:not fused"),  # norms of a class of their own
+]
+# Rotary and learned positions, windows, softcap, shared keys, another value width, no cache.
+QUICK = ("gpt2", "opt", "llama", "phi3", "gemma2", "gemma3_text", "gptj", "deepseek_v3")
+# At the usual sigma_min logits are as large as 250,000, so that rounding shows.
+SCHEDULE = NoiseSchedule(sigma_min=0.1)
+LENGTHS, NEW = (7, 2, 1), 4  # longer than windows, and so short that a row sees nothing but itself
+
+
+def shaken(blocks):
+    """With noise that matters, whose factor starts at 0."""
+    all_shaken(blocks)
+    with torch.no_grad():
+        blocks.base_model.noise_scale.fill_(0.5)
+    return blocks
+
+
+def family_blocks(kind, rows, **options):
+    config = BlocksConfig(2, schedule=SCHEDULE)
+    return shaken(convert(causal_model(kind, **options), config, task="tokens", rows=rows))
+
+
+def log_probabilities(blocks, rows_class, product=False, lengths=LENGTHS, new=NEW):
+    """Of each next token of the same texts, [new, N, V]; `rows_class` says how rows run."""
+    slots = Slots(list(lengths), max(lengths) + new, torch.device("cpu"))
+    rows = rows_class(blocks, slots)
+    sigmas = blocks.config.schedule.steps(4)
+    owners = blocks.config.schedule.block_of(sigmas, 2).tolist()
+    writer = ProductWriter(blocks, rows) if product else StepWriter(blocks, rows, sigmas, owners)
+    noise = normal(len(lengths), *writer.noise_shape)
+    tokens = torch.randint(3, V, (len(lengths), slots.capacity), generator=seeded(2))
+    with torch.no_grad():
+        found = [writer.next_logits(tokens[:, : slots.prompt + j], noise, j) for j in range(new)]
+    return torch.cat(found, dim=1).log_softmax(-1)
+
+
+def cached(blocks, slots):
+    return CachedRows(blocks, [0, 1], slots, cache=True)
+
+
+def check_the_same(blocks, **options):
+    expected = log_probabilities(blocks, WholeRows, **options)
+    assert expected.std() > 0.1
+    found = log_probabilities(blocks, cached, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", ["single", "doubled"])
+@pytest.mark.parametrize("kind", QUICK)
+def test_a_cache_changes_nothing(kind, rows):
+    check_the_same(family_blocks(kind, rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(set(CAUSAL) - set(QUICK) - set(SINGLE_ONLY)))
+def test_a_cache_changes_nothing_in_any_family(kind):
+    for rows in ("single", "doubled"):
+        check_the_same(family_blocks(kind, rows))
+
+
+@pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids=["published", "single"])
+@pytest.mark.parametrize("lengths", [(3, 3), (1,), (2, 5)])
+def test_heads_blocks_and_prompts(form, product, lengths):
+    """With parameters of each block, and levels of known rows that differ from block to block."""
+    config = {"shared": "private", "top_share": 0.6 if product else 0.0}
+    blocks = shaken(any_blocks_of("llama", config=config, **form))
+    check_the_same(blocks, product=product, lengths=lengths)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["published", "single"])
+def test_text_is_the_same(form):
+    blocks = shaken(any_blocks_of("mistral", model=model_of("mistral", sliding_window=3), **form))
+    for how in ({"num_steps": 1}, {"num_steps": 4, "temperature": 0.7}, {"product": True}):
+        texts = [
+            generate(
+                blocks, [[5, 6, 7, 8], [9]], max_new_tokens=5, generator=seeded(), cache=c, **how
+            )
+            for c in (True, False)
+        ]
+        assert all(one.equal(other) for one, other in zip(*texts, strict=True))
+
+
+def test_without_a_cache_all_rows_run(monkeypatch):
+    blocks = any_blocks_of("llama")
+    network = type(blocks.base_model)
+    monkeypatch.setattr(network, "run_cached", None)
+    generate(blocks, [[5]], max_new_tokens=2, cache=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(network, "run_layers", None)
+    generate(blocks, [[5]], max_new_tokens=2)
+
+
+def test_a_network_that_keeps_nothing_is_refused(monkeypatch):
+    blocks = any_blocks_of("llama")
+    monkeypatch.delattr(type(blocks.base_model), "run_cached")
+    with pytest.raises(ValueError, match="cache must be False for the blocks of a ConvertedCausal"):
+        generate(blocks, [[5]], max_new_tokens=2)
+    generate(blocks, [[5]], max_new_tokens=2, cache=False)
+
+
+def test_half_precision():
+    for form in FORMS:
+        blocks = shaken(any_blocks_of("llama", model=model_of("llama").bfloat16(), **form))
+        (new,) = generate(blocks, [[5, 6]], max_new_tokens=3, generator=seeded())
+        assert new.shape == (3,)
+
+
+# What cannot be kept
+
+
+def test_an_attention_of_its_own_is_refused():
+    blocks = family_blocks("falcon", "single")
+    with pytest.raises(ValueError, match="cache must be False for a FalconForCausalLM, whose"):
+        generate(blocks, [[5, 6]], max_new_tokens=2)
+    (new,) = generate(blocks, [[5, 6]], max_new_tokens=2, cache=False)
+    assert new.shape == (2,)
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [4.0], "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(("length", "new", "fits"), [(3, 5, True), (3, 6, False), (9, 3, True)])
+def test_rotations_that_change_while_text_is_written_are_refused(length, new, fits):
+    """Beyond 8 tokens all rotations are others: within, and from there on, the cache is right."""
+    rope = LONG | {
+        "original_max_position_embeddings": 8,
+        "factor": 4.0,
+        "partial_rotary_factor": 0.5,
+    }
+    options = {"rope_parameters": rope, "original_max_position_embeddings": 8}
+    blocks = family_blocks("phi3", "single", **options)
+    assert blocks.base_model.model.model.rotary_emb.rope_type == "longrope"
+    if fits:
+        check_the_same(blocks, lengths=(length,), new=new)
+        return
+    with pytest.raises(ValueError, match=r"cache must be False where a text grows beyond 8 tokens"):
+        generate(blocks, [[5] * length], max_new_tokens=new)
+    generate(blocks, [[5] * length], max_new_tokens=new, cache=False)
