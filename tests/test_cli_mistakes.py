@@ -1,5 +1,7 @@
 """Mistakes of the command line that would cost a network, or end in a traceback."""
 
+import subprocess
+
 import pytest
 
 from dblocks import __main__ as cli
@@ -49,6 +51,7 @@ def test_training_that_is_not_finite_saves_nothing(trained, story, capsys):
     error = mistake(capsys, *args, "--overwrite")
     assert "training stopped at step" in error
     assert "of block 0 must be finite" in error
+    assert "nonfinite=" not in error  # no flag of the command
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
     assert load_model(trained) is not None
 
@@ -80,6 +83,18 @@ def test_numbers_of_a_run_are_finite(option, value, capsys):
 
 def test_rounds_are_positive(capsys):
     assert "--rounds must be positive, got 0" in mistake(capsys, "bench", "--rounds", "0")
+
+
+@pytest.mark.parametrize("what", ["ops", "step"])
+def test_results_of_a_benchmark_are_overwritten_only_if_asked(what, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0))
+    bench = ("bench", "--what", what, "--out", str(tmp_path))
+    assert main(bench) == 0
+    (tmp_path / f"{what}-cuda.json").touch()
+    assert main(bench) == 0  # that of another device
+    (tmp_path / f"{what}-cpu.json").touch()
+    assert f"with {what}-cpu.json; name something else" in mistake(capsys, *bench)
+    assert main([*bench, "--overwrite"]) == 0
 
 
 def test_an_interrupt_ends_a_command_in_one_line(monkeypatch, capsys):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dblocks.blocks import Batch, TokenTarget
 from dblocks.blocks.entries import check_entries
 from dblocks.blocks.targets.token_batch import TokenBatch
+from dblocks.config import check_generator
 from dblocks.models.doubled_rows import attend_doubled, run_doubled
 from dblocks.models.language_config import LanguageModelConfig
 from dblocks.models.language_model import Hidden, LanguageModel
@@ -193,7 +194,8 @@ class CausalLM(LanguageModel):
     def next_token_logits(
         self, tokens: Tensor, *, num_steps: int = 1, generator: torch.Generator | None = None
     ) -> Tensor:
-        """As `forward`."""
+        """As `forward`; the generator is not drawn from."""
+        check_generator(generator)
         return self(tokens)
 
     def new_plain_cache(self, slots: Slots, num_steps: int) -> KVCache:

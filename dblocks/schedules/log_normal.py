@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dblocks.config import check_finite
+from dblocks.config import JsonConfig, check_finite
 from dblocks.schedules.base import register
 from dblocks.schedules.edm import SIGMA_DATA
 from dblocks.schedules.noise import SIGMA_MAX, SIGMA_MIN, EDMSchedule, Partition
@@ -39,6 +39,7 @@ class NoiseSchedule(EDMSchedule):
     """How blocks share the levels: a rule, or the inner boundaries, descending."""
 
     def __post_init__(self) -> None:
+        JsonConfig.__post_init__(self)  # types come before values
         check_finite("p_mean", self.p_mean)
         check_finite("p_std", self.p_std)
         if self.p_std <= 0:

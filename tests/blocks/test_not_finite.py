@@ -114,3 +114,12 @@ def test_a_factory_makes_optimizers(made):
     model, _ = make()
     with pytest.raises(TypeError, match="factory must return an optimizer"):
         make_optimizers(model, lambda params: made)
+
+
+@pytest.mark.parametrize("nonfinite", [None, "raise"])
+def test_another_way_is_told_to_who_has_not_chosen(nonfinite):
+    model, optimizers = make()
+    with pytest.raises(FloatingPointError) as error:
+        train_step(model, batch(math.nan), optimizers, block=1, nonfinite=nonfinite)
+    assert ('give nonfinite="skip"' in str(error.value)) == (nonfinite is None)
+    assert "Lower the learning rate" in str(error.value)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 from typing import ClassVar
 
@@ -299,3 +300,61 @@ def test_a_head_that_computes_something_else_is_refused(tied):
 def test_an_embedding_without_rows_of_one_norm_is_refused():
     with pytest.raises(TypeError, match=r"such as a dblocks\.nn\.LabelEmbedding"):
         ClassTarget(nn.Embedding(3, 4), nn.Linear(4, 3))
+
+
+class Given(Small):
+    """Features [N, 1, D] or of another width, and a head of any size."""
+
+    def __init__(self, head, kind, shape=(D,)):
+        super().__init__()
+        self.head, self.shape = head, shape
+        self.target = ClassTarget(LabelEmbedding(K, D), OutputHead(head), kind, given="points")
+
+    def before(self, batch):
+        return batch["points"]
+
+    def features(self, hidden):
+        return hidden[:, :1].expand(-1, math.prod(self.shape)).reshape(len(hidden), *self.shape)
+
+
+POINTS = {"points": normal(4, D), "labels": torch.arange(4, device=DEVICE)}
+
+
+@pytest.mark.parametrize("kind", ["posterior", "learned"])
+@pytest.mark.parametrize("size", [1, K - 1, K + 1])
+def test_a_head_of_another_size_is_refused(kind, size):
+    model = DiffusionBlocks(Given(nn.Linear(D, size), kind).to(DEVICE), BlocksConfig(2))
+    message = rf"logits must have shape \[4, {K}\], .* got \[4, {size}\] from features \[4, {D}\]"
+    with pytest.raises(ValueError, match=message):
+        model.loss(POINTS, 0)
+    with pytest.raises(ValueError, match=message):
+        model(normal(4, D), 80.0, points=POINTS["points"])
+
+
+@pytest.mark.parametrize("kind", ["posterior", "learned"])
+@pytest.mark.parametrize("shape", [(1, D), (3, D), ()])
+def test_class_features_are_a_row_a_sample(kind, shape):
+    model = DiffusionBlocks(Given(nn.Linear(D, K), kind, shape).to(DEVICE), BlocksConfig(2))
+    with pytest.raises(ValueError, match=r"features must have shape \[4, (D|16)\], a row for each"):
+        model.loss(POINTS, 0)
+
+
+def test_features_of_a_learned_head_are_as_wide_as_the_embedding():
+    model = DiffusionBlocks(Given(nn.Linear(8, K), "learned", (8,)).to(DEVICE), BlocksConfig(2))
+    with pytest.raises(ValueError, match=r"features must have shape \[4, 16\], .* got \[4, 8\]"):
+        model.loss(POINTS, 0)
+    narrow = DiffusionBlocks(Given(nn.Linear(8, K), "posterior", (8,)).to(DEVICE), BlocksConfig(2))
+    assert narrow.loss(POINTS, 0).loss.isfinite()
+
+
+@pytest.mark.parametrize("size", [K - 1, K + 1])
+def test_heads_of_tokens_have_a_row_a_token(size):
+    model = lm_of(tied=False)
+    model.readout = nn.Linear(model.config.width, size, device=DEVICE)
+    with pytest.raises(
+        ValueError, match=rf"a row for each embedding, got a weight of \[{size}, 16"
+    ):
+        _ = model.target
+    target = MaskedTokenTarget(nn.Linear(D, size, device=DEVICE), Sizes)
+    with pytest.raises(ValueError, match=rf"V = {K} tokens, got \[2, 3, {size}\]"):
+        target.predict(normal(2, 3, D), tokens_of(2, 3), None)

@@ -10,7 +10,7 @@ from dblocks import functional as F
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.models import CausalLM, CausalLMConfig
 from dblocks.nn import rotary_of
-from lm_tools import CLOSE, KINDS, SIZES, blocks_of, lm_of, tokens_of
+from lm_tools import CLOSE, KINDS, SIZES, blocks_of, lm_of, recurrent_of, tokens_of
 from tools import DEVICE, normal, randomized, seeded
 
 # The two halves
@@ -287,3 +287,20 @@ def test_the_output_head(tied):
     lm.log_logit_scale.data.fill_(math.log(4.0))
     torch.testing.assert_close(model.logits(z, 0.3, tokens=tokens_of()), 2 * logits)
     assert lm_of(logit_scale=2.0).log_logit_scale.exp().item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("make", [lm_of, recurrent_of])
+def test_the_bias_of_a_replaced_output_head_counts_end_to_end(make):
+    torch.manual_seed(0)
+    model, batch = make(tied=False), {"tokens": tokens_of()}
+    V, D = model.readout.weight.shape
+    model.readout = torch.nn.Linear(D, V, device=DEVICE)
+    torch.nn.init.zeros_(model.readout.weight)
+    options = {"num_recurrences": 2} if make is recurrent_of else {}
+    loss = model.next_token_loss(batch, **options)
+    expected = model.readout.bias.log_softmax(0)
+    logits = model.next_token_logits(batch["tokens"], num_steps=options.get("num_recurrences", 1))
+    torch.testing.assert_close(logits.log_softmax(-1), expected.expand_as(logits))
+    torch.testing.assert_close(loss, -expected[batch["tokens"][:, 1:]].mean())
+    loss.backward()
+    assert model.readout.bias.grad.any()

@@ -221,3 +221,30 @@ def test_a_schedule_that_could_not_be_read_again_is_not_written():
         config = BlocksConfig(3, schedule=kind())
         with pytest.raises(ValueError, match="must be of a registered class"):
             config.to_json()
+
+
+def plain(base):
+    class Own(base):
+        p_extra = 1.0
+
+    return Own
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        plain(EDMSchedule),
+        plain(LogUniformNoiseSchedule),  # whose own fields would be lost
+        dataclass(plain(object)),
+        dataclass(frozen=True)(plain(object)),
+        LogUniformNoiseSchedule(),
+        None,
+    ],
+)
+def test_a_registered_class_is_a_frozen_dataclass(schedule):
+    with pytest.raises(
+        TypeError, match=r"a schedule must be a frozen dataclass .* below @register"
+    ):
+        register(schedule)
+    assert "Own" not in SCHEDULES

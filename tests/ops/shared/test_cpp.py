@@ -205,6 +205,22 @@ def test_the_instruction_sets_agree(dtype):
             assert_within_budget(other.to(h.dtype), r, e, f"{name}, base")
 
 
+def cpu_set(wish):
+    """The instruction set that a process with this wish uses, or its error."""
+    code = "import torch, dblocks.functional; print(torch.ops.dblocks.cpu_set())"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=os.environ | {"DBLOCKS_CPU": wish}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout.strip() or done.stderr
+
+
+def test_a_wish_for_an_instruction_set_may_be_in_any_case():
+    assert cpu_set("BASE") == "base"
+    assert cpu_set("Avx512") == cpu_set("")
+    assert "DBLOCKS_CPU must be base, avx2 or avx512, got 'sse4'" in cpu_set("sse4")
+
+
 def test_auto_is_the_cpp_op_and_float64_the_reference():
     x = torch.randn(2, 40, 33)
     assert torch.equal(adaln(x, None, None), adaln(x, None, None, impl="cpp"))
