@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -142,10 +141,10 @@ class SiteCount(TorchDispatchMode):
                 return set(marks | {PLUS}) if one and PARAM not in marks else set(marks)
             if NORM in self.of(x) and PARAM in self.of(other):
                 return {NORM}
-            if GATED in self.of(x) and not {GATED, SCALED} & self.of(other):
-                if _full(other, result) and _full(x, result):
-                    self._found("gate", result)
-                    return set()
+            full = _full(other, result) and _full(x, result)
+            if full and GATED in self.of(x) and not {GATED, SCALED} & self.of(other):
+                self._found("gate", result)
+                return set()
         both = self.of(a) & self.of(b)
         table = {PART} if PARAM in self.of(a) | self.of(b) and PARAM not in both else set()
         return set(both & {PARAM}) | (table & (self.of(a) | self.of(b)))

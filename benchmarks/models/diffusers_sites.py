@@ -161,6 +161,14 @@ def _gradient_error(want: list[Any], got: list[Any]) -> float:
     return max((_error(a, b, least) for a, b in pairs), default=0.0)
 
 
+def _warm() -> None:
+    """What every child would load by itself; without a backward, which forbids a later fork."""
+    model, inputs = build("DiTTransformer2DModel")
+    with torch.no_grad():
+        _call(torch.compile(model, backend=compiler, options={"inner": "eager"}), inputs)
+    torch._dynamo.reset()
+
+
 def _child(name: str, pipe: Any) -> None:
     try:
         pipe.send(row(name))
@@ -212,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.modules.setdefault("torchvision", None)  # pyright: ignore[reportArgumentType]
         import diffusers
 
-        torch.compile(torch.sin, backend="eager")(torch.ones(2))  # imports what children need
+        _warm()
         record["diffusers"], record["torch"] = diffusers.__version__, torch.__version__
         for name in names():
             if not (name.startswith(tuple(args.classes)) if args.classes else

@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from dblocks.integrations.fuse import lowered
 from dblocks.integrations.fuse.nodes import (
+    MOVES,
     acts_beyond_its_result,
     arguments,
     broadcasts,
@@ -175,7 +176,7 @@ def _is_gate(gate: Any, branch: Any, rows: Tensor) -> bool:
         return False
     if g.ndim == 1 or g.shape[-2] == 1 < rows.shape[-2]:
         return True
-    per_token = operation(uncast(gate)) == "view" and operation(uncast(branch)) != "view"
+    per_token = operation(uncast(gate)) in MOVES and operation(uncast(branch)) not in MOVES
     return g.ndim == rows.ndim == 3 and (per_token or rows.shape[-2] == 1)
 
 

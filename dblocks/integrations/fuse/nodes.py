@@ -28,11 +28,15 @@ OPERATIONS: dict[Any, str] = {
     "reshape": "view", torch.reshape: "view", "expand": "view", "contiguous": "view",
     "flatten": "view", torch.flatten: "view", "squeeze": "view", torch.squeeze: "view",
     "permute": "view", "transpose": "view",
+    "repeat": "move", "repeat_interleave": "move", torch.repeat_interleave: "move",
+    "index_select": "move", torch.index_select: "move", "gather": "move", torch.gather: "move",
+    torch.where: "where",
 }  # fmt: skip
 IN_PLACE = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow,
     operator.setitem, operator.delitem,
 }  # fmt: skip
+MOVES = ("view", "move", "where")  # numbers in another place
 CONTEXTS = ("_enter", "_exit", "_set_grad", "set_grad")  # autocast and other modes begin or end
 
 
@@ -114,23 +118,28 @@ def is_channels(node: Any, rows: Tensor) -> bool:
 
 
 def without_one(factor: Any) -> Callable[[], Node] | None:
-    """Makes the node of `scale`, where `factor` is 1 + scale, also below views; None elsewhere."""
+    """Makes the node of `scale`, where `factor` is 1 + scale, also moved; None elsewhere."""
     for one, scale in operands(factor, "add") if operation(factor) == "add" else []:
         if type(one) in (int, float) and one == 1 and value(scale) is not None:
             return lambda: scale
-    if operation(factor) not in ("view", "cast") or value(factor.args[0]) is None:
+    kind = operation(factor)
+    if kind not in (*MOVES, "cast"):
         return None
-    below = without_one(factor.args[0])
-    if below is None:
+    # torch.where(mask, a, b) has two sources; all else has one, which is its first argument.
+    chosen = kind == "where"
+    if chosen and (factor.kwargs or len(factor.args) != 3):
+        return None
+    sources = factor.args[1:] if chosen else factor.args[:1]
+    below = [None if value(source) is None else without_one(source) for source in sources]
+    if not below or None in below:
         return None
 
     def again() -> Node:
-        scale = below()
+        made = [make() for make in below if make is not None]
+        args = (factor.args[0], *made) if chosen else (*made, *factor.args[1:])
         with factor.graph.inserting_after(factor):
-            made = factor.graph.create_node(
-                factor.op, factor.target, (scale, *factor.args[1:]), factor.kwargs
-            )
-        made.meta = dict(factor.meta)
-        return made
+            node = factor.graph.create_node(factor.op, factor.target, args, factor.kwargs)
+        node.meta = dict(factor.meta)
+        return node
 
     return again

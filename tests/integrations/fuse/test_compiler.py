@@ -89,6 +89,39 @@ def test_outputs_and_gradients_are_those_of_the_model(style, dtype):
     assert type(model) is Block
 
 
+@pytest.mark.parametrize("how", ["where", "repeat_interleave", "index_select"])
+def test_modulations_of_each_token(how):
+    """Two modulations, such as of noisy and of clean tokens."""
+    norm, linear = nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, D)
+    modulation = nn.Linear(D, 4 * D)
+    clean = torch.tensor([0, 0, 1, 1, 1, 0])
+
+    def model(x, cond):
+        scale, gate, other_scale, other_gate = modulation(cond)[:, None].chunk(4, dim=-1)
+        scale, other_scale = 1 + scale, 1 + other_scale
+        if how == "where":
+            scale, gate = (
+                torch.where(clean[None, :, None] == 1, a.expand(-1, 6, -1), b.expand(-1, 6, -1))
+                for a, b in ((scale, other_scale), (gate, other_gate))
+            )
+        elif how == "repeat_interleave":
+            scale, gate = (t.repeat_interleave(6, dim=1) for t in (scale, gate))
+        else:
+            scale, gate = (t.index_select(1, torch.zeros_like(clean)) for t in (scale, gate))
+        return x + gate * linear(norm(x) * scale)
+
+    x, cond = torch.randn(2, 6, D, generator=seeded(0)), inputs()[1]
+    fused, reports = compiled(model)
+    leaves = [[t.clone().requires_grad_() for t in (x, cond)] for _ in range(2)]
+    results = [f(*leaf) for f, leaf in zip((fused, model), leaves, strict=True)]
+    torch.testing.assert_close(*results)
+    for result in results:
+        result.square().sum().backward()
+    for got, wanted in zip(*leaves, strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad)
+    assert reports[0].sites == {"modulation": 1, "gate": 1}
+
+
 @pytest.mark.parametrize("shape", [(2, 0), (0, 5), (2, 1), (1, 1)])
 def test_few_rows_or_none(shape):
     x, cond = torch.randn(*shape, D, generator=seeded(0)), torch.randn(shape[0], D)

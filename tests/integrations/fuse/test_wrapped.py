@@ -3,10 +3,12 @@
 import copy
 import importlib
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from fuse_tools import started
+from torch.utils.checkpoint import checkpoint
 
 from tools import normal
 
@@ -55,25 +57,91 @@ def offloaded(model):
     )
 
 
-# diffusers' own cache fails on a plain SD3, whose last block leaves no states of the text.
-WRAPPED = pytest.mark.parametrize(
-    ("make", "wrap"), [(flux, cached), (flux, offloaded), (sd3, offloaded)]
-)
+def mag_cached(model):
+    hooks.apply_mag_cache(
+        model,
+        hooks.MagCacheConfig(
+            threshold=0.5, retention_ratio=0.0, num_inference_steps=4, mag_ratios=[1.0] * 4
+        ),
+    )
 
 
-def run(model, inputs, names=itertools.count()):  # noqa: B008
-    """In a context of its own: the caches would answer a second call from the first."""
+def sea_cached(model):
+    def seen(_, args, kwargs):
+        return [kwargs["hidden_states"].reshape(4, 1, 4, 4)]
+
+    hooks.apply_sea_cache(model, hooks.SeaCacheConfig(raw_vision_callback=seen))
+
+
+def block_skipped(model):
+    hooks.apply_layer_skip(
+        model, hooks.LayerSkipConfig(indices=[1], fqn="transformer_blocks", dropout=1.0)
+    )
+
+
+def mlp_skipped(model):
+    hooks.apply_layer_skip(
+        model,
+        hooks.LayerSkipConfig(indices=[1], fqn="transformer_blocks", skip_attention=False),
+    )
+
+
+def checkpointed(model):
+    """As docs/interop.md says."""
+    for block in model.transformer_blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def hooked_by_accelerate(model):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def adapted(model):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    targets = ["to_q", "to_out.0", "linear", "net.2"]
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+
+
+# What sets forward on a block must come after fuse_. diffusers' own caches and its skipping of
+# blocks fail on a plain SD3.
+ON_BLOCKS = [
+    (flux, cached), (flux, mag_cached), (flux, sea_cached), (flux, offloaded), (sd3, offloaded),
+    (flux, block_skipped), (flux, checkpointed), (sd3, checkpointed),
+]  # fmt: skip
+WITHIN = [
+    (flux, mlp_skipped), (sd3, mlp_skipped), (flux, adapted), (sd3, adapted),
+    (flux, hooked_by_accelerate), (sd3, hooked_by_accelerate),
+]  # fmt: skip
+NAMES = itertools.count()
+
+
+def run(model, inputs, steps=3):
+    """Steps in a context of their own: the caches would answer another call from the first."""
     state = importlib.import_module("diffusers.hooks.hooks")
+    name = str(next(NAMES))
     if hasattr(state, "_set_cache_context"):
-        state._set_cache_context(model, state.CacheContext(str(next(names))))
+        state._set_cache_context(model, state.CacheContext(name))
     else:  # of older versions
-        hooks.HookRegistry.check_if_exists_or_initialize(model)._set_context(str(next(names)))
+        hooks.HookRegistry.check_if_exists_or_initialize(model)._set_context(name)
+    results = []
     with torch.no_grad():
-        return model(**inputs)[0]
+        for step in range(steps):
+            states = inputs["hidden_states"] * (1 + 0.1 * step)
+            results.append(model(**inputs | {"hidden_states": states})[0])
+    return torch.stack(results)
 
 
-@WRAPPED
-def test_a_cache_or_offloading_around_a_fused_model(make, wrap):
+def gradients(model, inputs):
+    model(**inputs)[0].square().mean().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(("make", "wrap"), ON_BLOCKS + WITHIN)
+def test_a_wrapper_around_a_fused_model(make, wrap):
     model, inputs = make()
     plain = copy.deepcopy(model)
     wrap(plain)
@@ -85,7 +153,7 @@ def test_a_cache_or_offloading_around_a_fused_model(make, wrap):
     assert torch.equal(run(model, inputs), before)
 
 
-@WRAPPED
+@pytest.mark.parametrize(("make", "wrap"), ON_BLOCKS)
 def test_a_wrapped_model_is_refused_before_a_change(make, wrap):
     model, inputs = make()
     wrap(model)
@@ -95,3 +163,29 @@ def test_a_wrapped_model_is_refused_before_a_change(make, wrap):
         fuse_(model)
     assert [type(module) for module in model.modules()] == classes
     assert torch.equal(run(model, inputs), before)
+
+
+@pytest.mark.parametrize(("make", "wrap"), WITHIN)
+def test_fusing_around_what_is_wrapped_inside_blocks(make, wrap):
+    model, inputs = make()
+    wrap(model)
+    before = run(model, inputs)
+    assert fuse_(model)
+    torch.testing.assert_close(run(model, inputs), before, rtol=1e-4, atol=1e-5)
+    assert unfuse_(model)
+    assert torch.equal(run(model, inputs), before)
+
+
+@pytest.mark.parametrize("wrap", [checkpointed, adapted])
+def test_gradients_of_a_wrapped_and_fused_model(wrap):
+    model, inputs = flux()
+    plain = copy.deepcopy(model)
+    wrap(plain)
+    before = gradients(plain, inputs)
+    fuse_(model)
+    wrap(model)
+    got = gradients(model, inputs)
+    assert got.keys() == before.keys()
+    for name, gradient in before.items():
+        scale = max(g.abs().max() for g in before.values())
+        torch.testing.assert_close(got[name] / scale, gradient / scale, rtol=1e-3, atol=1e-5)
