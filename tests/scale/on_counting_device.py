@@ -1,5 +1,6 @@
 """Residency on the counting device: run by a test in a process of its own, prints JSON."""
 
+import gc
 import json
 import sys
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ def batch():
 
 def trained(kind, steps=16, width=32, order=None, **options):
     """The order of blocks, the losses, the weights and state, and the peak of the later half."""
+    gc.collect()
+    before = counting.bytes()
     model, optimizers = make(kind, width)
     residency = None
     if order is None:
@@ -64,7 +67,7 @@ def trained(kind, steps=16, width=32, order=None, **options):
         for value in values.values()
         if isinstance(value, torch.Tensor)
     ]
-    return blocks, [x.item() for x in losses], tensors, peak
+    return blocks, [x.item() for x in losses], tensors, peak - before
 
 
 def same(one, other):
