@@ -122,6 +122,8 @@ def test_a_job_that_is_killed_leaves_the_others_and_loses_nothing(tmp_path, whol
         assert not (own / "block.json").exists()
     train(tmp_path / "jobs", "--block", "1", *EVERY)
     assert all(path.read_bytes() == contents for path, contents in others.items())
+    points = [json.loads(line) for line in (own / "log.jsonl").read_text().splitlines()]
+    assert points == json.loads((own / "run.json").read_text())["curve"]
     assert main(["merge", str(tmp_path / "merged"), str(tmp_path / "jobs")]) == 0
     assert same_weights(tmp_path / "merged", whole)
 
