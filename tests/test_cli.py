@@ -34,7 +34,7 @@ def run_help(capsys, *argv):
 
 def test_help_shows_the_commands_and_an_example(capsys):
     text = run_help(capsys)
-    assert "{train,eval,sample,plan,info,bench}" in text
+    assert "{train,eval,sample,merge,plan,info,bench}" in text
     assert "dblocks train vit --data digits --blocks 3" in text
 
 
@@ -273,7 +273,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 
 def test_an_unknown_flag_suggests_the_near_one(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        main(["train", "vit", "--block", "3"])
+        main(["train", "vit", "--bloks", "3"])
     assert exit_info.value.code == 2
     assert "--blocks" in capsys.readouterr().err
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dblocks.checkpoint import replacing
+from dblocks.config import json_text
 from dblocks.scale import Checkpoints, Interrupted
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from dblocks.recipes.trainer import Trainer
 
 FOLDER = "checkpoints"  # inside that of the run
+LOG_FILE = "log.jsonl"  # beside it: a line for each point of the curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +131,16 @@ class Keeper:
             print(f"no checkpoint in {keeping.folder} yet: training starts anew", file=sys.stderr)
         else:
             print(f"resumed after step {progress.step} of {self.steps}", file=sys.stderr)
+
+    def write_log(self) -> None:
+        """Writes the curve so far, whole: what a run that was resumed measured comes once."""
+        path = self.keeping.folder.parent / LOG_FILE
+        lines = [json_text(point, indent=None) for point in self.progress.curve]
+        try:
+            with replacing(path) as part:
+                part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        except OSError as error:
+            warnings.warn(f"no new line in {path}: {error}", stacklevel=2)
 
     def after_step(self, received: int | None) -> None:
         """Writes a checkpoint where one is due, and ends the run where a signal was received.

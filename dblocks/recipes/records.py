@@ -107,6 +107,8 @@ def _fit(
             if step + 1 in marks:
                 _add_point(trainer, counter, done)
                 bar.set_postfix_str(trainer.progress(done.curve[-1]) if run.block is None else "")
+                if keeper:
+                    keeper.write_log()
             if keeper:
                 keeper.after_step(None if stop is None else stop.received)
     bar.close()
