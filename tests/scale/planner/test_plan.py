@@ -37,8 +37,8 @@ def test_rows(costs):
 
 def test_the_fewest_blocks_that_fit(costs):
     ways = Planner(costs, MACHINE).ways()
-    enough = dataclasses.replace(MACHINE, memory=ways[4].peak)
-    assert smallest_fitting(Planner(costs, enough).ways()).blocks == 3
+    enough = dataclasses.replace(MACHINE, memory=ways[3].peak)
+    assert smallest_fitting(Planner(costs, enough).ways()).blocks == 2
     too_little = dataclasses.replace(MACHINE, memory=ways[-1].peak - 1)
     assert smallest_fitting(Planner(costs, too_little).ways()) is None
 
@@ -72,8 +72,9 @@ def test_the_command(tmp_path, capsys):
     more = ("--train-tokens", "1G", "--devices", "2", "--blocks", "2", "--split", "memory")
     assert main(["plan", "causal-lm", *SIZES, "--memory", "24GiB", *files, *more]) == 0
     text = capsys.readouterr().out
-    for word in ("modelled", "end to end", "checkpointing", "4 blocks", "layers_per_block=(2,2)",
-                 "The fewest blocks that fit into 24.00 GiB: 1", "1,000,000,000 tokens in 2 blocks"):  # fmt: skip
+    assert "The fewest blocks that fit into 24.00 GiB: 1" in text
+    assert "1,000,000,000 tokens in 2 blocks" in text
+    for word in ("modelled", "end to end", "checkpointing", "4 blocks", "layers_per_block=(2,2)"):
         assert word in text
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["modelled"] is True
