@@ -56,6 +56,8 @@ class Plan:
     """Steps on a block before the next one takes its place on the device."""
     split: Split = "even"
     """How layers are split into blocks: evenly, or so that the largest memory or time is least."""
+    blocks: int | None = None
+    """Number of blocks of which to say more; the fewest that fit by default."""
     train_tokens: str | None = None
     """How many tokens (or images) to train on, such as 15T: prints the days that it takes."""
     json: Path | None = None
@@ -94,12 +96,17 @@ class Plan:
             bf16=self.bf16,
         )
         planner = Planner(costs, machine, self.split)
+        if self.blocks is not None and not 1 <= self.blocks <= costs.num_layers:
+            raise ValueError(
+                f"--blocks must be from 1 to the number of layers, {costs.num_layers}, "
+                f"got {self.blocks}"
+            )
         ways = planner.ways()
         if self.chart is not None:
             chart(self.chart, planner, ways)
         if self.json is not None:
             self.json.write_text(as_json(planner, ways), encoding="utf-8")
-        print(table(planner, ways, trained))
+        print(table(planner, ways, self.blocks, trained))
 
     def shared_by(self, subject: Subject) -> Shared:
         """What happens to the parameters outside the layers.

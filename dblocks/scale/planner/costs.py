@@ -78,8 +78,8 @@ class Costs:
         optimizer: Optimizer = "adamw",
         bf16: bool = False,
     ) -> None:
-        self.subject, self.samples, self.optimizer = subject, samples, optimizer
-        self.bf16 = bf16
+        self.subject, self.samples, self.bf16 = subject, samples, bf16
+        self.optimizer: Optimizer = optimizer
         with torch.device("meta"):
             dm = subject.blocks(subject.config(1, shared))
         layers = list(dm.base_model.layers)

@@ -83,7 +83,8 @@ class Planner:
     """
 
     def __init__(self, costs: Costs, machine: Machine, split: Split = "even") -> None:
-        self.costs, self.machine, self.split = costs, machine, split
+        self.costs, self.machine = costs, machine
+        self.split: Split = split
 
     def ways(self) -> list[Way]:
         """End to end, with checkpointing, and every number of blocks."""

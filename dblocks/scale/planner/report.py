@@ -26,21 +26,31 @@ the row above."""
 CHART = ("parameters", "gradients", "optimizer", "activations", "prefetched")
 
 
-def table(planner: Planner, ways: Sequence[Way], train_tokens: float | None = None) -> str:
+def table(
+    planner: Planner,
+    ways: Sequence[Way],
+    blocks: int | None = None,
+    train_tokens: float | None = None,
+) -> str:
     """The plan for a terminal, with the fewest blocks that fit and their balanced splits.
 
     Args:
         planner: made the ways.
         ways: the rows.
+        blocks: of which to say more; the fewest that fit by default.
         train_tokens: how many to train on: says how many days that takes.
     """
     unit = planner.costs.subject.unit
     rows = [tuple(head.format(unit=unit) for head in HEAD)]
     rows += [_row(way) for way in _different(ways)]
     notes = NOTES.format(unit_=unit.capitalize())
-    lines = [_title(planner), *aligned(rows), "", notes, "", *_chosen(planner, ways)]
+    lines = [_title(planner), *aligned(rows), "", notes, "", _fewest(planner, ways)]
+    fitting = smallest_fitting(ways)
+    chosen = ways[1 + blocks] if blocks is not None else fitting
+    if chosen is not None:
+        lines += _balanced(planner, chosen.blocks)
     if train_tokens is not None:
-        chosen = smallest_fitting(ways) or ways[-1]
+        chosen = chosen or ways[-1]
         days = train_tokens / chosen.tokens_per_second / DAY
         lines.append(f"{train_tokens:,.0f} {unit} in {chosen.name}: {days:,.1f} days (modelled)")
     return "\n".join(lines)
@@ -154,21 +164,24 @@ def _different(ways: Sequence[Way]) -> list[Way]:
     return shown
 
 
-def _chosen(planner: Planner, ways: Sequence[Way]) -> list[str]:
-    memory = format_bytes(planner.machine.memory)
-    chosen = smallest_fitting(ways)
-    if chosen is None:
-        least = min(ways, key=lambda way: way.peak)
-        return [
-            f"Nothing fits into {memory}; the least is {format_bytes(least.peak)}, {least.name}. "
-            "Take smaller batches, or a smaller network"
-        ]
-    lines = [f"The fewest blocks that fit into {memory}: {chosen.blocks}"]
+def _fewest(planner: Planner, ways: Sequence[Way]) -> str:
+    memory, chosen = format_bytes(planner.machine.memory), smallest_fitting(ways)
+    if chosen is not None:
+        return f"The fewest blocks that fit into {memory}: {chosen.blocks}"
+    least = min(ways, key=lambda way: way.peak)
+    return (
+        f"Nothing fits into {memory}; the least is {format_bytes(least.peak)}, {least.name}. "
+        "Take smaller batches, or a smaller network"
+    )
+
+
+def _balanced(planner: Planner, blocks: int) -> list[str]:
+    lines = []
     for split in ("memory", "time"):
-        way = planner.blocks(chosen.blocks, split)
+        way = planner.blocks(blocks, split)
         counts = ",".join(map(str, way.layers_per_block))
         lines.append(
-            f"  balanced by {split}: layers_per_block=({counts}), peak {format_bytes(way.peak)}, "
-            f"step {format_seconds(way.step_seconds)}"
+            f"{way.name} balanced by {split}: layers_per_block=({counts}), peak "
+            f"{format_bytes(way.peak)}, step {format_seconds(way.step_seconds)}"
         )
     return lines

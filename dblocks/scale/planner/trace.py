@@ -150,6 +150,7 @@ class _Recorder:
         self.saved: dict[int, tuple[int, int]] = {}  # storage -> its part and event
         self.used: dict[int, tuple[int, int]] = {}  # parameter's storage -> its last use
         self.hidden: set[int] = set()
+        self.outputs: Any = None
 
     @contextmanager
     def entering(self, same: Sequence[int]) -> Iterator[None]:
