@@ -108,12 +108,12 @@ class ConvertedDenoiser(Converted):
         time = 1 - rates.time if family.reversed else rates.time
         x = z_in * _over(rates.rate / level.c_in, z_in)
         # The dtype of its parameters; a shared view may hold none of the layers.
-        output = self._running(layers)(
-            hidden_states=x.to(own.dtype),
-            timestep=time * family.timestep_scale(own),
-            return_dict=False,
+        arguments = {
             **condition,
-        )[0]
+            "hidden_states": x.to(own.dtype),
+            "timestep": time * family.timestep_scale(own),
+        }
+        output = self._run(layers, arguments)
         axis = 1 + family.layout.index("C")
         if output.shape[axis] == 2 * z_in.shape[axis]:  # The other half are variances.
             output = output.narrow(axis, 0, z_in.shape[axis])
@@ -147,6 +147,13 @@ class ConvertedDenoiser(Converted):
         function = vars(_own(other.model)).get("_gradient_checkpointing_func")
         if function is not None:
             _own(self.model)._gradient_checkpointing_func = function
+
+    # A view is made at each call, for what is put into the model meanwhile; a compiler would take
+    # each for another model. Layers that are compiled by themselves are run so.
+    @torch.compiler.disable
+    def _run(self, layers: Sequence[nn.Module], arguments: Mapping[str, Any]) -> Tensor:
+        """What the model's own forward returns, with these layers alone in its lists."""
+        return self._running(layers)(**arguments, return_dict=False)[0]
 
     def _running(self, layers: Iterable[nn.Module]) -> nn.Module:
         """A view of the model, whose lists hold these layers alone."""
