@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +113,7 @@ class ConvertedDenoiser(Converted):
             "hidden_states": x.to(own.dtype),
             "timestep": time * family.timestep_scale(own),
         }
-        output = self._run(layers, arguments)
+        output = _run(self._running, layers, arguments)
         axis = 1 + family.layout.index("C")
         if output.shape[axis] == 2 * z_in.shape[axis]:  # The other half are variances.
             output = output.narrow(axis, 0, z_in.shape[axis])
@@ -148,13 +148,6 @@ class ConvertedDenoiser(Converted):
         if function is not None:
             _own(self.model)._gradient_checkpointing_func = function
 
-    # A view is made at each call, for what is put into the model meanwhile; a compiler would take
-    # each for another model. Layers that are compiled by themselves are run so.
-    @torch.compiler.disable
-    def _run(self, layers: Sequence[nn.Module], arguments: Mapping[str, Any]) -> Tensor:
-        """What the model's own forward returns, with these layers alone in its lists."""
-        return self._running(layers)(**arguments, return_dict=False)[0]
-
     def _running(self, layers: Iterable[nn.Module]) -> nn.Module:
         """A view of the model, whose lists hold these layers alone."""
         places: dict[str, dict[str, nn.Module]] = {n.rpartition(".")[0]: {} for n in self.names}
@@ -185,6 +178,20 @@ class ConvertedDenoiser(Converted):
         assert child is not None
         view._modules[left[0]] = self._with_list(child, left[1:], path, members)
         return view
+
+
+@torch.compiler.disable()
+def _run(
+    running: Callable[[Sequence[nn.Module]], nn.Module],
+    layers: Sequence[nn.Module],
+    arguments: Mapping[str, Any],
+) -> Tensor:
+    """What the model's own forward returns, with these layers alone in its lists.
+
+    A view is made at each call, since modules of the model may be replaced in between; a compiler
+    would take each for another model. Layers that are compiled by themselves are run so.
+    """
+    return running(layers)(**arguments, return_dict=False)[0]
 
 
 def denoiser(model: nn.Module, layers: Mapping[str, nn.Module]) -> ConvertedDenoiser:
