@@ -3,8 +3,10 @@
 `PYTHONPATH=tests python tests/family_table.py` writes it again; a test holds it to the list.
 """
 
+from denoiser_models import MODELS
 from family_models import CAUSAL, TEXT, VISION
 
+from dblocks.integrations.convert.denoiser_families import FAMILIES
 from tools import ROOT
 
 PAGE = ROOT / "docs" / "families.md"
@@ -21,8 +23,10 @@ the options below, and checks that
 - a step of one block moves no weight of another block;
 - what is saved and loaded gives the same losses bit for bit.
 
-Other models: [what can be converted](convert.md#what-can-be-converted) lists the models of timm and
-diffusers.
+Denoisers of diffusers are known by their class; for each a test checks beside this that one block
+is the plain model without its other layers, in its estimate, loss and every gradient, and that no
+layer is told which others run. Other models:
+[what can be converted](convert.md#what-can-be-converted) lists timm's and diffusers' DiT.
 """
 REFUSED = """## What is refused
 
@@ -32,7 +36,10 @@ Options that a converted model would not compute are an error of `convert`:
 - Falcon's `alibi` and dropouts, and its `rows="doubled"`;
 - PhiMoE's `sliding_window`, OPT's embeddings of another width (`word_embed_proj_dim`);
 - ModernBERT's `classifier_pooling="mean"`; `head="learned"` where the classifier does not read rows
-  of the layers' width, as in DINOv2.
+  of the layers' width, as in DINOv2;
+- denoisers whose layers are told their number (Chroma, HiDream, controlnets) or use results of
+  other layers (HunyuanDiT), two lists in turns (Latte), inputs in lists of tensors (Z-Image), a
+  noise that is not known (CogView 3, CogVideoX, Cosmos), channels or patches beside the noisy ones.
 
 Of no family here: layers without a form, such as those of ALiBi (Bloom, MPT), of state
 spaces and linear attention, attention with sinks (GPT-OSS), position biases in the layers (BEiT,
@@ -62,6 +69,24 @@ def section(title, families):
     return "\n".join([f"## {title}\n\n{len(families)} families.\n", *head, *rows, ""])
 
 
+def denoisers():
+    """The table of denoisers."""
+    rows = [f"| `{kind}` | {took(kind)} |" for kind in sorted(MODELS)]
+    head = ["| class | layers | predicts | needs | may take |", "|---|---|---|---|---|"]
+    return "\n".join([f'## `task="images"`\n\n{len(rows)} families.\n', *head, *rows, ""])
+
+
+def took(kind):
+    """How one is called."""
+    family = FAMILIES[kind]
+    needs = [f"`{name}`" for name in family.needs]
+    needs += [f"`{name}` with `{flag}`" for name, flag in family.depends.items()]
+    lists, takes = ([f"`{name}`" for name in names] for names in (family.lists, family.takes))
+    return " | ".join(
+        (", ".join(lists), family.prediction.name, ", ".join(needs), ", ".join(takes))
+    )
+
+
 def page():
     """The whole page."""
     parts = [
@@ -69,6 +94,7 @@ def page():
         section('`task="tokens"` with a `NoiseSchedule`: the next token', CAUSAL),
         section('`task="tokens"` with a `MaskSchedule`: masked tokens', TEXT),
         section('`task="classes"`', TEXT | VISION),
+        denoisers(),
         REFUSED,
     ]
     return "\n".join(parts)

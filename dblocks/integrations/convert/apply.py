@@ -43,14 +43,17 @@ def convert(
     - "tokens": with a `NoiseSchedule`, the embedding of each token, from those before it: Llama,
       Mistral, Qwen2, Qwen3 and GPT-2 with a head. With a `MaskSchedule`, masked tokens: BERT and
       RoBERTa with their head. A batch holds "tokens".
-    - "images": the image or latent itself: diffusers' DiT. A batch holds "images" and "labels".
+    - "images": the image, latent or video itself: diffusers' DiT, of which a batch holds "images"
+      and "labels", and its other denoisers (Flux, SD3, Wan and more), of which a batch holds
+      "images" and other arguments of the model's forward by their names.
 
     Args:
         model: the model.
         config: how it is cut.
         task: what the target is.
-        layers: the residual layers: the path of the list that holds them, their own paths, or a
-            function of the model that returns them; found by default.
+        layers: the residual layers: the path of the list that holds them, the paths of several such
+            lists in order, their own paths, or a function of the model that returns them; found by
+            default.
         clean_loss_weight: weight of the model's own loss on the same batch, such as the next
             token's cross-entropy. Denoising alone makes a pretrained model forget it. It runs the
             whole model, though only the block's layers get gradients from it.

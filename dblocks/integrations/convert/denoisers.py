@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -108,12 +108,12 @@ class ConvertedDenoiser(Converted):
         time = 1 - rates.time if family.reversed else rates.time
         x = z_in * _over(rates.rate / level.c_in, z_in)
         # The dtype of its parameters; a shared view may hold none of the layers.
-        output = self._running(layers)(
-            hidden_states=x.to(own.dtype),
-            timestep=time * family.timestep_scale(own),
-            return_dict=False,
+        arguments = {
             **condition,
-        )[0]
+            "hidden_states": x.to(own.dtype),
+            "timestep": time * family.timestep_scale(own),
+        }
+        output = _run(self._running, layers, arguments)
         axis = 1 + family.layout.index("C")
         if output.shape[axis] == 2 * z_in.shape[axis]:  # The other half are variances.
             output = output.narrow(axis, 0, z_in.shape[axis])
@@ -178,6 +178,20 @@ class ConvertedDenoiser(Converted):
         assert child is not None
         view._modules[left[0]] = self._with_list(child, left[1:], path, members)
         return view
+
+
+@torch.compiler.disable()
+def _run(
+    running: Callable[[Sequence[nn.Module]], nn.Module],
+    layers: Sequence[nn.Module],
+    arguments: Mapping[str, Any],
+) -> Tensor:
+    """What the model's own forward returns, with these layers alone in its lists.
+
+    A view is made at each call, since modules of the model may be replaced in between; a compiler
+    would take each for another model. Layers that are compiled by themselves are run so.
+    """
+    return running(layers)(**arguments, return_dict=False)[0]
 
 
 def denoiser(model: nn.Module, layers: Mapping[str, nn.Module]) -> ConvertedDenoiser:
