@@ -216,7 +216,8 @@ def test_all_draws_at_the_top(block, sigma_max):
 def test_a_share_is_a_number_from_0_to_1(schedule, share):
     with pytest.raises(ValueError, match="top_share must"):
         schedule.sample(0, 3, (4,), top_share=share)
-    with pytest.raises(ValueError, match="top_share must"):
+    error = TypeError if share is True else ValueError  # no number is no value of the field
+    with pytest.raises(error, match="top_share (of BlocksConfig )?must"):
         BlocksConfig(3, schedule=schedule, top_share=share)
 
 
