@@ -21,14 +21,16 @@ def write_table(record: dict[str, Any], output_limit: float, gradient_limit: flo
         done += sum(min(pair) for pair in counts)
         total += sum(counted for _, counted in counts)
         all_of += all(got >= want for got, want in counts) and any(want for _, want in counts)
-        bad = row["output_error"] > output_limit or row["gradient_error"] > gradient_limit
+        bad = row["output_error"] > output_limit or row["gradient_error"] > max(
+            gradient_limit, 2 * row.get("own_gradient_error", 0.0)
+        )
         wrong += bad
         lines.append((
             f"`{name}`",
             *(f"{got} of {want}" for got, want in counts),
             f"{row['output_error']:.0e}",
             f"{row['gradient_error']:.0e}" if row["gradients"] else "not run",
-            "**wrong**" if bad else _left(row),
+            "**wrong**" if bad else _left(row) + _own(row),
         ))  # fmt: skip
     share = f"{100 * done / total:.1f} %" if total else "none"
     text = (
@@ -46,6 +48,11 @@ def write_table(record: dict[str, Any], output_limit: float, gradient_limit: flo
         head, tail = page.partition(BEGIN)[0], page.partition(END)[2]
         PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
     return 1 if wrong else 0
+
+
+def _own(row: dict[str, Any]) -> str:
+    own = row.get("own_gradient_error")
+    return f"a rounding unit of the inputs moves the plain gradients by {own:.0e}" if own else ""
 
 
 def _left(row: dict[str, Any]) -> str:

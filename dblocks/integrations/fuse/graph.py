@@ -145,6 +145,8 @@ def _gate(graph: Graph, node: Node, impl: Impl, report: GraphReport) -> None:
     for x, product in operands(node, "add"):
         if value(x) is None or value(x).shape != rows.shape:  # pyright: ignore
             continue
+        if norm_of(product) is not None:
+            continue  # a plain sum of x and a norm with a weight
         for gate, branch in operands(product, "mul"):
             if _rotary(x, gate, rows):
                 continue
