@@ -46,7 +46,8 @@ def trained(kind, steps=16, width=32, order=None, **options):
     if order is None:
         residency = resident(model, optimizers, NAME, steps_per_visit=STEPS, **options)
     else:
-        model.to(NAME)
+        # Of a device of another kind this makes new parameters.
+        optimizers = make_optimizers(model.to(NAME), OPTIMIZERS[kind])
     generator, given, losses, blocks, peak = seeded(3), batch(), [], [], 0
     for i in range(steps):
         if order is not None:
