@@ -104,7 +104,13 @@ def resident(
             train_step(model, batch, optimizers)
         residency.close()  # all on the CPU again
     """
-    model = blocks_of(model)
+    whole = blocks_of(model)
+    if not isinstance(whole, DiffusionBlocks):
+        raise TypeError(
+            "model must be a DiffusionBlocks, got one Block, which has nothing to take turns with; "
+            "move it to the device"
+        )
+    model = whole
     if not isinstance(optimizers, BlockOptimizers):
         raise TypeError(
             f"optimizers must be BlockOptimizers, got {type(optimizers).__name__}; "
