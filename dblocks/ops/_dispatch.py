@@ -43,8 +43,7 @@ def resolve_impl(impl: str, x: Tensor, op: str) -> Impl:
     """The implementation that `op` uses for the tensor `x`; a named one that cannot run raises."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    if type(x) not in PLAIN and impl != "reference":
-        _refuse_sharded(op, x)
+    refuse_sharded(impl, x, op)
     if impl == "auto":
         impl = _auto(x)
         if impl != "triton":
@@ -58,9 +57,9 @@ def resolve_impl(impl: str, x: Tensor, op: str) -> Impl:
     return cast(Impl, impl)
 
 
-def _refuse_sharded(op: str, x: Any) -> None:
+def refuse_sharded(impl: str, x: Any, op: str) -> None:
     """Raises for a DTensor, of which a kernel would see this device's part only."""
-    if type(x).__name__ == "DTensor":
+    if type(x) not in PLAIN and type(x).__name__ == "DTensor" and impl != "reference":
         raise TypeError(
             f"{op} must have tensors that are whole on this device, got a DTensor with "
             f"{x.placements}; give x.to_local() where samples are divided, x.full_tensor() "

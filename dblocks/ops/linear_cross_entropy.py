@@ -223,6 +223,7 @@ def _weighted(losses: Tensor, row_weight: Tensor) -> Tensor:
 def _resolve(impl: str, h: Tensor, weight: Tensor) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    _dispatch.refuse_sharded(impl, h, OP)
     if impl == "auto":
         impl = explained(h)[0]
     _dispatch.check_transform(impl, OP)

@@ -75,10 +75,13 @@ def check_sharded_rows():
     wanted = F.adaln(x, shift, scale)
     mesh = init_device_mesh("cpu", (2,))
     rows, *modulation = (distribute_tensor(t, mesh, [Shard(0)]) for t in (x, shift, scale))
+    heads = distribute_tensor(torch.randn(2, 1, 4, 8), mesh, [Shard(0)])
     for call in (
         lambda: F.adaln(rows, *modulation),
         lambda: F.gated_residual(rows, rows, modulation[0]),
         lambda: F.residual_adaln(rows, rows, modulation[0], *modulation),
+        lambda: F.linear_cross_entropy(rows[0], shift, torch.zeros(3, dtype=torch.int64)),
+        lambda: F.doubled_attention(heads, heads, heads),
     ):
         with pytest.raises(TypeError, match=r"DTensor.*to_local"):
             call()

@@ -46,6 +46,7 @@ def resolve(
                 "it says what impl='composed' is made of"
             )
         impl = "composed"
+    _dispatch.refuse_sharded(impl, q, OP)
     if impl == "auto":
         return explained(q, k, v, **options)[0]
     _dispatch.check_transform(impl, OP)
