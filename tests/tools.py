@@ -25,6 +25,12 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+class Elsewhere(torch.Generator):
+    """A generator that says it is on another device, which need not be there."""
+
+    device = torch.device("meta")
+
+
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=seeded(seed)).to(DEVICE)
 

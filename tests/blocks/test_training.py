@@ -6,7 +6,7 @@ from torch import nn
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.models import ViT, ViTConfig
-from tools import DEVICE, SIZES, batch, seeded
+from tools import DEVICE, SIZES, Elsewhere, batch, seeded
 
 FACTORIES = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1),
@@ -125,7 +125,7 @@ def test_arguments_are_checked():
     with pytest.raises(ValueError, match=r"block must be in 0\.\.2, got 3"):
         train_step(model, batch(), optimizers, block=3)
     with pytest.raises(ValueError, match="generator must be on the CPU, got one on meta"):
-        model.loss(batch(), 0, generator=type("G", (), {"device": torch.device("meta")})())
+        model.loss(batch(), 0, generator=Elsewhere())
 
 
 def test_the_kind_of_optimizers_is_checked():

@@ -6,7 +6,7 @@ from scipy import stats
 
 from dblocks import functional as F
 from dblocks.schedules.random import draw_seed, uniforms
-from tools import DEVICE, seeded
+from tools import DEVICE, Elsewhere, seeded
 
 
 def philox(seed, counter):
@@ -61,6 +61,6 @@ def test_a_seed_is_one_number_of_a_cpu_generator():
     assert draw_seed(seeded(3)) == expected
     torch.manual_seed(3)
     assert draw_seed() == expected
-    elsewhere = type("G", (), {"device": torch.device("meta")})()
+    elsewhere = Elsewhere()
     with pytest.raises(ValueError, match="generator must be on the CPU, got one on meta"):
         draw_seed(elsewhere)

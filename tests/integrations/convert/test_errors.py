@@ -41,7 +41,7 @@ def test_arguments():
     model = model_of("llama")
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         convert("llama", NOISE, task="tokens")
-    refused(model, "config must be a BlocksConfig, got int", 2, TypeError, task="tokens")
+    refused(model, "config must be a BlocksConfig, got 2 of type int", 2, TypeError, task="tokens")
     refused(model, "task must be one of .* got 'text'", task="text")
     refused(model, "clean_loss_weight must not be neg.* -1", task="tokens", clean_loss_weight=-1)
     dit = model_of("dit")

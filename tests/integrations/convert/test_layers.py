@@ -44,7 +44,9 @@ def our_rows(kind, blocks, batch):
     draw = blocks.draw(batch, 0, generator=seeded())
     level = schedule.level(draw.sigma)
     if kind in MASKED:
-        return network.run_layers(network.layers, batch["tokens"], level, None).x
+        return network.run_layers(
+            network.layers, batch["tokens"], level, network.embed_condition(batch)
+        ).x
     if kind not in CAUSAL:
         with torch.no_grad():
             network.noise_scale.zero_()
