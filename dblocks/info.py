@@ -54,7 +54,11 @@ def extension() -> str:
     """Whether the C++ ops for CPUs are there, for which instructions, and what follows if not."""
     if _extension.MISSING:
         return f"{_extension.MISSING}: on CPUs every op uses the reference"
-    return f"built; this processor runs the {torch.ops.dblocks.cpu_set()} kernels"
+    try:
+        return f"built; this processor runs the {torch.ops.dblocks.cpu_set()} kernels"
+    except RuntimeError as error:  # of the environment; every op will raise it
+        # LibTorch puts function, file and line before the message.
+        return f"built, but cannot run: {str(error).split(', ', 2)[-1]}"
 
 
 def implementation(op: str, device: str) -> tuple[str, str]:

@@ -221,6 +221,15 @@ def test_a_wish_for_an_instruction_set_may_be_in_any_case():
     assert "DBLOCKS_CPU must be base, avx2 or avx512, got 'sse4'" in cpu_set("sse4")
 
 
+def test_info_says_which_instruction_sets_there_are():
+    done = subprocess.run(
+        [sys.executable, "-m", "dblocks", "info"],
+        env=os.environ | {"DBLOCKS_CPU": "sse4"}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "built, but cannot run: DBLOCKS_CPU must be base, avx2 or avx512" in done.stdout
+
+
 def test_auto_is_the_cpp_op_and_float64_the_reference():
     x = torch.randn(2, 40, 33)
     assert torch.equal(adaln(x, None, None), adaln(x, None, None, impl="cpp"))
