@@ -124,7 +124,7 @@ class Merge:
         from dblocks.recipes.command import check_free, saved_files
         from dblocks.scale import merge_blocks
 
-        check_free(self.out, saved_files(self.out), overwrite=self.overwrite)
+        check_free(self.out, saved_files(self.out), overwrite=self.overwrite, name="OUT")
         merge_blocks(self.out, self.folders)
         print(f"Saved model.safetensors, config.json and run.json in {self.out}")
 

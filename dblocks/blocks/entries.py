@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,11 @@ def checked(model: Any, batch: Batch, target: Target) -> Batch:
     """The batch as the model's `target` checked it, which it does once; see `check_entries`."""
     if isinstance(batch, CheckedBatch):
         return batch
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch must be a mapping of names to tensors, got {type(batch).__name__}; such as "
+            "{'tokens': tokens} or {'images': images, 'labels': labels}"
+        )
     given = target.check(batch)
     check_entries(model, batch, target)
     return given

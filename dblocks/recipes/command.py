@@ -129,18 +129,19 @@ def saved_files(out: Path) -> list[Path]:
     return [checkpoint.current(out, name) for name in SAVED_FILES]
 
 
-def check_free(out: Path, files: Sequence[Path], *, overwrite: bool) -> None:
+def check_free(out: Path, files: Sequence[Path], *, overwrite: bool, name: str = "--out") -> None:
     """Raises ValueError where files that are to be written are there and must not be replaced.
 
     Args:
         out: as the user named it.
         files: what is to be written.
         overwrite: whether they may be replaced.
+        name: of the argument.
     """
     found = [path.name for path in files if path.exists()]
     if found and not overwrite:
         raise ValueError(
-            f"--out must name what is not there yet, got {out} with {', '.join(found)}; name "
+            f"{name} must name what is not there yet, got {out} with {', '.join(found)}; name "
             "something else, or give --overwrite"
         )
 

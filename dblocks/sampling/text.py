@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -373,6 +373,11 @@ def _noise(N: int, rows: int, stride: int, width: int, seed: int, device: torch.
 
 def _prompt_rows(prompts: Prompts, vocab_size: int) -> list[Tensor]:
     """The prompts as int64 tensors on the CPU, checked."""
+    if isinstance(prompts, Mapping):
+        raise TypeError(
+            f"prompts must be rows of tokens, got a {type(prompts).__name__}; give its "
+            "'input_ids', and its attention_mask= beside them"
+        )
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise TypeError("prompts must be rows of tokens, got text; encode it with a tokenizer")
     rows = [torch.as_tensor(prompt, device="cpu") for prompt in prompts]

@@ -81,13 +81,23 @@ class Checkpoints:
 
         Raises:
             OSError: it cannot be written, as on a full disk; the earlier ones are kept.
-            TypeError: an object has no state, or one that JSON and tensors cannot hold.
-            ValueError: `step` is negative, or a name is not made of a-z, 0-9 and _.
+            TypeError: `step` is no integer, or an object has no state, or one that JSON and tensors
+                cannot hold.
+            ValueError: `step` is negative, or a name is not made of a-z, 0-9 and _; or there is a
+                later checkpoint, of a run that was not resumed.
         """
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"step must be an integer, got {step!r} of type {type(step).__name__}")
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         if step == self.last:  # it is there already
             return
+        newer = [p.name for p in self.found() if p not in self._refused and _step_of(p) > step]
+        if newer:
+            raise ValueError(
+                f"{self.folder} must hold no later checkpoint than step {step}, got {newer[0]} of "
+                "another run, which resume() would take; resume from it, or clear() first"
+            )
         packed, tensors = {}, {}
         for name, holder in objects.items():
             _check_name(name)
@@ -184,8 +194,7 @@ class Checkpoints:
             )
 
     def _remove_old(self, step: int) -> None:
-        """Newer ones stay: they are of a run that went further."""
-        numbers = {path: int(path.name.removeprefix("step-")) for path in self.found()}
+        numbers = {path: _step_of(path) for path in self.found()}
         before = [path for path, number in numbers.items() if number <= step]
         refused = [path for path in self._refused if numbers.get(path) != step]
         kept = [path for path in before if path not in refused][: self.keep]
@@ -195,6 +204,10 @@ class Checkpoints:
                 discard(path)
             except OSError as error:  # it is written, which is what counts
                 warnings.warn(f"{path} cannot be removed: {error}", UserWarning, stacklevel=3)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def what_is_broken(path: Path) -> str | None:
@@ -232,14 +245,15 @@ def _names_in(written: bytes) -> list[str] | None:
 
 
 def _checksums(folder: Path, names: list[str]) -> str:
-    return "\n".join([_head(len(names)), *(f"{_hash(folder / n)}  {n}" for n in names), ""])
+    return "\n".join([_head(len(names)), *(f"{sha256_of(folder / n)}  {n}" for n in names), ""])
 
 
 def _head(count: int) -> str:
     return f"# sha256 of {count} files"
 
 
-def _hash(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +22,10 @@ from dblocks.checkpoint.networks import (
     rebuilt,
 )
 from dblocks.config import json_text, read_json, read_text
+from dblocks.scale.checkpoints import sha256_of
 
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config", "block", "texts", "about"}
+KEYS |= {"sha256"}  # of the weights
 COMPARED = ("format", "model", "model_config", "blocks_config")
 LONGEST_TEXT = 256 * 2**20  # bytes
 
@@ -41,7 +44,7 @@ def save_block(
         block: of one of `dblocks.checkpoint.NETWORKS`.
         texts: what the whole network's save holds too, by the name of the file, such as a
             tokenizer.json; the same for every block.
-        about: JSON values that say how it was trained; they may differ between blocks.
+        about: JSON values that say how it was trained; "run", if it is there, are the settings.
 
     Raises:
         TypeError: it is no `Block`, or of another network.
@@ -56,6 +59,7 @@ def save_block(
     written = described(cast(nn.Module, network), block.config) | about_block
     with saving(Path(folder)) as part:
         save_safetensors(part / WEIGHTS_FILE, named_tensors(block))
+        written["sha256"] = sha256_of(part / WEIGHTS_FILE)
         for name, text in {**texts, BLOCK_FILE: json_text(written, indent=2) + "\n"}.items():
             (part / name).write_text(text, encoding="utf-8")
 
@@ -69,7 +73,12 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
 
     Raises:
         ValueError: a block is missing or there twice, or the blocks are not of one network: of one
-            configuration, one target embedding, and one tokenizer. The message names the folders.
+            configuration, one target embedding, and one tokenizer; or a file of weights is not what
+            was saved. The message names the folders.
+
+    Warns:
+        UserWarning: blocks were trained with different settings, such as other numbers of steps;
+            the network is then not what one run would have made.
     """
     found = {folder: _read(folder) for given in folders for folder in _blocks_in(Path(given))}
     first, config = next(iter(found.items()), (None, {}))
@@ -80,8 +89,9 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
     with naming(first / BLOCK_FILE), torch.device("meta"):
         whole: DiffusionBlocks = rebuilt(config)
     places = _in_order(found, whole.config.num_blocks)
-    tensors = _merged(places, whole)
+    tensors = _merged(places, found, whole)
     texts = _texts(places, config["texts"])
+    _warn_of_other_settings(places, found)
     about = [{"folder": str(f), "block": b, **found[f]["about"]} for b, f in enumerate(places)]
     written = {key: config[key] for key in (*COMPARED, "dblocks")}
     texts |= {
@@ -146,7 +156,25 @@ def _in_order(found: Mapping[Path, Any], num_blocks: int) -> list[Path]:
     return [places[block] for block in range(num_blocks)]
 
 
-def _merged(places: Sequence[Path], whole: DiffusionBlocks) -> dict[str, Tensor]:
+def _warn_of_other_settings(places: Sequence[Path], found: Mapping[Path, Any]) -> None:
+    runs = {folder: dict(found[folder]["about"].get("run", {})) for folder in places}
+    first, *others = runs
+    for other in others:
+        mine, its = runs[first], runs[other]
+        names = sorted(k for k in {*mine, *its} - {"block"} if mine.get(k) != its.get(k))
+        if names:
+            listed = ", ".join(f"{k} {mine.get(k)!r} and {its.get(k)!r}" for k in names)
+            warnings.warn(
+                f"{first} and {other} were trained with different settings: {listed}; the network "
+                "is not what one run would have made",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _merged(
+    places: Sequence[Path], found: Mapping[Path, Any], whole: DiffusionBlocks
+) -> dict[str, Tensor]:
     """The tensors of all blocks, which must be those of the network, and agree where they meet."""
     merged: dict[str, Tensor] = {}
     owners: dict[str, Path] = {}
@@ -154,6 +182,8 @@ def _merged(places: Sequence[Path], whole: DiffusionBlocks) -> dict[str, Tensor]
         path = folder / WEIGHTS_FILE
         expected = named_tensors(whole.block(block))
         with naming(path):
+            if sha256_of(current(folder, WEIGHTS_FILE)) != found[folder]["sha256"]:
+                raise ValueError(f"it is not what was saved, by the sha256 in {BLOCK_FILE}")
             held = load_safetensors(current(folder, WEIGHTS_FILE))
             _check_tensors(held, expected)
         for name, tensor in held.items():

@@ -122,6 +122,10 @@ def resident(
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    if folder is not None and host != "file":
+        raise ValueError(
+            f'folder must be None with host={host!r}, got {folder}; it is of host="file"'
+        )
     if isinstance(steps_per_visit, bool) or not isinstance(steps_per_visit, int):
         raise TypeError(f"steps_per_visit must be an integer, got {steps_per_visit!r}")
     if steps_per_visit < 1:

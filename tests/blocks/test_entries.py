@@ -150,3 +150,10 @@ def test_networks_and_targets_of_ones_own_read_what_they_like():
     more.reads = ("extra",)
     with pytest.raises(ValueError, match=r"\['extra', 'images', 'labels'\], got 'extras'"):
         blocks.loss(batch() | {"extra": 0.0, "extras": 1.0}, 1)
+
+
+@pytest.mark.parametrize("given", [(torch.zeros(2, 3),), [1], torch.zeros(2, 3), None])
+def test_a_batch_is_a_mapping(given):
+    model = DiffusionBlocks(vit(), BlocksConfig(2))
+    with pytest.raises(TypeError, match="batch must be a mapping of names to tensors, got"):
+        model.loss(given, 0)

@@ -298,3 +298,19 @@ def test_the_checksums_are_those_of_sha256sum(saved):
     assert head == f"# sha256 of {len(FILES)} files"
     for line, name in zip(lines, FILES, strict=True):
         assert line == f"{hashlib.sha256((newest / name).read_bytes()).hexdigest()}  {name}"
+
+
+def test_a_run_that_starts_anew_beside_an_older_one_is_refused(tmp_path):
+    generator = {"generator": torch.Generator()}
+    older = Checkpoints(tmp_path, {})
+    older.save(20, generator)
+    with pytest.raises(ValueError, match=r"no later checkpoint than step 10, got step-00000020"):
+        Checkpoints(tmp_path, {}).save(10, generator)
+    older.clear()
+    Checkpoints(tmp_path, {}).save(10, generator)
+
+
+@pytest.mark.parametrize("step", [1.5, "x", True])
+def test_a_step_is_an_integer(tmp_path, step):
+    with pytest.raises(TypeError, match="step must be an integer, got"):
+        Checkpoints(tmp_path, {}).save(step, {"generator": torch.Generator()})

@@ -16,7 +16,7 @@ from dblocks.checkpoint import load_model, load_safetensors
 from dblocks.recipes.command import Recipe
 from dblocks.recipes.trainer import Trainer
 from dblocks.recipes.vit import ViTRun
-from dblocks.scale import Stop
+from dblocks.scale import Stop, merge_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -346,3 +346,23 @@ def test_tokenizers_must_be_one(tmp_path, capsys):
         capsys, "merge", tmp_path / "other", tmp_path / "0/block-0", tmp_path / "1/block-1"
     )
     assert "tokenizer.json must be the same for all blocks" in error
+
+
+def test_a_merge_of_other_settings_warns_and_of_other_bytes_is_refused(tmp_path, jobs):
+    folders = [tmp_path / f"{b}" for b in range(3)]
+    for b, folder in enumerate(folders):
+        shutil.copytree(jobs / f"block-{b}", folder)
+    path = folders[1] / "block.json"
+    about = json.loads(path.read_text())
+    about["about"]["run"]["lr"] = 0.5
+    path.write_text(json.dumps(about))
+    with pytest.warns(UserWarning, match=r"different settings: lr .* and 0\.5"):
+        merge_blocks(tmp_path / "merged", folders)
+    weights = folders[2] / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-50] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"2/model\.safetensors cannot be used: it is not what was"
+    ):
+        merge_blocks(tmp_path / "again", folders)

@@ -53,7 +53,7 @@ class TokenBatch(CheckedBatch):
         given = cls(batch)
         tokens, mask, ends = given.get("tokens"), given.loss_mask, given.cu_seqlens
         if not isinstance(tokens, Tensor):
-            content = "{'tokens': [N, T]}, and may hold 'loss_mask' and 'cu_seqlens'"
+            content = "{'tokens': [N, T]}, what a tokenizer calls input_ids, and other entries"
             raise missing(batch, "tokens", content)
         check_tokens(tokens, sizes.vocab_size)
         if ends is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,7 @@ def compiler(
             called with the `GraphReport` of each graph. All others go to `inner`.
 
     Raises:
-        ValueError: for an unknown `impl`.
+        ValueError: for an unknown `impl`, or an option that nobody reads.
         TypeError: if `report` is no function.
     """
     options = dict(options or {})
@@ -46,5 +47,23 @@ def compiler(
     log.info("fused %s by %s; left %s", dict(found.sites), dict(found.ops), found.left)
     if report is not None:
         report(found)
+    more = _options_of(inner, options)
     inner = torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner
-    return inner(module, example_inputs, **({"options": options} if options else {}))
+    return inner(module, example_inputs, **more)
+
+
+def _options_of(inner: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments by which a backend takes options."""
+    if not options:
+        return {}
+    if inner not in ("inductor", "eager"):
+        return {"options": options}
+    inductor = importlib.import_module("torch._inductor")
+    known = set(inductor.list_options()) if inner == "inductor" else set()
+    unknown = sorted(name for name in options if name.replace("-", "_") not in known)
+    if unknown:
+        raise ValueError(
+            f"options must be 'inner', 'impl', 'report' or those of inner={inner!r}, got "
+            f"{', '.join(map(repr, unknown))}; leave out what is not read"
+        )
+    return {"config_patches": {name.replace("-", "_"): value for name, value in options.items()}}

@@ -17,7 +17,7 @@ from dblocks.scale.planner.plan import Machine, Planner, Prefetch, Split
 from dblocks.scale.planner.report import as_json, chart, table
 from dblocks.scale.planner.step import Optimizer
 from dblocks.scale.planner.subject import CONFIGS, Subject, of_model, of_network
-from dblocks.scale.planner.units import parse_bytes, parse_flops, parse_rate
+from dblocks.scale.planner.units import parse_bytes, parse_count, parse_flops, parse_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Plan:
         check_count("batch_size", self.batch_size)
         trained = None
         if self.train_tokens is not None:
-            trained = parse_flops("--train-tokens", self.train_tokens)
+            trained = parse_count("--train-tokens", self.train_tokens)
         subject = self.subject()
         costs = Costs(
             subject,

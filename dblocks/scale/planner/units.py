@@ -10,6 +10,7 @@ BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
 NUMBER = r"(\d+(?:\.\d*)?|\.\d+)\s*"
 BYTES = re.compile(NUMBER + r"((?:[kMGTP]|[KMGTP]i)?)B")
 RATE = re.compile(BYTES.pattern + r"/s")
+COUNT = re.compile(NUMBER + r"([kMGTP]?)")
 SPEED = re.compile(NUMBER + r"([kMGTP]?)(?:FLOP/s|FLOPS)?")
 
 
@@ -34,6 +35,11 @@ def parse_rate(name: str, text: str) -> float:
 def parse_flops(name: str, text: str) -> float:
     """Operations a second of a text such as "400T": a number, and k, M, G, T or P."""
     return _parsed(name, text, SPEED, "operations a second such as 400T")
+
+
+def parse_count(name: str, text: str) -> float:
+    """A number such as "15T": a number, and k, M, G, T or P."""
+    return _parsed(name, text, COUNT, "a number such as 15G or 15T")
 
 
 def format_bytes(count: float) -> str:

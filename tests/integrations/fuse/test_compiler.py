@@ -194,3 +194,24 @@ def test_options_that_mean_nothing_are_refused():
         torch.compiler.reset()
         with pytest.raises(Exception, match=error):
             compiled(Block("plain"), **options)[0](x, cond)
+
+
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_an_option_that_nobody_reads_is_refused(inner):
+    options = {"inner": inner, "iner": "eager"}
+    model = torch.compile(torch.nn.Linear(2, 2), backend="dblocks", options=options)
+    with pytest.raises(Exception, match=r"options must be 'inner', .*got 'iner'"):
+        model(torch.ones(1, 2))
+
+
+def test_options_reach_inductor(monkeypatch):
+    taken = {}
+
+    def inner(module, inputs, **options):
+        taken.update(options)
+        return module
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: inner)
+    options = {"max-autotune": False}
+    torch.compile(torch.nn.Linear(2, 2), backend="dblocks", options=options)(torch.ones(1, 2))
+    assert taken == {"config_patches": {"max_autotune": False}}
