@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from dblocks.scale.planner.units import parse_bytes, parse_count, parse_flops, p
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(ABC):
     """Plan the memory and time of training a network end to end and in any number of blocks.
 
     NETWORK is vit, causal-lm, masked-lm, recurrent or dit, whose sizes are flags (dblocks plan vit
@@ -65,9 +66,9 @@ class Plan:
     chart: Path | None = None
     """File for a stacked bar chart, such as plan.png or plan.svg."""
 
+    @abstractmethod
     def subject(self) -> Subject:
         """The network."""
-        raise NotImplementedError
 
     def machine(self) -> Machine:
         """What it is planned for."""
