@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dblocks.blocks.config import BlocksConfig, Weighting
-from dblocks.blocks.entries import check_entries, checked
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import within
-from dblocks.blocks.targets.base import Batch, Target, scored_shape
+from dblocks.blocks.targets.base import Batch, Target
+from dblocks.blocks.targets.entries import check_entries, checked, scored_shape
 from dblocks.blocks.visits import Residency
 from dblocks.config import check_block, check_finite
 from dblocks.kernels.reference import in_forward_mode
@@ -208,7 +208,9 @@ class Denoiser(nn.Module):
 
     def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
         """The loss of a block at given random numbers; compiles as one graph."""
-        return within(self, self._loss_at)(batch, block, draw)
+        if hasattr(type(self), "unshard"):  # fully_shard made its class one of FSDP's
+            return within(self, self._loss_at)(batch, block, draw)
+        return self._loss_at(batch, block, draw)
 
     def _loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
         # First, as its graph is freed before that of denoising is built.

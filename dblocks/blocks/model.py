@@ -7,11 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from dblocks.blocks.targets.base import LOSS_KINDS, Batch, Target
-
-METHODS = ("embed_condition", "run_layers", "features")
-OPTIONAL = ("reads",)
-TARGET = [n for n in ("loss_kind", *vars(Target)) if n[0] != "_" and n not in OPTIONAL]
+from dblocks.blocks.targets.base import LOSS_KINDS, METHODS, TARGET, Batch, Target
 
 
 class BlockModel(Protocol):

@@ -16,10 +16,8 @@ from torch import Tensor
 from dblocks.sampling.levels import levels_of
 from dblocks.sampling.steps import Sampler, Steps
 from dblocks.schedules import SCHEDULES, EDMSchedule
-from dblocks.schedules.base import computed
-from dblocks.schedules.edm import SIGMA_DATA
 from dblocks.schedules.log_normal import P_MEAN, P_STD
-from dblocks.schedules.noise import RHO, SIGMA_MAX, SIGMA_MIN
+from dblocks.schedules.noise import RHO, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, computed
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, TokenTarget
-from dblocks.blocks.entries import check_entries
+from dblocks.blocks.targets.entries import check_entries
 from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.config import check_generator
 from dblocks.models.doubled_rows import attend_doubled, run_doubled

@@ -12,7 +12,7 @@ from dblocks.blocks import Bound, Denoiser, check_trained_at_top, unwrapped
 from dblocks.sampling.levels import blocks_of, levels_of
 from dblocks.sampling.steps import Callback, Sampler, Steps, check_sampler
 from dblocks.schedules import EDMSchedule
-from dblocks.schedules.base import computed
+from dblocks.schedules.noise import computed
 from dblocks.schedules.random import draw_device
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -137,9 +136,6 @@ def _check_class(schedule: Any) -> None:
         )
 
 
-# What schedules share
-
-
 def owner_of(levels: Tensor, boundaries: Tensor, symbol: str) -> Tensor:
     """The number of inner boundaries >= each level, compared in the levels' dtype (not float64)."""
     if not levels.is_floating_point():
@@ -148,47 +144,3 @@ def owner_of(levels: Tensor, boundaries: Tensor, symbol: str) -> Tensor:
         levels = levels.float()
     inner = boundaries[1:-1].to(device=levels.device, dtype=levels.dtype)
     return (inner >= levels[..., None]).sum(-1)
-
-
-def with_top(levels: Tensor, top: float, share: float, generator: torch.Generator | None) -> Tensor:
-    """float32 `levels`, each with probability `share` replaced by the highest level `top`."""
-    if share == 0:
-        return levels
-    uniform = torch.rand(levels.shape, generator=generator, device=levels.device)
-    return levels.masked_fill(uniform < share, _float32_at_most(top))
-
-
-def clamp_inside(levels: Tensor, lo: float, hi: float) -> Tensor:
-    """float32 `levels`, clamped to the float32 numbers in [lo, hi]."""
-    return levels.clamp(_float32_at_least(lo), _float32_at_most(hi))
-
-
-def power(base: float, exponent: float) -> float:
-    """`base**exponent`, infinite where it is too large for a float."""
-    try:
-        return base**exponent
-    except OverflowError:
-        return math.inf
-
-
-def computed(x: Tensor) -> Tensor:
-    """`x` in the dtype of the arithmetic: float64 for float64, else float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _float32_at_most(value: float) -> float:
-    rounded = _float32(value)
-    if rounded.item() > value:
-        rounded = torch.nextafter(rounded, _float32(0.0))
-    return rounded.item()
-
-
-def _float32_at_least(value: float) -> float:
-    rounded = _float32(value)
-    if rounded.item() < value:
-        rounded = torch.nextafter(rounded, _float32(math.inf))
-    return rounded.item()
-
-
-def _float32(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device="cpu")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from dblocks.schedules.base import register
-from dblocks.schedules.edm import SIGMA_DATA
-from dblocks.schedules.noise import SIGMA_MAX, SIGMA_MIN, EDMSchedule, Partition
+from dblocks.schedules.noise import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, EDMSchedule, Partition
 
 
 @register

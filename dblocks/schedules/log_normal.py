@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dblocks.config import JsonConfig, check_finite
 from dblocks.schedules.base import register
-from dblocks.schedules.edm import SIGMA_DATA
-from dblocks.schedules.noise import SIGMA_MAX, SIGMA_MIN, EDMSchedule, Partition
+from dblocks.schedules.noise import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, EDMSchedule, Partition
 
 P_MEAN = -1.2  # Karras et al. 2022, table 1
 P_STD = 1.2

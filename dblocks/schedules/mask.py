@@ -16,15 +16,9 @@ from torch import Tensor
 
 from dblocks import functional as F
 from dblocks.config import JsonConfig, check_block, check_count, check_overlap, check_share
-from dblocks.schedules.base import (
-    OVERLAP,
-    clamp_inside,
-    computed,
-    owner_of,
-    register,
-    with_top,
-)
-from dblocks.schedules.random import draw_device, uniforms
+from dblocks.schedules.base import OVERLAP, owner_of, register
+from dblocks.schedules.noise import computed
+from dblocks.schedules.random import clamp_inside, draw_device, uniforms, with_top
 
 MASKED = -1  # in the place of a token that is masked
 # No t below is drawn, so that the weight 1/masked(t) stays a float32. Truncating the bound here

@@ -12,11 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dblocks import functional as F
 from dblocks.config import (
     JsonConfig,
     check_block,
@@ -25,13 +26,13 @@ from dblocks.config import (
     check_overlap,
     check_share,
 )
-from dblocks.schedules.base import OVERLAP, clamp_inside, owner_of, power, with_top
-from dblocks.schedules.edm import EDMPreconditioning
-from dblocks.schedules.random import draw_device
+from dblocks.schedules.base import OVERLAP, owner_of
+from dblocks.schedules.random import clamp_inside, draw_device, with_top
 
 # Karras et al. 2022, table 1
 SIGMA_MIN = 0.002
 SIGMA_MAX = 80.0
+SIGMA_DATA = 0.5
 RHO = 7.0
 # Of sigma and sigma_data: their squares, and the sums and inverses of these, are float32 numbers.
 LOWEST, HIGHEST = 1e-18, 1e18
@@ -40,20 +41,42 @@ Partition = Literal["equal_mass", "uniform_log", "uniform"]
 PARTITIONS = ("equal_mass", "uniform_log", "uniform")
 
 
-class EDMSchedule(EDMPreconditioning, JsonConfig, ABC):
+class NoiseLevel(NamedTuple):
+    """sigma and the coefficients of the EDM preconditioning, each of the shape of sigma."""
+
+    sigma: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+    sigma_data: float
+
+
+class EDMSchedule(JsonConfig, ABC):
     """Noise levels of some density, truncated to [sigma_min, sigma_max], preconditioned as in EDM.
+
+        z = y + sigma*eps,   denoised = c_skip*z + c_out*F(c_in*z, c_noise)
 
     A subclass is a frozen dataclass with the fields `sigma_min`, `sigma_max`, `sigma_data` and
     `partition`, in any order, and those of its density, which `cdf` and `log_quantile` describe.
     Decorated with `register`, it is read from JSON.
+
+    Source: Karras et al. 2022, arXiv 2206.00364.
     """
 
     sigma_min: float
     """Lowest noise level."""
     sigma_max: float
     """Highest noise level."""
+    sigma_data: float
+    """Standard deviation of one element of the clean target."""
     partition: Partition | tuple[float, ...]
     """How blocks share the levels: a rule, or the inner boundaries, descending."""
+
+    corruption: ClassVar[Literal["noise", "masks"]] = "noise"
+    symbol: ClassVar[str] = "sigma"
+    loss_kinds: ClassVar[tuple[str, ...]] = ("cross_entropy", "l2")
+    weightings: ClassVar[tuple[str, ...]] = ("auto", "edm", "clamped", "none", "batch_mean")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,7 +156,7 @@ class EDMSchedule(EDMPreconditioning, JsonConfig, ABC):
         block = check_block(block, num_blocks)
         check_overlap(overlap)
         hi, lo = _boundaries(self, num_blocks)[block : block + 2]
-        factor = power(hi / lo, overlap)
+        factor = _power(hi / lo, overlap)
         return max(lo / factor, self.sigma_min), min(hi * factor, self.sigma_max)
 
     def sample(
@@ -230,6 +253,42 @@ class EDMSchedule(EDMPreconditioning, JsonConfig, ABC):
         levels[0], levels[-1] = self.sigma_max, self.sigma_min
         return torch.tensor(levels, dtype=torch.float64, device="cpu")
 
+    # What a level means for a target and for a network
+
+    def level(self, sigma: Tensor) -> NoiseLevel:
+        """The coefficients of the preconditioning at sigma (Karras et al. 2022, table 1).
+
+        `c_skip = sd^2/(s^2+sd^2)`, `c_out = s sd/sqrt(s^2+sd^2)`, `c_in = 1/sqrt(s^2+sd^2)`,
+        `c_noise = ln(s)/4`, in float32 (float64 for float64).
+        """
+        s = computed(sigma)
+        sd = self.sigma_data
+        total = s.square() + sd**2
+        c_in = total.rsqrt()
+        return NoiseLevel(s, sd**2 / total, s * sd * c_in, c_in, s.log() / 4, sd)
+
+    def state(self, z: Tensor) -> Tensor:
+        """z in float32 (float64 for float64)."""
+        return computed(z)
+
+    def corrupt(self, y: Tensor, level: NoiseLevel, seed: int | Tensor) -> F.Noised:
+        """`z = y + sigma*eps` and `c_in*z`; see `functional.noise_inject`."""
+        return F.noise_inject(y, level.sigma, seed, sigma_data=self.sigma_data)
+
+    def scale_in(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        """`c_in*z`, of z [N, ...] at levels [N], or [N, S] for z [N, T, D]."""
+        return z * _over_rows(level.c_in, z)
+
+    def loss_weight(
+        self, sigma: Tensor, block: int = 0, num_blocks: int = 1, *, overlap: float = 0.0
+    ) -> Tensor:
+        """The EDM loss weight `(s^2 + sd^2)/(s sd)^2 = 1/c_out^2`, in float32 (float64).
+
+        It is the same in every block.
+        """
+        s = computed(sigma)
+        return s.square().reciprocal() + self.sigma_data**-2
+
     def _check_partition(self) -> None:
         if isinstance(self.partition, str):
             if self.partition not in PARTITIONS:
@@ -262,6 +321,11 @@ class EDMSchedule(EDMPreconditioning, JsonConfig, ABC):
         return math.exp(self.log_quantile(tail, upper=p > q).item())
 
 
+def computed(x: Tensor) -> Tensor:
+    """`x` in the dtype of the arithmetic: float64 for float64, else float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 @lru_cache(maxsize=256)
 def _boundaries(schedule: EDMSchedule, num_blocks: int) -> tuple[float, ...]:
     hi, lo = schedule.sigma_max, schedule.sigma_min
@@ -280,3 +344,18 @@ def _boundaries(schedule: EDMSchedule, num_blocks: int) -> tuple[float, ...]:
             f"got num_blocks={num_blocks}"
         )
     return (hi, *map(float, inner), lo)
+
+
+def _power(base: float, exponent: float) -> float:
+    """`base**exponent`, infinite where it is too large for a float."""
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf
+
+
+def _over_rows(value: Tensor, z: Tensor) -> Tensor:
+    """`value` [N] or [N, S], of the shape that multiplies z."""
+    if value.ndim == 2:
+        value = value.repeat_interleave(z.shape[1] // value.shape[1], dim=1)
+    return value.reshape(value.shape + (1,) * (z.ndim - value.ndim))

@@ -1,4 +1,4 @@
-"""Random numbers that are functions of a seed, the same on every device."""
+"""Draws: seeds, numbers that are functions of a seed on every device, and levels of a range."""
 
 from __future__ import annotations
 
@@ -75,3 +75,34 @@ def uniforms_at(numbers: Tensor, seed: int | Tensor) -> Tensor:
     high, low = torch.where(odd, words[2], words[0]), torch.where(odd, words[3], words[1])
     bits = (high >> (32 - half) << half) | (low >> (32 - half))
     return (bits.double() + 0.5) * 2.0**-UNIFORM_BITS
+
+
+def with_top(levels: Tensor, top: float, share: float, generator: torch.Generator | None) -> Tensor:
+    """float32 `levels`, each with probability `share` replaced by the highest level `top`."""
+    if share == 0:
+        return levels
+    uniform = torch.rand(levels.shape, generator=generator, device=levels.device)
+    return levels.masked_fill(uniform < share, _float32_at_most(top))
+
+
+def clamp_inside(levels: Tensor, lo: float, hi: float) -> Tensor:
+    """float32 `levels`, clamped to the float32 numbers in [lo, hi]."""
+    return levels.clamp(_float32_at_least(lo), _float32_at_most(hi))
+
+
+def _float32_at_most(value: float) -> float:
+    rounded = _float32(value)
+    if rounded.item() > value:
+        rounded = torch.nextafter(rounded, _float32(0.0))
+    return rounded.item()
+
+
+def _float32_at_least(value: float) -> float:
+    rounded = _float32(value)
+    if rounded.item() < value:
+        rounded = torch.nextafter(rounded, _float32(math.inf))
+    return rounded.item()
+
+
+def _float32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")

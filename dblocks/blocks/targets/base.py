@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 Batch = Mapping[str, Any]
 LossKind = Literal["cross_entropy", "l2", "masked_cross_entropy"]
 LOSS_KINDS = get_args(LossKind)
+METHODS = ("embed_condition", "run_layers", "features")  # of a network, see `BlockModel`
+OPTIONAL = ("reads",)
 
 
 class CheckedBatch(dict[str, Any]):
@@ -87,20 +88,7 @@ class Target(metaclass=ABCMeta):
         """The losses, exactly of the shape of sigma; noise regenerated from `seed` is that of z."""
 
 
-def scored_shape(target: Target, batch: Batch) -> tuple[int, ...]:
-    """The shape of sigma of a batch that is trained on.
-
-    Raises:
-        ValueError: it is empty: the mean of no losses is NaN.
-    """
-    shape = target.sigma_shape(batch)
-    if math.prod(shape) == 0:
-        given = {key: list(v.shape) for key, v in batch.items() if isinstance(v, Tensor)}
-        raise ValueError(
-            f"a batch to train on must hold at least one sample, got the shapes {given}; leave out "
-            "batches that are empty"
-        )
-    return shape
+TARGET = [n for n in ("loss_kind", *vars(Target)) if n[0] != "_" and n not in OPTIONAL]
 
 
 def missing(batch: Batch, key: str, content: str, *, of: str = "a") -> ValueError:

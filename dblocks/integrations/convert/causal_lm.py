@@ -13,8 +13,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, Features, TokenTarget
-from dblocks.blocks.entries import checked
 from dblocks.blocks.targets.classes import Head
+from dblocks.blocks.targets.entries import checked
 from dblocks.blocks.targets.padding import check_ids, from_front, starts_of, to_front
 from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
 from dblocks.integrations.convert.cached import RowCache

@@ -11,7 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, MaskedTokenTarget
-from dblocks.blocks.entries import checked
+from dblocks.blocks.targets.entries import checked
 from dblocks.blocks.targets.heads import IGNORED, FunctionHead, at_least_float32
 from dblocks.blocks.targets.padding import from_front, to_front
 from dblocks.blocks.targets.token_batch import TokenBatch

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dblocks.blocks.model import METHODS, TARGET
-from dblocks.blocks.targets.base import Batch, CheckedBatch, Target
+from dblocks.blocks.targets.base import METHODS, TARGET, Batch, CheckedBatch, Target
 
 
 def checked(model: Any, batch: Batch, target: Target) -> Batch:
@@ -51,6 +52,22 @@ def check_entries(model: Any, batch: Batch, target: Target) -> None:
         f"a batch or call for {type(model).__name__} must hold only what is read, {known}, "
         f"got {', '.join(map(repr, unknown))} too; {_hint(str(unknown[0]), known)}"
     )
+
+
+def scored_shape(target: Target, batch: Batch) -> tuple[int, ...]:
+    """The shape of sigma of a batch that is trained on.
+
+    Raises:
+        ValueError: it is empty: the mean of no losses is NaN.
+    """
+    shape = target.sigma_shape(batch)
+    if math.prod(shape) == 0:
+        given = {key: list(v.shape) for key, v in batch.items() if isinstance(v, Tensor)}
+        raise ValueError(
+            f"a batch to train on must hold at least one sample, got the shapes {given}; leave out "
+            "batches that are empty"
+        )
+    return shape
 
 
 def _hint(unknown: str, known: Sequence[str]) -> str:
