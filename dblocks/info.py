@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from dblocks._version import __version__
-from dblocks.ops import FAMILIES, _extension, linear_cross_entropy
-from dblocks.ops._attention import choice
+from dblocks.ops import FAMILIES, _extension, doubled_attention, linear_cross_entropy
 from dblocks.ops._dispatch import HAS_TRITON, INTERPRETED, resolve_impl
 
 PACKAGES = ("torch", "triton", "numpy")
@@ -63,9 +62,9 @@ def extension() -> str:
 
 def implementation(op: str, device: str) -> tuple[str, str]:
     """The implementation that `impl="auto"` picks for float32 tensors on `device`, and why."""
-    if op == choice.OP:
+    if op == doubled_attention.OP:
         rows = torch.empty(1, 1, 2048, 64, device=device)
-        return choice.explained(rows, rows, rows)
+        return doubled_attention.explained(rows, rows, rows)
     if op == linear_cross_entropy.OP:
         return linear_cross_entropy.explained(torch.empty(1, 1, device=device))
     impl = resolve_impl("auto", torch.empty(1, 1, 1, device=device), op)

@@ -14,7 +14,7 @@ from dblocks.nn.conditioning import inverse_silu as inverse_silu
 from dblocks.nn.conditioning import over_rows as over_rows
 from dblocks.nn.embeddings import LabelEmbedding as LabelEmbedding
 from dblocks.nn.embeddings import NoiseEmbedding as NoiseEmbedding
+from dblocks.nn.layer import AdaLayerNorm as AdaLayerNorm
+from dblocks.nn.layer import Modulation as Modulation
+from dblocks.nn.layer import Norm as Norm
 from dblocks.nn.layer import TransformerLayer as TransformerLayer
-from dblocks.nn.modulation import AdaLayerNorm as AdaLayerNorm
-from dblocks.nn.modulation import Modulation as Modulation
-from dblocks.nn.modulation import Norm as Norm

@@ -1,4 +1,6 @@
-"""linear_cross_entropy in chunks of rows: the loss, and gradients before the upstream factor.
+"""linear_cross_entropy in chunks of rows: its two implementations.
+
+Each returns the loss, and gradients before the upstream factor.
 
 The logits of a chunk are overwritten with their gradient, from which the chunk's part of every
 gradient is taken at once, so that no later pass needs them. What the implementations differ in is
@@ -11,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dblocks.kernels import reference
+from dblocks.ops._library import library, triton_kernel
 
 SHARES = 4  # the logits are never held in fewer parts, unless a part had fewer
 MIN_LOGITS = 2**20  # logits (4 MiB), where each call would cost more than its work,
@@ -77,7 +79,7 @@ def forward(
 
     Operands of matrix products are of `dtype`; their results and all sums are float32 (float64).
     """
-    total = reference.compute_dtype(h)
+    total = _wide(h)
     (R, D), V = h.shape, weight.shape[0]
     counted = target != ignore_index
     target = target.where(counted, 0)
@@ -128,6 +130,10 @@ def forward(
     return Sums(loss, scale, dh, dweight, dbias, losses)
 
 
+def _wide(h: Tensor) -> torch.dtype:
+    return torch.float64 if h.dtype == torch.float64 else torch.float32
+
+
 def _factors(
     counted: Tensor, row_weight: Tensor | None, dtype: torch.dtype, total: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -176,3 +182,28 @@ def plain_rows(
     if grad is not None:
         logits.scatter_(1, target[:, None], (own - peak).exp_() - total)
     return total.reciprocal_()
+
+
+@torch.library.impl(library, "linear_cross_entropy_chunked", "CompositeExplicitAutograd")
+@torch.library.impl(library, "linear_cross_entropy_again_chunked", "CompositeExplicitAutograd")
+def _chunked(h, weight, target, bias, row_weight, ignore_index, needs):
+    return forward(
+        h, weight, target, bias, row_weight, ignore_index, needs,
+        rows=plain_rows, dtype=_wide(h),
+    )  # fmt: skip
+
+
+@triton_kernel("linear_cross_entropy")
+@triton_kernel("linear_cross_entropy_again")
+def _triton(h, weight, target, bias, row_weight, ignore_index, needs):
+    from dblocks.kernels.cross_entropy import cross_entropy
+
+    def rows(logits, bias, target, losses, grad):
+        narrow = None if grad is None or grad.dtype == logits.dtype else grad
+        in_place = grad is not None and (narrow is None or needs[2])
+        cross_entropy(logits, bias, target, losses, narrow, in_place)
+        return losses.new_ones(len(losses), 1)
+
+    return forward(
+        h, weight, target, bias, row_weight, ignore_index, needs, rows=rows, dtype=h.dtype
+    )

@@ -9,15 +9,15 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack, unwrap_if_dead
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from dblocks.kernels.reference import in_forward_mode
 from dblocks.ops import _extension, _flops
 
 Impl = Literal["auto", "reference", "triton", "cpp"]
@@ -28,8 +28,10 @@ FUSED = ("triton", "cpp")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GPUS = ("cuda",)  # ROCm devices are called cuda too
 NORMS = ("layer", "rms")
-SEED_RANGE = 2**63
-COUNT_RANGE = 2**63
+# Of kernels/_common/launches.py, which is not imported before it is used.
+MAX_TRITON_WIDTH = 16384
+MAX_TRITON_ROWS = 2**31 - 2**22  # rows of a group have int32 numbers, and a chunk may pass the last
+SEED_RANGE = COUNT_RANGE = 2**63
 FEW = 64  # noise levels that are looked through as a Python list
 PLAIN = (Tensor, torch.nn.Parameter)
 KNOWN = {*PLAIN, type(None), bool, int, float, str, list, torch.dtype}  # none is watched
@@ -80,10 +82,10 @@ def in_transform() -> bool:
 
     Only the reference can take part in one.
     """
-    return peek_interpreter_stack() is not None or in_forward_mode()
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-# As of in_forward_mode: the answer is that of the moment when a graph is traced.
+# As of the reference's in_forward_mode: the answer is that of the moment when a graph is traced.
 in_transform._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -143,6 +145,21 @@ def check_triton(x: Tensor, op: str) -> None:
         )
 
 
+def check_triton_rows(x: Tensor, op: str) -> None:
+    """Raises where kernels that hold a row [D] in registers, and count rows, cannot run on `x`."""
+    rows = x.shape[0] * x.shape[1]
+    if rows >= MAX_TRITON_ROWS:
+        raise ValueError(
+            f"{op}: impl='triton' takes N * T < {MAX_TRITON_ROWS}, got N * T = {rows}; "
+            "split the samples, or use impl='reference'"
+        )
+    if x.shape[-1] > MAX_TRITON_WIDTH:
+        raise ValueError(
+            f"{op}: impl='triton' takes D <= {MAX_TRITON_WIDTH}, got D = {x.shape[-1]}; "
+            "use impl='reference'"
+        )
+
+
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked of one of the tensors; without, the op is called bare."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -178,21 +195,35 @@ def _fits(
     check: Callable[..., bool], args: tuple[Any, ...], kind: object, tensors: tuple[Any, ...]
 ) -> bool:
     """`check(*args)`, which is known where such `tensors` have passed as arguments of a `kind`."""
+    layout, known = seen(kind, tensors)
+    if not known and check(*args):
+        remember(layout)
+        return True
+    return known
+
+
+def seen(kind: object, tensors: Sequence[Any]) -> tuple[object, bool]:
+    """What decides whether `tensors` are right as arguments of a `kind`, and whether they are.
+
+    The first is for `remember`, once checks have passed.
+    """
     if torch.compiler.is_compiling():
-        return check(*args)
+        return None, False
     try:
-        seen = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
-        key = (kind, *seen)
-        if key in _fitting:
-            return True
+        kinds = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
+        layout = (kind, *kinds)
+        return layout, layout in _fitting
     except (AttributeError, TypeError, RuntimeError):  # no tensor; unknown or nested sizes
-        return check(*args)
-    if not check(*args):
-        return False
+        return None, False
+
+
+def remember(layout: object) -> None:
+    """Arguments of this layout have passed their checks."""
+    if layout is None:
+        return
     if len(_fitting) >= MAX_FITTING:
         _fitting.clear()
-    _fitting.add(key)
-    return True
+    _fitting.add(layout)
 
 
 def _rows_fit(
@@ -247,30 +278,38 @@ def noised_fit(tensors: tuple[Tensor, ...], sigma: Tensor, sigma_data: float) ->
     return fits and sigma_fits(sigma, tensors[0])
 
 
-def seed_fits(seed: object, offset: object, x: Tensor) -> bool:
-    """Whether both are numbers in their range, outside of a graph."""
-    if type(seed) is not int or type(offset) is not int or torch.compiler.is_compiling():
-        return False
-    return -SEED_RANGE <= seed < SEED_RANGE and 0 <= offset <= COUNT_RANGE - max(x.numel(), 1)
+def known_seed(seed: Any, offset: object, x: Tensor) -> tuple[Tensor | None, int] | None:
+    """What `_levels.split_seed` returns; None where that must look, or say what is wrong."""
+    if type(offset) is not int or torch.compiler.is_compiling():
+        return None
+    if not 0 <= offset <= COUNT_RANGE - max(x.numel(), 1):
+        return None
+    if type(seed) is int:
+        return (None, seed) if -SEED_RANGE <= seed < SEED_RANGE else None
+    fits = type(seed) is Tensor and seed.ndim == 0 and seed.dtype == torch.int64
+    return (seed, 0) if fits and seed.device == x.device else None
 
 
-def sigma_fits(sigma: object, x: Tensor) -> bool:
-    """Whether `sigma` is the usual: a few levels [N] on the CPU, all good; in little time.
+def sigma_fits(sigma: Any, x: Tensor) -> bool:
+    """Whether `sigma` is as it should be, outside of graphs; positive everywhere on a CPU.
 
-    A list is looked through in a fraction of the time that PyTorch takes for the same.
+    A short list is looked through in a fraction of the time that PyTorch takes for the same.
     """
-    return (
-        type(sigma) is Tensor
-        and sigma.ndim == 1
-        and sigma.shape[0] == x.shape[0]  # len() of a tensor takes a microsecond
-        and sigma.shape[0] <= FEW
-        and sigma.is_cpu
-        and x.is_cpu
-        and sigma.dtype in FLOATS
-        and sigma.layout is torch.strided
-        and not is_traced()
-        and _are_levels(sigma.tolist())
-    )
+    if type(sigma) is not Tensor or sigma.device != x.device or sigma.dtype not in FLOATS:
+        return False
+    size, rows = sigma.shape, x.shape  # len() of a tensor takes a microsecond
+    if sigma.layout is not torch.strided or is_traced():
+        return False
+    if len(size) == 2:
+        if len(rows) != 3 or size[0] != rows[0] or size[1] < 1 or rows[1] % size[1]:
+            return False
+    elif len(size) > 1 or (len(size) == 1 and size[0] != rows[0]):
+        return False
+    if not sigma.is_cpu:
+        return True
+    if len(size) == 1 and size[0] <= FEW:
+        return _are_levels(sigma.tolist())
+    return sigma.numel() > 0 and _are_levels([bound.item() for bound in sigma.detach().aminmax()])
 
 
 def _are_levels(values: list[float]) -> bool:
@@ -294,31 +333,29 @@ def caller(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
         if is_traced():
             _flops.watch()
             return op(*args)
-        if kernel is None or not (KNOWN.issuperset(map(type, args)) or _plain(args)):
-            return op(*args)
-        return kernel(*args)
+        plain = KNOWN.issuperset(map(type, args)) or not any(
+            isinstance(a, Tensor) and type(a) not in PLAIN for a in args
+        )
+        return kernel(*args) if kernel is not None and plain else op(*args)
 
     return call
 
 
-def _plain(args: tuple[Any, ...]) -> bool:
-    return all(not isinstance(a, Tensor) or type(a) in PLAIN for a in args)
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply(*args)`, where a graph may get one tensor several times.
+def recorded(function: type[torch.autograd.Function], *args: Any) -> Callable[[], Any]:
+    """`function.apply(*args)`, to be called by the op's own file.
 
     torch.compile does not take an argument twice; a view is another tensor to it, and the gradients
     of all views add up.
     """
     if torch.compiler.is_compiling():
-        return function.apply(*_distinct(args))
+        return functools.partial(function.apply, *_distinct(args))
     if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
+        return functools.partial(function.apply, *args)
     # What Function.apply does then, without some microseconds of what transforms need: tensors that
     # a transform has left behind are unwrapped, or their gradients would be lost.
     args = tuple([unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])
-    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore
+    apply: Any = super(torch.autograd.Function, function).apply  # pyright: ignore
+    return functools.partial(apply, *args)
 
 
 def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -329,35 +366,19 @@ def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(result)
 
 
-def first_order(
-    op: str | Callable[[Any], str], way_out: str = 'use impl="reference"'
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the backward of an op, which is not differentiable itself.
+def check_first_order(op: str, way_out: str = 'use impl="reference"') -> None:
+    """Raises in the backward of an op, which is not differentiable itself, where autograd records.
 
-    What it computed would be a constant to autograd, and a penalty on gradients would add nothing:
-    so it raises where autograd records the backward. PyTorch's `once_differentiable` raises later,
-    and only where the upstream gradient itself needs one.
-
-    Args:
-        op: its name, or what tells it from ctx.
-        way_out: what to do instead.
+    What it computed would be a constant to autograd, and a penalty on gradients would add nothing.
+    PyTorch's `once_differentiable` raises later, and only where the upstream gradient itself needs
+    one.
     """
-
-    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(backward)
-        def checked(ctx: Any, *grads: Any) -> Any:
-            # A graph's backward is traced with gradients enabled; that graph raises by itself.
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                name = op if isinstance(op, str) else op(ctx)
-                raise RuntimeError(
-                    f"{name} has first derivatives only, got a backward that is to be "
-                    f"differentiated again (create_graph=True); {way_out}"
-                )
-            return backward(ctx, *grads)
-
-        return checked
-
-    return decorate
+    # A graph's backward is traced with gradients enabled; that graph raises by itself.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op} has first derivatives only, got a backward that is to be differentiated again "
+            f"(create_graph=True); {way_out}"
+        )
 
 
 def constant(tensor: Tensor) -> Tensor:

@@ -1,23 +1,17 @@
 """adaln: normalise each row, then modulate it; and the pair of ops behind all of its family.
 
-One forward and one backward serve residual_adaln and gated_residual too: `branch` is absent for
-adaln, `normalise` is false for gated_residual. An output that was not asked for is None; from an op
-it has no elements, and the dtype of x.
+FORWARD and BACKWARD serve residual_adaln and gated_residual too: `branch` is absent for adaln,
+`normalise` is false for gated_residual. An output that was not asked for is None; from an op it has
+no elements, and the dtype of x.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
-from dblocks.ops._dispatch import Impl, Norm, apply, first_order
+from dblocks.ops._dispatch import Impl, Norm, check_first_order, recorded
 from dblocks.ops._library import define, triton_kernel
-
-# Of kernels/_common/launches.py, which is not imported before it is used.
-MAX_TRITON_WIDTH = 16384
-MAX_TRITON_ROWS = 2**31 - 2**22  # rows of a group have int32 numbers, and a chunk may pass the last
 
 _INPUTS = (
     "Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, "
@@ -70,109 +64,34 @@ def _bwd_fake(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rst
     )
 
 
-_FWD = define("adaln_fwd", _FORWARD, _fwd_fake)
-_BWD = define("adaln_bwd", _BACKWARD, _bwd_fake)
-
-
-def _check_size(x: Tensor, op: str) -> None:
-    """The Triton kernels hold a row in registers, which bounds its width, and count rows."""
-    rows = x.shape[0] * x.shape[1]
-    if rows >= MAX_TRITON_ROWS:
-        raise ValueError(
-            f"{op}: impl='triton' takes N * T < {MAX_TRITON_ROWS}, got N * T = {rows}; "
-            "split the samples, or use impl='reference'"
-        )
-    if x.shape[-1] > MAX_TRITON_WIDTH:
-        raise ValueError(
-            f"{op}: impl='triton' takes D <= {MAX_TRITON_WIDTH}, got D = {x.shape[-1]}; "
-            "use impl='reference'"
-        )
-
-
-def _name(ctx: Any) -> str:
-    if not ctx.has_branch:
-        return "adaln"
-    return "residual_adaln" if ctx.normalise else "gated_residual"
+FORWARD = define("adaln_fwd", _FORWARD, _fwd_fake)
+BACKWARD = define("adaln_bwd", _BACKWARD, _bwd_fake)
 
 
 class _AdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype, impl
-    ):
-        x_new, y, mean, rstd = _FWD[impl](
-            x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype
+    def forward(ctx, x, shift, scale, weight, bias, rms, eps, out_dtype, impl):
+        _, y, mean, rstd = FORWARD[impl](
+            x, None, None, shift, scale, weight, bias, True, rms, eps, out_dtype
         )
         ctx.set_materialize_grads(False)
-        ctx.impl = impl
-        ctx.rms, ctx.normalise, ctx.has_branch = rms, normalise, branch is not None
-        normalised = None if not normalise else x if branch is None else x_new
-        # The values of the branch are needed for dgate only, its dtype is x's or must be kept.
-        keeps_branch = ctx.needs_input_grad[2] or (branch is not None and branch.dtype != x.dtype)
-        ctx.save_for_backward(
-            normalised, branch if keeps_branch else None, gate, shift, scale, weight, bias,
-            mean, rstd,
-        )  # fmt: skip
-        if branch is None:
-            return y
-        if not any(ctx.needs_input_grad[:3]):
-            ctx.mark_non_differentiable(x_new)  # it depends on x, branch and gate only
-        return (x_new, y) if normalise else x_new
+        ctx.save_for_backward(x, shift, scale, weight, bias, mean, rstd)
+        ctx.rms, ctx.impl = rms, impl
+        return y
 
     @staticmethod
-    @first_order(_name)
-    def backward(ctx, *upstream):
-        dx_new = upstream[0] if ctx.has_branch else None
-        dy = upstream[-1] if ctx.normalise else None
-        if dx_new is None and dy is None:
-            return (None,) * 12
-        x, branch, gate, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
-        x = dx_new if x is None else x
-        if ctx.has_branch and branch is None:
-            branch = x  # stands in for its shape and dtype
-        needs = list(ctx.needs_input_grad[:7])
+    def backward(ctx, dy):
+        check_first_order("adaln")
         if dy is None:
-            # x_new passes its gradient on unchanged, and the norm has none.
-            needs[0] = False
-            needs[3:] = [False] * 4
-        grads = [None] * 7
-        if any(needs):
-            outputs = _BWD[ctx.impl](
-                dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, ctx.rms, needs
-            )
-            grads = [g if n else None for g, n in zip(outputs, needs, strict=True)]
-        if dy is None and ctx.needs_input_grad[0]:
-            grads[0] = dx_new
-        return (*grads, None, None, None, None, None)
-
-
-def fused(
-    op: str,
-    impl: str,
-    x: Tensor,
-    branch: Tensor | None = None,
-    gate: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    normalise: bool = True,
-    rms: bool = False,
-    eps: float = 0.0,
-    out_dtype: torch.dtype | None = None,
-) -> Any:
-    """(x_new, y), y without a branch, or x_new without a norm; see the public functions."""
-    if impl == "triton":
-        _check_size(x, op)
-    tensors = (x, branch, gate, shift, scale, weight, bias)
-    options = (normalise, rms, eps, out_dtype or x.dtype)
-    if _dispatch.needs_autograd(*tensors):
-        return apply(_AdaLN, *tensors, *options, impl)
-    x_new, y, _, _ = _FWD[impl](*tensors, *options)
-    if branch is None:
-        return y
-    return (x_new, y) if normalise else x_new
+            return (None,) * 9
+        x, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
+        need_x, *need_others = ctx.needs_input_grad[:5]
+        dx, _, _, *others = BACKWARD[ctx.impl](
+            dy, None, x, None, None, shift, scale, weight, bias, mean, rstd, ctx.rms,
+            [need_x, False, False, *need_others],
+        )  # fmt: skip
+        others = [g if n else None for g, n in zip(others, need_others, strict=True)]
+        return (dx if need_x else None, *others, None, None, None, None)
 
 
 def adaln(
@@ -228,11 +147,14 @@ def adaln(
     if out_dtype is not None:
         _checks.check_out_dtype(out_dtype)
     impl = _dispatch.resolve_impl(impl, x, "adaln")
+    if impl == "triton":
+        _dispatch.check_triton_rows(x, "adaln")
     if impl != "reference":
-        return fused(
-            "adaln", impl, x, None, None, shift, scale, weight, bias,
-            rms=norm == "rms", eps=eps, out_dtype=out_dtype,
-        )  # fmt: skip
+        call = (shift, scale, weight, bias)
+        options = (norm == "rms", eps, out_dtype or x.dtype)
+        if _dispatch.needs_autograd(x, *call):
+            return recorded(_AdaLN, x, *call, *options, impl)()
+        return FORWARD[impl](x, None, None, *call, True, *options)[1]
     return reference.adaln(
         x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype
     )

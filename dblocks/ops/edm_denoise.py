@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept, widest
+from dblocks.ops._dispatch import Impl, check_first_order, constant, kept, recorded, widest
 from dblocks.ops._levels import check_noised
 from dblocks.ops._library import define, triton_kernel
 
@@ -63,8 +63,8 @@ class _Denoise(torch.autograd.Function):
         return _FWD[impl](f, z, sigma, sigma_data)
 
     @staticmethod
-    @first_order("edm_denoise")
     def backward(ctx, grad):
+        check_first_order("edm_denoise")
         need_f, need_z = ctx.needs_input_grad[:2]
         if grad is None or not (need_f or need_z):
             return (None,) * 5
@@ -111,6 +111,6 @@ def edm_denoise(
     if impl != "reference":
         call = (f, z, sigma, float(sigma_data))
         if _dispatch.needs_autograd(f, z):
-            return apply(_Denoise, *call, impl)
+            return recorded(_Denoise, *call, impl)()
         return _FWD[impl](*call)
     return reference.edm_denoise(f, z, sigma, sigma_data=sigma_data)

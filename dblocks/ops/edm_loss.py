@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
-from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept, widest
+from dblocks.ops._dispatch import Impl, check_first_order, constant, kept, recorded, widest
 from dblocks.ops._levels import check_noised, split_seed
 from dblocks.ops._library import define, triton_kernel
 
@@ -69,8 +69,8 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @first_order("edm_loss")
     def backward(ctx, grad):
+        check_first_order("edm_loss")
         if grad is None or not ctx.needs_input_grad[0]:
             return (None,) * 9
         df = _BWD[ctx.impl](grad, *ctx.saved_tensors, ctx.dtype)
@@ -139,15 +139,15 @@ def edm_loss(
     if not _dispatch.noised_fit((f, y), sigma, sigma_data):
         check_noised({"f": f, "y": y}, sigma, sigma_data)
     _check_row_weight(row_weight, y)
-    fits = _dispatch.seed_fits(seed, offset, f)
-    seed_tensor, number = (None, seed) if fits else split_seed(seed, offset, f)
+    split = _dispatch.known_seed(seed, offset, f) or split_seed(seed, offset, f)
+    seed_tensor, number = split
     y, sigma = constant(y), constant(sigma)
     row_weight = None if row_weight is None else constant(row_weight)
     impl = _dispatch.resolve_impl(impl, widest(f, y), "edm_loss")
     if impl != "reference":
         call = (f, y, sigma, seed_tensor, number, offset, float(sigma_data), row_weight)
         if _dispatch.needs_autograd(f):
-            return apply(_Loss, *call, impl)
+            return recorded(_Loss, *call, impl)()
         return _FWD[impl](*call, False)[0]
     return reference.edm_loss(
         f, y, sigma, number if seed_tensor is None else seed_tensor,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept, widest
+from dblocks.ops._dispatch import Impl, check_first_order, constant, kept, recorded, widest
 from dblocks.ops._levels import check_pair, check_sigma, check_sigma_value
 from dblocks.ops._library import define, triton_kernel
 from dblocks.ops.edm_denoise import empty_grads
@@ -61,8 +61,8 @@ class _EulerStep(torch.autograd.Function):
         return _FWD[impl](z, denoised, sigma, sigma_next, sigma_value, sigma_next_value)
 
     @staticmethod
-    @first_order("euler_step")
     def backward(ctx, grad):
+        check_first_order("euler_step")
         needs = ctx.needs_input_grad[:2]
         if grad is None or not any(needs):
             return (None,) * 7
@@ -85,7 +85,7 @@ def _check_level(name: str, sigma: Tensor | float, z: Tensor, *, zero: bool) -> 
     if isinstance(sigma, Tensor):
         if not _dispatch.sigma_fits(sigma, z):
             check_sigma(name, sigma, "z", z, zero=zero)
-    elif type(sigma) is not float or not 0 < sigma < math.inf:
+    elif type(sigma) is not float or not (0 < sigma < math.inf or (zero and sigma == 0)):
         check_sigma_value(name, sigma, zero=zero)
 
 
@@ -151,6 +151,6 @@ def euler_step(
         (level, value), (level_next, value_next) = _level(sigma, z), _level(sigma_next, z)
         call = (z, denoised, level, level_next, value, value_next)
         if _dispatch.needs_autograd(z, denoised):
-            return apply(_EulerStep, *call, impl)
+            return recorded(_EulerStep, *call, impl)()
         return _FWD[impl](*call)
     return reference.euler_step(z, denoised, sigma, sigma_next)

@@ -1,11 +1,46 @@
 """gated_residual: add a gated branch to the residual stream."""
 
+import torch
 from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
-from dblocks.ops._dispatch import Impl
-from dblocks.ops.adaln import fused
+from dblocks.ops._dispatch import Impl, check_first_order, recorded
+from dblocks.ops.adaln import BACKWARD, FORWARD
+
+
+def _x_new(x: Tensor, branch: Tensor, gate: Tensor | None, impl: str) -> Tensor:
+    absent = (None,) * 4  # shift, scale, weight, bias
+    return FORWARD[impl](x, branch, gate, *absent, False, False, 0.0, x.dtype)[0]
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, branch, gate, impl):
+        ctx.set_materialize_grads(False)
+        # The values of the branch are needed for dgate only, its dtype is x's or must be kept.
+        keeps_branch = ctx.needs_input_grad[2] or branch.dtype != x.dtype
+        ctx.save_for_backward(branch if keeps_branch else None, gate)
+        ctx.impl = impl
+        return _x_new(x, branch, gate, impl)
+
+    @staticmethod
+    def backward(ctx, dx_new):
+        check_first_order("gated_residual")
+        if dx_new is None:
+            return (None,) * 4
+        branch, gate = ctx.saved_tensors
+        need_x, need_branch, need_gate = ctx.needs_input_grad[:3]
+        dbranch = dgate = None
+        if need_branch or need_gate:
+            branch = dx_new if branch is None else branch  # stands in for its shape and dtype
+            absent = (None,) * 6  # shift, scale, weight, bias, mean, rstd
+            _, dbranch, dgate, *_ = BACKWARD[ctx.impl](
+                None, dx_new, dx_new, branch, gate, *absent, False,
+                [False, need_branch, need_gate, False, False, False, False],
+            )  # fmt: skip
+        dx = dx_new if need_x else None  # x passes its gradient on unchanged
+        return dx, dbranch if need_branch else None, dgate if need_gate else None, None
 
 
 def gated_residual(
@@ -34,6 +69,10 @@ def gated_residual(
     if not _dispatch.rows_fit(x, (branch,), (gate,)):
         _checks.check_rows(x, {"branch": branch}, {"gate": gate}, {})
     impl = _dispatch.resolve_impl(impl, x, "gated_residual")
+    if impl == "triton":
+        _dispatch.check_triton_rows(x, "gated_residual")
     if impl != "reference":
-        return fused("gated_residual", impl, x, branch, gate, normalise=False)
+        if _dispatch.needs_autograd(x, branch, gate):
+            return recorded(_GatedResidual, x, branch, gate, impl)()
+        return _x_new(x, branch, gate, impl)
     return reference.gated_residual(x, branch, gate)

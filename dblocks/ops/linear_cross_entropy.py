@@ -9,8 +9,8 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
 from dblocks.ops import _chunked_cross_entropy as chunked
-from dblocks.ops._dispatch import apply, constant, first_order, kept
-from dblocks.ops._library import define, library, triton_kernel
+from dblocks.ops._dispatch import check_first_order, constant, kept, recorded
+from dblocks.ops._library import define
 
 CrossEntropyImpl = Literal["auto", "reference", "chunked", "triton"]
 Reduction = Literal["mean", "none"]
@@ -24,31 +24,6 @@ _SCHEMA = (
     "SymInt ignore_index, bool[] needs) -> "
     "(Tensor loss, Tensor scale, Tensor dh, Tensor dweight, Tensor dbias, Tensor losses)"
 )
-
-
-@torch.library.impl(library, "linear_cross_entropy_chunked", "CompositeExplicitAutograd")
-@torch.library.impl(library, "linear_cross_entropy_again_chunked", "CompositeExplicitAutograd")
-def _chunked(h, weight, target, bias, row_weight, ignore_index, needs):
-    return chunked.forward(
-        h, weight, target, bias, row_weight, ignore_index, needs,
-        rows=chunked.plain_rows, dtype=reference.compute_dtype(h),
-    )  # fmt: skip
-
-
-@triton_kernel("linear_cross_entropy")
-@triton_kernel("linear_cross_entropy_again")
-def _triton(h, weight, target, bias, row_weight, ignore_index, needs):
-    from dblocks.kernels.cross_entropy import cross_entropy
-
-    def rows(logits, bias, target, losses, grad):
-        narrow = None if grad is None or grad.dtype == logits.dtype else grad
-        in_place = grad is not None and (narrow is None or needs[2])
-        cross_entropy(logits, bias, target, losses, narrow, in_place)
-        return losses.new_ones(len(losses), 1)
-
-    return chunked.forward(
-        h, weight, target, bias, row_weight, ignore_index, needs, rows=rows, dtype=h.dtype
-    )
 
 
 def _fake(h, weight, target, bias, row_weight, ignore_index, needs):
@@ -77,8 +52,8 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @first_order("linear_cross_entropy")
     def backward(ctx, grad):
+        check_first_order("linear_cross_entropy")
         if grad is None:
             return (None,) * 8
         scale, *sums = ctx.saved_tensors
@@ -101,8 +76,8 @@ class _RowLosses(torch.autograd.Function):
         return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
 
     @staticmethod
-    @first_order("linear_cross_entropy")
     def backward(ctx, grad):
+        check_first_order("linear_cross_entropy")
         if grad is None:
             return (None,) * 6
         h, weight, bias, target = ctx.saved_tensors
@@ -183,7 +158,11 @@ def linear_cross_entropy(
     """
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
-    _check(h, weight, target, bias, row_weight, ignore_index)
+    tensors = (h, weight, target, bias, row_weight)
+    layout, known = _dispatch.seen((OP, type(ignore_index)), tensors)
+    if not known:
+        _check(*tensors, ignore_index)
+        _dispatch.remember(layout)
     row_weight = None if row_weight is None else constant(row_weight)
     used = _resolve(impl, h, weight)
     if used == "reference":
@@ -203,14 +182,14 @@ def linear_cross_entropy(
         needs = [False] * 3
         return _OPS[used](h, weight, target, bias, row_weight, ignore_index, needs)[0]
     needs = [h.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
-    return apply(_Loss, h, weight, bias, target, row_weight, ignore_index, needs, used)
+    return recorded(_Loss, h, weight, bias, target, row_weight, ignore_index, needs, used)()
 
 
 def _row_losses(
     impl: str, h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
 ) -> Tensor:
     if _dispatch.needs_autograd(h, weight, bias):
-        return apply(_RowLosses, h, weight, bias, target, ignore_index, impl)
+        return recorded(_RowLosses, h, weight, bias, target, ignore_index, impl)()
     return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept
+from dblocks.ops._dispatch import Impl, check_first_order, constant, kept, recorded
 from dblocks.ops._levels import check_noised, split_seed
 from dblocks.ops._library import define, triton_kernel
 
@@ -73,8 +73,8 @@ class _NoiseInject(torch.autograd.Function):
         return z, z_in
 
     @staticmethod
-    @first_order("noise_inject")
     def backward(ctx, dz, dz_in):
+        check_first_order("noise_inject")
         dz = dz if ctx.need_z else None
         if dz_in is None:
             return (None if dz is None else dz.to(ctx.dtype), *(None,) * 8)
@@ -137,14 +137,14 @@ def noise_inject(
         check_noised({"y": y}, sigma, sigma_data)
     if dtype is not None and dtype not in _dispatch.FLOATS:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
-    fits = _dispatch.seed_fits(seed, offset, y)
-    seed_tensor, number = (None, seed) if fits else split_seed(seed, offset, y)
+    split = _dispatch.known_seed(seed, offset, y) or split_seed(seed, offset, y)
+    seed_tensor, number = split
     sigma = constant(sigma)
     impl = _dispatch.resolve_impl(impl, y, "noise_inject")
     if impl != "reference":
         call = (y, sigma, seed_tensor, number, offset, float(sigma_data), dtype or y.dtype, need_z)
         watched = _dispatch.needs_autograd(y)
-        z, z_in = apply(_NoiseInject, *call, impl) if watched else _FWD[impl](*call)
+        z, z_in = recorded(_NoiseInject, *call, impl)() if watched else _FWD[impl](*call)
         return Noised(z if need_z else None, z_in)
     return Noised(
         *reference.noise_inject(

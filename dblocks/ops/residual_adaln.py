@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
-from dblocks.ops._dispatch import Impl, Norm
-from dblocks.ops.adaln import fused
+from dblocks.ops._dispatch import Impl, Norm, check_first_order, recorded
+from dblocks.ops.adaln import BACKWARD, FORWARD
 
 
 class Residual(NamedTuple):
@@ -16,6 +16,44 @@ class Residual(NamedTuple):
 
     x_new: Tensor
     y: Tensor
+
+
+class _ResidualAdaLN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, impl):
+        x_new, y, mean, rstd = FORWARD[impl](
+            x, branch, gate, shift, scale, weight, bias, True, rms, eps, out_dtype
+        )
+        ctx.set_materialize_grads(False)
+        # The values of the branch are needed for dgate only, its dtype is x's or must be kept.
+        keeps_branch = ctx.needs_input_grad[2] or branch.dtype != x.dtype
+        ctx.save_for_backward(
+            x_new, branch if keeps_branch else None, gate, shift, scale, weight, bias, mean, rstd
+        )
+        ctx.rms, ctx.impl = rms, impl
+        if not any(ctx.needs_input_grad[:3]):
+            ctx.mark_non_differentiable(x_new)  # it depends on x, branch and gate only
+        return x_new, y
+
+    @staticmethod
+    def backward(ctx, dx_new, dy):
+        check_first_order("residual_adaln")
+        if dx_new is None and dy is None:
+            return (None,) * 11
+        x_new, branch, *others = ctx.saved_tensors
+        branch = x_new if branch is None else branch  # stands in for its shape and dtype
+        needs = list(ctx.needs_input_grad[:7])
+        if dy is None:
+            # x_new passes its gradient on unchanged, and the norm has none.
+            needs[0] = False
+            needs[3:] = [False] * 4
+        grads = [None] * 7
+        if any(needs):
+            outputs = BACKWARD[ctx.impl](dy, dx_new, x_new, branch, *others, ctx.rms, needs)
+            grads = [g if n else None for g, n in zip(outputs, needs, strict=True)]
+        if dy is None and ctx.needs_input_grad[0]:
+            grads[0] = dx_new
+        return (*grads, None, None, None, None)
 
 
 def residual_adaln(
@@ -72,14 +110,17 @@ def residual_adaln(
     if out_dtype is not None:
         _checks.check_out_dtype(out_dtype)
     impl = _dispatch.resolve_impl(impl, x, "residual_adaln")
+    if impl == "triton":
+        _dispatch.check_triton_rows(x, "residual_adaln")
     if impl != "reference":
-        out = fused(
-            "residual_adaln", impl, x, branch, gate, shift, scale, weight, bias,
-            rms=norm == "rms", eps=eps, out_dtype=out_dtype,
-        )  # fmt: skip
-    else:
-        out = reference.residual_adaln(
+        call = (x, branch, gate, shift, scale, weight, bias)
+        options = (norm == "rms", eps, out_dtype or x.dtype)
+        if _dispatch.needs_autograd(*call):
+            return Residual(*recorded(_ResidualAdaLN, *call, *options, impl)())
+        return Residual(*FORWARD[impl](*call, True, *options)[:2])
+    return Residual(
+        *reference.residual_adaln(
             x, branch, gate, shift, scale,
             weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype,
-        )  # fmt: skip
-    return Residual(*out)
+        )
+    )  # fmt: skip

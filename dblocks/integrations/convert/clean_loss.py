@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dblocks.blocks import Batch
 from dblocks.integrations.convert.network import Converted
-from dblocks.ops._dispatch import apply, first_order
+from dblocks.ops._dispatch import check_first_order, recorded
 
 
 def clean_loss(
@@ -59,7 +59,7 @@ def _with_gradients(
 ) -> Tensor:
     """`value`, 0-d, as a function of the parameters with these gradients."""
     pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-    return apply(_Known, value, *(p for p, _ in pairs), *(g for _, g in pairs))
+    return recorded(_Known, value, *(p for p, _ in pairs), *(g for _, g in pairs))()
 
 
 class _Known(torch.autograd.Function):
@@ -71,7 +71,7 @@ class _Known(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @first_order("the clean loss of ConvertedBlocks", "set clean_loss_weight=0")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_order("the clean loss of ConvertedBlocks", "set clean_loss_weight=0")
         gradients = ctx.saved_tensors
         return (None, *(grad.to(g.dtype) * g for g in gradients), *(None for _ in gradients))

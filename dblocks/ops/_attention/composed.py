@@ -12,7 +12,7 @@ from dblocks.ops import _dispatch
 from dblocks.ops._attention import chunks, shifted
 from dblocks.ops._attention.backends import choose
 from dblocks.ops._attention.pieces import Options, Piece, Saved, pieces, wide
-from dblocks.ops._dispatch import apply, first_order
+from dblocks.ops._dispatch import check_first_order, recorded
 from dblocks.ops._library import define, library
 
 _OPTIONS = (
@@ -120,8 +120,8 @@ class _Composed(torch.autograd.Function):
         return o.to(q.dtype)
 
     @staticmethod
-    @first_order("doubled_attention")
     def backward(ctx, grad):
+        check_first_order("doubled_attention")
         needs = ctx.needs_input_grad[:3]
         none = (None,) * len(ctx.options)
         if grad is None or not any(needs):
@@ -164,5 +164,5 @@ def composed(
         window, softcap, alibi_slopes, backend,
     )  # fmt: skip
     if _dispatch.needs_autograd(q, k, v):
-        return apply(_Composed, q, k, v, *options)
+        return recorded(_Composed, q, k, v, *options)()
     return _FWD(q, k, v, *options)[0].to(q.dtype)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dblocks.ops import _dispatch
-from dblocks.ops._dispatch import apply, first_order
+from dblocks.ops._dispatch import check_first_order, recorded
 from dblocks.ops._library import define, triton_kernel
 
 MIN_WIDTH, MAX_WIDTH = 16, 256  # of a tile: matrix instructions, registers
@@ -74,8 +74,8 @@ class _DoubledAttention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @first_order("doubled_attention")
     def backward(ctx, do):
+        check_first_order("doubled_attention")
         q, k, v, o, lse, *given = ctx.saved_tensors
         options = list(ctx.options)
         for i in (i for i, tensor in enumerate(ctx.tensors) if tensor):
@@ -114,7 +114,7 @@ def fused(
         order == "noisy_clean", valid, window, softcap, alibi_slopes,
     )  # fmt: skip
     if _dispatch.needs_autograd(q, k, v):
-        return apply(_DoubledAttention, q, k, v, *options)
+        return recorded(_DoubledAttention, q, k, v, *options)()
     return _FWD(q, k, v, *options)[0]
 
 

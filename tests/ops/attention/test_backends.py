@@ -10,7 +10,8 @@ import torch
 from dblocks.functional import doubled_attention
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._attention import backends, choice, composed, shifted
+from dblocks.ops import doubled_attention as op
+from dblocks.ops._attention import backends, composed, shifted
 from tools import seeded
 
 aten = torch.ops.aten
@@ -321,7 +322,7 @@ def test_fast_backends_come_first(gpu, installed, monkeypatch):
 
 
 def pick(q, v=None, **options):
-    return choice.explained(q, q, q if v is None else v, **options)[0]
+    return op.explained(q, q, q if v is None else v, **options)[0]
 
 
 def test_what_auto_picks(gpu, monkeypatch):
@@ -354,7 +355,7 @@ def test_auto_has_a_crossover_where_attention_is_fast(gpu, monkeypatch, width, T
 
 def test_a_backend_means_composed():
     options = {"block_size": 1}
-    resolve = lambda impl, backend: choice.resolve(impl, backend, Q, Q, Q, options)
+    resolve = lambda impl, backend: op.resolve(impl, backend, Q, Q, Q, options)
     assert resolve("auto", "sdpa") == resolve("composed", "sdpa") == "composed"
     expected = reference.doubled_attention(Q + 1, Q + 1, Q + 1)[0]
     torch.testing.assert_close(doubled_attention(Q + 1, Q + 1, Q + 1, backend="sdpa"), expected)
