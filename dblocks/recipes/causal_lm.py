@@ -12,6 +12,7 @@ from dblocks.recipes import columns
 from dblocks.recipes.autoregressive import AutoregressiveOptions, AutoregressiveTrainer
 from dblocks.recipes.command import Recipe, check_steps
 from dblocks.recipes.data.text import Corpus, load_corpus
+from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.writing import SampleText, load_text_model, print_bits
@@ -77,6 +78,7 @@ GPU = CausalLMRun(
 RECIPE = Recipe(
     run=CausalLMRun(),
     gpu=GPU,
+    paper=EXPERIMENTS["causal-lm"],
     out=Path("runs/causal-lm"),
     columns=(*columns.CAUSAL_LM, *COSTS),
     published=PUBLISHED,

@@ -31,6 +31,7 @@ from dblocks.recipes.metrics.classes import accuracy
 from dblocks.recipes.metrics.denoising import held_out_loss
 from dblocks.recipes.metrics.images import frechet_distance, in_batches, standard_deviation
 from dblocks.recipes.metrics.judge import FEATURES, train_judge
+from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.progress import progress_bar
 from dblocks.recipes.run import Run, check_seed
 from dblocks.recipes.tables import COSTS
@@ -125,7 +126,7 @@ class DiTRun(Run):
         return DiTTrainer(self, *data)
 
 
-# As in the paper's CIFAR-10 experiment: 12 layers of DiT-S, patches of 2.
+# The network of the paper's CIFAR-10 experiment, DiT-S with patches of 2, trained for longer.
 GPU = DiTRun(
     data="cifar10",
     steps=300_000,
@@ -142,6 +143,7 @@ GPU = DiTRun(
 RECIPE = Recipe(
     run=DiTRun(),
     gpu=GPU,
+    paper=EXPERIMENTS["dit"],
     out=Path("runs/dit"),
     columns=(*columns.DIT, *COSTS),
     after="Draw images with\ndblocks sample dit --checkpoint {out} --out samples.png",

@@ -17,6 +17,7 @@ from dblocks.recipes.data.batches import TextData
 from dblocks.recipes.data.text import Corpus, load_corpus
 from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.masked import Bits, bits_per_character
+from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.progress import progress_bar
 from dblocks.recipes.run import Run, check_seed
 from dblocks.recipes.tables import COSTS
@@ -115,6 +116,7 @@ GPU = MaskedLMRun(
 RECIPE = Recipe(
     run=MaskedLMRun(),
     gpu=GPU,
+    paper=EXPERIMENTS["masked-lm"],
     out=Path("runs/masked-lm"),
     columns=(*columns.MASKED_LM, *COSTS),
     after="Write text, or fill the gaps of one, with\n"

@@ -19,6 +19,7 @@ from dblocks.recipes.command import Recipe, check_positive
 from dblocks.recipes.data.batches import Batch
 from dblocks.recipes.data.text import Corpus, load_corpus
 from dblocks.recipes.metrics.autoregressive import bits_per_character
+from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.writing import SampleText, load_text_model, print_bits, scored_part
@@ -113,6 +114,7 @@ GPU = RecurrentRun(
 RECIPE = Recipe(
     run=RecurrentRun(),
     gpu=GPU,
+    paper=EXPERIMENTS["recurrent"],
     out=Path("runs/recurrent"),
     columns=(*columns.RECURRENT, *COSTS),
     after="Write text with\ndblocks sample recurrent --checkpoint {out} --prompt 'The ' --steps 8",

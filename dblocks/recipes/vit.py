@@ -23,11 +23,12 @@ from dblocks.recipes.data.splits import Images
 from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.classes import accuracy
 from dblocks.recipes.metrics.classifier import Classifier
+from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.run import Run, check_seed
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.trainer import Trainer
 
-DENOISING_STEPS = (1, 2, 3, 6, 12)  # with which the final accuracy is measured too
+DENOISING_STEPS = (1, 2, 3, 4, 6, 12)  # with which the final accuracy is measured too
 MOST_PATCH = 7  # side of a patch that is taken by default
 
 
@@ -124,6 +125,7 @@ PUBLISHED: dict[str, Any] = {
 
 RECIPE = Recipe(
     run=ViTRun(),
+    paper=EXPERIMENTS["vit"],
     out=Path("runs/vit"),
     columns=(*columns.VIT, *COSTS),
     published=PUBLISHED,
