@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dblocks.recipes.trainer import Trainer
 
 SEED_END = 2**63
-ADDED = ("shared", "block")  # fields that earlier records do not have
+ADDED = ("shared", "block", "data_path", "fold")  # fields that earlier records do not have
 
 
 def check_seed(seed: int) -> None:
