@@ -27,7 +27,7 @@ RECIPES: dict[str, Any] = {
 H200 = Machine(memory=141 * 10**9, link=50e9, flops=400e12)
 DAY = 86400
 PLAN_HEAD = (
-    "| | end to end, peak | with checkpointing | blocks | peak | days in blocks | days end to end |\n"
+    "| | end to end, peak | checkpointing | blocks | peak | days in blocks | days end to end |\n"
     "|---|--:|--:|--:|--:|--:|--:|"
 )
 

@@ -18,6 +18,7 @@ from dblocks.recipes.columns import STEPS_WINDOWS
 from dblocks.recipes.command import Recipe, check_positive
 from dblocks.recipes.data.batches import Batch
 from dblocks.recipes.data.text import Corpus, load_corpus
+from dblocks.recipes.data.text_sources import Fold
 from dblocks.recipes.metrics.autoregressive import bits_per_character
 from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.run import Run
@@ -185,6 +186,10 @@ class Eval:
 
     data: str = "pydoc"
     """What to evaluate on: the last tenth of this text; see `dblocks train recurrent`."""
+    data_path: str | None = None
+    """See `dblocks train recurrent`."""
+    fold: Fold | None = None
+    """Make letters and spaces of the text, as in training."""
     checkpoint: Path = RECIPE.out
     """Folder that `dblocks train recurrent` wrote."""
     steps: int | None = None
@@ -196,7 +201,9 @@ class Eval:
         """Load, score the held-out part, and print the bits per character."""
         check_positive(self.steps)
         model, network, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")
-        text = load_corpus(self.data, tokenizer=tokenizer).evaluated
+        text = load_corpus(
+            self.data, path=self.data_path, fold=self.fold, tokenizer=tokenizer
+        ).evaluated
         context = network.config.context
         if isinstance(model, DiffusionBlocks):
             if self.steps is not None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from dblocks.recipes.trainer import Trainer
 
 SEED_END = 2**63
-ADDED = ("shared", "block", "decay")  # fields that earlier records do not have
+# Fields that earlier records do not have; they are written where they are not the default.
+ADDED = ("shared", "block", "data_path", "fold", "decay")
 
 
 def check_seed(seed: int) -> None:
