@@ -131,8 +131,8 @@ class Merge:
 
 COMMANDS = {"info": Info, "bench": Bench}
 RECIPE_HELP = (
-    "Defaults of the other flags: small, for minutes on a CPU; gpu, for one large GPU. "
-    "`--recipe gpu --help` shows them."
+    "Defaults of the other flags: small, for minutes on a CPU; gpu, for one large GPU; paper, of "
+    "the paper's experiment on --data NAME. `--recipe gpu --help` shows them."
 )
 PATH_FLAGS = ("--out", "--checkpoint", "--compare", "--data", "--tokenizer", "--model")
 PATH_FLAGS += ("--json", "--chart")
@@ -199,7 +199,7 @@ def _parse(argv: Sequence[str]) -> Callable[[], None]:
         {
             **_verbs(tyro, argv),
             "merge": _positional(tyro, Merge, "out", "folders"),
-            "plan": plan.command(tyro, argv),
+            "plan": plan.command(tyro, argv, _planned(argv)),
             **COMMANDS,
         },
         prog="dblocks",
@@ -214,18 +214,38 @@ def _parse(argv: Sequence[str]) -> Callable[[], None]:
     return getattr(parsed, "network", parsed)
 
 
-def _verbs(tyro: Any, argv: Sequence[str]) -> dict[str, type]:
-    """The commands of the networks."""
+def _networks() -> dict[str, Any]:
+    """The modules of the networks' recipes."""
     from dblocks.recipes import causal_lm, dit, masked_lm, recurrent, vit
 
-    networks = {
+    return {
         "vit": vit,
         "causal-lm": causal_lm,
         "masked-lm": masked_lm,
         "recurrent": recurrent,
         "dit": dit,
     }
-    train = {name: _training(tyro, module.RECIPE, argv) for name, module in networks.items()}
+
+
+def _planned(argv: Sequence[str]) -> dict[str, Any]:
+    """The defaults of the flags of `dblocks plan NETWORK --recipe paper`; none without it."""
+    found = _chosen(argv)
+    networks = _networks()
+    network = next((word for word in argv[1:] if word in networks), None)
+    if argv[:1] != ["plan"] or found.recipe != "paper" or network is None:
+        return {}
+    from dblocks.recipes.paper.choice import experiment_of, run_of
+    from dblocks.recipes.paper.networks import plan_of
+
+    recipe = networks[network].RECIPE
+    experiment = experiment_of(recipe.paper, found.data)
+    return plan_of(experiment, run_of(experiment, recipe.run))
+
+
+def _verbs(tyro: Any, argv: Sequence[str]) -> dict[str, type]:
+    """The commands of the networks."""
+    networks = _networks()
+    train = {name: _training(tyro, name, module.RECIPE, argv) for name, module in networks.items()}
     evaluate = {name: module.Eval for name, module in networks.items()}
     sample = {name: module.Sample for name, module in networks.items() if hasattr(module, "Sample")}
     return {
@@ -235,17 +255,28 @@ def _verbs(tyro: Any, argv: Sequence[str]) -> dict[str, type]:
     }
 
 
-def _training(tyro: Any, recipe: Recipe, argv: Sequence[str]) -> Any:
-    """The command that trains by a recipe, with the defaults of its flags.
-
-    The flags are the fields of the run, and a few more. `--recipe` and `--published` choose the
-    defaults of the others, so they are read beforehand.
-    """
+def _chosen(argv: Sequence[str]) -> Any:
+    """What decides the defaults of other flags."""
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--recipe", nargs="?")
+    chosen.add_argument("--data", nargs="?")
     chosen.add_argument("--published", action="store_true")
-    found, _ = chosen.parse_known_args(list(argv))
-    run = recipe.defaults(gpu=found.recipe == "gpu", published=found.published)
+    return chosen.parse_known_args(list(argv))[0]
+
+
+def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> Any:
+    """The command that trains by a recipe, with the defaults of its flags.
+
+    The flags are the fields of the run, and a few more. `--recipe`, the paper's `--data` and
+    `--published` choose the defaults of the others, so they are read beforehand.
+    """
+    found = _chosen(argv)
+    here = list(argv[:2]) == ["train", network]
+    run = (
+        recipe.defaults(found.recipe, data=found.data, published=found.published)
+        if here
+        else (recipe.run)
+    )
     # Which part of the data a run holds out is for studies to choose.
     from dblocks.recipes.command import KEEP
 
@@ -256,8 +287,8 @@ def _training(tyro: Any, recipe: Recipe, argv: Sequence[str]) -> Any:
     more.append(("checkpoint_every", every, None))
     more.append(("keep", Annotated[int, tyro.conf.arg(help=KEEP_HELP)], KEEP))
     more.append(("resume", Annotated[bool, tyro.conf.arg(help=RESUME_HELP)], False))
-    if recipe.gpu is not None:
-        kind = Annotated[Literal["small", "gpu"], tyro.conf.arg(help=RECIPE_HELP)]
+    if len(recipe.kinds) > 1:
+        kind = Annotated[Literal[recipe.kinds], tyro.conf.arg(help=RECIPE_HELP)]
         more.append(("recipe", kind, "small"))
     if recipe.published:
         kind = Annotated[bool, tyro.conf.arg(help=recipe.published_help)]
@@ -274,6 +305,7 @@ def _training(tyro: Any, recipe: Recipe, argv: Sequence[str]) -> Any:
             checkpoint_every=flags.checkpoint_every,
             keep=flags.keep,
             resume=flags.resume,
+            kind=getattr(flags, "recipe", "small"),
         )
 
     made: Any = make_dataclass(

@@ -53,7 +53,7 @@ def test_flags_are_the_fields_of_a_run(capsys):
     flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(dit.DiTRun)}
     assert {flag for flag in flags if f" {flag} " not in text} == {"--part"}
     assert "--out" in text
-    assert "--recipe {small,gpu}" in text
+    assert "--recipe {small,gpu,paper}" in text
     assert "--published" not in text
 
 

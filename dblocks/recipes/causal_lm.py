@@ -12,6 +12,8 @@ from dblocks.recipes import columns
 from dblocks.recipes.autoregressive import AutoregressiveOptions, AutoregressiveTrainer
 from dblocks.recipes.command import Recipe, check_steps
 from dblocks.recipes.data.text import Corpus, load_corpus
+from dblocks.recipes.data.text_sources import Fold
+from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.writing import SampleText, load_text_model, print_bits
@@ -77,6 +79,7 @@ GPU = CausalLMRun(
 RECIPE = Recipe(
     run=CausalLMRun(),
     gpu=GPU,
+    paper=EXPERIMENTS["causal-lm"],
     out=Path("runs/causal-lm"),
     columns=(*columns.CAUSAL_LM, *COSTS),
     published=PUBLISHED,
@@ -144,6 +147,10 @@ class Eval:
 
     data: str = "pydoc"
     """What to evaluate on: the last tenth of this text; see `dblocks train causal-lm`."""
+    data_path: str | None = None
+    """See `dblocks train causal-lm`."""
+    fold: Fold | None = None
+    """Make letters and spaces of the text, as in training."""
     checkpoint: Path = RECIPE.out
     """Folder that `dblocks train causal-lm` wrote."""
     windows: int = 1024
@@ -152,7 +159,9 @@ class Eval:
     def __call__(self) -> None:
         """Load, score the held-out part, and print the bits per character."""
         model, network, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
-        text = load_corpus(self.data, tokenizer=tokenizer).evaluated
+        text = load_corpus(
+            self.data, path=self.data_path, fold=self.fold, tokenizer=tokenizer
+        ).evaluated
         print_bits(model, text, network.config.context, self.windows)
 
 

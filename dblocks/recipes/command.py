@@ -13,6 +13,9 @@ from dblocks.config import check_count, json_text
 from dblocks.recipes import records
 from dblocks.recipes.keeping import FOLDER as CHECKPOINTS_FOLDER
 from dblocks.recipes.keeping import Keeping
+from dblocks.recipes.paper.choice import check_files, experiment_of, run_of
+from dblocks.recipes.paper.experiment import Experiment
+from dblocks.recipes.paper.report import beside
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import Column, text_table
 from dblocks.recipes.trainer import Trainer
@@ -34,6 +37,8 @@ class Recipe:
     """Of the table that is printed."""
     gpu: Run | None = None
     """The defaults with `--recipe gpu`, for a large GPU; None: there is no such flag."""
+    paper: Sequence[Experiment] = ()
+    """The experiments of the paper, `--recipe paper`; none: there is no such flag."""
     published: Mapping[str, Any] = field(default_factory=dict)
     """What `--published` changes; nothing: there is no such flag."""
     published_help: str = ""
@@ -41,9 +46,27 @@ class Recipe:
     after: str = ""
     """What to print at the end; {out} stands for the folder."""
 
-    def defaults(self, *, gpu: bool, published: bool) -> Run:
-        """The defaults of the flags with `--recipe gpu` and `--published`."""
-        run = self.gpu if gpu and self.gpu is not None else self.run
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What `--recipe` takes."""
+        more = [("gpu", self.gpu is not None), ("paper", bool(self.paper))]
+        return ("small", *(name for name, there in more if there))
+
+    def defaults(
+        self, kind: str | None = None, *, data: str | None = None, published: bool = False
+    ) -> Run:
+        """The defaults of the flags with `--recipe`, `--data` and `--published`.
+
+        Raises:
+            ValueError: the paper has no experiment on the data, or both it and published are asked.
+        """
+        run = self.run
+        if kind == "gpu" and self.gpu is not None:
+            run = self.gpu
+        if kind == "paper" and self.paper:
+            if published:
+                raise ValueError("--recipe paper is as published already; leave --published out")
+            run = run_of(experiment_of(self.paper, data), run)
         return dataclasses.replace(run, **self.published) if published else run
 
     def train(
@@ -55,6 +78,7 @@ class Recipe:
         checkpoint_every: int | None = None,
         keep: int = KEEP,
         resume: bool = False,
+        kind: str = "small",
     ) -> None:
         """Trains with a progress bar, writes network and record, and prints the table.
 
@@ -65,13 +89,19 @@ class Recipe:
             checkpoint_every: steps between two checkpoints.
             keep: how many of the last ones stay.
             resume: whether to go on from the newest.
+            kind: what `--recipe` says: "paper" prints what the paper reached beside it.
 
         Raises:
-            ValueError: `out` cannot be written to, or holds a save or checkpoints and neither
-                `overwrite` nor `resume` is given; found out before training.
+            ValueError: the files of the paper's data are not given; or `out` cannot be written to,
+                or holds a save or checkpoints and neither `overwrite` nor `resume` is given; found
+                out before training.
             ImportError: a package that this needs is not installed; likewise.
             Interrupted: Ctrl-C or SIGTERM came, and there is a checkpoint.
         """
+        experiment = None
+        if kind == "paper":
+            experiment = experiment_of(self.paper, getattr(run, "data", None))
+            check_files(experiment, run)
         if run.block is not None:
             out = out / f"block-{run.block}"
         folder = out / CHECKPOINTS_FOLDER
@@ -107,6 +137,8 @@ class Recipe:
             print(_of_block(run, trained.record, out))
             return
         print(text_table({run.name: [trained.record]}, self.columns))
+        if experiment is not None:
+            print(f"\n{beside(experiment, run, run_of(experiment, self.run), trained.record)}")
         print(f"\nSaved model.safetensors, config.json and run.json in {out}")
         if self.after:
             print(self.after.format(out=out))

@@ -25,12 +25,13 @@ from dblocks.recipes import columns, image_grid
 from dblocks.recipes.command import Recipe, check_free, load_network
 from dblocks.recipes.data.batches import ImageData
 from dblocks.recipes.data.images import load_images
-from dblocks.recipes.data.splits import Images
+from dblocks.recipes.data.splits import Images, values
 from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.classes import accuracy
 from dblocks.recipes.metrics.denoising import held_out_loss
 from dblocks.recipes.metrics.images import frechet_distance, in_batches, standard_deviation
 from dblocks.recipes.metrics.judge import FEATURES, train_judge
+from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.progress import progress_bar
 from dblocks.recipes.run import Run, check_seed
 from dblocks.recipes.tables import COSTS
@@ -55,9 +56,12 @@ class DiTRun(Run):
 
     data: str = "digits"
     """What to train on: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
-    fashion-mnist, of Debian's package dataset-fashion-mnist; cifar10; hf:NAME of Hugging Face; a
-    folder of images, with a sub-folder for each class, of IDX files (MNIST's format) or of CIFAR's
-    binary version; or a .npy or .npz file of images or latents."""
+    fashion-mnist, of Debian's package dataset-fashion-mnist; cifar-10, cifar-100, tiny-imagenet,
+    imagenet or imagenet-latents, which --data-path names; hf:NAME of Hugging Face; or a path: a
+    folder of images, with a sub-folder for each class, of IDX, CIFAR, parquet or arrow files or of
+    latents, or a .npy or .npz file of images or latents."""
+    data_path: str | None = None
+    """The folder of cifar-10 and the others."""
     image_size: int | None = None
     """Height and width to scale and crop the images of a folder to."""
     scale: float = 1.0
@@ -121,13 +125,15 @@ class DiTRun(Run):
 
     def trainer(self) -> DiTTrainer:
         """The network of this run with its data, ready to train."""
-        data = load_images(self.data, self.part, size=self.image_size, scale=self.scale)
+        data = load_images(
+            self.data, self.part, path=self.data_path, size=self.image_size, scale=self.scale
+        )
         return DiTTrainer(self, *data)
 
 
-# As in the paper's CIFAR-10 experiment: 12 layers of DiT-S, patches of 2.
+# The network of the paper's CIFAR-10 experiment, DiT-S with patches of 2, trained for longer.
 GPU = DiTRun(
-    data="cifar10",
+    data="cifar-10",
     steps=300_000,
     batch_size=256,
     lr=3e-4,
@@ -142,6 +148,7 @@ GPU = DiTRun(
 RECIPE = Recipe(
     run=DiTRun(),
     gpu=GPU,
+    paper=EXPERIMENTS["dit"],
     out=Path("runs/dit"),
     columns=(*columns.DIT, *COSTS),
     after="Draw images with\ndblocks sample dit --checkpoint {out} --out samples.png",
@@ -220,8 +227,8 @@ class DiTTrainer(Trainer):
                 )  # fmt: skip
             chunks.append(images.cpu())
         seconds = (time.perf_counter() - start) / run.samples
-        low, high = self.data.images.aminmax()
-        images = torch.cat(chunks).clamp(low.item(), high.item())
+        low, high = values(torch.stack(self.data.images.aminmax())).tolist()
+        images = torch.cat(chunks).clamp(low, high)
         return Sampled(images, labels if config.num_classes else None, seconds)
 
     def _judged(self, guided: Sampled) -> dict[str, Any] | None:
@@ -235,10 +242,10 @@ class DiTTrainer(Trainer):
         judge = train_judge(self.data, num_classes, device=run.device)
 
         def features(images: Tensor) -> Tensor:
-            return in_batches(lambda x: judge.features(x.float().to(run.device)), images)
+            return in_batches(lambda x: judge.features(values(x).to(run.device)), images)
 
         def correct(images: Tensor, labels: Tensor) -> float:
-            logits = in_batches(lambda x: judge(x.float().to(run.device)), images)
+            logits = in_batches(lambda x: judge(values(x).to(run.device)), images)
             return accuracy(logits, labels)
 
         held_out = features(self.evaluated.images)
@@ -278,6 +285,8 @@ class Eval:
 
     data: str = "digits"
     """What to evaluate on: the held-out part of this data; see `dblocks train dit`."""
+    data_path: str | None = None
+    """See `dblocks train dit`."""
     image_size: int | None = None
     """Height and width to scale and crop the images of a folder to."""
     scale: float = 1.0
@@ -288,7 +297,9 @@ class Eval:
     def __call__(self) -> None:
         """Load, and print the loss on the held-out part."""
         model, _ = load_network(self.checkpoint, DiT, "dit")
-        _, held_out = load_images(self.data, size=self.image_size, scale=self.scale)
+        _, held_out = load_images(
+            self.data, path=self.data_path, size=self.image_size, scale=self.scale
+        )
         value = held_out_loss(model, held_out)
         print(f"held-out L2 loss {value:.4f} on {len(held_out):,} images")
 

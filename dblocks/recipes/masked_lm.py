@@ -15,8 +15,10 @@ from dblocks.recipes import columns
 from dblocks.recipes.command import Recipe
 from dblocks.recipes.data.batches import TextData
 from dblocks.recipes.data.text import Corpus, load_corpus
+from dblocks.recipes.data.text_sources import Fold
 from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.masked import Bits, bits_per_character
+from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.progress import progress_bar
 from dblocks.recipes.run import Run, check_seed
 from dblocks.recipes.tables import COSTS
@@ -115,6 +117,7 @@ GPU = MaskedLMRun(
 RECIPE = Recipe(
     run=MaskedLMRun(),
     gpu=GPU,
+    paper=EXPERIMENTS["masked-lm"],
     out=Path("runs/masked-lm"),
     columns=(*columns.MASKED_LM, *COSTS),
     after="Write text, or fill the gaps of one, with\n"
@@ -187,6 +190,10 @@ class Eval:
 
     data: str = "pydoc"
     """What to evaluate on: the last tenth of this text; see `dblocks train masked-lm`."""
+    data_path: str | None = None
+    """See `dblocks train masked-lm`."""
+    fold: Fold | None = None
+    """Make letters and spaces of the text, as in training."""
     checkpoint: Path = RECIPE.out
     """Folder that `dblocks train masked-lm` wrote."""
     points: int | None = None
@@ -199,7 +206,9 @@ class Eval:
         """Load, score the held-out part, and print the bits per character."""
         check_seed(self.seed)
         model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
-        text = load_corpus(self.data, tokenizer=tokenizer).evaluated
+        text = load_corpus(
+            self.data, path=self.data_path, fold=self.fold, tokenizer=tokenizer
+        ).evaluated
         points = points_for(model.config.num_blocks) if self.points is None else self.points
         found = bits_per_character(
             model, text, network.config.context, points=points, seed=self.seed

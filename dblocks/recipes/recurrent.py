@@ -18,7 +18,9 @@ from dblocks.recipes.columns import STEPS_WINDOWS
 from dblocks.recipes.command import Recipe, check_positive
 from dblocks.recipes.data.batches import Batch
 from dblocks.recipes.data.text import Corpus, load_corpus
+from dblocks.recipes.data.text_sources import Fold
 from dblocks.recipes.metrics.autoregressive import bits_per_character
+from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.writing import SampleText, load_text_model, print_bits, scored_part
@@ -113,6 +115,7 @@ GPU = RecurrentRun(
 RECIPE = Recipe(
     run=RecurrentRun(),
     gpu=GPU,
+    paper=EXPERIMENTS["recurrent"],
     out=Path("runs/recurrent"),
     columns=(*columns.RECURRENT, *COSTS),
     after="Write text with\ndblocks sample recurrent --checkpoint {out} --prompt 'The ' --steps 8",
@@ -183,6 +186,10 @@ class Eval:
 
     data: str = "pydoc"
     """What to evaluate on: the last tenth of this text; see `dblocks train recurrent`."""
+    data_path: str | None = None
+    """See `dblocks train recurrent`."""
+    fold: Fold | None = None
+    """Make letters and spaces of the text, as in training."""
     checkpoint: Path = RECIPE.out
     """Folder that `dblocks train recurrent` wrote."""
     steps: int | None = None
@@ -194,7 +201,9 @@ class Eval:
         """Load, score the held-out part, and print the bits per character."""
         check_positive(self.steps)
         model, network, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")
-        text = load_corpus(self.data, tokenizer=tokenizer).evaluated
+        text = load_corpus(
+            self.data, path=self.data_path, fold=self.fold, tokenizer=tokenizer
+        ).evaluated
         context = network.config.context
         if isinstance(model, DiffusionBlocks):
             if self.steps is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dblocks.blocks import Weighting
 from dblocks.blocks.config import Shared
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from dblocks.recipes.trainer import Trainer
 
 SEED_END = 2**63
-ADDED = ("shared", "block")  # fields that earlier records do not have
+# Fields that earlier records do not have; they are written where they are not the default.
+ADDED = ("shared", "block", "data_path", "fold", "decay")
 
 
 def check_seed(seed: int) -> None:
@@ -40,7 +41,7 @@ class Run(JsonConfig, ABC):
     steps: int
     """Training steps of one batch each; a step trains one block, drawn at random."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW: a short warm-up leads to it, a cosine from it to 0."""
+    """Peak learning rate of AdamW: a short warm-up leads to it, then --decay says how it falls."""
     seed: int = 0
     """Of weights, order of the data and noise; the held-out data are always the same."""
     part: Part = "final"
@@ -72,6 +73,9 @@ class Run(JsonConfig, ABC):
     there are blocks, which share nothing and may run anywhere, at any time. It takes exactly the
     steps that the block takes in a run of all; `dblocks merge` makes one network of them."""
 
+    decay: Literal["cosine", "constant"] = "cosine"
+    """The learning rate after the warm-up: a cosine from --lr to 0, or constant."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("steps", "batch_size", "points"):
@@ -94,8 +98,9 @@ class Run(JsonConfig, ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, without what the defaults of newer fields say."""
+        defaults = {field.name: field.default for field in fields(self) if field.name in ADDED}
         values = super().to_dict()
-        return {k: v for k, v in values.items() if v is not None or k not in ADDED}
+        return {k: v for k, v in values.items() if k not in ADDED or v != defaults[k]}
 
     @property
     def sharing(self) -> Shared:
@@ -115,13 +120,15 @@ class Run(JsonConfig, ABC):
         return f"{self.blocks} block{'s' if self.blocks > 1 else ''}"
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step: a linear rise, then a cosine to 0 over all steps.
+        """The learning rate of a step: a linear rise, then a cosine to 0 over all steps, or none.
 
         In blocks too it follows the global step, whichever block is drawn.
         """
         rise = max(1, round(self.warmup * self.steps))
         if step < rise:
             return self.lr * (step + 1) / rise
+        if self.decay == "constant":
+            return self.lr
         fraction = (step - rise) / max(1, self.steps - rise)
         return self.lr * 0.5 * (1 + math.cos(math.pi * fraction))
 

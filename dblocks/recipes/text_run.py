@@ -10,6 +10,7 @@ from torch import Tensor
 from dblocks.recipes.columns import SAMPLES
 from dblocks.recipes.data.splits import Part
 from dblocks.recipes.data.text import Corpus, Text, load_corpus
+from dblocks.recipes.data.text_sources import Fold
 from dblocks.recipes.data.tokenizers import read_tokenizer
 
 PROMPT = 16  # tokens of held-out text that a sample continues
@@ -21,7 +22,13 @@ class TextOptions:
 
     data: str = "pydoc"
     """What to train on: pydoc, the documentation that ships with Python; gcide, 20 million
-    characters of the dictionary of Debian's package dict-gcide; or a text file."""
+    characters of the dictionary of Debian's package dict-gcide; wordnet, the glosses of Debian's
+    package wordnet-base; text8, lm1b or openwebtext, which --data-path names; or a text file, or a
+    folder of text, parquet or arrow files."""
+    data_path: str | None = None
+    """The file or folder of text8, lm1b or openwebtext."""
+    fold: Fold | None = None
+    """Make lower-case letters a to z and single spaces of the text, as text8 is."""
     tokenizer: str | None = None
     """A Hugging Face tokenizer.json; by default every character is a token."""
     context: int = 128
@@ -49,7 +56,13 @@ class TextOptions:
             ValueError: the text or the tokenizer cannot be read.
             ImportError: the tokenizer needs a package that is not installed.
         """
-        return load_corpus(self.data, part=part, tokenizer=read_tokenizer(self.tokenizer))
+        return load_corpus(
+            self.data,
+            path=self.data_path,
+            fold=self.fold,
+            part=part,
+            tokenizer=read_tokenizer(self.tokenizer),
+        )
 
 
 def continuations(text: Text, context: int) -> tuple[Tensor, Tensor]:
@@ -59,5 +72,5 @@ def continuations(text: Text, context: int) -> tuple[Tensor, Tensor]:
         int64 [SAMPLES, PROMPT] and [SAMPLES, context - PROMPT].
     """
     starts = torch.linspace(0, len(text.tokens) - context, SAMPLES, dtype=torch.float64).long()
-    windows = text.tokens[starts[:, None] + torch.arange(context)]
+    windows = text.tokens[starts[:, None] + torch.arange(context)].long()
     return windows[:, :PROMPT], windows[:, PROMPT:]

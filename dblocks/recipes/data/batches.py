@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from dblocks.recipes.data.splits import Images, batch_indices
+from dblocks.recipes.data.splits import Images, batch_indices, values
 from dblocks.recipes.data.text import Corpus
 from dblocks.recipes.data.tokenizers import TOKENIZER_FILE
 from dblocks.recipes.data.windows import random_windows
@@ -56,7 +56,7 @@ class ImageData:
         """Images [N, C, H, W] and labels [N]."""
         size = len(self.images)
         chosen = self.images[batch_indices(size, self.batch_size, seed=self.seed, step=step)]
-        return {"images": chosen.images.float(), "labels": chosen.labels}
+        return {"images": values(chosen.images), "labels": chosen.labels}
 
     def texts(self) -> dict[str, str]:
         """Nothing: images need nothing beside the network."""

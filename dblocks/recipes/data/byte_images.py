@@ -1,7 +1,4 @@
-"""Files of bytes that hold images and their classes: IDX, MNIST's format, and CIFAR's binary one.
-
-Nothing in such a file is executed. CIFAR's Python version, which is pickles, is refused.
-"""
+"""IDX files, MNIST's format of images and their classes."""
 
 from __future__ import annotations
 
@@ -19,7 +16,6 @@ from torch import Tensor
 IDX_IMAGES = re.compile(r"(.+)-images[-.]idx3-ubyte(\.gz)?")
 IDX_PARTS = ("train", "t10k")  # what MNIST and its successors call the two parts
 UNSIGNED_BYTE = 8  # an IDX file's third byte: the type of its elements
-CIFAR_SHAPE = (3, 32, 32)
 
 
 class ByteImages(NamedTuple):
@@ -29,32 +25,6 @@ class ByteImages(NamedTuple):
     """uint8 [N, H, W] or [N, H, W, C]."""
     labels: Tensor
     """uint8 [N]."""
-
-
-class _Cifar(NamedTuple):
-    """The files of a binary version."""
-
-    name: str
-    training: tuple[str, ...]
-    test: str
-    python: tuple[str, ...]
-    """Files that, if all there, are of the Python version."""
-    label_bytes: int
-    """Before each image; the last is the class."""
-    num_classes: int
-
-
-CIFARS = (
-    _Cifar(
-        "CIFAR-10",
-        tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-        "test_batch.bin",
-        ("data_batch_1",),
-        label_bytes=1,
-        num_classes=10,
-    ),
-    _Cifar("CIFAR-100", ("train.bin",), "test.bin", ("train", "meta"), 2, 100),
-)
 
 
 def is_idx(path: Path) -> bool:
@@ -78,31 +48,18 @@ def read_idx(path: Path) -> ByteImages:
 
 
 def read_parts(folder: Path) -> tuple[ByteImages, ByteImages] | None:
-    """The training and the test images of a folder of IDX or CIFAR files; None if it is none.
+    """The training and the test images of a folder of IDX files; None if it is none.
 
-    IDX files are train-images-idx3-ubyte, train-labels-idx1-ubyte and the same with t10k, packed by
-    gzip as .gz or not (a file that is there both ways is read as it is not packed). CIFAR-10's and
-    CIFAR-100's are the .bin files of the binary version, of which the fine classes are taken.
+    They are train-images-idx3-ubyte, train-labels-idx1-ubyte and the same with t10k, packed by
+    gzip as .gz or not (a file that is there both ways is read as it is not packed).
 
     Raises:
-        ValueError: some of the files are not there, one cannot be read, or they are CIFAR's Python
-            version.
+        ValueError: some of the files are not there, or one cannot be read.
     """
     found = [_find(folder, part, kind) for part in IDX_PARTS for kind in ("images", "labels")]
     if any(found):
         training, test = (_read_part(folder, part) for part in IDX_PARTS)
         return training, test
-    for cifar in CIFARS:
-        if any((folder / name).is_file() for name in (*cifar.training, cifar.test)):
-            parts = (cifar.training, (cifar.test,))
-            training, test = (_read_cifar(folder, names, cifar) for names in parts)
-            return training, test
-        if all((folder / name).is_file() for name in cifar.python):
-            raise ValueError(
-                f"{folder} must hold the binary version of {cifar.name}, got the Python version: "
-                "pickles, which can run code when they are read; take the binary version's folder "
-                "instead"
-            )
     return None
 
 
@@ -136,7 +93,7 @@ def _read_pair(images: Path, labels: Path) -> ByteImages:
 
 def _idx(path: Path, rank: int) -> Tensor:
     """The array of an IDX file: 0, 0, the type, the rank, the sizes as big-endian int32, values."""
-    content = _content(path)
+    content = content_of(path)
     magic, values = bytes((0, 0, UNSIGNED_BYTE, rank)), 4 * (1 + rank)
     if content[:4] != magic or len(content) < values:
         raise ValueError(
@@ -153,28 +110,8 @@ def _idx(path: Path, rank: int) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=values).view(shape)
 
 
-def _read_cifar(folder: Path, names: tuple[str, ...], cifar: _Cifar) -> ByteImages:
-    size = cifar.label_bytes + math.prod(CIFAR_SHAPE)
-    rows = []
-    for path in (folder / name for name in names):
-        content = _content(path)
-        if not content or len(content) % size:
-            raise ValueError(
-                f"{path} must hold images of {size} bytes each, as in the binary version of "
-                f"{cifar.name}, got {len(content)} bytes; it may be cut off"
-            )
-        rows.append(torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, size))
-        if (largest := int(rows[-1][:, cifar.label_bytes - 1].max())) >= cifar.num_classes:
-            raise ValueError(
-                f"{path} must hold labels below {cifar.num_classes}, got {largest}; "
-                "it may be damaged"
-            )
-    every = torch.cat(rows)
-    pixels = every[:, cifar.label_bytes :].view(-1, *CIFAR_SHAPE).permute(0, 2, 3, 1)
-    return ByteImages(pixels, every[:, cifar.label_bytes - 1])
-
-
-def _content(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
+    """The bytes of a file, unpacked if it ends in .gz; ValueError where it cannot be read."""
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content

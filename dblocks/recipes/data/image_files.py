@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import importlib
 import zipfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dblocks.recipes.data.gather import gather
 from dblocks.recipes.data.pictures import Size, read_picture
-from dblocks.recipes.data.splits import Images
+from dblocks.recipes.data.splits import Images, from_bytes
 
-MAX_BYTE = 255.0
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MOST_CHANNELS = 4  # of bytes, such as RGB with alpha
 NO_IMAGES = "__MACOSX"  # a folder that macOS adds to archives
-
-
-def from_bytes(pixels: Tensor) -> Tensor:
-    """uint8 [N, H, W, C] or [N, H, W] as float32 [N, C, H, W] in [-1, 1]."""
-    if pixels.dtype != torch.uint8 or pixels.ndim not in (3, 4):
-        raise ValueError(
-            "pixels must be uint8 [N, H, W, C] or [N, H, W], "
-            f"got {pixels.dtype} {list(pixels.shape)}"
-        )
-    pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-    return pixels.permute(0, 3, 1, 2).float().mul_(2 / MAX_BYTE).sub_(1).contiguous()
 
 
 def image_folder(folder: str | Path, *, size: Size | None = None, channels: int = 3) -> Images:
@@ -48,21 +38,38 @@ def image_folder(folder: str | Path, *, size: Size | None = None, channels: int 
         ValueError: there are no images, one cannot be read, or their sizes differ.
         ImportError: Pillow is not installed.
     """
+    check_size(size, channels)
+    files, labels = files_of(Path(folder))
+    return read_pictures(files, labels, Path(folder), size, channels)
+
+
+def check_size(size: Size | None, channels: int) -> None:
+    """Raises ValueError unless these are the size and the channels of a picture."""
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
         raise ValueError(f"size must be positive, got {size}")
-    files, labels = _files_of(Path(folder))
-    pixels: list[Tensor] = []
-    for path in files:
-        array = read_picture(path, channels, size)
-        if pixels and array.shape != pixels[0].shape:
-            raise ValueError(
-                f"images of {folder} must be of one size, got {list(pixels[0].shape[:2])} and for "
-                f"{path.name} {list(array.shape[:2])}; give a size to scale and crop them to"
-            )
-        pixels.append(array)
-    return Images(from_bytes(torch.stack(pixels)), torch.tensor(labels))
+
+
+def read_pictures(
+    files: Sequence[Path], labels: Sequence[int], folder: Path, size: Size | None, channels: int
+) -> Images:
+    """Pictures of files of a folder, with these labels."""
+
+    def pictures() -> Iterator[Tensor]:
+        first = None
+        for path in files:
+            picture = read_picture(path, channels, size)
+            first = picture.shape if first is None else first
+            if picture.shape != first:
+                raise ValueError(
+                    f"images of {folder} must be of one size, got {list(first[:2])} and for "
+                    f"{path.name} {list(picture.shape[:2])}; give a size to scale and crop them to"
+                )
+            yield picture
+
+    images = gather(pictures, len(files), files, size=size, channels=channels)
+    return Images(images, torch.tensor(labels))
 
 
 def array_file(path: str | Path, *, scale: float = 1.0) -> Images:
@@ -80,23 +87,35 @@ def array_file(path: str | Path, *, scale: float = 1.0) -> Images:
     Raises:
         ValueError: the file cannot be read, or holds other arrays.
     """
+    arrays = read_arrays(Path(path))
+    return images_of(arrays[image_name(arrays, path)], arrays.get("labels"), scale, str(path))
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of a .npz file by name, or that of a .npy file, mapped, as "images".
+
+    Raises:
+        ValueError: the file cannot be read, or holds Python objects.
+    """
     numpy = importlib.import_module("numpy")
-    path = Path(path)
     try:
         if path.suffix == ".npy":
-            arrays = {"images": numpy.lib.format.open_memmap(path, mode="c")}
-        else:
-            # numpy leaves a file open that it opened itself and found broken.
-            with path.open("rb") as file, numpy.load(file) as loaded:
-                arrays = dict(loaded)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            return {"images": numpy.lib.format.open_memmap(path, mode="c")}
+        # numpy leaves a file open that it opened itself and found broken.
+        with path.open("rb") as file, numpy.load(file) as loaded:
+            return dict(loaded)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as an array: {error}") from error
+
+
+def image_name(arrays: dict[str, Any], path: str | Path) -> str:
+    """The name of the images or latents among arrays; ValueError unless there is one."""
     found = [name for name in ("images", "latents") if name in arrays]
     if len(found) != 1:
         raise ValueError(
             f"{path} must hold one of the arrays 'images' and 'latents', got {sorted(arrays)}"
         )
-    return images_of(arrays[found[0]], arrays.get("labels"), scale, str(path))
+    return found[0]
 
 
 def images_of(array: Any, labels: Any, scale: float, of: str) -> Images:
@@ -151,8 +170,8 @@ def _check_channels_first(images: Tensor, of: str) -> None:
         )
 
 
-def _files_of(folder: Path) -> tuple[list[Path], list[int]]:
-    """The images of a folder and their classes."""
+def files_of(folder: Path) -> tuple[list[Path], list[int]]:
+    """The images of a folder and their classes, the sub-folders in the order of their names."""
     if not folder.is_dir():
         raise ValueError(f"{folder} must be a folder of images, and is none")
     children = [child for child in sorted(folder.iterdir()) if child.is_dir()]

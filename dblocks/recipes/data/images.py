@@ -7,148 +7,165 @@ Packages are imported when something is loaded through them.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
+from typing import NamedTuple
 
 from dblocks.recipes.data.byte_images import ByteImages, is_idx, read_idx, read_parts
+from dblocks.recipes.data.cifar import read_cifar
+from dblocks.recipes.data.class_folders import read_class_folders
 from dblocks.recipes.data.digits import digits
-from dblocks.recipes.data.image_files import array_file, image_folder, images_of
-from dblocks.recipes.data.pictures import Size, import_package
+from dblocks.recipes.data.hub import hugging_face
+from dblocks.recipes.data.image_columns import read_image_columns
+from dblocks.recipes.data.image_files import array_file, check_size, image_folder, images_of
+from dblocks.recipes.data.latents import read_latents
+from dblocks.recipes.data.pictures import Size
 from dblocks.recipes.data.splits import Images, Part, choose_part, split
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-ROWS_AT_A_TIME = 1024  # of a Hugging Face data set
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian puts it
+
+
+class Known(NamedTuple):
+    """What a data set of this name must hold; files may be in any format."""
+
+    num_classes: int
+    shape: tuple[int, int, int] | None = None
+    """Channels, height and width; None: any."""
+    folders: tuple[str, ...] = ()
+    """Folders of its archives, which may be in the one that is given."""
+
+
+KNOWN = {
+    "fashion-mnist": Known(10, (1, 28, 28)),
+    "cifar-10": Known(10, (3, 32, 32), ("cifar-10-batches-py", "cifar-10-batches-bin")),
+    "cifar-100": Known(100, (3, 32, 32), ("cifar-100-python", "cifar-100-binary")),
+    "tiny-imagenet": Known(200, (3, 64, 64), ("tiny-imagenet-200",)),
+    "imagenet": Known(1000),
+    "imagenet-latents": Known(1000),
+}
 
 
 def load_images(
-    source: str, part: Part = "final", *, size: Size | None = None, scale: float = 1.0
+    source: str,
+    part: Part = "final",
+    *,
+    path: str | Path | None = None,
+    size: Size | None = None,
+    scale: float = 1.0,
 ) -> tuple[Images, Images]:
     """What to train on and what to evaluate on, from what a name or a path stands for.
 
+    The data's own test part is held out where it has one, or else 30 % of each class.
+
     Args:
         source: "digits"; "fashion-mnist", which Debian's package dataset-fashion-mnist installs;
-            "cifar10"; `hf:NAME` for a data set of Hugging Face; a folder of images, of IDX files
-            (train-images-idx3-ubyte and so on, as of MNIST, also .gz) or of the binary version of
-            CIFAR; an IDX file of images with its labels beside it; or a .npy or .npz file.
-        part: see `digits.digits`; Fashion-MNIST, CIFAR and folders of IDX files hold out their own
-            test images.
-        size: see `image_folder`, the only source that takes it.
-        scale: see `array_file` and `hugging_face`, the sources that take it.
+            "cifar-10", "cifar-100", "tiny-imagenet", "imagenet" or "imagenet-latents", which are at
+            `path`; `hf:NAME` for a data set of Hugging Face; or a path itself.
+        part: see `digits.digits`.
+        path: a folder of IDX files (train-images-idx3-ubyte and so on, as of MNIST, also .gz), of
+            CIFAR's binary or Python version, of pictures in parts as `class_folders` reads them, of
+            parquet or arrow files, see `image_columns`, of latents, see `latents`, or of pictures,
+            see `image_files.image_folder`; an IDX file of images with its labels beside it; or a
+            .npy or .npz file.
+        size: see `image_files.image_folder`, for pictures.
+        scale: see `array_file` and `hugging_face`, for arrays and latents.
 
     Raises:
-        ValueError: `source` is none of these, or cannot be read.
+        ValueError: `source` is none of these, cannot be read, or holds other images than the name
+            says.
         ImportError: a package that it needs is not installed.
     """
-    path = Path(source)
-    folder, array = path.is_dir(), path.suffix in (".npy", ".npz")
+    known = KNOWN.get(source)
+    if path is not None and known is None:
+        raise ValueError(
+            f"a path is for {', '.join(KNOWN)}, got {path} with {source!r}; leave it out, or give "
+            "the path as data"
+        )
+    if source == "fashion-mnist" and path is None:
+        path = _fashion_mnist()
+    if known is not None and path is None:
+        raise ValueError(f"{source} needs its files: give the file or folder by --data-path")
+    place = _place(Path(source if path is None else path), known)
+    if path is not None and not place.exists():
+        raise ValueError(f"{place} must be a file or folder of {source}, and is not there")
+    folder, array = place.is_dir(), place.suffix in (".npy", ".npz")
     if size is not None and not folder:
         raise ValueError(f"size is for a folder of images, got {size} with {source!r}; leave it")
-    if scale != 1 and not (array or source.startswith("hf:")):
+    if scale != 1 and not (array or folder or source.startswith("hf:")):
         raise ValueError(f"scale is for arrays and latents, got {scale} with {source!r}; leave it")
     if source == "digits":
         return digits(part)
-    if source == "fashion-mnist":
-        return choose_part(*fashion_mnist(), part)
-    if source == "cifar10":
-        return choose_part(cifar10(train=True), cifar10(train=False), part)
     if source.startswith("hf:"):
         return split(hugging_face(source.removeprefix("hf:"), scale=scale), part)
     if folder:
-        return _of_folder(path, part, size)
-    if is_idx(path):
-        return split(_of_bytes(read_idx(path), source), part)
-    if array:
-        return split(array_file(path, scale=scale), part)
-    raise ValueError(
-        "data must be digits, fashion-mnist, cifar10, hf:NAME, a folder of images, of IDX files or "
-        "of CIFAR's binary version, an IDX file of images (NAME-images-idx3-ubyte[.gz]), or a .npy "
-        f"or .npz file, got {source!r}"
+        channels = 3 if known is None or known.shape is None else known.shape[0]
+        training, held_out = _of_folder(place, size, channels, scale)
+    elif is_idx(place):
+        training, held_out = _of_bytes(read_idx(place), str(place)), None
+    elif array:
+        training, held_out = array_file(place, scale=scale), None
+    else:
+        raise ValueError(
+            f"data must be digits, {', '.join(KNOWN)}, hf:NAME, a folder of images, an IDX file of "
+            "images (NAME-images-idx3-ubyte[.gz]), or a .npy or .npz file, "
+            f"got {str(place)!r}"
+        )
+    for found in (training, held_out):
+        if known is not None and found is not None:
+            _check(found, known, size, f"{source} in {place}")
+    return split(training, part) if held_out is None else choose_part(training, held_out, part)
+
+
+def _fashion_mnist() -> Path:
+    if not FASHION_MNIST.is_dir():
+        raise ValueError(
+            f"fashion-mnist must be in {FASHION_MNIST}, and is not; install Debian's package "
+            "dataset-fashion-mnist, or give the folder of its IDX files by --data-path"
+        )
+    return FASHION_MNIST
+
+
+def _place(path: Path, known: Known | None) -> Path:
+    """The folder of an archive, where the one around it is given."""
+    names = () if known is None else known.folders
+    return next((path / name for name in names if (path / name).is_dir()), path)
+
+
+def _of_folder(
+    folder: Path, size: Size | None, channels: int, scale: float
+) -> tuple[Images, Images | None]:
+    """Images of a folder in whichever format, and its own held-out ones."""
+    check_size(size, channels)
+    if (of_bytes := read_parts(folder) or read_cifar(folder)) is not None:
+        _check_left_out(folder, size, scale, "whose IDX or CIFAR files have one")
+        training, held_out = (_of_bytes(found, str(folder)) for found in of_bytes)
+        return training, held_out
+    if (latents := read_latents(folder, scale)) is not None:
+        _check_left_out(folder, size, 1.0, "whose latents have one")
+        return latents
+    _check_left_out(folder, None, scale, "")
+    return (
+        read_image_columns(folder, size, channels)
+        or read_class_folders(folder, size, channels)
+        or (image_folder(folder, size=size, channels=channels), None)
     )
 
 
-def fashion_mnist() -> tuple[Images, Images]:
-    """Fashion-MNIST's 60,000 training and 10,000 test images of 28x28, from Debian's package.
-
-    Raises:
-        ValueError: the package dataset-fashion-mnist is not installed, or a file is damaged.
-    """
-    parts = read_parts(FASHION_MNIST)
-    if parts is None:
-        raise ValueError(
-            f"fashion-mnist must be in {FASHION_MNIST}, and is not; install Debian's package "
-            "dataset-fashion-mnist, or give the folder of its IDX files instead of the name"
-        )
-    training, held_out = (_of_bytes(found, "fashion-mnist") for found in parts)
-    return training, held_out
-
-
-def cifar10(root: str | Path = "data", *, train: bool = True) -> Images:
-    """CIFAR-10 through torchvision, which downloads it into `root` where it is not there.
-
-    Raises:
-        ImportError: torchvision is not installed.
-    """
-    datasets = import_package("torchvision.datasets", "torchvision", "CIFAR-10")
-    found = datasets.CIFAR10(str(root), train=train, download=True)
-    return images_of(found.data, found.targets, 1.0, "CIFAR-10")
-
-
-def hugging_face(
-    name: str,
-    *,
-    split: str = "train",
-    image: str | None = None,
-    label: str = "label",
-    scale: float = 1.0,
-) -> Images:
-    """Images or latents of a Hugging Face data set, such as latents of ImageNet.
-
-    Args:
-        name: what `datasets.load_dataset` takes, a name or a folder.
-        split: of the data set.
-        image: the column: pictures, uint8 [H, W, C], or floating point [C, H, W], of one size and
-            one number of channels, see `image_files.array_file`; by default the one that there
-            is of "image", "img", "latents" and "latent".
-        label: the column of classes; where there is none, all are of class 0.
-        scale: factor of floating-point values.
-
-    Raises:
-        ImportError: the package datasets is not installed.
-        ValueError: a column is not there, or of another shape.
-    """
-    datasets = import_package("datasets", "datasets", "data sets of Hugging Face")
-    found = datasets.load_dataset(name, split=split)
-    known = ("image", "img", "latents", "latent") if image is None else (image,)
-    columns = [column for column in known if column in found.column_names]
-    if len(columns) != 1:
-        raise ValueError(
-            f"{name} must have one column of {known}, got {found.column_names}; name it by image="
-        )
-    labelled = label in found.column_names
-    found = found.select_columns([*columns, *([label] if labelled else [])]).with_format("numpy")
-    batches = list(found.iter(batch_size=ROWS_AT_A_TIME))
-    numpy = importlib.import_module("numpy")
-    try:
-        arrays = numpy.concatenate([numpy.stack(list(batch[columns[0]])) for batch in batches])
-    except ValueError as error:
-        raise ValueError(
-            f"{columns[0]} of {name} must be of one size and number of channels: {error}"
-        ) from error
-    labels = numpy.concatenate([batch[label] for batch in batches]) if labelled else None
-    return images_of(arrays, labels, scale, name)
-
-
-def _of_folder(folder: Path, part: Part, size: Size | None) -> tuple[Images, Images]:
-    parts = read_parts(folder)
-    if parts is None:
-        return split(image_folder(folder, size=size), part)
+def _check_left_out(folder: Path, size: Size | None, scale: float, why: str) -> None:
     if size is not None:
         raise ValueError(
-            f"size is for a folder of images, got {size} with {folder}, whose IDX or CIFAR files "
-            "have one; leave it"
+            f"size is for a folder of images, got {size} with {folder}, {why}; leave it"
         )
-    training, held_out = (_of_bytes(found, str(folder)) for found in parts)
-    return choose_part(training, held_out, part)
+    if scale != 1:
+        raise ValueError(f"scale is for arrays and latents, got {scale} with {folder}; leave it")
+
+
+def _check(images: Images, known: Known, size: Size | None, of: str) -> None:
+    """Raises ValueError where images are not what the name says."""
+    shape = tuple(images.images.shape[1:])
+    if known.shape is not None and size is None and shape != known.shape:
+        raise ValueError(f"images of {of} must be {list(known.shape)}, got {list(shape)}")
+    if (largest := int(images.labels.max())) >= known.num_classes:
+        raise ValueError(f"labels of {of} must be below {known.num_classes}, got {largest}")
 
 
 def _of_bytes(found: ByteImages, of: str) -> Images:

@@ -9,7 +9,7 @@ import importlib
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ LARGEST_16 = 2**16 - 1
 TO_BYTE = 257  # (2^16 - 1)/(2^8 - 1)
 
 
-def read_picture(path: Path, channels: int, size: Size | None = None) -> Tensor:
+def read_picture(
+    path: str | Path, channels: int, size: Size | None = None, *, file: BinaryIO | None = None
+) -> Tensor:
     """The picture of a file, turned upright by its EXIF orientation; uint8 [H, W, C].
 
     Pixels of 16 bits are scaled to 8, transparent ones are composed over white, and palettes, CMYK
@@ -34,6 +36,7 @@ def read_picture(path: Path, channels: int, size: Size | None = None) -> Tensor:
         path: what to read.
         channels: 3 for RGB, 1 for grey.
         size: height and width, see `image_files.image_folder`.
+        file: what holds the picture, if it is no file; `path` is its name in errors.
 
     Raises:
         ValueError: the file cannot be read or is cut off, is animated, or has pixels of another
@@ -44,7 +47,7 @@ def read_picture(path: Path, channels: int, size: Size | None = None) -> Tensor:
     ops = importlib.import_module("PIL.ImageOps")
     broken = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error)
     try:
-        with pillow.open(path) as image:
+        with pillow.open(path if file is None else file) as image:
             _check_one(image)
             image.load()
             image = _composed(ops.exif_transpose(image), pillow)

@@ -11,6 +11,7 @@ Part = Literal["final", "selection"]
 HELD_OUT = 0.3  # of images; the same ones in every run, whatever its seed
 VALIDATION = 0.2  # of the training part
 SPLIT_SEED = 20260  # of both splits
+MAX_BYTE = 255.0
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Images:
     """Images with their classes, in memory."""
 
     images: Tensor
-    """Floating point [N, C, H, W], pixel values in [-1, 1] or latents."""
+    """Floating point [N, C, H, W], pixel values in [-1, 1] or latents; or, of large sets, bytes:
+    uint8 [N, C, H, W]. `values` makes float32 of all."""
     labels: Tensor
     """int64 [N]."""
 
@@ -27,6 +29,24 @@ class Images:
 
     def __getitem__(self, index: Tensor) -> "Images":
         return Images(self.images[index], self.labels[index])
+
+
+def values(images: Tensor) -> Tensor:
+    """`Images.images`, or some of them, as float32; bytes become values in [-1, 1]."""
+    if images.dtype == torch.uint8:
+        return images.float().mul_(2 / MAX_BYTE).sub_(1)
+    return images.float()
+
+
+def from_bytes(pixels: Tensor) -> Tensor:
+    """uint8 [N, H, W, C] or [N, H, W] as float32 [N, C, H, W] in [-1, 1]."""
+    if pixels.dtype != torch.uint8 or pixels.ndim not in (3, 4):
+        raise ValueError(
+            "pixels must be uint8 [N, H, W, C] or [N, H, W], "
+            f"got {pixels.dtype} {list(pixels.shape)}"
+        )
+    pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+    return values(pixels.permute(0, 3, 1, 2)).contiguous()
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,33 +1,26 @@
-"""Text as tokens: Python's own prose, a dictionary or any file, split for training and evaluation.
-
-Nothing is downloaded.
-"""
+"""Text as tokens, split for training and evaluation; large texts are mapped from a file."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import importlib
-import re
-import string
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from dblocks.recipes.data.kept import kept, key_of, mapped
 from dblocks.recipes.data.splits import Part
+from dblocks.recipes.data.text_sources import Fold, TextSource, open_text
 from dblocks.recipes.data.tokenizers import Characters, Tokenizer
 
-PYDOC_CHARACTERS = 400_000  # a prefix, so that a longer later edition is cut to the same size
-GCIDE = Path("/usr/share/dictd/gcide.dict.dz")  # where Debian's package dict-gcide puts it
-GCIDE_CHARACTERS = 20_000_000  # a prefix too, from A to "prosiliency"
-SOURCE_LINE = re.compile(rb"^\s*\[[^\[\]\n]*\]$", re.MULTILINE)  # such as [1913 Webster]
-LETTERS_AND_DIGITS = string.ascii_lowercase + string.digits
-DIGITS = b"zero one two three four five six seven eight nine".split()
 HELD_OUT = 0.1  # the tail of the text
 VALIDATION = 0.1  # the tail of what is left
+IN_MEMORY = 64 * 2**20  # bytes of files; tokens of larger texts are written to a file once
+FORMAT = 1  # of these files
+Ranges = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ class Text:
     """A text as tokens."""
 
     tokens: Tensor
-    """int64 [tokens]."""
+    """Integers [tokens]: int64, or of a large text uint8, uint16 or int32, mapped from a file."""
     characters: int
     """How many characters they stand for, which bits per character divide by."""
 
@@ -51,97 +44,133 @@ class Corpus:
     """Of the whole text before it was split, in UTF-8."""
 
 
-def read_text(data: str | Path = "pydoc") -> str:
-    """The text called `data`.
-
-    Args:
-        data: "pydoc", the first 400,000 characters of the documentation that Python ships
-            (`pydoc_data.topics`, joined in the order of their names; another edition with another
-            version of Python); "gcide", the first 20,000,000 characters of the Collaborative
-            International Dictionary of English, which Debian's package dict-gcide installs, made
-            letters and spaces by `letters_and_spaces`; or the path of a text file in UTF-8.
-
-    Raises:
-        ValueError: the file or the package is not there, the file is damaged or not UTF-8, or the
-            text is empty.
-    """
-    if data == "pydoc":
-        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-        return "\n".join(topics[name] for name in sorted(topics))[:PYDOC_CHARACTERS]
-    if data == "gcide":
-        return letters_and_spaces(_gcide())[:GCIDE_CHARACTERS]
-    try:
-        text = Path(data).read_text(encoding="utf-8-sig")  # a BOM is no text
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"data must be 'pydoc', 'gcide' or a text file in UTF-8: {error}"
-        ) from error
-    if not text:
-        raise ValueError(f"data must hold some text, got the empty file {data}")
-    return text
-
-
-def letters_and_spaces(text: bytes) -> str:
-    """English as text8 has it: lower-case a to z, and single spaces between words.
-
-    Digits are spelled out one by one; any other byte is a space. There is none at the ends.
-
-    Args:
-        text: in ASCII, or in an encoding that extends it; case is that of ASCII.
-
-    Source: Mahoney 2006, about the test data of the Large Text Compression Benchmark.
-    """
-    kept = bytes(byte if chr(byte) in LETTERS_AND_DIGITS else 32 for byte in range(256))
-    text = text.lower().translate(kept)
-    for digit, word in enumerate(DIGITS):
-        text = text.replace(str(digit).encode(), b" " + word + b" ")
-    return b" ".join(text.split()).decode()
-
-
-def _gcide() -> bytes:
-    """The dictionary as it is installed, without the lines that only name an entry's source."""
-    try:
-        with gzip.open(GCIDE) as file:
-            return SOURCE_LINE.sub(b"", file.read())
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"gcide must be in {GCIDE}, and is not; install Debian's package dict-gcide, or give a "
-            "text file instead of the name"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{GCIDE} cannot be read: {error}") from error
+def read_text(data: str | Path = "pydoc", path: str | Path | None = None) -> str:
+    """A text as a whole, for small ones; arguments as of `open_text`."""
+    return "".join(open_text(data, path).pieces())
 
 
 def load_corpus(
-    data: str | Path = "pydoc", *, part: Part = "final", tokenizer: Tokenizer | None = None
+    data: str | Path = "pydoc",
+    *,
+    path: str | Path | None = None,
+    fold: Fold | None = None,
+    part: Part = "final",
+    tokenizer: Tokenizer | None = None,
 ) -> Corpus:
     """A text, tokenized and split.
 
+    The data's own test part is held out where it has one, of text8 the last 5 %, and of other texts
+    the last 10 % of the characters. The validation part is the last tenth of the rest, of text8 the
+    5 % after the first 90 %, which alone are trained on.
+
     Args:
-        data: see `read_text`.
-        part: "final" trains on the first 90 % of the characters and evaluates on the held-out tail
-            of 10 %; "selection" never sees that tail: it evaluates on the last tenth of the rest.
+        data: see `open_text`.
+        path: see `open_text`.
+        fold: see `open_text`.
+        part: "final" trains on what is not held out and evaluates on what is; "selection" never
+            sees that: it evaluates on the validation part.
         tokenizer: by default the characters of what "final" trains on.
 
     Raises:
         ValueError: the text cannot be read, or is too short to split.
+        ImportError: a package that its format needs is not installed.
     """
-    text = read_text(data)
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    rest, held_out = _split(text, HELD_OUT)
-    tokenizer = tokenizer or Characters(rest)
-    training, evaluated = (rest, held_out) if part == "final" else _split(rest, VALIDATION)
-    return Corpus(_text(training, tokenizer), _text(evaluated, tokenizer), tokenizer, sha256)
+    source = open_text(data, path, fold)
+    if source.size <= IN_MEMORY:
+        found: list[Tensor] = []
+        about = _tokenize(source, part, tokenizer, lambda tokens, size: found.append(tokens))
+        tokens = torch.cat(found)
+    else:
+        name = None if tokenizer is None else tokenizer.to_json()
+        key = key_of(
+            source.files, format=FORMAT, data=str(data), fold=fold, part=part, tokenizer=name
+        )
+
+        def make(file: Any) -> dict[str, Any]:
+            def write(tokens: Tensor, size: int) -> None:
+                file.write(cast(Any, tokens.to(_dtype(size)).view(torch.uint8).numpy()))
+
+            return _tokenize(source, part, tokenizer, write)
+
+        kept_in, about = kept(key, make)
+        tokens = mapped(kept_in, _dtype(about["size"]))
+    tokenizer = tokenizer or Characters(about["known"])
+    parts = zip(tokens.split(about["tokens"]), about["characters"], strict=True)
+    training, evaluated = (Text(part, characters) for part, characters in parts)
+    return Corpus(training, evaluated, tokenizer, about["sha256"])
 
 
-def _split(text: str, fraction: float) -> tuple[str, str]:
-    cut = round(len(text) * (1 - fraction))
-    if not 0 < cut < len(text):
-        raise ValueError(f"the text must be long enough to split, got {len(text)} characters")
-    return text[:cut], text[cut:]
+def _tokenize(
+    source: TextSource,
+    part: Part,
+    tokenizer: Tokenizer | None,
+    write: Callable[[Tensor, int], None],
+) -> dict[str, Any]:
+    """Writes the tokens of both parts, one after the other; JSON values about them.
+
+    The text is read twice: its characters and their number must be known before.
+    """
+    counts, seen, sha256 = _survey(source)
+    (_, end), _ = _ranges(source, counts, "final")
+    known = "".join(c for c, first in seen.items() if first < end)
+    tokenizer = tokenizer or Characters(known)
+    ranges = _ranges(source, counts, part)
+    found, position = [0, 0], 0
+    for text in source.pieces():
+        for i, (start, stop) in enumerate(ranges):
+            if piece := text[max(start - position, 0) : max(stop - position, 0)]:
+                tokens = _encode(piece, tokenizer)
+                write(tokens, tokenizer.size)
+                found[i] += len(tokens)
+        position += len(text)
+    return {
+        "tokens": found,
+        "characters": [stop - start for start, stop in ranges],
+        "sha256": sha256,
+        "size": tokenizer.size,
+        "known": known,
+    }
 
 
-def _text(text: str, tokenizer: Tokenizer) -> Text:
+def _survey(source: TextSource) -> tuple[tuple[int, int], dict[str, int], str]:
+    """Characters of the training and the test part, where each is first, and the text's SHA-256."""
+    digest, first, position, training = hashlib.sha256(), dict[str, int](), 0, 0
+    for pieces in (source.training, source.held_out):
+        training = position
+        for text in pieces() if pieces else ():
+            digest.update(text.encode())
+            for character in set(text) - first.keys():
+                first[character] = position + text.index(character)
+            position += len(text)
+    return (training, position - training), first, digest.hexdigest()
+
+
+def _ranges(source: TextSource, counts: tuple[int, int], part: Part) -> Ranges:
+    """First and last characters of what is trained on and what is evaluated on."""
+    whole = sum(counts)
+    end = counts[0] if counts[1] else round(whole * (1 - HELD_OUT))
+    if source.thirds:
+        middle = (end + whole) // 2
+        evaluated = (middle, whole) if part == "final" else (end, middle)
+        found = ((0, end), evaluated)
+    elif part == "final":
+        found = ((0, end), (end, whole))
+    else:
+        cut = round(end * (1 - VALIDATION))
+        found = ((0, cut), (cut, end))
+    if any(start >= stop for start, stop in found):
+        raise ValueError(f"the text must be long enough to split, got {whole} characters")
+    return found
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> Tensor:
     if isinstance(tokenizer, Characters):
-        return Text(tokenizer.encode_tensor(text), len(text))
-    return Text(torch.tensor(tokenizer.encode(text), dtype=torch.int64), len(text))
+        return tokenizer.encode_tensor(text)
+    return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+
+
+def _dtype(size: int) -> torch.dtype:
+    """The smallest type of so many tokens."""
+    if size <= 2**8:
+        return torch.uint8
+    return torch.uint16 if size <= 2**16 else torch.int32

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dblocks.config import check_count
 from dblocks.recipes.data.splits import generator_of
 
 
@@ -16,7 +17,7 @@ def random_windows(tokens: Tensor, length: int, batch_size: int, *, seed: int, s
     starts = torch.randint(
         len(tokens) - length + 1, (batch_size, 1), generator=generator_of(seed, step)
     )
-    return tokens[starts + torch.arange(length)]
+    return tokens[starts + torch.arange(length)].long()
 
 
 def scored_windows(
@@ -46,31 +47,37 @@ def scored_windows(
     half = length // 2
     last = len(tokens) - length
     starts = torch.arange(0, last + half, half).clamp(max=last)
-    scored = torch.ones(len(starts), length, dtype=torch.bool)
-    scored[0, 0] = False
-    ends = starts + length
-    scored[1:] = torch.arange(length) >= (ends[:-1] - starts[1:])[:, None]
+    # Where a window scores from: after what the one before has scored.
+    first = torch.cat([torch.ones(1, dtype=torch.int64), starts[:-1] + length - starts[1:]])
     if windows is not None and windows < len(starts):
         middle = (2 * torch.arange(windows) + 1) * len(starts) // (2 * windows)
-        starts, scored = starts[middle], scored[middle]
-    for at, mask in zip(starts.split(batch_size), scored.split(batch_size), strict=True):
-        yield tokens[at[:, None] + torch.arange(length)], mask
+        starts, first = starts[middle], first[middle]
+    position = torch.arange(length)
+    for at, begin in zip(starts.split(batch_size), first.split(batch_size), strict=True):
+        yield tokens[at[:, None] + position].long(), position >= begin[:, None]
 
 
-def consecutive_windows(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def consecutive_windows(
+    tokens: Tensor, length: int, windows: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Windows that follow one another, in which every token of the text is scored exactly once.
 
     The last one begins early enough to be whole; what it shares with the one before is not scored.
+
+    Args:
+        tokens: integers [tokens] of the text.
+        length: tokens in a window.
+        windows: so many of them only, spread evenly.
 
     Returns:
         tokens [n, length] and bool [n, length], true where a token is scored.
     """
     _check_length(tokens, length)
     starts = torch.arange(0, len(tokens), length)
-    last = len(tokens) - length
-    position = torch.arange(length)
-    scored = starts.clamp(max=last)[:, None] + position >= starts[:, None]
-    return tokens[starts.clamp(max=last)[:, None] + position], scored
+    if windows is not None and check_count("windows", windows) < len(starts):
+        starts = starts[torch.linspace(0, len(starts) - 1, windows).long()]
+    places = starts.clamp(max=len(tokens) - length)[:, None] + torch.arange(length)
+    return tokens[places].long(), places >= starts[:, None]
 
 
 def _check_length(tokens: Tensor, length: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dblocks.blocks import DiffusionBlocks
 from dblocks.models.vit import Noise, ViT, classify
-from dblocks.recipes.data.splits import Images
+from dblocks.recipes.data.splits import Images, values
 from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.classes import evaluate
 
@@ -50,7 +50,7 @@ class Classifier(NamedTuple):
                 self.blocks, images, num_steps=num_steps, noise=noise, generator=generator
             )
 
-        return torch.cat([some(chunk.float()) for chunk in images.split(AT_ONCE)])
+        return torch.cat([some(values(chunk)) for chunk in images.split(AT_ONCE)])
 
     def alone(self, images: Tensor, block: int) -> Tensor:
         """Logits of one block alone, by one call from the mean of the noise at sigma_max."""
@@ -61,7 +61,7 @@ class Classifier(NamedTuple):
             z = torch.zeros(len(images), self.vit.config.width, device=images.device)
             return blocks.logits(z, z.new_full((len(z),), top), block=block, images=images)
 
-        return torch.cat([some(chunk.float()) for chunk in images.split(AT_ONCE)])
+        return torch.cat([some(values(chunk)) for chunk in images.split(AT_ONCE)])
 
     def accuracy(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dblocks.blocks import DiffusionBlocks, Draw
-from dblocks.recipes.data.splits import Images
+from dblocks.recipes.data.splits import Images, values
 from dblocks.recipes.metrics import NOISE_SEED
 
 LEVELS = 12  # noise levels at which the loss is measured
@@ -28,7 +28,7 @@ def held_out_loss(model: DiffusionBlocks, data: Images, *, batch_size: int = 512
     owners = config.noise_schedule.block_of(levels, config.num_blocks).tolist()
     total = 0.0
     for first in range(0, len(data), batch_size):
-        images = data.images[first : first + batch_size].float().to(device)
+        images = values(data.images[first : first + batch_size]).to(device)
         batch = {"images": images, "labels": data.labels[first : first + batch_size].to(device)}
         for i, (sigma, block) in enumerate(zip(levels.tolist(), owners, strict=True)):
             seed = torch.full((), NOISE_SEED + first + i, dtype=torch.int64, device=device)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dblocks.recipes.data.splits import values
+
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """The squared Frechet distance of two sets of features, each as a normal distribution.
@@ -62,8 +64,9 @@ def standard_deviation(images: Tensor) -> float:
     total = square = 0.0
     # A data set may be larger than the memory that float64 copies of it would need.
     for chunk in images.split(1024):
-        total += chunk.double().sum().item()
-        square += chunk.double().square().sum().item()
+        found = values(chunk).double()
+        total += found.sum().item()
+        square += found.square().sum().item()
     mean = total / images.numel()
     return math.sqrt(max(0.0, square / images.numel() - mean**2))
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dblocks.recipes.data.splits import Images, batch_indices
+from dblocks.recipes.data.splits import Images, batch_indices, values
 
 FEATURES = 32  # few, so that some hundred images estimate their covariance
 WIDTH = 16
@@ -71,7 +71,7 @@ def train_judge(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
         chosen = data[batch_indices(len(data), batch_size, seed=SEED, step=step)]
-        logits = judge(chosen.images.float().to(device))
+        logits = judge(values(chosen.images).to(device))
         optimizer.zero_grad()
         nn.functional.cross_entropy(logits, chosen.labels.to(device)).backward()
         optimizer.step()

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
-
 from dblocks.blocks import Denoiser
-from dblocks.config import check_count
 from dblocks.recipes.data.text import Text
 from dblocks.recipes.data.windows import consecutive_windows
 from dblocks.sampling import bound_terms
@@ -50,10 +47,7 @@ def bits_per_character(
         seed: of the masks.
         batch_size: windows at a time.
     """
-    tokens, scored = consecutive_windows(text.tokens, context)
-    if windows is not None and windows < len(tokens):
-        chosen = torch.linspace(0, len(tokens) - 1, check_count("windows", windows)).long()
-        tokens, scored = tokens[chosen], scored[chosen]
+    tokens, scored = consecutive_windows(text.tokens, context, windows)
     device = next(iter(model.parameters())).device
     terms = bound_terms(
         model, tokens.to(device),

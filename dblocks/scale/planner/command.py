@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional, get_type_hints
 
 import torch
 
@@ -143,8 +143,18 @@ class PlanModel(Plan):
 PlanModel.__doc__ = Plan.__doc__
 
 
-def command(tyro: Any, argv: Sequence[str]) -> Any:
-    """The command, with the flags of the network that `argv` names after "plan"."""
+RECIPE_HELP = "paper: the network, batch and length of the paper's experiment, on one H200."
+DATA_HELP = "With --recipe paper: the data set of the experiment; the first one by default."
+
+
+def command(tyro: Any, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:
+    """The command, with the flags of the network that `argv` names after "plan".
+
+    Args:
+        tyro: the package.
+        argv: the words of the command line.
+        defaults: of the network's flags, in place of its own.
+    """
     chosen = next((word for word in argv[1:] if word in CONFIGS), None)
     if argv[:1] != ["plan"] or chosen is None:
         return _made([_positional(tyro, str)], (PlanModel,), {})
@@ -162,6 +172,11 @@ def command(tyro: Any, argv: Sequence[str]) -> Any:
         return of_network(config, length=length)
 
     fields = [_positional(tyro, Literal[chosen])]  # pyright: ignore[reportInvalidTypeForm]
+    recipe = Annotated[Optional[Literal["paper"]], tyro.conf.arg(help=RECIPE_HELP)]  # noqa: UP045
+    data = Annotated[Optional[str], tyro.conf.arg(help=DATA_HELP)]  # noqa: UP045
+    fields += [("recipe", recipe, None), ("data", data, None)]
+    hints = get_type_hints(Plan) | get_type_hints(kind)
+    fields += [(name, hints[name], value) for name, value in (defaults or {}).items()]
     return _made(fields, (Plan, kind), {"subject": subject})
 
 

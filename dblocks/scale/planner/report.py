@@ -52,7 +52,8 @@ def table(
     if train_tokens is not None:
         chosen = chosen or ways[-1]
         days = train_tokens / chosen.tokens_per_second / DAY
-        lines.append(f"{train_tokens:,.0f} {unit} in {chosen.name}: {days:,.1f} days (modelled)")
+        time = f"{days:,.1f} days" if days >= 1 else f"{24 * days:,.2g} hours"
+        lines.append(f"{train_tokens:,.0f} {unit} in {chosen.name}: {time} (modelled)")
     return "\n".join(lines)
 
 

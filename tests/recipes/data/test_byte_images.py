@@ -1,5 +1,4 @@
 import gzip
-import pickle
 import struct
 
 import pytest
@@ -30,11 +29,11 @@ def write_idx(folder, prefix, pixels, labels, *, dot="-", gz=""):
     (folder / f"{prefix}-labels{dot}idx1-ubyte{gz}").write_bytes(pack(packed(labels)))
 
 
-def mnist(folder, **names):
+def mnist(folder, *, shape=(5, 4), **names):
     """A folder of 40 training and 20 test images, and both as (pixels, labels)."""
     parts = []
     for prefix, n in (("train", 40), ("t10k", 20)):
-        parts.append((some_bytes(n, 5, 4, seed=n), (torch.arange(n) % 10).byte()))
+        parts.append((some_bytes(n, *shape, seed=n), (torch.arange(n) % 10).byte()))
         write_idx(folder, prefix, *parts[-1], **names)
     return parts
 
@@ -66,7 +65,7 @@ def test_fashion_mnist_is_read_where_debian_puts_it(tmp_path, monkeypatch):
     monkeypatch.setattr(image_data, "FASHION_MNIST", tmp_path / "debian")
     with pytest.raises(ValueError, match=r"debian, and is not; install .* dataset-fashion-mnist,"):
         load_images("fashion-mnist")
-    parts = mnist(tmp_path / "debian", gz=".gz")
+    parts = mnist(tmp_path / "debian", shape=(28, 28), gz=".gz")
     for images, part in zip(load_images("fashion-mnist"), parts, strict=True):
         same(images, part)
 
@@ -157,77 +156,3 @@ def test_size_and_scale_are_not_for_files_of_bytes(tmp_path):
         load_images(str(tmp_path), size=4)
     with pytest.raises(ValueError, match=r"scale is for arrays and latents, got 2\.0"):
         load_images(str(tmp_path), scale=2.0)
-
-
-# CIFAR
-
-CIFARS = {10: [f"data_batch_{i}.bin" for i in range(1, 6)], 100: ["train.bin"]}
-TESTS = {10: "test_batch.bin", 100: "test.bin"}
-
-
-def write_cifar(folder, classes):
-    """Tiny files of the binary version; training and test images as (pixels, labels)."""
-    parts = []
-    for names in (CIFARS[classes], [TESTS[classes]]):
-        pixels = some_bytes(4 * len(names), 3, 32, 32, seed=len(names))
-        labels = some_bytes(len(pixels), below=classes, seed=1)
-        head = labels[:, None] if classes == 10 else torch.stack([labels // 5, labels], 1)
-        rows = torch.cat([head, pixels.flatten(1)], 1)
-        for name, chunk in zip(names, rows.split(4), strict=True):
-            (folder / name).write_bytes(chunk.numpy().tobytes())
-        parts.append((pixels.permute(0, 2, 3, 1), labels))
-    return parts
-
-
-@pytest.mark.parametrize("classes", [10, 100])
-def test_cifars_binary_version(tmp_path, classes):
-    (tmp_path / "batches.meta.txt").touch()
-    parts = write_cifar(tmp_path, classes)
-    for images, part in zip(load_images(str(tmp_path)), parts, strict=True):
-        same(images, part)
-
-
-@pytest.fixture(name="load_after")
-def _load_after(tmp_path):
-    def load(name, content, classes=10):
-        write_cifar(tmp_path, classes)
-        path = tmp_path / name
-        path.unlink() if content is None else path.write_bytes(content)
-        return load_images(str(tmp_path))
-
-    return load
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot be read"),
-        (b"", "images of 3073 bytes each, .* CIFAR-10, got 0 bytes"),
-        (bytes(3073 * 2 - 1), "got 6145 bytes; it may be cut off"),
-        (b"\x0a" + bytes(3072), "labels below 10, got 10"),
-    ],
-)
-@pytest.mark.parametrize("name", ["data_batch_5.bin", "test_batch.bin"])
-def test_a_damaged_cifar_file_is_named(load_after, name, content, message):
-    with pytest.raises(ValueError, match=f"{name} .*{message}"):
-        load_after(name, content)
-
-
-def test_a_damaged_file_of_cifar_100_is_named(load_after):
-    with pytest.raises(ValueError, match=r"test\.bin .*3074 bytes each, .* CIFAR-100, got 3073"):
-        load_after("test.bin", bytes(3073), classes=100)
-
-
-class _Trap:
-    def __reduce__(self):
-        return pytest.fail, ("a pickle was read",)
-
-
-@pytest.mark.parametrize("names", [["data_batch_1", "test_batch"], ["train", "test", "meta"]])
-def test_cifars_pickles_are_refused_unread(tmp_path, names):
-    for name in names:
-        (tmp_path / name).write_bytes(pickle.dumps(_Trap()))
-    with pytest.raises(
-        ValueError, match=r"binary version of CIFAR-100?, got the Python version: pi"
-    ):
-        load_images(str(tmp_path))

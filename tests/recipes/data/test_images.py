@@ -6,8 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dblocks.recipes.data import digits
-from dblocks.recipes.data import images as image_data
+from dblocks.recipes.data import digits, hub
 from dblocks.recipes.data.image_files import array_file, from_bytes, image_folder
 from dblocks.recipes.data.images import load_images
 from tools import seeded
@@ -153,30 +152,6 @@ def test_a_broken_file_is_named(tmp_path, name, content):
 # Packages that are not installed here stand in with the parts of them that are called.
 
 
-class FakeCIFAR10:
-    def __init__(self, root, train, download):
-        assert download
-        n = 40 if train else 20
-        self.data = pixels_of(n, 32, 32, 3, seed=int(train)).numpy()
-        self.targets = [i % 10 for i in range(n)]
-
-
-def test_cifar10(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(ImportError, match="CIFAR-10 need the package torchvision, which is not"):
-        load_images("cifar10")
-    fake = types.SimpleNamespace(CIFAR10=FakeCIFAR10)
-    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", fake)
-    training, held_out = load_images("cifar10")
-    assert torch.equal(training.images, from_bytes(pixels_of(40, 32, 32, 3, seed=1)))
-    assert (len(held_out), held_out.labels[:3].tolist()) == (20, [0, 1, 2])
-    fit, validation = load_images("cifar10", "selection")
-    assert (len(fit), len(validation)) == (32, 8)
-    both = torch.cat([fit.images, validation.images])
-    assert {x.sum().item() for x in both} == {x.sum().item() for x in training.images}
-
-
 class FakeDataset:
     """The parts of datasets.Dataset that are called."""
 
@@ -214,16 +189,16 @@ def test_latents_of_hugging_face(monkeypatch):
 
     fake = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setattr(image_data, "ROWS_AT_A_TIME", 7)
-    found = image_data.hugging_face("some/latents", scale=0.5)
+    monkeypatch.setattr(hub, "ROWS_AT_A_TIME", 7)
+    found = hub.hugging_face("some/latents", scale=0.5)
     assert asked == [("some/latents", "train")]
     torch.testing.assert_close(found.images, torch.from_numpy(latents) * 0.5)
     assert found.labels.tolist() == [i % 3 for i in range(30)]
     training, held_out = load_images("hf:some/latents", scale=0.5)
     assert (len(training), len(held_out)) == (21, 9)
-    assert not image_data.hugging_face("some/latents", label="none").labels.any()
+    assert not hub.hugging_face("some/latents", label="none").labels.any()
     with pytest.raises(ValueError, match=r"must have one column of \('text2',\), got \['latents'"):
-        image_data.hugging_face("some/latents", image="text2")
+        hub.hugging_face("some/latents", image="text2")
 
 
 # By name
@@ -245,9 +220,12 @@ def test_load_images_tells_sources_apart(tmp_path):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("mnist", {}, r"data must be digits, fashion-mnist, cifar10, .* got 'mnist'"),
+        ("mnist", {}, r"data must be digits, fashion-mnist, cifar-10, .* got 'mnist'"),
         ("digits", {"size": 4}, "size is for a folder of images, got 4 with 'digits'"),
-        ("cifar10", {"scale": 2.0}, "scale is for arrays and latents, got 2.0 with 'cifar10'"),
+        ("digits", {"scale": 2.0}, "scale is for arrays and latents, got 2.0 with 'digits'"),
+        ("digits", {"path": "x"}, "a path is for fashion-mnist, cifar-10, .* got x with 'digits'"),
+        ("cifar-10", {}, "cifar-10 needs its files: .* by --data-path"),
+        ("cifar-10", {"path": "nowhere"}, "nowhere must be a file or folder of cifar-10, and is"),
     ],
 )
 def test_load_images_is_checked(source, options, message):

@@ -8,14 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dblocks.recipes.data import text, tokenizers
+from dblocks.recipes.data import text, text_sources, tokenizers
+from dblocks.recipes.data.folding import DIGITS, letters_and_spaces
 from dblocks.recipes.data.windows import random_windows, scored_windows
 
 
 def test_pydoc_is_a_prefix_of_fixed_size():
     first, again = text.read_text("pydoc"), text.read_text()
     assert first == again
-    assert len(first) == text.PYDOC_CHARACTERS
+    assert len(first) == text_sources.PYDOC_CHARACTERS
     corpus = text.load_corpus()
     assert corpus.sha256 == hashlib.sha256(first.encode()).hexdigest()
     assert corpus.training.characters == 360_000
@@ -71,20 +72,17 @@ def test_long_text_is_looked_up_in_parts(monkeypatch):
 
 def test_letters_and_spaces():
     sample = b"  The 40-year old's\n\tNA\xc3\x8fVE, 1913!Z 9"
-    assert (
-        text.letters_and_spaces(sample)
-        == "the four zero year old s na ve one nine one three z nine"
-    )
-    assert text.letters_and_spaces(b"0123456789") == " ".join(w.decode() for w in text.DIGITS)
-    assert text.letters_and_spaces(b" \n!") == ""
+    assert letters_and_spaces(sample) == "the four zero year old s na ve one nine one three z nine"
+    assert letters_and_spaces(b"0123456789") == " ".join(w.decode() for w in DIGITS)
+    assert letters_and_spaces(b" \n!") == ""
 
 
 @given(st.binary(max_size=60))
 def test_nothing_but_words_and_single_spaces_is_left(sample):
-    found = text.letters_and_spaces(sample)
+    found = letters_and_spaces(sample)
     assert found == " ".join(found.split())
     assert set(found) <= set("abcdefghijklmnopqrstuvwxyz ")
-    assert text.letters_and_spaces(found.encode()) == found
+    assert letters_and_spaces(found.encode()) == found
 
 
 ENTRY = b"""
@@ -102,13 +100,13 @@ ENTRY_TEXT = "largo lar go a adv it large l largus mus slow or slowly obs lari t
 def gcide(tmp_path, monkeypatch):
     path = tmp_path / "gcide.dict.dz"
     path.write_bytes(gzip.compress(ENTRY))
-    monkeypatch.setattr(text, "GCIDE", path)
+    monkeypatch.setattr(text_sources, "GCIDE", path)
     return path
 
 
 def test_the_dictionary_is_a_prefix_without_its_sources(gcide, monkeypatch):
     assert text.read_text("gcide") == ENTRY_TEXT
-    monkeypatch.setattr(text, "GCIDE_CHARACTERS", 30)
+    monkeypatch.setattr(text_sources, "GCIDE_CHARACTERS", 30)
     corpus = text.load_corpus("gcide")
     assert (corpus.training.characters, corpus.evaluated.characters) == (27, 3)
     whole = torch.cat([corpus.training.tokens, corpus.evaluated.tokens]).tolist()
@@ -139,8 +137,8 @@ def test_any_text_file(tmp_path):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (None, "must be 'pydoc', 'gcide' or a text file in UTF-8"),
-        (b"\xff\xfe\x00", "must be 'pydoc', 'gcide' or a text file in UTF-8"),
+        (None, "must be pydoc, gcide, .* or a text file in UTF-8 or a folder of them, and th"),
+        (b"\xff\xfe\x00", "must be a text file in UTF-8"),
         (b"", "must hold some text"),
         (b"a", "long enough to split, got 1 characters"),
     ],

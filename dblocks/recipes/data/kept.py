@@ -1,0 +1,83 @@
+"""Arrays that are made once, kept in a file and mapped into memory: large texts and images.
+
+They are kept in the folder of the environment variable DBLOCKS_CACHE, by default ~/.cache/dblocks,
+and may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from dblocks.config import json_text, read_json
+
+CACHE = "DBLOCKS_CACHE"
+Make = Callable[[IO[bytes]], dict[str, Any]]
+
+
+def cache_folder() -> Path:
+    """Where they are kept."""
+    named = os.environ.get(CACHE)
+    return Path(named) if named else Path.home() / ".cache" / "dblocks"
+
+
+def key_of(files: Sequence[Path], **settings: Any) -> str:
+    """A name for what is made of files with these settings.
+
+    Files count as the same while path, size and time of change are: large ones are not read again.
+    """
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json_text([stats, settings]).encode()).hexdigest()
+
+
+def kept(key: str, make: Make) -> tuple[Path, dict[str, Any]]:
+    """The file of this name and what is told about it; made where it is not there.
+
+    A file is put in its place when it is whole, so that a run that is killed leaves none behind
+    that another would use.
+
+    Args:
+        key: of `key_of`.
+        make: writes the file's content, and returns JSON values about it.
+    """
+    folder = cache_folder()
+    path, note = folder / f"{key}.bin", folder / f"{key}.json"
+    if note.is_file() and path.is_file():
+        about = read_json(note)
+        if about["bytes"] == path.stat().st_size:
+            return path, about
+    with replacing(path) as file:
+        about = make(file)
+        file.flush()
+        about["bytes"] = os.fstat(file.fileno()).st_size
+    with replacing(note) as file:
+        file.write(json_text(about).encode())
+    return path, about
+
+
+def mapped(path: Path, dtype: torch.dtype) -> Tensor:
+    """A file's numbers [n], read when they are used; writing to them leaves the file as it is."""
+    size = path.stat().st_size // dtype.itemsize
+    return torch.from_file(str(path), shared=False, size=size, dtype=dtype)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that becomes `path` at the end; after an error there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

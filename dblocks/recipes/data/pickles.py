@@ -1,0 +1,132 @@
+"""Pickles of byte arrays, such as CIFAR's Python version, read without running anything of them.
+
+A pickle names functions and classes to call. Here all names but the few that arrays of bytes need
+are refused, and these stand for inert classes of this file.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST = 2**30  # bytes of a file; CIFAR-100's has 155 million
+BYTES = ("u1", "|u1", "uint8")
+
+
+class _Inert:
+    """Keeps what a pickle would call or set, and does nothing with it."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Array(_Inert):
+    """In place of an array, to be made by `bytes_of`."""
+
+
+class _Dtype(_Inert):
+    """In place of numpy's dtype."""
+
+
+class _Class(_Inert):
+    """In place of the class ndarray itself, which is only handed on."""
+
+
+# What numpy 1 and 2 write of an array.
+ADMITTED = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _Class,
+    ("numpy", "dtype"): _Dtype,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return lambda *args: _latin(*args)
+        if (found := ADMITTED.get((module, name))) is None:
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, and may name what arrays of bytes need only"
+            )
+        # A class for this pickle alone, which it cannot change for others.
+        return type(found.__name__, (found,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it refers to objects outside it")
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The dictionary of a pickle: bytes, texts, numbers, lists, and arrays for `bytes_of`.
+
+    Raises:
+        ValueError: the file holds anything else, names anything but arrays of bytes, or is damaged.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise pickle.UnpicklingError(f"it has more than {LARGEST:,} bytes")
+        # As bytes: a text of Python 2 may be the contents of an array.
+        found = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+    except Exception as error:  # a damaged pickle raises almost any error
+        raise ValueError(
+            f"{path} must be a pickle of a dictionary of arrays: {error or type(error).__name__}"
+        ) from error
+    if type(found) is not dict:
+        raise ValueError(f"{path} must hold a dictionary, got {type(found).__name__}")
+    return {_text(key): value for key, value in found.items()}
+
+
+def bytes_of(value: Any, of: str) -> Tensor:
+    """The array [n, m] of bytes that a pickle holds.
+
+    Raises:
+        ValueError: it is no such array, or has not as many bytes as its shape says.
+    """
+    state = value.state if isinstance(value, _Array) else None
+    if type(state) is not tuple or len(state) != 5:
+        raise ValueError(f"{of} must be an array, got {_kind(value)}")
+    _, shape, dtype, fortran, content = state
+    elements = _text(dtype.args[0]) if isinstance(dtype, _Dtype) and dtype.args else None
+    two = type(shape) is tuple and len(shape) == 2 and all(type(n) is int for n in shape)
+    if elements not in BYTES or not two or fortran or not isinstance(content, bytes):
+        raise ValueError(
+            f"{of} must be an array of bytes in 2 dimensions, row by row, got {shape!r} of "
+            f"{elements!r}"
+        )
+    if min(shape) < 1 or shape[0] * shape[1] != len(content):
+        raise ValueError(
+            f"{of} must hold as many bytes as its shape {list(shape)} says, got {len(content)}"
+        )
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(shape)
+
+
+def integers_of(value: Any, of: str) -> list[int]:
+    """The list of integers that a pickle holds; ValueError for anything else."""
+    if type(value) is not list or not all(type(number) is int for number in value):
+        raise ValueError(f"{of} must be a list of integers, got {_kind(value)}")
+    return value
+
+
+def _latin(text: Any, encoding: Any) -> bytes:
+    """Bytes as Python 3 writes them for Python 2, as a call of codecs.encode."""
+    if type(text) is not str or encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError("it may encode texts as latin1 only")
+    return text.encode("latin1")
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__.strip("_")
+    return f"{name} of other values" if name == "list" else name
+
+
+def _text(value: Any) -> Any:
+    return value.decode("latin1") if isinstance(value, bytes) else value

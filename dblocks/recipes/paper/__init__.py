@@ -1,0 +1,21 @@
+"""The experiments of the paper as recipes: `dblocks train NETWORK --recipe paper --data NAME`.
+
+DiffusionBlocks: Block-wise Neural Network Training via Diffusion Interpretation (Shing, Koyama,
+Akiba; ICLR 2026; arXiv 2506.14202, version 4). Every value that the paper gives stands beside the
+place it is from, every choice of ours where it gives none beside a reason, in `images` and `texts`.
+"""
+
+from dblocks.recipes.paper.experiment import Experiment as Experiment
+from dblocks.recipes.paper.experiment import Published as Published
+from dblocks.recipes.paper.experiment import Value as Value
+from dblocks.recipes.paper.images import CIFAR10, CIFAR100, IMAGENET, TINY_IMAGENET
+from dblocks.recipes.paper.texts import HUGINN, LM1B, OPENWEBTEXT, TEXT8
+
+EXPERIMENTS: dict[str, tuple[Experiment, ...]] = {
+    "vit": (CIFAR100, TINY_IMAGENET),
+    "dit": (CIFAR10, IMAGENET),
+    "masked-lm": (TEXT8,),
+    "causal-lm": (LM1B, OPENWEBTEXT),
+    "recurrent": (HUGINN,),
+}
+"""By the name of the network; the first is the one without `--data`."""

@@ -1,0 +1,46 @@
+"""Which experiment of the paper the command line means, and whether its data are there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from dblocks.recipes.paper.experiment import Experiment
+from dblocks.recipes.run import Run
+
+
+def experiment_of(experiments: Sequence[Experiment], data: str | None) -> Experiment:
+    """The experiment on this data set; the first one where none is named.
+
+    Raises:
+        ValueError: the paper has none on it.
+    """
+    found = [e for e in experiments if data in (None, e.data)]
+    if not found:
+        names = " or ".join(e.data for e in experiments)
+        raise ValueError(
+            f"--data must be {names} with --recipe paper, got {data!r}; for other data, leave the "
+            "recipe out"
+        )
+    return found[0]
+
+
+def run_of(experiment: Experiment, run: Run) -> Run:
+    """A run with the settings of an experiment."""
+    values: dict[str, Any] = {"data": experiment.data, **experiment.settings()}
+    return dataclasses.replace(run, **values)
+
+
+def check_files(experiment: Experiment, run: Run) -> None:
+    """Raises ValueError where the run names no files, which nobody but the user can bring."""
+    if getattr(run, "data_path", None) is None:
+        raise ValueError(
+            f"--recipe paper trains on {experiment.data}, whose files must be given by "
+            f"--data-path: {experiment.files}; nothing is downloaded"
+        )
+    if experiment.tokenizer and getattr(run, "tokenizer", None) is None:
+        raise ValueError(
+            f"--recipe paper trains on the tokens of a tokenizer, {experiment.tokenizer}; give its "
+            "tokenizer.json by --tokenizer"
+        )

@@ -1,0 +1,219 @@
+"""The paper's experiments on images: ViT classifies, DiT generates.
+
+"Code" is the released code of the paper, which has the ViT only; DiT is Peebles and Xie 2023
+(arXiv 2212.09748), EDM is Karras et al. 2022 (arXiv 2206.00364).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dblocks.recipes.paper.experiment import Experiment, Published, Value, steps
+
+ON_A_GPU = {
+    "device": Value("cuda", "nobody trains these on a CPU"),
+    "bf16": Value(True, "the paper names no precision; the code has float32 with TF32"),
+}
+CLIP = Value(1.0, "code: gradient_clip_val")
+STEPS_4 = "4"  # denoising steps of the paper's accuracy
+
+
+def _accuracy(record: Mapping[str, Any]) -> float | None:
+    """In percent: by 4 Euler steps from noise, or of the network trained end to end."""
+    from_noise = record["accuracy_from_noise"]
+    return 100 * (record["accuracy"] if from_noise is None else from_noise[STEPS_4])
+
+
+# What both ViTs have from the released code.
+VIT_CODE = {
+    "clip": CLIP,
+    "weight_decay": Value(0.01, "code: default of --weight_decay"),
+    "conditioning": Value("official", "code: ViTDiTLayer, AdaLN"),
+    "gate_init": Value(0.0, "code: the AdaLN layers start at 0"),
+    "head": Value("learned", "App. B: cross-entropy of the classification head"),
+    "noise_scale": Value(None, "code: the noisy label takes the class token's place"),
+    "noise": Value("paper", "Sec. 3.1: z_0 = sigma_max eps"),
+    "weighting": Value("batch_mean", "App. C: EDM's weights; in the code their mean over a batch"),
+    "top_share": Value(0.0, "Eq. 6: draws within the block's own range only"),
+}
+VIT_DIFFERS = (
+    "Pixels are in [-1, 1]; the code divides by the data's own mean and std.",
+    "There is no dropout (.1 in the paper) and no augmentation (the paper flips and has "
+    "RandAugment; the code also crops).",
+    "Layers are Xavier uniform, and matrices alone have weight decay.",
+)
+
+CIFAR100 = Experiment(
+    network="vit",
+    data="cifar-100",
+    files="the folder of CIFAR-100 in its python or binary version",
+    epochs=500,
+    samples=50_000,
+    shape=(3, 32, 32),
+    labels=100,
+    published={
+        "depth": Value(12, "App. E.1"),
+        "patch_size": Value(4, "App. E.1"),
+        "width": Value(128, "App. E.1"),
+        "heads": Value(4, "App. E.1"),
+        "mlp_ratio": Value(24.0, "code: intermediate_size left at ViT-Base's 3072"),
+        "blocks": Value(3, "App. E.1"),
+        "batch_size": Value(128, "App. E.1"),
+        "steps": Value(
+            steps(epochs=500, samples=50_000, batch_size=128, blocks=3), "App. E.1: 500 epochs"
+        ),
+        "lr": Value(5e-4, "App. E.1"),
+        "decay": Value("cosine", "App. E.1"),
+        "warmup": Value(10 / 500, "App. E.1: 10 epochs; in the code so many for each block"),
+        **VIT_CODE,
+    },
+    ours=ON_A_GPU,
+    differs=(
+        *VIT_DIFFERS,
+        "The cosine ends at 0; the code's command for augmented data ends at 5e-5.",
+    ),
+    metric="accuracy on the test images, %",
+    rows=(
+        Published("DiffusionBlocks", "59.30", "Table 1"),
+        Published("end to end", "60.25", "Table 1"),
+        Published("Forward-Forward", "7.85", "Table 1"),
+    ),
+    measured=_accuracy,
+)
+
+TINY_IMAGENET = Experiment(
+    network="vit",
+    data="tiny-imagenet",
+    files="the folder of Tiny-ImageNet as unpacked (train, val), or of its parquet files",
+    epochs=100,
+    samples=100_000,
+    shape=(3, 64, 64),
+    labels=200,
+    published={
+        "depth": Value(12, "App. F.1"),
+        "patch_size": Value(4, "App. F.1"),
+        "width": Value(768, "App. F.1"),
+        "heads": Value(12, "App. F.1"),
+        "mlp_ratio": Value(4.0, "code: intermediate_size 3072"),
+        "blocks": Value(2, "App. F.1"),
+        "batch_size": Value(256, "App. F.1"),
+        "steps": Value(
+            steps(epochs=100, samples=100_000, batch_size=256, blocks=2), "App. F.1: 100 epochs"
+        ),
+        "lr": Value(1e-4, "App. F.1"),
+        "decay": Value("constant", "code: default of --scheduler_type"),
+        "warmup": Value(0.0, "code: default of --num_warmup_steps"),
+        **VIT_CODE,
+    },
+    ours=ON_A_GPU,
+    differs=VIT_DIFFERS,
+    metric="accuracy on the validation images, %",
+    rows=(
+        Published("DiffusionBlocks", "36.16", "Table 9"),
+        Published("end to end", "35.32", "Table 9"),
+    ),
+    measured=_accuracy,
+)
+
+
+DIT_SAMPLING = {
+    "samples": Value(50_000, "App. E.2"),
+    "sampling_steps": Value(50, "App. E.2: Euler"),
+    "guidance_scale": Value(2.0, "App. E.2"),
+    "sigma_data": Value(0.5, "App. C: for all experiments"),
+    "weighting": Value("edm", "App. C"),
+    "patch_size": Value(2, "App. E.2: DiT-S/2 and DiT-L/2"),
+    "mlp_ratio": Value(4.0, "DiT"),
+    "conditioning": Value("dit", "DiT: adaLN-Zero"),
+    "gate_init": Value(0.0, "DiT: adaLN-Zero"),
+}
+DIT_OURS = {
+    "decay": Value("constant", "not in the paper; as DiT"),
+    "warmup": Value(0.0, "not in the paper; as DiT"),
+    "weight_decay": Value(0.0, "not in the paper; as DiT"),
+    "clip": Value(1.0, "not in the paper; as the released code of the ViT"),
+    **ON_A_GPU,
+}
+DIT_DIFFERS = (
+    "There is no average of the weights (DiT's and EDM's are of an EMA; the paper says nothing), "
+    "and no flips.",
+    "Steps are at the quantiles of equal mass, which App. H describes.",
+)
+FID = (
+    "FID needs the weights of an Inception network: draw samples by `dblocks sample dit --out "
+    "samples.npy` and give them to clean-fid"
+)
+
+
+def _not_measured(record: Mapping[str, Any]) -> None:
+    """Nothing: the distance here is by a small classifier's features."""
+
+
+CIFAR10 = Experiment(
+    network="dit",
+    data="cifar-10",
+    files="the folder of CIFAR-10 in its python or binary version",
+    epochs=100,
+    samples=50_000,
+    shape=(3, 32, 32),
+    labels=10,
+    published={
+        "depth": Value(12, "App. E.2: DiT-S/2"),
+        "width": Value(384, "DiT, Table 1: S"),
+        "heads": Value(6, "DiT, Table 1: S"),
+        "blocks": Value(3, "App. E.2"),
+        "batch_size": Value(512, "App. E.2"),
+        "steps": Value(
+            steps(epochs=100, samples=50_000, batch_size=512, blocks=3), "App. E.2: 100 epochs"
+        ),
+        "lr": Value(1e-4, "App. E.2"),
+        **DIT_SAMPLING,
+    },
+    ours=DIT_OURS,
+    differs=DIT_DIFFERS,
+    metric="FID of 50,000 samples, to the training / test images",
+    rows=(
+        Published("DiffusionBlocks", "30.59 / 37.20", "Table 2"),
+        Published("end to end", "32.84 / 39.83", "Table 2"),
+    ),
+    measured=_not_measured,
+    unmeasured=FID,
+)
+
+IMAGENET = Experiment(
+    network="dit",
+    data="imagenet-latents",
+    files="a folder of .npz or .safetensors shards with `latents` [n, 4, 32, 32], of the images of "
+    "256x256 by the autoencoder sd-vae-ft-ema, and `labels` [n]",
+    epochs=100,
+    samples=1_281_167,
+    shape=(4, 32, 32),
+    labels=1000,
+    published={
+        "depth": Value(24, "App. E.2: DiT-L/2"),
+        "width": Value(1024, "DiT, Table 1: L"),
+        "heads": Value(16, "DiT, Table 1: L"),
+        "blocks": Value(3, "App. E.2"),
+        "batch_size": Value(512, "App. E.2"),
+        "steps": Value(
+            steps(epochs=100, samples=1_281_167, batch_size=512, blocks=3), "App. E.2: 100 epochs"
+        ),
+        "lr": Value(5e-5, "App. E.2"),
+        **DIT_SAMPLING,
+    },
+    ours={
+        "scale": Value(
+            0.5 * 0.18215, "not in the paper; makes the std of these latents about sigma_data"
+        ),
+        **DIT_OURS,
+    },
+    differs=(*DIT_DIFFERS, "Samples are latents; the autoencoder makes images of them."),
+    metric="FID of 50,000 samples, to the training / test images",
+    rows=(
+        Published("DiffusionBlocks", "9.00 / 10.63", "Table 2"),
+        Published("end to end", "9.01 / 12.09", "Table 2"),
+    ),
+    measured=_not_measured,
+    unmeasured=FID,
+)

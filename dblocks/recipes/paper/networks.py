@@ -1,0 +1,37 @@
+"""The networks of the paper's experiments, known without their data, and what a plan needs."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from dblocks.recipes.data.splits import Images
+from dblocks.recipes.paper.experiment import Experiment
+from dblocks.recipes.run import Run
+
+H200 = "141GB"  # of memory; source: NVIDIA's data sheet
+
+
+def network_config(experiment: Experiment, run: Run) -> Any:
+    """The config of the network of a run on the data set of an experiment."""
+    maker = cast(Any, run)
+    if not experiment.shape:
+        return maker.model_config(experiment.labels)
+    last = torch.tensor([experiment.labels - 1], device="cpu")
+    images = Images(torch.zeros(1, *experiment.shape, device="cpu"), last)
+    if experiment.network == "vit":
+        return maker.vit_config(images, images)
+    return maker.dit_config(images)
+
+
+def plan_of(experiment: Experiment, run: Run) -> dict[str, Any]:
+    """The flags of `dblocks plan` that an experiment sets, on one H200."""
+    return {
+        **vars(network_config(experiment, run)),
+        "memory": H200,
+        "batch_size": run.batch_size,
+        "blocks": run.num_blocks,
+        "bf16": run.bf16,
+        "train_tokens": str(experiment.epochs * experiment.samples),
+    }

@@ -1,0 +1,47 @@
+"""What was reached here beside what the paper reports: two kinds of rows, never one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dblocks.info import aligned
+from dblocks.recipes.paper.experiment import Experiment
+from dblocks.recipes.run import Run
+
+NOT_A_SETTING = ("seed", "device", "data", "data_path", "tokenizer", "points", "shared", "block")
+
+
+def changed(run: Run, recipe: Run) -> list[str]:
+    """What a run sets other than its recipe, such as "steps 3 (585,000)"."""
+    own, planned = vars(run), vars(recipe)
+    return [
+        f"{name} {own[name]} ({planned[name]})"
+        for name in own
+        if own[name] != planned[name] and name not in NOT_A_SETTING
+    ]
+
+
+def beside(experiment: Experiment, run: Run, recipe: Run, record: Mapping[str, Any]) -> str:
+    """The result of a run and the rows of the paper, each with its source.
+
+    Args:
+        experiment: of the paper.
+        run: what was trained.
+        recipe: the experiment as a run, with nothing changed.
+        record: of the run.
+    """
+    value = experiment.measured(record)
+    here = "not measured here" if value is None else f"{value:.2f}"
+    rows = [("here", run.name, here, f"{run.steps:,} steps, seed {run.seed}")]
+    rows += [
+        ("published", row.method, row.value, f"{row.table} of arXiv 2506.14202")
+        for row in experiment.rows
+    ]
+    lines = [f"{experiment.data}: {experiment.metric}", *aligned(rows)]
+    if other := changed(run, recipe):
+        lines.append(f"Other settings here than the paper's: {', '.join(other)}")
+    lines += [f"Not as in the paper: {sentence}" for sentence in experiment.differs]
+    if value is None and experiment.unmeasured:
+        lines.append(f"To compare: {experiment.unmeasured}")
+    return "\n".join(lines)
