@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dblocks.blocks import BlockOptimizers
 from dblocks.blocks.training import not_finite
 from dblocks.models.vit import ViT, ViTConfig
 from dblocks.nn import Norm, TransformerLayer
@@ -119,6 +120,7 @@ class UnitTrainer(Trainer):
         self.method_run, self.evaluated = run, evaluated
         units = cast(Units, self.network).units
         self.optimizers: list[Optimizer] = [self._adamw(list(u.parameters())) for u in units]
+        self.block_optimizers = BlockOptimizers(self.optimizers, None)
 
     @staticmethod
     @abstractmethod
@@ -132,6 +134,10 @@ class UnitTrainer(Trainer):
     @abstractmethod
     def predict(self, images: Tensor) -> Sequence[Tensor]:
         """Logits of each head, the last that of the method: [N, C, H, W] to [N, classes] each."""
+
+    def optimizers_of(self, block: int) -> Sequence[Optimizer]:
+        """The optimizers of what a step trains: of all units, one after the other."""
+        return self.optimizers
 
     @property
     def num_blocks(self) -> int:
