@@ -13,7 +13,7 @@ from dblocks.recipes.columns import accuracy
 from dblocks.recipes.tables import COSTS, Column, percent
 
 GRID = (1e-3, 2e-3, 4e-3)
-# Of the final rows' layer evaluations. With the rows themselves they are a curve over a factor of 8.
+# Shares of the final rows' layer evaluations: with these themselves a curve over a factor of 8.
 BUDGETS = (0.5, 2, 4)
 SECONDS = {"vit-digits": 0.02, "vit-fashion": 0.024}  # of a layer evaluation on one core, measured
 
