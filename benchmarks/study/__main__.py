@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.study import causal_lm, dit, masked_lm, recurrent, vit, vit_study
 from benchmarks.study.archive import Archive
-from benchmarks.study.costing import run_costs
+from benchmarks.study.costing import COSTS_PART, run_costs
 from benchmarks.study.experiment import REPORT, Experiment
 from benchmarks.study.rows import Study
 from benchmarks.study.running import QUICK, run_quick, run_study, status
@@ -86,14 +86,14 @@ def _study(args: argparse.Namespace) -> None:
         study = STUDIES[name]
         names = args.rows or study.names(args.part, planned=not args.list)
         rows = [study.row(row) for row in names]
+        folder = args.records or (QUICK / name if args.quick else study.records)
         if args.list:
-            print(status(study, rows, args.records))
-        elif args.quick:
-            run_quick(study, rows, *([args.records] if args.records else []), workers=args.workers)
-        else:
-            run_study(study, rows, args.records, workers=args.workers)
-        if not args.list and not args.rows and args.part in (None, "costs"):
-            run_costs(study, QUICK / name if args.quick else args.records)
+            print(status(study, rows, folder))
+            continue
+        if rows:
+            (run_quick if args.quick else run_study)(study, rows, folder, workers=args.workers)
+        if not args.rows and args.part in (None, COSTS_PART):
+            run_costs(study, folder)
 
 
 if __name__ == "__main__":

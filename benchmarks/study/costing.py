@@ -12,6 +12,7 @@ from benchmarks.study.rows import Study
 from dblocks.recipes.records import use_one_thread, write_record
 from dblocks.recipes.tables import Column, text_table
 
+COSTS_PART = "costs"  # what a command calls these
 # Of the rows of a study, and what is measured of each.
 SPARED: Sequence[tuple[str, Sequence[Technique]]] = (
     ("end_to_end", ("none", "checkpointing", "offload")),

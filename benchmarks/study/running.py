@@ -23,9 +23,7 @@ QUICK = Path("runs/quick")  # records of `--quick`
 QUICK_SHARE = 100  # by what its steps are divided
 
 
-def run_study(
-    study: Study, rows: Sequence[Row], folder: Path | None = None, *, workers: int = 2
-) -> None:
+def run_study(study: Study, rows: Sequence[Row], folder: Path, *, workers: int = 2) -> None:
     """Chooses learning rates and runs all seeds of rows; finished runs are not run again.
 
     Args:
@@ -49,7 +47,7 @@ def run_study(
     Archive(found.folder).pack()
 
 
-def run_quick(study: Study, rows: Sequence[Row], folder: Path = QUICK, *, workers: int = 2) -> None:
+def run_quick(study: Study, rows: Sequence[Row], folder: Path, *, workers: int = 2) -> None:
     """A hundredth of each row's steps, one seed, one learning rate: shows that all of it runs."""
     short: dict[Path, Run] = {}
     for row in rows:
@@ -63,9 +61,9 @@ def run_quick(study: Study, rows: Sequence[Row], folder: Path = QUICK, *, worker
         )
         if hasattr(run, "samples"):
             run = dataclasses.replace(run, samples=100, sampling_steps=5)
-        short[folder / study.name / f"{row.name}.json"] = run
+        short[folder / f"{row.name}.json"] = run
     run_missing(short, study.headline, workers)
-    there = Archive(folder / study.name).load()
+    there = Archive(folder).load()
     print(text_table({row.title: [there[row.name]] for row in rows}, study.columns))
 
 
@@ -80,7 +78,7 @@ def train_kept(run: Run, path: Path, kept: Path) -> dict[str, Any]:
     return record
 
 
-def status(study: Study, rows: Sequence[Row], folder: Path | None = None) -> str:
+def status(study: Study, rows: Sequence[Row], folder: Path) -> str:
     """A line for each row: what is there, and for what is not the command and predicted hours."""
     found = Found(study, folder)
     lines = [f"{study.name}: {study.title}"]

@@ -122,18 +122,18 @@ def bytes_of(plain: Trainer, spared: Trainer, technique: Technique) -> dict[str,
 def _of_a_layer(trainer: Trainer, block: int) -> int:
     """What a layer saves beside its input: the largest of a block."""
     batch, parameters = trainer.batch(0), list(trainer.trained.parameters())
-    found: list[int] = []
+    largest = 0
     for layer in trainer.counted():
         inputs: list[int] = []
         handle = layer.register_forward_pre_hook(
-            lambda _, args, sizes=inputs: sizes.append(args[0].untyped_storage().nbytes())
+            lambda _, args, to=inputs.append: to(args[0].untyped_storage().nbytes())
         )
         with SavedActivations(parameters, within=[layer]) as saved:
             loss = trainer.loss(batch, block)
         handle.remove()
-        found.append(saved.bytes - sum(inputs))
+        largest = max(largest, saved.bytes - sum(inputs))
         del loss
-    return max(found)
+    return largest
 
 
 def _packed(trainer: Trainer, block: int) -> list[int]:
