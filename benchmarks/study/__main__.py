@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study demo|results|pack|unpack`."""
+"""`python -m benchmarks.study demo|results|study|pack|unpack`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.study import causal_lm, dit, masked_lm, recurrent, vit
+from benchmarks.study import causal_lm, dit, masked_lm, recurrent, vit, vit_study
 from benchmarks.study.archive import Archive
+from benchmarks.study.costing import COSTS_PART, run_costs
 from benchmarks.study.experiment import REPORT, Experiment
+from benchmarks.study.rows import Study
+from benchmarks.study.running import QUICK, run_quick, run_study, status
 
 EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
@@ -23,6 +26,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         recurrent.EXPERIMENT,
     )
 }
+STUDIES: dict[str, Study] = {study.name: study for study in (vit_study.FASHION, vit_study.DIGITS)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     full.add_argument("--records", type=Path, help="folder of the records of one experiment")
     full.add_argument("--report", type=Path, default=REPORT, help="file with the tables' markers")
     full.add_argument("--figure", type=Path, help="the PNG of one experiment to write")
+    study = commands.add_parser("study", help="hours: every method, ablation and budget, resumable")
+    study.add_argument(
+        "names", nargs="*", choices=[[], *STUDIES], default=[], help="all by default"
+    )
+    study.add_argument(
+        "--rows", nargs="*", help="rows of one study, also those that are not planned"
+    )
+    study.add_argument("--part", help="such as methods, budget or costs; all by default")
+    study.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    study.add_argument("--records", type=Path, help="folder of the records of one study")
+    study.add_argument("--quick", action="store_true", help="minutes: a hundredth of the steps")
+    study.add_argument("--list", action="store_true", help="what there is, what is missing")
     for command, text in (
         ("pack", "move records that were added as files into the studies' archives"),
         ("unpack", "write the records of archives as files, to look at or delete some"),
@@ -50,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "demo":
             vit.demo(args.out)
             return 0
+        if args.command == "study":
+            _study(args)
+            return 0
         for name in args.names or EXPERIMENTS:
             if args.command in ("pack", "unpack"):
                 getattr(Archive(EXPERIMENTS[name].records), args.command)()
@@ -59,6 +78,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _study(args: argparse.Namespace) -> None:
+    """Runs, tries or lists the rows that were asked for."""
+    for name in args.names or STUDIES:
+        study = STUDIES[name]
+        names = args.rows or study.names(args.part, planned=not args.list)
+        rows = [study.row(row) for row in names]
+        folder = args.records or (QUICK / name if args.quick else study.records)
+        if args.list:
+            print(status(study, rows, folder))
+            continue
+        if rows:
+            (run_quick if args.quick else run_study)(study, rows, folder, workers=args.workers)
+        if not args.rows and args.part in (None, COSTS_PART):
+            run_costs(study, folder)
 
 
 if __name__ == "__main__":

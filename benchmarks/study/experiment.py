@@ -173,7 +173,10 @@ def jobs(folder: Path, runs: Mapping[str, Sequence[Run]]) -> dict[Path, Run]:
 
 
 def run_missing(
-    jobs: Mapping[Path, Run], headline: Callable[[Mapping[str, Any]], str], workers: int
+    jobs: Mapping[Path, Run],
+    headline: Callable[[Mapping[str, Any]], str],
+    workers: int,
+    train_one: Callable[[Run, Path], dict[str, Any]] = train_to_record,
 ) -> None:
     """Train those runs whose records are not there, several processes of one thread at a time.
 
@@ -181,6 +184,7 @@ def run_missing(
         jobs: the records' paths, and what to run for each.
         headline: what a record reached, in a few words.
         workers: processes at a time.
+        train_one: trains a run, writes its record to the path and returns it.
 
     Raises:
         ValueError: a record that is there was made by another recipe.
@@ -194,7 +198,7 @@ def run_missing(
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
-        futures = {pool.submit(train_to_record, run, path): path for path, run in missing.items()}
+        futures = {pool.submit(train_one, run, path): path for path, run in missing.items()}
         for number, future in enumerate(as_completed(futures), 1):
             record = future.result()
             print(

@@ -33,7 +33,8 @@ class Trainer(ABC):
         run: what to train.
         data: where its batches come from.
         make: makes the network, which has its residual layers in `layers`.
-        config: how it is cut; one block end to end.
+        config: how it is cut, one block end to end; None for a network that a subclass trains in a
+            way of its own, without blocks.
         end_to_end_loss: the loss, 0-d, of a network and a batch end to end, for networks that are
             trained without noise levels then; they are not cut.
     """
@@ -43,7 +44,7 @@ class Trainer(ABC):
         run: Run,
         data: Data,
         make: Callable[[], nn.Module],
-        config: Callable[[], BlocksConfig],
+        config: Callable[[], BlocksConfig] | None,
         end_to_end_loss: Callable[[Any, Batch], Tensor] | None = None,
     ) -> None:
         self.run, self.batches = run, data
@@ -51,7 +52,9 @@ class Trainer(ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             self.network: Any = make()
-        self.config = None if self.end_to_end_loss else self._shared_as_asked(config())
+        self.config = None
+        if config is not None and self.end_to_end_loss is None:
+            self.config = self._shared_as_asked(config())
         self.model = None if self.config is None else self._in_blocks(self.config)
         self.trained.to(run.device)
         self.block_optimizers = (

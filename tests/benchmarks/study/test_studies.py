@@ -1,0 +1,185 @@
+import dataclasses
+
+import pytest
+
+from benchmarks.study import running
+from benchmarks.study.__main__ import STUDIES, main
+from benchmarks.study.archive import Archive
+from benchmarks.study.experiment import SELECTION_SEED, record_path
+from benchmarks.study.methods.run import TRAINERS, MethodRun
+from benchmarks.study.rows import MORE_RATES, Found, Row, Study, selection_run
+from dblocks.recipes.records import write_record
+from dblocks.recipes.run import Run
+from dblocks.recipes.tables import COSTS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = {"width": 8, "depth": 2, "heads": 2, "patch_size": 4, "batch_size": 16, "points": 2}
+RUN = MethodRun(method="greedy", blocks=2, steps=12, **TINY)
+
+
+def study_of(*rows):
+    return Study(
+        name="a-study",
+        title="of nothing",
+        rows=rows,
+        error=lambda record: -record["accuracy"],
+        headline=lambda record: f"{record['accuracy']:.2f}",
+        columns=COSTS,
+    )
+
+
+ROW = Row(name="one", title="One", method="greedy", run=RUN, lrs=(1e-3, 2e-3, 4e-3), seeds=(0, 1))
+OTHER = dataclasses.replace(ROW, name="two", lrs=(), rate_of="one", part="budget", planned=False)
+STUDY = study_of(ROW, OTHER)
+
+
+def pretend(best):
+    """What stands for a run: the nearer the rate to `best`, the better."""
+
+    def train_one(run, path, **_):
+        record = {
+            "format": 1,
+            "run": run.to_dict(),
+            "accuracy": 1 - abs(run.lr - best),
+            "seconds": 0,
+        }
+        write_record(path, record)
+        return record
+
+    return train_one
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Runs what is missing here, by `pretend`, and remembers what it ran."""
+    done = []
+
+    def start(best):
+        train_one = pretend(best)
+
+        def run_missing(jobs, headline, workers, _=None):
+            for path, run in jobs.items():
+                if path.stem not in Archive(path.parent).load():
+                    train_one(run, path)
+                    done.append(path.stem)
+
+        monkeypatch.setattr(running, "run_missing", run_missing)
+        return done
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (2e-3, (1e-3, 2e-3, 4e-3)),
+        (8e-3, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
+        (1e-3, (5e-4, 1e-3, 2e-3, 4e-3)),
+    ],
+)
+def test_grids_grow_until_the_best_is_inside(tmp_path, at_once, capsys, best, tried):
+    at_once(best)
+    running.run_study(STUDY, [ROW, OTHER], tmp_path / "a")
+    found = Found(STUDY, tmp_path / "a")
+    assert found.rates(ROW) == pytest.approx(sorted(tried))
+    assert found.lr(ROW) == found.lr(OTHER) == pytest.approx(best)
+    assert not found.at_edge(ROW)
+    assert [r["run"]["seed"] for r in found.records(ROW)] == [0, 1]
+    assert "at the edge" not in capsys.readouterr().out
+
+
+def test_a_best_rate_that_stays_at_the_edge_is_said(tmp_path, at_once, capsys):
+    at_once(1.0)
+    running.run_study(STUDY, [ROW], tmp_path / "a")
+    found = Found(STUDY, tmp_path / "a")
+    assert len(found.rates(ROW)) == 3 + MORE_RATES
+    assert found.at_edge(ROW)
+    assert "one: learning rate 0.032, at the edge of what was tried" in capsys.readouterr().out
+
+
+def test_finished_runs_are_not_repeated_and_what_is_missing_is_named(tmp_path, at_once):
+    done = at_once(2e-3)
+    folder = tmp_path / "a"
+    text = running.status(STUDY, STUDY.rows, folder)
+    assert "one                          0 of 2 seeds; python -m benchmarks.study study" in text
+    assert "two                          0 of 2 seeds, defined, not run; python -m" in text
+    running.run_study(STUDY, [ROW], folder)
+    first = len(done)
+    assert first == len(set(done)) == 3 + 2
+    running.run_study(STUDY, [ROW, OTHER], folder)
+    assert len(done) == first + 2
+    assert running.status(STUDY, [ROW], folder).endswith("one                          done")
+    assert len(Archive(folder).load()) == first + 2
+
+
+def test_selection_sees_neither_held_out_data_nor_a_final_seed():
+    for study in STUDIES.values():
+        for row in study.rows:
+            run = selection_run(row, 1e-3)
+            assert run.part == "selection"
+            assert SELECTION_SEED not in row.seeds
+            assert row.run.part == "final"
+            assert bool(row.lrs) == (row.rate_of is None)
+            if row.rate_of is not None:
+                assert study.row(row.rate_of).lrs
+            assert run.steps == row.run.steps // row.shorter
+
+
+def test_rows_of_methods_run_as_many_layers():
+    for study in STUDIES.values():
+        if not study.name.startswith("vit"):
+            continue
+        whole = study.row("end_to_end").run
+        budget = whole.steps * whole.depth
+        for row in study.rows:
+            run = row.run
+            per_step = run.depth / run.num_blocks
+            if isinstance(run, MethodRun):
+                per_step = TRAINERS[run.method].layers_per_step(run)
+            if row.part == "methods":
+                assert run.steps * per_step == pytest.approx(budget, rel=2e-3)
+        assert len(set(study.names())) == len(study.rows)
+
+
+@pytest.mark.parametrize("method", ["greedy", "forward_forward", "noprop", "ensemble"])
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path, monkeypatch, method):
+    run = dataclasses.replace(RUN, method=method)
+    monkeypatch.setattr(running, "EVERY", 4)
+    path = record_path(tmp_path / "records", "row", run)
+    expected = running.train_kept(run, tmp_path / "whole.json", tmp_path / "kept")
+    trainer, steps = TRAINERS[method], []
+    step = trainer.step
+
+    def killed(self, number):
+        if number == 10 and number not in steps:
+            steps.append(number)
+            raise KeyboardInterrupt
+        steps.append(number)
+        return step(self, number)
+
+    monkeypatch.setattr(trainer, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        running.train_kept(run, path, tmp_path / "kept")
+    assert not path.exists()
+    record = running.train_kept(run, path, tmp_path / "kept")
+    assert steps == [*range(11), 8, 9, 10, 11]
+    same = ("accuracy", "heads", "curve", "layer_evaluations", "state_mib", "samples", "run")
+    assert {key: record[key] for key in same} == {key: expected[key] for key in same}
+    assert not list((tmp_path / "kept").rglob("*.safetensors"))
+
+
+def test_the_command_lists_and_names_unknown_rows(tmp_path, capsys):
+    args = ["study", "vit-digits", "--records", str(tmp_path / "none")]
+    assert main([*args, "--list", "--part", "methods"]) == 0
+    out = capsys.readouterr().out
+    for name in ("greedy_12", "forward_forward", "noprop_3", "small_ensemble"):
+        assert f"--rows {name}, " in out
+    assert main([*args, "--list", "--rows", "none"]) == 2
+    assert "vit-digits has no row 'none'; its rows are ['end_to_end'" in capsys.readouterr().err
+
+
+def test_every_run_is_read_back_from_its_record():
+    for study in STUDIES.values():
+        for row in study.rows:
+            run: Run = row.run
+            assert type(run).from_dict(run.to_dict()) == run
