@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.study import causal_lm, dit, masked_lm, recurrent, vit
 from benchmarks.study.archive import Archive
 from benchmarks.study.experiment import REPORT, Experiment
+from benchmarks.study.topics.experiment import EXPERIMENT as TOPICS
 
 EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
@@ -21,6 +22,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         causal_lm.GCIDE,
         masked_lm.EXPERIMENT,
         recurrent.EXPERIMENT,
+        TOPICS,
     )
 }
 
