@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study demo|results|pack|unpack`."""
+"""`python -m benchmarks.study demo|results|report|pack|unpack`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from benchmarks.study.archive import Archive
 from benchmarks.study.experiment import REPORT, Experiment
 from benchmarks.study.topics.experiment import EXPERIMENT as TOPICS
 
+PAGE = Path("build/study.html")
 EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
     for e in (
@@ -47,10 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         moved = commands.add_parser(command, help=text)
         moved.add_argument("names", nargs="*", choices=[[], *EXPERIMENTS], default=[])
+    report = commands.add_parser("report", help="one HTML page of all records; runs nothing")
+    report.add_argument("--out", type=Path, default=PAGE, help="the page to write")
     args = parser.parse_args(argv)
     try:
         if args.command == "demo":
             vit.demo(args.out)
+            return 0
+        if args.command == "report":
+            from benchmarks.study.report.page import write_page
+
+            write_page(list(EXPERIMENTS.values()), args.out)
+            print(f"wrote {args.out}")
             return 0
         for name in args.names or EXPERIMENTS:
             if args.command in ("pack", "unpack"):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.study import quality
 from benchmarks.study.experiment import Experiment, draw_comparison
 from benchmarks.study.plots import ACCURACY
 from benchmarks.study.topics.run import TopicsRun
@@ -86,7 +87,7 @@ EXPERIMENT = Experiment(
     rows=ROWS,
     lrs=LRS,
     selection_shorter=dict.fromkeys(ROWS, 3),
-    error=lambda record: -accuracy(record),
+    quality=quality.ACCURACY,
     headline=lambda record: f"{100 * accuracy(record):.1f} %",
     columns=COLUMNS,
     caption=caption,
