@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 JOBS ?= $(shell nproc)# processes of the tests
 OLDEST := $(VENV)/oldest-triton
 
-.PHONY: help demo results study test test-all test-gpu test-hub-old docs kernels-check kernels-model host-time static asan lint bench bench-gpu dist clean
+.PHONY: help demo results study study-report test test-all test-gpu test-hub-old docs kernels-check kernels-model host-time static asan lint bench bench-gpu dist clean
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -28,6 +28,9 @@ results: $(STAMP) ## the full recipe with 3 seeds; finished runs are kept; rewri
 
 study: $(STAMP) ## hours: every method, ablation and budget; goes on where it was (STUDY="--quick": minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study study $(STUDY)
+
+study-report: $(STAMP) ## build/study.html: every comparison from its records, in one page; runs nothing
+	$(BIN)/python -m benchmarks.study report
 
 test: $(STAMP) ## the whole default test suite, in Triton's interpreter where there is no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study demo|results|study|pack|unpack`."""
+"""`python -m benchmarks.study demo|results|study|report|pack|unpack`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from benchmarks.study.costing import COSTS_PART, run_costs
 from benchmarks.study.experiment import REPORT, Experiment
 from benchmarks.study.rows import Study
 from benchmarks.study.running import QUICK, run_quick, run_study, status
+from benchmarks.study.topics.experiment import EXPERIMENT as TOPICS
 
+PAGE = Path("build/study.html")
 EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
     for e in (
@@ -24,6 +26,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         causal_lm.GCIDE,
         masked_lm.EXPERIMENT,
         recurrent.EXPERIMENT,
+        TOPICS,
     )
 }
 STUDIES: dict[str, Study] = {study.name: study for study in (vit_study.FASHION, vit_study.DIGITS)}
@@ -61,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         moved = commands.add_parser(command, help=text)
         moved.add_argument("names", nargs="*", choices=[[], *EXPERIMENTS], default=[])
+    report = commands.add_parser("report", help="one HTML page of all records; runs nothing")
+    report.add_argument("--out", type=Path, default=PAGE, help="the page to write")
     args = parser.parse_args(argv)
     try:
         if args.command == "demo":
@@ -68,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.command == "study":
             _study(args)
+            return 0
+        if args.command == "report":
+            from benchmarks.study.report.page import write_page
+
+            write_page(list(EXPERIMENTS.values()), args.out)
+            print(f"wrote {args.out}")
             return 0
         for name in args.names or EXPERIMENTS:
             if args.command in ("pack", "unpack"):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment, draw_comparison
+from benchmarks.study.quality import BITS
 from benchmarks.study.text import (
     QUALITY,
     add_scores,
@@ -14,6 +15,7 @@ from benchmarks.study.text import (
     quality_columns,
     reference_scores,
     score,
+    stored_scores,
     text_and_training,
 )
 from dblocks.recipes.causal_lm import PUBLISHED, CausalLMRun
@@ -132,12 +134,13 @@ def experiment_of(name: str, run: CausalLMRun, what: str) -> Experiment:
         seeds=SEEDS,
         selection_shorter=SHORTER,
         rates_of=RATES_OF,
-        error=bits,
+        quality=BITS,
         headline=lambda record: f"{bits(record):.3f} bits a character",
         columns=COLUMNS,
         caption=caption,
         draw=draw,
         finish=add_scores,
+        stored=stored_scores,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment
+from benchmarks.study.quality import L2
 from dblocks.recipes.columns import DIT, l2_loss
 from dblocks.recipes.data.digits import NUM_CLASSES, digits
 from dblocks.recipes.dit import SHOWN, DiTRun
@@ -85,7 +86,7 @@ EXPERIMENT = Experiment(
         "end_to_end_long": "end_to_end",
         **dict.fromkeys(("blocks_2", "blocks_4", "blocks_6"), "blocks_3"),
     },
-    error=l2_loss,
+    quality=L2,
     headline=lambda record: f"loss {l2_loss(record):.4f}",
     columns=COLUMNS,
     caption=caption,

@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.study.archive import Archive
 from benchmarks.study.pages import write_between_markers
 from benchmarks.study.plots import Curve, Measure, Panel, comparison_figure, noise_panel
+from benchmarks.study.quality import Quality
 from dblocks.blocks import BlocksConfig
 from dblocks.recipes.image_grid import save_png
 from dblocks.recipes.records import train_to_record
@@ -47,8 +48,8 @@ class Experiment:
     take the rate of `rates_of`."""
     rates_of: Mapping[str, str] = field(default_factory=dict)
     """The row whose learning rate another takes over."""
-    error: Callable[[Mapping[str, Any]], float]
-    """Of a record: the smaller the better."""
+    quality: Quality
+    """What the rows are judged by."""
     headline: Callable[[Mapping[str, Any]], str]
     """What a record reached, in a few words."""
     columns: Sequence[Column]
@@ -59,6 +60,8 @@ class Experiment:
     """Writes the figure of the rows."""
     finish: Callable[[Path, Mapping[str, Records]], None] | None = None
     """Adds to the final records, in the folder, what needs all of them."""
+    stored: Callable[[Path, Mapping[str, Records]], dict[str, Records]] | None = None
+    """The rows for which the folder holds what `finish` added, with it; computes nothing."""
 
     @property
     def records(self) -> Path:
@@ -83,7 +86,7 @@ class Experiment:
 
     def chosen_lr(self, records: Records) -> float:
         """The learning rate of the smallest error; of equal ones the smallest rate."""
-        return min(records, key=lambda r: (self.error(r), r["run"]["lr"]))["run"]["lr"]
+        return min(records, key=lambda r: (self.quality.error(r), r["run"]["lr"]))["run"]["lr"]
 
     def results(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.study import quality
 from benchmarks.study.experiment import Experiment, draw_comparison
 from benchmarks.study.plots import Measure, mask_panel
 from benchmarks.study.text import (
@@ -12,6 +13,7 @@ from benchmarks.study.text import (
     add_scores,
     quality_columns,
     reference_scores,
+    stored_scores,
     text_and_training,
 )
 from dblocks.recipes.columns import MASKED_LM, SAMPLES, bits
@@ -84,10 +86,11 @@ EXPERIMENT = Experiment(
     # Shorter runs know the frequencies of characters only, at any rate.
     selection_shorter={"blocks": 1, "end_to_end": 1},
     rates_of={"end_to_end_long": "end_to_end"},
-    error=bits,
+    quality=quality.BITS,
     headline=lambda record: f"{bits(record):.3f} bits a character",
     columns=COLUMNS,
     caption=caption,
     draw=draw,
     finish=add_scores,
+    stored=stored_scores,
 )

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment, Records, draw_comparison
+from benchmarks.study.quality import BITS
 from benchmarks.study.text import (
     QUALITY,
     add_scores,
     next_token_measure,
     quality_columns,
     reference_scores,
+    stored_scores,
     text_and_training,
 )
 from dblocks.recipes.columns import RECURRENT, SAMPLES, bits
@@ -221,10 +223,11 @@ EXPERIMENT = Experiment(
     lrs=LRS,
     selection_shorter=SHORTER,
     rates_of=RATES_OF,
-    error=bits,
+    quality=BITS,
     headline=lambda record: f"{bits(record):.3f} bits a character",
     columns=COLUMNS,
     caption=caption,
     draw=draw,
     finish=finish,
+    stored=stored_scores,
 )

@@ -117,7 +117,7 @@ def add_scores(folder: Path, records: Mapping[str, Records]) -> None:
     the same for all experiments, trained where its checkpoint is not there.
     """
     samples = {
-        f"{row}-seed{record['run']['seed']}-{key}": texts
+        f"{_prefix(row, record)}{key}": texts
         for row, many in records.items()
         for record in many
         for key, texts in record["samples_written"].items()
@@ -135,11 +135,29 @@ def add_scores(folder: Path, records: Mapping[str, Records]) -> None:
         write_record(folder / f"{SCORES}.json", stored)
     for row, many in records.items():
         for record in many:
-            prefix = f"{row}-seed{record['run']['seed']}-"
-            record["scores"] = {
-                key: stored["scores"][prefix + key] for key in record["samples_written"]
-            }
-            record["scores"]["reference"] = stored["scores"]["reference"]
+            _attach(record, row, stored["scores"])
+
+
+def stored_scores(folder: Path, records: Mapping[str, Records]) -> dict[str, Records]:
+    """The rows whose samples were all scored, with their scores; nothing is computed."""
+    stored = Archive(folder).load().get(SCORES, {}).get("scores", {})
+    scored = {}
+    for row, many in records.items():
+        if all(f"{_prefix(row, r)}{key}" in stored for r in many for key in r["samples_written"]):
+            for record in many:
+                _attach(record, row, stored)
+            scored[row] = many
+    return scored
+
+
+def _prefix(row: str, record: Mapping[str, Any]) -> str:
+    return f"{row}-seed{record['run']['seed']}-"
+
+
+def _attach(record: dict[str, Any], row: str, scores: Mapping[str, Any]) -> None:
+    names = record["samples_written"]
+    record["scores"] = {key: scores[_prefix(row, record) + key] for key in names}
+    record["scores"]["reference"] = scores["reference"]
 
 
 def digest(samples: Mapping[str, Sequence[str]]) -> str:

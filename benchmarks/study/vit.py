@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study import quality
 from benchmarks.study.experiment import Experiment, draw_comparison
 from benchmarks.study.plots import ACCURACY
 from dblocks.checkpoint import make_folder
@@ -123,7 +124,7 @@ def experiment_of(
         seeds=seeds,
         selection_shorter=shorter,
         rates_of=rates_of,
-        error=lambda record: -accuracy(record),
+        quality=quality.ACCURACY,
         headline=lambda record: f"{100 * accuracy(record):.1f} %",
         columns=COLUMNS,
         caption=caption_of(long, lrs, seeds, selection),

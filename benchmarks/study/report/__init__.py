@@ -1,0 +1,1 @@
+"""The study's report: one HTML page made from the records that are there; nothing is run."""

@@ -1,0 +1,124 @@
+"""The page: every comparison with its table, pictures and sentences; it needs no other file."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.study.experiment import Experiment, provenance
+from benchmarks.study.report.figures import comparison_picture, memory_picture
+from benchmarks.study.report.findings import Finding, findings, sentences
+from benchmarks.study.report.finished import Finished, finished
+from dblocks.checkpoint import replacing
+from dblocks.recipes.tables import text_table
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.2; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: 13px; }
+.better { color: #00704f; } .worse { color: #a03c00; } .quiet { color: #666; }
+img, svg { max-width: 100%; height: auto; }
+@media (prefers-color-scheme: dark) { body { background: #1b1b1b; color: #ddd; }
+  pre { background: #262626; } th, td { border-color: #444; } img, svg { background: #fff; }
+  .better { color: #5fd3a8; } .worse { color: #ff9d66; } .quiet { color: #aaa; } }
+"""
+INTRODUCTION = (
+    "Networks trained in blocks, end to end, and by other methods, on the same data with the same "
+    "optimizer and evaluation. All sentences and intervals are computed from the records; figures "
+    "that others published are not on this page. A difference is a row's quality minus that of "
+    "end-to-end training, paired by seed, with the 95 % interval of Student's t."
+)
+
+
+def write_page(experiments: Sequence[Experiment], path: Path) -> None:
+    """Writes the page of all comparisons that have records.
+
+    Raises:
+        ValueError: no comparison has records, or records of different versions would be mixed.
+    """
+    found = [finished(experiment) for experiment in experiments]
+    ran = [f for f in found if f.records]
+    if not ran:
+        raise ValueError("a report needs records, got none; run `make study`")
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width'>",
+        f"<title>dblocks: the study</title><style>{STYLE}</style>",
+        f"<h1>The study</h1><p>{html.escape(INTRODUCTION)}</p>",
+        _contents(ran),
+        _summary(ran),
+        *map(_section, ran),
+        _not_run(found),
+        "</html>\n",
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        part.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _contents(found: Sequence[Finished]) -> str:
+    links = (f"<a href='#{f.experiment.name}'>{f.experiment.name}</a>" for f in found)
+    return f"<p>{' · '.join(links)} · <a href='#not-run'>not run</a></p>"
+
+
+def _summary(found: Sequence[Finished]) -> str:
+    head = (
+        "comparison", "row", "quality", "difference from end to end", "95 % interval", "verdict",
+        "activations", "state",
+    )  # fmt: skip
+    rows = [_summary_row(f, finding) for f in found for finding in findings(f)]
+    cells = "".join(f"<th>{h}</th>" for h in head)
+    return f"<h2>Summary</h2><table><tr>{cells}</tr>{''.join(rows)}</table>"
+
+
+def _summary_row(found: Finished, finding: Finding) -> str:
+    quality, d = found.experiment.quality, finding.difference
+    verdict = finding.verdict(quality)
+    interval = "-"
+    if d.low is not None and d.high is not None:
+        interval = f"{d.low:+{quality.form}} to {d.high:+{quality.form}}"
+    mark = verdict if verdict in ("better", "worse") else "quiet"
+    numbers = (
+        f"{d.mean:+{quality.form}}{quality.unit}", interval,
+        f"<span class='{mark}'>{verdict}</span>",
+        f"{finding.activations:.2f}x", f"{finding.state:.2f}x",
+    )  # fmt: skip
+    names = (found.experiment.name, finding.title, quality.name)
+    text = "".join(f"<td>{html.escape(name)}</td>" for name in names)
+    return f"<tr>{text}{''.join(f'<td class=number>{n}</td>' for n in numbers)}</tr>"
+
+
+def _section(found: Finished) -> str:
+    experiment = found.experiment
+    records = [record for many in found.records.values() for record in many]
+    lines = "".join(f"<li>{html.escape(s)}</li>" for s in sentences(found, findings(found)))
+    return "\n".join(
+        [
+            f"<h2 id='{experiment.name}'>{experiment.name}</h2>",
+            f"<pre>{html.escape(text_table(found.rows, experiment.columns))}</pre>",
+            f"<p>{html.escape(experiment.caption(found.rows))}</p>",
+            f"<img alt='the rows of {experiment.name}' src='{comparison_picture(found)}'>",
+            memory_picture(found),
+            f"<h3>What this shows, and what it does not</h3><ul>{lines}</ul>",
+            f"<p class='quiet'>{html.escape(provenance(records))}</p>",
+        ]
+    )
+
+
+def _not_run(found: Sequence[Finished]) -> str:
+    rows = []
+    for f in found:
+        for row, missing in f.missing.items():
+            hours = "-" if missing.hours is None else f"{missing.hours:.1f}"
+            command = f"python -m benchmarks.study results {f.experiment.name}"
+            cells = (f.experiment.name, f.experiment.rows[row][0], missing.runs, hours, command)
+            rows.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells))
+    head = ("comparison", "row", "runs", "predicted core-hours", "command")
+    cells = "".join(f"<th>{h}</th>" for h in head)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<h2 id='not-run'>Defined, not run</h2><table><tr>{cells}</tr>{body}</table>"
