@@ -13,7 +13,9 @@ SIZES = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidde
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
 SIZES |= {"head_dim": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT = {"vocab_size": V, "n_embd": 16, "n_layer": 4, "n_head": 4, "n_positions": 32}
-GPT |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GPT |= IDS
+OWN_SIZES = ("bloom", "mpt")  # heads whose number is no power of two
 SLIDING = ["sliding_attention", "full_attention"] * 2
 WINDOW = {"sliding_window": 3, "layer_types": SLIDING}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
@@ -37,6 +39,7 @@ CAUSAL = {
     "apertus": {},
     "arcee": {"mlp_bias": True, "attention_bias": True},
     "bitnet": {},
+    "bloom": {"vocab_size": V, "hidden_size": 24, "n_layer": 4, "n_head": 6, **IDS},
     "codegen": {**GPT, "rotary_dim": 2, "n_ctx": 32},
     "cohere": {"logit_scale": 0.3, "use_qk_norm": True},
     "cohere2": {"logit_scale": 0.3, **WINDOW},
@@ -62,6 +65,7 @@ CAUSAL = {
     "gpt_bigcode": {**GPT, "multi_query": True},
     "gpt_neox": {"use_parallel_residual": True, "rotary_pct": 0.5},
     "gptj": {**GPT, "rotary_dim": 2},
+    "gpt_oss": {**LOCAL, **WINDOW},
     "granite": GRANITE,
     "granitemoe": {**GRANITE, **LOCAL},
     "helium": {},
@@ -72,6 +76,7 @@ CAUSAL = {
     "ministral": WINDOW,
     "mistral": {"sliding_window": 3},
     "mixtral": {**LOCAL, "sliding_window": 3},
+    "mpt": {"vocab_size": V, "d_model": 24, "n_layers": 4, "n_heads": 6, "max_seq_len": 32, **IDS},
     "nemotron": {"partial_rotary_factor": 0.5},
     "olmo": {"clip_qkv": 0.1},
     "olmo2": {},
@@ -97,7 +102,6 @@ CAUSAL = {
                    "query_pre_attn_scalar": 9},
     "youtu": MLA,
 }  # fmt: skip
-SINGLE_ONLY = ("falcon",)  # whose attention is its own, so that rows are never doubled
 
 ENCODER = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
 ENCODER |= {"num_attention_heads": 4, "max_position_embeddings": 34, "pad_token_id": 0}
@@ -148,7 +152,7 @@ def causal_model(kind, **options):
     if kind not in transformers.CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {kind}")
     given = CAUSAL[kind]
-    sizes = {} if "n_embd" in given else SIZES
+    sizes = {} if "n_embd" in given or kind in OWN_SIZES else SIZES
     if kind == "falcon":  # which computes it
         sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
     config = transformers.AutoConfig.for_model(kind, **{**sizes, **given, **options})

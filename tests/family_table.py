@@ -33,7 +33,9 @@ REFUSED = """## What is refused
 Options that a converted model would not compute are an error of `convert`:
 
 - `use_bidirectional_attention`, and layers that are neither of full nor of sliding attention;
-- Falcon's `alibi` and dropouts, and its `rows="doubled"`;
+- Falcon's dropouts, and `alibi` with `attn_implementation="eager"`; Bloom's
+  `apply_residual_connection_post_layernorm`;
+- `position_ids` in a batch for a model that counts positions by itself (ALiBi);
 - PhiMoE's `sliding_window`, OPT's embeddings of another width (`word_embed_proj_dim`);
 - ModernBERT's `classifier_pooling="mean"`; `head="learned"` where the classifier does not read rows
   of the layers' width, as in DINOv2;
@@ -41,9 +43,8 @@ Options that a converted model would not compute are an error of `convert`:
   other layers (HunyuanDiT), two lists in turns (Latte), inputs in lists of tensors (Z-Image), a
   noise that is not known (CogView 3, CogVideoX, Cosmos), channels or patches beside the noisy ones.
 
-Of no family here: layers without a form, such as those of ALiBi (Bloom, MPT), of state
-spaces and linear attention, attention with sinks (GPT-OSS), position biases in the layers (BEiT,
-DeBERTa, T5), and encoders with decoders.
+Of no family here: layers without a form, such as those of state spaces and linear attention,
+position biases in the layers (BEiT, DeBERTa, T5), and encoders with decoders.
 """
 
 

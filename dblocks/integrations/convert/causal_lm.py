@@ -34,6 +34,10 @@ Rows = Literal["single", "doubled"]
 class CausalFamily(Protocol):
     """What differs between models that predict the next token."""
 
+    def reads(self, model: nn.Module) -> tuple[str, ...]:
+        """What of a batch it reads beside tokens."""
+        ...
+
     def embedding(self, model: nn.Module) -> nn.Embedding:
         """Of the tokens."""
         ...
@@ -54,8 +58,13 @@ class CausalFamily(Protocol):
         """Token embeddings [N, T, D], as they enter the first layer."""
         ...
 
-    def context(self, model: nn.Module, rows: Tensor, positions: Tensor) -> dict[str, Any]:
-        """Keyword arguments of the layers' attention, for rows at positions [T] or [N, T]."""
+    def context(
+        self, model: nn.Module, rows: Tensor, positions: Tensor, keys: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Keyword arguments of the layers' attention, for rows at positions [T] or [N, T].
+
+        `keys`, [K] or [N, K], are the positions of the rows that they may see; the same by default.
+        """
         ...
 
     def check_cache(self, model: nn.Module, slots: Slots) -> None:
@@ -134,7 +143,8 @@ class ConvertedCausalLM(Converted):
 
     A batch holds "tokens", and may hold "loss_mask" and "cu_seqlens", as that of `CausalLM`; or
     "attention_mask" [N, T], 0 at padding before or after each text, which changes nothing for the
-    text: positions count from its first token. "position_ids" [N, T] are used in their place.
+    text: positions count from its first token. "position_ids" [N, T] are used in their place, where
+    the model has them.
 
     Args:
         model: the user's.
@@ -148,7 +158,6 @@ class ConvertedCausalLM(Converted):
     """
 
     block_size = 1  # tokens that are predicted at once
-    reads = ("position_ids",)
     runs_whole = True  # without a cache, as in training
 
     def __init__(
@@ -167,6 +176,7 @@ class ConvertedCausalLM(Converted):
         width = embedding.embedding_dim
         super().__init__(model, layers, width, conditioned=True)
         self.family = family
+        self.reads = family.reads(model)
         self.sizes = Sizes(embedding.num_embeddings, family.context_length(model))
         self.embed_scale = embed_scale
         self.tokens_per_sigma = tokens_per_sigma
@@ -300,7 +310,7 @@ class ConvertedCausalLM(Converted):
         x = self.family.enter(self.model, rows, at)
         noise = (self.noise_scale * z_in).to(x.dtype)
         x = torch.cat([x[:, :clean], x[:, clean:] + noise], dim=1)
-        attention = self.family.context(self.model, rows, at)
+        attention = self.family.context(self.model, rows, at, cache.kept_positions(last))
         for layer, keep in zip(layers, cache.keeps(last), strict=True):
             x = layer(x, inner, {**attention, "dblocks_keep": keep}, clean=clean)
         cache.commit(C, before[:, C:])

@@ -48,8 +48,6 @@ class RotaryFamily:
     """The config's number that logits are divided by."""
     dropout: str = ""
     """The backbone's dropout of rows that enter."""
-    own_attention: bool = False
-    """The attention calls PyTorch's own, causal without a mask, and no function by name."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Options of the config that must not be set, and why."""
 
@@ -61,6 +59,24 @@ class RotaryFamily:
                 return f"{name}={getattr(config, name)!r} ({why})"
         others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
         return f"layers of the types {sorted(others)}" if others else None
+
+    def reads(self, model: Any) -> tuple[str, ...]:
+        """What of a batch it reads beside tokens."""
+        return ("position_ids",)
+
+    def attention(self, attention: nn.Module, name: str) -> nn.Module:
+        """What runs in place of an attention, with the named function of converted rows."""
+        from dblocks.integrations.convert.row_attention import with_attention
+
+        return with_attention(attention, name)
+
+    def probed(self, attention: nn.Module) -> nn.Module | None:
+        """What runs in place of an attention when a layer is tried; None for its own."""
+        return None
+
+    def layer_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the model's own layers for rows [N, T, D] from position 0 on."""
+        return context_from_start(self, model, rows)
 
     def embedding(self, model: Any) -> nn.Embedding:
         """See `CausalFamily`, as for the others."""
@@ -80,7 +96,9 @@ class RotaryFamily:
             rows = rows * getattr(model.config, self.embedding_factor)
         return getattr(backbone(model), self.dropout)(rows) if self.dropout else rows
 
-    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+    def context(
+        self, model: Any, rows: Tensor, positions: Tensor, keys: Tensor | None = None
+    ) -> dict[str, Any]:
         rotary, ids = backbone(model).rotary_emb, positions_of_samples(positions)
         kinds = getattr(rotary, "layer_types", None)
         turned: Any = (
@@ -91,11 +109,6 @@ class RotaryFamily:
         return {"position_embeddings": turned, "attention_mask": None}
 
     def check_cache(self, model: Any, slots: Slots) -> None:
-        if self.own_attention:
-            raise ValueError(
-                f"cache must be False for a {type(model).__name__}, whose attention calls no "
-                "function by its name, so that its keys and values cannot be kept, got True"
-            )
         check_rotations(getattr(backbone(model), "rotary_emb", None), slots)
 
     def leave(self, model: Any, x: Tensor) -> Tensor:
@@ -124,14 +137,6 @@ class RotaryFamily:
 
 
 @dataclass(frozen=True)
-class FalconFamily(RotaryFamily):
-    """Falcon with rotary positions."""
-
-    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
-        return super().context(model, rows, positions) | {"alibi": None}
-
-
-@dataclass(frozen=True)
 class GPT2Family(RotaryFamily):
     """GPT-2: learned positions, which are added to the rows."""
 
@@ -141,7 +146,9 @@ class GPT2Family(RotaryFamily):
         gpt2 = backbone(model)
         return gpt2.drop(rows + gpt2.wpe(positions))
 
-    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+    def context(
+        self, model: Any, rows: Tensor, positions: Tensor, keys: Tensor | None = None
+    ) -> dict[str, Any]:
         return {"attention_mask": None}
 
 
@@ -159,7 +166,9 @@ class OPTFamily(RotaryFamily):
         ids = positions_of_samples(positions)
         return rows + backbone(model).decoder.embed_positions(None, position_ids=ids)
 
-    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+    def context(
+        self, model: Any, rows: Tensor, positions: Tensor, keys: Tensor | None = None
+    ) -> dict[str, Any]:
         return {"attention_mask": None}
 
     def leave(self, model: Any, x: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class LayerForm:
     """The layer's attribute with the number that what is added is multiplied with."""
     dropout: str = ""
     """The layer's attribute with the rate of a dropout of what is added, where it is no module."""
+    adds_rows: bool = False
+    """The MLP takes the rows that its result is added to, and adds them."""
     when: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of the layer and their values, where the same parts are run in several ways."""
 
@@ -110,6 +112,15 @@ FORMS = (
         )
         for before in (True, False)
     ),
+    LayerForm(  # Bloom
+        "input_layernorm",
+        "self_attention",
+        SECOND,
+        "mlp",
+        adds_rows=True,
+        when={"apply_residual_connection_post_layernorm": False},
+    ),
+    LayerForm("norm_1", "attn", "norm_2", "ffn", ("resid_attn_dropout",), adds_rows=True),  # MPT
     LayerForm("ln_attn", "self_attention", "ln_mlp", "mlp", parallel=True),  # Falcon 40B
     LayerForm(
         "input_layernorm",

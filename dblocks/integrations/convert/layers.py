@@ -167,7 +167,10 @@ class ConditionedLayer(nn.Module):
         return self._after(out if isinstance(out, Tensor) else out[0], self.form.after_attention)
 
     def _transform(self, h: Tensor) -> Tensor:
-        return self._after(self.layer.get_submodule(self.form.mlp)(h), self.form.after_mlp)
+        zero = (h.new_zeros(()),) if self.form.adds_rows else ()
+        out = self.layer.get_submodule(self.form.mlp)(h, *zero)
+        # Some mixtures of experts also return what chose them.
+        return self._after(out if isinstance(out, Tensor) else out[0], self.form.after_mlp)
 
     def _after(self, x: Tensor, paths: tuple[str, ...]) -> Tensor:
         for path in paths:

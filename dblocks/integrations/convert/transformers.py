@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from dblocks.integrations.convert.biased_families import BloomFamily, FalconFamily, MptFamily
 from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
 from dblocks.integrations.convert.classes import ConvertedClassifier
 from dblocks.integrations.convert.conditioned import conditioned
@@ -25,7 +26,6 @@ from dblocks.integrations.convert.encoder_families import (
 from dblocks.integrations.convert.families import (
     BertClassFamily,
     BertMaskedFamily,
-    FalconFamily,
     GPT2Family,
     OPTFamily,
     RobertaClassFamily,
@@ -41,15 +41,15 @@ from dblocks.integrations.convert.plain import (
     check_read,
     check_target,
 )
-from dblocks.integrations.convert.row_attention import CAUSAL, DOUBLED, with_attention
+from dblocks.integrations.convert.row_attention import CAUSAL, DOUBLED
 
 GRANITE = RotaryFamily(embedding_factor="embedding_multiplier", logit_divisor="logits_scaling")
 LLAMA_LIKE = (
     "apertus", "arcee", "bitnet", "cwm", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5",
     "ernie4_5_moe", "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
-    "glm4_moe", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jais2", "llama", "ministral",
-    "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2",
-    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
+    "glm4_moe", "gpt_oss", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jais2", "llama",
+    "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
     "starcoder2", "vaultgemma", "youtu",
 )  # fmt: skip
 CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
@@ -57,22 +57,16 @@ CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
     "cohere": RotaryFamily(logit_factor="logit_scale"),
     "cohere2": RotaryFamily(logit_factor="logit_scale"),
     "cohere2_moe": RotaryFamily(logit_factor="logit_scale"),
+    "bloom": BloomFamily(),
     "codegen": RotaryFamily("ln_f", dropout="drop"),
-    "falcon": FalconFamily(
-        "ln_f",
-        own_attention=True,
-        refused={
-            "alibi": "positions as a bias of the scores",
-            "hidden_dropout": "one dropout of the sum of both branches",
-            "attention_dropout": "a dropout of some sums",
-        },
-    ),
+    "falcon": FalconFamily(),
     "gpt2": GPT2Family(),
     "gpt_bigcode": GPT2Family(),
     "gpt_neox": RotaryFamily("final_layer_norm", dropout="emb_dropout"),
     "gptj": RotaryFamily("ln_f", dropout="drop"),
     "granite": GRANITE,
     "granitemoe": GRANITE,
+    "mpt": MptFamily(),
     "opt": OPTFamily(),
     "persimmon": RotaryFamily("final_layernorm"),
     "phi": RotaryFamily("final_layernorm", dropout="embed_dropout"),
@@ -129,15 +123,14 @@ def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> Co
     check_read(model, family.embedding(model), nn.Embedding, "embedding of tokens")
     width = model.config.hidden_size
     name = CAUSAL if options["rows_kind"] == "single" else DOUBLED
-    if family.own_attention:
-        if name == DOUBLED:
-            raise ValueError(
-                "rows='doubled' needs an attention that calls a function by its name, which "
-                f"{type(model).__name__} has not; set rows='single'"
-            )
-        name = "sdpa"
-    context = partial(context_from_start, family, model)
-    parts = conditioned(layers, width, context, partial(with_attention, name=name))
+    parts = conditioned(
+        layers,
+        width,
+        partial(family.layer_context, model),
+        partial(family.attention, name=name),
+        family.probed,
+        partial(context_from_start, family, model),
+    )
     return ConvertedCausalLM(model, parts, family, **options)
 
 
