@@ -43,8 +43,11 @@ Options that a converted model would not compute are an error of `convert`:
   other layers (HunyuanDiT), two lists in turns (Latte), inputs in lists of tensors (Z-Image), a
   noise that is not known (CogView 3, CogVideoX, Cosmos), channels or patches beside the noisy ones.
 
-Of no family here: layers without a form, such as those of state spaces and linear attention,
-position biases in the layers (BEiT, DeBERTa, T5), and encoders with decoders.
+- DeBERTa's `conv_kernel_size`, and `position_ids` with `position_biased_input=False`.
+
+Of no family here: layers without a form, such as those of state spaces and linear attention;
+encoders with decoders; Data2Vec Vision, whose attention makes its own bias of the scores; DINOv3,
+which transformers has without a classifier only.
 """
 
 

@@ -45,8 +45,8 @@ def conditioned(
     for name in first.values():
         rows = probe(layers[name], width)
         ours = None if probed is None else probed(layers[name].get_submodule(forms[name].attention))
-        given = None if ours is None else (ours, (rows_context or context)(rows))
-        check_form(layers[name], forms[name], rows, context(rows), name, given)
+        given = (rows_context or context)(rows)
+        check_form(layers[name], forms[name], rows, context(rows), name, (ours, given))
     return {
         name: ConditionedLayer(layer, width, forms[name], instead[name])
         for name, layer in layers.items()
@@ -66,11 +66,11 @@ def check_form(
     x: Tensor,
     context: Mapping[str, Any],
     name: str,
-    ours: tuple[nn.Module | None, Mapping[str, Any]] | None = None,
+    ours: tuple[nn.Module | None, Mapping[str, Any]],
 ) -> None:
     """Raises unless the form computes the layer's own function of the rows x [N, T, D].
 
-    `ours` is what runs in place of the attention, and its arguments, where it computes the same.
+    `ours` is what runs in place of the attention, if anything, and the attention's arguments.
 
     Raises:
         ValueError: it does not, so that the layer is of a kind that is not known.
@@ -82,9 +82,9 @@ def check_form(
     try:
         with torch.no_grad():
             attention = layer.get_submodule(form.attention)
-            own = layer(x, **context_of(attention, context))
+            own = layer(x, **context_of(layer, attention, context))
             own = own if isinstance(own, Tensor) else own[0]
-            instead, given = (None, context) if ours is None else ours
+            instead, given = ours
             found = ConditionedLayer(layer, x.shape[-1], form, instead)(x, None, given)
     finally:
         for module in training:

@@ -232,6 +232,10 @@ class ViTFamily:
     def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
         return {}
 
+    def layer_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the model's own layers for some rows [N, P, D]."""
+        return self.context(model, rows, {})
+
     def pool(self, model: Any, x: Tensor) -> Tensor:
         return backbone(model).layernorm(x)[:, 0]
 
@@ -289,6 +293,14 @@ class BertMaskedFamily:
     head_name = "cls"
     reads: tuple[str, ...] = TEXT
     special_positions = 0
+
+    def unsupported(self, model: Any) -> str | None:
+        """As for `RotaryFamily`."""
+        return None
+
+    def layer_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
+        """As for `ViTFamily`."""
+        return self.context(model, rows, {})
 
     def sizes(self, model: Any) -> Sizes:
         """See `MaskedFamily`, as for the others."""

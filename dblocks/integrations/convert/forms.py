@@ -32,6 +32,8 @@ class LayerForm:
     """Attention and MLP see the same rows, and are added together."""
     multiplier: str = ""
     """The layer's attribute with the number that what is added is multiplied with."""
+    mlp_multiplier: str = ""
+    """That of the MLP, where it is another."""
     dropout: str = ""
     """The layer's attribute with the rate of a dropout of what is added, where it is no module."""
     adds_rows: bool = False
@@ -46,7 +48,8 @@ class LayerForm:
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether the layer has these parts and attributes."""
-        attributes = [*filter(None, (self.multiplier, self.dropout)), *self.when]
+        names = (self.multiplier, self.mlp_multiplier, self.dropout)
+        attributes = [*filter(None, names), *self.when]
         try:
             for path in self.paths():
                 layer.get_submodule(path)
@@ -139,6 +142,16 @@ FORMS = (
     ),
     LayerForm("ln_1", "attn", "ln_2", "mlp"),  # GPT-2
     LayerForm("ln_1", "attn", "", "mlp", parallel=True),  # GPT-J
+    LayerForm(  # BEiT
+        "layernorm_before",
+        "attention",
+        "layernorm_after",
+        "mlp",
+        ("dropout", "drop_path"),
+        ("dropout", "drop_path"),
+        multiplier="lambda_1",
+        mlp_multiplier="lambda_2",
+    ),
     LayerForm(  # ViT of transformers
         "layernorm_before", "attention", "layernorm_after", "mlp", ("dropout",), ("dropout",)
     ),

@@ -20,7 +20,7 @@ run as fused ops; attention and MLP are the model's own modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -46,13 +46,26 @@ class ByLayerType(dict[str, Any]):
     """What the attention is given, by the type of its layer, as its model's config has it."""
 
 
-def context_of(attention: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+class OfLayer:
+    """What the attention is given, made by a module of its layer, such as a bias of its scores.
+
+    Args:
+        make: a function of the layer.
+    """
+
+    def __init__(self, make: Callable[[nn.Module], Any]) -> None:
+        self.make = make
+
+
+def context_of(layer: nn.Module, attention: Any, context: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of one layer's attention, of those for all layers."""
-    kind = [v for v in context.values() if isinstance(v, ByLayerType)]
-    if not kind:
-        return dict(context)
-    name = attention.config.layer_types[attention.layer_idx]
-    return {k: v[name] if isinstance(v, ByLayerType) else v for k, v in context.items()}
+
+    def own(value: Any) -> Any:
+        if isinstance(value, ByLayerType):
+            return value[attention.config.layer_types[attention.layer_idx]]
+        return value.make(layer) if isinstance(value, OfLayer) else value
+
+    return {name: own(value) for name, value in context.items()}
 
 
 def cond_dim(width: int) -> int:
@@ -163,22 +176,24 @@ class ConditionedLayer(nn.Module):
         attention = own = self.layer.get_submodule(self.form.attention)
         for attention in self.instead:
             attention.training = own.training
-        out = attention(h, **context_of(own, context))
-        return self._after(out if isinstance(out, Tensor) else out[0], self.form.after_attention)
+        out = attention(h, **context_of(self.layer, own, context))
+        form, branch = self.form, out if isinstance(out, Tensor) else out[0]
+        return self._after(branch, form.after_attention, form.multiplier)
 
     def _transform(self, h: Tensor) -> Tensor:
         zero = (h.new_zeros(()),) if self.form.adds_rows else ()
         out = self.layer.get_submodule(self.form.mlp)(h, *zero)
         # Some mixtures of experts also return what chose them.
-        return self._after(out if isinstance(out, Tensor) else out[0], self.form.after_mlp)
+        form, branch = self.form, out if isinstance(out, Tensor) else out[0]
+        return self._after(branch, form.after_mlp, form.mlp_multiplier or form.multiplier)
 
-    def _after(self, x: Tensor, paths: tuple[str, ...]) -> Tensor:
+    def _after(self, x: Tensor, paths: tuple[str, ...], multiplier: str) -> Tensor:
         for path in paths:
             x = self.layer.get_submodule(path)(x)
         layer: Any = self.layer
         if self.form.dropout:
             x = nnf.dropout(x, attrgetter(self.form.dropout)(layer), layer.training)
-        return x * attrgetter(self.form.multiplier)(layer) if self.form.multiplier else x
+        return x * attrgetter(multiplier)(layer) if multiplier else x
 
 
 def _chunks(chunks: Sequence[Tensor], *, clean: int) -> tuple[Tensor, ...]:

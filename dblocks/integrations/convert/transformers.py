@@ -34,12 +34,18 @@ from dblocks.integrations.convert.families import (
     ViTFamily,
     context_from_start,
 )
+from dblocks.integrations.convert.layers import ConditionedLayer
 from dblocks.integrations.convert.masked_lm import ConvertedMaskedLM
 from dblocks.integrations.convert.plain import (
     check_classes,
     check_no_virtual_tokens,
     check_read,
     check_target,
+)
+from dblocks.integrations.convert.relative_families import (
+    BeitFamily,
+    DebertaClassFamily,
+    DebertaMaskedFamily,
 )
 from dblocks.integrations.convert.row_attention import CAUSAL, DOUBLED
 
@@ -73,10 +79,13 @@ CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
     "phimoe": RotaryFamily(refused={"sliding_window": "a window in the masks of all layers"}),
 }
 CLASS_FAMILIES: dict[str, ViTFamily] = {
+    "beit": BeitFamily(),
     "bert": BertClassFamily(),
     "camembert": RobertaClassFamily(),
     "clip": CLIPFamily(),
     "data2vec-text": RobertaClassFamily(),
+    "deberta": DebertaClassFamily(),
+    "deberta-v2": DebertaClassFamily(),
     "deit": ViTFamily(),
     "dinov2": DINOv2Family(),
     "dinov2_with_registers": DINOv2Family(),
@@ -94,12 +103,19 @@ MASKED_FAMILIES: dict[str, BertMaskedFamily] = {
     "bert": BertMaskedFamily(),
     "camembert": RobertaMaskedFamily(),
     "data2vec-text": RobertaMaskedFamily(),
+    "deberta": DebertaMaskedFamily(),
+    "deberta-v2": DebertaMaskedFamily(),
     "distilbert": DistilBertMaskedFamily(),
     "electra": ElectraMaskedFamily(),
     "ernie": BertMaskedFamily(),
     "modernbert": ModernBertMaskedFamily(),
     "roberta": RobertaMaskedFamily(),
     "xlm-roberta": RobertaMaskedFamily(),
+}
+# Others, and why.
+REFUSED = {
+    "data2vec-vision": "its attention makes its own bias of the scores from the size of the images",
+    "dinov3_vit": "transformers has no DINOv3 with a classifier",
 }
 
 
@@ -160,10 +176,9 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
             f"head='learned' needs a classifier of rows of width {width}, as the embedding of the "
             f"class is, got one of {inputs} in {type(model).__name__}; set head='posterior'"
         )
-    context = partial(_context_of_batch, family, model)
     return ConvertedClassifier(
         model,
-        conditioned(layers, width, context),
+        _conditioned(layers, width, family, model),
         family,
         num_classes=model.config.num_labels,
         width=width,
@@ -197,7 +212,8 @@ def masked_lm(
             "pass tokenizer.mask_token_id"
         )
     width = model.config.hidden_size
-    parts = conditioned(layers, width, partial(_context_of_batch, family, model))
+    _check_options(model, family)
+    parts = _conditioned(layers, width, family, model)
     return ConvertedMaskedLM(model, parts, family, width=width, mask_token_id=mask_token_id)
 
 
@@ -207,15 +223,16 @@ Family = TypeVar("Family")
 def _family(model: Any, families: Mapping[str, Family], task: str) -> Family:
     kind = model.config.model_type
     if kind not in families:
+        why = f": {REFUSED[kind]}" if kind in REFUSED else ""
         raise ValueError(
             f"task {task} needs one of {sorted(families)}, got {kind!r} "
-            f"({type(model).__name__}); write a network with the members of "
+            f"({type(model).__name__}){why}; write a network with the members of "
             "dblocks.blocks.BlockModel instead"
         )
     return families[kind]
 
 
-def _check_options(model: Any, family: RotaryFamily | ViTFamily) -> None:
+def _check_options(model: Any, family: RotaryFamily | ViTFamily | BertMaskedFamily) -> None:
     reason = family.unsupported(model)
     if reason is not None:
         raise ValueError(
@@ -223,6 +240,15 @@ def _check_options(model: Any, family: RotaryFamily | ViTFamily) -> None:
             f"got {reason}; change the config, or write a network with the members of "
             "dblocks.blocks.BlockModel instead"
         )
+
+
+def _conditioned(
+    layers: Mapping[str, nn.Module], width: int, family: ViTFamily | BertMaskedFamily, model: Any
+) -> dict[str, ConditionedLayer]:
+    """Layers that attend as they do in the model."""
+    rows_context = partial(_context_of_batch, family, model)
+    own = partial(family.layer_context, model)
+    return conditioned(layers, width, own, rows_context=rows_context)
 
 
 def _context_of_batch(

@@ -177,6 +177,69 @@ def test_options_that_are_not_computed(kind, options, message):
         convert(causal_model(kind, **options), BlocksConfig(2), task="tokens")
 
 
+DEBERTA = [
+    ("deberta", {"position_biased_input": False}),
+    ("deberta", {"relative_attention": False}),
+    ("deberta-v2", {"position_biased_input": False, "legacy": False}),
+    ("deberta-v2", {"relative_attention": False, "type_vocab_size": 0}),
+    ("deberta-v2", {"share_att_key": False, "pos_att_type": ["p2c"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), DEBERTA)
+def test_other_options_of_deberta(kind, options):
+    config = BlocksConfig(2, schedule=MaskSchedule())
+    model = encoder_model(kind, "masks", **options)
+    blocks = convert(model, config, task="tokens", mask_token_id=2)  # which compares
+    if options.get("position_biased_input", True):
+        return
+    batch = {"tokens": TOKENS, "position_ids": torch.arange(T).expand(2, T)}
+    with pytest.raises(ValueError, match=r"position_ids must be None for a Deberta\w*ForMaskedLM"):
+        blocks.loss(batch, 0)
+    classes = convert(encoder_model(kind, "classes", **options), BlocksConfig(2), task="classes")
+    with pytest.raises(ValueError, match="position_ids must be None"):
+        classes.base_model.plain_loss(batch | {"labels": torch.arange(2)})
+
+
+BEIT = [
+    {"use_relative_position_bias": False},
+    {"use_shared_relative_position_bias": False, "use_absolute_position_embeddings": True},
+    {"use_mean_pooling": False, "layer_scale_init_value": 0.0},
+]
+
+
+@pytest.mark.parametrize("options", BEIT)
+@pytest.mark.parametrize("size", [(8, 8), (6, 10)])
+def test_other_options_of_beit(options, size):
+    """Also with images of another size, to which biases are fitted."""
+    model = encoder_model("beit", "classes", **options)
+    blocks = convert(model, BlocksConfig(2), task="classes")
+    if options.get("use_absolute_position_embeddings") and size != (8, 8):
+        return
+    network = blocks.base_model
+    images = torch.randn(2, 1, *size, generator=seeded(3))
+    with torch.no_grad():
+        condition = network.embed_condition({"images": images})
+        level = blocks.config.schedule.level(torch.ones(2))
+        hidden = network.run_layers(network.layers, torch.zeros(2, 16), level, condition)
+        found = network.family.head(model, network.family.pool(model, hidden.x))
+        torch.testing.assert_close(found, model(pixel_values=images).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_families_that_are_refused_by_name():
+    transformers = library("transformers")
+    convolved = encoder_model("deberta-v2", "masks", conv_kernel_size=3)
+    config = BlocksConfig(2, schedule=MaskSchedule())
+    with pytest.raises(ValueError, match=r"conv_kernel_size=3 \(a convolution beside"):
+        convert(convolved, config, task="tokens", mask_token_id=2)
+    if "dinov3_vit" in transformers.CONFIG_MAPPING:
+        model = transformers.AutoModel.from_config(
+            transformers.AutoConfig.for_model("dinov3_vit", **VISION["vit"])
+        )
+        with pytest.raises(ValueError, match=r"got 'dinov3_vit' .* no DINOv3 with a classifier"):
+            convert(model, BlocksConfig(2), task="classes")
+
+
 def test_positions_that_a_model_counts_by_itself():
     for kind, options in (("bloom", {}), ("mpt", {}), ("falcon", {"alibi": True})):
         blocks = convert(causal_model(kind, **options), BlocksConfig(2), task="tokens")
