@@ -103,6 +103,13 @@ CAUSAL = {
     "youtu": MLA,
 }  # fmt: skip
 
+T5 = {"vocab_size": V, "d_model": 16, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+T5 |= {"num_decoder_layers": 4, "relative_attention_num_buckets": 6, "dropout_rate": 0.0}
+T5 |= {"relative_attention_max_distance": 7, "decoder_start_token_id": 0}
+SEQ2SEQ = {
+    "mt5": {**T5, "feed_forward_proj": "gated-gelu"},
+    "t5": T5,
+}
 ENCODER = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
 ENCODER |= {"num_attention_heads": 4, "max_position_embeddings": 34, "pad_token_id": 0}
 IMAGES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
@@ -156,6 +163,14 @@ def encoder_model(kind, task, **options):
     return randomised(getattr(transformers, f"AutoModel{auto}").from_config(config).eval())
 
 
+def seq2seq_model(kind, **options):
+    """As `causal_model`."""
+    transformers = library("transformers")
+    config = transformers.AutoConfig.for_model(kind, **{**SEQ2SEQ[kind], **options})
+    torch.manual_seed(0)
+    return randomised(transformers.AutoModelForSeq2SeqLM.from_config(config).eval())
+
+
 def causal_model(kind, **options):
     """A model whose every parameter is random, so that nothing is zero or one by chance."""
     transformers = library("transformers")
@@ -179,11 +194,11 @@ def randomised(model):
     return model
 
 
-def clean_logits(model, tokens, rows):
+def clean_logits(model, tokens, rows, **more):
     """Logits of the conditioned path: of its clean rows, or of rows whose noise has no size."""
     blocks = convert(model, BlocksConfig(2), task="tokens", rows=rows)
     network, schedule = blocks.base_model, blocks.config.schedule
-    condition = network.embed_condition({"tokens": tokens})
+    condition = network.embed_condition({"tokens": tokens, **more})
     level = schedule.level(torch.ones(len(tokens)))
     if rows == "single":
         z = torch.zeros(*tokens.shape, network.width)

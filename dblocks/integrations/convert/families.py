@@ -78,6 +78,10 @@ class RotaryFamily:
         """Keyword arguments of the model's own layers for rows [N, T, D] from position 0 on."""
         return context_from_start(self, model, rows)
 
+    def probe_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
+        """Those of the attention of converted layers, for the same rows."""
+        return context_from_start(self, model, rows)
+
     def embedding(self, model: Any) -> nn.Embedding:
         """See `CausalFamily`, as for the others."""
         return model.get_input_embeddings()
@@ -118,19 +122,23 @@ class RotaryFamily:
         return x / getattr(config, self.logit_divisor) if self.logit_divisor else x
 
     def plain_logits(
-        self, model: Any, tokens: Tensor, position_ids: Tensor | None = None
+        self, model: Any, tokens: Tensor, position_ids: Tensor | None = None, **more: Any
     ) -> Tensor:
-        more = {}
         if position_ids is not None:
             # Without a mask, places that do not follow one another would mean packed documents.
-            more = {"position_ids": position_ids, "attention_mask": torch.ones_like(tokens)}
+            more |= {"position_ids": position_ids, "attention_mask": torch.ones_like(tokens)}
         return model(input_ids=tokens, use_cache=False, **more).logits
 
     def plain_loss(
-        self, model: Any, tokens: Tensor, labels: Tensor, position_ids: Tensor | None = None
+        self,
+        model: Any,
+        tokens: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
         # Padding is behind the texts, where none of their rows sees it.
-        logits = self.plain_logits(model, tokens, position_ids)[:, :-1]
+        logits = self.plain_logits(model, tokens, position_ids, **more)[:, :-1]
         return nnf.cross_entropy(
             at_least_float32(logits).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
         )

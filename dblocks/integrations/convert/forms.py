@@ -36,6 +36,8 @@ class LayerForm:
     """That of the MLP, where it is another."""
     dropout: str = ""
     """The layer's attribute with the rate of a dropout of what is added, where it is no module."""
+    cross: str = ""
+    """What adds the attention to another text, between both branches, with a norm of its own."""
     adds_rows: bool = False
     """The MLP takes the rows that its result is added to, and adds them."""
     when: Mapping[str, Any] = field(default_factory=dict)
@@ -43,7 +45,7 @@ class LayerForm:
 
     def paths(self) -> tuple[str, ...]:
         """All of them."""
-        named = (self.norm1, self.attention, self.norm2, self.mlp)
+        named = (self.norm1, self.attention, self.cross, self.norm2, self.mlp)
         return (*filter(None, named), *self.after_attention, *self.after_mlp)
 
     def fits(self, layer: nn.Module) -> bool:
@@ -139,6 +141,15 @@ FORMS = (
         SECOND,
         "mlp",
         when={"config.parallel_attn": False},
+    ),
+    LayerForm(  # T5's decoder
+        "layer.0.layer_norm",
+        "layer.0.SelfAttention",
+        "layer.2.layer_norm",
+        "layer.2.DenseReluDense",
+        ("layer.0.dropout",),
+        ("layer.2.dropout",),
+        cross="layer.1",
     ),
     LayerForm("ln_1", "attn", "ln_2", "mlp"),  # GPT-2
     LayerForm("ln_1", "attn", "", "mlp", parallel=True),  # GPT-J

@@ -3,7 +3,8 @@
     h = norm1(x)*(1 + scale1) + shift1 ;  x = x + (1 + gate1)*attention(h)
     h = norm2(x)*(1 + scale2) + shift2 ;  x = x + (1 + gate2)*mlp(h)
 
-or, where the norms come after the sums as in BERT,
+between which a decoder such as T5's adds its attention to another text, which is not modulated; or,
+where the norms come after the sums as in BERT,
 
     x = norm1(x + (1 + gate1)*attention(x))*(1 + scale1) + shift1, and the same of the MLP,
 
@@ -65,7 +66,7 @@ def context_of(layer: nn.Module, attention: Any, context: Mapping[str, Any]) -> 
             return value[attention.config.layer_types[attention.layer_idx]]
         return value.make(layer) if isinstance(value, OfLayer) else value
 
-    return {name: own(value) for name, value in context.items()}
+    return {name: own(value) for name, value in context.items() if name != "dblocks_cross"}
 
 
 def cond_dim(width: int) -> int:
@@ -109,7 +110,8 @@ class ConditionedLayer(nn.Module):
         Args:
             x: rows [N, T, D].
             cond: conditioning vectors [N, D] or [N, S, D]; None for the layer's own function.
-            context: keyword arguments of the attention.
+            context: keyword arguments of the attention, and as "dblocks_cross" those of the one
+                to another text.
             clean: how many segments of rows, as long as one of `cond` [N, S, D], stand before
                 those that are modulated.
             checkpointing: keep the layer's input only, and compute the rest again for gradients.
@@ -143,9 +145,13 @@ class ConditionedLayer(nn.Module):
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = chunks
         h = _modulate(self._norm(self.form.norm1), x, shift1, scale1)
-        x, h = _add_and_modulate(
-            self._norm(self.form.norm2), x, self._attend(h, context), gate1, shift2, scale2
-        )
+        branch, norm2 = self._attend(h, context), self._norm(self.form.norm2)
+        if self.form.cross:
+            cross = self.layer.get_submodule(self.form.cross)
+            x = cross(F.gated_residual(x, branch, gate1), **context["dblocks_cross"])[0]
+            h = _modulate(norm2, x, shift2, scale2)
+        else:
+            x, h = _add_and_modulate(norm2, x, branch, gate1, shift2, scale2)
         return F.gated_residual(x, self._transform(h), gate2)
 
     def _parallel(

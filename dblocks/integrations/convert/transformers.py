@@ -32,7 +32,6 @@ from dblocks.integrations.convert.families import (
     RobertaMaskedFamily,
     RotaryFamily,
     ViTFamily,
-    context_from_start,
 )
 from dblocks.integrations.convert.layers import ConditionedLayer
 from dblocks.integrations.convert.masked_lm import ConvertedMaskedLM
@@ -48,6 +47,7 @@ from dblocks.integrations.convert.relative_families import (
     DebertaMaskedFamily,
 )
 from dblocks.integrations.convert.row_attention import CAUSAL, DOUBLED
+from dblocks.integrations.convert.seq2seq import ConvertedSeq2Seq, T5Family
 
 GRANITE = RotaryFamily(embedding_factor="embedding_multiplier", logit_divisor="logits_scaling")
 LLAMA_LIKE = (
@@ -73,10 +73,12 @@ CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
     "granite": GRANITE,
     "granitemoe": GRANITE,
     "mpt": MptFamily(),
+    "mt5": T5Family(scaled=False),
     "opt": OPTFamily(),
     "persimmon": RotaryFamily("final_layernorm"),
     "phi": RotaryFamily("final_layernorm", dropout="embed_dropout"),
     "phimoe": RotaryFamily(refused={"sliding_window": "a window in the masks of all layers"}),
+    "t5": T5Family(),
 }
 CLASS_FAMILIES: dict[str, ViTFamily] = {
     "beit": BeitFamily(),
@@ -145,9 +147,10 @@ def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> Co
         partial(family.layer_context, model),
         partial(family.attention, name=name),
         family.probed,
-        partial(context_from_start, family, model),
+        partial(family.probe_context, model),
     )
-    return ConvertedCausalLM(model, parts, family, **options)
+    kind = ConvertedSeq2Seq if isinstance(family, T5Family) else ConvertedCausalLM
+    return kind(model, parts, family, **options)
 
 
 def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedClassifier:
@@ -215,6 +218,12 @@ def masked_lm(
     _check_options(model, family)
     parts = _conditioned(layers, width, family, model)
     return ConvertedMaskedLM(model, parts, family, width=width, mask_token_id=mask_token_id)
+
+
+def default_list(model: Any) -> str | None:
+    """The path of the list that is divided, where a model has several."""
+    family = CAUSAL_FAMILIES.get(model.config.model_type)
+    return "decoder.block" if isinstance(family, T5Family) else None
 
 
 Family = TypeVar("Family")

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from convert_tools import adamw, shaken
+from convert_tools import check_family, shaken
 from family_models import (
     CAUSAL,
     CLASSES,
+    SEQ2SEQ,
     TEXT,
     VISION,
     T,
@@ -19,8 +20,8 @@ from family_models import (
 from family_table import PAGE, page
 from hub_tools import library
 
-from dblocks import BlocksConfig, MaskSchedule, NoiseSchedule, make_optimizers, train_step
-from dblocks.integrations.convert import ConvertedBlocks, convert
+from dblocks import BlocksConfig, MaskSchedule
+from dblocks.integrations.convert import convert
 from tools import seeded
 
 pytestmark = [
@@ -28,36 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:not fused"),  # norms of a class of their own
 ]
 TOKENS = torch.randint(3, V, (2, T), generator=seeded(2))
-
-
-def check_family(model, fresh, batch, own_logits, path, schedule=None, **options):
-    """The model stays as it is; a step moves one block; files hold everything."""
-    before = own_logits(model)
-    config = BlocksConfig(2, schedule=schedule or NoiseSchedule())
-    blocks = convert(model, config, **options)
-    assert own_logits(model).equal(before)
-    assert own_logits(blocks.base_model).equal(before)
-
-    shaken(blocks)
-    state = {name: value.clone() for name, value in blocks.state_dict().items()}
-    optimizers = make_optimizers(blocks, lambda p: adamw(p, weight_decay=0.1))
-    train_step(blocks, batch, optimizers, block=1, generator=seeded())
-    moved = {n for n, value in blocks.state_dict().items() if not value.equal(state[n])}
-    ids = {id(p) for p in (*blocks.block_parameters(0),)}
-    others = {n for n, p in blocks.named_parameters(remove_duplicate=False) if id(p) in ids}
-    own = {id(p) for p in blocks.block_parameters(1)}
-    trained = {n for n, p in blocks.named_parameters(remove_duplicate=False) if id(p) in own}
-    assert others
-    assert not moved & others
-    # Experts that no token chose, and keys' biases, may have no gradient, but most do.
-    assert 2 * len(moved & trained) > len(trained)
-
-    blocks.save_pretrained(path)
-    again = ConvertedBlocks.from_pretrained(path, fresh)
-    for b in range(2):
-        losses = [m.loss(batch, b, generator=seeded()).loss for m in (blocks, again)]
-        assert losses[0].equal(losses[1])
-        assert losses[0].isfinite()
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
@@ -130,7 +101,7 @@ def test_every_family_is_tested():
     library("transformers")
     from dblocks.integrations.convert import transformers as known
 
-    assert set(CAUSAL) == set(known.CAUSAL_FAMILIES)
+    assert {*CAUSAL, *SEQ2SEQ} == set(known.CAUSAL_FAMILIES)
     assert set(TEXT) == set(known.MASKED_FAMILIES)
     assert {*TEXT, *VISION} == set(known.CLASS_FAMILIES)
 
