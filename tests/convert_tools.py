@@ -6,8 +6,8 @@ from functools import cache, partial
 import torch
 from hub_tools import library
 
-from dblocks import BlocksConfig, MaskSchedule, NoiseSchedule
-from dblocks.integrations.convert import convert
+from dblocks import BlocksConfig, MaskSchedule, NoiseSchedule, make_optimizers, train_step
+from dblocks.integrations.convert import ConvertedBlocks, convert
 from tools import seeded
 
 V, T, CLASSES = 23, 8, 5
@@ -160,3 +160,33 @@ def _dit(**options):
 
 
 adamw = partial(torch.optim.AdamW, lr=1e-2)
+
+
+def check_family(model, fresh, batch, own_logits, path, schedule=None, **options):
+    """The model stays as it is; a step moves one block; files hold everything."""
+    before = own_logits(model)
+    config = BlocksConfig(2, schedule=schedule or NoiseSchedule())
+    blocks = convert(model, config, **options)
+    assert own_logits(model).equal(before)
+    assert own_logits(blocks.base_model).equal(before)
+
+    shaken(blocks)
+    state = {name: value.clone() for name, value in blocks.state_dict().items()}
+    optimizers = make_optimizers(blocks, lambda p: adamw(p, weight_decay=0.1))
+    train_step(blocks, batch, optimizers, block=1, generator=seeded())
+    moved = {n for n, value in blocks.state_dict().items() if not value.equal(state[n])}
+    ids = {id(p) for p in (*blocks.block_parameters(0),)}
+    others = {n for n, p in blocks.named_parameters(remove_duplicate=False) if id(p) in ids}
+    own = {id(p) for p in blocks.block_parameters(1)}
+    trained = {n for n, p in blocks.named_parameters(remove_duplicate=False) if id(p) in own}
+    assert others
+    assert not moved & others
+    # Experts that no token chose, and keys' biases, may have no gradient, but most do.
+    assert 2 * len(moved & trained) > len(trained)
+
+    blocks.save_pretrained(path)
+    again = ConvertedBlocks.from_pretrained(path, fresh)
+    for b in range(2):
+        losses = [m.loss(batch, b, generator=seeded()).loss for m in (blocks, again)]
+        assert losses[0].equal(losses[1])
+        assert losses[0].isfinite()

@@ -13,7 +13,9 @@ SIZES = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidde
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
 SIZES |= {"head_dim": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT = {"vocab_size": V, "n_embd": 16, "n_layer": 4, "n_head": 4, "n_positions": 32}
-GPT |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GPT |= IDS
+OWN_SIZES = ("bloom", "mpt")  # heads whose number is no power of two
 SLIDING = ["sliding_attention", "full_attention"] * 2
 WINDOW = {"sliding_window": 3, "layer_types": SLIDING}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
@@ -37,6 +39,7 @@ CAUSAL = {
     "apertus": {},
     "arcee": {"mlp_bias": True, "attention_bias": True},
     "bitnet": {},
+    "bloom": {"vocab_size": V, "hidden_size": 24, "n_layer": 4, "n_head": 6, **IDS},
     "codegen": {**GPT, "rotary_dim": 2, "n_ctx": 32},
     "cohere": {"logit_scale": 0.3, "use_qk_norm": True},
     "cohere2": {"logit_scale": 0.3, **WINDOW},
@@ -62,6 +65,7 @@ CAUSAL = {
     "gpt_bigcode": {**GPT, "multi_query": True},
     "gpt_neox": {"use_parallel_residual": True, "rotary_pct": 0.5},
     "gptj": {**GPT, "rotary_dim": 2},
+    "gpt_oss": {**LOCAL, **WINDOW},
     "granite": GRANITE,
     "granitemoe": {**GRANITE, **LOCAL},
     "helium": {},
@@ -72,6 +76,7 @@ CAUSAL = {
     "ministral": WINDOW,
     "mistral": {"sliding_window": 3},
     "mixtral": {**LOCAL, "sliding_window": 3},
+    "mpt": {"vocab_size": V, "d_model": 24, "n_layers": 4, "n_heads": 6, "max_seq_len": 32, **IDS},
     "nemotron": {"partial_rotary_factor": 0.5},
     "olmo": {"clip_qkv": 0.1},
     "olmo2": {},
@@ -97,18 +102,29 @@ CAUSAL = {
                    "query_pre_attn_scalar": 9},
     "youtu": MLA,
 }  # fmt: skip
-SINGLE_ONLY = ("falcon",)  # whose attention is its own, so that rows are never doubled
 
+T5 = {"vocab_size": V, "d_model": 16, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+T5 |= {"num_decoder_layers": 4, "relative_attention_num_buckets": 6, "dropout_rate": 0.0}
+T5 |= {"relative_attention_max_distance": 7, "decoder_start_token_id": 0}
+SEQ2SEQ = {
+    "mt5": {**T5, "feed_forward_proj": "gated-gelu"},
+    "t5": T5,
+}
 ENCODER = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
 ENCODER |= {"num_attention_heads": 4, "max_position_embeddings": 34, "pad_token_id": 0}
 IMAGES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
 IMAGES |= {"num_attention_heads": 4, "image_size": 8, "patch_size": 2, "num_channels": 1}
 DINO = {**IMAGES, "mlp_ratio": 2, "layerscale_value": 0.3}
 ROBERTA = {**ENCODER, "pad_token_id": 1}
+DEBERTA = {**ENCODER, "type_vocab_size": 2, "relative_attention": True}
+DEBERTA |= {"pos_att_type": ["c2p", "p2c"]}
 TEXT = {
     "bert": ENCODER,
     "camembert": ROBERTA,
     "data2vec-text": ROBERTA,
+    "deberta": {**DEBERTA, "max_relative_positions": 4},
+    "deberta-v2": {**DEBERTA, "position_buckets": 4, "max_relative_positions": 6,
+                   "norm_rel_ebd": "layer_norm", "share_att_key": True},
     "distilbert": {"vocab_size": V, "dim": 16, "hidden_dim": 32, "n_layers": 4, "n_heads": 4,
                    "max_position_embeddings": 34, "sinusoidal_pos_embds": True},
     "electra": {**ENCODER, "embedding_size": 8},
@@ -118,6 +134,8 @@ TEXT = {
     "xlm-roberta": ROBERTA,
 }  # fmt: skip
 VISION = {
+    "beit": {**IMAGES, "use_relative_position_bias": True, "layer_scale_init_value": 0.3,
+             "use_shared_relative_position_bias": True, "drop_path_rate": 0.0},
     "clip": {"vision_config": IMAGES},
     "deit": IMAGES,
     "dinov2": DINO,
@@ -125,15 +143,18 @@ VISION = {
     "siglip": {"vision_config": IMAGES},
     "vit": IMAGES,
     "vit_msn": IMAGES,
-}
+}  # fmt: skip
 
 
-def encoder_model(kind, task):
+def encoder_model(kind, task, **options):
     """As `causal_model`, with a head for "masks" or "classes"."""
     transformers = library("transformers")
     if kind not in transformers.CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {kind}")
-    config = transformers.AutoConfig.for_model(kind, **(TEXT | VISION)[kind], num_labels=CLASSES)
+    if kind == "beit" and transformers.__version__.startswith("4."):
+        pytest.skip("this transformers has other layers of BEiT")
+    given = (TEXT | VISION)[kind] | options
+    config = transformers.AutoConfig.for_model(kind, **given, num_labels=CLASSES)
     auto = "ForMaskedLM" if task == "masks" else "ForSequenceClassification"
     auto = "ForImageClassification" if kind in VISION else auto
     if kind == "deit":  # which has two classes for this
@@ -142,13 +163,21 @@ def encoder_model(kind, task):
     return randomised(getattr(transformers, f"AutoModel{auto}").from_config(config).eval())
 
 
+def seq2seq_model(kind, **options):
+    """As `causal_model`."""
+    transformers = library("transformers")
+    config = transformers.AutoConfig.for_model(kind, **{**SEQ2SEQ[kind], **options})
+    torch.manual_seed(0)
+    return randomised(transformers.AutoModelForSeq2SeqLM.from_config(config).eval())
+
+
 def causal_model(kind, **options):
     """A model whose every parameter is random, so that nothing is zero or one by chance."""
     transformers = library("transformers")
     if kind not in transformers.CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {kind}")
     given = CAUSAL[kind]
-    sizes = {} if "n_embd" in given else SIZES
+    sizes = {} if "n_embd" in given or kind in OWN_SIZES else SIZES
     if kind == "falcon":  # which computes it
         sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
     config = transformers.AutoConfig.for_model(kind, **{**sizes, **given, **options})
@@ -165,11 +194,11 @@ def randomised(model):
     return model
 
 
-def clean_logits(model, tokens, rows):
+def clean_logits(model, tokens, rows, **more):
     """Logits of the conditioned path: of its clean rows, or of rows whose noise has no size."""
     blocks = convert(model, BlocksConfig(2), task="tokens", rows=rows)
     network, schedule = blocks.base_model, blocks.config.schedule
-    condition = network.embed_condition({"tokens": tokens})
+    condition = network.embed_condition({"tokens": tokens, **more})
     level = schedule.level(torch.ones(len(tokens)))
     if rows == "single":
         z = torch.zeros(*tokens.shape, network.width)

@@ -4,7 +4,7 @@
 """
 
 from denoiser_models import MODELS
-from family_models import CAUSAL, TEXT, VISION
+from family_models import CAUSAL, SEQ2SEQ, TEXT, VISION
 
 from dblocks.integrations.convert.denoiser_families import FAMILIES
 from tools import ROOT
@@ -33,17 +33,21 @@ REFUSED = """## What is refused
 Options that a converted model would not compute are an error of `convert`:
 
 - `use_bidirectional_attention`, and layers that are neither of full nor of sliding attention;
-- Falcon's `alibi` and dropouts, and its `rows="doubled"`;
+- Falcon's dropouts, and `alibi` with `attn_implementation="eager"`; Bloom's
+  `apply_residual_connection_post_layernorm`;
+- `position_ids` in a batch for a model that counts positions by itself (ALiBi);
 - PhiMoE's `sliding_window`, OPT's embeddings of another width (`word_embed_proj_dim`);
 - ModernBERT's `classifier_pooling="mean"`; `head="learned"` where the classifier does not read rows
   of the layers' width, as in DINOv2;
 - denoisers whose layers are told their number (Chroma, HiDream, controlnets) or use results of
   other layers (HunyuanDiT), two lists in turns (Latte), inputs in lists of tensors (Z-Image), a
-  noise that is not known (CogView 3, CogVideoX, Cosmos), channels or patches beside the noisy ones.
+  noise that is not known (CogView 3, CogVideoX, Cosmos), channels or patches beside the noisy ones;
+- T5's `generate` of `dblocks.sampling`, and `cu_seqlens` in its batches;
+- DeBERTa's `conv_kernel_size`, and `position_ids` with `position_biased_input=False`.
 
-Of no family here: layers without a form, such as those of ALiBi (Bloom, MPT), of state
-spaces and linear attention, attention with sinks (GPT-OSS), position biases in the layers (BEiT,
-DeBERTa, T5), and encoders with decoders.
+Of no family here: layers without a form, such as those of state spaces and linear attention;
+other encoders with decoders; Data2Vec Vision, whose attention makes its own bias of the scores;
+DINOv3, which transformers has without a classifier only.
 """
 
 
@@ -58,7 +62,9 @@ SIZES = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "n_embd", "n_layer",
     "n_head", "n_positions", "n_ctx", "image_size", "patch_size", "num_channels", "dim", "dropout",
-    "hidden_dim", "n_layers", "n_heads", "ffn_dim", "word_embed_proj_dim", "moe_intermediate_size",
+    "hidden_dim", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "max_seq_len",
+    "dropout_rate", "decoder_start_token_id", "num_heads", "n_layers", "n_heads", "ffn_dim",
+    "word_embed_proj_dim", "moe_intermediate_size",
 }  # fmt: skip
 
 
@@ -92,6 +98,7 @@ def page():
     parts = [
         HEAD,
         section('`task="tokens"` with a `NoiseSchedule`: the next token', CAUSAL),
+        section("The same, of a decoder with its encoder as condition", SEQ2SEQ),
         section('`task="tokens"` with a `MaskSchedule`: masked tokens', TEXT),
         section('`task="classes"`', TEXT | VISION),
         denoisers(),

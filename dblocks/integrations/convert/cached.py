@@ -54,6 +54,16 @@ class RowCache(KVCache):
 
         return [keep_of(layer) for layer in range(len(self._kv))]
 
+    def kept_positions(self, last: int) -> Tensor:
+        """Positions of the rows that are kept up to the slot last - 1, int64 [K] or [N, K].
+
+        Noisy rows, which all are in a single stream and the last one is in doubled rows, stand at
+        the token before.
+        """
+        slot = torch.arange(self.start, last, device=self.slots.device)
+        noisy = slot == last - 1 if self.start == 0 else slot > 0
+        return self.slots.positions(self.start, last) - noisy.long()
+
     def mask(self, last: int, window: int | None) -> Tensor | None:
         """Which rows those from the next to last - 1 see, of the rows that are kept; see `Keep`.
 

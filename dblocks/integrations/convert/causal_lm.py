@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from dblocks.blocks import Batch, Features, TokenTarget
 from dblocks.blocks.targets.classes import Head
 from dblocks.blocks.targets.entries import checked
-from dblocks.blocks.targets.padding import check_ids, from_front, starts_of, to_front
+from dblocks.blocks.targets.padding import from_front, starts_of, to_front
 from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
 from dblocks.integrations.convert.cached import RowCache
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some, example_tokens
+from dblocks.integrations.convert.places import (
+    before_each,
+    document_mask,
+    element_size,
+    places_of,
+)
 from dblocks.integrations.convert.scaled_rows import ScaledRows
 from dblocks.nn import Modulation, over_rows
 from dblocks.nn.scalars import number
@@ -33,6 +39,10 @@ Rows = Literal["single", "doubled"]
 
 class CausalFamily(Protocol):
     """What differs between models that predict the next token."""
+
+    def reads(self, model: nn.Module) -> tuple[str, ...]:
+        """What of a batch it reads beside tokens."""
+        ...
 
     def embedding(self, model: nn.Module) -> nn.Embedding:
         """Of the tokens."""
@@ -54,8 +64,13 @@ class CausalFamily(Protocol):
         """Token embeddings [N, T, D], as they enter the first layer."""
         ...
 
-    def context(self, model: nn.Module, rows: Tensor, positions: Tensor) -> dict[str, Any]:
-        """Keyword arguments of the layers' attention, for rows at positions [T] or [N, T]."""
+    def context(
+        self, model: nn.Module, rows: Tensor, positions: Tensor, keys: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Keyword arguments of the layers' attention, for rows at positions [T] or [N, T].
+
+        `keys`, [K] or [N, K], are the positions of the rows that they may see; the same by default.
+        """
         ...
 
     def check_cache(self, model: nn.Module, slots: Slots) -> None:
@@ -66,12 +81,19 @@ class CausalFamily(Protocol):
         """What the layers leave, normed for the head."""
         ...
 
-    def plain_logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
+    def plain_logits(
+        self, model: nn.Module, tokens: Tensor, position_ids: Tensor | None = None, **more: Any
+    ) -> Tensor:
         """The model's own logits [N, T, V]."""
         ...
 
     def plain_loss(
-        self, model: nn.Module, tokens: Tensor, labels: Tensor, position_ids: Tensor | None = None
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
         """The mean cross-entropy of `labels` [N, T], the tokens or `IGNORED`, 0-d."""
         ...
@@ -134,7 +156,8 @@ class ConvertedCausalLM(Converted):
 
     A batch holds "tokens", and may hold "loss_mask" and "cu_seqlens", as that of `CausalLM`; or
     "attention_mask" [N, T], 0 at padding before or after each text, which changes nothing for the
-    text: positions count from its first token. "position_ids" [N, T] are used in their place.
+    text: positions count from its first token. "position_ids" [N, T] are used in their place, where
+    the model has them.
 
     Args:
         model: the user's.
@@ -148,7 +171,6 @@ class ConvertedCausalLM(Converted):
     """
 
     block_size = 1  # tokens that are predicted at once
-    reads = ("position_ids",)
     runs_whole = True  # without a cache, as in training
 
     def __init__(
@@ -167,12 +189,13 @@ class ConvertedCausalLM(Converted):
         width = embedding.embedding_dim
         super().__init__(model, layers, width, conditioned=True)
         self.family = family
+        self.reads = family.reads(model)
         self.sizes = Sizes(embedding.num_embeddings, family.context_length(model))
         self.embed_scale = embed_scale
         self.tokens_per_sigma = tokens_per_sigma
         self.rows_kind: Rows = rows_kind
         self.head_kind: Head = head_kind
-        start = 0.0 if rows_kind == "single" else NOISE_SCALE * _element(embedding.weight)
+        start = 0.0 if rows_kind == "single" else NOISE_SCALE * element_size(embedding.weight)
         self.noise_scale = number(start)
         self.readout_modulation = self.log_scale = None
         if head_kind == "learned":
@@ -206,7 +229,7 @@ class ConvertedCausalLM(Converted):
         check_some(given.tokens)
         given, starts = moved_to_front(given)
         embed = self._single if self.rows_kind == "single" else self._doubled
-        return embed(given, _places(given, self.sizes.context))._replace(starts=starts)
+        return embed(given, places_of(given, self.sizes.context))._replace(starts=starts)
 
     def _single(self, given: TokenBatch, places: Tensor) -> Context:
         if given.tokens.shape[1] < 2:
@@ -215,20 +238,20 @@ class ConvertedCausalLM(Converted):
                 f"got {given.tokens.shape[1]}; leave such texts out"
             )
         first = given.positions() == 0
-        before, first = _before(places, first)[..., 1:], first[1:]
+        before, first = before_each(places, first)[..., 1:], first[1:]
         embedded = cast(Tensor, self.family.embedding(self.model)(given.tokens[:, :-1]))
-        attention = self.family.context(self.model, embedded, before)
+        attention = self.attention_of(given, embedded, before)
         if given.cu_seqlens is not None:
             embedded = embedded.masked_fill(first[:, None], 0)
-            attention["attention_mask"] = _document_mask(first)
+            attention["attention_mask"] = document_mask(first)
         return Context(None, self.family.enter(self.model, embedded, before), attention)
 
     def _doubled(self, given: TokenBatch, places: Tensor) -> Context:
         first = given.positions() == 0
-        before = _before(places, first)
+        before = before_each(places, first)
         embedded = cast(Tensor, self.family.embedding(self.model)(given.tokens))
         previous = embedded.roll(1, dims=1).masked_fill(first[:, None], 0)
-        attention = self.family.context(self.model, embedded, torch.cat([places, before], -1))
+        attention = self.attention_of(given, embedded, torch.cat([places, before], -1))
         if given.cu_seqlens is not None:
             attention["dblocks_cu_seqlens"] = given.cu_seqlens
         return Context(
@@ -236,6 +259,20 @@ class ConvertedCausalLM(Converted):
             self.family.enter(self.model, previous, before),
             attention,
         )
+
+    def attention_of(self, given: TokenBatch, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the layers' attention; see `CausalFamily.context`."""
+        return self.family.context(self.model, rows, positions)
+
+    def example(self) -> Batch:
+        """A small batch to try the model with."""
+        weight = self.family.embedding(self.model).weight
+        tokens = example_tokens(self.sizes.vocab_size, (), weight.device)
+        return {"tokens": tokens[:, : self.sizes.context]}
+
+    def plain_entries(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the model itself beside the tokens and their positions."""
+        return {}
 
     def run_layers(
         self, layers: Sequence[nn.Module], z_in: Tensor, level: NoiseLevel, condition: Context
@@ -300,7 +337,7 @@ class ConvertedCausalLM(Converted):
         x = self.family.enter(self.model, rows, at)
         noise = (self.noise_scale * z_in).to(x.dtype)
         x = torch.cat([x[:, :clean], x[:, clean:] + noise], dim=1)
-        attention = self.family.context(self.model, rows, at)
+        attention = self.family.context(self.model, rows, at, cache.kept_positions(last))
         for layer, keep in zip(layers, cache.keeps(last), strict=True):
             x = layer(x, inner, {**attention, "dblocks_keep": keep}, clean=clean)
         cache.commit(C, before[:, C:])
@@ -312,11 +349,10 @@ class ConvertedCausalLM(Converted):
 
     def compare(self) -> tuple[Tensor, Tensor]:
         """See `Converted.compare`; of the clean rows, which are all where noise is left out."""
-        weight = self.family.embedding(self.model).weight
-        tokens = example_tokens(self.sizes.vocab_size, (), weight.device)
-        tokens = tokens[:, : self.sizes.context]
-        own = self.family.plain_logits(self.model, tokens)
-        condition = self.embed_condition({"tokens": tokens})
+        batch = self.example()
+        tokens = batch["tokens"]
+        own = self.family.plain_logits(self.model, tokens, **self.plain_entries(batch))
+        condition = self.embed_condition(batch)
         x = condition.noisy
         if condition.clean is not None:
             x = torch.cat([condition.clean, x], dim=1)
@@ -342,40 +378,6 @@ class ConvertedCausalLM(Converted):
         given, _ = moved_to_front(given)
         ids = given.get("position_ids")
         if ids is not None:
-            _places(given, self.sizes.context)
-        return self.family.plain_loss(self.model, given.tokens, labels, ids)
-
-
-def _places(given: TokenBatch, context: int) -> Tensor:
-    """The places at which tokens enter, int64 [T], or [N, T] where the batch says them."""
-    ids = given.get("position_ids")
-    if ids is None:
-        return given.positions()
-    if given.cu_seqlens is not None:
-        raise ValueError(
-            "position_ids must be None with cu_seqlens, as positions begin again in each document; "
-            "leave them out"
-        )
-    check_ids("position_ids", ids, tuple(given.tokens.shape), context)
-    return ids
-
-
-def _before(places: Tensor, first: Tensor) -> Tensor:
-    """The place of the token before each; its own where it is the first, `first` [T]."""
-    return torch.where(first, places, places.roll(1, -1))
-
-
-def _element(weight: Tensor) -> float:
-    """The size of an element of an embedding."""
-    return 1.0 if weight.is_meta else weight.detach().float().square().mean().sqrt().item()
-
-
-def _document_mask(first: Tensor) -> Tensor:
-    """Which rows of packed documents see which, bool [R, R], `first` [R] where a document begins.
-
-    A row sees the earlier ones of its document, but not that of its first token, which no plain
-    model has.
-    """
-    row, document = torch.arange(len(first), device=first.device), first.cumsum(0)
-    seen = (row[:, None] >= row) & (document[:, None] == document)
-    return seen & (~first | (row[:, None] == row))
+            places_of(given, self.sizes.context)
+        more = self.plain_entries(given)
+        return self.family.plain_loss(self.model, given.tokens, labels, ids, **more)

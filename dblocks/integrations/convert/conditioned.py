@@ -18,14 +18,18 @@ def conditioned(
     width: int,
     context: Callable[[Tensor], Mapping[str, Any]] = lambda rows: {},
     attention: Callable[[nn.Module], nn.Module] | None = None,
+    probed: Callable[[nn.Module], nn.Module | None] | None = None,
+    rows_context: Callable[[Tensor], Mapping[str, Any]] | None = None,
 ) -> dict[str, ConditionedLayer]:
     """The layers of a model with modulations, by name.
 
     Args:
         layers: its layers by name.
         width: D of their rows.
-        context: keyword arguments of their attention for some rows [N, T, D].
+        context: keyword arguments of the layers for some rows [N, T, D].
         attention: what runs in place of an attention; its own by default.
+        probed: what runs in place of an attention when a layer is tried; None for its own.
+        rows_context: keyword arguments of what runs in its place, where they are others.
 
     Raises:
         ValueError: the form of a layer is not known, or the first of its class is computed
@@ -34,13 +38,15 @@ def conditioned(
     check_layers_alone(layers)
     forms = {name: require_form(name, layer) for name, layer in layers.items()}
     first = {type(layer): name for name, layer in reversed(list(layers.items()))}
-    for name in first.values():
-        rows = probe(layers[name], width)
-        check_form(layers[name], forms[name], rows, context(rows), name)
     instead = {
         name: None if attention is None else attention(layer.get_submodule(forms[name].attention))
         for name, layer in layers.items()
     }
+    for name in first.values():
+        rows = probe(layers[name], width)
+        ours = None if probed is None else probed(layers[name].get_submodule(forms[name].attention))
+        given = (rows_context or context)(rows)
+        check_form(layers[name], forms[name], rows, context(rows), name, (ours, given))
     return {
         name: ConditionedLayer(layer, width, forms[name], instead[name])
         for name, layer in layers.items()
@@ -55,9 +61,16 @@ def probe(layer: nn.Module, width: int) -> Tensor:
 
 
 def check_form(
-    layer: nn.Module, form: LayerForm, x: Tensor, context: Mapping[str, Any], name: str
+    layer: nn.Module,
+    form: LayerForm,
+    x: Tensor,
+    context: Mapping[str, Any],
+    name: str,
+    ours: tuple[nn.Module | None, Mapping[str, Any]],
 ) -> None:
     """Raises unless the form computes the layer's own function of the rows x [N, T, D].
+
+    `ours` is what runs in place of the attention, if anything, and the attention's arguments.
 
     Raises:
         ValueError: it does not, so that the layer is of a kind that is not known.
@@ -69,9 +82,10 @@ def check_form(
     try:
         with torch.no_grad():
             attention = layer.get_submodule(form.attention)
-            own = layer(x, **context_of(attention, context))
+            own = layer(x, **context_of(layer, attention, context))
             own = own if isinstance(own, Tensor) else own[0]
-            ours = ConditionedLayer(layer, x.shape[-1], form)(x, None, context)
+            instead, given = ours
+            found = ConditionedLayer(layer, x.shape[-1], form, instead)(x, None, given)
     finally:
         for module in training:
             module.training = True
@@ -79,7 +93,7 @@ def check_form(
     # whatever the dtype; a wrong form differs by far more.
     eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
     budget = 64 * eps * own.abs().max()
-    if own.shape != ours.shape or not (own - ours).abs().max() <= budget:
+    if own.shape != found.shape or not (own - found).abs().max() <= budget:
         raise ValueError(
             f"{name} must be a pre-norm or a post-norm layer of attention and MLP, but "
             f"{type(layer).__name__} computes something else from its parts; "

@@ -48,8 +48,6 @@ class RotaryFamily:
     """The config's number that logits are divided by."""
     dropout: str = ""
     """The backbone's dropout of rows that enter."""
-    own_attention: bool = False
-    """The attention calls PyTorch's own, causal without a mask, and no function by name."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Options of the config that must not be set, and why."""
 
@@ -61,6 +59,28 @@ class RotaryFamily:
                 return f"{name}={getattr(config, name)!r} ({why})"
         others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
         return f"layers of the types {sorted(others)}" if others else None
+
+    def reads(self, model: Any) -> tuple[str, ...]:
+        """What of a batch it reads beside tokens."""
+        return ("position_ids",)
+
+    def attention(self, attention: nn.Module, name: str) -> nn.Module:
+        """What runs in place of an attention, with the named function of converted rows."""
+        from dblocks.integrations.convert.row_attention import with_attention
+
+        return with_attention(attention, name)
+
+    def probed(self, attention: nn.Module) -> nn.Module | None:
+        """What runs in place of an attention when a layer is tried; None for its own."""
+        return None
+
+    def layer_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the model's own layers for rows [N, T, D] from position 0 on."""
+        return context_from_start(self, model, rows)
+
+    def probe_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
+        """Those of the attention of converted layers, for the same rows."""
+        return context_from_start(self, model, rows)
 
     def embedding(self, model: Any) -> nn.Embedding:
         """See `CausalFamily`, as for the others."""
@@ -80,7 +100,9 @@ class RotaryFamily:
             rows = rows * getattr(model.config, self.embedding_factor)
         return getattr(backbone(model), self.dropout)(rows) if self.dropout else rows
 
-    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+    def context(
+        self, model: Any, rows: Tensor, positions: Tensor, keys: Tensor | None = None
+    ) -> dict[str, Any]:
         rotary, ids = backbone(model).rotary_emb, positions_of_samples(positions)
         kinds = getattr(rotary, "layer_types", None)
         turned: Any = (
@@ -91,11 +113,6 @@ class RotaryFamily:
         return {"position_embeddings": turned, "attention_mask": None}
 
     def check_cache(self, model: Any, slots: Slots) -> None:
-        if self.own_attention:
-            raise ValueError(
-                f"cache must be False for a {type(model).__name__}, whose attention calls no "
-                "function by its name, so that its keys and values cannot be kept, got True"
-            )
         check_rotations(getattr(backbone(model), "rotary_emb", None), slots)
 
     def leave(self, model: Any, x: Tensor) -> Tensor:
@@ -105,30 +122,26 @@ class RotaryFamily:
         return x / getattr(config, self.logit_divisor) if self.logit_divisor else x
 
     def plain_logits(
-        self, model: Any, tokens: Tensor, position_ids: Tensor | None = None
+        self, model: Any, tokens: Tensor, position_ids: Tensor | None = None, **more: Any
     ) -> Tensor:
-        more = {}
         if position_ids is not None:
             # Without a mask, places that do not follow one another would mean packed documents.
-            more = {"position_ids": position_ids, "attention_mask": torch.ones_like(tokens)}
+            more |= {"position_ids": position_ids, "attention_mask": torch.ones_like(tokens)}
         return model(input_ids=tokens, use_cache=False, **more).logits
 
     def plain_loss(
-        self, model: Any, tokens: Tensor, labels: Tensor, position_ids: Tensor | None = None
+        self,
+        model: Any,
+        tokens: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
         # Padding is behind the texts, where none of their rows sees it.
-        logits = self.plain_logits(model, tokens, position_ids)[:, :-1]
+        logits = self.plain_logits(model, tokens, position_ids, **more)[:, :-1]
         return nnf.cross_entropy(
             at_least_float32(logits).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
         )
-
-
-@dataclass(frozen=True)
-class FalconFamily(RotaryFamily):
-    """Falcon with rotary positions."""
-
-    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
-        return super().context(model, rows, positions) | {"alibi": None}
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,9 @@ class GPT2Family(RotaryFamily):
         gpt2 = backbone(model)
         return gpt2.drop(rows + gpt2.wpe(positions))
 
-    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+    def context(
+        self, model: Any, rows: Tensor, positions: Tensor, keys: Tensor | None = None
+    ) -> dict[str, Any]:
         return {"attention_mask": None}
 
 
@@ -159,7 +174,9 @@ class OPTFamily(RotaryFamily):
         ids = positions_of_samples(positions)
         return rows + backbone(model).decoder.embed_positions(None, position_ids=ids)
 
-    def context(self, model: Any, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+    def context(
+        self, model: Any, rows: Tensor, positions: Tensor, keys: Tensor | None = None
+    ) -> dict[str, Any]:
         return {"attention_mask": None}
 
     def leave(self, model: Any, x: Tensor) -> Tensor:
@@ -223,6 +240,10 @@ class ViTFamily:
     def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
         return {}
 
+    def layer_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the model's own layers for some rows [N, P, D]."""
+        return self.context(model, rows, {})
+
     def pool(self, model: Any, x: Tensor) -> Tensor:
         return backbone(model).layernorm(x)[:, 0]
 
@@ -280,6 +301,14 @@ class BertMaskedFamily:
     head_name = "cls"
     reads: tuple[str, ...] = TEXT
     special_positions = 0
+
+    def unsupported(self, model: Any) -> str | None:
+        """As for `RotaryFamily`."""
+        return None
+
+    def layer_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
+        """As for `ViTFamily`."""
+        return self.context(model, rows, {})
 
     def sizes(self, model: Any) -> Sizes:
         """See `MaskedFamily`, as for the others."""

@@ -32,19 +32,26 @@ class LayerForm:
     """Attention and MLP see the same rows, and are added together."""
     multiplier: str = ""
     """The layer's attribute with the number that what is added is multiplied with."""
+    mlp_multiplier: str = ""
+    """That of the MLP, where it is another."""
     dropout: str = ""
     """The layer's attribute with the rate of a dropout of what is added, where it is no module."""
+    cross: str = ""
+    """What adds the attention to another text, between both branches, with a norm of its own."""
+    adds_rows: bool = False
+    """The MLP takes the rows that its result is added to, and adds them."""
     when: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of the layer and their values, where the same parts are run in several ways."""
 
     def paths(self) -> tuple[str, ...]:
         """All of them."""
-        named = (self.norm1, self.attention, self.norm2, self.mlp)
+        named = (self.norm1, self.attention, self.cross, self.norm2, self.mlp)
         return (*filter(None, named), *self.after_attention, *self.after_mlp)
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether the layer has these parts and attributes."""
-        attributes = [*filter(None, (self.multiplier, self.dropout)), *self.when]
+        names = (self.multiplier, self.mlp_multiplier, self.dropout)
+        attributes = [*filter(None, names), *self.when]
         try:
             for path in self.paths():
                 layer.get_submodule(path)
@@ -110,6 +117,15 @@ FORMS = (
         )
         for before in (True, False)
     ),
+    LayerForm(  # Bloom
+        "input_layernorm",
+        "self_attention",
+        SECOND,
+        "mlp",
+        adds_rows=True,
+        when={"apply_residual_connection_post_layernorm": False},
+    ),
+    LayerForm("norm_1", "attn", "norm_2", "ffn", ("resid_attn_dropout",), adds_rows=True),  # MPT
     LayerForm("ln_attn", "self_attention", "ln_mlp", "mlp", parallel=True),  # Falcon 40B
     LayerForm(
         "input_layernorm",
@@ -126,8 +142,27 @@ FORMS = (
         "mlp",
         when={"config.parallel_attn": False},
     ),
+    LayerForm(  # T5's decoder
+        "layer.0.layer_norm",
+        "layer.0.SelfAttention",
+        "layer.2.layer_norm",
+        "layer.2.DenseReluDense",
+        ("layer.0.dropout",),
+        ("layer.2.dropout",),
+        cross="layer.1",
+    ),
     LayerForm("ln_1", "attn", "ln_2", "mlp"),  # GPT-2
     LayerForm("ln_1", "attn", "", "mlp", parallel=True),  # GPT-J
+    LayerForm(  # BEiT
+        "layernorm_before",
+        "attention",
+        "layernorm_after",
+        "mlp",
+        ("dropout", "drop_path"),
+        ("dropout", "drop_path"),
+        multiplier="lambda_1",
+        mlp_multiplier="lambda_2",
+    ),
     LayerForm(  # ViT of transformers
         "layernorm_before", "attention", "layernorm_after", "mlp", ("dropout",), ("dropout",)
     ),

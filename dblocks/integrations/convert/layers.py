@@ -3,7 +3,8 @@
     h = norm1(x)*(1 + scale1) + shift1 ;  x = x + (1 + gate1)*attention(h)
     h = norm2(x)*(1 + scale2) + shift2 ;  x = x + (1 + gate2)*mlp(h)
 
-or, where the norms come after the sums as in BERT,
+between which a decoder such as T5's adds its attention to another text, which is not modulated; or,
+where the norms come after the sums as in BERT,
 
     x = norm1(x + (1 + gate1)*attention(x))*(1 + scale1) + shift1, and the same of the MLP,
 
@@ -20,7 +21,7 @@ run as fused ops; attention and MLP are the model's own modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -46,13 +47,26 @@ class ByLayerType(dict[str, Any]):
     """What the attention is given, by the type of its layer, as its model's config has it."""
 
 
-def context_of(attention: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+class OfLayer:
+    """What the attention is given, made by a module of its layer, such as a bias of its scores.
+
+    Args:
+        make: a function of the layer.
+    """
+
+    def __init__(self, make: Callable[[nn.Module], Any]) -> None:
+        self.make = make
+
+
+def context_of(layer: nn.Module, attention: Any, context: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of one layer's attention, of those for all layers."""
-    kind = [v for v in context.values() if isinstance(v, ByLayerType)]
-    if not kind:
-        return dict(context)
-    name = attention.config.layer_types[attention.layer_idx]
-    return {k: v[name] if isinstance(v, ByLayerType) else v for k, v in context.items()}
+
+    def own(value: Any) -> Any:
+        if isinstance(value, ByLayerType):
+            return value[attention.config.layer_types[attention.layer_idx]]
+        return value.make(layer) if isinstance(value, OfLayer) else value
+
+    return {name: own(value) for name, value in context.items() if name != "dblocks_cross"}
 
 
 def cond_dim(width: int) -> int:
@@ -96,7 +110,8 @@ class ConditionedLayer(nn.Module):
         Args:
             x: rows [N, T, D].
             cond: conditioning vectors [N, D] or [N, S, D]; None for the layer's own function.
-            context: keyword arguments of the attention.
+            context: keyword arguments of the attention, and as "dblocks_cross" those of the one
+                to another text.
             clean: how many segments of rows, as long as one of `cond` [N, S, D], stand before
                 those that are modulated.
             checkpointing: keep the layer's input only, and compute the rest again for gradients.
@@ -130,9 +145,13 @@ class ConditionedLayer(nn.Module):
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = chunks
         h = _modulate(self._norm(self.form.norm1), x, shift1, scale1)
-        x, h = _add_and_modulate(
-            self._norm(self.form.norm2), x, self._attend(h, context), gate1, shift2, scale2
-        )
+        branch, norm2 = self._attend(h, context), self._norm(self.form.norm2)
+        if self.form.cross:
+            cross = self.layer.get_submodule(self.form.cross)
+            x = cross(F.gated_residual(x, branch, gate1), **context["dblocks_cross"])[0]
+            h = _modulate(norm2, x, shift2, scale2)
+        else:
+            x, h = _add_and_modulate(norm2, x, branch, gate1, shift2, scale2)
         return F.gated_residual(x, self._transform(h), gate2)
 
     def _parallel(
@@ -163,19 +182,24 @@ class ConditionedLayer(nn.Module):
         attention = own = self.layer.get_submodule(self.form.attention)
         for attention in self.instead:
             attention.training = own.training
-        out = attention(h, **context_of(own, context))
-        return self._after(out if isinstance(out, Tensor) else out[0], self.form.after_attention)
+        out = attention(h, **context_of(self.layer, own, context))
+        form, branch = self.form, out if isinstance(out, Tensor) else out[0]
+        return self._after(branch, form.after_attention, form.multiplier)
 
     def _transform(self, h: Tensor) -> Tensor:
-        return self._after(self.layer.get_submodule(self.form.mlp)(h), self.form.after_mlp)
+        zero = (h.new_zeros(()),) if self.form.adds_rows else ()
+        out = self.layer.get_submodule(self.form.mlp)(h, *zero)
+        # Some mixtures of experts also return what chose them.
+        form, branch = self.form, out if isinstance(out, Tensor) else out[0]
+        return self._after(branch, form.after_mlp, form.mlp_multiplier or form.multiplier)
 
-    def _after(self, x: Tensor, paths: tuple[str, ...]) -> Tensor:
+    def _after(self, x: Tensor, paths: tuple[str, ...], multiplier: str) -> Tensor:
         for path in paths:
             x = self.layer.get_submodule(path)(x)
         layer: Any = self.layer
         if self.form.dropout:
             x = nnf.dropout(x, attrgetter(self.form.dropout)(layer), layer.training)
-        return x * attrgetter(self.form.multiplier)(layer) if self.form.multiplier else x
+        return x * attrgetter(multiplier)(layer) if multiplier else x
 
 
 def _chunks(chunks: Sequence[Tensor], *, clean: int) -> tuple[Tensor, ...]:

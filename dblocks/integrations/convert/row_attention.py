@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -60,13 +60,16 @@ def doubled(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     dblocks_cu_seqlens: Tensor | None = None,
     dblocks_keep: Keep | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of rows `[clean | noisy]` as transformers calls it; see `F.doubled_attention`.
 
-    The fused op has no dropout; with dropout, PyTorch attends with a mask of (2T)^2 elements.
+    The fused op has no dropout, bias or sinks; with these, PyTorch attends with a mask of (2T)^2
+    elements.
 
     Args:
         module: the attention.
@@ -79,6 +82,8 @@ def doubled(
         is_causal: that of the module by default; must be true.
         sliding_window: how many positions back a row sees, its own included.
         softcap: bound of the scores.
+        position_bias: what is added to the scores, [1 or N, H, 1 or 2T, 2T].
+        s_aux: sinks, see `causal`.
         dblocks_cu_seqlens: ends of packed documents.
         dblocks_keep: keeps keys and values of R rows, which are any, beside those of earlier ones.
         **others: refused unless they are `None` or change nothing.
@@ -93,29 +98,22 @@ def doubled(
     sliding_window = sliding_window or getattr(module, "dblocks_window", None)
     # Rotary positions come in float32 under autocast, which casts the arguments of torch's own.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    plain = position_bias is None and s_aux is None
+    added = None if plain else Added(position_bias, s_aux)
     if dblocks_keep is not None:
         key, value, mask = dblocks_keep(key, value, sliding_window)
-        return _attend(query, key, value, mask, scaling, softcap, dropout), None
-    if not dropout:
+        return _attend(query, key, value, mask, scaling, softcap, dropout, added), None
+    if not dropout and added is None:
         o = F.doubled_attention(
             query, key, value, scale=scaling, cu_seqlens=dblocks_cu_seqlens,
             window=sliding_window, softcap=softcap,
         )  # fmt: skip
         return o.transpose(1, 2), None
-    if softcap is not None:
-        raise ValueError(
-            f"the doubled attention takes softcap or dropout, got softcap={softcap} and "
-            f"dropout={dropout}; set the dropout of the attention in the model's config to 0"
-        )
     mask = doubled_mask(
         query.shape[2] // 2, cu_seqlens=dblocks_cu_seqlens, window=sliding_window,
         device=query.device,
     )  # fmt: skip
-    o = nnf.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    return o.transpose(1, 2), None
+    return _attend(query, key, value, mask, scaling, softcap, dropout, added), None
 
 
 def causal(
@@ -130,6 +128,8 @@ def causal(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     dblocks_keep: Keep | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -146,6 +146,8 @@ def causal(
         is_causal: that of the module by default; must be true.
         sliding_window: how many positions back a row sees, its own included.
         softcap: bound of the scores.
+        position_bias: what is added to the scores, [1 or N, H, 1 or R, K], K keys with those kept.
+        s_aux: sinks [H], scores of one more key, whose value is zero, for all rows of a head.
         dblocks_keep: keeps keys and values beside those of earlier rows.
         **others: refused unless they are `None` or change nothing.
 
@@ -159,29 +161,54 @@ def causal(
     sliding_window = sliding_window or getattr(module, "dblocks_window", None)
     R, mask = query.shape[2], attention_mask
     query, key = query.to(value.dtype), key.to(value.dtype)
+    plain = position_bias is None and s_aux is None
+    added = None if plain else Added(position_bias, s_aux)
     if dblocks_keep is not None:
         key, value, mask = dblocks_keep(key, value, sliding_window)
     elif sliding_window is not None and sliding_window < R:
         row = torch.arange(R, device=query.device)
         near = row[:, None] - row < sliding_window
         mask = near & ((row[:, None] >= row) if mask is None else mask)
-    return _attend(query, key, value, mask, scaling, softcap, dropout), None
+    return _attend(query, key, value, mask, scaling, softcap, dropout, added), None
+
+
+class Added(NamedTuple):
+    """What a model adds to the scores of its attention."""
+
+    bias: Tensor | None
+    """[1 or N, H, 1 or R, K]."""
+    sinks: Tensor | None
+    """Scores [H] of one more key, whose value is zero."""
+
+    def to_mask(self, mask: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum as a mask of scores, with keys and values, of which sinks need one more each."""
+        bias = mask.new_zeros(1, 1, 1, 1, dtype=value.dtype) if self.bias is None else self.bias
+        mask = torch.where(mask, bias, float("-inf"))
+        if self.sinks is None:
+            return mask, key, value
+        sinks = self.sinks.to(mask.dtype)[:, None, None]
+        N, H, (R, K) = mask.shape[0], len(sinks), mask.shape[2:]
+        mask = torch.cat([mask.expand(N, H, R, K), sinks.expand(N, H, R, 1)], dim=-1)
+        # A key of zeros has the score 0, to which its sink is added.
+        return mask, nnf.pad(key, (0, 0, 0, 1)), nnf.pad(value, (0, 0, 0, 1))
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
-    softcap: float | None, dropout: float,
+    softcap: float | None, dropout: float, added: Added | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of rows that see what the mask says: [N, R, H, Dv].
 
     Without a mask a single row sees all, and others the earlier ones and themselves.
     """
     R = query.shape[2]
+    if mask is None and (softcap is not None or added is not None):
+        mask = torch.ones(R, key.shape[2], dtype=torch.bool, device=query.device)
+        mask = mask if R == 1 else mask.tril()
+    if added is not None:
+        mask, key, value = added.to_mask(cast(Tensor, mask), key, value)
     if softcap is not None:
-        if mask is None:
-            mask = torch.ones(R, key.shape[2], dtype=torch.bool, device=query.device)
-            mask = mask if R == 1 else mask.tril()
-        o = _capped(query, key, value, mask, scaling, softcap, dropout)
+        o = _capped(query, key, value, cast(Tensor, mask), scaling, softcap, dropout)
     else:
         o = nnf.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None and R > 1,
@@ -200,7 +227,8 @@ def _capped(
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = factor * query @ key.transpose(-1, -2)
     scores = softcap * (scores / softcap).tanh()
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32)
     return nnf.dropout(weights.to(value.dtype), dropout) @ value
 
 

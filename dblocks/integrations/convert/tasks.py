@@ -48,6 +48,8 @@ def network_of(
     library = library_of(model)
     if layers is None and (library, task) == ("diffusers", "images"):
         layers = default_layers(model)
+    if layers is None and (library, task) == ("transformers", "tokens"):
+        layers = _decoder(model)
     found = find_layers(model, layers)
     make = NETWORKS.get((library, task))
     if make is None:
@@ -74,6 +76,12 @@ def library_of(model: nn.Module) -> str | None:
 
 
 # Each imports its library's file when it is called.
+
+
+def _decoder(model: Any) -> str | None:
+    from dblocks.integrations.convert.transformers import default_list
+
+    return default_list(model)
 
 
 def _transformers_classes(

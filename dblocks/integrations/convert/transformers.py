@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from dblocks.integrations.convert.biased_families import BloomFamily, FalconFamily, MptFamily
 from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
 from dblocks.integrations.convert.classes import ConvertedClassifier
 from dblocks.integrations.convert.conditioned import conditioned
@@ -25,15 +26,14 @@ from dblocks.integrations.convert.encoder_families import (
 from dblocks.integrations.convert.families import (
     BertClassFamily,
     BertMaskedFamily,
-    FalconFamily,
     GPT2Family,
     OPTFamily,
     RobertaClassFamily,
     RobertaMaskedFamily,
     RotaryFamily,
     ViTFamily,
-    context_from_start,
 )
+from dblocks.integrations.convert.layers import ConditionedLayer
 from dblocks.integrations.convert.masked_lm import ConvertedMaskedLM
 from dblocks.integrations.convert.plain import (
     check_classes,
@@ -41,15 +41,21 @@ from dblocks.integrations.convert.plain import (
     check_read,
     check_target,
 )
-from dblocks.integrations.convert.row_attention import CAUSAL, DOUBLED, with_attention
+from dblocks.integrations.convert.relative_families import (
+    BeitFamily,
+    DebertaClassFamily,
+    DebertaMaskedFamily,
+)
+from dblocks.integrations.convert.row_attention import CAUSAL, DOUBLED
+from dblocks.integrations.convert.seq2seq import ConvertedSeq2Seq, T5Family
 
 GRANITE = RotaryFamily(embedding_factor="embedding_multiplier", logit_divisor="logits_scaling")
 LLAMA_LIKE = (
     "apertus", "arcee", "bitnet", "cwm", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5",
     "ernie4_5_moe", "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
-    "glm4_moe", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jais2", "llama", "ministral",
-    "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3", "qwen2",
-    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
+    "glm4_moe", "gpt_oss", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jais2", "llama",
+    "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
     "starcoder2", "vaultgemma", "youtu",
 )  # fmt: skip
 CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
@@ -57,32 +63,31 @@ CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
     "cohere": RotaryFamily(logit_factor="logit_scale"),
     "cohere2": RotaryFamily(logit_factor="logit_scale"),
     "cohere2_moe": RotaryFamily(logit_factor="logit_scale"),
+    "bloom": BloomFamily(),
     "codegen": RotaryFamily("ln_f", dropout="drop"),
-    "falcon": FalconFamily(
-        "ln_f",
-        own_attention=True,
-        refused={
-            "alibi": "positions as a bias of the scores",
-            "hidden_dropout": "one dropout of the sum of both branches",
-            "attention_dropout": "a dropout of some sums",
-        },
-    ),
+    "falcon": FalconFamily(),
     "gpt2": GPT2Family(),
     "gpt_bigcode": GPT2Family(),
     "gpt_neox": RotaryFamily("final_layer_norm", dropout="emb_dropout"),
     "gptj": RotaryFamily("ln_f", dropout="drop"),
     "granite": GRANITE,
     "granitemoe": GRANITE,
+    "mpt": MptFamily(),
+    "mt5": T5Family(scaled=False),
     "opt": OPTFamily(),
     "persimmon": RotaryFamily("final_layernorm"),
     "phi": RotaryFamily("final_layernorm", dropout="embed_dropout"),
     "phimoe": RotaryFamily(refused={"sliding_window": "a window in the masks of all layers"}),
+    "t5": T5Family(),
 }
 CLASS_FAMILIES: dict[str, ViTFamily] = {
+    "beit": BeitFamily(),
     "bert": BertClassFamily(),
     "camembert": RobertaClassFamily(),
     "clip": CLIPFamily(),
     "data2vec-text": RobertaClassFamily(),
+    "deberta": DebertaClassFamily(),
+    "deberta-v2": DebertaClassFamily(),
     "deit": ViTFamily(),
     "dinov2": DINOv2Family(),
     "dinov2_with_registers": DINOv2Family(),
@@ -100,12 +105,19 @@ MASKED_FAMILIES: dict[str, BertMaskedFamily] = {
     "bert": BertMaskedFamily(),
     "camembert": RobertaMaskedFamily(),
     "data2vec-text": RobertaMaskedFamily(),
+    "deberta": DebertaMaskedFamily(),
+    "deberta-v2": DebertaMaskedFamily(),
     "distilbert": DistilBertMaskedFamily(),
     "electra": ElectraMaskedFamily(),
     "ernie": BertMaskedFamily(),
     "modernbert": ModernBertMaskedFamily(),
     "roberta": RobertaMaskedFamily(),
     "xlm-roberta": RobertaMaskedFamily(),
+}
+# Others, and why.
+REFUSED = {
+    "data2vec-vision": "its attention makes its own bias of the scores from the size of the images",
+    "dinov3_vit": "transformers has no DINOv3 with a classifier",
 }
 
 
@@ -129,16 +141,16 @@ def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> Co
     check_read(model, family.embedding(model), nn.Embedding, "embedding of tokens")
     width = model.config.hidden_size
     name = CAUSAL if options["rows_kind"] == "single" else DOUBLED
-    if family.own_attention:
-        if name == DOUBLED:
-            raise ValueError(
-                "rows='doubled' needs an attention that calls a function by its name, which "
-                f"{type(model).__name__} has not; set rows='single'"
-            )
-        name = "sdpa"
-    context = partial(context_from_start, family, model)
-    parts = conditioned(layers, width, context, partial(with_attention, name=name))
-    return ConvertedCausalLM(model, parts, family, **options)
+    parts = conditioned(
+        layers,
+        width,
+        partial(family.layer_context, model),
+        partial(family.attention, name=name),
+        family.probed,
+        partial(family.probe_context, model),
+    )
+    kind = ConvertedSeq2Seq if isinstance(family, T5Family) else ConvertedCausalLM
+    return kind(model, parts, family, **options)
 
 
 def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedClassifier:
@@ -167,10 +179,9 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
             f"head='learned' needs a classifier of rows of width {width}, as the embedding of the "
             f"class is, got one of {inputs} in {type(model).__name__}; set head='posterior'"
         )
-    context = partial(_context_of_batch, family, model)
     return ConvertedClassifier(
         model,
-        conditioned(layers, width, context),
+        _conditioned(layers, width, family, model),
         family,
         num_classes=model.config.num_labels,
         width=width,
@@ -204,8 +215,15 @@ def masked_lm(
             "pass tokenizer.mask_token_id"
         )
     width = model.config.hidden_size
-    parts = conditioned(layers, width, partial(_context_of_batch, family, model))
+    _check_options(model, family)
+    parts = _conditioned(layers, width, family, model)
     return ConvertedMaskedLM(model, parts, family, width=width, mask_token_id=mask_token_id)
+
+
+def default_list(model: Any) -> str | None:
+    """The path of the list that is divided, where a model has several."""
+    family = CAUSAL_FAMILIES.get(model.config.model_type)
+    return "decoder.block" if isinstance(family, T5Family) else None
 
 
 Family = TypeVar("Family")
@@ -214,15 +232,16 @@ Family = TypeVar("Family")
 def _family(model: Any, families: Mapping[str, Family], task: str) -> Family:
     kind = model.config.model_type
     if kind not in families:
+        why = f": {REFUSED[kind]}" if kind in REFUSED else ""
         raise ValueError(
             f"task {task} needs one of {sorted(families)}, got {kind!r} "
-            f"({type(model).__name__}); write a network with the members of "
+            f"({type(model).__name__}){why}; write a network with the members of "
             "dblocks.blocks.BlockModel instead"
         )
     return families[kind]
 
 
-def _check_options(model: Any, family: RotaryFamily | ViTFamily) -> None:
+def _check_options(model: Any, family: RotaryFamily | ViTFamily | BertMaskedFamily) -> None:
     reason = family.unsupported(model)
     if reason is not None:
         raise ValueError(
@@ -230,6 +249,15 @@ def _check_options(model: Any, family: RotaryFamily | ViTFamily) -> None:
             f"got {reason}; change the config, or write a network with the members of "
             "dblocks.blocks.BlockModel instead"
         )
+
+
+def _conditioned(
+    layers: Mapping[str, nn.Module], width: int, family: ViTFamily | BertMaskedFamily, model: Any
+) -> dict[str, ConditionedLayer]:
+    """Layers that attend as they do in the model."""
+    rows_context = partial(_context_of_batch, family, model)
+    own = partial(family.layer_context, model)
+    return conditioned(layers, width, own, rows_context=rows_context)
 
 
 def _context_of_batch(

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from convert_tools import adamw, shaken
+from convert_tools import check_family, shaken
 from family_models import (
     CAUSAL,
     CLASSES,
-    SINGLE_ONLY,
+    SEQ2SEQ,
     TEXT,
     VISION,
     T,
@@ -20,8 +20,8 @@ from family_models import (
 from family_table import PAGE, page
 from hub_tools import library
 
-from dblocks import BlocksConfig, MaskSchedule, NoiseSchedule, make_optimizers, train_step
-from dblocks.integrations.convert import ConvertedBlocks, convert
+from dblocks import BlocksConfig, MaskSchedule
+from dblocks.integrations.convert import convert
 from tools import seeded
 
 pytestmark = [
@@ -31,47 +31,13 @@ pytestmark = [
 TOKENS = torch.randint(3, V, (2, T), generator=seeded(2))
 
 
-def check_family(model, fresh, batch, own_logits, path, schedule=None, **options):
-    """The model stays as it is; a step moves one block; files hold everything."""
-    before = own_logits(model)
-    config = BlocksConfig(2, schedule=schedule or NoiseSchedule())
-    blocks = convert(model, config, **options)
-    assert own_logits(model).equal(before)
-    assert own_logits(blocks.base_model).equal(before)
-
-    shaken(blocks)
-    state = {name: value.clone() for name, value in blocks.state_dict().items()}
-    optimizers = make_optimizers(blocks, lambda p: adamw(p, weight_decay=0.1))
-    train_step(blocks, batch, optimizers, block=1, generator=seeded())
-    moved = {n for n, value in blocks.state_dict().items() if not value.equal(state[n])}
-    ids = {id(p) for p in (*blocks.block_parameters(0),)}
-    others = {n for n, p in blocks.named_parameters(remove_duplicate=False) if id(p) in ids}
-    own = {id(p) for p in blocks.block_parameters(1)}
-    trained = {n for n, p in blocks.named_parameters(remove_duplicate=False) if id(p) in own}
-    assert others
-    assert not moved & others
-    # Experts that no token chose, and keys' biases, may have no gradient, but most do.
-    assert 2 * len(moved & trained) > len(trained)
-
-    blocks.save_pretrained(path)
-    again = ConvertedBlocks.from_pretrained(path, fresh)
-    for b in range(2):
-        losses = [m.loss(batch, b, generator=seeded()).loss for m in (blocks, again)]
-        assert losses[0].equal(losses[1])
-        assert losses[0].isfinite()
-
-
-def rows_of(kind):
-    return ("single",) if kind in SINGLE_ONLY else ("single", "doubled")
-
-
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_models_of_the_next_token(kind, tmp_path):
     model = causal_model(kind)
     fresh = copy.deepcopy(model)
     with torch.no_grad():
         own = model(input_ids=TOKENS, use_cache=False).logits
-        for rows in rows_of(kind):
+        for rows in ("single", "doubled"):
             ours = clean_logits(copy.deepcopy(model), TOKENS, rows)
             # Rounded at each of a few hundred operations; a wrong window or factor is far off.
             assert (ours - own[:, : ours.shape[1]]).abs().max() < 2e-5 * own.abs().max(), rows
@@ -135,7 +101,7 @@ def test_every_family_is_tested():
     library("transformers")
     from dblocks.integrations.convert import transformers as known
 
-    assert set(CAUSAL) == set(known.CAUSAL_FAMILIES)
+    assert {*CAUSAL, *SEQ2SEQ} == set(known.CAUSAL_FAMILIES)
     assert set(TEXT) == set(known.MASKED_FAMILIES)
     assert {*TEXT, *VISION} == set(known.CLASS_FAMILIES)
 
@@ -170,7 +136,8 @@ def test_bounded_logits_are_scored_as_they_are_predicted(head):
     ("kind", "options", "message"),
     [
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
-        ("falcon", {"alibi": True}, "alibi=True"),
+        ("falcon", {"alibi": True, "attn_implementation": "eager"}, "alibi=True with"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm=True"),
         ("falcon", {"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
         ("phimoe", {"sliding_window": 3}, "sliding_window=3"),
         ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim"),
@@ -181,19 +148,94 @@ def test_options_that_are_not_computed(kind, options, message):
         convert(causal_model(kind, **options), BlocksConfig(2), task="tokens")
 
 
-def test_rows_that_are_not_computed():
-    with pytest.raises(ValueError, match=r"rows='doubled' needs .* FalconForCausalLM has not"):
-        convert(causal_model("falcon"), BlocksConfig(2), task="tokens", rows="doubled")
+DEBERTA = [
+    ("deberta", {"position_biased_input": False}),
+    ("deberta", {"relative_attention": False}),
+    ("deberta-v2", {"position_biased_input": False, "legacy": False}),
+    ("deberta-v2", {"relative_attention": False, "type_vocab_size": 0}),
+    ("deberta-v2", {"share_att_key": False, "pos_att_type": ["p2c"]}),
+]
 
 
-def test_packed_documents_of_an_attention_of_its_own():
-    blocks = convert(causal_model("falcon"), BlocksConfig(2), task="tokens")
+@pytest.mark.parametrize(("kind", "options"), DEBERTA)
+def test_other_options_of_deberta(kind, options):
+    config = BlocksConfig(2, schedule=MaskSchedule())
+    model = encoder_model(kind, "masks", **options)
+    blocks = convert(model, config, task="tokens", mask_token_id=2)  # which compares
+    if options.get("position_biased_input", True):
+        return
+    batch = {"tokens": TOKENS, "position_ids": torch.arange(T).expand(2, T)}
+    with pytest.raises(ValueError, match=r"position_ids must be None for a Deberta\w*ForMaskedLM"):
+        blocks.loss(batch, 0)
+    classes = convert(encoder_model(kind, "classes", **options), BlocksConfig(2), task="classes")
+    with pytest.raises(ValueError, match="position_ids must be None"):
+        classes.base_model.plain_loss(batch | {"labels": torch.arange(2)})
+
+
+BEIT = [
+    {"use_relative_position_bias": False},
+    {"use_shared_relative_position_bias": False, "use_absolute_position_embeddings": True},
+    {"use_mean_pooling": False, "layer_scale_init_value": 0.0},
+]
+
+
+@pytest.mark.parametrize("options", BEIT)
+@pytest.mark.parametrize("size", [(8, 8), (6, 10)])
+def test_other_options_of_beit(options, size):
+    """Also with images of another size, to which biases are fitted."""
+    model = encoder_model("beit", "classes", **options)
+    blocks = convert(model, BlocksConfig(2), task="classes")
+    if options.get("use_absolute_position_embeddings") and size != (8, 8):
+        return
+    network = blocks.base_model
+    images = torch.randn(2, 1, *size, generator=seeded(3))
+    with torch.no_grad():
+        condition = network.embed_condition({"images": images})
+        level = blocks.config.schedule.level(torch.ones(2))
+        hidden = network.run_layers(network.layers, torch.zeros(2, 16), level, condition)
+        found = network.family.head(model, network.family.pool(model, hidden.x))
+        torch.testing.assert_close(found, model(pixel_values=images).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_families_that_are_refused_by_name():
+    transformers = library("transformers")
+    convolved = encoder_model("deberta-v2", "masks", conv_kernel_size=3)
+    config = BlocksConfig(2, schedule=MaskSchedule())
+    with pytest.raises(ValueError, match=r"conv_kernel_size=3 \(a convolution beside"):
+        convert(convolved, config, task="tokens", mask_token_id=2)
+    if "dinov3_vit" in transformers.CONFIG_MAPPING:
+        model = transformers.AutoModel.from_config(
+            transformers.AutoConfig.for_model("dinov3_vit", **VISION["vit"])
+        )
+        with pytest.raises(ValueError, match=r"got 'dinov3_vit' .* no DINOv3 with a classifier"):
+            convert(model, BlocksConfig(2), task="classes")
+
+
+def test_positions_that_a_model_counts_by_itself():
+    for kind, options in (("bloom", {}), ("mpt", {}), ("falcon", {"alibi": True})):
+        blocks = convert(causal_model(kind, **options), BlocksConfig(2), task="tokens")
+        with pytest.raises(ValueError, match="'position_ids' too"):
+            blocks.loss({"tokens": TOKENS, "position_ids": torch.arange(T).expand(2, T)}, 0)
+
+
+def test_hooks_on_an_attention_whose_projections_run():
+    model = causal_model("bloom")
+    model.transformer.h[1].self_attention.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"must have no hooks .* on a BloomAttention"):
+        convert(model, BlocksConfig(2), task="tokens")
+
+
+@pytest.mark.parametrize("rows", ["single", "doubled"])
+@pytest.mark.parametrize("kind", ["falcon", "bloom", "gpt_oss"])
+def test_packed_documents_with_biases_and_sinks(kind, rows):
+    blocks = shaken(convert(causal_model(kind), BlocksConfig(2), task="tokens", rows=rows))
     packed = {"tokens": TOKENS[:1], "cu_seqlens": torch.tensor([0, 5, 8], dtype=torch.int32)}
-    z, sigma = torch.zeros(1, T, 16), torch.tensor(1.0)
+    z, sigma = torch.randn(1, T, blocks.base_model.width, generator=seeded(3)), torch.tensor(1.0)
     together = blocks.logits(z, sigma, block=0, **packed)
     for first, last in ((0, 5), (5, 8)):
         alone = blocks.logits(z[:, first:last], sigma, block=0, tokens=TOKENS[:1, first:last])
-        torch.testing.assert_close(together[:, first + 1 : last], alone[:, 1:])
+        found = together[:, first + 1 : last]
+        torch.testing.assert_close(found, alone[:, 1:], rtol=1e-4, atol=1e-4)
 
 
 def test_heads_that_are_not_computed():
@@ -216,6 +258,11 @@ def test_heads_that_are_not_computed():
         ("gpt_neox", {"use_parallel_residual": False}),
         ("opt", {"do_layer_norm_before": False}),
         ("gemma3_text", {"attn_logit_softcapping": 0.7}),
+        ("bloom", {"n_head": 4}),
+        ("mpt", {"n_heads": 4, "attn_config": {"clip_qkv": 0.1, "softmax_scale": 0.7}}),
+        ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+        ("falcon", {"alibi": True}),
+        ("falcon", {"alibi": True, "new_decoder_architecture": False, "num_attention_heads": 2}),
         ("falcon", {"num_ln_in_parallel_attn": 1}),
         ("falcon", {"new_decoder_architecture": False, "multi_query": True}),
         ("falcon", {"new_decoder_architecture": False, "parallel_attn": False}),
@@ -226,6 +273,6 @@ def test_other_options_of_these(kind, options):
     model = causal_model(kind, **options)
     with torch.no_grad():
         own = model(input_ids=TOKENS, use_cache=False).logits
-        for rows in rows_of(kind):
+        for rows in ("single", "doubled"):
             ours = clean_logits(copy.deepcopy(model), TOKENS, rows)
             assert (ours - own[:, : ours.shape[1]]).abs().max() < 2e-5 * own.abs().max(), rows

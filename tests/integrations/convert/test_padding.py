@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as nnf
-from family_models import SINGLE_ONLY, TEXT, T, V, causal_model, encoder_model
+from family_models import TEXT, T, V, causal_model, encoder_model
 
 from dblocks import BlocksConfig, MaskSchedule
 from dblocks.integrations.convert import convert
@@ -19,8 +19,9 @@ TOKENS = torch.randint(3, V, (3, T), generator=seeded(2))
 RANGES = ((0, 8), (3, 8), (0, 5))
 MASK = torch.tensor([[int(a <= j < b) for j in range(T)] for a, b in RANGES])
 TYPES = torch.arange(T) % 2 + torch.zeros(3, 1, dtype=torch.int64)
-# Rotary, learned and OPT's positions, a window and bounds, an attention of its own.
-SOME = ("llama", "gpt2", "opt", "gemma2", "falcon", "mistral")
+# Rotary, learned and OPT's positions, a window and bounds, attentions of their own, ALiBi, sinks.
+PLACED = ("llama", "gpt2", "opt", "gemma2", "falcon", "mistral", "gpt_oss")
+SOME = (*PLACED, "bloom", "mpt")
 NOT_TYPED = ("distilbert", "modernbert")
 
 
@@ -59,8 +60,7 @@ def gradients(blocks, loss):
 
 
 def cases(kinds):
-    rows = {kind: ("single",) if kind in SINGLE_ONLY else ("single", "doubled") for kind in kinds}
-    return [(kind, form) for kind in kinds for form in rows[kind]]
+    return [(kind, form) for kind in kinds for form in ("single", "doubled")]
 
 
 def check_logits(blocks, **options):
@@ -139,7 +139,7 @@ def test_padding_of_any_content_changes_nothing(kind):
         )
 
 
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("kind", PLACED)
 def test_the_models_own_loss_and_places(kind):
     """Against transformers with the same mask, and places as its generate() counts them."""
     blocks = causal_blocks(kind, "single")
@@ -156,8 +156,7 @@ def test_the_models_own_loss_and_places(kind):
             expected = nnf.cross_entropy(logits.float(), labels)
             torch.testing.assert_close(network.plain_loss(batch | more), expected)
     check_logits(blocks, position_ids=apart)
-    if kind != "falcon":
-        check_logits(causal_blocks(kind, "doubled"), position_ids=apart)
+    check_logits(causal_blocks(kind, "doubled"), position_ids=apart)
     default = network.plain_loss(batch)
     whole = network.plain_loss(batch | {"position_ids": apart})
     assert not torch.allclose(whole, default, rtol=1e-6)

@@ -18,6 +18,7 @@ from torch import nn
 from dblocks.functional import doubled_attention
 from dblocks.integrations.convert import row_attention
 from dblocks.integrations.convert.row_attention import causal, doubled
+from dblocks.kernels.reference import doubled_mask
 from tools import normal, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,10 +101,8 @@ def test_options_are_passed_on():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"s_aux": torch.zeros(4)}, "s_aux"),
         ({"sinks": torch.zeros(4)}, "sinks"),
         ({"head_mask": torch.ones(4)}, "head_mask"),
-        ({"position_bias": torch.zeros(1)}, "position_bias"),
         ({"position_ids": torch.arange(16)[None]}, "position_ids"),
         ({"cu_seq_lens_q": torch.tensor([0, 16])}, "cu_seq_lens_q"),
         ({"output_attentions": True}, "output_attentions"),
@@ -121,8 +120,6 @@ def test_what_is_not_read_is_refused(options, named):
 def test_other_refusals():
     with pytest.raises(ValueError, match="asks for with attention_mask; a model that needs it"):
         doubled(MODULE, Q, K, V, torch.ones(2, 1, 16, 16))
-    with pytest.raises(ValueError, match="takes softcap or dropout, got softcap=2"):
-        doubled(MODULE, Q, K, V, None, softcap=2.0, dropout=0.1)
     module = nn.Identity()
     module.is_causal = False
     for function in (doubled, causal):
@@ -150,3 +147,64 @@ def test_the_attention_of_a_single_stream(window, softcap):
         torch.testing.assert_close(found, expected.transpose(1, 2).float())
     dropped = causal(MODULE, Q, K, V, None, dropout=0.5, softcap=softcap)[0]
     assert not torch.allclose(dropped, causal(MODULE, Q, K, V, None)[0], atol=0.1)
+
+
+SINKS = normal(4, seed=4)
+BIASES = (None, normal(1, 4, 1, 16, seed=3), normal(2, 4, 16, 16, seed=3))
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["", "sinks"])
+@pytest.mark.parametrize("bias", BIASES, ids=["", "of-keys", "of-pairs"])
+def test_biases_and_sinks(bias, sinks, softcap):
+    """Outputs and gradients of both functions, against softmax written out."""
+    leaves = [x for x in (Q, K, V, bias, sinks) if x is not None]
+    for function, seen in (
+        (causal, torch.ones(16, 16, dtype=torch.bool).tril() & near(16, 5)),
+        (doubled, doubled_mask(8, window=5)),
+    ):
+        given = [x.clone().requires_grad_() for x in leaves]
+        exact = [x.double().requires_grad_() for x in leaves]
+        found, _ = called(function, given, bias, sinks, softcap)
+        expected = written_out(exact, bias, sinks, softcap, seen)
+        weight = normal(*found.shape, seed=9)
+        for got, right in zip(
+            [found, *torch.autograd.grad((found * weight).sum(), given)],
+            [expected, *torch.autograd.grad((expected * weight).sum(), exact)],
+            strict=True,
+        ):
+            torch.testing.assert_close(got, right.float(), rtol=1e-4, atol=1e-5)
+
+
+def near(rows, window):
+    row = torch.arange(rows)
+    return row[:, None] - row < window
+
+
+def parts(given, bias, sinks):
+    q, k, v, *added = given
+    return q, k, v, None if bias is None else added[0], None if sinks is None else added[-1]
+
+
+def called(function, given, bias, sinks, softcap):
+    q, k, v, bias, sinks = parts(given, bias, sinks)
+    options = {"scaling": 0.3, "sliding_window": 5, "softcap": softcap}
+    return function(MODULE, q, k, v, None, position_bias=bias, s_aux=sinks, **options)
+
+
+def written_out(given, bias, sinks, softcap, seen):
+    q, k, v, bias, sinks = parts(given, bias, sinks)
+    scores = 0.3 * q @ k.repeat_interleave(2, 1).mT
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    scores = scores if bias is None else scores + bias
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        column = sinks[:, None, None].expand(2, 4, 16, 1)
+        scores = torch.cat([scores, column], dim=-1)
+    return (scores.softmax(-1)[..., :16] @ v.repeat_interleave(2, 1)).transpose(1, 2)
+
+
+def test_bounded_scores_and_dropout_of_doubled_rows():
+    expected = doubled(MODULE, Q, K, V, None, softcap=0.5, sliding_window=3)[0]
+    found = doubled(MODULE, Q, K, V, None, softcap=0.5, sliding_window=3, dropout=1e-12)[0]
+    torch.testing.assert_close(found, expected)

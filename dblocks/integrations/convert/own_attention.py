@@ -1,0 +1,147 @@
+"""Attentions of transformers that call no function by its name, run by their projections."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeAlias
+
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from dblocks.integrations.convert.plain import runs_more
+from dblocks.integrations.convert.row_attention import CAUSAL, causal, doubled
+
+Heads: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values, each [N, heads, R, D]."""
+
+
+class Projected(nn.Module, ABC):
+    """An attention's own projections, with one of the attentions of converted rows between them.
+
+    It has no parameters beside those of the attention, whose forward does not run.
+
+    Args:
+        attention: the model's own.
+        name: `CAUSAL` or `DOUBLED`.
+
+    Raises:
+        ValueError: the attention has hooks, which would not run.
+    """
+
+    def __init__(self, attention: nn.Module, name: str) -> None:
+        super().__init__()
+        if runs_more(attention):
+            raise ValueError(
+                "an attention whose projections are called must have no hooks and no forward put "
+                f"in place of its own, got some on a {type(attention).__name__}; remove them, or "
+                "put them on its projections"
+            )
+        self.attention = attention
+        self.name = name
+
+    def forward(
+        self,
+        h: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Rows [N, R, D]; options are those of `causal` and `doubled`."""
+        own: Any = self.attention
+        query, key, value = self.project(own, h)
+        if position_embeddings is not None:
+            query, key = self.rotate(query, key, *position_embeddings)
+        attend = causal if self.name == CAUSAL else doubled
+        dropout = self.dropout(own) if own.training else 0.0
+        o, _ = attend(
+            own, query, key, value, attention_mask,
+            scaling=self.scaling(own), dropout=dropout, **options,
+        )  # fmt: skip
+        return self.leave(own, o.flatten(2))
+
+    @abstractmethod
+    def project(self, own: Any, h: Tensor) -> Heads:
+        """Of rows [N, R, D]."""
+
+    def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their positions."""
+        raise NotImplementedError
+
+    def scaling(self, own: Any) -> float | None:
+        """Of the products of queries and keys; that of their width by default."""
+        return None
+
+    @abstractmethod
+    def dropout(self, own: Any) -> float:
+        """Of the attention's weights, while training."""
+
+    @abstractmethod
+    def leave(self, own: Any, rows: Tensor) -> Tensor:
+        """What is added to the rows, of all heads' results [N, R, H*D]."""
+
+
+class BloomAttention(Projected):
+    """Bloom's."""
+
+    def project(self, own: Any, h: Tensor) -> Heads:
+        """See `Projected`."""
+        return own._reshape(own.query_key_value(h))
+
+    def dropout(self, own: Any) -> float:
+        """See `Projected`."""
+        return own.attention_dropout.p
+
+    def leave(self, own: Any, rows: Tensor) -> Tensor:
+        """See `Projected`; the attention adds the rows that enter itself."""
+        return nnf.dropout(own.dense(rows), own.hidden_dropout, own.training)
+
+
+class MptAttention(Projected):
+    """MPT's."""
+
+    def project(self, own: Any, h: Tensor) -> Heads:
+        """See `Projected`."""
+        mixed = own.Wqkv(h)
+        if own.clip_qkv:
+            mixed = mixed.clamp(-own.clip_qkv, own.clip_qkv)
+        query, key, value = (
+            part.unflatten(2, (own.n_heads, own.head_dim)).transpose(1, 2)
+            for part in mixed.chunk(3, dim=2)
+        )
+        return query, key, value
+
+    def scaling(self, own: Any) -> float | None:
+        """See `Projected`."""
+        return own.softmax_scale
+
+    def dropout(self, own: Any) -> float:
+        """See `Projected`."""
+        return own.attn_dropout_p
+
+    def leave(self, own: Any, rows: Tensor) -> Tensor:
+        """See `Projected`."""
+        return own.out_proj(rows)
+
+
+class FalconAttention(Projected):
+    """Falcon's."""
+
+    def project(self, own: Any, h: Tensor) -> Heads:
+        """See `Projected`."""
+        query, key, value = (x.transpose(1, 2) for x in own._split_heads(own.query_key_value(h)))
+        return query, key, value
+
+    def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Projected`."""
+        from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+        return apply_rotary_pos_emb(query, key, cos, sin)
+
+    def dropout(self, own: Any) -> float:
+        """See `Projected`; without ALiBi the model has none, and with it, a layer has more."""
+        return 0.0
+
+    def leave(self, own: Any, rows: Tensor) -> Tensor:
+        """See `Projected`."""
+        return own.dense(rows)
