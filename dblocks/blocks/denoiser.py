@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dblocks.blocks.config import BlocksConfig, Weighting
-from dblocks.blocks.entries import check_entries, checked
+from dblocks.blocks.entries import check_call, checked
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import within
@@ -246,7 +246,7 @@ class Bound:
 
     def __init__(self, denoiser: Denoiser, cond: Batch, guidance_scale: float = 1.0) -> None:
         model, _ = denoiser.parts(next(iter(denoiser.held)))
-        check_entries(model, cond, model.target)
+        check_call(model, cond, model.target)
         self.denoiser = denoiser
         self.cond = cond
         self.guidance_scale = check_finite("guidance_scale", guidance_scale)

@@ -149,6 +149,7 @@ class ConvertedCausalLM(Converted):
 
     block_size = 1  # tokens that are predicted at once
     reads = ("position_ids",)
+    call_reads = ("tokens", "cu_seqlens", "attention_mask", "position_ids")
     runs_whole = True  # without a cache, as in training
 
     def __init__(
@@ -204,9 +205,11 @@ class ConvertedCausalLM(Converted):
             )
         given = self.target.check(batch)
         check_some(given.tokens)
-        given, starts = moved_to_front(given)
+        given, starts = moved_to_front(_placed(given, self.sizes.context))
+        places = given.get("position_ids")
         embed = self._single if self.rows_kind == "single" else self._doubled
-        return embed(given, _places(given, self.sizes.context))._replace(starts=starts)
+        places = given.positions() if places is None else places
+        return embed(given, places)._replace(starts=starts)
 
     def _single(self, given: TokenBatch, places: Tensor) -> Context:
         if given.tokens.shape[1] < 2:
@@ -339,25 +342,23 @@ class ConvertedCausalLM(Converted):
                 "hold 'cu_seqlens'; give each document a row, or set clean_loss_weight to 0"
             )
         labels = to_front(given.labels(), starts_of(given.attention_mask))
-        given, _ = moved_to_front(given)
+        given, _ = moved_to_front(_placed(given, self.sizes.context))
         ids = given.get("position_ids")
-        if ids is not None:
-            _places(given, self.sizes.context)
         return self.family.plain_loss(self.model, given.tokens, labels, ids)
 
 
-def _places(given: TokenBatch, context: int) -> Tensor:
-    """The places at which tokens enter, int64 [T], or [N, T] where the batch says them."""
+def _placed(given: TokenBatch, context: int) -> TokenBatch:
+    """The batch with "position_ids" checked and [N, T], where there are any."""
     ids = given.get("position_ids")
     if ids is None:
-        return given.positions()
+        return given
     if given.cu_seqlens is not None:
         raise ValueError(
             "position_ids must be None with cu_seqlens, as positions begin again in each document; "
             "leave them out"
         )
-    check_ids("position_ids", ids, tuple(given.tokens.shape), context)
-    return ids
+    ids = check_ids("position_ids", ids, tuple(given.tokens.shape), context)
+    return TokenBatch({**given, "position_ids": ids})
 
 
 def _before(places: Tensor, first: Tensor) -> Tensor:
