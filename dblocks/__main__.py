@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_type_hints
 
 from dblocks.scale import Interrupted
+from dblocks.scale.signals import Terminated, terminable
 
 if TYPE_CHECKING:
     from dblocks.recipes.command import Recipe
@@ -153,6 +154,15 @@ RESUME_HELP = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and the exit code 2."""
+    try:
+        with terminable():
+            return _run(argv)
+    except Terminated as end:
+        print("dblocks: interrupted by SIGTERM", file=sys.stderr)
+        return end.code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         argv = sys.argv[1:] if argv is None else argv
         _check_paths(argv)

@@ -39,8 +39,8 @@ class Exact(MaskedLM):
         self.x = torch.tensor(list(itertools.product(range(V), repeat=T)))
 
     def run_layers(self, layers, z_in, level, condition):
-        if condition is not None:
-            z_in = torch.where(condition == MASKED, z_in, condition)
+        if condition.known is not None:
+            z_in = torch.where(condition.known == MASKED, z_in, condition.known)
         for layer in layers:
             layer.calls = getattr(layer, "calls", 0) + 1
         return Hidden(z_in.cpu(), None)

@@ -16,7 +16,7 @@ from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import within
 from dblocks.blocks.targets.base import Batch, Target
-from dblocks.blocks.targets.entries import check_entries, checked, scored_shape
+from dblocks.blocks.targets.entries import check_call, checked, scored_shape
 from dblocks.blocks.visits import Residency
 from dblocks.config import check_block, check_finite
 from dblocks.kernels.reference import in_forward_mode
@@ -248,7 +248,7 @@ class Bound:
 
     def __init__(self, denoiser: Denoiser, cond: Batch, guidance_scale: float = 1.0) -> None:
         model, _ = denoiser.parts(next(iter(denoiser.held)))
-        check_entries(model, cond, model.target)
+        check_call(model, cond, model.target)
         self.denoiser = denoiser
         self.cond = cond
         self.guidance_scale = check_finite("guidance_scale", guidance_scale)

@@ -17,7 +17,8 @@ class BlockModel(Protocol):
     of which the target makes a prediction. A network may also say `condition_drop`, the
     probability with which training drops a sample's condition; 0 where it does not. And it may say
     `reads`, a tuple of the entries of a batch that it reads beside those of its target: then any
-    other entry, such as a misspelt one, is an error.
+    other entry, such as a misspelt one, is an error; and `call_reads`, those that `embed_condition`
+    reads, which are all that a call or sampler takes.
 
     Parameters outside `layers` are shared by all blocks. A batch is a mapping; sampling passes the
     keys that `embed_condition` reads, and training what `target.check` returned. `level` is what

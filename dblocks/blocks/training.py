@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dblocks.blocks.denoiser import Loss, unwrapped
 from dblocks.blocks.network import Block, DiffusionBlocks
-from dblocks.blocks.sharding import agreed, check_parallel, through
+from dblocks.blocks.sharding import agreed, check_one_block, check_parallel, through
 from dblocks.blocks.targets.base import Batch
 from dblocks.config import check_block, check_generator
 
@@ -128,7 +128,7 @@ def train_step(
             `find_unused_parameters=True`, where gradients are averaged over the processes, each
             with its part of the batch and a generator of its own. A block that is drawn is then
             that of the first process, which synchronises; a block that is given must be the same
-            in all.
+            in all, which is found out after the backward.
         batch: what its parts read.
         optimizers: from `make_optimizers`.
         block: the block to train; drawn uniformly by default, where there is more than one.
@@ -144,7 +144,8 @@ def train_step(
         FloatingPointError: the loss or a gradient is not finite; the message names the block.
         TypeError: `model` is no `DiffusionBlocks`, `optimizers` are not of `make_optimizers`,
             `block` is no integer, or `generator` no generator.
-        ValueError: `block` is out of range, or nothing in it trains; or another value does not fit.
+        ValueError: `block` is out of range, not that of the other processes, or nothing in it
+            trains; or another value does not fit.
     """
     parallel = _parallel(model)
     model = blocks_of(model if parallel is None else parallel.module)
@@ -179,6 +180,12 @@ def train_step(
     else:
         result = through(parallel, model.loss, batch, block, generator=generator)
     result.loss.backward()
+    if parallel is not None:
+        try:
+            check_one_block(model)
+        except ValueError:
+            model.zero_grad(set_to_none=True)
+            raise
     parameters = [p for o in moved for group in o.param_groups for p in group["params"]]
     wrong = None
     if nonfinite is not None or result.loss.device.type == "cpu":

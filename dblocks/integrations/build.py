@@ -23,6 +23,10 @@ HEADS = ("MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_CLASSIFICATION
 """Where a config of transformers names no class: the first of these heads that its type has."""
 
 
+class UnknownModel(ValueError):
+    """There is no model of this name."""
+
+
 def build(source: str) -> nn.Module:
     """A model that holds no data.
 
@@ -176,9 +180,9 @@ def _made(make: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
     return model
 
 
-def _unknown(what: str, library: str, name: str, names: Iterable[str]) -> ValueError:
+def _unknown(what: str, library: str, name: str, names: Iterable[str]) -> UnknownModel:
     near = ", ".join(difflib.get_close_matches(name, list(names), n=3))
-    return ValueError(
+    return UnknownModel(
         f"a {what} must be one that this version of {library} has, got {name!r}"
         + (f"; near names: {near}" if near else "")
     )

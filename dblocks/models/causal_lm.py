@@ -89,6 +89,7 @@ class CausalLM(LanguageModel):
 
     config: CausalLMConfig
     reads = ()
+    call_reads = ("tokens", "cu_seqlens")
 
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__(config)

@@ -128,6 +128,11 @@ class DiT(nn.Module):
     positions: Tensor
     reads = ()  # beside what its target does
 
+    @property
+    def call_reads(self) -> tuple[str, ...]:
+        """See `BlockModel`."""
+        return ("labels",) if self.config.num_classes else ()
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config

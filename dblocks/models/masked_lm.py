@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, MaskedTokenTarget
+from dblocks.blocks.targets.padding import check_attention_mask
 from dblocks.models.token_sizes import TokenModelConfig
 from dblocks.nn import (
+    Attend,
     Modulation,
     NoiseEmbedding,
     Norm,
@@ -43,6 +46,15 @@ class MaskedLMConfig(TokenModelConfig):
         super().__post_init__()
         if self.depth < 1:
             raise ValueError(f"depth must be positive, got {self.depth}")
+
+
+class Context(NamedTuple):
+    """What is known of texts beside their state."""
+
+    known: Tensor | None
+    """The tokens that are given, int64 [N, T] with `MASKED` elsewhere; None without any."""
+    shown: Tensor | None
+    """bool [N, T], false at padding, which nothing attends to; None without any."""
 
 
 class Hidden(NamedTuple):
@@ -84,8 +96,10 @@ class MaskedLM(nn.Module):
     divided by T: weighted, it is the bound in nats a token.
 
     A batch holds "tokens", int64 [N, T]. It may hold "loss_mask", bool [N, T], false at tokens that
-    are given: they are never masked and not scored, such as a prompt or padding. The bound is then
-    that of the others, given these, still for each token.
+    are given: they are never masked and not scored, such as a prompt. The bound is then that of the
+    others, given these, still for each token. It may also hold "attention_mask", [N, T], 0 at
+    padding before or after each text, which changes nothing for the text: nothing attends to it,
+    and it is never masked or scored. Positions are relative, so that they may begin anywhere.
 
     RMS norms, rotary positions, SwiGLU, no biases but in modulations. Weights start from a normal
     of std s = sqrt(2/(5 D)) (Nguyen and Salazar 2019), those that end a branch from s/sqrt(2*depth)
@@ -98,6 +112,7 @@ class MaskedLM(nn.Module):
     """
 
     reads = ()  # beside what its target does
+    call_reads = ("attention_mask",)
 
     def __init__(self, config: MaskedLMConfig) -> None:
         super().__init__()
@@ -125,10 +140,10 @@ class MaskedLM(nn.Module):
     def target(self) -> MaskedTokenTarget:
         """The tokens that are masked."""
         head = FirstRows(self.embedding) if self.readout is None else self.readout
-        return MaskedTokenTarget(head, self.config)
+        return MaskedTokenTarget(head, self.config, padding=True)
 
-    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Tensor | None:
-        """The tokens that are given, int64 [N, T] with `MASKED` elsewhere; None without any.
+    def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
+        """The tokens that are given, and which are no padding.
 
         Raises:
             ValueError: `drop` is given; a language model has no null condition.
@@ -138,14 +153,14 @@ class MaskedLM(nn.Module):
                 "a masked language model is not trained without its condition, "
                 "so guidance_scale must be 1"
             )
-        return self.target.known(batch)
+        return Context(self.target.known(batch), batch.get("attention_mask"))
 
     def run_layers(
         self,
         layers: Sequence[nn.Module],
         z_in: Tensor,
         level: MaskLevel,
-        condition: Tensor | None,
+        condition: Context,
     ) -> Hidden:
         """Runs `layers` on tokens `z_in` [N, T], masked or given."""
         T, config = z_in.shape[1], self.config
@@ -153,14 +168,17 @@ class MaskedLM(nn.Module):
             raise ValueError(
                 f"tokens must be at most context={config.context} long, got {T}; cut them"
             )
-        if condition is not None:
-            z_in = torch.where(condition == MASKED, z_in, condition)
+        known, attend = condition.known, None
+        if known is not None:
+            z_in = torch.where(known == MASKED, z_in, known)
+        if condition.shown is not None:
+            attend = _attend_to(check_attention_mask(condition.shown, tuple(z_in.shape)))
         x = self.embedding(torch.where(z_in == MASKED, config.vocab_size, z_in))
         positions = torch.arange(T, device=z_in.device)
         rotary = rotary_of(positions, config.width // config.heads, config.rope_theta)
         cond = None if self.noise_embedding is None else self.noise_embedding(level.c_noise)
         for layer in layers:
-            x = layer(x, cond, rotary=rotary)
+            x = layer(x, cond, rotary=rotary, attend=attend)
         return Hidden(x, cond)
 
     @property
@@ -193,3 +211,14 @@ class MaskedLM(nn.Module):
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
         if self.readout is not None:
             nn.init.normal_(self.readout.weight, std=s)
+
+
+def _attend_to(shown: Tensor) -> Attend:
+    """Attention of all rows to those that are shown, bool [N, T]."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nnf.scaled_dot_product_attention(
+            q, k, v, attn_mask=shown[:, None, None], enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    return attend

@@ -111,6 +111,7 @@ class RecurrentLM(LanguageModel):
 
     config: RecurrentConfig
     reads = ()
+    call_reads = ("tokens", "cu_seqlens")
 
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)

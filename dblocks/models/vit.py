@@ -123,6 +123,7 @@ class ViT(nn.Module):
     """
 
     reads = ()  # beside what its target does
+    call_reads = ("images",)
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

@@ -11,10 +11,35 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dblocks.blocks import DiffusionBlocks, unwrapped
+from dblocks.blocks.targets.padding import check_attention_mask, from_front, starts_of, to_front
 from dblocks.config import check_count, check_generator
 from dblocks.sampling.interface import CausalNetwork, NextTokenNetwork
 from dblocks.sampling.samplers import initial_noise, product_logits
 from dblocks.schedules.random import draw_device
+
+
+class Texts(NamedTuple):
+    """Texts with padding behind them, where no causal model sees it."""
+
+    tokens: Tensor
+    """int64 [N, T]."""
+    shown: Tensor | None
+    """bool [N, T], false at padding; None without any."""
+    starts: Tensor | None
+    """Where each began, int64 [N]."""
+
+    @property
+    def scored(self) -> Tensor:
+        """Which tokens after the first place are those of a text, as they were, bool [N, T - 1]."""
+        shown = torch.ones_like(self.tokens, dtype=torch.bool) if self.shown is None else self.shown
+        return self.back(shown[:, 1:])
+
+    def back(self, values: Tensor) -> Tensor:
+        """Values [N, T - 1] of tokens but the first, where they were; 0 where none is scored."""
+        if self.shown is None:
+            return values
+        values = nnf.pad(values.masked_fill(~self.shown[:, 1:], 0), (1, 0))
+        return from_front(values, self.starts)[:, 1:]
 
 
 class Bound(NamedTuple):
@@ -27,19 +52,20 @@ class Bound(NamedTuple):
     variance: Tensor
     """What each token adds to the variance of the sum of `nll`, estimated and rather too large than
     too small, [N, T - 1]; tokens of a block of tokens, which share their levels, add alike."""
+    scored: Tensor
+    """Which tokens are none of padding nor the first of a text, bool [N, T - 1]."""
 
     def mean(self, scored: Tensor | None = None) -> tuple[float, float]:
         """The mean over tokens, and its standard error, of the draws and not of the text.
 
         Args:
-            scored: bool [N, T - 1]; all by default.
+            scored: bool [N, T - 1], of which padding is left out; all by default.
 
         Raises:
             ValueError: no token is scored.
         """
-        nll, variance = self.nll.double(), self.variance.double()
-        if scored is not None:
-            nll, variance = nll[scored], variance[scored]
+        scored = self.scored if scored is None else self.scored & scored
+        nll, variance = self.nll.double()[scored], self.variance.double()[scored]
         if nll.numel() == 0:
             raise ValueError(
                 "the mean of a bound needs at least one token that is scored, got none"
@@ -54,6 +80,7 @@ def next_token_nll(
     *,
     num_steps: int | None = None,
     generator: torch.Generator | None = None,
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Negative log-likelihood of each token given those before it, in nats.
 
@@ -70,6 +97,8 @@ def next_token_nll(
             themselves: their cross-entropy is no likelihood. See `denoising_bound`.
         generator: source of the noise; by default that of the tokens' device. For a plain
             `RecurrentLM` on the CPU.
+        attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
+            the text alone; 0 at padding and at the first token of each, which is given.
 
     Returns:
         float32 [N, T - 1]: the first token of a sequence is given.
@@ -82,6 +111,8 @@ def next_token_nll(
     check_generator(generator)
     if isinstance(model, DiffusionBlocks):
         _of_tokens(model)
+        texts = _texts(tokens, attention_mask, _block_size(model))
+        tokens = texts.tokens
         if num_steps not in (None, 1):
             raise ValueError(
                 "num_steps must be 1 or None in blocks, as several steps have no likelihood, got "
@@ -91,19 +122,24 @@ def next_token_nll(
         top = z.new_full(z.shape[:1], model.config.noise_schedule.sigma_max)
         logits = model.logits(z, top, block=0, tokens=tokens)[:, 1:]
     elif isinstance(model, NextTokenNetwork):
-        steps = model.plain_steps(num_steps)
+        steps, texts = model.plain_steps(num_steps), _texts(tokens, attention_mask)
+        tokens = texts.tokens
         logits = model.next_token_logits(tokens, num_steps=steps, generator=generator)[:, :-1]
     else:
         raise TypeError(
             "model must be a CausalLM, a RecurrentLM or the DiffusionBlocks of one, "
             f"got {type(model).__name__}; see dblocks.models"
         )
-    return nnf.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    return texts.back(_costs(logits, tokens))
 
 
 @torch.no_grad()
 def product_nll(
-    model: DiffusionBlocks, tokens: Tensor, *, generator: torch.Generator | None = None
+    model: DiffusionBlocks,
+    tokens: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Negative log-likelihood of each token under the product of all blocks' predictions, in nats.
 
@@ -116,6 +152,8 @@ def product_nll(
         model: the blocks of a language model, trained with a `BlocksConfig.top_share`.
         tokens: int64 [N, T].
         generator: source of the noise; by default that of the tokens' device.
+        attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
+            the text alone; 0 at padding and at the first token of each, which is given.
 
     Returns:
         float32 [N, T - 1].
@@ -125,8 +163,10 @@ def product_nll(
         ValueError: blocks after the first one never saw sigma_max in training.
     """
     model = _blocks(model)
+    texts = _texts(tokens, attention_mask, _block_size(model))
+    tokens = texts.tokens
     logits = product_logits(model, _noise_at_top(model, tokens, generator), tokens=tokens)[:, 1:]
-    return nnf.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    return texts.back(_costs(logits, tokens))
 
 
 @torch.no_grad()
@@ -136,6 +176,7 @@ def denoising_bound(
     *,
     draws: int = 2,
     generator: torch.Generator | None = None,
+    attention_mask: Tensor | None = None,
 ) -> Bound:
     """An upper bound of the negative log-likelihood of each token under all blocks, in nats.
 
@@ -155,6 +196,8 @@ def denoising_bound(
         draws: levels in each block's range for each token (each block of tokens, where several are
             written at once), at least 2.
         generator: source of levels and noise; by default that of the tokens' device.
+        attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
+            the text alone; 0 at padding and at the first token of each, which is given.
 
     Raises:
         TypeError: `model` is no `DiffusionBlocks` of a language model.
@@ -166,6 +209,8 @@ def denoising_bound(
     network = cast(Any, model.base_model)
     schedule, num_blocks = model.config.noise_schedule, model.config.num_blocks
     target, k = network.target, _block_size(model)
+    texts = _texts(tokens, attention_mask, k)
+    tokens = texts.tokens
     y = target.embed(target.check({"tokens": tokens}))
     ends = schedule.boundaries(num_blocks).tolist()
     parts, variances = [], []
@@ -178,8 +223,28 @@ def denoising_bound(
     z = y + schedule.sigma_min * _normal(y.shape, tokens, generator)
     sigma = z.new_full(z.shape[:1], schedule.sigma_min)
     logits = model.logits(z, sigma, block=num_blocks - 1, tokens=tokens)[:, 1:]
-    choice = nnf.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    return Bound(by_block.sum(0) + prior + choice, by_block, torch.stack(variances).sum(0))
+    nll = by_block.sum(0) + prior + _costs(logits, tokens)
+    variance = torch.stack(variances).sum(0)
+    by_block = torch.stack([texts.back(part) for part in by_block])
+    return Bound(texts.back(nll), by_block, texts.back(variance), texts.scored)
+
+
+def _costs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """-ln p of all tokens but the first, [N, T - 1]."""
+    return nnf.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+def _texts(tokens: Tensor, attention_mask: Tensor | None, block_size: int = 1) -> Texts:
+    if attention_mask is None:
+        return Texts(tokens, None, None)
+    shown = check_attention_mask(attention_mask, tuple(tokens.shape)).to(tokens.device)
+    if block_size > 1 and (shown.sum(1) % block_size).any():
+        raise ValueError(
+            f"texts must be multiples of tokens_per_block={block_size} long, whose tokens see each "
+            f"other, got {shown.sum(1).tolist()} in the attention_mask; cut them"
+        )
+    starts = starts_of(shown)
+    return Texts(to_front(tokens, starts), to_front(shown, starts), starts)
 
 
 def _scaled_errors(

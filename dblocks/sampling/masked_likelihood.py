@@ -10,6 +10,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dblocks.blocks import Denoiser, unwrapped
+from dblocks.blocks.targets.padding import check_attention_mask
 from dblocks.config import check_count
 from dblocks.schedules import MASKED
 from dblocks.schedules.random import uniforms
@@ -44,6 +45,7 @@ def bound_terms(
     points: int = POINTS,
     seed: int = 0,
     batch_size: int = 32,
+    attention_mask: Tensor | None = None,
 ) -> BoundTerms:
     """The variational bound of -ln p of each sequence, an integral over the mask ratio m.
 
@@ -62,6 +64,8 @@ def bound_terms(
         points: mid-points, a multiple of the number of blocks, so that each block has as many.
         seed: of the masks, which are functions of it and of a token's number alone.
         batch_size: sequences at a time.
+        attention_mask: [N, T], 0 at padding before or after each text, which is not scored; what
+            is bounded is each text alone.
 
     Raises:
         TypeError: the blocks have no `MaskSchedule`.
@@ -78,13 +82,18 @@ def bound_terms(
     N, T = tokens.shape
     nats = torch.zeros(N, points, dtype=torch.float64)
     scored = torch.ones_like(tokens, dtype=torch.bool) if scored is None else scored
+    if attention_mask is not None:
+        attention_mask = check_attention_mask(attention_mask, (N, T)).to(tokens.device)
+        scored = scored & attention_mask
     for first in range(0, N, batch_size):
         part = slice(first, first + batch_size)
         y, may_mask = tokens[part], scored[part]
+        mask = attention_mask
+        bound = model.bind() if mask is None else model.bind(attention_mask=mask[part])
         for k, (share, t) in enumerate(zip(shares.tolist(), times, strict=True)):
             u = uniforms(y.shape, seed, y.device, offset=(k * N + first) * T)
             z = torch.where((u < share) & may_mask, MASKED, y)
-            logits = model.bind().logits(z, t)
+            logits = bound.logits(z, t)
             costs = nnf.cross_entropy(logits.transpose(1, 2), y, reduction="none").double()
             costs = costs.where(z == MASKED, 0).sum(1)
             nats[part, k] = costs.cpu() / (share * points)

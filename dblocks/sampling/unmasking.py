@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dblocks.blocks import DiffusionBlocks, unwrapped
+from dblocks.blocks.targets.padding import check_attention_mask, from_front, starts_of, to_front
 from dblocks.blocks.targets.token_batch import TokenSizes, check_tokens
 from dblocks.sampling.choice import Choice
 from dblocks.sampling.interface import TokenNetwork
@@ -22,7 +23,7 @@ class Written(NamedTuple):
     """What the sampler wrote, and what it ran."""
 
     tokens: Tensor
-    """int64 [N, T], none of them masked."""
+    """int64 [N, T], none of them masked but at padding, which stays as it was."""
     calls: tuple[int, ...]
     """Of each block, how often its layers were called."""
     rows: tuple[int, ...]
@@ -42,6 +43,7 @@ def unmask(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
+    attention_mask: Tensor | None = None,
 ) -> Written:
     """Replaces the masked tokens of sequences, by ancestral sampling.
 
@@ -74,7 +76,10 @@ def unmask(
             this.
         generator: a CPU generator, of which one number is drawn.
         callback: called after each step, also one that unmasks nothing, with a dict of 'i',
-            'num_steps' and 'tokens', the sequences so far.
+            'num_steps' and 'tokens', the sequences so far; with an `attention_mask`, their padding
+            is behind them.
+        attention_mask: [N, T], 0 at padding before or after each sequence, for which that of the
+            sequence alone is written; T stands for the longest of them.
 
     Raises:
         TypeError: `model` is neither, or `tokens` are not int64.
@@ -93,13 +98,21 @@ def unmask(
     N, T = tokens.shape
     if sizes.context < T:
         raise ValueError(f"tokens must be at most context={sizes.context} long, got {T}; cut them")
+    shown = starts = None
+    if attention_mask is not None:
+        shown = check_attention_mask(attention_mask, (N, T)).to(tokens.device)
+        starts = starts_of(shown)
+        tokens, shown = to_front(tokens, starts), to_front(shown, starts)
     if share_of not in ("tokens", "gaps"):
         raise ValueError(f"share_of must be 'tokens' or 'gaps', got {share_of!r}")
     u, picks = _uniforms(N, T, sizes.context, draw_seed(generator))
     # On the CPU: which rows a step runs must be known here.
-    gaps = tokens.cpu() == MASKED
-    share = _share(gaps) if share_of == "tokens" else torch.ones(N, 1, dtype=torch.float64)
-    levels = _levels(schedule, share, schedule.steps(T if num_steps is None else num_steps, kind))
+    real = torch.ones(N, T, dtype=torch.bool) if shown is None else shown.cpu()
+    gaps = (tokens.cpu() == MASKED) & real
+    share = _share(gaps, real) if share_of == "tokens" else torch.ones(N, 1, dtype=torch.float64)
+    if num_steps is None:
+        num_steps = max(int(real.sum(1).max()), 1) if N else T
+    levels = _levels(schedule, share, schedule.steps(num_steps, kind))
     owners = schedule.block_of(levels, blocks.config.num_blocks)
     # A gap is masked at a time while its number is below the mask ratio there, as in training.
     step_of = (u[:, None] < schedule.masked(levels)[:, :, None] / share[..., None]).sum(1) - 1
@@ -113,7 +126,10 @@ def unmask(
         for block in owners[changing, i].unique().tolist():
             row = (changing & (owners[:, i] == block)).nonzero()[:, 0]
             n, k = changes[row].nonzero(as_tuple=True)
-            logits = bound.logits(z[row.to(device)], levels[row, i].float().to(device), block=block)
+            there = row.to(device)
+            if shown is not None:
+                bound = blocks.bind(attention_mask=shown[row.to(shown.device)].to(device))
+            logits = bound.logits(z[there], levels[row, i].float().to(device), block=block)
             n, k, at = n.to(device), k.to(device), row[n].to(device)
             z[at, k] = choice.token(logits[n, k], picks[at, k])
             calls[block] += 1
@@ -121,7 +137,7 @@ def unmask(
         if callback is not None:
             callback({"i": i, "num_steps": levels.shape[1], "tokens": z})
     choice.check()
-    return Written(z, tuple(calls), tuple(rows))
+    return Written(from_front(z, starts), tuple(calls), tuple(rows))
 
 
 def _parts_of(model: Any) -> tuple[DiffusionBlocks, TokenSizes, MaskSchedule]:
@@ -143,9 +159,9 @@ def _uniforms(N: int, T: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
     return uniforms_at(first, seed), uniforms_at(first + 1, seed)
 
 
-def _share(gaps: Tensor) -> Tensor:
+def _share(gaps: Tensor, real: Tensor) -> Tensor:
     """The part of each sequence that is to be written, float64 [N, 1]; 1 where it is none."""
-    share = gaps.double().mean(1, keepdim=True)
+    share = gaps.double().sum(1, keepdim=True) / real.sum(1, keepdim=True)
     return share.where(share > 0, 1.0)
 
 

@@ -59,6 +59,7 @@ class Checkpoints:
         keep: how many of the last ones stay.
 
     Raises:
+        TypeError: the configuration holds what JSON cannot; the message names the key.
         ValueError: the folder cannot be written to, or `keep` is not positive.
     """
 
@@ -66,7 +67,7 @@ class Checkpoints:
         self, folder: str | Path, configuration: Mapping[str, Any], *, keep: int = 2
     ) -> None:
         self.folder, self.keep = Path(folder), check_count("keep", keep)
-        self.configuration: Any = parse_json(json_text(dict(configuration)))
+        self.configuration: Any = parse_json(_as_json(configuration))
         self.last: int | None = None
         """The step of the last one saved or resumed."""
         self._refused: list[Path] = []
@@ -283,3 +284,20 @@ def _flat(value: Any, place: str = "") -> dict[str, Any]:
 def _check_name(name: str) -> None:
     if not OBJECT_NAME.fullmatch(name):
         raise ValueError(f"the name of an object must be made of a-z, 0-9 and _, got {name!r}")
+
+
+def _as_json(configuration: Any) -> str:
+    if not isinstance(configuration, Mapping):
+        raise TypeError(
+            "configuration must be a mapping of names to JSON values, got "
+            f"{type(configuration).__name__}; such as {{'lr': 1e-3}}"
+        )
+    for key, value in configuration.items():
+        try:
+            json_text({key: value})
+        except (TypeError, RecursionError) as error:
+            raise TypeError(
+                f"configuration[{key!r}] must be a JSON value (text, numbers, lists, mappings of "
+                f"text), got {type(value).__name__}: {error}; write it as one, such as str(...)"
+            ) from error
+    return json_text(dict(configuration))

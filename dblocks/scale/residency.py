@@ -24,7 +24,7 @@ from dblocks.scale.ownership import (
     state_items,
 )
 from dblocks.scale.rooms import Home, Room
-from dblocks.scale.transfers import Transfers
+from dblocks.scale.transfers import Transfers, device_named
 from dblocks.schedules.random import draw_seed
 
 Prefetch = Literal["none", "parameters", "all"]
@@ -137,7 +137,7 @@ def resident(
             "a resident model must not have a clean loss, which runs all blocks at once, got "
             f"clean_loss_weight={cast(Any, model).clean_loss_weight}; convert without it"
         )
-    place = torch.device(device)
+    place = device_named(device)
     allocate = partial(
         host_buffer, host=host, device=place, folder=None if folder is None else Path(folder)
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -16,6 +18,33 @@ class Interrupted(Exception):
     def __init__(self, message: str, received: int) -> None:
         super().__init__(message)
         self.code = 128 + received  # as shells have it: 130 of Ctrl-C, 143 of SIGTERM
+
+
+class Terminated(BaseException):
+    """SIGTERM came; like KeyboardInterrupt it is no error that code would handle."""
+
+    code = 128 + signal.SIGTERM
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within it SIGTERM raises `Terminated`, so that what is being written is cleaned up.
+
+    In the main thread, and where nobody else handles or ignores the signal.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 class Stop:

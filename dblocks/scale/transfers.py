@@ -66,3 +66,23 @@ class Transfers:
         with self.stream:
             # What is not pinned, such as a file, is copied at once: the host may touch it again.
             target.copy_(source, non_blocking=target.is_pinned() or source.is_pinned())
+
+
+def device_named(device: torch.device | str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        RuntimeError: PyTorch knows none of this name.
+        TypeError: it is no name.
+    """
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(
+            f"device must be a torch.device or its name, got {device!r}; such as 'cuda'"
+        )
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"device must be the CPU or this machine's accelerator, got {device!r}, which PyTorch "
+            "does not know; such as 'cpu', 'cuda' or 'cuda:0'"
+        ) from error

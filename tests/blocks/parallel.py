@@ -68,6 +68,32 @@ def check_refusals(blocks, batch):
         assert all(torch.equal(before[n], p) for n, p in parallel.named_parameters())
 
 
+def check_one_block(blocks, batch, rank):
+    """Another block in each process: the same error in both, and no parameter moves."""
+    parallel = DistributedDataParallel(copy.deepcopy(blocks), find_unused_parameters=True)
+    optimizers = make_optimizers(parallel, sgd)
+    for given in ((0, 1), (1, 0)):
+        before = parameters_of(parallel)
+        with pytest.raises(ValueError, match="must be the same in all processes") as raised:
+            train_step(parallel, part(batch, rank), optimizers, block=given[rank])
+        assert all(p.grad is None for p in parallel.parameters())
+        assert all(torch.equal(before[n], p) for n, p in parallel.named_parameters())
+        both = [None, None]
+        dist.all_gather_object(both, str(raised.value))
+        assert both[0] == both[1]
+        assert "got blocks [0, 1]" in both[0]
+        train_step(parallel, part(batch, rank), optimizers, block=1, generator=seeded())
+        assert any(not torch.equal(before[n], p) for n, p in parallel.named_parameters())
+    with (
+        parallel.no_sync(),
+        pytest.raises(ValueError, match=r"must not be called within no_sync\(\)"),
+    ):
+        train_step(parallel, part(batch, rank), optimizers, block=1)
+    one = DistributedDataParallel(blocks.block(rank), find_unused_parameters=True)
+    with pytest.raises(ValueError, match=r"the same in all processes .* got blocks \[0, 1\]"):
+        train_step(one, part(batch, rank), make_optimizers(one, sgd))
+
+
 def check_sharded_rows():
     x, shift, scale = (
         torch.randn(*shape, 8, generator=seeded(i)) for i, shape in enumerate([(2, 3), (2,), (2,)])
@@ -98,6 +124,7 @@ def main(folder):
         if name in ("vit", "doubled", "llama-doubled"):
             if name == "vit":
                 check_refusals(blocks, batch)
+                check_one_block(copy.deepcopy(blocks), batch, rank)
             check_steps(blocks, batch, rank)
             print("right", name, flush=True)
     dist.destroy_process_group()

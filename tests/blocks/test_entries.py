@@ -6,6 +6,7 @@ import pytest
 import torch
 from convert_tools import batch_of, blocks_of
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import lm_tools
 from dblocks.blocks import (
@@ -17,6 +18,7 @@ from dblocks.blocks import (
     train_step,
 )
 from dblocks.models import ViT
+from dblocks.sampling import sample_euler
 from tools import batch, seeded, vit
 
 MISTAKE = r"must hold only what is read, \[.*\], got {0!r} too; {1}"
@@ -36,6 +38,19 @@ NETWORKS = {
         kind: (lambda kind=kind: blocks_of(kind), lambda kind=kind: batch_of(kind))
         for kind in ("llama", "bert", "bert-classes", "vit", "timm", "dit")
     },
+}
+CALLS = {
+    "ViT": ["images"],
+    "DiT": ["labels"],
+    "CausalLM": ["cu_seqlens", "tokens"],
+    "RecurrentLM": ["cu_seqlens", "tokens"],
+    "MaskedLM": ["attention_mask"],
+    "llama": ["attention_mask", "cu_seqlens", "position_ids", "tokens"],
+    "bert": ["attention_mask", "position_ids", "token_type_ids"],
+    "bert-classes": ["attention_mask", "position_ids", "token_type_ids", "tokens"],
+    "vit": ["images"],
+    "timm": ["images"],
+    "dit": ["labels"],
 }
 NEAR = {"tokens": ("lossmask", "did you mean 'loss_mask'?"), "images": ("image", "'images'?")}
 
@@ -59,8 +74,9 @@ def test_entries_that_nobody_reads(name):
             blocks.loss(bad, 0)
         with pytest.raises(ValueError, match=message):
             blocks.draw(bad, 0)
-        with pytest.raises(ValueError, match=message):
-            blocks.bind(**bad)
+        call = {name: given[name] for name in CALLS[name] if name in given}
+        with pytest.raises(ValueError, match=f"call for .* got '{key}' too"):
+            blocks.bind(**call, **{key: torch.ones(2)})
         if hasattr(blocks.base_model, "plain_loss") and name != "dit":
             with pytest.raises(ValueError, match=message):
                 blocks.base_model.plain_loss(bad)
@@ -73,6 +89,35 @@ def test_entries_that_nobody_reads(name):
     assert isinstance(first, Block)
     with pytest.raises(ValueError, match="'weight' too"):
         first.loss(given | {"weight": torch.ones(2)})
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_call_refuses_what_training_alone_reads(name):
+    make, data = NETWORKS[name]
+    blocks, given = make(), data()
+    if "tokens" in given and name != "bert-classes":
+        given["loss_mask"] = torch.ones_like(given["tokens"], dtype=torch.bool)
+    blocks.loss(given, 0)
+    network = blocks.base_model
+    assert sorted(network.call_reads) == CALLS[name]
+    call = {key: value for key, value in given.items() if key in CALLS[name]}
+    only = sorted(given.keys() - call.keys())
+    assert only
+    blocks.bind(**call, **dict.fromkeys(only))  # None says nothing
+    z, sigma = torch.zeros(2, 3), torch.tensor(1.0)
+    sampled = lambda **cond: sample_euler(blocks, z, [80.0, 5.0, 0.3, 0.01], **cond)
+    for key in only:
+        why = rf"call for .* got '{key}' too; training reads it, and a call does not: leave it out"
+        for run in (
+            blocks.bind,
+            lambda **cond: blocks(z, sigma, block=0, **cond),
+            lambda **cond: blocks.logits(z, sigma, block=0, **cond),
+            lambda **cond: blocks.block(0).logits(z, sigma, **cond),
+            lambda **cond: AveragedModel(blocks).module.bind(**cond),
+            *([] if name in ("MaskedLM", "bert") else [sampled]),
+        ):
+            with pytest.raises(ValueError, match=why):
+                run(**call, **{key: given[key]})
 
 
 def test_private_copies_and_all_keys_at_once():
@@ -150,6 +195,26 @@ def test_networks_and_targets_of_ones_own_read_what_they_like():
     more.reads = ("extra",)
     with pytest.raises(ValueError, match=r"\['extra', 'images', 'labels'\], got 'extras'"):
         blocks.loss(batch() | {"extra": 0.0, "extras": 1.0}, 1)
+
+
+def test_a_network_of_ones_own_names_what_a_call_reads():
+    network = Own()
+    network.reads = ("ring",)
+    blocks = DiffusionBlocks(network, BlocksConfig(2))
+    cond = {"ring": torch.ones(3), "points": torch.ones(3, 2)}
+    blocks.bind(**cond)  # not said
+    network.call_reads = ("ring",)
+    with pytest.raises(ValueError, match=r"Own .* \['ring'\], got 'points' too; training reads"):
+        blocks.bind(**cond)
+    more = ReadsMore(vit().config)  # another embed_condition than that of the class that says
+    DiffusionBlocks(more, BlocksConfig(2)).bind(images=batch()["images"], extra=0.0)
+
+
+def test_a_dit_without_classes_has_calls_without_labels():
+    blocks = dit_tools.blocks_of(2, num_classes=0)
+    blocks.loss(dit_tools.batch_of(), 0)
+    with pytest.raises(ValueError, match=r"only what is read, \[\], got 'labels' too"):
+        blocks.bind(labels=torch.zeros(2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("given", [(torch.zeros(2, 3),), [1], torch.zeros(2, 3), None])

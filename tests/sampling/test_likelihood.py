@@ -197,7 +197,7 @@ def test_what_the_bound_is_made_of():
     bound = denoising_bound(model, tokens, generator=seeded())
     assert bound.nll.shape == bound.variance.shape == (3, 7)
     assert bound.by_block.shape == (3, 3, 7)
-    assert all(part.dtype == torch.float32 for part in bound)
+    assert all(part.dtype == torch.float32 for part in bound[:3])
     assert (bound.by_block >= 0).all()
     assert (bound.variance > 0).all()
     # Embeddings of norm 1, at sigma_max = 80; at sigma_min = .002 the token is known.

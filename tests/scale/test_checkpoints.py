@@ -314,3 +314,25 @@ def test_a_run_that_starts_anew_beside_an_older_one_is_refused(tmp_path):
 def test_a_step_is_an_integer(tmp_path, step):
     with pytest.raises(TypeError, match="step must be an integer, got"):
         Checkpoints(tmp_path, {}).save(step, {"generator": torch.Generator()})
+
+
+@pytest.mark.parametrize(
+    ("configuration", "message"),
+    [
+        (
+            {"lr": 0.1, "seed": torch.ones(2)},
+            r"configuration\['seed'\] .* got Tensor: .*; write it",
+        ),
+        (
+            {"run": {"tags": {"a", "b"}}},
+            r"configuration\['run'\] must be a JSON value .* of type set",
+        ),
+        ({"path": object}, r"configuration\['path'\]"),
+        ({("a", 1): 2}, r"configuration\[\('a', 1\)\]"),
+        ([("lr", 1)], "configuration must be a mapping of names to JSON values, got list"),
+    ],
+)
+def test_a_configuration_that_is_no_json_is_named(tmp_path, configuration, message):
+    with pytest.raises(TypeError, match=message):
+        Checkpoints(tmp_path / "none", configuration)
+    assert not (tmp_path / "none").exists()

@@ -149,12 +149,33 @@ def test_a_signal_leaves_a_checkpoint_and_one_line(tmp_path, whole, number, code
     assert records[0] == records[1]
 
 
-def test_without_checkpoints_a_signal_ends_the_program_as_ever(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [(signal.SIGTERM, 143, "interrupted by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_without_checkpoints_a_signal_leaves_one_line_and_no_file(tmp_path, number, code, line):
     job = forked(tmp_path / "run", seconds=0.05)
     time.sleep(0.5)
-    os.kill(job, signal.SIGTERM)
-    assert ended(job) == -signal.SIGTERM
+    os.kill(job, number)
+    assert ended(job) == code
+    assert (tmp_path / "run.err").read_text() == f"dblocks: {line}\n"
     assert not list(tmp_path.glob("run/*"))
+
+
+def test_handlers_of_others_are_left_alone(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+    monkeypatch.setattr("dblocks.__main__._run", lambda argv: seen.append(handler()) or 0)
+    handler = lambda: signal.getsignal(signal.SIGTERM)
+    try:
+        for own in (signal.SIG_IGN, lambda *_: None, signal.SIG_DFL):
+            signal.signal(signal.SIGTERM, own)
+            main([])
+            assert handler() == own
+            assert (seen[-1] == own) == (own != signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Halted(Exception):

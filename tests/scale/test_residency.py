@@ -225,6 +225,14 @@ def test_misuse_is_refused_by_name():
         resident(model, optimizers, "cpu", steps_per_visit=0)
     with pytest.raises(TypeError, match="steps_per_visit must be an integer"):
         resident(model, optimizers, "cpu", steps_per_visit=1.5)
+    for name in ("foo", "cuda:x", "meta"):
+        with pytest.raises(RuntimeError, match=f"the CPU or this machine's .* got .?{name}"):
+            resident(model, optimizers, name)
+    for name in (3.5, None):
+        with pytest.raises(
+            TypeError, match=f"device must be a torch.device or its name, got {name}"
+        ):
+            resident(model, optimizers, name)
     with pytest.raises(RuntimeError, match="device must be the CPU or this machine's"):
         resident(model, optimizers, "meta")
     with pytest.raises(TypeError, match="got LBFGS"):

@@ -12,7 +12,7 @@ Batch = Mapping[str, Any]
 LossKind = Literal["cross_entropy", "l2", "masked_cross_entropy"]
 LOSS_KINDS = get_args(LossKind)
 METHODS = ("embed_condition", "run_layers", "features")  # of a network, see `BlockModel`
-OPTIONAL = ("reads",)
+OPTIONAL = ("reads", "call_reads")
 
 
 class CheckedBatch(dict[str, Any]):

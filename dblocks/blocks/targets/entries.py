@@ -1,4 +1,4 @@
-"""The entries of a batch, or keywords of a call: checked, and none that nobody reads."""
+"""The entries of a batch, or keywords of a call: checked, and none that this use does not read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def checked(model: Any, batch: Batch, target: Target) -> Batch:
 
 
 def check_entries(model: Any, batch: Batch, target: Target) -> None:
-    """Raises for an entry of a batch, or a keyword of a call, that nobody reads.
+    """Raises for an entry of a batch to train on that nobody reads.
 
     Those that are read are what the network and its target name as `reads`. Where one of them names
     none, or has methods of its own beside what it derives from, everything is accepted.
@@ -41,17 +41,48 @@ def check_entries(model: Any, batch: Batch, target: Target) -> None:
     Raises:
         ValueError: there is another entry; the error names it, and those that are read.
     """
-    of_network, of_target = _reads(model, METHODS), _reads(target, TARGET)
-    if of_network is None or of_target is None:
-        return
-    known = sorted({*of_network, *of_target})
-    unknown = [name for name in batch if name not in known and batch[name] is not None]
-    if not unknown:
-        return
-    raise ValueError(
-        f"a batch or call for {type(model).__name__} must hold only what is read, {known}, "
-        f"got {', '.join(map(repr, unknown))} too; {_hint(str(unknown[0]), known)}"
+    _refuse_others(model, batch, "batch", _trained_on(model, target))
+
+
+def check_call(model: Any, cond: Batch, target: Target) -> None:
+    """Raises for a keyword of a call, as in sampling, that the call does not read.
+
+    Such as the labels that a classifier is trained on. Those that are read are what the network
+    names as `call_reads`; where it names none, what training reads.
+
+    Args:
+        model: the network.
+        cond: the keywords.
+        target: the network's.
+
+    Raises:
+        ValueError: there is another one; the error names it, and those that are read.
+    """
+    known, trained_on = (
+        _named(model, "call_reads", ("embed_condition",)),
+        _trained_on(model, target),
     )
+    if known is None:
+        _refuse_others(model, cond, "call", trained_on)
+        return
+    of_training = (trained_on or set()).difference(known)
+    others = [n for n in cond if n in of_training and cond[n] is not None]
+    why = "training reads it, and a call does not: leave it out" if others else ""
+    _refuse_others(model, cond, "call", known, why)
+
+
+def _refuse_others(
+    model: Any, given: Batch, use: str, names: Iterable[str] | None, why: str = ""
+) -> None:
+    if names is None:
+        return
+    known = sorted(names)
+    unknown = [name for name in given if name not in known and given[name] is not None]
+    if unknown:
+        raise ValueError(
+            f"a {use} for {type(model).__name__} must hold only what is read, {known}, "
+            f"got {', '.join(map(repr, unknown))} too; {why or _hint(str(unknown[0]), known)}"
+        )
 
 
 def scored_shape(target: Target, batch: Batch) -> tuple[int, ...]:
@@ -76,16 +107,21 @@ def _hint(unknown: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else "leave out what is not read"
 
 
-def _reads(part: Any, methods: Iterable[str]) -> Iterable[str] | None:
+def _trained_on(model: Any, target: Target) -> set[str] | None:
+    of_network, of_target = _named(model, "reads", METHODS), _named(target, "reads", TARGET)
+    return None if of_network is None or of_target is None else {*of_network, *of_target}
+
+
+def _named(part: Any, name: str, methods: Iterable[str]) -> Iterable[str] | None:
     """What a network or target names; None where a class below the one that names it has methods.
 
     Such as a network of one's own that derives from a `ViT` and reads more.
     """
-    if "reads" in getattr(part, "__dict__", ()):
-        return part.reads
+    if name in getattr(part, "__dict__", ()):
+        return getattr(part, name)
     for kind in type(part).__mro__:
-        if "reads" in kind.__dict__:
-            return part.reads
-        if any(name in kind.__dict__ for name in methods):
+        if name in kind.__dict__:
+            return getattr(part, name)
+        if any(method in kind.__dict__ for method in methods):
             return None
     return None

@@ -17,25 +17,26 @@ def check_attention_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     Values are looked at on the device where that is no CPU, without waiting for them.
 
     Args:
-        mask: bool or integers, 0 and 1.
+        mask: 0 and 1 in any dtype.
         shape: of the tokens.
 
     Raises:
-        TypeError: it is no tensor of bool or integers.
+        TypeError: it is no tensor of numbers.
         ValueError: it has another shape or other values, holes, or a row without tokens.
     """
-    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+    if not isinstance(mask, Tensor) or mask.is_complex():
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
-            f"attention_mask must be a tensor of bool or of integers 0 and 1, got {got}; give the "
-            "mask of the tokenizer, true at tokens and false at padding"
+            f"attention_mask must be a tensor of 0 and 1, got {got}; give the mask of the "
+            "tokenizer, 1 at tokens and 0 at padding, with return_tensors='pt'"
         )
     if mask.shape != shape:
         raise ValueError(
             f"attention_mask must have the shape of the tokens, {list(shape)}, got "
-            f"{list(mask.shape)}; masks of pairs of tokens (4-D) are not taken"
+            f"{list(mask.shape)}; give each text a row of its own, 1 at tokens and 0 at padding, "
+            "and no mask of pairs of tokens"
         )
-    shown = mask.bool()
+    shown = mask != 0
     before = torch.nn.functional.pad(shown[:, :-1], (1, 0))
     runs = (shown & ~before).sum(1)
     fits = (runs == 1).all() & ((mask == 0) | (mask == 1)).all()
@@ -50,20 +51,37 @@ def check_attention_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     return shown
 
 
-def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], count: int) -> None:
-    """Raises unless `ids` are int64 of a shape, in 0..count - 1; values are seen on the CPU."""
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{name} must be an int64 tensor, got {got}; call .long()")
-    if ids.shape != shape:
-        raise ValueError(
-            f"{name} must have the shape of the tokens, {list(shape)}, got {list(ids.shape)}"
+def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], count: int) -> Tensor:
+    """The numbers of tokens as int64 [N, T], in 0..count - 1; values are seen on the CPU.
+
+    Args:
+        name: of the entry.
+        ids: integers [N, T]; or [1, T] or [T], the same for all texts.
+        shape: of the tokens.
+        count: how many there are.
+
+    Raises:
+        TypeError: they are no tensor of integers.
+        ValueError: they have another shape or other values.
+    """
+    given = isinstance(ids, Tensor)
+    if not given or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        got = ids.dtype if given else type(ids).__name__
+        raise TypeError(
+            f"{name} must be a tensor of integers, got {got}; give torch.int64 [N, T], a number "
+            "for each token"
         )
-    if not ids.is_cpu or torch.compiler.is_compiling() or not ids.numel():
-        return
-    low, high = (int(value) for value in ids.aminmax())
-    if low < 0 or high >= count:
-        raise ValueError(f"{name} must be in 0..{count - 1}, got {low}..{high}")
+    if ids.shape not in (shape, (1, *shape[1:]), shape[1:]):
+        raise ValueError(
+            f"{name} must have the shape of the tokens, {list(shape)}, or {list(shape[1:])} for "
+            f"all texts alike, got {list(ids.shape)}; give a number for each token"
+        )
+    ids = ids.long().expand(shape)
+    if ids.is_cpu and not torch.compiler.is_compiling() and ids.numel():
+        low, high = (int(value) for value in ids.aminmax())
+        if low < 0 or high >= count:
+            raise ValueError(f"{name} must be in 0..{count - 1}, got {low}..{high}")
+    return ids
 
 
 def starts_of(mask: Tensor | None) -> Tensor | None:

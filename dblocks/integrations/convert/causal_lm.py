@@ -24,6 +24,7 @@ from dblocks.integrations.convert.places import (
     before_each,
     document_mask,
     element_size,
+    placed,
     places_of,
 )
 from dblocks.integrations.convert.scaled_rows import ScaledRows
@@ -190,6 +191,7 @@ class ConvertedCausalLM(Converted):
         super().__init__(model, layers, width, conditioned=True)
         self.family = family
         self.reads = family.reads(model)
+        self.call_reads = ("tokens", "cu_seqlens", "attention_mask", *self.reads)
         self.sizes = Sizes(embedding.num_embeddings, family.context_length(model))
         self.embed_scale = embed_scale
         self.tokens_per_sigma = tokens_per_sigma
@@ -227,9 +229,9 @@ class ConvertedCausalLM(Converted):
             )
         given = self.target.check(batch)
         check_some(given.tokens)
-        given, starts = moved_to_front(given)
+        given, starts = moved_to_front(placed(given, self.sizes.context))
         embed = self._single if self.rows_kind == "single" else self._doubled
-        return embed(given, places_of(given, self.sizes.context))._replace(starts=starts)
+        return embed(given, places_of(given))._replace(starts=starts)
 
     def _single(self, given: TokenBatch, places: Tensor) -> Context:
         if given.tokens.shape[1] < 2:
@@ -375,9 +377,7 @@ class ConvertedCausalLM(Converted):
                 "hold 'cu_seqlens'; give each document a row, or set clean_loss_weight to 0"
             )
         labels = to_front(given.labels(), starts_of(given.attention_mask))
-        given, _ = moved_to_front(given)
+        given, _ = moved_to_front(placed(given, self.sizes.context))
         ids = given.get("position_ids")
-        if ids is not None:
-            places_of(given, self.sizes.context)
         more = self.plain_entries(given)
         return self.family.plain_loss(self.model, given.tokens, labels, ids, **more)

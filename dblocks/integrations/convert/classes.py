@@ -123,6 +123,7 @@ class ConvertedClassifier(Converted):
         super().__init__(model, layers, width, conditioned=True)
         self.family = family
         self.reads = family.reads
+        self.call_reads = (family.input, *family.reads)
         self.num_classes = num_classes
         self.target_embedding = LabelEmbedding(num_classes, width, embed_scale)
         self.head_kind: Head = head_kind

@@ -73,6 +73,12 @@ class ConvertedDenoiser(Converted):
         self._running(list(placed.values()))
 
     @property
+    def call_reads(self) -> list[str]:
+        """See `BlockModel`."""
+        known = sorted(self.family.arguments(_own(self.model))[1])
+        return [*known, *(NEGATIVE + name for name in known)]
+
+    @property
     def target(self) -> LatentTarget:
         """The image, latent or video itself."""
         family, own = self.family, _own(self.model)

@@ -61,6 +61,7 @@ class ConvertedDiT(Converted):
     """
 
     reads = ()
+    call_reads = ("labels",)
 
     def __init__(self, model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> None:
         super().__init__(model, layers, model.inner_dim, conditioned=False)

@@ -101,7 +101,7 @@ class ConvertedMaskedLM(Converted):
     ) -> None:
         super().__init__(model, layers, width, conditioned=True)
         self.family = family
-        self.reads = family.reads
+        self.reads = self.call_reads = family.reads
         self.sizes = family.sizes(model)
         self.mask_token_id = mask_token_id
         self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
@@ -136,11 +136,13 @@ class ConvertedMaskedLM(Converted):
         """Runs `layers` on tokens `z_in` [N, T], masked or given."""
         known, entries, starts = condition
         for name, value in entries.items():
-            if value.shape != z_in.shape:
+            alike = name != "attention_mask" and len(value) == 1
+            if value.shape[alike:] != z_in.shape[alike:]:
                 raise ValueError(
                     f"{name} must have the shape of the tokens, {list(z_in.shape)}, "
-                    f"got {list(value.shape)}"
+                    f"got {list(value.shape)}; give each text a row of its own"
                 )
+        entries = {name: value.expand_as(z_in) for name, value in entries.items()}
         if known is not None:
             z_in = torch.where(known == MASKED, z_in, known)
         cond = cast(Tensor, self._cond(level))

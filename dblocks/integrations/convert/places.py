@@ -9,18 +9,24 @@ from dblocks.blocks.targets.padding import check_ids
 from dblocks.blocks.targets.token_batch import TokenBatch
 
 
-def places_of(given: TokenBatch, context: int) -> Tensor:
-    """The places at which tokens enter, int64 [T], or [N, T] where the batch says them."""
+def placed(given: TokenBatch, context: int) -> TokenBatch:
+    """The batch with "position_ids" checked and [N, T], where there are any."""
     ids = given.get("position_ids")
     if ids is None:
-        return given.positions()
+        return given
     if given.cu_seqlens is not None:
         raise ValueError(
             "position_ids must be None with cu_seqlens, as positions begin again in each document; "
             "leave them out"
         )
-    check_ids("position_ids", ids, tuple(given.tokens.shape), context)
-    return ids
+    ids = check_ids("position_ids", ids, tuple(given.tokens.shape), context)
+    return TokenBatch({**given, "position_ids": ids})
+
+
+def places_of(given: TokenBatch) -> Tensor:
+    """The places at which tokens enter, int64 [T], or [N, T] where the batch says them."""
+    ids = given.get("position_ids")
+    return given.positions() if ids is None else ids
 
 
 def before_each(places: Tensor, first: Tensor) -> Tensor:

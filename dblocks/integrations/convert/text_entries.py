@@ -26,7 +26,7 @@ def text_entries(
     Args:
         model: of transformers, whose config says which ids there are.
         batch: holds tokens, or not where these are a state.
-        shape: of the tokens; that of the first entry by default.
+        shape: of the tokens; by default that of the entries, of which ids may be [1, T].
 
     Raises:
         TypeError: for an entry of another dtype.
@@ -35,7 +35,11 @@ def text_entries(
     given = {name: batch[name] for name in TEXT if batch.get(name) is not None}
     if not given:
         return {}, None
-    shape = tuple(next(iter(given.values())).shape) if shape is None else shape
+    if shape is None:
+        # Of a call, whose tokens come later; ids for all texts alike have no N of their own.
+        tensors = [value for value in given.values() if isinstance(value, Tensor) and value.ndim]
+        shapes = [(1, *value.shape) if value.ndim == 1 else tuple(value.shape) for value in tensors]
+        shape = max(shapes, default=(1, 0))
     counts = {
         "position_ids": model.config.max_position_embeddings,
         "token_type_ids": getattr(model.config, "type_vocab_size", 0),
@@ -44,7 +48,7 @@ def text_entries(
         given["attention_mask"] = check_attention_mask(given["attention_mask"], shape)
     for name in IDS:
         if name in given:
-            check_ids(name, given[name], shape, counts[name])
+            given[name] = check_ids(name, given[name], shape, counts[name])
     starts = starts_of(given.get("attention_mask"))
     return {name: to_front(value, starts) for name, value in given.items()}, starts
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, get_type_hints
@@ -13,9 +14,10 @@ import torch
 
 from dblocks.blocks.config import Shared
 from dblocks.config import check_count
+from dblocks.integrations.build import UnknownModel
 from dblocks.scale.planner.costs import Costs
 from dblocks.scale.planner.plan import Machine, Planner, Prefetch, Split
-from dblocks.scale.planner.report import as_json, chart, table
+from dblocks.scale.planner.report import as_json, chart, chart_endings, table
 from dblocks.scale.planner.step import Optimizer
 from dblocks.scale.planner.subject import CONFIGS, Subject, of_model, of_network
 from dblocks.scale.planner.units import parse_bytes, parse_count, parse_flops, parse_rate
@@ -84,6 +86,8 @@ class Plan(ABC):
     def __call__(self) -> None:
         """Print the plan."""
         machine = self.machine()
+        check_file("--json", self.json)
+        check_file("--chart", self.chart, chart_endings() if self.chart else ())
         check_count("batch_size", self.batch_size)
         trained = None
         if self.train_tokens is not None:
@@ -104,9 +108,11 @@ class Plan(ABC):
             )
         ways = planner.ways()
         if self.chart is not None:
-            chart(self.chart, planner, ways)
+            with option("--chart"):
+                chart(self.chart, planner, ways)
         if self.json is not None:
-            self.json.write_text(as_json(planner, ways), encoding="utf-8")
+            with option("--json"):
+                self.json.write_text(as_json(planner, ways), encoding="utf-8")
         print(table(planner, ways, self.blocks, trained))
 
     def shared_by(self, subject: Subject) -> Shared:
@@ -137,7 +143,10 @@ class PlanModel(Plan):
     def subject(self) -> Subject:
         """The model."""
         dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-        return of_model(self.source, length=self.tokens, dtype=dtype)
+        try:
+            return of_model(self.source, length=self.tokens, dtype=dtype)
+        except UnknownModel as error:
+            raise ValueError(f"{error}; networks of dblocks are {', '.join(CONFIGS)}") from error
 
 
 PlanModel.__doc__ = Plan.__doc__
@@ -145,6 +154,27 @@ PlanModel.__doc__ = Plan.__doc__
 
 RECIPE_HELP = "paper: the network, batch and length of the paper's experiment, on one H200."
 DATA_HELP = "With --recipe paper: the data set of the experiment; the first one by default."
+
+
+def check_file(flag: str, path: Path | None, endings: Sequence[str] = ()) -> None:
+    """Raises ValueError where a file cannot be written, before the work is done."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{flag} must name a file, got the folder {path}; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{flag} must be in a folder that exists, got {path}; make it first")
+    if endings and path.suffix.lower().removeprefix(".") not in endings:
+        raise ValueError(f"{flag} must end in one of {', '.join(endings)}, got {path}")
+
+
+@contextmanager
+def option(flag: str) -> Iterator[None]:
+    """Names the option whose file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{flag} must name a file that can be written, got: {error}") from error
 
 
 def command(tyro: Any, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:
@@ -168,8 +198,7 @@ def command(tyro: Any, argv: Sequence[str], defaults: Mapping[str, Any] | None =
             )
         # Made here, not by the parser: the config's own checks say what is wrong in one line.
         config = kind(**{f.name: getattr(plan, f.name) for f in dataclasses.fields(kind)})
-        length = plan.tokens if hasattr(config, "vocab_size") else None
-        return of_network(config, length=length)
+        return of_network(config, length=plan.tokens)
 
     fields = [_positional(tyro, Literal[chosen])]  # pyright: ignore[reportInvalidTypeForm]
     recipe = Annotated[Optional[Literal["paper"]], tyro.conf.arg(help=RECIPE_HELP)]  # noqa: UP045

@@ -67,6 +67,7 @@ def as_json(planner: Planner, ways: Sequence[Way]) -> str:
         "samples": costs.samples,
         "unit": costs.subject.unit,
         "units_per_sample": costs.subject.tokens,
+        "sample": costs.subject.size,
         "optimizer": costs.optimizer,
         "bf16": costs.bf16,
         "split": planner.split,
@@ -112,6 +113,16 @@ def chart(path: Path, planner: Planner, ways: Sequence[Way]) -> None:
         pyplot.close(figure)
 
 
+def chart_endings() -> list[str]:
+    """What a chart's file may end in, such as png."""
+    pyplot = _pyplot()
+    figure = pyplot.figure()
+    try:
+        return sorted(figure.canvas.get_supported_filetypes())
+    finally:
+        pyplot.close(figure)
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib
@@ -128,10 +139,10 @@ def _pyplot() -> Any:
 
 def _title(planner: Planner) -> str:
     costs, machine = planner.costs, planner.machine
-    size = f" of {costs.subject.tokens:,} tokens" if costs.subject.unit == "tokens" else ""
     devices = f"{machine.devices} devices" if machine.devices > 1 else "one device"
     return (
-        f"{costs.subject.name}, {costs.num_layers} layers, batches of {costs.samples}{size}; "
+        f"{costs.subject.name}, {costs.num_layers} layers, batches of {costs.samples} of "
+        f"{costs.subject.size}; "
         f"{devices} of {format_bytes(machine.memory)}, {machine.flops / 1e12:g} TFLOP/s, link "
         f"{machine.link / 1e9:g} GB/s (modelled)"
     )

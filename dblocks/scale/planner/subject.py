@@ -66,6 +66,15 @@ class Subject:
     pretrained: bool
     """Whether it is another library's model, which has weights somewhere."""
 
+    @property
+    def size(self) -> str:
+        """What a sample is, in words."""
+        if self.unit == "tokens":
+            return f"{self.tokens:,} tokens"
+        with torch.device("meta"):
+            shape = self.batch(1)["images"].shape[1:]
+        return f"images of {' x '.join(map(str, shape))}"
+
     def config(self, num_blocks: int, shared: Shared) -> BlocksConfig:
         """How it is cut."""
         return BlocksConfig(num_blocks, schedule=self.schedule, shared=shared)
@@ -82,7 +91,7 @@ def of_network(config: Any, *, length: int | None = None) -> Subject:
     name = next(name for name, made in CONFIGS.items() if made is type(config))
     text = hasattr(config, "vocab_size")
     schedule = MaskSchedule() if kind is MaskedLM else NoiseSchedule()
-    size = _length(length, config.context) if text else 1
+    size = _length(length, config.context) if text else _of_image(length, name)
 
     def batch(n: int) -> dict[str, Tensor]:
         if text:
@@ -137,6 +146,7 @@ def of_model(
             model.to(dtype=dtype)
         return convert(model, cut, task=task, mask_token_id=0 if masked else None)
 
+    build(source)  # what is wrong with it is said once
     ways: list[tuple[Task, Schedule]] = [(task, NoiseSchedule()) for task in get_args(Task)]
     ways.append(("tokens", MaskSchedule()))
 
@@ -155,7 +165,8 @@ def of_model(
     given = list(call[0]) + list(call[1].values()) if call else []
     text = not given or given[0].ndim == 2
     sizes = getattr(network, "sizes", None) or getattr(network.target, "sizes", None)
-    size = _length(length, sizes.context if sizes else LENGTH) if text else 1
+    longest = sizes.context if sizes else LENGTH
+    size = _length(length, longest) if text else _of_image(length, type(network.model).__name__)
 
     def batch(n: int) -> dict[str, Tensor]:
         labels = {} if task == "tokens" else {"labels": torch.zeros(n, dtype=torch.int64)}
@@ -256,3 +267,13 @@ def _length(length: int | None, longest: int) -> int:
             f"tokens must be from 1 to {longest}, which the network takes, got {length}"
         )
     return min(longest, LENGTH) if length is None else length
+
+
+def _of_image(length: int | None, name: str) -> int:
+    """What an image counts as, 1; it has no length to choose."""
+    if length is not None:
+        raise ValueError(
+            f"--tokens must be left out for {name}, whose samples are images, got {length}; sizes "
+            "of the network say how large they are"
+        )
+    return 1

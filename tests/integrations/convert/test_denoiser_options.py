@@ -114,8 +114,10 @@ def test_guidance_is_that_of_two_predictions():
         short = {"negative_encoder_hidden_states": null["encoder_hidden_states"][:, :2]}
         with pytest.raises(ValueError, match="tensors of one shape, got"):
             blocks(z, sigma, block=1, guidance_scale=3.0, **cond, **short)
-        with pytest.raises(ValueError, match="may hold"):
+        with pytest.raises(ValueError, match=r"only what is read.* got 'negative_prompt' too"):
             blocks(z, sigma, block=1, negative_prompt=1, **cond)
+        with pytest.raises(ValueError, match=r"got 'images' too; training reads it, and a call"):
+            blocks(z, sigma, block=1, images=z, **cond)
 
 
 def losses_of(blocks, batch, block=1):

@@ -7,7 +7,7 @@ from family_models import TEXT, T, V, causal_model, encoder_model
 
 from dblocks import BlocksConfig, MaskSchedule
 from dblocks.integrations.convert import convert
-from dblocks.sampling import generate
+from dblocks.sampling import bound_terms, generate, likelihood, next_token_nll, unmask
 from dblocks.schedules import MASKED
 from tools import seeded
 
@@ -275,7 +275,10 @@ WRONG = [
     (MASK[:, None, None] * MASK[:, None, :, None], ValueError, r"\[3, 8\], got \[3, 1, 8, 8\]"),
     (MASK[:, :5], ValueError, r"shape of the tokens, \[3, 8\], got \[3, 5\]"),
     (2 * MASK, ValueError, "must be 0 or 1"),
-    (MASK.float(), TypeError, r"bool or of integers 0 and 1, got torch\.float32"),
+    ((1 - MASK.float()) * -1e9, ValueError, "must be 0 or 1"),
+    (MASK[0], ValueError, r"\[3, 8\], got \[8\]; give each text a row of its own"),
+    (MASK[:1], ValueError, r"\[3, 8\], got \[1, 8\]; give each text a row of its own"),
+    (MASK.to(torch.complex64), TypeError, r"0 and 1, got torch\.complex64"),
     (MASK.tolist(), TypeError, "got list"),
 ]
 
@@ -297,6 +300,76 @@ def test_masks_that_are_refused(mask, error, message):
         causal.logits(torch.zeros(3, T, 16), torch.tensor(1.0), block=0, **batch)
 
 
+@pytest.mark.parametrize("task", ["causal", "masks", "classes"])
+def test_forms_of_masks_and_ids(task):
+    """Those that tokenizers and collators make, in training and in calls."""
+    sigma, more, name = torch.tensor(0.5), {}, "tokens"
+    if task == "causal":
+        blocks, z = causal_blocks("llama", "single"), torch.randn(3, T, 16, generator=seeded(3))
+    elif task == "masks":
+        config = BlocksConfig(2, schedule=MaskSchedule())
+        blocks = convert(encoder_model("bert", "masks"), config, task="tokens", mask_token_id=2)
+        z, name = torch.where(torch.arange(T) % 2 == 0, MASKED, TOKENS), ""
+    else:
+        blocks = convert(encoder_model("bert", "classes"), BlocksConfig(2), task="classes")
+        z, more = torch.randn(3, 16, generator=seeded(3)), {"labels": torch.tensor([0, 3, 1])}
+    tokens = {"tokens": TOKENS}
+    ids = torch.tensor([7, 3, 4, 5, 11, 12, 2, 1])
+    whole = {"attention_mask": MASK, "position_ids": ids.expand(3, T)}
+    forms = [{"attention_mask": MASK.float()}, {"attention_mask": MASK.to(torch.uint8)}]
+    forms += [{"position_ids": form} for form in (ids, ids[None], ids.int(), ids[None].short())]
+    if task != "causal":
+        whole["token_type_ids"] = TYPES.expand(3, T)
+        forms += [{"token_type_ids": TYPES[0]}, {"token_type_ids": TYPES[:1].int()}]
+
+    def outcome(given):
+        loss = blocks.loss({**tokens, **more, **given}, 1, generator=seeded()).loss
+        call = given | (tokens if name else {})
+        return loss, blocks.logits(z, sigma, block=0, **call)
+
+    with torch.no_grad():
+        expected = outcome(whole)
+        assert not torch.allclose(outcome({**whole, "position_ids": None})[1], expected[1])
+        for form in forms:
+            for found, right in zip(outcome(whole | form), expected, strict=True):
+                assert torch.equal(found, right), form.keys()
+        alone = {key: value for key, value in whole.items() if key != "attention_mask"}
+        alike = {key: value[0] for key, value in alone.items()}
+        for found, right in zip(outcome(alike), outcome(alone), strict=True):
+            assert torch.equal(found, right)
+
+
+def test_likelihoods_of_padded_texts(monkeypatch):
+    """Of converted models, with noise that depends on a token's place in its text alone."""
+    noise = 80 * torch.randn(T, 16, generator=seeded(3))
+    top = lambda model, tokens, _: noise[: tokens.shape[1]].expand(len(tokens), -1, -1)
+    monkeypatch.setattr(likelihood, "_noise_at_top", top)
+    for rows in ("single", "doubled"):
+        blocks = causal_blocks("llama", rows)
+        found = next_token_nll(blocks, TOKENS, attention_mask=MASK, generator=seeded())
+        for n, (a, b) in enumerate(RANGES):
+            alone = next_token_nll(blocks, TOKENS[n : n + 1, a:b], generator=seeded())
+            torch.testing.assert_close(found[n, a : b - 1], alone[0], rtol=1e-4, atol=1e-4)
+            assert not found[n, :a].any()
+            assert not found[n, b - 1 :].any()
+    config = BlocksConfig(2, schedule=MaskSchedule())
+    for kind in ("bert", "roberta"):
+        model = convert(encoder_model(kind, "masks"), config, task="tokens", mask_token_id=2)
+        gaps = TOKENS.masked_fill(torch.rand(3, T, generator=seeded(3)) < 0.7, MASKED)
+        written = unmask(
+            model, gaps, attention_mask=MASK, num_steps=4, generator=seeded()
+        ).tokens  # fmt: skip
+        for n, (a, b) in enumerate(RANGES):
+            text = gaps[n : n + 1, a:b].expand(3, -1)
+            alone = unmask(model, text, num_steps=4, generator=seeded()).tokens
+            assert torch.equal(written[n, a:b], alone[n])
+        terms = bound_terms(model, TOKENS, attention_mask=MASK, points=2)
+        other = torch.where(MASK == 1, TOKENS, 5)
+        assert torch.allclose(
+            bound_terms(model, other, attention_mask=MASK, points=2).nats, terms.nats
+        )
+
+
 def test_ids_that_are_refused():
     causal = causal_blocks("llama", "single")
     classes = convert(encoder_model("bert", "classes"), BlocksConfig(2), task="classes")
@@ -308,8 +381,9 @@ def test_ids_that_are_refused():
         for blocks, more in ((causal, {}), (classes, {"labels": labels})):
             with pytest.raises(ValueError, match=message):
                 blocks.loss({"tokens": TOKENS, "position_ids": ids, **more}, 0)
-    with pytest.raises(TypeError, match=r"position_ids must be an int64 tensor, got torch\.int32"):
-        causal.loss({"tokens": TOKENS, "position_ids": TOKENS.int()}, 0)
+    for ids in (TOKENS.float(), TOKENS.bool(), TOKENS.tolist()):
+        with pytest.raises(TypeError, match="position_ids must be a tensor of integers, got"):
+            causal.loss({"tokens": TOKENS, "position_ids": ids}, 0)
     with pytest.raises(ValueError, match=r"token_type_ids must be in 0\.\.1, got"):
         classes.loss({"tokens": TOKENS, "token_type_ids": TOKENS, "labels": labels}, 0)
     packed = {"tokens": TOKENS[:1], "cu_seqlens": torch.tensor([0, 3, 8], dtype=torch.int32)}

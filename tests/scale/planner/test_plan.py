@@ -103,11 +103,67 @@ def mistake(capsys, *argv):
         (("--dtype", "bfloat16"), "--dtype must be float32 for causal-lm"),
         (("--shared", "train", "--devices", "2"), "--shared must be frozen or private"),
         (("--heads", "3"), "heads"),
+        (("--json", "{folder}"), "--json must name a file, got the folder {folder}"),
+        (("--chart", "{folder}"), "--chart must name a file, got the folder {folder}"),
+        (("--json", "{folder}/no/plan.json"), "--json must be in a folder that exists"),
+        (("--json", "/dev/full"), "--json must name a file that can be written, got: "),
     ],
 )
-def test_mistakes(capsys, flags, message):
+def test_mistakes(capsys, tmp_path, flags, message):
     given = ("causal-lm", "--memory", "1GiB", *SIZES)
-    assert message in mistake(capsys, *given, *flags)
+    flags = [flag.format(folder=tmp_path) for flag in flags]
+    assert message.format(folder=tmp_path) in mistake(capsys, *given, *flags)
+
+
+@pytest.mark.parametrize("name", ["plan.txt", "plan"])
+def test_the_ending_of_a_chart(capsys, tmp_path, name):
+    pytest.importorskip("matplotlib")
+    flags = ("--memory", "1GiB", "--chart", str(tmp_path / name))
+    error = mistake(capsys, "causal-lm", *SIZES, *flags)
+    assert "--chart must end in one of " in error
+    assert " png, " in error
+    assert list(tmp_path.iterdir()) == []
+
+
+VIT = ("--image-size", "8", "--patch-size", "4", "--width", "16", "--depth", "2", "--heads", "2")
+
+
+@pytest.mark.parametrize("kind", ["vit", "dit"])
+def test_images_have_no_tokens_to_choose(capsys, kind):
+    sizes = ("--memory", "1GiB", *VIT)
+    error = mistake(capsys, kind, *sizes, "--tokens", "5")
+    assert f"--tokens must be left out for {kind}, whose samples are images, got 5" in error
+
+
+def test_neither_have_those_of_other_libraries(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "image_size": 8}
+    sizes |= {"num_attention_heads": 2, "patch_size": 4, "num_channels": 1, "num_labels": 3}
+    config = {"model_type": "vit", "architectures": ["ViTForImageClassification"], **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    error = mistake(capsys, str(tmp_path), "--memory", "1GiB", "--tokens", "5")
+    assert "--tokens must be left out for ViTForImageClassification" in error
+
+
+def test_the_sizes_are_printed(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    sizes = ("--batch-size", "3", "--memory", "1GiB", "--json", str(file))
+    assert main(["plan", "vit", *VIT, *sizes]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("vit, 2 layers, batches of 3 of images of 3 x 8 x 8; one device")
+    plan = json.loads(file.read_text())
+    assert (plan["samples"], plan["sample"]) == (3, "images of 3 x 8 x 8")
+    assert main(["plan", "causal-lm", *SIZES, "--tokens", "9", "--memory", "1GiB"]) == 0
+    assert "layers, batches of 1 of 9 tokens; one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["nonesuch", "lama", "vitt"])
+def test_names_that_nobody_has(capsys, name):
+    pytest.importorskip("transformers")
+    error = mistake(capsys, name, "--memory", "1GiB")
+    assert error.count(repr(name)) == 1
+    assert "; networks of dblocks are vit, causal-lm, masked-lm, recurrent, dit" in error
+    assert len(error) < 300
 
 
 def test_blocks_beyond_the_layers_and_unknown_models(capsys, tmp_path):
