@@ -6,7 +6,7 @@ from torch import Tensor
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
 from dblocks.ops._dispatch import Impl, apply, constant, first_order, kept, widest
-from dblocks.ops._levels import check_noised, split_seed
+from dblocks.ops._levels import OffsetSeed, check_noised, located, split_seed
 from dblocks.ops._library import define, triton_kernel
 
 _INPUTS = (
@@ -96,7 +96,7 @@ def edm_loss(
     f: Tensor,
     y: Tensor,
     sigma: Tensor,
-    seed: int | Tensor,
+    seed: int | Tensor | OffsetSeed,
     *,
     offset: int = 0,
     sigma_data: float = 0.5,
@@ -139,6 +139,7 @@ def edm_loss(
     if not _dispatch.noised_fit((f, y), sigma, sigma_data):
         check_noised({"f": f, "y": y}, sigma, sigma_data)
     _check_row_weight(row_weight, y)
+    seed, offset = located(seed, offset)
     fits = _dispatch.seed_fits(seed, offset, f)
     seed_tensor, number = (None, seed) if fits else split_seed(seed, offset, f)
     y, sigma = constant(y), constant(sigma)
