@@ -1,5 +1,6 @@
 """The public functions: every op of dblocks, each with its reference and its kernels."""
 
+from dblocks.ops._levels import OffsetSeed
 from dblocks.ops.adaln import adaln
 from dblocks.ops.doubled_attention import doubled_attention
 from dblocks.ops.edm_denoise import edm_denoise
@@ -12,6 +13,7 @@ from dblocks.ops.residual_adaln import Residual, residual_adaln
 
 __all__ = [
     "Noised",
+    "OffsetSeed",
     "Residual",
     "adaln",
     "doubled_attention",

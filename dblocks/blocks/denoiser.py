@@ -11,21 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dblocks.blocks.config import BlocksConfig, Weighting
+from dblocks.blocks.config import BlocksConfig
+from dblocks.blocks.draws import Draw as Draw
+from dblocks.blocks.draws import draw_levels, part_of
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
-from dblocks.blocks.sharding import within
+from dblocks.blocks.sharding import Replicas, replicas_of, within
 from dblocks.blocks.targets.base import Batch, Target
 from dblocks.blocks.targets.entries import check_call, checked, scored_shape
 from dblocks.blocks.visits import Residency
+from dblocks.blocks.weighting import loss_factors as loss_factors
 from dblocks.config import check_block, check_finite
 from dblocks.kernels.reference import in_forward_mode
 from dblocks.schedules import Schedule
 from dblocks.schedules.random import draw_seed
-
-# Weighting "clamped": w reaches 250,000 at the lowest noise, which would outweigh all else.
-CLAMPED_WEIGHT_MAX = 20.0
-LEVEL_KEY = 0x5DEECE66D  # any number but 0
 
 
 class Loss(NamedTuple):
@@ -39,17 +38,6 @@ class Loss(NamedTuple):
     """What each was multiplied with."""
     sigma: Tensor
     """The levels drawn: sigma, or t where tokens are masked."""
-
-
-class Draw(NamedTuple):
-    """The random numbers of one training step, on the device."""
-
-    sigma: Tensor
-    """float32 levels [N] (or [N, T]): sigma, or t where tokens are masked."""
-    seed: Tensor
-    """0-d int64: seed of the noise or the masks."""
-    drop: Tensor | None
-    """bool [N]: whose condition is dropped; None where the model never drops."""
 
 
 class Denoiser(nn.Module):
@@ -99,7 +87,12 @@ class Denoiser(nn.Module):
         return None
 
     def loss(
-        self, batch: Batch, block: int | None = None, *, generator: torch.Generator | None = None
+        self,
+        batch: Batch,
+        block: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        replicas: Replicas | None = None,
     ) -> Loss:
         """The training loss of one block; runs that block's layers only.
 
@@ -109,6 +102,7 @@ class Denoiser(nn.Module):
             batch: what the network reads, such as {"images": ..., "labels": ...}.
             block: the block; the only one by default.
             generator: a CPU generator; one number drawn from it seeds sigma and the noise.
+            replicas: as of `draw`.
 
         Raises:
             ValueError: `block` is out of range, or the batch is not what the target takes, or holds
@@ -126,7 +120,8 @@ class Denoiser(nn.Module):
             warn_of_frozen_zeros(self.base_model, stacklevel=2)
         model = self.parts(block)[0]
         given = checked(model, batch, model.target)
-        return self.loss_at(given, block, self.draw(given, block, generator=generator))
+        drawn = self.draw(given, block, generator=generator, replicas=replicas)
+        return self.loss_at(given, block, drawn)
 
     def forward(
         self,
@@ -177,34 +172,45 @@ class Denoiser(nn.Module):
         self.before_use()
         return Bound(self, cond, guidance_scale)
 
-    def draw(self, batch: Batch, block: int, *, generator: torch.Generator | None = None) -> Draw:
+    def draw(
+        self,
+        batch: Batch,
+        block: int,
+        *,
+        generator: torch.Generator | None = None,
+        replicas: Replicas | None = None,
+    ) -> Draw:
         """Draws a training step's seed on the CPU, and from it sigma on the device.
 
         Args:
             batch: what the network reads.
             block: the block to train.
-            generator: a CPU generator, of which one number is drawn.
+            generator: a CPU generator, of which one number is drawn; where several processes have
+                a part of the batch each, one of the same state in all.
+            replicas: those processes; found here where `fully_shard` was called on this module,
+                and by `train_step` for a `DistributedDataParallel`. Then sigma, drop and noise are
+                those of the global batch, the batches of all of them in their order.
+
+        Raises:
+            ValueError: as of `loss`; or batches have other shapes in other processes.
         """
         self.before_use()
         model, layers = self.parts(block)
         target = model.target
-        shape = scored_shape(target, checked(model, batch, target))
+        given = checked(model, batch, target)
+        shape = scored_shape(target, given)
         seed = draw_seed(generator)
         device = _device_of((*layers, cast(nn.Module, model)), batch)
-        # The generator of a GPU is Philox too: under the same key, sigma would be made of the same
-        # bits as the first elements' noise.
-        key = seed if device.type == "cpu" else seed ^ LEVEL_KEY
-        on_device = torch.Generator(device).manual_seed(key)
-        sigma = self.config.schedule.sample(
-            block, self.config.num_blocks, shape,
-            overlap=self.config.overlap, top_share=top_share_of(self.config, target),
-            generator=on_device, device=device,
+        replicas = replicas_of(self) if replicas is None else replicas
+        count = 1 if replicas is None else replicas.count
+        sigma, drop = draw_levels(
+            self.config.schedule, seed, (count * shape[0], *shape[1:]), block,
+            self.config.num_blocks, overlap=self.config.overlap,
+            top_share=top_share_of(self.config, target),
+            condition_drop=getattr(model, "condition_drop", 0.0), device=device,
         )  # fmt: skip
-        drop, condition_drop = None, getattr(model, "condition_drop", 0.0)
-        if condition_drop > 0:
-            uniform = torch.rand(shape[0], generator=on_device, device=device)
-            drop = uniform < condition_drop
-        return Draw(sigma, torch.full((), seed, dtype=torch.int64, device=device), drop)
+        drawn = Draw(sigma, torch.full((), seed, dtype=torch.int64, device=device), drop)
+        return drawn if replicas is None else part_of(drawn, given, target, shape, replicas)
 
     def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
         """The loss of a block at given random numbers; compiles as one graph."""
@@ -221,20 +227,26 @@ class Denoiser(nn.Module):
         batch = checked(model, batch, target)
         level: Any = schedule.level(draw.sigma)
         y = target.embed(batch)
-        noised = schedule.corrupt(y, level, draw.seed)
+        seed = cast(Any, draw.seed_of(y))
+        noised = schedule.corrupt(y, level, seed)
         condition = model.embed_condition(batch, draw.drop)
         features = model.features(model.run_layers(layers, noised.z_in, level, condition))
-        losses = target.score(features, cast(Tensor, noised.z), level, y, draw.seed, batch)
+        losses = target.score(features, cast(Tensor, noised.z), level, y, seed, batch)
         if losses.shape != draw.sigma.shape:
             raise ValueError(
                 f"score() of {type(target).__name__} must return one loss for each sigma, "
                 f"{list(draw.sigma.shape)}, got {list(losses.shape)}; "
                 "average over what shares a sigma, see dblocks.blocks.Target"
             )
-        w = schedule.loss_weight(draw.sigma, block, config.num_blocks, overlap=config.overlap)
+        whole = draw.whole
+        sigma = draw.sigma if whole is None else whole.sigma
+        w = schedule.loss_weight(sigma, block, config.num_blocks, overlap=config.overlap)
         weight = loss_factors(config.weighting, target.loss_kind, w)
+        weight = weight if whole is None else whole.here(weight, losses)
         loss = (weight * losses).mean()
-        return Loss(loss if extra is None else loss + extra, losses, weight, draw.sigma)
+        loss = loss if extra is None else loss + extra
+        loss = loss if whole is None or whole.factor is None else loss * whole.factor
+        return Loss(loss, losses, weight, draw.sigma)
 
 
 class Bound:
@@ -316,31 +328,6 @@ class Bound:
                 "make one call per block"
             )
         return int(first)
-
-
-def loss_factors(weighting: Weighting, loss_kind: str, w: Tensor) -> Tensor:
-    """What each sample's loss is multiplied with.
-
-    `edm` is w_i, `clamped` min(w_i, 20), `none` 1 and `batch_mean` the mean of w, each on the loss
-    of the denoised estimate. An L2 loss in F space already carries w_i, which is divided out.
-
-    Args:
-        weighting: the rule; `auto` is w_i for "l2" and "masked_cross_entropy", and `none` for
-            "cross_entropy".
-        loss_kind: "l2", "cross_entropy" or "masked_cross_entropy".
-        w: the schedule's loss weights, of the shape of sigma.
-    """
-    if weighting == "auto":
-        weighting = "none" if loss_kind == "cross_entropy" else "edm"
-    if weighting == "edm":
-        return torch.ones_like(w) if loss_kind == "l2" else w
-    if weighting == "clamped":
-        factor = w.clamp(max=CLAMPED_WEIGHT_MAX)
-    elif weighting == "batch_mean":
-        factor = w.mean().expand_as(w)
-    else:
-        factor = torch.ones_like(w)
-    return factor / w if loss_kind == "l2" else factor
 
 
 def attention_with_tangents() -> AbstractContextManager:

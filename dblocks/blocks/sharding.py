@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 T = TypeVar("T")
 NAME, CHECKED = "_run_within", "_dblocks_one_block"
@@ -28,6 +28,55 @@ def within(module: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
         object.__setattr__(module, NAME, _call)
         fsdp.register_fsdp_forward_method(module, NAME)
     return partial(cast(Callable[..., T], getattr(module, NAME)), function)
+
+
+class Replicas(NamedTuple):
+    """Processes that train the same parameters, each with its part of a batch."""
+
+    rank: int
+    """The number of this one among them, in whose order the parts are those of the batch."""
+    count: int
+    """How many there are."""
+    groups: tuple[Any, ...]
+    """Process groups: what is reduced in one after the other is reduced over all."""
+
+
+def replicas_of(model: Any) -> Replicas | None:
+    """The processes that average gradients of a `DistributedDataParallel` or an `FSDPModule`.
+
+    None where there is one only, or the model is neither.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        group: Any = model.process_group
+        found = Replicas(group.rank(), group.size(), (group,))
+    else:
+        mesh = _mesh_of(model)
+        if mesh is None:
+            return None
+        groups = tuple(mesh.get_group(i) for i in range(mesh.ndim))
+        rank = 0
+        for i in range(mesh.ndim):
+            rank = rank * mesh.size(i) + mesh.get_local_rank(i)
+        found = Replicas(rank, mesh.size(), groups)
+    return None if found.count == 1 else found
+
+
+def reduced(value: Tensor, replicas: Replicas, op: Literal["sum", "max"]) -> Tensor:
+    """`value`, changed in place: its sum or largest over all processes."""
+    distributed: Any = torch.distributed
+    for group in replicas.groups:
+        distributed.all_reduce(value, getattr(distributed.ReduceOp, op.upper()), group=group)
+    return value
+
+
+def _mesh_of(module: Any) -> Any:
+    """The mesh of a module that `fully_shard` was called on, all of whose axes share data."""
+    # Whoever shards has imported it.
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return None
+    tensor: Any = sys.modules["torch.distributed.tensor"]
+    return next((p.device_mesh for p in module.parameters() if isinstance(p, tensor.DTensor)), None)
 
 
 def through(parallel: Any, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -94,12 +143,12 @@ def _other_blocks(blocks: list[int]) -> ValueError:
     )
 
 
-def agreed(block: int, parallel: Any) -> int:
+def agreed(block: int, replicas: Replicas, device: torch.device) -> int:
     """The block that the first process has drawn, in all of them."""
     distributed: Any = torch.distributed
-    device = next(p.device for p in parallel.module.parameters())
     number = torch.tensor(block, device=device)
-    distributed.broadcast(number, group=parallel.process_group, group_src=0)
+    for group in replicas.groups:
+        distributed.broadcast(number, group=group, group_src=0)
     return int(number)
 
 

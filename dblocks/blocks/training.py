@@ -13,7 +13,13 @@ from torch.optim import Optimizer
 
 from dblocks.blocks.denoiser import Loss, unwrapped
 from dblocks.blocks.network import Block, DiffusionBlocks
-from dblocks.blocks.sharding import agreed, check_one_block, check_parallel, through
+from dblocks.blocks.sharding import (
+    agreed,
+    check_one_block,
+    check_parallel,
+    replicas_of,
+    through,
+)
 from dblocks.blocks.targets.base import Batch
 from dblocks.config import check_block, check_generator
 
@@ -71,7 +77,7 @@ class StepResult(NamedTuple):
     block: int
     """The block that was trained."""
     loss: Tensor
-    """The loss that was minimised, 0-d, detached."""
+    """The loss that was minimised, 0-d, detached; in several processes the mean of theirs is it."""
     details: Loss
     """All of `DiffusionBlocks.loss`, detached."""
     grad_norm: Tensor | None
@@ -124,12 +130,13 @@ def train_step(
     then `step()` of every optimizer in `optimizers.of_block(block)`, then `model.zero_grad()`.
 
     Args:
-        model: the network, or one block of it; or it in a `DistributedDataParallel` with
-            `find_unused_parameters=True`, where gradients are averaged over the processes, each
-            with its part of the batch and a generator of its own. A block that is drawn is then
-            that of the first process, which synchronises; a block that is given must be the same
-            in all, which is found out after the backward.
-        batch: what its parts read.
+        model: the network, or one block of it; or it in a `DistributedDataParallel` (with
+            `find_unused_parameters=True` where it has several blocks), or after `fully_shard`. Then
+            each process has its part of the batch, and a generator that is in the same state in
+            all: the step is that of one process with all parts in the order of the processes. A
+            block that is drawn is that of the first process, which synchronises; a block that is
+            given must be the same in all, which is found out after the backward.
+        batch: what its parts read; of the same shapes in all processes.
         optimizers: from `make_optimizers`.
         block: the block to train; drawn uniformly by default, where there is more than one.
         generator: a CPU generator.
@@ -158,13 +165,15 @@ def train_step(
         )
     num_blocks = model.config.num_blocks
     if parallel is not None:
-        check_parallel(parallel, num_blocks)
+        check_parallel(parallel, len(model.held))
+    replicas = replicas_of(model if parallel is None else parallel)
     if block is None:
         block = model.index
     drawn = block is None
     if block is None:
         block = int(torch.randint(num_blocks, (), generator=generator, device="cpu"))
-        block = block if parallel is None else agreed(block, parallel)
+        if replicas is not None:
+            block = agreed(block, replicas, next(model.parameters()).device)
     block = check_block(block, num_blocks)
     if model.residency is not None:
         block = model.residency.visit(block, optimizers, generator, drawn=drawn)
@@ -178,7 +187,7 @@ def train_step(
     if parallel is None:
         result = model.loss(batch, block, generator=generator)
     else:
-        result = through(parallel, model.loss, batch, block, generator=generator)
+        result = through(parallel, model.loss, batch, block, generator=generator, replicas=replicas)
     result.loss.backward()
     if parallel is not None:
         try:
@@ -190,7 +199,7 @@ def train_step(
     wrong = None
     if nonfinite is not None or result.loss.device.type == "cpu":
         # Gradients are the same in all processes, which must agree; losses are not.
-        wrong = not_finite(result.loss if parallel is None else None, parameters)
+        wrong = not_finite(result.loss if replicas is None else None, parameters)
     if wrong is not None and nonfinite != "skip":
         model.zero_grad(set_to_none=True)
         # Who asked for "raise" by name has chosen, such as a command that has no such option.

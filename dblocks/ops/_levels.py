@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,6 +108,20 @@ def check_sigma_data(sigma_data: float) -> None:
     _checks.check_number("sigma_data", sigma_data)
     if not sigma_data > 0 or sigma_data == math.inf:
         raise ValueError(f"sigma_data must be a finite number > 0, got {sigma_data}; 0.5 is usual")
+
+
+class OffsetSeed(NamedTuple):
+    """A seed whose numbers are those from `offset` on, in every op that takes a seed."""
+
+    seed: int | Tensor
+    offset: int
+
+
+def located(seed: Any, offset: int) -> tuple[int | Tensor, int]:
+    """A seed and the number of the first element."""
+    if isinstance(seed, OffsetSeed):
+        return seed.seed, seed.offset + offset
+    return seed, offset
 
 
 def split_seed(seed: int | Tensor, offset: int, x: Tensor) -> tuple[Tensor | None, int]:

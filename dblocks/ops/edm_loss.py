@@ -6,7 +6,7 @@ from torch import Tensor
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
 from dblocks.ops._dispatch import Impl, check_first_order, constant, kept, recorded, widest
-from dblocks.ops._levels import check_noised, split_seed
+from dblocks.ops._levels import OffsetSeed, check_noised, located, split_seed
 from dblocks.ops._library import define, triton_kernel
 
 _INPUTS = (
@@ -96,7 +96,7 @@ def edm_loss(
     f: Tensor,
     y: Tensor,
     sigma: Tensor,
-    seed: int | Tensor,
+    seed: int | Tensor | OffsetSeed,
     *,
     offset: int = 0,
     sigma_data: float = 0.5,
@@ -139,6 +139,7 @@ def edm_loss(
     if not _dispatch.noised_fit((f, y), sigma, sigma_data):
         check_noised({"f": f, "y": y}, sigma, sigma_data)
     _check_row_weight(row_weight, y)
+    seed, offset = located(seed, offset)
     split = _dispatch.known_seed(seed, offset, f) or split_seed(seed, offset, f)
     seed_tensor, number = split
     y, sigma = constant(y), constant(sigma)

@@ -8,7 +8,7 @@ from torch import Tensor
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
 from dblocks.ops._dispatch import Impl, check_first_order, constant, kept, recorded
-from dblocks.ops._levels import check_noised, split_seed
+from dblocks.ops._levels import OffsetSeed, check_noised, located, split_seed
 from dblocks.ops._library import define, triton_kernel
 
 _FORWARD = (
@@ -85,7 +85,7 @@ class _NoiseInject(torch.autograd.Function):
 def noise_inject(
     y: Tensor,
     sigma: Tensor,
-    seed: int | Tensor,
+    seed: int | Tensor | OffsetSeed,
     *,
     offset: int = 0,
     sigma_data: float = 0.5,
@@ -109,7 +109,8 @@ def noise_inject(
             tokens. No gradient, but a tangent in forward mode. On the CPU its values are checked.
             In a compiled graph the reference alone does not allow a change in place before
             backward.
-        seed: An int of 64 bits (two's complement), or a 0-d int64 tensor on the device.
+        seed: An int of 64 bits (two's complement), or a 0-d int64 tensor on the device; or an
+            `OffsetSeed` of either, whose offset is added.
         offset: The number of the first element, >= 0; that of the last is < 2**63.
         sigma_data: Standard deviation of the data.
         dtype: Of `z_in`; that of `y` by default.
@@ -137,6 +138,7 @@ def noise_inject(
         check_noised({"y": y}, sigma, sigma_data)
     if dtype is not None and dtype not in _dispatch.FLOATS:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+    seed, offset = located(seed, offset)
     split = _dispatch.known_seed(seed, offset, y) or split_seed(seed, offset, y)
     seed_tensor, number = split
     sigma = constant(sigma)

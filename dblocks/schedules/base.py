@@ -64,7 +64,7 @@ class Schedule(Protocol):
         """A corrupted target as given, in the dtype that the calls compute in."""
         ...
 
-    def corrupt(self, y: Tensor, level: Any, seed: int | Tensor) -> F.Noised:
+    def corrupt(self, y: Tensor, level: Any, seed: int | Tensor | F.OffsetSeed) -> F.Noised:
         """The corrupted target z, and z as the network takes it; a function of the seed."""
         ...
 

@@ -243,7 +243,7 @@ class MaskSchedule(JsonConfig):
             )
         return z
 
-    def corrupt(self, y: Tensor, level: MaskLevel, seed: int | Tensor) -> F.Noised:
+    def corrupt(self, y: Tensor, level: MaskLevel, seed: int | Tensor | F.OffsetSeed) -> F.Noised:
         """Masks tokens: `z = where(u < masked, MASKED, y)`, and z again.
 
         u is uniform and a function of the seed and of the token's number in y alone, so that all t

@@ -271,7 +271,7 @@ class EDMSchedule(JsonConfig, ABC):
         """z in float32 (float64 for float64)."""
         return computed(z)
 
-    def corrupt(self, y: Tensor, level: NoiseLevel, seed: int | Tensor) -> F.Noised:
+    def corrupt(self, y: Tensor, level: NoiseLevel, seed: int | Tensor | F.OffsetSeed) -> F.Noised:
         """`z = y + sigma*eps` and `c_in*z`; see `functional.noise_inject`."""
         return F.noise_inject(y, level.sigma, seed, sigma_data=self.sigma_data)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dblocks.config import check_generator, check_seed
 from dblocks.kernels.reference import philox
+from dblocks.ops._levels import OffsetSeed, located
 
 MAX_SEED = 2**63 - 1
 UNIFORM_BITS = 52  # an odd multiple of 2^-53 is a float64, and neither 0 nor 1
@@ -43,16 +44,21 @@ def draw_device(
 
 
 def uniforms(
-    shape: Sequence[int], seed: int | Tensor, device: torch.device | str = "cpu", *, offset: int = 0
+    shape: Sequence[int],
+    seed: int | Tensor | OffsetSeed,
+    device: torch.device | str = "cpu",
+    *,
+    offset: int = 0,
 ) -> Tensor:
     """The uniform numbers `offset`, `offset + 1`, ... of a seed; see `uniforms_at`.
 
     Args:
         shape: their shape.
-        seed: an int of 64 bits, or a 0-d int64 tensor on the device.
+        seed: an int of 64 bits, or a 0-d int64 tensor on the device; or an `OffsetSeed`.
         device: where they are made.
         offset: number of the first one.
     """
+    seed, offset = located(seed, offset)
     numbers = torch.arange(offset, offset + math.prod(shape), device=device)
     return uniforms_at(numbers.view(tuple(shape)), seed)
 

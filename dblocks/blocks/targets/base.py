@@ -69,6 +69,14 @@ class Target(metaclass=ABCMeta):
     def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
         """The shape of sigma for this batch, `N...`."""
 
+    def scored(self, batch: Batch) -> Tensor | None:
+        """How many parts of a batch, 0-d, the mean of `score` is over, where not all are scored.
+
+        Where several processes have a part of the batch each, their means are weighted by it, so
+        that the mean is that over all that is scored. None: as many in batches of one shape.
+        """
+        return None
+
     @abstractmethod
     def embed(self, batch: Batch) -> Tensor:
         """The clean target y, [N..., ...]."""

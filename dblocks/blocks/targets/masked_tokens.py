@@ -73,6 +73,11 @@ class MaskedTokenTarget(Target):
         """A t for every sequence, [N]."""
         return (len(batch["tokens"]),)
 
+    def scored(self, batch: Batch) -> Tensor | None:
+        """The tokens that may be masked, where some are given."""
+        mask = batch.get("loss_mask")
+        return None if mask is None else mask.sum()
+
     def embed(self, batch: Batch) -> Tensor:
         """`batch["tokens"]`, int64 [N, T]."""
         return batch["tokens"]

@@ -111,6 +111,12 @@ class TokenTarget(EmbeddedTarget):
             )
         return (N, T // each)
 
+    def scored(self, batch: Batch) -> Tensor | None:
+        """The tokens that are scored, where a mask or documents say so."""
+        if all(batch.get(key) is None for key in ("loss_mask", "attention_mask", "cu_seqlens")):
+            return None
+        return (self.check(batch).labels() != IGNORED).sum()
+
     def embed(self, batch: Batch) -> Tensor:
         """Embeddings of the tokens, [N, T, D]."""
         return self.rows()[batch["tokens"]]

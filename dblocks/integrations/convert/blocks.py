@@ -60,7 +60,7 @@ class ConvertedBlocks(DiffusionBlocks):
         schedule, z = self.config.schedule, None
         if schedule.corruption == "masks":
             y = self.base_model.target.embed(self.base_model.target.check(batch))
-            z = schedule.corrupt(y, schedule.level(draw.sigma), draw.seed).z
+            z = schedule.corrupt(y, schedule.level(draw.sigma), draw.seed_of(y)).z
         first, last = self.layer_ranges[block]
         names = self.base_model.names[first:last]
         layers = [self.base_model.model.get_submodule(name) for name in names]
