@@ -42,9 +42,10 @@ class Plan(ABC):
     """Samples in a batch."""
     tokens: int | None = None
     """Tokens of a text; by default as many as the network takes, up to 2,048."""
-    shared: Shared | None = None
-    """What happens to parameters outside the layers. By default: train on one device; on several,
-    private of networks here and frozen of other libraries' models."""
+    shared: Literal["train", "frozen", "private"] | None = None
+    """What happens to parameters outside the layers; for reduce, plan private. By default:
+    train on one device; on several, private of networks here and frozen of other libraries'
+    models."""
     optimizer: Optimizer = "adamw"
     """adamw is the fused one; adamw-foreach makes a copy of the parameters in a step."""
     bf16: bool = False
