@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from dblocks.config import JsonConfig, check_count, check_share
 from dblocks.schedules import SCHEDULES, EDMSchedule, MaskSchedule, NoiseSchedule, Schedule
 from dblocks.schedules.base import OVERLAP, check_schedule
 
 Weighting = Literal["auto", "edm", "clamped", "none", "batch_mean"]
-Shared = Literal["train", "frozen", "private"]
-SHARED = ("train", "frozen", "private")
+Shared = Literal["train", "frozen", "private", "reduce"]
+SHARED = get_args(Shared)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class BlocksConfig(JsonConfig):
     """Weight of a sample's loss; auto is edm for L2, none for cross-entropy, and the weight of the
     bound for masks."""
     shared: Shared = "train"
-    """What happens to parameters outside the layers: train, frozen or private."""
+    """What happens to parameters outside the layers: train, frozen, private, or reduce, which is
+    private for `dblocks.scale.average_shared` to average every so many steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +58,11 @@ class BlocksConfig(JsonConfig):
         # The schedule checks that its partition makes as many blocks, and the overlap.
         self.schedule.range_of(0, self.num_blocks, overlap=self.overlap)
         self._check_layers()
+
+    @property
+    def copied(self) -> bool:
+        """Whether each block has its own copy of the parameters outside the layers."""
+        return self.shared in ("private", "reduce")
 
     @property
     def noise_schedule(self) -> EDMSchedule:

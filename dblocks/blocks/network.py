@@ -29,9 +29,10 @@ class DiffusionBlocks(Denoiser):
     Shared parameters (all outside `layers`) follow `config.shared`: "train" trains them with every
     block's step; "frozen" keeps them as they are, which suits a pretrained network only; "private"
     gives every block its own copy, except that the target embedding is common and frozen, since
-    all blocks must mean the same target. Freezing is `requires_grad_(False)` on the network itself
-    and lasts: for a second configuration give a `copy.deepcopy` of it, or `requires_grad_(True)`
-    first.
+    all blocks must mean the same target; "reduce" is "private" for copies that
+    `dblocks.scale.average_shared` averages every so many steps. Freezing is
+    `requires_grad_(False)` on the network itself and lasts: for a second configuration give a
+    `copy.deepcopy` of it, or `requires_grad_(True)` first.
 
     Args:
         model: a network with the members of `BlockModel`; its parameters are used, not copied.
@@ -61,8 +62,8 @@ class DiffusionBlocks(Denoiser):
         if config.shared != "train":
             for parameter in self.shared_parameters():
                 parameter.requires_grad_(False)
-        _check_frozen(model, config.shared, {id(p) for p in self.shared_parameters()})
-        if config.shared == "private":
+        _check_frozen(model, config, {id(p) for p in self.shared_parameters()})
+        if config.copied:
             self.copies.extend(_without_layers(model) for _ in range(1, config.num_blocks))
 
     def block(self, block: int) -> Block:
@@ -75,7 +76,7 @@ class DiffusionBlocks(Denoiser):
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that all blocks use."""
-        if self.config.shared == "private":
+        if self.config.copied:
             yield from self.base_model.target.parameters()
         else:
             yield from _outside_layers(self.base_model)
@@ -134,7 +135,7 @@ class Block(Denoiser):
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that all blocks use: those that are here."""
         model, _ = self.parts_at_rest(cast(int, self.index))
-        if self.config.shared == "private":
+        if self.config.copied:
             return iter(model.target.parameters())
         return _outside_layers(model)
 
@@ -142,7 +143,7 @@ class Block(Denoiser):
 def _parameters_of(held: Denoiser, block: int) -> Iterator[nn.Parameter]:
     model, layers = held.parts_at_rest(block)
     yield from (p for layer in layers for p in layer.parameters())
-    if held.config.shared == "private":
+    if held.config.copied:
         frozen = {id(p) for p in model.target.parameters()}
         yield from (p for p in _outside_layers(model) if id(p) not in frozen)
 
@@ -157,21 +158,21 @@ def _check_loss_kind(model: BlockModel, config: BlocksConfig) -> None:
         )
 
 
-def _check_frozen(model: BlockModel, shared: str, shared_ids: set[int]) -> None:
+def _check_frozen(model: BlockModel, config: BlocksConfig, shared_ids: set[int]) -> None:
     """Warns of parameters that an earlier configuration froze and this one would train."""
-    if shared != "frozen" and getattr(model, "_frozen_by_blocks", False):
-        kept = shared_ids if shared == "private" else set()
+    if config.shared != "frozen" and getattr(model, "_frozen_by_blocks", False):
+        kept = shared_ids if config.copied else set()
         outside = (p for p in _outside_layers(model) if id(p) not in kept)
         count = sum(not p.requires_grad for p in outside)
         if count:
             warnings.warn(
-                f"shared={shared!r} trains all parameters, got {count} outside the layers that an "
-                "earlier DiffusionBlocks of this network froze; call requires_grad_(True) on it "
-                "first, or give each configuration a copy.deepcopy of it",
+                f"shared={config.shared!r} trains all parameters, got {count} outside the layers "
+                "that an earlier DiffusionBlocks of this network froze; call requires_grad_(True) "
+                "on it first, or give each configuration a copy.deepcopy of it",
                 UserWarning,
                 stacklevel=3,
             )
-    if shared != "train":
+    if config.shared != "train":
         model._frozen_by_blocks = True  # pyright: ignore[reportAttributeAccessIssue]
 
 

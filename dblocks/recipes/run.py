@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dblocks.blocks import Weighting
 from dblocks.blocks.config import Shared
-from dblocks.config import JsonConfig, check_block, check_finite
+from dblocks.config import JsonConfig, check_block, check_count, check_finite
 from dblocks.recipes.data.splits import Part
 
 if TYPE_CHECKING:
     from dblocks.recipes.trainer import Trainer
 
 SEED_END = 2**63
+REDUCE_EVERY = 100
 # Fields that earlier records do not have; they are written where they are not the default.
-ADDED = ("shared", "block", "data_path", "fold", "decay")
+ADDED = ("shared", "block", "data_path", "fold", "decay", "reduce_every")
 
 
 def check_seed(seed: int) -> None:
@@ -67,7 +68,10 @@ class Run(JsonConfig, ABC):
 
     shared: Shared | None = None
     """What happens to parameters outside the layers: train, with every block's steps; frozen, as
-    they are; or private, a copy for each block. By default train, and private with `--block`."""
+    they are; private, a copy for each block; or reduce, copies that are averaged every
+    `--reduce-every` steps. By default train, and private with `--block`."""
+    reduce_every: int | None = None
+    """Steps between two averages with `--shared reduce`; 100 by default."""
     block: int | None = None
     """Train this block alone, from 0, in the folder block-N of `--out`: one of as many jobs as
     there are blocks, which share nothing and may run anywhere, at any time. It takes exactly the
@@ -108,6 +112,11 @@ class Run(JsonConfig, ABC):
         return self.shared or ("train" if self.block is None else "private")
 
     @property
+    def averaged_every(self) -> int | None:
+        """Steps between two averages of what blocks share; None: there are none."""
+        return (self.reduce_every or REDUCE_EVERY) if self.sharing == "reduce" else None
+
+    @property
     def num_blocks(self) -> int:
         """Blocks that are trained; 1 end to end."""
         return 1 if self.end_to_end else self.blocks
@@ -133,6 +142,13 @@ class Run(JsonConfig, ABC):
         return self.lr * 0.5 * (1 + math.cos(math.pi * fraction))
 
     def _check_sharing(self) -> None:
+        if self.reduce_every is not None:
+            check_count("reduce_every", self.reduce_every)
+            if self.shared != "reduce":
+                raise ValueError(
+                    "reduce_every must be left out without shared='reduce', "
+                    f"got {self.reduce_every} and {self.shared!r}"
+                )
         if self.end_to_end and not self.block is self.shared is None:
             raise ValueError(
                 "block and shared must be left out end to end, where there are no blocks, "
@@ -143,9 +159,9 @@ class Run(JsonConfig, ABC):
         check_block(self.block, self.blocks)
         if self.shared == "train":
             raise ValueError(
-                "shared must be private or frozen where one block is trained alone, got 'train': "
-                "each job would train a copy of its own of the shared parameters, and they would "
-                "drift apart"
+                "shared must be private, frozen or reduce where one block is trained alone, "
+                "got 'train': each job would train a copy of its own of the shared parameters, and "
+                "they would drift apart"
             )
 
     @abstractmethod

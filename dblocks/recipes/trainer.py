@@ -21,6 +21,7 @@ from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train
 from dblocks.blocks.training import not_finite
 from dblocks.recipes.data.batches import Batch, Data
 from dblocks.recipes.run import Run
+from dblocks.scale.sharing import average_shared, join_owners
 from dblocks.schedules.random import draw_seed
 
 BLOCK_SEED = 2**31  # added to a run's seed: of the blocks and noise levels drawn in training
@@ -114,7 +115,11 @@ class Trainer(ABC):
             FloatingPointError: the loss or a gradient is not finite; the network is as before.
         """
         try:
-            return self._step(step)
+            taken = self._step(step)
+            every = self.run.averaged_every
+            if every and ((step + 1) % every == 0 or step + 1 == self.run.steps):
+                average_shared(self.trained, step=step + 1)
+            return taken
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"training stopped at step {step + 1} of {self.run.steps}: {error}"
@@ -140,6 +145,8 @@ class Trainer(ABC):
             return whole
         block = whole.block(self.run.block)
         self.network, _ = block.parts(self.run.block)
+        if config.shared == "reduce":
+            join_owners(self.run.block, self.num_blocks, self.run.device)
         return block
 
     def _step(self, step: int) -> tuple[int, float | None]:

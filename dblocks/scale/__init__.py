@@ -5,5 +5,6 @@ from dblocks.scale.merge import merge_blocks as merge_blocks
 from dblocks.scale.merge import save_block as save_block
 from dblocks.scale.residency import Residency as Residency
 from dblocks.scale.residency import resident as resident
+from dblocks.scale.sharing import average_shared as average_shared
 from dblocks.scale.signals import Interrupted as Interrupted
 from dblocks.scale.signals import Stop as Stop

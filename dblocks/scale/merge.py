@@ -190,7 +190,7 @@ def _merged(
             if name in merged and not torch.equal(merged[name], tensor):
                 raise ValueError(_differs("what all blocks share", name, owners[name], folder))
             merged[name], owners[name] = tensor, folder
-    _check_targets(merged, owners, whole)
+    _check_copies(merged, owners, whole)
     return merged
 
 
@@ -205,20 +205,23 @@ def _check_tensors(held: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
             )
 
 
-def _check_targets(
+def _check_copies(
     merged: Mapping[str, Tensor], owners: Mapping[str, Path], whole: DiffusionBlocks
 ) -> None:
-    """Private copies hold the target embedding too: it must be the same everywhere."""
+    """Copies hold the target embedding too, the same everywhere; averaged, all is the same."""
     target = {id(p) for p in whole.base_model.target.parameters()}
+    inside = {id(p) for p in whole.base_model.layers.parameters()}
     network = cast(nn.Module, whole.base_model)
-    names = [name for name, p in network.named_parameters() if id(p) in target]
-    for name in names:
+    averaged = whole.config.shared == "reduce"
+    for name, parameter in network.named_parameters():
+        common = id(parameter) in target
+        if not common and (not averaged or id(parameter) in inside):
+            continue
+        what = "the target embedding" if common else "the average of what blocks share"
         for copy in range(len(whole.copies)):
             other = f"{COPIES}{copy}.{name}"
             if not torch.equal(merged[name], merged[other]):
-                raise ValueError(
-                    _differs("the target embedding", name, owners[name], owners[other])
-                )
+                raise ValueError(_differs(what, name, owners[name], owners[other]))
 
 
 def _differs(what: str, name: str, first: Path, second: Path) -> str:

@@ -86,8 +86,8 @@ def test_layers_per_block():
         ({"num_blocks": 2, "weighting": "min"}, "weighting must be one of .* got 'min'"),
         ({"num_blocks": 2, "shared": "all"}, "shared must be one of .* got 'all'"),
         (
-            {"num_blocks": 2, "shared": "reduce"},
-            r"shared must be one of \('train', 'frozen', 'private'\), got 'reduce'",
+            {"num_blocks": 2, "shared": "sum"},
+            r"shared must be one of \('train', 'frozen', 'private', 'reduce'\), got 'sum'",
         ),
         ({"num_blocks": 3, "schedule": NoiseSchedule(partition=(1.0,))}, "1 inner boundaries"),
     ],

@@ -3,11 +3,12 @@
 import gc
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
 from counting_device import NAME, counting
+from stream_trace import traced
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.blocks.memory import SavedActivations
@@ -22,7 +23,9 @@ OPTIMIZERS = {
     "foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
     "fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
     "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-3, amsgrad=True),
+    "capturable": lambda p: torch.optim.AdamW(p, lr=1e-3, capturable=True),
     "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
 }
 
 
@@ -126,6 +129,39 @@ def faults():
     with without("compute_waits"):
         result = trained("default", prefetch="all")
     found["no wait for a block"] = any(x != x for x in result[1])
+    return found
+
+
+@contextmanager
+def late_waits():
+    """Copies back wait for the computation only when they are under way."""
+    wait, mark = Transfers.wait_for_compute, Transfers.mark
+
+    def marked(self):
+        wait(self)
+        return mark(self)
+
+    with without("wait_for_compute"), patch.object(Transfers, "mark", marked):
+        yield
+
+
+FAULTS = {
+    "all waits": nullcontext,
+    "no wait before a copy back": lambda: without("wait_for_compute"),
+    "a wait after a copy back": late_waits,
+    "no wait for a block": lambda: without("compute_waits"),
+}
+
+
+def order():
+    """What the recorded order of accesses and waits says, of each fault."""
+    found = {}
+    for name, fault in FAULTS.items():
+        for prefetch in ("none", "all"):
+            with traced(NAME) as trace, fault():
+                trained("default", steps=8, prefetch=prefetch)
+            sides = sorted({stream for stream, _ in trace.conflicts})
+            found[f"{name}, {prefetch}"] = sides if trace.copies else None
     return found
 
 

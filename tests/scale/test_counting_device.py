@@ -21,7 +21,7 @@ def found():
     folders = [ROOT, ROOT / "tests", HERE]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     run = subprocess.run(
-        [sys.executable, str(HERE / "on_counting_device.py"), "bits", "bounds", "faults"],
+        [sys.executable, str(HERE / "on_counting_device.py"), "bits", "bounds", "faults", "order"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -29,7 +29,7 @@ def found():
 
 
 def test_bits_are_those_without_residency(found):
-    assert len(found["bits"]) == 8
+    assert len(found["bits"]) == 10
     assert all(found["bits"].values()), found["bits"]
 
 
@@ -42,3 +42,13 @@ def test_peaks_keep_their_bounds(found):
 
 def test_a_missing_wait_is_seen(found):
     assert found["faults"] == {"all waits": True, "no wait for a block": True}
+
+
+def test_the_recorded_order_has_every_wait(found):
+    """Also the waits for the computation, which is never late on this device."""
+    order = found["order"]
+    for prefetch in ("none", "all"):
+        assert order[f"all waits, {prefetch}"] == []
+        for fault in ("no wait before a copy back", "a wait after a copy back"):
+            assert "side" in order[f"{fault}, {prefetch}"]
+        assert "compute" in order[f"no wait for a block, {prefetch}"]

@@ -245,7 +245,7 @@ def test_a_job_holds_its_block_only():
 def test_what_does_not_fit_is_refused_by_name(tmp_path, capsys):
     out = ("--out", tmp_path / "out")
     error = mistake(capsys, *VIT, *out, "--block", "1", "--shared", "train")
-    assert "shared must be private or frozen where one block is trained alone, got 'train'" in error
+    assert "shared must be private, frozen or reduce where one block is trained alone" in error
     assert "block must be in 0..2, got 3" in mistake(capsys, *VIT, *out, "--block", "3")
     error = mistake(capsys, *VIT, *out, "--block", "0", "--end-to-end")
     assert "block and shared must be left out end to end" in error

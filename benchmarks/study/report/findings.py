@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.study.experiment import Records
 from benchmarks.study.quality import Quality
 from benchmarks.study.report.finished import Finished
-from dblocks.recipes.metrics.differences import Difference, paired_difference
+from dblocks.recipes.metrics.paired import Difference, paired_difference
 
 REFERENCE = "end_to_end"
 

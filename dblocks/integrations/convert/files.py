@@ -150,7 +150,7 @@ def _owners(blocks: ConvertedBlocks) -> Callable[[str], int | None]:
     common = {id(p) for p in blocks.shared_parameters()}
     shared = {n for n, p in blocks.named_parameters(remove_duplicate=False) if id(p) in common}
     # With private parameters, those of the model itself belong to block 0.
-    rest = 0 if blocks.config.shared == "private" else None
+    rest = 0 if blocks.config.copied else None
 
     def owner(name: str) -> int | None:
         if name.startswith(COPIES):

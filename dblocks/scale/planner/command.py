@@ -16,9 +16,9 @@ from dblocks.blocks.config import Shared
 from dblocks.config import check_count
 from dblocks.integrations.build import UnknownModel
 from dblocks.scale.planner.costs import Costs
+from dblocks.scale.planner.optimizers import Optimizer
 from dblocks.scale.planner.plan import Machine, Planner, Prefetch, Split
 from dblocks.scale.planner.report import as_json, chart, chart_endings, table
-from dblocks.scale.planner.step import Optimizer
 from dblocks.scale.planner.subject import CONFIGS, Subject, of_model, of_network
 from dblocks.scale.planner.units import parse_bytes, parse_count, parse_flops, parse_rate
 
@@ -44,11 +44,14 @@ class Plan(ABC):
     """Samples in a batch."""
     tokens: int | None = None
     """Tokens of a text; by default as many as the network takes, up to 2,048."""
-    shared: Shared | None = None
-    """What happens to parameters outside the layers. By default: train on one device; on several,
-    private of networks here and frozen of other libraries' models."""
+    shared: Literal["train", "frozen", "private"] | None = None
+    """What happens to parameters outside the layers; for reduce, plan private. By default:
+    train on one device; on several, private of networks here and frozen of other libraries'
+    models."""
     optimizer: Optimizer = "adamw"
-    """adamw is the fused one; adamw-foreach makes a copy of the parameters in a step."""
+    """adamw is the fused one; adamw-foreach makes a copy of the parameters in a step; sgd has
+    momentum; adafactor takes one parameter after the other (foreach=False); muon is for all
+    matrices, with adamw for the rest."""
     bf16: bool = False
     """Compute the layers in bfloat16 (autocast)."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -12,14 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.blocks.config import Shared
-from dblocks.scale.planner.step import (
-    Held,
-    Optimizer,
-    Peak,
-    checkpointed,
-    state_bytes,
-    step_peak,
-)
+from dblocks.scale.planner.optimizers import Optimizer, Use, use
+from dblocks.scale.planner.step import Held, Peak, checkpointed, step_peak
 from dblocks.scale.planner.subject import Subject, block_loss, onto_cpu, without_data
 from dblocks.scale.planner.trace import Part, Trace, trace
 
@@ -31,19 +25,28 @@ class Bytes(NamedTuple):
 
     parameters: int = 0
     trained: int = 0
-    optimizer: int = 0
+    by_optimizer: Use = Use()
 
     @classmethod
-    def of(cls, parameters: Iterable[Tensor]) -> Bytes:
-        """Of these; AdamW's state is that of those that train."""
+    def of(cls, parameters: Iterable[Tensor], optimizer: Optimizer) -> Bytes:
+        """Of these; the optimizer's state is that of those that train."""
         held = list({id(p): p for p in parameters}.values())
         trained = [p for p in held if p.requires_grad]
         sizes = (sum(p.nbytes for p in held), sum(p.nbytes for p in trained))
-        return cls(*sizes, state_bytes(trained))
+        return cls(*sizes, use(trained, optimizer))
+
+    @property
+    def optimizer(self) -> int:
+        """Bytes of the optimizer's state."""
+        return self.by_optimizer.state
 
     def plus(self, *others: Bytes) -> Bytes:
         """The sums."""
-        return Bytes(*(sum(column) for column in zip(self, *others, strict=True)))
+        parameters, trained, found = self
+        for other in others:
+            parameters, trained = parameters + other.parameters, trained + other.trained
+            found = found.plus(other.by_optimizer)
+        return Bytes(parameters, trained, found)
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,14 @@ class Costs:
             batch = subject.batch(samples)
             with self._autocast():
                 self.trace = trace(lambda: block_loss(dm, batch), dm, layers, once=True)
-        self.by_layer = [Bytes.of(layer.parameters()) for layer in layers]
+        self.by_layer = [Bytes.of(layer.parameters(), optimizer) for layer in layers]
         inside = {id(p) for layer in layers for p in layer.parameters()}
         outside = [p for p in dm.parameters() if id(p) not in inside]
-        self.outside = Bytes.of(outside)
+        self.outside = Bytes.of(outside, optimizer)
         # A block's own copies travel with it; what all blocks use stays.
         common = {id(p) for p in dm.shared_parameters()}
-        self.outside_own = Bytes.of(p for p in outside if id(p) not in common)
+        own = (p for p in outside if id(p) not in common)
+        self.outside_own = Bytes.of(own, optimizer)
         self.num_layers = len(layers)
         self._blocks: dict[tuple[int, int], Cost] = {}
 
@@ -140,7 +144,7 @@ class Costs:
                 batch = subject.batch(self.samples)
                 with self._autocast():
                     found = trace(lambda: loss(batch), model, layers, once=True)
-            held = Bytes.of(model.parameters())
+            held = Bytes.of(model.parameters(), self.optimizer)
         count = len(found.layers)
         names = ["the embedding", *(f"layer {i}" for i in range(count)), "the output head"]
         return held, names, found
@@ -149,7 +153,9 @@ class Costs:
         named = list(zip(names, parts, strict=True))
         flops = (1 + BACKWARD) * sum(part.flops for part in parts)
         saved = sum(part.saved for part in parts)
-        return Cost(held, saved, step_peak(Held(*held), named, self.optimizer), flops)
+        found = held.by_optimizer
+        along = Held(held.parameters, held.trained, found.state, found.temporaries)
+        return Cost(held, saved, step_peak(along, named), flops)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext()

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
-
-from torch import Tensor
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from dblocks.scale.planner.trace import Part
-
-Optimizer = Literal["adamw", "adamw-foreach"]
-STEP_BYTES = 4  # AdamW counts the steps of every tensor by itself
-MOMENTS = 2
 
 
 class Held(NamedTuple):
@@ -21,6 +15,8 @@ class Held(NamedTuple):
     trained: int
     """Bytes of those that train."""
     optimizer: int
+    temporaries: int = 0
+    """Bytes that a step of the optimizer makes and frees."""
 
 
 class Peak(NamedTuple):
@@ -31,17 +27,7 @@ class Peak(NamedTuple):
     """When: the end of the forward, the backward of a part, or the optimizer."""
 
 
-def state_bytes(parameters: Iterable[Tensor]) -> int:
-    """Bytes of the state of AdamW for parameters that train."""
-    return sum(MOMENTS * p.nbytes + STEP_BYTES for p in parameters)
-
-
-def temporaries(trained: int, optimizer: Optimizer) -> int:
-    """Bytes that a step of the optimizer makes and frees: none if fused, else a copy of all."""
-    return 0 if optimizer == "adamw" else trained
-
-
-def step_peak(held: Held, parts: Sequence[tuple[str, Part]], optimizer: Optimizer) -> Peak:
+def step_peak(held: Held, parts: Sequence[tuple[str, Part]]) -> Peak:
     """The peak of a step and its moment.
 
     It holds parameters and optimizer state all along. The forward adds what it saves; the backward
@@ -52,7 +38,6 @@ def step_peak(held: Held, parts: Sequence[tuple[str, Part]], optimizer: Optimize
     Args:
         held: all along.
         parts: of the forward pass, first to last, by their names.
-        optimizer: which one.
     """
     base = held.parameters + held.optimizer
     memory = base + sum(part.saved for _, part in parts)
@@ -61,7 +46,7 @@ def step_peak(held: Held, parts: Sequence[tuple[str, Part]], optimizer: Optimize
         if memory + part.highest > peak.bytes:
             peak = Peak(memory + part.highest, f"backward of {name}")
         memory += part.gradients - part.saved
-    stepping = base + held.trained + temporaries(held.trained, optimizer)
+    stepping = base + held.trained + held.temporaries
     return Peak(stepping, "optimizer") if stepping > peak.bytes else peak
 
 

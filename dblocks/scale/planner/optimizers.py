@@ -1,0 +1,84 @@
+"""What optimizers of PyTorch hold and make: bytes of their state, and of a step's temporaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Optimizer = Literal["adamw", "adamw-foreach", "sgd", "adafactor", "muon"]
+COUNT_BYTES = 4  # of the count of steps, which most keep for every tensor
+BF16 = 2  # bytes of an element; Muon iterates in bfloat16
+
+
+class Use(NamedTuple):
+    """Bytes that an optimizer has for parameters that train."""
+
+    state: int = 0
+    together: int = 0
+    """Temporaries that are there for all parameters at once."""
+    largest: int = 0
+    """Temporaries of one parameter, of that which takes most."""
+
+    def plus(self, other: Use) -> Use:
+        """Of both groups of parameters."""
+        state, together = self.state + other.state, self.together + other.together
+        return Use(state, together, max(self.largest, other.largest))
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes that a step makes and frees."""
+        return self.together + self.largest
+
+
+def use(parameters: Iterable[Tensor], optimizer: Optimizer) -> Use:
+    """What an optimizer holds for parameters that train, and makes in a step."""
+    found = Use()
+    for parameter in parameters:
+        found = found.plus(USES[optimizer](parameter))
+    return found
+
+
+def _adamw(p: Tensor) -> Use:
+    return Use(2 * p.nbytes + COUNT_BYTES)
+
+
+def _foreach(p: Tensor) -> Use:
+    return _adamw(p)._replace(together=p.nbytes)
+
+
+def _sgd(p: Tensor) -> Use:
+    return Use(p.nbytes)
+
+
+def _adafactor(p: Tensor) -> Use:
+    """Means over rows and columns of a matrix; the update is one more matrix.
+
+    The last parameter's is freed only when the next one's is made.
+    """
+    if p.ndim < 2:
+        return Use(p.nbytes + COUNT_BYTES, largest=2 * p.nbytes)
+    factors = prod(p.shape[:-1]) + p.numel() // max(p.shape[-2], 1)
+    return Use(factors * p.itemsize + COUNT_BYTES, largest=2 * p.nbytes)
+
+
+def _muon(p: Tensor) -> Use:
+    """Of a matrix the momentum; an update, and three of them and two squares in bfloat16.
+
+    Of all else AdamW, fused.
+    """
+    if p.ndim != 2:
+        return _adamw(p)
+    squares = 2 * min(p.shape) ** 2
+    return Use(p.nbytes, largest=p.nbytes + BF16 * (3 * p.numel() + squares))
+
+
+USES: dict[Optimizer, Callable[[Tensor], Use]] = {
+    "adamw": _adamw,
+    "adamw-foreach": _foreach,
+    "sgd": _sgd,
+    "adafactor": _adafactor,
+    "muon": _muon,
+}
