@@ -348,7 +348,8 @@ def recorded(function: type[torch.autograd.Function], *args: Any) -> Callable[[]
     of all views add up.
     """
     if torch.compiler.is_compiling():
-        return functools.partial(function.apply, *_distinct(args))
+        distinct = _distinct(args)
+        return lambda: function.apply(*distinct)
     if torch._C._are_functorch_transforms_active():
         return functools.partial(function.apply, *args)
     # What Function.apply does then, without some microseconds of what transforms need: tensors that
