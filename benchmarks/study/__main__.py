@@ -11,6 +11,8 @@ from benchmarks.study import causal_lm, dit, masked_lm, recurrent, vit, vit_stud
 from benchmarks.study.archive import Archive
 from benchmarks.study.costing import COSTS_PART, run_costs
 from benchmarks.study.experiment import REPORT, Experiment
+from benchmarks.study.report.finished import Finished, finished, finished_study
+from benchmarks.study.report.page import write_page
 from benchmarks.study.rows import Study
 from benchmarks.study.running import QUICK, run_quick, run_study, status
 from benchmarks.study.topics.experiment import EXPERIMENT as TOPICS
@@ -30,6 +32,14 @@ EXPERIMENTS: dict[str, Experiment] = {
     )
 }
 STUDIES: dict[str, Study] = {study.name: study for study in (vit_study.FASHION, vit_study.DIGITS)}
+
+
+def comparisons() -> list[Finished]:
+    """What the report shows; of a study and an experiment on the same data the study."""
+    return [
+        finished_study(STUDIES[name], experiment) if name in STUDIES else finished(experiment)
+        for name, experiment in EXPERIMENTS.items()
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,9 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _study(args)
             return 0
         if args.command == "report":
-            from benchmarks.study.report.page import write_page
-
-            write_page(list(EXPERIMENTS.values()), args.out)
+            write_page(comparisons(), args.out)
             print(f"wrote {args.out}")
             return 0
         for name in args.names or EXPERIMENTS:

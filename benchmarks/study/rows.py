@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.study.archive import Archive
 from benchmarks.study.experiment import SELECTION_SEED, Records, record_path
+from benchmarks.study.quality import Quality
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import Column
 
@@ -58,8 +59,8 @@ class Study:
     """Such as vit-fashion: of the folder and the archive of the records."""
     title: str
     rows: Sequence[Row]
-    error: Callable[[Mapping[str, Any]], float]
-    """Of a record: the smaller the better."""
+    quality: Quality
+    """What the rows are judged by."""
     headline: Callable[[Mapping[str, Any]], str]
     """What a record reached, in a few words."""
     columns: Sequence[Column]
@@ -133,25 +134,37 @@ class Found:
 
     def final(self, row: Row) -> dict[Path, Run]:
         """The runs behind the row, as far as its learning rate is chosen."""
-        if (lr := self.lr(row)) is None:
+        return self._final_at(row, self.lr(row))
+
+    def _final_at(self, row: Row, lr: float | None) -> dict[Path, Run]:
+        if lr is None:
             return {}
         runs = (dataclasses.replace(row.run, lr=lr, seed=seed) for seed in row.seeds)
         return {record_path(self.folder, row.name, run): run for run in runs}
 
     def records(self, row: Row) -> Records:
-        """The final records that are there."""
-        return [self.there[path.stem] for path in self.final(row) if path.stem in self.there]
+        """The final records that are there, also while a grid that grows is not done."""
+        paths = self._final_at(row, self.lr(row) or self._so_far(row))
+        return [self.there[path.stem] for path in paths if path.stem in self.there]
 
     def missing(self, row: Row) -> int:
         """Final runs that are not there."""
         return len(row.seeds) - len(self.records(row))
+
+    def _so_far(self, row: Row) -> float | None:
+        """The best of the rates that were tried, where the first grid was."""
+        source = row if row.rate_of is None else self.study.row(row.rate_of)
+        if self._best(source, source.lrs) is None:
+            return None
+        tried = [r for r in self.rates(source) if self._best(source, [r]) is not None]
+        return self._best(source, tried)
 
     def _best(self, row: Row, rates: Sequence[float]) -> float | None:
         """The rate of the smallest error, of equal ones the smallest; None where runs miss."""
         paths = {lr: record_path(self.folder, row.name, selection_run(row, lr)) for lr in rates}
         if any(path.stem not in self.there for path in paths.values()):
             return None
-        return min(rates, key=lambda lr: (self.study.error(self.there[paths[lr].stem]), lr))
+        return min(rates, key=lambda lr: (self.study.quality.error(self.there[paths[lr].stem]), lr))
 
 
 def selection_run(row: Row, lr: float) -> Run:

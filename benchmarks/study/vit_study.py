@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.study import vit
 from benchmarks.study.methods.run import Method, MethodRun, steps_of
+from benchmarks.study.quality import ACCURACY
 from benchmarks.study.rows import Row, Study
 from dblocks.recipes.columns import accuracy
 from dblocks.recipes.tables import COSTS, Column, percent
@@ -120,7 +121,7 @@ def study_of(name: str, title: str, rows: Sequence[Row]) -> Study:
         name=name,
         title=title,
         rows=rows,
-        error=lambda record: -accuracy(record),
+        quality=ACCURACY,
         headline=lambda record: f"{100 * accuracy(record):.1f} %",
         columns=COLUMNS,
     )

@@ -6,6 +6,7 @@ import base64
 import io
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.study.report.finished import Finished
 from dblocks.recipes.image_grid import INK, TEXT_SIZE, import_matplotlib
@@ -19,14 +20,14 @@ def comparison_picture(found: Finished) -> str:
     """The comparison's own figure: quality against compute and noise ranges, or samples."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figure.png"
-        found.experiment.draw(found.rows, path)
+        found.draw(found.rows, path)
         data = path.read_bytes()
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def memory_picture(found: Finished) -> str:
     """Quality against saved activations, a dot a run, as SVG."""
-    quality = found.experiment.quality
+    quality = found.quality
     figure = import_matplotlib("matplotlib.figure").Figure(figsize=(6.4, 4.2), layout="constrained")
     ax = figure.subplots()
     for number, (title, records) in enumerate(found.rows.items()):
@@ -40,6 +41,28 @@ def memory_picture(found: Finished) -> str:
     ax.set_xlabel("saved activations of a step (MiB)", fontsize=TEXT_SIZE)
     ax.set_ylabel(f"{quality.name} {quality.unit}", fontsize=TEXT_SIZE)
     ax.set_title("Quality against memory", fontsize=TEXT_SIZE, color=INK)
+    return _svg(figure, ax)
+
+
+def budget_picture(found: Finished) -> str:
+    """Quality against the budget of layer evaluations, a line a row, as SVG."""
+    quality = found.quality
+    figure = import_matplotlib("matplotlib.figure").Figure(figsize=(6.4, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for number, (row, line) in enumerate(found.curve.items()):
+        ax.plot(
+            [records[0]["layer_evaluations"] for records in line.values()],
+            [quality.value(records[0]) for records in line.values()],
+            f"{MARKERS[number]}-", color=COLORS[number], label=found.titles[row],
+        )  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_xlabel("layer evaluations in training (one seed)", fontsize=TEXT_SIZE)
+    ax.set_ylabel(f"{quality.name} ({quality.unit.strip()})", fontsize=TEXT_SIZE)
+    ax.set_title("Quality against compute", fontsize=TEXT_SIZE, color=INK)
+    return _svg(figure, ax)
+
+
+def _svg(figure: Any, ax: Any) -> str:
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=TEXT_SIZE - 4, framealpha=0.8, edgecolor="none")

@@ -30,12 +30,11 @@ class Finding:
 
     def verdict(self, quality: Quality) -> str:
         """Better, worse, or not told apart: whether the 95 % interval holds 0."""
-        low, high = self.difference.low, self.difference.high
-        if low is None or high is None:
+        if self.difference.pairs == 1:
             return "one seed: no interval"
-        if low <= 0 <= high:
+        if self.difference.sign == 0:
             return "not told apart"
-        return "better" if (low > 0) == quality.higher_is_better else "worse"
+        return "better" if (self.difference.sign > 0) == quality.higher_is_better else "worse"
 
 
 def findings(found: Finished) -> list[Finding]:
@@ -55,18 +54,17 @@ def _seeds(records: Records) -> set[int]:
 
 
 def _finding(found: Finished, row: str, records: Records, reference: Records) -> Finding:
-    quality = found.experiment.quality
+    quality = found.quality
     mine = {record["run"]["seed"]: quality.value(record) for record in records}
     theirs = {record["run"]["seed"]: quality.value(record) for record in reference}
-    seeds = sorted(mine.keys() & theirs.keys())
 
     def ratio(key: str) -> float:
         return records[0][key] / reference[0][key]
 
     return Finding(
         row,
-        found.experiment.rows[row][0],
-        paired_difference([mine[s] for s in seeds], [theirs[s] for s in seeds]),
+        found.titles[row],
+        paired_difference(mine, theirs),
         ratio("activations_mib"),
         ratio("state_mib"),
         ratio("layer_evaluations"),
@@ -75,7 +73,7 @@ def _finding(found: Finished, row: str, records: Records, reference: Records) ->
 
 def sentences(found: Finished, all_findings: Sequence[Finding]) -> list[str]:
     """What a comparison shows, a sentence a row, and what it does not."""
-    quality = found.experiment.quality
+    quality = found.quality
     lines = [_sentence(f, quality) for f in all_findings]
     by_row = {f.row: f for f in all_findings}
     small = by_row.get("small")
@@ -104,13 +102,14 @@ def sentences(found: Finished, all_findings: Sequence[Finding]) -> list[str]:
 def _sentence(finding: Finding, quality: Quality) -> str:
     d, verdict = finding.difference, finding.verdict(quality)
     size = f"{abs(d.mean):{quality.form}}{quality.unit}"
-    if d.low is None or d.high is None:
+    if d.pairs == 1:
         how = f"{_sign(d.mean, quality)} by {size} in its only seed"
     else:
         interval = f"95 % interval {d.low:+{quality.form}} to {d.high:+{quality.form}}"
-        how = f"{verdict} by {size} ({interval}; {d.count} seeds)"
+        how = f"{verdict} by {size} ({interval}; {d.pairs} seeds)"
         if verdict == "not told apart":
-            how = f"not told apart: {d.mean:+{quality.form}}{quality.unit} ({interval}, {d.count})"
+            size = f"{d.mean:+{quality.form}}{quality.unit}"
+            how = f"not told apart: {size} ({interval}; {d.pairs} seeds)"
     return (
         f"{finding.title}, beside end to end: {quality.name} {how}; saved activations "
         f"{finding.activations:.2f} times, state of a step {finding.state:.2f} times, layer "

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from benchmarks.study.archive import Archive
+from benchmarks.study.costing import SPARED, record_name
 from benchmarks.study.experiment import Experiment, Records, record_path
+from benchmarks.study.quality import Quality
+from benchmarks.study.rows import Found, Row, Study
+from benchmarks.study.running import command, hours
 from dblocks.recipes.run import Run
-from dblocks.recipes.tables import Rows
+from dblocks.recipes.tables import Column, Rows
 
 # Minor versions whose runs have the same figures, bit for bit: CHANGELOG says so of 0.2.
 SAME_FIGURES = ({"0.1", "0.2"},)
@@ -20,26 +25,38 @@ SAME_FIGURES = ({"0.1", "0.2"},)
 class Missing:
     """A row without records."""
 
+    title: str
     runs: int
-    """How many, to choose the rate and of the final seeds, where the rate is not chosen of all."""
+    """How many: to choose the rate, and of the final seeds."""
     hours: float | None
-    """Of one core, by the seconds a layer evaluation of the rows that ran; None where none did."""
+    """Of one core, predicted by the rows that ran; None where none did."""
+    command: str
+    """What runs it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finished:
     """A comparison as far as it was run."""
 
-    experiment: Experiment
+    name: str
+    titles: Mapping[str, str]
+    """Of rows."""
     records: Mapping[str, Records]
     """By row; of as many seeds as were run."""
-    missing: Mapping[str, Missing]
-    """By row."""
+    missing: Sequence[Missing]
+    quality: Quality
+    columns: Sequence[Column]
+    caption: Callable[[Rows], str]
+    draw: Callable[[Rows, Path], None]
+    curve: Mapping[str, Mapping[float, Records]] = field(default_factory=dict)
+    """Records by the share of the budget that they took, of some rows; see `Study`."""
+    costs: Rows = field(default_factory=dict)
+    """What memory techniques cost, by title."""
 
     @property
     def rows(self) -> Rows:
         """Records by the rows' titles."""
-        return {self.experiment.rows[row][0]: found for row, found in self.records.items()}
+        return {self.titles[row]: found for row, found in self.records.items()}
 
 
 def finished(experiment: Experiment) -> Finished:
@@ -51,13 +68,10 @@ def finished(experiment: Experiment) -> Finished:
     """
     there = Archive(experiment.records).load()
     records: dict[str, Records] = {}
-    selections: dict[str, Records] = {}
-    for row in experiment.selection_shorter:
-        selections[row] = _found(experiment, row, experiment.selection_runs(row), there)
     missing: dict[str, Sequence[Run]] = {}
     for row in experiment.rows:
         source = experiment.rates_of.get(row, row)
-        tried = selections[source]
+        tried = _found(experiment, source, experiment.selection_runs(source), there)
         if len(tried) < len(experiment.lrs):
             missing[row] = [*experiment.selection_runs(source), *experiment.final_runs(row, 1.0)]
             continue
@@ -72,12 +86,43 @@ def finished(experiment: Experiment) -> Finished:
         missing |= {row: [] for row in records if row not in scored}
         records = scored
     check_versions(experiment.name, [r for many in records.values() for r in many])
-    seconds = [r["seconds"] / r["layer_evaluations"] for many in records.values() for r in many]
-    pace = statistics.median(seconds) if seconds else None
+    titles = {row: title for row, (title, _) in experiment.rows.items()}
+    pace = _pace(records)
+    how = f"python -m benchmarks.study results {experiment.name}"
     return Finished(
-        experiment,
-        records,
-        {row: Missing(len(runs), _hours(runs, pace)) for row, runs in missing.items()},
+        name=experiment.name,
+        titles=titles,
+        records=records,
+        missing=[Missing(titles[r], len(m), _hours(m, pace), how) for r, m in missing.items()],
+        quality=experiment.quality,
+        columns=experiment.columns,
+        caption=experiment.caption,
+        draw=experiment.draw,
+    )
+
+
+def finished_study(study: Study, like: Experiment) -> Finished:
+    """Reads what there is of a study.
+
+    Args:
+        study: its rows; those of the part "methods" are compared, others are points of curves.
+        like: an experiment on the same data, whose caption and figure are taken.
+    """
+    found = Found(study)
+    there = {row.name: found.records(row) for row in study.rows}
+    check_versions(study.name, [r for many in there.values() for r in many])
+    compared = [row for row in study.rows if row.part == "methods" and there[row.name]]
+    return Finished(
+        name=study.name,
+        titles={row.name: row.title for row in study.rows},
+        records={row.name: there[row.name] for row in compared},
+        missing=[_missing(found, row) for row in study.rows if not there[row.name]],
+        quality=study.quality,
+        columns=study.columns,
+        caption=like.caption,
+        draw=like.draw,
+        curve=_curve(study.rows, there),
+        costs=_costs(study, found.there),
     )
 
 
@@ -97,19 +142,53 @@ def check_versions(name: str, records: Records) -> None:
         )
 
 
+def _missing(found: Found, row: Row) -> Missing:
+    source = found.study.row(row.rate_of) if row.rate_of else row
+    runs = len(row.seeds) + sum(p.stem not in found.there for p in found.selection(source))
+    return Missing(row.title, runs, hours(found, row), command(found.study, row))
+
+
+def _curve(rows: Sequence[Row], there: Mapping[str, Records]) -> dict[str, dict[float, Records]]:
+    """Of rows that have points at other budgets, those and the row itself at budget 1."""
+    curve: dict[str, dict[float, Records]] = {}
+    for row in rows:
+        if row.part != "budget" or row.rate_of is None or not there[row.name]:
+            continue
+        # The points are runs of the first seed.
+        line = curve.setdefault(row.rate_of, {1.0: there[row.rate_of][:1]})
+        line[float(row.name.rsplit("_x", 1)[1])] = there[row.name]
+    return {row: dict(sorted(line.items())) for row, line in curve.items()}
+
+
+def _costs(study: Study, there: Mapping[str, Any]) -> dict[str, Records]:
+    found: dict[str, Records] = {}
+    for name, techniques in SPARED:
+        for technique in techniques:
+            record = there.get(record_name(name, technique))
+            if record is not None:
+                title = study.row(name).title
+                found[title if technique == "none" else f"{title}, {technique}"] = [record]
+    return found
+
+
+def _pace(records: Mapping[str, Records]) -> float | None:
+    """Seconds a layer evaluation, the median of all runs."""
+    every = [r["seconds"] / r["layer_evaluations"] for many in records.values() for r in many]
+    return statistics.median(every) if every else None
+
+
 def _found(
     experiment: Experiment, row: str, runs: Sequence[Run], there: Mapping[str, Any]
 ) -> Records:
     found = []
     for run in runs:
-        record = there.get(record_path(experiment.records, row, run).stem)
+        name = record_path(experiment.records, row, run).stem
+        record = there.get(name)
         if record is None:
             continue
-        made = type(run).from_dict(record["run"])
-        if made != run:
+        if type(run).from_dict(record["run"]) != run:
             raise ValueError(
-                f"the record {record_path(experiment.records, row, run).stem} of "
-                f"{experiment.name} was made by another recipe; run it again"
+                f"the record {name} of {experiment.name} was made by another recipe; run it again"
             )
         found.append(record)
     return found

@@ -6,10 +6,11 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.study.experiment import Experiment, provenance
-from benchmarks.study.report.figures import comparison_picture, memory_picture
+from benchmarks.study.costing import COLUMNS as COST_COLUMNS
+from benchmarks.study.experiment import provenance
+from benchmarks.study.report.figures import budget_picture, comparison_picture, memory_picture
 from benchmarks.study.report.findings import Finding, findings, sentences
-from benchmarks.study.report.finished import Finished, finished
+from benchmarks.study.report.finished import Finished
 from dblocks.checkpoint import replacing
 from dblocks.recipes.tables import text_table
 
@@ -35,13 +36,16 @@ INTRODUCTION = (
 )
 
 
-def write_page(experiments: Sequence[Experiment], path: Path) -> None:
+def write_page(found: Sequence[Finished], path: Path) -> None:
     """Writes the page of all comparisons that have records.
+
+    Args:
+        found: the comparisons.
+        path: the page to write.
 
     Raises:
         ValueError: no comparison has records, or records of different versions would be mixed.
     """
-    found = [finished(experiment) for experiment in experiments]
     ran = [f for f in found if f.records]
     if not ran:
         raise ValueError("a report needs records, got none; run `make study`")
@@ -62,7 +66,7 @@ def write_page(experiments: Sequence[Experiment], path: Path) -> None:
 
 
 def _contents(found: Sequence[Finished]) -> str:
-    links = (f"<a href='#{f.experiment.name}'>{f.experiment.name}</a>" for f in found)
+    links = (f"<a href='#{f.name}'>{f.name}</a>" for f in found)
     return f"<p>{' · '.join(links)} · <a href='#not-run'>not run</a></p>"
 
 
@@ -77,10 +81,10 @@ def _summary(found: Sequence[Finished]) -> str:
 
 
 def _summary_row(found: Finished, finding: Finding) -> str:
-    quality, d = found.experiment.quality, finding.difference
+    quality, d = found.quality, finding.difference
     verdict = finding.verdict(quality)
     interval = "-"
-    if d.low is not None and d.high is not None:
+    if d.pairs > 1:
         interval = f"{d.low:+{quality.form}} to {d.high:+{quality.form}}"
     mark = verdict if verdict in ("better", "worse") else "quiet"
     numbers = (
@@ -88,35 +92,42 @@ def _summary_row(found: Finished, finding: Finding) -> str:
         f"<span class='{mark}'>{verdict}</span>",
         f"{finding.activations:.2f}x", f"{finding.state:.2f}x",
     )  # fmt: skip
-    names = (found.experiment.name, finding.title, quality.name)
+    names = (found.name, finding.title, quality.name)
     text = "".join(f"<td>{html.escape(name)}</td>" for name in names)
     return f"<tr>{text}{''.join(f'<td class=number>{n}</td>' for n in numbers)}</tr>"
 
 
 def _section(found: Finished) -> str:
-    experiment = found.experiment
     records = [record for many in found.records.values() for record in many]
     lines = "".join(f"<li>{html.escape(s)}</li>" for s in sentences(found, findings(found)))
     return "\n".join(
         [
-            f"<h2 id='{experiment.name}'>{experiment.name}</h2>",
-            f"<pre>{html.escape(text_table(found.rows, experiment.columns))}</pre>",
-            f"<p>{html.escape(experiment.caption(found.rows))}</p>",
-            f"<img alt='the rows of {experiment.name}' src='{comparison_picture(found)}'>",
+            f"<h2 id='{found.name}'>{found.name}</h2>",
+            f"<pre>{html.escape(text_table(found.rows, found.columns))}</pre>",
+            f"<p>{html.escape(found.caption(found.rows))}</p>",
+            f"<img alt='the rows of {found.name}' src='{comparison_picture(found)}'>",
             memory_picture(found),
+            budget_picture(found) if found.curve else "",
+            _costs(found),
             f"<h3>What this shows, and what it does not</h3><ul>{lines}</ul>",
             f"<p class='quiet'>{html.escape(provenance(records))}</p>",
         ]
     )
 
 
+def _costs(found: Finished) -> str:
+    if not found.costs:
+        return ""
+    table = html.escape(text_table(found.costs, COST_COLUMNS))
+    return f"<h3>Memory with checkpointing, offload and residency</h3><pre>{table}</pre>"
+
+
 def _not_run(found: Sequence[Finished]) -> str:
     rows = []
     for f in found:
-        for row, missing in f.missing.items():
+        for missing in f.missing:
             hours = "-" if missing.hours is None else f"{missing.hours:.1f}"
-            command = f"python -m benchmarks.study results {f.experiment.name}"
-            cells = (f.experiment.name, f.experiment.rows[row][0], missing.runs, hours, command)
+            cells = (f.name, missing.title, missing.runs, hours, missing.command)
             rows.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells))
     head = ("comparison", "row", "runs", "predicted core-hours", "command")
     cells = "".join(f"<th>{h}</th>" for h in head)
