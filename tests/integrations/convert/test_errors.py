@@ -67,9 +67,12 @@ def test_layers(kind):
 
 
 def test_several_lists_of_layers():
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
-    t5 = small("T5ForConditionalGeneration", **sizes)
-    refused(t5, r"but it has 2: encoder\.block .* decoder\.block", task="tokens")
+    sizes = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    for which in ("encoder", "decoder"):
+        sizes |= {f"{which}_layers": 2, f"{which}_attention_heads": 4}
+    bart = small("BartForConditionalGeneration", **sizes)
+    message = r"but it has 2: model\.(encoder|decoder)\.layers .* model\.(decoder|encoder)\.layers"
+    refused(bart, message, task="tokens")
     library("diffusers")
     from diffusers import FluxTransformer2DModel
 
