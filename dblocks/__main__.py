@@ -178,7 +178,8 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as error:
-        print(f"dblocks: {error}", file=sys.stderr)
+        if str(error):  # one process of several says it
+            print(f"dblocks: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print("dblocks: interrupted", file=sys.stderr)

@@ -10,6 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from dblocks.blocks.sharding import part_here
+
 
 class SavedActivations:
     """Counts the bytes that autograd saves for the backward inside the `with` block.
@@ -70,6 +72,8 @@ class SavedActivations:
 def state_bytes(parameters: Iterable[Tensor], optimizer: Optimizer | None = None) -> int:
     """Bytes of parameters, of the gradients that they hold, and of optimizer state held for them.
 
+    Of what is sharded, those of this process.
+
     Args:
         parameters: what to count.
         optimizer: whose state counts too, as far as it belongs to `parameters`.
@@ -77,14 +81,15 @@ def state_bytes(parameters: Iterable[Tensor], optimizer: Optimizer | None = None
     total = 0
     for parameter in parameters:
         state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        total += parameter.nbytes + sum(tensor.nbytes for tensor in _tensors(state.values()))
+        held = [parameter, *_tensors(state.values())]
         if parameter.grad is not None:
-            total += parameter.grad.nbytes
+            held.append(parameter.grad)
+        total += sum(part_here(tensor).nbytes for tensor in held)
     return total
 
 
 def _storage(tensor: Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    return tensor.device, part_here(tensor).untyped_storage().data_ptr()
 
 
 def _tensors(values: Iterable[object]) -> Iterator[Tensor]:

@@ -69,6 +69,21 @@ def reduced(value: Tensor, replicas: Replicas, op: Literal["sum", "max"]) -> Ten
     return value
 
 
+def is_part(value: Tensor) -> bool:
+    """Whether it is a DTensor, of which this process has a part."""
+    return hasattr(value, "full_tensor")
+
+
+def part_here(value: Tensor) -> Tensor:
+    """This process's part of a DTensor; another tensor itself."""
+    return cast(Any, value).to_local() if is_part(value) else value
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a DTensor, for which all processes call this; another tensor itself."""
+    return cast(Any, value).full_tensor() if is_part(value) else value
+
+
 def _mesh_of(module: Any) -> Any:
     """The mesh of a module that `fully_shard` was called on, all of whose axes share data."""
     # Whoever shards has imported it.

@@ -14,11 +14,16 @@ from torch.optim import Optimizer
 from dblocks.blocks.denoiser import Loss, unwrapped
 from dblocks.blocks.network import Block, DiffusionBlocks
 from dblocks.blocks.sharding import (
+    Replicas,
     agreed,
     check_one_block,
     check_parallel,
+    is_part,
+    part_here,
+    reduced,
     replicas_of,
     through,
+    whole,
 )
 from dblocks.blocks.targets.base import Batch
 from dblocks.config import check_block, check_generator
@@ -199,7 +204,7 @@ def train_step(
     wrong = None
     if nonfinite is not None or result.loss.device.type == "cpu":
         # Gradients are the same in all processes, which must agree; losses are not.
-        wrong = not_finite(result.loss if replicas is None else None, parameters)
+        wrong = not_finite(result.loss if replicas is None else None, parameters, replicas)
     if wrong is not None and nonfinite != "skip":
         model.zero_grad(set_to_none=True)
         # Who asked for "raise" by name has chosen, such as a command that has no such option.
@@ -210,7 +215,7 @@ def train_step(
         )
     grad_norm = None
     if clip_grad_norm is not None:
-        grad_norm = nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+        grad_norm = whole(nn.utils.clip_grad_norm_(parameters, clip_grad_norm))
     for optimizer in moved if wrong is None else ():
         optimizer.step()
     # Between steps no gradient is held, so that the memory of a step is one block's.
@@ -265,14 +270,21 @@ def _check_options(clip_grad_norm: float | None, nonfinite: str | None) -> None:
         raise ValueError(f"clip_grad_norm must be a number above 0, got {clip_grad_norm!r}")
 
 
-def not_finite(loss: Tensor | None, parameters: Iterable[nn.Parameter]) -> str | None:
-    """What of a step is not finite, in words; synchronises."""
+def not_finite(
+    loss: Tensor | None, parameters: Iterable[nn.Parameter], replicas: Replicas | None = None
+) -> str | None:
+    """What of a step is not finite, in words, the same in all processes; synchronises."""
     if loss is not None and not loss.detach().isfinite():
         return f"a loss of {loss.item()}"
     # Largest magnitudes tell as much as the elements, and a sum of squares may overflow.
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads, norm_type=math.inf)
-    return None if norm.isfinite() else f"a gradient with {norm.item()} in it"
+    parts = [part_here(grad) for grad in grads]
+    here = [part for part in parts if part.numel()]
+    norm = nn.utils.get_total_norm(here, norm_type=math.inf)
+    wrong = (~norm.isfinite()).int()
+    if replicas is not None and any(map(is_part, grads)):
+        wrong = reduced(wrong.to(parts[0].device), replicas, "max")
+    return f"a gradient with {norm.item()} in it" if wrong else None
 
 
 def _several(held: Optimizers) -> tuple[Optimizer, ...]:

@@ -19,6 +19,7 @@ from dblocks.recipes.paper.report import beside
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import Column, text_table
 from dblocks.recipes.trainer import Trainer
+from dblocks.scale.mesh import ALONE, Layout, joined, wait_for_all, world_size
 
 RECORD_FILE = "run.json"
 SAVED_FILES = ("model.safetensors", "config.json", "block.json", RECORD_FILE)
@@ -102,6 +103,43 @@ class Recipe:
         if kind == "paper":
             experiment = experiment_of(self.paper, getattr(run, "data", None))
             check_files(experiment, run)
+        options: dict[str, Any] = {
+            "overwrite": overwrite, "checkpoint_every": checkpoint_every, "keep": keep,
+            "resume": resume,
+        }  # fmt: skip
+        if world_size() == 1 or (run.block is not None and run.sharing == "reduce"):
+            self._train(run, out, experiment=experiment, **options)
+            return
+        if run.end_to_end:
+            raise ValueError("--end-to-end trains in one process; start it without torchrun")
+        if run.sharing == "reduce" and world_size() != run.blocks:
+            raise ValueError(
+                f"--shared reduce must have a process for each of the {run.blocks} blocks, got "
+                f"{world_size()}"
+            )
+        if run.block is None:
+            check_free(out, saved_files(out), overwrite=overwrite or resume)
+        with joined(run.blocks, run.device, run.block) as layout:
+            for block in layout.blocks:
+                self._train(dataclasses.replace(run, block=block), out, layout, **options)
+            wait_for_all()
+            if layout.merges:
+                scale.merge_blocks(out, [out / f"block-{b}" for b in range(run.blocks)])
+                print(f"Saved model.safetensors, config.json and run.json in {out}")
+
+    def _train(
+        self,
+        run: Run,
+        out: Path,
+        layout: Layout = ALONE,
+        *,
+        experiment: Experiment | None = None,
+        overwrite: bool,
+        checkpoint_every: int | None,
+        keep: int,
+        resume: bool,
+    ) -> None:
+        """One job: all blocks, or one block by the processes of `layout`."""
         if run.block is not None:
             out = out / f"block-{run.block}"
         folder = out / CHECKPOINTS_FOLDER
@@ -117,24 +155,31 @@ class Recipe:
                 "with --resume, name another folder, or start anew with --overwrite"
             )
         check_free(out, saved_files(out), overwrite=overwrite or (resume and kept))
-        checkpoint.prepare(out)
+        if layout.first:
+            checkpoint.prepare(out)
         if run.device == "cpu":
             records.use_one_thread()
 
         def save(trainer: Trainer) -> None:
+            if not layout.first and run.sharding != "fsdp":
+                return
             # The record so far, so that the unit never holds another model's.
             begun = records.begun(trainer)
             texts = trainer.batches.texts()
             if run.block is not None:
-                scale.save_block(out, trainer.trained, texts=texts, about={"run": begun["run"]})
+                scale.save_block(out, trainer.trained, texts=texts, about={"run": run.settings()})
                 return
             texts = {RECORD_FILE: json_text(begun) + "\n", **texts}
             checkpoint.save_model(out, trainer.trained, texts=texts)
 
-        trained = records.train(run, progress=True, save=save, keeping=keeping)
+        trained = records.train(
+            run, progress=layout.first, save=save, keeping=keeping, mesh=layout.mesh
+        )
+        if not layout.first:
+            return
         records.write_record(out / RECORD_FILE, trained.record)
         if run.block is not None:
-            print(_of_block(run, trained.record, out))
+            print(_of_block(run, trained.record, out, merged=layout.merged))
             return
         print(text_table({run.name: [trained.record]}, self.columns))
         if experiment is not None:
@@ -144,16 +189,16 @@ class Recipe:
             print(self.after.format(out=out))
 
 
-def _of_block(run: Run, record: dict[str, Any], out: Path) -> str:
+def _of_block(run: Run, record: dict[str, Any], out: Path, *, merged: bool) -> str:
     losses = [point["block_loss"][run.block] for point in record["curve"]]
     last = next((loss for loss in reversed(losses) if loss is not None), None)
     shown = "no step" if last is None else f"{record['steps_of_block']} of {run.steps} steps, "
     shown += "" if last is None else f"loss {last:.4f}, {record['process_mib']:.1f} MiB of state"
-    return (
-        f"block {run.block} of {run.blocks}: {shown}\n"
-        f"Saved model.safetensors, block.json and run.json in {out}\n"
-        f"When all blocks are there: dblocks merge {out.parent} {out.parent}"
-    )
+    lines = [f"block {run.block} of {run.blocks}: {shown}"]
+    lines.append(f"Saved model.safetensors, block.json and run.json in {out}")
+    if not merged:
+        lines.append(f"When all blocks are there: dblocks merge {out.parent} {out.parent}")
+    return "\n".join(lines)
 
 
 def saved_files(out: Path) -> list[Path]:

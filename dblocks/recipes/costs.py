@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dblocks.blocks.memory import SavedActivations, state_bytes
+from dblocks.blocks.sharding import part_here
 from dblocks.recipes.data.batches import Batch
 from dblocks.recipes.trainer import Trainer
 
@@ -54,7 +55,8 @@ def memory(trainer: Trainer) -> dict[str, float]:
     """The largest of the blocks' steps, in MiB: saved activations, and state held.
 
     `state_mib` is what the step reads and updates, all that a worker of that block holds;
-    `process_mib` what this process holds, where all blocks live.
+    `process_mib` what this process holds, where all blocks live. With `--sharding fsdp` the whole
+    parameters of layers, which are gathered for the step, count as activations.
     """
     batch = trainer.batch(0)
     costs = [_step_bytes(trainer, batch, b) for b in trainer.trained_blocks]
@@ -70,7 +72,7 @@ def _step_bytes(trainer: Trainer, batch: Batch, block: int) -> tuple[int, int, i
     loss.backward()
     held = {id(o): _held(o) for o in trainer.optimizers}
     step = sum(held[id(o)] for o in trainer.optimizers_of(block))
-    frozen = sum(p.nbytes for p in network.parameters() if not p.requires_grad)
+    frozen = sum(part_here(p).nbytes for p in network.parameters() if not p.requires_grad)
     network.zero_grad(set_to_none=True)
     return saved.bytes, step + frozen, sum(held.values()) + frozen
 

@@ -13,7 +13,10 @@ import torch
 
 from dblocks.checkpoint import replacing
 from dblocks.config import json_text
-from dblocks.scale import Checkpoints, Interrupted
+from dblocks.scale import Checkpoints, Gathered, Interrupted
+from dblocks.scale.gathered import Snapshot
+from dblocks.scale.mesh import largest
+from dblocks.scale.state import state_of
 
 if TYPE_CHECKING:
     from dblocks.recipes.costs import LayerCounter
@@ -114,26 +117,39 @@ class Keeper:
         self, keeping: Keeping, trainer: Trainer, progress: Progress, begun: dict[str, Any]
     ) -> None:
         self.keeping, self.progress, self.steps = keeping, progress, trainer.run.steps
-        configuration = begun | {"data": trainer.batches.digest()}
+        self.mesh = trainer.mesh
+        self.first = self.mesh is None or self.mesh.get_local_rank() == 0
+        configuration = begun | {"run": trainer.run.settings(), "data": trainer.batches.digest()}
         texts = trainer.batches.texts().items()
         configuration |= {name: hashlib.sha256(t.encode()).hexdigest() for name, t in texts}
         self.checkpoints = Checkpoints(keeping.folder, configuration, keep=keeping.keep)
-        self.objects = {
-            "model": trainer.trained,
-            "optimizers": trainer.block_optimizers or trainer.optimizers[0],
+        self.sharded = self.mesh is not None and trainer.run.sharding == "fsdp"
+        optimizers: Any = trainer.block_optimizers or trainer.optimizers[0]
+        self.objects: dict[str, Any] = {
+            "model": Gathered(trainer.trained) if self.sharded else trainer.trained,
+            "optimizers": Gathered(optimizers) if self.sharded else optimizers,
             "generator": trainer.generator,
             "random": RandomState(),
             "progress": progress,
         }
+        if trainer.residency is not None and trainer.residency.steps_per_visit > 1:
+            self.objects["residency"] = trainer.residency
         if not keeping.resume:
-            self.checkpoints.clear()
-        elif self.checkpoints.resume(self.objects) is None:
-            print(f"no checkpoint in {keeping.folder} yet: training starts anew", file=sys.stderr)
-        else:
-            print(f"resumed after step {progress.step} of {self.steps}", file=sys.stderr)
+            if self.first:
+                self.checkpoints.clear()
+            return
+        found = self.checkpoints.resume(self.objects)
+        self._check_agreed(progress.step)
+        said = f"resumed after step {progress.step} of {self.steps}"
+        if found is None:
+            said = f"no checkpoint in {keeping.folder} yet: training starts anew"
+        if self.first:
+            print(said, file=sys.stderr)
 
     def write_log(self) -> None:
         """Writes the curve so far, whole: what a run that was resumed measured comes once."""
+        if not self.first:
+            return
         path = self.keeping.folder.parent / LOG_FILE
         lines = [json_text(point, indent=None) for point in self.progress.curve]
         try:
@@ -142,8 +158,13 @@ class Keeper:
         except OSError as error:
             warnings.warn(f"no new line in {path}: {error}", stacklevel=2)
 
-    def after_step(self, received: int | None) -> None:
+    def after_step(self, received: int | None, *, own: bool = True) -> None:
         """Writes a checkpoint where one is due, and ends the run where a signal was received.
+
+        Args:
+            received: the signal.
+            own: whether the step was one of a block that is trained here; processes that train
+                together agree after such a step on whether there was a signal.
 
         Raises:
             Interrupted: one was.
@@ -151,11 +172,17 @@ class Keeper:
         Warns:
             UserWarning: the checkpoint cannot be written; training goes on.
         """
+        if self.mesh is not None:
+            received = (largest(received or 0, self.mesh) or None) if own else None
         step, every = self.progress.step, self.keeping.every
         due = step == self.steps or (every is not None and step % every == 0)
         if due or received is not None:
+            objects = self.objects
+            if self.sharded:  # together, and before anything that may fail
+                objects = {name: Snapshot(state_of(o)) for name, o in objects.items()}
             try:
-                self.checkpoints.save(step, self.objects)
+                if self.first:
+                    self.checkpoints.save(step, objects)
             except OSError as error:
                 last = self.checkpoints.last
                 kept = "there is none yet" if last is None else f"that of step {last} is kept"
@@ -163,4 +190,14 @@ class Keeper:
         if received is not None:
             last = self.checkpoints.last
             how = "no checkpoint" if last is None else f"--resume goes on after step {last}"
-            raise Interrupted(f"interrupted after step {step} of {self.steps}; {how}", received)
+            said = f"interrupted after step {step} of {self.steps}; {how}"
+            raise Interrupted(said if self.first else "", received)
+
+    def _check_agreed(self, step: int) -> None:
+        """Processes that train together go on from the same step; they wait for each other."""
+        last = largest(step, self.mesh)
+        if last != step or -largest(-step, self.mesh) != step:
+            raise ValueError(
+                f"all processes must find the same checkpoint in {self.keeping.folder}, got steps "
+                f"{step} and {last}; the folder must be one that all of them share"
+            )

@@ -38,6 +38,7 @@ def train(
     progress: bool = False,
     save: Callable[[Trainer], None] | None = None,
     keeping: Keeping | None = None,
+    mesh: Any = None,
 ) -> Trained:
     """Train one network and measure what it cost and reached.
 
@@ -49,12 +50,14 @@ def train(
         progress: show a progress bar.
         save: called with the trained network before its results are measured, which may fail.
         keeping: checkpoints to write and to go on from.
+        mesh: the processes that train it together; see `Trainer.place`.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM came, and there is a checkpoint.
     """
     where = environment()  # of the code that runs, whatever is committed meanwhile
     trainer = run.trainer()
+    trainer.place(mesh)
     alone = run.block is not None
     with LayerCounter([] if alone else trainer.counted()) as counter:
         done = _fit(trainer, counter, progress=progress, keeping=keeping)
@@ -110,7 +113,8 @@ def _fit(
                 if keeper:
                     keeper.write_log()
             if keeper:
-                keeper.after_step(None if stop is None else stop.received)
+                received = None if stop is None else stop.received
+                keeper.after_step(received, own=loss is not None)
     bar.close()
     return done
 

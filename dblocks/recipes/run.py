@@ -14,14 +14,19 @@ from dblocks.blocks import Weighting
 from dblocks.blocks.config import Shared
 from dblocks.config import JsonConfig, check_block, check_count, check_finite
 from dblocks.recipes.data.splits import Part
+from dblocks.scale.host import Host
+from dblocks.scale.mesh import Sharding
+from dblocks.scale.residency import Prefetch
 
 if TYPE_CHECKING:
     from dblocks.recipes.trainer import Trainer
 
 SEED_END = 2**63
 REDUCE_EVERY = 100
+PLACES = ("resident", "prefetch", "host", "sharding")  # where things are, which changes no result
 # Fields that earlier records do not have; they are written where they are not the default.
-ADDED = ("shared", "block", "data_path", "fold", "decay", "reduce_every")
+ADDED = ("shared", "block", "data_path", "fold", "decay", "reduce_every", "steps_per_visit")
+ADDED += PLACES
 
 
 def check_seed(seed: int) -> None:
@@ -79,6 +84,18 @@ class Run(JsonConfig, ABC):
 
     decay: Literal["cosine", "constant"] = "cosine"
     """The learning rate after the warm-up: a cosine from --lr to 0, or constant."""
+    resident: bool = False
+    """Keep the parameters and the optimizer state of one block on the device and the others on the
+    host. With `--block`, where there are no others, it changes nothing."""
+    steps_per_visit: int | None = None
+    """With `--resident`, steps on a block before the next one is drawn; 1 by default."""
+    prefetch: Prefetch | None = None
+    """With `--resident`, what of the next block comes early: none, parameters or all."""
+    host: Host | None = None
+    """With `--resident`, where the other blocks are: pinned memory, or a file."""
+    sharding: Sharding | None = None
+    """How several processes that torchrun started train a block together: ddp, where each holds
+    all of it, or fsdp, where each holds a part. One process takes no notice."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,12 +116,17 @@ class Run(JsonConfig, ABC):
                 f"got {self.blocks}"
             )
         self._check_sharing()
+        self._check_residency()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, without what the defaults of newer fields say."""
         defaults = {field.name: field.default for field in fields(self) if field.name in ADDED}
         values = super().to_dict()
         return {k: v for k, v in values.items() if k not in ADDED or v != defaults[k]}
+
+    def settings(self) -> dict[str, Any]:
+        """As `to_dict`, without what says only where things are."""
+        return {k: v for k, v in self.to_dict().items() if k not in PLACES}
 
     @property
     def sharing(self) -> Shared:
@@ -162,6 +184,21 @@ class Run(JsonConfig, ABC):
                 "shared must be private, frozen or reduce where one block is trained alone, "
                 "got 'train': each job would train a copy of its own of the shared parameters, and "
                 "they would drift apart"
+            )
+
+    def _check_residency(self) -> None:
+        if self.resident and self.end_to_end:
+            raise ValueError("resident must be left out end to end, where there are no blocks")
+        for name in ("steps_per_visit", "prefetch", "host"):
+            if (value := getattr(self, name)) is not None and not self.resident:
+                raise ValueError(f"{name} must be left out without resident, got {value!r}")
+        visit = self.steps_per_visit
+        if visit is not None and visit < 1:
+            raise ValueError(f"steps_per_visit must be positive, got {visit}")
+        if visit not in (None, 1) and self.block is not None:
+            raise ValueError(
+                "steps_per_visit must be left out where one block is trained alone, which takes "
+                f"the steps that are drawn for it, got {visit}"
             )
 
     @abstractmethod

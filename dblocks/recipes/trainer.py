@@ -21,6 +21,8 @@ from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train
 from dblocks.blocks.training import not_finite
 from dblocks.recipes.data.batches import Batch, Data
 from dblocks.recipes.run import Run
+from dblocks.scale import Residency, data_parallel, resident
+from dblocks.scale.mesh import mean
 from dblocks.scale.sharing import average_shared, join_owners
 from dblocks.schedules.random import draw_seed
 
@@ -57,7 +59,13 @@ class Trainer(ABC):
         if config is not None and self.end_to_end_loss is None:
             self.config = self._shared_as_asked(config())
         self.model = None if self.config is None else self._in_blocks(self.config)
-        self.trained.to(run.device)
+        self.mesh: Any = None
+        """The processes that train together, each with its part of a batch; None for this one."""
+        self.parallel: Any = None
+        """What a step of several processes is given."""
+        self.residency: Residency | None = None
+        if not run.resident and run.sharding != "fsdp":
+            self.trained.to(run.device)
         self.block_optimizers = (
             None if self.model is None else make_optimizers(self.model, self._adamw)
         )
@@ -86,6 +94,37 @@ class Trainer(ABC):
         """The loss end to end, where the work of a step is drawn with its draw at the mean."""
         return cast(Any, self.end_to_end_loss)(self.network, batch)
 
+    def place(self, mesh: Any = None) -> None:
+        """Brings what is trained to where it is trained, before the first step.
+
+        Args:
+            mesh: the processes that train it together, a 1-D DeviceMesh; None for this one alone.
+
+        Raises:
+            ValueError: the batch does not divide among the processes.
+        """
+        run, model = self.run, self.model
+        if mesh is not None and model is not None:
+            if run.batch_size % mesh.size():
+                raise ValueError(
+                    f"batch_size must be a multiple of the {mesh.size()} processes that train a "
+                    f"block, got {run.batch_size}; each takes as many samples"
+                )
+            self.mesh, sharding = mesh, run.sharding or "ddp"
+            if sharding == "ddp":
+                model.to(run.device)
+            self.parallel = data_parallel(model, mesh, sharding)
+            self.block_optimizers = make_optimizers(self.parallel, self._adamw)
+            self.optimizers = list(self.block_optimizers)
+        elif run.resident and run.block is None and self.block_optimizers is not None:
+            self.residency = resident(
+                cast(Any, model), self.block_optimizers, run.device,
+                steps_per_visit=run.steps_per_visit or 1,
+                prefetch=run.prefetch or "none", host=run.host or "pinned",
+            )  # fmt: skip
+        else:
+            self.trained.to(run.device)
+
     @property
     def trained(self) -> Any:
         """What is trained: the `DiffusionBlocks`, one `Block`, or the network end to end."""
@@ -97,8 +136,13 @@ class Trainer(ABC):
         return 1 if self.config is None else self.config.num_blocks
 
     def batch(self, step: int) -> Batch:
-        """Batch number `step`, on the run's device."""
-        return {key: value.to(self.run.device) for key, value in self.batches.batch(step).items()}
+        """Batch number `step`, or this process's part of it, on the run's device."""
+        batch = self.batches.batch(step)
+        if self.mesh is not None:
+            each = self.run.batch_size // self.mesh.size()
+            first = each * self.mesh.get_local_rank()
+            batch = {key: value[first : first + each] for key, value in batch.items()}
+        return {key: value.to(self.run.device) for key, value in batch.items()}
 
     @property
     def trained_blocks(self) -> Sequence[int]:
@@ -150,10 +194,10 @@ class Trainer(ABC):
         return block
 
     def _step(self, step: int) -> tuple[int, float | None]:
-        block = 0
-        if self.model is not None:
+        alone = self.run.block
+        if alone is not None:
             block = int(torch.randint(self.num_blocks, (), generator=self.generator))
-            if block not in self.trained_blocks:
+            if block != alone:
                 draw_seed(self.generator)
                 return block, None
         for optimizer in self.optimizers:
@@ -163,11 +207,13 @@ class Trainer(ABC):
         with self.autocast():
             if self.model is None or self.block_optimizers is None:
                 return 0, self._end_to_end_step(batch)
+            # Of all blocks the step draws one, as it does above.
             result = train_step(
-                self.model, batch, self.block_optimizers, block=block,
+                self.model if self.parallel is None else self.parallel,
+                batch, self.block_optimizers, block=alone,
                 generator=self.generator, clip_grad_norm=self.run.clip, nonfinite="raise",
             )  # fmt: skip
-        return result.block, result.details.losses.mean().item()
+        return result.block, mean(result.details.losses.mean(), self.mesh).item()
 
     def optimizers_of(self, block: int) -> Sequence[Optimizer]:
         """The optimizers that a step on `block` moves."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import Block, DiffusionBlocks
+from dblocks.blocks.sharding import replicas_of
 from dblocks.checkpoint import current, load_safetensors, naming, save_safetensors, saving
 from dblocks.checkpoint.networks import (
     BLOCK_FILE,
@@ -23,6 +24,7 @@ from dblocks.checkpoint.networks import (
 )
 from dblocks.config import json_text, read_json, read_text
 from dblocks.scale.checkpoints import sha256_of
+from dblocks.scale.gathered import gathered
 
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config", "block", "texts", "about"}
 KEYS |= {"sha256"}  # of the weights
@@ -38,6 +40,8 @@ def save_block(
     about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one block of a network, for `merge_blocks`; the weights have the names of the whole.
+
+    Of a block after `fully_shard` all processes call it, and the first one writes.
 
     Args:
         folder: where to write; as of `save_model`, its files are one unit.
@@ -57,8 +61,11 @@ def save_block(
     texts = dict(texts or {})
     about_block = {"block": index, "texts": sorted(texts), "about": dict(about or {})}
     written = described(cast(nn.Module, network), block.config) | about_block
+    tensors, replicas = gathered(named_tensors(block)), replicas_of(block)
+    if replicas is not None and replicas.rank:
+        return
     with saving(Path(folder)) as part:
-        save_safetensors(part / WEIGHTS_FILE, named_tensors(block))
+        save_safetensors(part / WEIGHTS_FILE, tensors)
         written["sha256"] = sha256_of(part / WEIGHTS_FILE)
         for name, text in {**texts, BLOCK_FILE: json_text(written, indent=2) + "\n"}.items():
             (part / name).write_text(text, encoding="utf-8")

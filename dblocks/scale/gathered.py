@@ -1,0 +1,92 @@
+"""The state of what is sharded, whole: files do not tell how many processes wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from dblocks.blocks import BlockOptimizers
+from dblocks.blocks.sharding import is_part, whole
+from dblocks.scale.state import load_state_
+
+
+class Gathered:
+    """A module after `fully_shard`, or the optimizers of its parameters, with whole states.
+
+    `state_dict` and `load_state_dict` are called by all processes together.
+
+    Args:
+        holder: the module, or the optimizers.
+    """
+
+    def __init__(self, holder: nn.Module | BlockOptimizers) -> None:
+        self.holder = holder
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, its tensors whole and on the CPU."""
+        return gathered(self.holder.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned, also from another number of processes."""
+        if isinstance(self.holder, nn.Module):
+            own = self.holder.state_dict()
+            load_state_(self.holder, {k: _part(v, own.get(k)) for k, v in state.items()})
+            return
+        groups = [*state["blocks"], state["shared"]]
+        flat = [values for group in groups for values in group]
+        parts = iter(_of_optimizer(o, s) for o, s in zip(self.holder, flat, strict=True))
+        *blocks, shared = ([next(parts) for _ in group] for group in groups)
+        load_state_(self.holder, {"blocks": blocks, "shared": shared})
+
+
+class Snapshot:
+    """A state that was taken already, as `Checkpoints.save` asks for it.
+
+    Args:
+        state: what `state_of` returned.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        """The state."""
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None:
+        """A snapshot is written only."""
+        raise TypeError("a snapshot takes no state; give resume() what is trained")
+
+
+def gathered(state: Any) -> Any:
+    """A state with its sharded tensors whole, on the CPU; all processes call this together."""
+    if isinstance(state, Mapping):
+        return {key: gathered(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [gathered(value) for value in state]
+    return whole(state).cpu() if is_part(state) else state
+
+
+def _of_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    found = {
+        number: {name: _part(value, parameters[number]) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": found}
+
+
+def _part(value: Any, like: Any) -> Any:
+    """This process's part of a whole tensor of the shape of a sharded one; all else as it is."""
+    fits = isinstance(value, torch.Tensor) and is_part(like) and value.shape == like.shape
+    if not fits:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    distribute: Any = distribute_tensor
+    here = cast(torch.Tensor, value).to(like.device)
+    # Every process has read the whole: none needs to send.
+    return distribute(here, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,183 @@
+"""Processes of one program, as `torchrun` starts them: which blocks each trains, and with whom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dblocks.blocks import Block, DiffusionBlocks
+from dblocks.blocks.sharding import Replicas, reduced
+
+Sharding = Literal["ddp", "fsdp"]
+WAIT = timedelta(days=365)  # for the slowest block; a process that fails ends the others
+NAMES = ("block", "dp")
+
+
+class Layout(NamedTuple):
+    """What one process of several does."""
+
+    blocks: tuple[int, ...]
+    """The blocks that it trains, one after the other."""
+    mesh: Any
+    """The processes that train them together, a 1-D DeviceMesh; None where it does so alone."""
+    first: bool
+    """Whether it writes what is saved of them."""
+    merged: bool
+    """Whether all blocks are trained, and made one network at the end."""
+    merges: bool
+    """Whether it is the process that does so."""
+
+
+ALONE = Layout((), None, True, False, False)  # without torchrun
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def rows_of(count: int, rank: int, size: int) -> tuple[int, ...]:
+    """The blocks of a process where there are fewer processes than blocks."""
+    return tuple(range(rank, count, size))
+
+
+def check_layout(num_blocks: int, processes: int) -> None:
+    """Raises ValueError where some processes would have nothing to do.
+
+    Args:
+        num_blocks: blocks to train.
+        processes: how many there are.
+    """
+    if processes > num_blocks and processes % num_blocks:
+        raise ValueError(
+            f"the number of processes must be a multiple of the {num_blocks} blocks, or at most "
+            f"as large, got {processes}; start {processes // num_blocks * num_blocks}, or another "
+            "number of blocks"
+        )
+
+
+@contextmanager
+def joined(num_blocks: int, device: str, block: int | None = None) -> Iterator[Layout]:
+    """Joins the processes that torchrun started, over a mesh of the axes "block" and "dp".
+
+    With W processes and B blocks, W/B of them train each block together; with fewer processes than
+    blocks, process r trains the blocks r, r + W, r + 2W, ... one after the other. Nothing is
+    communicated between those of different blocks until all are trained.
+
+    Args:
+        num_blocks: B.
+        device: where to train, as PyTorch calls it; of "cuda" each process of a machine takes
+            another one.
+        block: the one block that all of them train; None for all blocks.
+
+    Raises:
+        ValueError: W is larger than B and no multiple of it.
+    """
+    distributed: Any = torch.distributed
+    size, count = world_size(), num_blocks if block is None else 1
+    check_layout(count, size)
+    if torch.device(device).type != "cpu":
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+    # Where processes have a device each, collectives of CPU tensors go by gloo all the same.
+    distributed.init_process_group()
+    rank = distributed.get_rank()
+    try:
+        groups, each = min(count, size), max(size // count, 1)
+        mesh = distributed.device_mesh.init_device_mesh(
+            torch.device(device).type, (groups, each), mesh_dim_names=NAMES
+        )
+        place = mesh.get_local_rank("block")
+        blocks = (block,) if block is not None else rows_of(count, place, groups)
+        together = mesh["dp"] if each > 1 else None
+        first, merged = mesh.get_local_rank("dp") == 0, block is None
+        yield Layout(blocks, together, first, merged, merged and rank == 0)
+    finally:
+        distributed.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Waits until the last block is trained.
+
+    By the store, which needs no process of another block to be at the same place.
+    """
+    distributed: Any = torch.distributed
+    store: Any = distributed.distributed_c10d._get_default_store()
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    store.set(f"dblocks/trained/{rank}", "1")
+    if rank == 0:
+        store.wait([f"dblocks/trained/{r}" for r in range(size)], WAIT)
+        store.set("dblocks/all", "1")
+    else:
+        # The store may be one that the first process holds: none leaves before it has seen all.
+        store.wait(["dblocks/all"], WAIT)
+
+
+def data_parallel(model: DiffusionBlocks | Block, mesh: Any, sharding: Sharding = "ddp") -> Any:
+    """`model`, trained by several processes that have a part of each batch.
+
+    "ddp" wraps it in a `DistributedDataParallel`, where each process holds all parameters; "fsdp"
+    calls `fully_shard` on its layers and on itself, where each holds its part of parameters,
+    gradients and optimizer state. Give what is returned to `make_optimizers` and `train_step`.
+    Where a step of one block leaves out some of its parameters, make the
+    `DistributedDataParallel` yourself, with `find_unused_parameters=True`.
+
+    Args:
+        model: a network in blocks, or one block; with the same weights in all processes.
+        mesh: a 1-D DeviceMesh of the processes, such as `mesh["dp"]` of a larger one.
+        sharding: "ddp" or "fsdp".
+
+    Raises:
+        TypeError: `model` is neither.
+        ValueError: `sharding` is neither, or nothing in the model trains.
+    """
+    if not isinstance(model, (DiffusionBlocks, Block)):
+        raise TypeError(
+            f"model must be a DiffusionBlocks or a Block, got {type(model).__name__}; see "
+            "DiffusionBlocks(network, config)"
+        )
+    if sharding not in get_args(Sharding):
+        raise ValueError(f"sharding must be one of {get_args(Sharding)}, got {sharding!r}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("a model that is trained must have parameters that are not frozen")
+    if sharding == "ddp":
+        return nn.parallel.DistributedDataParallel(
+            model,
+            process_group=mesh.get_group(),
+            find_unused_parameters=len(model.held) > 1,
+        )
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.held:
+        for layer in model.parts_at_rest(block)[1]:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def replicas_in(mesh: Any) -> Replicas | None:
+    """The processes of a 1-D mesh; None for one process."""
+    if mesh is None or mesh.size() == 1:
+        return None
+    return Replicas(mesh.get_local_rank(), mesh.size(), (mesh.get_group(),))
+
+
+def largest(value: int, mesh: Any) -> int:
+    """The largest of the numbers of all processes of a mesh, which wait for each other."""
+    replicas = replicas_in(mesh)
+    if replicas is None:
+        return value
+    return int(reduced(torch.tensor(value), replicas, "max"))
+
+
+def mean(value: Tensor, mesh: Any) -> Tensor:
+    """The mean of the numbers of all processes of a mesh, which wait for each other."""
+    replicas = replicas_in(mesh)
+    if replicas is None:
+        return value
+    return reduced(value.detach().clone(), replicas, "sum") / replicas.count
