@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.study import causal_lm, dit, masked_lm, recurrent, vit, vit_study
+from benchmarks.study import causal_lm, dit, dit_study, masked_lm, recurrent, vit, vit_study
 from benchmarks.study.archive import Archive
 from benchmarks.study.costing import COSTS_PART, run_costs
 from benchmarks.study.experiment import REPORT, Experiment
@@ -31,7 +31,16 @@ EXPERIMENTS: dict[str, Experiment] = {
         TOPICS,
     )
 }
-STUDIES: dict[str, Study] = {study.name: study for study in (vit_study.FASHION, vit_study.DIGITS)}
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (
+        vit_study.FASHION,
+        vit_study.DIGITS,
+        dit_study.FASHION_FINAL,
+        dit_study.FASHION_STUDY,
+        dit_study.DIGITS_STUDY,
+    )
+}
 
 
 def comparisons() -> list[Finished]:

@@ -99,12 +99,9 @@ def command(study: Study, row: Row) -> str:
 
 def hours(found: Found, row: Row) -> float:
     """Predicted hours of one core for what a row misses, with the runs that choose its rate."""
-    source = found.study.row(row.rate_of) if row.rate_of else row
-    steps = (
-        run.steps for path, run in found.selection(source).items() if path.stem not in found.there
-    )
-    share = sum(steps) / row.run.steps
-    return (found.missing(row) + share) * row.hours
+    selection = found.selection(row).items()
+    steps = sum(run.steps for path, run in selection if path.stem not in found.there)
+    return (found.missing(row) + steps / row.run.steps) * row.hours
 
 
 def all_of(rows: Sequence[Row], of: Callable[[Row], Mapping[Path, Run]]) -> dict[Path, Run]:

@@ -125,15 +125,22 @@ def _of_a_layer(trainer: Trainer, block: int) -> int:
     largest = 0
     for layer in trainer.counted():
         inputs: list[int] = []
-        handle = layer.register_forward_pre_hook(
-            lambda _, args, to=inputs.append: to(args[0].untyped_storage().nbytes())
-        )
+        handle = layer.register_forward_pre_hook(_adding(inputs))
         with SavedActivations(parameters, within=[layer]) as saved:
             loss = trainer.loss(batch, block)
         handle.remove()
         largest = max(largest, saved.bytes - sum(inputs))
         del loss
     return largest
+
+
+def _adding(sizes: list[int]) -> Callable[..., None]:
+    """A hook that adds the bytes of a layer's input."""
+
+    def add(_: nn.Module, args: Any) -> None:
+        sizes.append(args[0].untyped_storage().nbytes())
+
+    return add
 
 
 def _packed(trainer: Trainer, block: int) -> list[int]:

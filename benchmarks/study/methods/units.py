@@ -19,6 +19,7 @@ from dblocks.models.vit import ViT, ViTConfig
 from dblocks.nn import Norm, TransformerLayer
 from dblocks.recipes.data.batches import Batch, ImageData
 from dblocks.recipes.data.splits import Images
+from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.classes import accuracy
 from dblocks.recipes.trainer import Trainer
 from dblocks.recipes.vit import ViTRun
@@ -165,9 +166,16 @@ class UnitTrainer(Trainer):
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
         """The accuracy, and that of every head."""
-        images, labels = self.evaluated.images, self.evaluated.labels
-        chunks = [self.predict(x.float().to(self.run.device)) for x in images.split(AT_ONCE)]
-        heads = [accuracy(torch.cat(parts).cpu(), labels) for parts in zip(*chunks, strict=True)]
+        logits, labels = [], []
+        for index in torch.arange(len(self.evaluated)).split(AT_ONCE):
+            # As a batch, so that images come as in training.
+            batch = ImageData(self.evaluated[index], len(index), NOISE_SEED).batch(0)
+            logits.append(self.predict(batch["images"].to(self.run.device)))
+            labels.append(batch["labels"])
+        heads = [
+            accuracy(torch.cat(parts).cpu(), torch.cat(labels))
+            for parts in zip(*logits, strict=True)
+        ]
         return {"accuracy": heads[-1], "heads": heads}
 
     def progress(self, point: dict[str, Any]) -> str:
