@@ -1,9 +1,9 @@
-"""Differences between two ways of training, paired by their seeds, with an interval."""
+"""Differences between two ways of training over the same seeds, with a confidence interval."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dblocks.recipes.metrics.classes import mean_std
@@ -15,23 +15,18 @@ class Difference(NamedTuple):
     """A mean of paired differences and its confidence interval."""
 
     mean: float
-    std: float
-    """Sample standard deviation of the differences; nan for one pair."""
-    low: float
-    high: float
-    """The interval; nan for one pair."""
-    pairs: int
-
-    @property
-    def sign(self) -> int:
-        """1 or -1 where the interval lies above or below 0, and 0 where it does not."""
-        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+    std: float | None
+    """Sample standard deviation of the differences; None for one pair, as the interval."""
+    low: float | None
+    high: float | None
+    count: int
+    """How many pairs."""
 
 
 def paired_difference(
-    ours: Mapping[int, float], theirs: Mapping[int, float], level: float = LEVEL
+    ours: Sequence[float], theirs: Sequence[float], level: float = LEVEL
 ) -> Difference:
-    """The mean of `ours - theirs` over the seeds that both have, with its interval.
+    """The mean of `ours - theirs`, pair by pair, with its confidence interval.
 
         mean ± t std / sqrt(n)
 
@@ -39,26 +34,27 @@ def paired_difference(
     the share `level`. It assumes that the differences are about normal.
 
     Args:
-        ours: a value for each seed.
-        theirs: likewise.
+        ours: values, such as those of the seeds 0, 1 and 2.
+        theirs: values of the same seeds in the same order.
         level: of confidence.
 
     Raises:
-        ValueError: there is no common seed, or a value is not finite.
+        ValueError: there are no pairs, there is no partner for a value, or one is not finite.
 
     Source: Student 1908.
     """
-    seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds:
+    if len(ours) != len(theirs) or not ours:
         raise ValueError(
-            f"two rows must have a seed in common, got {sorted(ours)} and {sorted(theirs)}"
+            f"each value must have a partner, and there must be one pair at least, got {len(ours)} "
+            f"and {len(theirs)} values"
         )
-    differences = [ours[seed] - theirs[seed] for seed in seeds]
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     if not all(map(math.isfinite, differences)):
         raise ValueError(f"values must be finite, got differences {differences}")
     mean, std = mean_std(differences)
-    n = len(differences)
-    half = math.nan if n == 1 else student_quantile(level, n - 1) * std / math.sqrt(n)
+    if (n := len(differences)) == 1:
+        return Difference(mean, None, None, None, 1)
+    half = student_quantile(level, n - 1) * std / math.sqrt(n)
     return Difference(mean, std, mean - half, mean + half, n)
 
 
