@@ -26,11 +26,11 @@ def by_euler_steps(steps: int, noise: bool) -> Callable[[Record], float | None]:
 
 
 def _alone(block: int) -> Callable[[Record], float | None]:
-    """Reads the accuracy of a block alone; None end to end."""
+    """Reads the accuracy of a block alone; None end to end and where there is no such block."""
 
     def read(record: Record) -> float | None:
         found = record["blocks_alone"]
-        return None if found is None else found[block]
+        return None if found is None or block >= len(found) else found[block]
 
     return read
 
