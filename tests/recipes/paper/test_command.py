@@ -1,6 +1,7 @@
 """`dblocks train NETWORK --recipe paper`: its flags, what it refuses, and three steps of each."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 
 from benchmarks.models.paper import run
 from dblocks.__main__ import main
+from dblocks.recipes import dit
 from dblocks.recipes.command import Recipe
+from dblocks.recipes.metrics.judge import train_judge
 from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.paper.report import changed
 
@@ -18,6 +21,13 @@ STEPS = ("--steps", "3", "--points", "1", "--device", "cpu", "--no-bf16")
 NARROW = ("--width", "24", "--heads", "2", "--depth", "4")
 TEXT = ("--batch-size", "2", "--context", "32", "--windows", "2", *NARROW)
 WORDS = " ".join(f"word{i}" for i in range(4000))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, tmp_path_factory):
+    """A judge of two steps, and a cache of tokens that is not kept."""
+    monkeypatch.setattr(dit, "train_judge", functools.partial(train_judge, steps=2))
+    monkeypatch.setenv("DBLOCKS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def mistake(capsys, *argv):
@@ -30,7 +40,7 @@ def mistake(capsys, *argv):
 def trained(capsys, out, network, data, *flags):
     argv = ("train", network, "--recipe", "paper", "--data", data, *STEPS, *flags)
     assert main([*argv, "--out", str(out)]) == 0
-    return json.loads((out / "run.json").read_text()), capsys.readouterr().out
+    return json.loads((out / "run.json").read_text()), " ".join(capsys.readouterr().out.split())
 
 
 def write_cifar100(folder):
@@ -122,9 +132,9 @@ def test_vit_on_cifar_100_at_full_width(tmp_path, capsys):
     sizes = record["model"]
     assert (sizes["width"], sizes["depth"], sizes["num_classes"]) == (128, 12, 100)
     here = 100 * record["accuracy_from_noise"]["4"]
-    assert f"here       3 blocks         {here:.2f}" in said
-    assert "published  DiffusionBlocks  59.30" in said
-    assert "published  end to end       60.25" in said
+    assert f"here 3 blocks {here:.2f}" in said
+    assert "published DiffusionBlocks 59.30" in said
+    assert "published end to end 60.25" in said
     assert "Other settings here than the paper's: " in said
     assert "batch_size 4 (128)" in said
     assert "steps 3 (585000)" in said
@@ -147,7 +157,7 @@ def test_dit_on_cifar_10(tmp_path, capsys):
         "--batch-size", "2", "--samples", "2", "--sampling-steps", "3",
     )  # fmt: skip
     assert (record["model"]["width"], record["sigma_data"]) == (384, 0.5)
-    assert "published  DiffusionBlocks  30.59 / 37.20" in said
+    assert "published DiffusionBlocks 30.59 / 37.20" in said
     assert "not measured here" in said
     assert "clean-fid" in said
 
@@ -168,7 +178,7 @@ def test_masked_lm_on_text8(tmp_path, capsys):
     path = ("--data-path", str(tmp_path / "text8"))
     record, said = trained(capsys, tmp_path / "run", "masked-lm", "text8", *path, *TEXT)
     assert f"{record['bits']:.2f}" in said
-    assert "published  DiffusionBlocks   1.45" in said
+    assert "published DiffusionBlocks 1.45" in said
 
 
 @pytest.mark.parametrize(
