@@ -1,7 +1,7 @@
 """What happens to the parameters outside the layers: `python -m benchmarks.study.sharing`.
 
-On digits, with a fifteenth of the recipe's steps and a quarter of its batch, all at one learning rate:
-fifteen runs in one process. Those whose records are there are not run again.
+On digits, with a fifteenth of the recipe's steps and a quarter of its batch, all at one learning
+rate: fifteen runs in one process. Those whose records are there are not run again.
 """
 
 from __future__ import annotations
