@@ -19,8 +19,8 @@ from dblocks.integrations.convert.own_attention import (
 )
 from dblocks.integrations.convert.row_attention import CAUSAL
 
-UNBOUNDED = 2**31 - 1
-"""Longest sequence of a model that names none."""
+UNBOUNDED = 2**20
+"""Longest sequence where a model has no limit; so many rows of noise are set apart for a text."""
 
 
 @dataclass(frozen=True)

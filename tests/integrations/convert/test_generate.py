@@ -101,6 +101,15 @@ def test_text_is_the_same(form):
         assert all(one.equal(other) for one, other in zip(*texts, strict=True))
 
 
+def test_text_of_a_model_without_a_longest_one():
+    blocks = family_blocks("bloom", "single")
+    texts = [
+        generate(blocks, [[5, 6, 7, 8], [9]], max_new_tokens=4, generator=seeded(), cache=c)
+        for c in (True, False)
+    ]
+    assert all(one.equal(other) for one, other in zip(*texts, strict=True))
+
+
 def test_without_a_cache_all_rows_run(monkeypatch):
     blocks = any_blocks_of("llama")
     network = type(blocks.base_model)
