@@ -17,6 +17,7 @@ from dblocks.blocks.draws import draw_levels, part_of
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import Replicas, replicas_of, within
+from dblocks.blocks.sigmas import check_sigma, sigma_for
 from dblocks.blocks.targets.base import Batch, Target
 from dblocks.blocks.targets.entries import check_call, checked, scored_shape
 from dblocks.blocks.visits import Residency
@@ -74,7 +75,13 @@ class Denoiser(nn.Module):
         if not found:
             raise ValueError(f"block must be {self.index}, the only one held here, got {asked}")
         model = self.copies._modules.get(str(found[0] - 1), self.base_model)
-        layers = list(self.base_model.layers._modules.values())[self.held[found[0]]]
+        layers = list(self.base_model.layers._modules.values())
+        if len(layers) != (known := max(part.stop for part in self.held.values())):
+            raise ValueError(
+                f"layers must stay {known} as they were divided into blocks, got {len(layers)}; "
+                "make the DiffusionBlocks anew"
+            )
+        layers = layers[self.held[found[0]]]
         if model is not self.base_model and isinstance(model, Divisible):
             model.follow_(self.base_model)
         return cast(BlockModel, model), cast(list[nn.Module], layers)
@@ -279,14 +286,16 @@ class Bound:
 
     def _guided(self, z: Tensor, sigma: Tensor, block: int | None, *, logits: bool) -> Tensor:
         schedule: Schedule = self.denoiser.config.schedule
+        if z.is_complex():
+            raise TypeError(f"z must be real, got {z.dtype}; pass real numbers as channels")
         z = schedule.state(z)
         if not isinstance(sigma, Tensor):
             sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
-        _check_sigma(z, sigma)
+        check_sigma(z, sigma, masks=schedule.corruption == "masks")
         # A level belongs to a block in its own dtype, before it is converted.
         if block is None:
             block = self._owner(sigma)
-        level = schedule.level(_sigma_for(z, sigma))
+        level = schedule.level(sigma_for(z, sigma))
         if self.guidance_scale in (0, 1):
             unconditional = self.guidance_scale == 0
             return self._predict(z, level, block, logits=logits, drop=unconditional)
@@ -354,31 +363,3 @@ def _device_of(modules: Iterable[nn.Module], batch: Batch) -> torch.device:
     given = (value for value in batch.values() if isinstance(value, Tensor))
     first = next(chain(parameters, given), None)
     return torch.device("cpu") if first is None else first.device
-
-
-def _check_sigma(z: Tensor, sigma: Tensor) -> None:
-    if not sigma.is_floating_point():
-        raise TypeError(f"sigma must be floating point, got {sigma.dtype}; convert it first")
-    if sigma.ndim == 0 or sigma.shape == z.shape[:1]:
-        return
-    if sigma.ndim != 2 or len(sigma) != len(z):
-        raise ValueError(
-            f"sigma must be a number or have shape [N] = [{len(z)}] or [N, S] = [{len(z)}, S], "
-            f"got {list(sigma.shape)}; give each sample its level"
-        )
-    S = sigma.shape[1]
-    if z.ndim != 3 or S == 0 or z.shape[1] % S:
-        raise ValueError(
-            "z must have shape [N, T, D] with T a multiple of S where sigma is [N, S] = "
-            f"{list(sigma.shape)}, got {list(z.shape)}; reshape z, or give sigma [N]"
-        )
-
-
-def _sigma_for(z: Tensor, sigma: Tensor) -> Tensor:
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    if sigma.ndim == 0:
-        # Filling in a number from the host does not synchronise, copying it would.
-        if sigma.device.type == "cpu" and z.device.type != "cpu":
-            return torch.full((len(z),), sigma.item(), dtype=dtype, device=z.device)
-        sigma = sigma.expand(len(z))
-    return sigma.to(z.device, dtype)

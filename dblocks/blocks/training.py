@@ -156,8 +156,9 @@ def train_step(
         FloatingPointError: the loss or a gradient is not finite; the message names the block.
         TypeError: `model` is no `DiffusionBlocks`, `optimizers` are not of `make_optimizers`,
             `block` is no integer, or `generator` no generator.
+        RuntimeError: it is called within no_grad.
         ValueError: `block` is out of range, not that of the other processes, or nothing in it
-            trains; or another value does not fit.
+            trains; the optimizers are of another model's parameters; or another value does not fit.
     """
     parallel = _parallel(model)
     model = blocks_of(model if parallel is None else parallel.module)
@@ -188,6 +189,9 @@ def train_step(
             f"block {block} must have an optimizer, got parameters that all are frozen; "
             "unfreeze some of its layers, or train the other blocks by block="
         )
+    _check_own(moved, model)
+    if not torch.is_grad_enabled():
+        raise RuntimeError("train_step must not be called within no_grad; call it outside")
     model.zero_grad(set_to_none=True)
     if parallel is None:
         result = model.loss(batch, block, generator=generator)
@@ -222,6 +226,19 @@ def train_step(
     model.zero_grad(set_to_none=True)
     details = Loss(*(value.detach() for value in result))
     return StepResult(block, details.loss, details, grad_norm, wrong is not None)
+
+
+def _check_own(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
+    """Raises where optimizers hold parameters that the model has not, which would never move it."""
+    own = {id(p) for p in model.parameters()}
+    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    others = sum(id(p) not in own for p in held)
+    if others:
+        raise ValueError(
+            f"optimizers must hold parameters of this model alone, got {others} of {len(held)} "
+            "that it has not: they are of another model, or a layer was replaced meanwhile, or "
+            "loaded with assign=True; call make_optimizers(model, factory) again"
+        )
 
 
 def _parallel(model: Any) -> Any:
