@@ -1,0 +1,178 @@
+"""Blocks x data-parallel processes: the network that one process trains."""
+
+import json
+import os
+import re
+import shutil
+import time
+
+import pytest
+import torch
+from process_tools import in_processes
+from test_docs import page
+
+from dblocks.__main__ import main
+from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.checkpoint import load_safetensors
+from dblocks.recipes.trainer import Trainer
+from dblocks.scale import data_parallel
+from dblocks.scale.mesh import check_layout, rows_of
+from tools import vit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = ("--batch-size", "8", "--width", "12", "--heads", "2", "--points", "2")
+VIT = ("train", "vit", "--steps", "9", *SIZES)
+TWO = (*VIT, "--blocks", "2", "--depth", "2")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Both blocks in one process."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main([*TWO, "--shared", "private", "--out", str(out)]) == 0
+    return out
+
+
+def launch(folder, count, *argv):
+    """Trains in so many processes, into a folder."""
+    command = [*map(str, argv), "--out", str(folder / "out")]
+    codes, written = in_processes(count, lambda: main(command), folder)
+    assert codes == [0] * count, "\n".join(written)
+    return written
+
+
+def weights(folder):
+    return load_safetensors(folder / "model.safetensors")
+
+
+def assert_near(found, wanted):
+    found, wanted = weights(found), weights(wanted)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        # Under Adam a gradient that is 0 but for rounding moves a weight by up to a step.
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def losses(folder):
+    curves = [json.loads((folder / f"block-{b}/run.json").read_text())["curve"] for b in (0, 1)]
+    return torch.tensor([c[-1]["block_loss"][b] for b, c in enumerate(curves)])
+
+
+def without_the_last(folder, to):
+    """The run as if it had ended after its first checkpoint."""
+    shutil.copytree(folder, to)
+    for last in to.glob("out/block-*/checkpoints/step-00000009"):
+        shutil.rmtree(last)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_blocks_by_two_processes_each(tmp_path, whole, sharding):
+    written = launch(tmp_path, 4, *TWO, "--checkpoint-every", "5", "--sharding", sharding)
+    out = tmp_path / "out"
+    assert_near(out, whole)
+    own = [json.loads((out / f"block-{b}/run.json").read_text())["steps_of_block"] for b in (0, 1)]
+    assert sum(own) == 9
+    assert own[0] != own[1]
+    assert [bool(text) for text in written] == [True, False, True, False]
+    kept = sorted(path.name for path in out.glob("block-0/checkpoints/*/*"))
+    assert set(kept) == {
+        "checksums.txt", "generator.safetensors", "model.safetensors", "optimizers.safetensors",
+        "random.safetensors", "state.json",
+    }  # fmt: skip
+    if sharding == "fsdp":
+        # With as many processes it goes on bit for bit; with another number, and all of a block in
+        # each, to rounding.
+        for count, how in ((4, "fsdp"), (2, "ddp")):
+            again = tmp_path / f"again-{count}"
+            without_the_last(tmp_path, again)
+            launch(again, count, *TWO, "--resume", "--sharding", how)
+            torch.testing.assert_close(losses(again / "out"), losses(out), rtol=1e-5, atol=1e-6)
+            same = (again / "out/model.safetensors").read_bytes()
+            assert (same == (out / "model.safetensors").read_bytes()) == (count == 4)
+
+
+def test_a_process_for_each_of_four_blocks_is_one_run_bit_for_bit(tmp_path):
+    four = (*VIT, "--blocks", "4", "--depth", "4")
+    assert main([*four, "--shared", "private", "--out", str(tmp_path / "one")]) == 0
+    launch(tmp_path, 4, *four)
+    found, wanted = weights(tmp_path / "out"), weights(tmp_path / "one")
+    assert all(found[name].equal(tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.long
+def test_more_blocks_than_processes_and_one_block_by_all(tmp_path):
+    three = (*VIT, "--blocks", "3", "--depth", "3")
+    assert main([*three, "--shared", "private", "--out", str(tmp_path / "one")]) == 0
+    launch(tmp_path, 2, *three)
+    found, wanted = weights(tmp_path / "out"), weights(tmp_path / "one")
+    assert all(found[name].equal(tensor) for name, tensor in wanted.items())
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    launch(alone, 2, *three, "--block", "1")
+    for name, tensor in weights(alone / "out/block-1").items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.long
+def test_a_signal_to_one_process_ends_those_of_its_block_after_one_checkpoint(tmp_path):
+    step = Trainer.step
+
+    def stopping(self, number):
+        time.sleep(0.01)
+        if number == 20 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), 15)
+        return step(self, number)
+
+    command = [*TWO[:3], "400", *TWO[4:], "--block", "0", "--checkpoint-every", "300"]
+    command += ["--out", str(tmp_path / "out")]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "step", stopping)
+        codes, written = in_processes(2, lambda: main(command), tmp_path)
+    assert codes == [143, 143], written
+    assert re.fullmatch(r"dblocks: interrupted after step 2\d of 400; --resume .*\n", written[0])
+    assert written[1] == ""
+    assert len(list(tmp_path.glob("out/block-0/checkpoints/step-*"))) == 1
+
+
+def test_what_does_not_divide_is_refused_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for flags, words in (
+        ((), "number of processes must be a multiple of the 2 blocks, or at most as large, got 3"),
+        (("--end-to-end",), "--end-to-end trains in one process"),
+    ):
+        assert main([*TWO, *flags, "--out", str(tmp_path / "out")]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    check_layout(2, 6)
+    check_layout(5, 3)
+    assert [rows_of(5, rank, 3) for rank in range(3)] == [(0, 3), (1, 4), (2,)]
+
+
+def test_what_is_trained_together_is_checked():
+    model = DiffusionBlocks(vit(), BlocksConfig(2))
+    with pytest.raises(ValueError, match="sharding must be one of"):
+        data_parallel(model, None, "zero")
+    with pytest.raises(TypeError, match="must be a DiffusionBlocks or a Block, got ViT"):
+        data_parallel(vit(), None)
+    with pytest.raises(ValueError, match="not frozen"):
+        data_parallel(model.requires_grad_(False), None)
+
+
+def test_the_examples_of_the_page_are_the_same_in_two_processes(tmp_path, capsys):
+    blocks = [code for _, code, _ in page("scale.md").blocks]
+    first = next(i for i, code in enumerate(blocks) if "init_process_group" in code)
+    imports = [line for line in blocks[0].splitlines() if line.startswith(("import", "from"))]
+    script = "\n".join([*imports, *blocks[first : first + 2], "print(losses)"])
+
+    def run():
+        exec(compile(script, "scale.md", "exec"), {})
+
+    run()
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    codes, written = in_processes(2, run, tmp_path)
+    assert codes == [0, 0], written
+    for text in written:
+        torch.testing.assert_close(
+            torch.tensor(json.loads(text.splitlines()[-1])), torch.tensor(alone)
+        )
