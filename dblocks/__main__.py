@@ -135,7 +135,7 @@ RECIPE_HELP = (
     "`--recipe gpu --help` shows them."
 )
 PATH_FLAGS = ("--out", "--checkpoint", "--compare", "--data", "--tokenizer", "--model")
-PATH_FLAGS += ("--json", "--chart")
+PATH_FLAGS += ("--json", "--chart", "--tensorboard")
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as shells have it
 BROKEN_PIPE = 141
 OVERWRITE_HELP = "Replace the network that --out holds."
@@ -144,6 +144,7 @@ EVERY_HELP = (
     "Write a checkpoint every so many steps, in the folder checkpoints of --out, and where Ctrl-C "
     "or SIGTERM ends the run."
 )
+BOARD_HELP = "Folder for the curve as files of TensorBoard, which must be installed."
 KEEP_HELP = "How many of the last checkpoints stay."
 RESUME_HELP = (
     "Go on from the newest valid checkpoint, with the same bits as without an interruption; where "
@@ -256,6 +257,8 @@ def _training(tyro: Any, recipe: Recipe, argv: Sequence[str]) -> Any:
     more.append(("checkpoint_every", every, None))
     more.append(("keep", Annotated[int, tyro.conf.arg(help=KEEP_HELP)], KEEP))
     more.append(("resume", Annotated[bool, tyro.conf.arg(help=RESUME_HELP)], False))
+    board = Annotated[Optional[Path], tyro.conf.arg(help=BOARD_HELP)]  # noqa: UP045
+    more.append(("tensorboard", board, None))
     if recipe.gpu is not None:
         kind = Annotated[Literal["small", "gpu"], tyro.conf.arg(help=RECIPE_HELP)]
         more.append(("recipe", kind, "small"))
@@ -274,6 +277,7 @@ def _training(tyro: Any, recipe: Recipe, argv: Sequence[str]) -> Any:
             checkpoint_every=flags.checkpoint_every,
             keep=flags.keep,
             resume=flags.resume,
+            tensorboard=flags.tensorboard,
         )
 
     made: Any = make_dataclass(

@@ -11,6 +11,7 @@ from typing import Any
 from dblocks import blocks, checkpoint, scale
 from dblocks.config import check_count, json_text
 from dblocks.recipes import records
+from dblocks.recipes.board import Board
 from dblocks.recipes.keeping import FOLDER as CHECKPOINTS_FOLDER
 from dblocks.recipes.keeping import Keeping
 from dblocks.recipes.run import Run
@@ -55,6 +56,7 @@ class Recipe:
         checkpoint_every: int | None = None,
         keep: int = KEEP,
         resume: bool = False,
+        tensorboard: Path | None = None,
     ) -> None:
         """Trains with a progress bar, writes network and record, and prints the table.
 
@@ -65,6 +67,8 @@ class Recipe:
             checkpoint_every: steps between two checkpoints.
             keep: how many of the last ones stay.
             resume: whether to go on from the newest.
+            tensorboard: folder for the curve in TensorBoard's files; of one block alone a folder
+                in it.
 
         Raises:
             ValueError: `out` cannot be written to, or holds a save or checkpoints and neither
@@ -74,6 +78,7 @@ class Recipe:
         """
         if run.block is not None:
             out = out / f"block-{run.block}"
+            tensorboard = tensorboard and tensorboard / f"block-{run.block}"
         folder = out / CHECKPOINTS_FOLDER
         keeping = None
         if checkpoint_every is not None or resume:
@@ -88,6 +93,7 @@ class Recipe:
             )
         check_free(out, saved_files(out), overwrite=overwrite or (resume and kept))
         checkpoint.prepare(out)
+        on_point = None if tensorboard is None else Board(tensorboard).add
         if run.device == "cpu":
             records.use_one_thread()
 
@@ -101,7 +107,7 @@ class Recipe:
             texts = {RECORD_FILE: json_text(begun) + "\n", **texts}
             checkpoint.save_model(out, trainer.trained, texts=texts)
 
-        trained = records.train(run, progress=True, save=save, keeping=keeping)
+        trained = records.train(run, progress=True, save=save, keeping=keeping, on_point=on_point)
         records.write_record(out / RECORD_FILE, trained.record)
         if run.block is not None:
             print(_of_block(run, trained.record, out))

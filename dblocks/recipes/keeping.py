@@ -117,7 +117,9 @@ class Keeper:
         configuration = begun | {"data": trainer.batches.digest()}
         texts = trainer.batches.texts().items()
         configuration |= {name: hashlib.sha256(t.encode()).hexdigest() for name, t in texts}
-        self.checkpoints = Checkpoints(keeping.folder, configuration, keep=keeping.keep)
+        self.checkpoints = Checkpoints(
+            keeping.folder, configuration, keep=keeping.keep, background=True
+        )
         self.objects = {
             "model": trainer.trained,
             "optimizers": trainer.block_optimizers or trainer.optimizers[0],
@@ -142,6 +144,25 @@ class Keeper:
         except OSError as error:
             warnings.warn(f"no new line in {path}: {error}", stacklevel=2)
 
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written.
+
+        Warns:
+            UserWarning: it cannot be written; training goes on.
+        """
+        try:
+            self.checkpoints.wait()
+        except OSError as error:
+            last = self.checkpoints.last
+            kept = "there is none yet" if last is None else f"that of step {last} is kept"
+            warnings.warn(f"{error}; {kept}", stacklevel=2)
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
     def after_step(self, received: int | None) -> None:
         """Writes a checkpoint where one is due, and ends the run where a signal was received.
 
@@ -154,12 +175,10 @@ class Keeper:
         step, every = self.progress.step, self.keeping.every
         due = step == self.steps or (every is not None and step % every == 0)
         if due or received is not None:
-            try:
-                self.checkpoints.save(step, self.objects)
-            except OSError as error:
-                last = self.checkpoints.last
-                kept = "there is none yet" if last is None else f"that of step {last} is kept"
-                warnings.warn(f"no checkpoint of step {step}: {error}; {kept}", stacklevel=2)
+            self.wait()
+            self.checkpoints.save(step, self.objects)
+        if received is not None or step == self.steps:
+            self.wait()
         if received is not None:
             last = self.checkpoints.last
             how = "no checkpoint" if last is None else f"--resume goes on after step {last}"
