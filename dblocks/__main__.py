@@ -136,7 +136,7 @@ RECIPE_HELP = (
     "the paper's experiment on --data NAME. `--recipe gpu --help` shows them."
 )
 PATH_FLAGS = ("--out", "--checkpoint", "--compare", "--data", "--tokenizer", "--model")
-PATH_FLAGS += ("--json", "--chart")
+PATH_FLAGS += ("--json", "--chart", "--tensorboard")
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as shells have it
 BROKEN_PIPE = 141
 OVERWRITE_HELP = "Replace the network that --out holds."
@@ -145,6 +145,7 @@ EVERY_HELP = (
     "Write a checkpoint every so many steps, in the folder checkpoints of --out, and where Ctrl-C "
     "or SIGTERM ends the run."
 )
+BOARD_HELP = "Folder for the curve as files of TensorBoard, which must be installed."
 KEEP_HELP = "How many of the last checkpoints stay."
 RESUME_HELP = (
     "Go on from the newest valid checkpoint, with the same bits as without an interruption; where "
@@ -298,6 +299,8 @@ def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> A
     more.append(("checkpoint_every", every, None))
     more.append(("keep", Annotated[int, tyro.conf.arg(help=KEEP_HELP)], KEEP))
     more.append(("resume", Annotated[bool, tyro.conf.arg(help=RESUME_HELP)], False))
+    board = Annotated[Optional[Path], tyro.conf.arg(help=BOARD_HELP)]  # noqa: UP045
+    more.append(("tensorboard", board, None))
     if len(recipe.kinds) > 1:
         kind = Annotated[Literal[recipe.kinds], tyro.conf.arg(help=RECIPE_HELP)]
         more.append(("recipe", kind, "small"))
@@ -317,6 +320,7 @@ def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> A
             keep=flags.keep,
             resume=flags.resume,
             kind=getattr(flags, "recipe", "small"),
+            tensorboard=flags.tensorboard,
         )
 
     made: Any = make_dataclass(

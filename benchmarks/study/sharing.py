@@ -1,7 +1,7 @@
 """What happens to the parameters outside the layers: `python -m benchmarks.study.sharing`.
 
-On digits, with a fifteenth of the recipe's steps and a quarter of its batch, all at one learning
-rate: fifteen runs in one process. Those whose records are there are not run again.
+On digits, with a ninth of the recipe's steps and a quarter of its batch, all at one learning rate:
+fifteen runs in one process. Those whose records are there are not run again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dblocks.recipes.vit import ViTRun
 
 RECORDS = Path("benchmarks/results/sharing_digits")
 REPORT = Path("docs/scale.md")
-RUN = ViTRun(steps=300, batch_size=32, points=1)
+RUN = ViTRun(steps=500, batch_size=32, points=1)
 ROWS: Mapping[str, tuple[str, ViTRun]] = {
     "train": ("`train`", dataclasses.replace(RUN, shared="train")),
     "private": ("`private`", dataclasses.replace(RUN, shared="private")),

@@ -11,6 +11,7 @@ from typing import Any
 from dblocks import blocks, checkpoint, scale
 from dblocks.config import check_count, json_text
 from dblocks.recipes import records
+from dblocks.recipes.board import Board
 from dblocks.recipes.keeping import FOLDER as CHECKPOINTS_FOLDER
 from dblocks.recipes.keeping import Keeping
 from dblocks.recipes.paper.choice import check_files, experiment_of, run_of
@@ -79,6 +80,7 @@ class Recipe:
         checkpoint_every: int | None = None,
         keep: int = KEEP,
         resume: bool = False,
+        tensorboard: Path | None = None,
         kind: str = "small",
     ) -> None:
         """Trains with a progress bar, writes network and record, and prints the table.
@@ -90,6 +92,8 @@ class Recipe:
             checkpoint_every: steps between two checkpoints.
             keep: how many of the last ones stay.
             resume: whether to go on from the newest.
+            tensorboard: folder for the curve in TensorBoard's files; of one block alone a folder
+                in it.
             kind: what `--recipe` says: "paper" prints what the paper reached beside it.
 
         Raises:
@@ -105,7 +109,7 @@ class Recipe:
             check_files(experiment, run)
         options: dict[str, Any] = {
             "overwrite": overwrite, "checkpoint_every": checkpoint_every, "keep": keep,
-            "resume": resume,
+            "resume": resume, "tensorboard": tensorboard,
         }  # fmt: skip
         if world_size() == 1 or (run.block is not None and run.sharing == "reduce"):
             self._train(run, out, experiment=experiment, **options)
@@ -138,10 +142,12 @@ class Recipe:
         checkpoint_every: int | None,
         keep: int,
         resume: bool,
+        tensorboard: Path | None,
     ) -> None:
         """One job: all blocks, or one block by the processes of `layout`."""
         if run.block is not None:
             out = out / f"block-{run.block}"
+            tensorboard = tensorboard and tensorboard / f"block-{run.block}"
         folder = out / CHECKPOINTS_FOLDER
         keeping = None
         if checkpoint_every is not None or resume:
@@ -157,6 +163,9 @@ class Recipe:
         check_free(out, saved_files(out), overwrite=overwrite or (resume and kept))
         if layout.first:
             checkpoint.prepare(out)
+        on_point = None
+        if tensorboard is not None and layout.first:
+            on_point = Board(tensorboard).add
         if run.device == "cpu":
             records.use_one_thread()
 
@@ -173,8 +182,9 @@ class Recipe:
             checkpoint.save_model(out, trainer.trained, texts=texts)
 
         trained = records.train(
-            run, progress=layout.first, save=save, keeping=keeping, mesh=layout.mesh
-        )
+            run, progress=layout.first, save=save, keeping=keeping, mesh=layout.mesh,
+            on_point=on_point,
+        )  # fmt: skip
         if not layout.first:
             return
         records.write_record(out / RECORD_FILE, trained.record)

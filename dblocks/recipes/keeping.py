@@ -122,7 +122,9 @@ class Keeper:
         configuration = begun | {"run": trainer.run.settings(), "data": trainer.batches.digest()}
         texts = trainer.batches.texts().items()
         configuration |= {name: hashlib.sha256(t.encode()).hexdigest() for name, t in texts}
-        self.checkpoints = Checkpoints(keeping.folder, configuration, keep=keeping.keep)
+        self.checkpoints = Checkpoints(
+            keeping.folder, configuration, keep=keeping.keep, background=True
+        )
         self.sharded = self.mesh is not None and trainer.run.sharding == "fsdp"
         optimizers: Any = trainer.block_optimizers or trainer.optimizers[0]
         self.objects: dict[str, Any] = {
@@ -158,6 +160,25 @@ class Keeper:
         except OSError as error:
             warnings.warn(f"no new line in {path}: {error}", stacklevel=2)
 
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written.
+
+        Warns:
+            UserWarning: it cannot be written; training goes on.
+        """
+        try:
+            self.checkpoints.wait()
+        except OSError as error:
+            last = self.checkpoints.last
+            kept = "there is none yet" if last is None else f"that of step {last} is kept"
+            warnings.warn(f"{error}; {kept}", stacklevel=2)
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
     def after_step(self, received: int | None, *, own: bool = True) -> None:
         """Writes a checkpoint where one is due, and ends the run where a signal was received.
 
@@ -180,13 +201,11 @@ class Keeper:
             objects = self.objects
             if self.sharded:  # together, and before anything that may fail
                 objects = {name: Snapshot(state_of(o)) for name, o in objects.items()}
-            try:
-                if self.first:
-                    self.checkpoints.save(step, objects)
-            except OSError as error:
-                last = self.checkpoints.last
-                kept = "there is none yet" if last is None else f"that of step {last} is kept"
-                warnings.warn(f"no checkpoint of step {step}: {error}; {kept}", stacklevel=2)
+            if self.first:
+                self.wait()
+                self.checkpoints.save(step, objects)
+        if received is not None or step == self.steps:
+            self.wait()
         if received is not None:
             last = self.checkpoints.last
             how = "no checkpoint" if last is None else f"--resume goes on after step {last}"

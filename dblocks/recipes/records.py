@@ -39,6 +39,7 @@ def train(
     save: Callable[[Trainer], None] | None = None,
     keeping: Keeping | None = None,
     mesh: Any = None,
+    on_point: Callable[[dict[str, Any]], None] | None = None,
 ) -> Trained:
     """Train one network and measure what it cost and reached.
 
@@ -51,6 +52,7 @@ def train(
         save: called with the trained network before its results are measured, which may fail.
         keeping: checkpoints to write and to go on from.
         mesh: the processes that train it together; see `Trainer.place`.
+        on_point: called with each point of the curve as it is measured.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM came, and there is a checkpoint.
@@ -60,7 +62,7 @@ def train(
     trainer.place(mesh)
     alone = run.block is not None
     with LayerCounter([] if alone else trainer.counted()) as counter:
-        done = _fit(trainer, counter, progress=progress, keeping=keeping)
+        done = _fit(trainer, counter, progress=progress, keeping=keeping, on_point=on_point)
     trainer.check_finite()
     if save is not None:
         save(trainer)
@@ -93,14 +95,19 @@ def begun(trainer: Trainer) -> dict[str, Any]:
 
 
 def _fit(
-    trainer: Trainer, counter: LayerCounter, *, progress: bool, keeping: Keeping | None
+    trainer: Trainer,
+    counter: LayerCounter,
+    *,
+    progress: bool,
+    keeping: Keeping | None,
+    on_point: Callable[[dict[str, Any]], None] | None,
 ) -> Progress:
     """All steps; returns the points of the curve and the seconds spent in training alone."""
     run, done = trainer.run, Progress(trainer.num_blocks, counter)
     marks = {round(run.steps * i / run.points) for i in range(1, run.points + 1)} - {0}
     keeper = None if keeping is None else Keeper(keeping, trainer, done, begun(trainer))
     bar = progress_bar("training", run.name, run.steps, shown=progress, done=done.step)
-    with Stop() if keeper else nullcontext() as stop:
+    with Stop() if keeper else nullcontext() as stop, keeper or nullcontext():
         for step in range(done.step, run.steps):
             start = time.perf_counter()
             block, loss = trainer.step(step)
@@ -110,6 +117,8 @@ def _fit(
             if step + 1 in marks:
                 _add_point(trainer, counter, done)
                 bar.set_postfix_str(trainer.progress(done.curve[-1]) if run.block is None else "")
+                if on_point:
+                    on_point(done.curve[-1])
                 if keeper:
                     keeper.write_log()
             if keeper:

@@ -11,6 +11,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class Checkpoints:
         folder: where they are; it is made if it is not there.
         configuration: JSON values that a checkpoint must have been saved with to be resumed.
         keep: how many of the last ones stay.
+        background: whether `save` returns when it has a copy of all state on the host, which a
+            thread then writes; `wait` at the end, or use this as a context.
 
     Raises:
         TypeError: the configuration holds what JSON cannot; the message names the key.
@@ -64,24 +67,61 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: str | Path, configuration: Mapping[str, Any], *, keep: int = 2
+        self,
+        folder: str | Path,
+        configuration: Mapping[str, Any],
+        *,
+        keep: int = 2,
+        background: bool = False,
     ) -> None:
         self.folder, self.keep = Path(folder), check_count("keep", keep)
         self.configuration: Any = parse_json(_as_json(configuration))
         self.last: int | None = None
         """The step of the last one saved or resumed."""
+        self._thread = ThreadPoolExecutor(1, "dblocks-checkpoint") if background else None
+        self._writing: tuple[int, Future[None]] | None = None
         self._refused: list[Path] = []
         make_folder(self.folder)
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Waits; a failure to write does not replace the error that ended the block."""
+        try:
+            self.wait()
+        except OSError as failure:
+            if kind is None:
+                raise
+            warnings.warn(str(failure), UserWarning, stacklevel=2)
+
+    def wait(self) -> None:
+        """Returns when what is written in the background is there.
+
+        Raises:
+            OSError: it could not be written; the message names its step, and the earlier ones are
+                kept.
+        """
+        if self._writing is None:
+            return
+        (step, writing), self._writing = self._writing, None
+        try:
+            writing.result()
+        except OSError as error:
+            raise OSError(f"the checkpoint of step {step} is not written: {error}") from error
+
     def save(self, step: int, objects: Mapping[str, Any]) -> None:
         """Write a checkpoint, whole or not at all, and remove those before the last `keep`.
+
+        In the background it first waits for the one before.
 
         Args:
             step: how many steps were taken.
             objects: what to save, by name; the same names as for `resume`.
 
         Raises:
-            OSError: it cannot be written, as on a full disk; the earlier ones are kept.
+            OSError: it cannot be written, as on a full disk; the earlier ones are kept. In the
+                background: the one before could not, and this one was not tried.
             TypeError: `step` is no integer, or an object has no state, or one that JSON and tensors
                 cannot hold.
             ValueError: `step` is negative, or a name is not made of a-z, 0-9 and _; or there is a
@@ -91,6 +131,7 @@ class Checkpoints:
             raise TypeError(f"step must be an integer, got {step!r} of type {type(step).__name__}")
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
+        self.wait()
         if step == self.last:  # it is there already
             return
         newer = [p.name for p in self.found() if p not in self._refused and _step_of(p) > step]
@@ -112,6 +153,19 @@ class Checkpoints:
             "configuration": self.configuration,
             "objects": packed,
         }
+        if self._thread is None:
+            self._write(step, state, tensors)
+            return
+        # Training goes on, and changes the tensors.
+        copies = {
+            name: {key: tensor.to("cpu", copy=True) for key, tensor in held.items()}
+            for name, held in tensors.items()
+        }
+        self._writing = step, self._thread.submit(self._write, step, state, copies)
+
+    def _write(
+        self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
         with appearing(self.folder / f"step-{step:08d}") as part:
             for name, held in tensors.items():
                 if held:
@@ -136,6 +190,7 @@ class Checkpoints:
             UserWarning: a checkpoint is broken and an earlier one is used; the message names the
                 file.
         """
+        self.wait()
         found = self.found()
         for path in found:
             wrong = what_is_broken(path)
@@ -163,6 +218,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all checkpoints."""
+        self.wait()
         for path in self.found():
             discard(path)
         self.last = None

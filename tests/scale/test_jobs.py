@@ -186,6 +186,12 @@ OTHERS = {
     "shared": VIT,
     "end to end": (*VIT, "--end-to-end"),
     "dit": ("train", "dit", "--steps", "12", *SIZES, "--samples", "4", "--sampling-steps", "3"),
+    "bfloat16": (*VIT, "--bf16"),
+    "masked-lm": (
+        *("train", "masked-lm", "--steps", "6", "--batch-size", "2", "--context", "17"),
+        *("--width", "8", "--heads", "2", "--windows", "2", "--points", "1"),
+        *("--depth", "2", "--blocks", "2"),
+    ),
     "recurrent": (
         *("train", "recurrent", "--steps", "6", "--end-to-end", "--batch-size", "2"),
         *("--context", "17", "--width", "8", "--heads", "2", "--windows", "2", "--points", "1"),
@@ -197,7 +203,7 @@ OTHERS = {
 @pytest.mark.parametrize("command", OTHERS.values(), ids=OTHERS.keys())
 def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch, command):
     """Also where all blocks train what they share, and where the network itself draws numbers."""
-    if command[1] == "recurrent":
+    if command[1] in ("recurrent", "masked-lm"):
         (tmp_path / "text.txt").write_text("the cat sat on the mat and then it ran away. " * 40)
         command = (*command, "--data", str(tmp_path / "text.txt"))
     train(tmp_path / "once", command=command)
@@ -287,7 +293,7 @@ def test_a_full_disk_is_told_and_training_goes_on(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(checkpoints, "save_safetensors", full)
     train(tmp_path, command=short)
     error = capsys.readouterr().err
-    assert "dblocks: warning: no checkpoint of step 4: " in error
+    assert "dblocks: warning: the checkpoint of step 4 is not written: " in error
     assert "No space left on device; that of step 2 is kept" in error
     assert steps_kept(tmp_path)[0] == 2
 
@@ -315,7 +321,13 @@ def test_flags_reach_the_recipe(monkeypatch):
     given = {}
     monkeypatch.setattr(Recipe, "train", lambda _, run, out, **options: given.update(options))
     assert main(["train", "vit", "--checkpoint-every", "7", "--keep", "3", "--resume"]) == 0
-    assert given == {"overwrite": False, "checkpoint_every": 7, "keep": 3, "resume": True}
+    assert given == {
+        "overwrite": False,
+        "checkpoint_every": 7,
+        "keep": 3,
+        "resume": True,
+        "tensorboard": None,
+    }
 
 
 def test_what_is_merged_must_be_of_one_network(tmp_path, capsys, jobs):
