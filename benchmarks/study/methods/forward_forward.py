@@ -58,11 +58,14 @@ class ForwardForwardTrainer(UnitTrainer):
     def train_on(self, batch: Batch, step: int) -> tuple[int, float]:
         """A step of every unit, first to last, and of the head; at the end of the head alone."""
         labels, head = batch["labels"], self.num_blocks
-        self.set_lr(self.run.lr_at(step) * HEAD_LR / self.run.lr, [head])
-        loss = 0.0
-        if step < self.contrastive_steps:
-            whole = dataclasses.replace(self.run, steps=self.contrastive_steps)
-            self.set_lr(whole.lr_at(step), range(head))
+        loss, first = 0.0, step < self.contrastive_steps
+        steps = self.contrastive_steps if first else self.run.steps - self.contrastive_steps
+        # Each stage has a schedule of its own.
+        stage = dataclasses.replace(self.run, steps=steps)
+        lr = stage.lr_at(step if first else step - self.contrastive_steps)
+        self.set_lr(lr * HEAD_LR / self.run.lr, [head])
+        if first:
+            self.set_lr(lr, range(head))
             x, found = self.views(batch["images"]), []
             for unit in range(head):
                 x = [self.network.units[unit](view) for view in x]

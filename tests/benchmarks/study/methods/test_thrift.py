@@ -1,7 +1,15 @@
+import dataclasses
+from functools import partial
+
 import pytest
 import torch
 
+from benchmarks.study import costing
+from benchmarks.study.__main__ import STUDIES
+from benchmarks.study.archive import Archive
+from benchmarks.study.costing import run_costs
 from benchmarks.study.methods import thrift
+from benchmarks.study.rows import Row
 
 from .conftest import OTHERS, trainer_of
 
@@ -49,3 +57,21 @@ def test_training_is_bit_for_bit_that_without(name, technique):
 def test_residency_needs_blocks():
     with pytest.raises(ValueError, match="residency needs a network in blocks"):
         thrift.apply(trainer_of(OTHERS["end_to_end"]), "residency")
+
+
+def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
+    rows = [
+        Row(name=name, title=name, method="", run=dataclasses.replace(OTHERS[name], data="digits"))
+        for name in ("end_to_end", "blocks")
+    ]
+    study = dataclasses.replace(STUDIES["vit-digits"], rows=rows)
+    monkeypatch.setattr(costing, "measure", partial(thrift.measure, steps=1))
+    found = run_costs(study, tmp_path / "records")
+    titles = {"end_to_end", "end_to_end, checkpointing", "end_to_end, offload"}
+    titles |= {"blocks", "blocks, checkpointing", "blocks, residency"}
+    assert set(found) == titles
+    assert len(Archive(tmp_path / "records").load()) == 6
+    monkeypatch.setattr(costing, "measure", None)
+    assert run_costs(study, tmp_path / "records") == found
+    offload, plain = found["end_to_end, offload"][0], found["end_to_end"][0]
+    assert offload["host_mib"] >= plain["activations_mib"] > 0 == offload["activations_mib"]
