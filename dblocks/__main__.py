@@ -244,7 +244,7 @@ def _planned(argv: Sequence[str]) -> dict[str, Any]:
     found = _chosen(argv)
     networks = _networks()
     network = next((word for word in argv[1:] if word in networks), None)
-    if argv[:1] != ["plan"] or found.recipe != "paper" or network is None:
+    if list(argv[:1]) != ["plan"] or found.recipe != "paper" or network is None:
         return {}
     from dblocks.recipes.paper.choice import experiment_of, run_of
     from dblocks.recipes.paper.networks import plan_of

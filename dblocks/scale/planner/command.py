@@ -189,7 +189,7 @@ def command(tyro: Any, argv: Sequence[str], defaults: Mapping[str, Any] | None =
         defaults: of the network's flags, in place of its own.
     """
     chosen = next((word for word in argv[1:] if word in CONFIGS), None)
-    if argv[:1] != ["plan"] or chosen is None:
+    if list(argv[:1]) != ["plan"] or chosen is None:
         return _made([_positional(tyro, str)], (PlanModel,), {})
     kind = CONFIGS[chosen]
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = ("--steps", "3", "--points", "1", "--device", "cpu", "--no-bf16")
 NARROW = ("--width", "24", "--heads", "2", "--depth", "4")
-TEXT = ("--batch-size", "2", "--context", "32", "--windows", "2", *NARROW)
+TEXT = ("--batch-size", "2", "--context", "20", "--windows", "2", *NARROW)
 WORDS = " ".join(f"word{i}" for i in range(4000))
 
 
@@ -44,8 +44,8 @@ def trained(capsys, out, network, data, *flags):
 
 
 def write_cifar100(folder):
-    rows = np.random.default_rng(0).integers(0, 256, (120, 3074), dtype=np.uint8)
-    rows[:, 0], rows[:, 1] = 0, np.arange(120) % 100
+    rows = np.random.default_rng(0).integers(0, 256, (104, 3074), dtype=np.uint8)
+    rows[:, 0], rows[:, 1] = 0, np.arange(104) % 100
     (folder / "train.bin").write_bytes(rows[:100].tobytes())
     (folder / "test.bin").write_bytes(rows[100:].tobytes())
 
@@ -212,3 +212,24 @@ def test_what_is_changed_is_named():
     made = run(EXPERIMENTS["vit"][0])
     other = dataclasses.replace(made, lr=1e-3, device="cpu", seed=4)
     assert changed(other, made) == ["lr 0.001 (0.0005)"]
+
+
+def test_a_plan_of_an_experiment(capsys):
+    argv = ("plan", "vit", "--recipe", "paper", "--data", "tiny-imagenet", "--depth", "2")
+    assert main([*argv, "--width", "48", "--batch-size", "2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "vit, 2 layers, batches of 2; one device of 131.32 GiB" in said
+    assert "10,000,000 images in 2 blocks: " in said
+    assert "hours (modelled)" in said
+    error = mistake(capsys, "plan", "vit", "--recipe", "paper", "--data", "digits")
+    assert "--data must be cifar-100 or tiny-imagenet" in error
+
+
+def test_a_constant_rate_after_the_warm_up_and_records_without_new_fields():
+    made = dataclasses.replace(run(EXPERIMENTS["vit"][1]), steps=100, warmup=0.1)
+    assert [made.lr_at(step) for step in (0, 9, 10, 99)] == pytest.approx([1e-5, *[1e-4] * 3])
+    assert made.to_dict()["decay"] == "constant"
+    cosine = dataclasses.replace(made, decay="cosine")
+    assert "decay" not in cosine.to_dict()
+    assert "block" not in cosine.to_dict()
+    assert type(made).from_dict(made.to_dict()) == made
