@@ -27,16 +27,10 @@ from dblocks.recipes.data.batches import ImageData
 from dblocks.recipes.data.images import load_images
 from dblocks.recipes.data.splits import Images, values
 from dblocks.recipes.metrics import NOISE_SEED
-from dblocks.recipes.metrics.classes import accuracy
 from dblocks.recipes.metrics.denoising import held_out_loss
-from dblocks.recipes.metrics.images import (
-    frechet_distance,
-    in_batches,
-    spread,
-    standard_deviation,
-)
-from dblocks.recipes.metrics.judge import FEATURES, judge_of
-from dblocks.recipes.metrics.neighbours import NEIGHBOURS, PrecisionRecall, precision_recall
+from dblocks.recipes.metrics.images import standard_deviation
+from dblocks.recipes.metrics.judge import judge_of
+from dblocks.recipes.metrics.judged import judged
 from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.progress import progress_bar
 from dblocks.recipes.run import Run, check_seed
@@ -238,50 +232,13 @@ class DiTTrainer(Trainer):
         return Sampled(images, labels if config.num_classes else None, seconds)
 
     def _judged(self, guided: Sampled) -> dict[str, Any] | None:
-        """The classifier's view of the samples, and of the training images in their place.
-
-        Distances are None where there are not more images than features.
-        """
-        run, num_classes = self.dit_run, self.network.config.num_classes
+        """The classifier's view of the samples; None without classes."""
+        num_classes = self.network.config.num_classes
         if not num_classes or guided.labels is None:
             return None
-        judge = judge_of(self.data, num_classes, device=run.device)
-
-        def features(images: Tensor) -> Tensor:
-            return in_batches(lambda x: judge.features(values(x).to(run.device)), images)
-
-        def correct(images: Tensor, labels: Tensor) -> float:
-            logits = in_batches(lambda x: judge(values(x).to(run.device)), images)
-            return accuracy(logits, labels)
-
-        held_out = features(self.evaluated.images)
-
-        def distance(images: Tensor) -> float | None:
-            if min(len(images), len(held_out)) <= FEATURES:  # too few for their covariance
-                return None
-            return frechet_distance(features(images), held_out)
-
-        def among(images: Tensor) -> PrecisionRecall | None:
-            """Of as many of each as there are samples, spread evenly."""
-            n = min(len(guided.images), len(held_out), len(images))
-            if n <= NEIGHBOURS:
-                return None
-            return precision_recall(spread(held_out, n), features(spread(images, n)))
-
-        unguided = self.sample(1.0)
-        found, usual = among(guided.images), among(self.data.images)
-        return {
-            "precision": found and found.precision,
-            "recall": found and found.recall,
-            "precision_of_training_images": usual and usual.precision,
-            "recall_of_training_images": usual and usual.recall,
-            "distance": distance(guided.images),
-            "distance_unguided": distance(unguided.images),
-            "distance_of_training_images": distance(self.data.images),
-            "accuracy": correct(guided.images, guided.labels),
-            "accuracy_unguided": correct(unguided.images, guided.labels),
-            "accuracy_on_held_out": correct(self.evaluated.images, self.evaluated.labels),
-        }
+        judge = judge_of(self.data, num_classes, device=self.dit_run.device)
+        unguided = self.sample(1.0).images
+        return judged(judge, guided.images, unguided, guided.labels, self.data, self.evaluated)
 
     def _pictures(self, guided: Sampled) -> dict[str, Any] | None:
         """Some samples of each class, class by class; None for latents."""

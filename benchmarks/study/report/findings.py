@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.study.experiment import Records
 from benchmarks.study.quality import Quality
 from benchmarks.study.report.finished import Finished
-from dblocks.recipes.metrics.paired import Difference, paired_difference
+from dblocks.recipes.metrics.differences import Difference, paired_difference
 
 REFERENCE = "end_to_end"
 
@@ -30,11 +30,12 @@ class Finding:
 
     def verdict(self, quality: Quality) -> str:
         """Better, worse, or not told apart: whether the 95 % interval holds 0."""
-        if self.difference.pairs == 1:
+        low, high = self.difference.low, self.difference.high
+        if low is None or high is None:
             return "one seed: no interval"
-        if self.difference.sign == 0:
+        if low <= 0 <= high:
             return "not told apart"
-        return "better" if (self.difference.sign > 0) == quality.higher_is_better else "worse"
+        return "better" if (low > 0) == quality.higher_is_better else "worse"
 
 
 def findings(found: Finished) -> list[Finding]:
@@ -57,6 +58,7 @@ def _finding(found: Finished, row: str, records: Records, reference: Records) ->
     quality = found.quality
     mine = {record["run"]["seed"]: quality.value(record) for record in records}
     theirs = {record["run"]["seed"]: quality.value(record) for record in reference}
+    seeds = sorted(mine.keys() & theirs.keys())
 
     def ratio(key: str) -> float:
         return records[0][key] / reference[0][key]
@@ -64,7 +66,7 @@ def _finding(found: Finished, row: str, records: Records, reference: Records) ->
     return Finding(
         row,
         found.titles[row],
-        paired_difference(mine, theirs),
+        paired_difference([mine[s] for s in seeds], [theirs[s] for s in seeds]),
         ratio("activations_mib"),
         ratio("state_mib"),
         ratio("layer_evaluations"),
@@ -102,14 +104,14 @@ def sentences(found: Finished, all_findings: Sequence[Finding]) -> list[str]:
 def _sentence(finding: Finding, quality: Quality) -> str:
     d, verdict = finding.difference, finding.verdict(quality)
     size = f"{abs(d.mean):{quality.form}}{quality.unit}"
-    if d.pairs == 1:
+    if d.low is None or d.high is None:
         how = f"{_sign(d.mean, quality)} by {size} in its only seed"
     else:
         interval = f"95 % interval {d.low:+{quality.form}} to {d.high:+{quality.form}}"
-        how = f"{verdict} by {size} ({interval}; {d.pairs} seeds)"
+        how = f"{verdict} by {size} ({interval}; {d.count} seeds)"
         if verdict == "not told apart":
             size = f"{d.mean:+{quality.form}}{quality.unit}"
-            how = f"not told apart: {size} ({interval}; {d.pairs} seeds)"
+            how = f"not told apart: {size} ({interval}; {d.count} seeds)"
     return (
         f"{finding.title}, beside end to end: {quality.name} {how}; saved activations "
         f"{finding.activations:.2f} times, state of a step {finding.state:.2f} times, layer "

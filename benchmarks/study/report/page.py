@@ -84,7 +84,7 @@ def _summary_row(found: Finished, finding: Finding) -> str:
     quality, d = found.quality, finding.difference
     verdict = finding.verdict(quality)
     interval = "-"
-    if d.pairs > 1:
+    if d.low is not None and d.high is not None:
         interval = f"{d.low:+{quality.form}} to {d.high:+{quality.form}}"
     mark = verdict if verdict in ("better", "worse") else "quiet"
     numbers = (
