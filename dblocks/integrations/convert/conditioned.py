@@ -66,11 +66,12 @@ def check_form(
     x: Tensor,
     context: Mapping[str, Any],
     name: str,
-    ours: tuple[nn.Module | None, Mapping[str, Any]],
+    ours: tuple[nn.Module | None, Mapping[str, Any]] | None = None,
 ) -> None:
     """Raises unless the form computes the layer's own function of the rows x [N, T, D].
 
-    `ours` is what runs in place of the attention, if anything, and the attention's arguments.
+    `ours` is what runs in place of the attention, if anything, and the attention's arguments; they
+    are the layer's by default.
 
     Raises:
         ValueError: it does not, so that the layer is of a kind that is not known.
@@ -84,7 +85,7 @@ def check_form(
             attention = layer.get_submodule(form.attention)
             own = layer(x, **context_of(layer, attention, context))
             own = own if isinstance(own, Tensor) else own[0]
-            instead, given = ours
+            instead, given = ours or (None, context)
             found = ConditionedLayer(layer, x.shape[-1], form, instead)(x, None, given)
     finally:
         for module in training:
