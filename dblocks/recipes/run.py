@@ -113,7 +113,7 @@ class Run(JsonConfig, ABC):
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, without what the defaults of newer fields say."""
         values = super().to_dict()
-        return {k: v for k, v in values.items() if k not in ADDED or v not in (None, False)}
+        return {k: v for k, v in values.items() if k not in ADDED or not (v is None or v is False)}
 
     def settings(self) -> dict[str, Any]:
         """As `to_dict`, without what says only where things are."""
