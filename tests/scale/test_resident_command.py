@@ -75,3 +75,4 @@ def test_records_of_runs_without_hold_nothing_new():
     resident = ViTRun(resident=True, sharding="fsdp", steps_per_visit=2)
     assert ViTRun.from_dict(resident.to_dict()) == resident
     assert resident.settings() == ViTRun().to_dict() | {"steps_per_visit": 2}
+    assert ViTRun(block=0).settings() == ViTRun().to_dict() | {"block": 0}
