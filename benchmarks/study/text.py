@@ -15,11 +15,11 @@ from torch import Tensor
 
 from benchmarks.study.archive import Archive
 from benchmarks.study.experiment import Records
-from benchmarks.study.ngrams import known_share, ngram_divergence, repetition_rate
 from benchmarks.study.plots import Measure
 from dblocks.checkpoint import load_model, prepare, save_model
 from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.recipes.data.text import Corpus
+from dblocks.recipes.metrics.ngrams import known_share, ngram_divergence, repetition_rate
 from dblocks.recipes.records import FORMAT, read_record, train, write_record
 from dblocks.recipes.tables import Column, Record, Rows, spread
 from dblocks.recipes.text_run import PROMPT, continuations

@@ -61,7 +61,8 @@ def l2_loss(record: Record) -> float:
 
 def _judged(name: str) -> Callable[[Record], float | None]:
     """Reads what the classifier says of samples; None for data without classes."""
-    return lambda record: None if record["judged"] is None else record["judged"][name]
+    # Records of before precision and recall lack them.
+    return lambda record: None if record["judged"] is None else record["judged"].get(name)
 
 
 def _calls(records: Sequence[Record]) -> str:
@@ -75,6 +76,8 @@ DIT_QUALITY = (
         "Fréchet distance, unguided samples",
         lambda r: spread(r, _judged("distance_unguided"), ".2f"),
     ),
+    Column("Precision, guided samples", lambda r: spread(r, _judged("precision"), ".2f")),
+    Column("Recall, guided samples", lambda r: spread(r, _judged("recall"), ".2f")),
     Column("Layer evaluations an image", lambda r: f"{r[0]['layer_evaluations_per_image']:,}"),
 )
 DIT = (

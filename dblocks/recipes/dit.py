@@ -29,8 +29,14 @@ from dblocks.recipes.data.splits import Images, values
 from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.classes import accuracy
 from dblocks.recipes.metrics.denoising import held_out_loss
-from dblocks.recipes.metrics.images import frechet_distance, in_batches, standard_deviation
-from dblocks.recipes.metrics.judge import FEATURES, train_judge
+from dblocks.recipes.metrics.images import (
+    frechet_distance,
+    in_batches,
+    spread,
+    standard_deviation,
+)
+from dblocks.recipes.metrics.judge import FEATURES, judge_of
+from dblocks.recipes.metrics.neighbours import NEIGHBOURS, PrecisionRecall, precision_recall
 from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.progress import progress_bar
 from dblocks.recipes.run import Run, check_seed
@@ -239,7 +245,7 @@ class DiTTrainer(Trainer):
         run, num_classes = self.dit_run, self.network.config.num_classes
         if not num_classes or guided.labels is None:
             return None
-        judge = train_judge(self.data, num_classes, device=run.device)
+        judge = judge_of(self.data, num_classes, device=run.device)
 
         def features(images: Tensor) -> Tensor:
             return in_batches(lambda x: judge.features(values(x).to(run.device)), images)
@@ -255,8 +261,20 @@ class DiTTrainer(Trainer):
                 return None
             return frechet_distance(features(images), held_out)
 
+        def among(images: Tensor) -> PrecisionRecall | None:
+            """Of as many of each as there are samples, spread evenly."""
+            n = min(len(guided.images), len(held_out), len(images))
+            if n <= NEIGHBOURS:
+                return None
+            return precision_recall(spread(held_out, n), features(spread(images, n)))
+
         unguided = self.sample(1.0)
+        found, usual = among(guided.images), among(self.data.images)
         return {
+            "precision": found and found.precision,
+            "recall": found and found.recall,
+            "precision_of_training_images": usual and usual.precision,
+            "recall_of_training_images": usual and usual.recall,
             "distance": distance(guided.images),
             "distance_unguided": distance(unguided.images),
             "distance_of_training_images": distance(self.data.images),

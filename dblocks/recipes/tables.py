@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dblocks.recipes.metrics.classes import mean_std
+from dblocks.recipes.metrics.differences import paired_difference
 
 Record = Mapping[str, Any]
 Rows = Mapping[str, Sequence[Record]]
@@ -61,6 +62,36 @@ def percent(records: Sequence[Record], key: Callable[[Record], float | None]) ->
         return None if value is None else 100 * value
 
     return spread(records, hundredfold, ".1f", unit=" %")
+
+
+def difference(
+    records: Sequence[Record],
+    others: Sequence[Record],
+    key: Callable[[Record], float | None],
+    form: str,
+    *,
+    unit: str = "",
+) -> str:
+    """What a value differs by between two rows, paired by seed, with its 95 % interval.
+
+    Such as "-0.4 [-0.8, -0.1] %"; no interval of one common seed, and a dash where there is none or
+    a value is None.
+
+    Args:
+        records: of a row.
+        others: of the row to compare with, whose values are subtracted.
+        key: reads the value of a record.
+        form: how a number is written, such as ".1f".
+        unit: written at the end, such as " %".
+    """
+    ours, theirs = ({r["run"]["seed"]: key(r) for r in row} for row in (records, others))
+    seeds = sorted(ours.keys() & theirs.keys())
+    pairs = [(a, b) for s in seeds if (a := ours[s]) is not None and (b := theirs[s]) is not None]
+    if not seeds or len(pairs) < len(seeds):
+        return "-"
+    found = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
+    interval = "" if found.low is None else f" [{found.low:+{form}}, {found.high:+{form}}]"
+    return f"{found.mean:+{form}}{interval}{unit}"
 
 
 def mean(records: Sequence[Record], key: str) -> float:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def _short_judge(monkeypatch):
-    monkeypatch.setattr(recipe, "train_judge", functools.partial(train_judge, steps=3))
+    monkeypatch.setattr(recipe, "judge_of", functools.partial(train_judge, steps=3))
 
 
 def make_data(n=60, classes=10, channels=1, seed=0):
@@ -80,9 +80,12 @@ def test_a_run_leaves_what_it_is_judged_by(end_to_end):
     judged = record["judged"]
     assert judged.keys() == {
         "distance", "distance_unguided", "distance_of_training_images",
+        "precision", "recall", "precision_of_training_images", "recall_of_training_images",
         "accuracy", "accuracy_unguided", "accuracy_on_held_out",
     }  # fmt: skip
     assert judged["distance_of_training_images"] < judged["distance"]
+    assert 0 <= judged["precision"] <= 1
+    assert judged["recall_of_training_images"] > 0.3 > judged["recall"]
     assert 0 <= judged["accuracy"] <= 1
     assert record["loss"] == record["curve"][-1]["loss"] > 0
     blocks, calls = (1, [12]) if end_to_end else (3, [4, 4, 4])

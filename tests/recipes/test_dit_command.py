@@ -40,7 +40,7 @@ def saved(folder, **options):
 
 @pytest.mark.parametrize("flags", [("--blocks", "2"), ("--end-to-end",)])
 def test_a_dit_is_trained_evaluated_and_sampled(tmp_path, capsys, monkeypatch, flags):
-    monkeypatch.setattr(recipe, "train_judge", functools.partial(train_judge, steps=2))
+    monkeypatch.setattr(recipe, "judge_of", functools.partial(train_judge, steps=2))
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (120, 4, 4, 1), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(120) % 4)

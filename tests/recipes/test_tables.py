@@ -1,6 +1,6 @@
 import pytest
 
-from dblocks.recipes.tables import COSTS, Column, percent, spread, text_table
+from dblocks.recipes.tables import COSTS, Column, difference, percent, spread, text_table
 
 
 def record(seed=0, accuracy=0.9, **run):
@@ -33,6 +33,21 @@ def test_one_seed_has_no_standard_deviation():
 def test_what_a_run_does_not_have_is_a_dash():
     assert percent(THREE, lambda r: r["accuracy"] if r["seconds"] > 100 else None) == "-"
     assert spread(THREE, lambda r: None, ".1f") == "-"
+
+
+def test_a_difference_is_paired_by_seed():
+    others = [record(seed, 0.9 + 0.01 * seed) for seed in (2, 1, 0, 5)]
+
+    def percents(r):
+        return 100 * r["accuracy"]
+
+    assert difference(THREE, others, percents, ".1f", unit=" %") == "+6.0 [+6.0, +6.0] %"
+    others[2] = record(0, 0.94)  # 2, 6 and 6 points: 4.67 ± 4.303 * 2.309 / sqrt(3)
+    assert difference(THREE, others, percents, ".1f") == "+4.7 [-1.1, +10.4]"
+    assert difference(others, THREE, percents, ".1f") == "-4.7 [-10.4, +1.1]"
+    assert difference(THREE[:1], others, percents, ".1f") == "+2.0"
+    assert difference(THREE[:1], others[:1], percents, ".1f") == "-"
+    assert difference(THREE, others, lambda r: None, ".1f") == "-"
 
 
 def test_runs_of_two_recipes_are_not_averaged():

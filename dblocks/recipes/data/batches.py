@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import Any, Protocol, cast
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from dblocks.recipes.data.splits import Images, batch_indices, values
+from dblocks.recipes.data.splits import Images, batch_indices, sha256_of, values
 from dblocks.recipes.data.text import Corpus
 from dblocks.recipes.data.tokenizers import TOKENIZER_FILE
 from dblocks.recipes.data.windows import random_windows
@@ -64,7 +62,7 @@ class ImageData:
 
     def digest(self) -> str:
         """Of the training images and their labels."""
-        return _sha256(self.images.images, self.images.labels)
+        return self.images.digest()
 
 
 class TextData:
@@ -102,13 +100,4 @@ class TextData:
 
     def digest(self) -> str:
         """Of the tokens of the training text."""
-        return _sha256(self.corpus.training.tokens)
-
-
-def _sha256(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        numbers = tensor.detach().cpu().contiguous().view(torch.uint8)
-        digest.update(cast(Any, numbers.numpy()))
-    return digest.hexdigest()
+        return sha256_of(self.corpus.training.tokens)

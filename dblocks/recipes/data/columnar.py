@@ -14,8 +14,10 @@ from typing import Any
 from dblocks.config import read_json
 
 SUFFIXES = (".parquet", ".arrow")
+CACHED = "cache-"
 ROWS = 1024  # of a parquet file that are read at a time
 FILE_FORMAT = b"ARROW1"  # an arrow file that begins otherwise is a stream
+END = bytes(4)  # of a stream
 # Words in the path of a file, of parts that are not trained on; the first part there is held out.
 HELD_OUT = (
     ("test", "heldout"),
@@ -42,15 +44,18 @@ def in_parts(files: Sequence[Path], folder: Path) -> Parts:
 
 
 def column_files(folder: Path) -> list[Path]:
-    """The parquet files of a folder and its sub-folders, or else the arrow files, sorted."""
-    for suffix in SUFFIXES:
-        found = sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file())
-        found = [
-            p for p in found if not any(x.startswith(".") for x in p.parts[len(folder.parts) :])
-        ]
-        if found:
-            return found
-    return []
+    """The parquet files of a folder and its sub-folders, or else the arrow files, sorted.
+
+    Hidden files and the `cache-*.arrow` of the package datasets are left out.
+    """
+
+    def is_data(path: Path) -> bool:
+        inside = path.relative_to(folder).parts
+        hidden = any(name.startswith(".") for name in inside)
+        return not hidden and not path.name.startswith(CACHED) and path.is_file()
+
+    found = (sorted(filter(is_data, folder.rglob(f"*{suffix}"))) for suffix in SUFFIXES)
+    return next((files for files in found if files), [])
 
 
 def columns_of(path: Path) -> dict[str, Any]:
@@ -112,6 +117,10 @@ class _Table:
         self.source = self.arrow.memory_map(str(path))
         with path.open("rb") as file:
             whole = file.read(len(FILE_FORMAT)) == FILE_FORMAT
+            file.seek(max(0, path.stat().st_size - len(END)))
+            # A stream that is cut off between two batches reads as a shorter one.
+            if not whole and file.read() != END:
+                raise ValueError("it must end with the mark of the end; it may be cut off")
         self.file = ipc.open_file(self.source) if whole else ipc.open_stream(self.source)
         self.schema, self.whole = self.file.schema, whole
 

@@ -1,7 +1,8 @@
 """Images in memory, stratified splits, and batches that are functions of (seed, step)."""
 
+import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -27,8 +28,22 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def digest(self) -> str:
+        """A SHA-256 of images and labels."""
+        return sha256_of(self.images, self.labels)
+
     def __getitem__(self, index: Tensor) -> "Images":
         return Images(self.images[index], self.labels[index])
+
+
+def sha256_of(*tensors: Tensor) -> str:
+    """A SHA-256 of types, shapes and elements."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        numbers = tensor.detach().cpu().contiguous().view(torch.uint8)
+        digest.update(cast(Any, numbers.numpy()))
+    return digest.hexdigest()
 
 
 def values(images: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ def in_batches(
     return torch.cat([function(chunk).cpu() for chunk in images.split(batch_size)])
 
 
+def spread(images: Tensor, count: int) -> Tensor:
+    """So many of images [n, ...], evenly spread over them."""
+    return images[torch.linspace(0, len(images) - 1, count, dtype=torch.float64).long()]
+
+
 def standard_deviation(images: Tensor) -> float:
     """The standard deviation of all elements, in float64: the sigma_data of a data set."""
     if images.numel() < 2:

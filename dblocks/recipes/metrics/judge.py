@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from dblocks.config import json_text
+from dblocks.recipes.data.kept import cache_folder, replacing
 from dblocks.recipes.data.splits import Images, batch_indices, values
 
 FEATURES = 32  # few, so that some hundred images estimate their covariance
 WIDTH = 16
 POOLED = 2  # side of the last feature map
 SEED = 77_000  # a seed that no run has
-STEPS = 400
+LEAST_STEPS, MOST_STEPS = 400, 4000  # an epoch in between
+FORMAT = 1  # of what is kept
 BATCH_SIZE = 64
 LR = 3e-3
 WEIGHT_DECAY = 0.5
@@ -52,8 +57,37 @@ class ImageClassifier(nn.Module):
         return self.head(self.features(images))
 
 
+def steps_of(data: Images) -> int:
+    """Steps of a classifier of such images: an epoch, but 400 to 4,000."""
+    return min(max(LEAST_STEPS, len(data) // BATCH_SIZE), MOST_STEPS)
+
+
+def judge_of(data: Images, num_classes: int, *, device: str = "cpu") -> ImageClassifier:
+    """`train_judge` of as many steps as `steps_of` says; each data set's is kept, see `kept`.
+
+    So one judge serves all runs on the same data of a machine.
+
+    Args:
+        data: what to train on.
+        num_classes: number of classes.
+        device: where to train it, and where it is.
+    """
+    about = [FORMAT, data.digest(), num_classes, steps_of(data), torch.__version__]
+    key = hashlib.sha256(json_text([*about, torch.device(device).type]).encode()).hexdigest()
+    path = cache_folder() / f"judge-{key}.safetensors"
+    if path.is_file():
+        judge = _untrained(data, num_classes)
+        judge.load_state_dict(load_file(path))
+        return judge.to(device).eval().requires_grad_(False)
+    judge = train_judge(data, num_classes, steps=steps_of(data), device=device)
+    state = {name: tensor.cpu().contiguous() for name, tensor in judge.state_dict().items()}
+    with replacing(path) as file:
+        file.write(save(state))
+    return judge
+
+
 def train_judge(
-    data: Images, num_classes: int, *, steps: int = STEPS, device: str = "cpu"
+    data: Images, num_classes: int, *, steps: int = LEAST_STEPS, device: str = "cpu"
 ) -> ImageClassifier:
     """A classifier trained on `data`, the same at every call: its seed is its own.
 
@@ -63,9 +97,7 @@ def train_judge(
         steps: of one batch of 64.
         device: where to train.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        judge = ImageClassifier(data.images.shape[1], num_classes).to(device)
+    judge = _untrained(data, num_classes).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
     batch_size = min(BATCH_SIZE, len(data))
     for step in range(steps):
@@ -76,3 +108,9 @@ def train_judge(
         nn.functional.cross_entropy(logits, chosen.labels.to(device)).backward()
         optimizer.step()
     return judge.eval().requires_grad_(False)
+
+
+def _untrained(data: Images, num_classes: int) -> ImageClassifier:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return ImageClassifier(data.images.shape[1], num_classes)

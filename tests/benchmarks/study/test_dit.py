@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def tiny(monkeypatch):
     """The experiment with a network and numbers of steps that take no time."""
-    monkeypatch.setattr(recipe, "train_judge", functools.partial(train_judge, steps=2))
+    monkeypatch.setattr(recipe, "judge_of", functools.partial(train_judge, steps=2))
     rows = {
         name: (title, dataclasses.replace(run, **TINY))
         for name, (title, run) in EXPERIMENT.rows.items()

@@ -19,6 +19,7 @@ from dblocks.recipes.data.images import load_images
 from dblocks.recipes.data.splits import values
 from dblocks.recipes.dit import DiTRun
 from dblocks.recipes.metrics.images import standard_deviation
+from dblocks.recipes.metrics.judge import train_judge
 from tools import seeded
 
 
@@ -235,7 +236,7 @@ def test_large_sets_are_bytes_that_train_alike(tmp_path, cache, monkeypatch):
 
 def test_a_run_on_bytes_is_that_on_numbers(tmp_path, monkeypatch, one_thread):
     write_imagenet(tmp_path)
-    monkeypatch.setattr(dit, "train_judge", partial(dit.train_judge, steps=2))
+    monkeypatch.setattr(dit, "judge_of", partial(train_judge, steps=2))
     sizes = {"steps": 3, "batch_size": 4, "depth": 3, "width": 8, "heads": 2, "samples": 3}
     run = DiTRun(data="imagenet", data_path=str(tmp_path), sampling_steps=3, points=1, **sizes)
     results = []

@@ -211,6 +211,8 @@ def test_texts_of_a_data_set(tmp_path, mapped, kind):
     else:
         write_arrow(tmp_path / "train" / "data-00000.arrow", ROWS, stream=kind == "stream")
         write_arrow(tmp_path / "test" / "data-00000.arrow", ROWS[:2], stream=kind == "stream")
+        for left_out in ("train/cache-0a1b.arrow", ".git/train.arrow"):
+            write_arrow(tmp_path / left_out, ["left out"])
     assert decoded(load_corpus("openwebtext", path=tmp_path)) == (
         JOINED,
         "document 0\ndocument 1\n",
@@ -223,6 +225,7 @@ def test_texts_of_a_data_set(tmp_path, mapped, kind):
         ("a.parquet", lambda c: c[:-9], r"a\.parquet cannot be read as a parquet file: "),
         ("a.parquet", lambda c: b"", r"a\.parquet cannot be read as a parquet file: "),
         ("a.arrow", lambda c: c[: len(c) // 2], r"a\.arrow cannot be read as a arrow file: "),
+        ("a.arrow", lambda c: c[:-8], r"a\.arrow cannot be read .* it may be cut off"),
         ("a.arrow", lambda c: b"other" * 9, r"a\.arrow cannot be read as a arrow file: "),
     ],
 )

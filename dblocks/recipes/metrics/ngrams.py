@@ -52,3 +52,36 @@ def repetition_rate(texts: Sequence[str], n: int) -> float:
     if not total:
         raise ValueError(f"a text must have a run of {n} characters, got shorter ones")
     return 1 - sum(map(len, counts)) / total
+
+
+def distinct_share(texts: Sequence[str], n: int, *, words: bool = False) -> float:
+    """The share of different n-grams among those of all texts, in [0, 1]: "distinct-n".
+
+    It falls where texts say the same, also each other's; and with their length: compare texts of
+    one size only.
+
+    Args:
+        texts: what to look at.
+        n: characters or words.
+        words: n-grams of words between spaces, as published, not of characters.
+
+    Raises:
+        ValueError: no text has n of them, or n is not positive.
+
+    Source: Li et al. 2016, arXiv 1510.03055.
+    """
+    if words:
+        found = sum((_word_ngrams(text, n) for text in texts), Counter[tuple[str, ...]]())
+    else:
+        found = sum((ngrams(text, n) for text in texts), Counter[str]())
+    if not found:
+        kind = "words" if words else "characters"
+        raise ValueError(f"a text must have a run of {n} {kind}, got shorter ones")
+    return len(found) / found.total()
+
+
+def _word_ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    words = text.split()
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))

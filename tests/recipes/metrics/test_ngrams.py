@@ -2,7 +2,13 @@ import math
 
 import pytest
 
-from benchmarks.study.ngrams import known_share, ngram_divergence, ngrams, repetition_rate
+from dblocks.recipes.metrics.ngrams import (
+    distinct_share,
+    known_share,
+    ngram_divergence,
+    ngrams,
+    repetition_rate,
+)
 
 
 def test_ngrams_overlap():
@@ -34,9 +40,22 @@ def test_repetition_counts_what_came_before_in_the_same_text():
     assert repetition_rate(["ab", "ab"], 2) == 0
 
 
+def test_distinct_ngrams_are_counted_over_all_texts():
+    assert distinct_share(["abcd", "efgh"], 2) == 1
+    assert distinct_share(["aaaa"], 1) == 0.25
+    assert distinct_share(["ab", "ab"], 2) == 0.5  # also what another text has said
+    assert distinct_share(["ab", "ba"], 1) == 0.5
+    words = ["the cat and the dog", "a  cat"]
+    assert distinct_share(words, 1, words=True) == pytest.approx(5 / 7)
+    assert distinct_share(words, 2, words=True) == 1
+    with pytest.raises(ValueError, match="run of 3 words"):
+        distinct_share(["two words"], 3, words=True)
+
+
 @pytest.mark.parametrize(
     "call",
     [
+        lambda: distinct_share(["a"], 2),
         lambda: ngram_divergence(["a"], "abc", 2),
         lambda: ngram_divergence(["abc"], "a", 2),
         lambda: known_share([], "abc", 2),
@@ -51,3 +70,5 @@ def test_too_short_a_text_is_an_error(call):
 def test_n_is_positive():
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         ngrams("a", 0)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        distinct_share(["a"], 0, words=True)
