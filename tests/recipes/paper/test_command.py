@@ -26,7 +26,7 @@ WORDS = " ".join(f"word{i}" for i in range(4000))
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path_factory):
     """A judge of two steps, and a cache of tokens that is not kept."""
-    monkeypatch.setattr(dit, "train_judge", functools.partial(train_judge, steps=2))
+    monkeypatch.setattr(dit, "judge_of", functools.partial(train_judge, steps=2))
     monkeypatch.setenv("DBLOCKS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
