@@ -14,9 +14,9 @@ import pytest
 from tools import ROOT
 
 PAGE = ROOT / "docs" / "scale.md"
-MODULES = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
 LAUNCHERS = {
-    "accelerate": (*MODULES, "--num_machines", "1", "--mixed_precision", "no"),
+    # accelerate itself starts one process where there is no GPU.
+    "accelerate": ("-m", "torch.distributed.run", "--master-port", "0", "--nproc-per-node", "2"),
     "lightning_fabric": ("-m", "lightning_fabric.cli", "--accelerator", "cpu", "--devices", "2"),
 }
 BEFORE = """
