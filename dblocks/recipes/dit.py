@@ -133,17 +133,9 @@ class DiTRun(Run):
 
 # The network of the paper's CIFAR-10 experiment, DiT-S with patches of 2, trained for longer.
 GPU = DiTRun(
-    data="cifar-10",
-    steps=300_000,
-    batch_size=256,
-    lr=3e-4,
-    weight_decay=0.01,
-    width=384,
-    heads=6,
-    samples=10_000,
-    device="cuda",
-    bf16=True,
-)
+    data="cifar-10", steps=300_000, batch_size=256, lr=3e-4, weight_decay=0.01,
+    width=384, heads=6, samples=10_000, device="cuda", bf16=True,
+)  # fmt: skip
 
 RECIPE = Recipe(
     run=DiTRun(),
