@@ -48,7 +48,7 @@ def comparisons() -> list[Finished]:
     return [
         finished_study(STUDIES[name], experiment) if name in STUDIES else finished(experiment)
         for name, experiment in EXPERIMENTS.items()
-    ]
+    ] + [finished_study(study) for name, study in STUDIES.items() if name not in EXPERIMENTS]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

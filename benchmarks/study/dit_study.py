@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, get_args
 
 from benchmarks.study.ablation import AblationRun
+from benchmarks.study.quality import L2
 from benchmarks.study.rows import Row, Study
 from dblocks.recipes.columns import DIT_QUALITY, l2_loss
 from dblocks.recipes.dit import DiTRun
@@ -146,7 +147,7 @@ def study_of(name: str, title: str, rows: Sequence[Row]) -> Study:
         name=name,
         title=title,
         rows=rows,
-        error=l2_loss,
+        quality=L2,
         headline=lambda record: f"loss {l2_loss(record):.4f}",
         columns=COLUMNS,
     )

@@ -16,8 +16,10 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#33
 MARKERS = "os^Dv*P"
 
 
-def comparison_picture(found: Finished) -> str:
+def comparison_picture(found: Finished) -> str | None:
     """The comparison's own figure: quality against compute and noise ranges, or samples."""
+    if found.draw is None:
+        return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figure.png"
         found.draw(found.rows, path)

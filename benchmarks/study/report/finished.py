@@ -47,7 +47,8 @@ class Finished:
     quality: Quality
     columns: Sequence[Column]
     caption: Callable[[Rows], str]
-    draw: Callable[[Rows, Path], None]
+    draw: Callable[[Rows, Path], None] | None
+    """Of a figure; None where there is none."""
     curve: Mapping[str, Mapping[float, Records]] = field(default_factory=dict)
     """Records by the share of the budget that they took, of some rows; see `Study`."""
     costs: Rows = field(default_factory=dict)
@@ -101,17 +102,17 @@ def finished(experiment: Experiment) -> Finished:
     )
 
 
-def finished_study(study: Study, like: Experiment) -> Finished:
+def finished_study(study: Study, like: Experiment | None = None) -> Finished:
     """Reads what there is of a study.
 
     Args:
-        study: its rows; those of the part "methods" are compared, others are points of curves.
+        study: its rows; those of the part "budget" are points of curves, all others are compared.
         like: an experiment on the same data, whose caption and figure are taken.
     """
     found = Found(study)
     there = {row.name: found.records(row) for row in study.rows}
     check_versions(study.name, [r for many in there.values() for r in many])
-    compared = [row for row in study.rows if row.part == "methods" and there[row.name]]
+    compared = [row for row in study.rows if row.part != "budget" and there[row.name]]
     return Finished(
         name=study.name,
         titles={row.name: row.title for row in study.rows},
@@ -119,8 +120,8 @@ def finished_study(study: Study, like: Experiment) -> Finished:
         missing=[_missing(found, row) for row in study.rows if not there[row.name]],
         quality=study.quality,
         columns=study.columns,
-        caption=like.caption,
-        draw=like.draw,
+        caption=like.caption if like else lambda rows: _caption(study),
+        draw=like.draw if like else None,
         curve=_curve(study.rows, there),
         costs=_costs(study, found.there),
     )
@@ -140,6 +141,14 @@ def check_versions(name: str, records: Records) -> None:
             f"the records of {name} must be of one version of torch, got "
             f"{', '.join(sorted(torches))}; run the older rows again"
         )
+
+
+def _caption(study: Study) -> str:
+    return (
+        f"{study.title[0].upper()}{study.title[1:]}: mean ± sample standard deviation of "
+        "the seeds; every row runs as many layer evaluations, unless its title says otherwise. Learning rates "
+        "are the best of a grid by runs of another seed on a validation split."
+    )
 
 
 def _missing(found: Found, row: Row) -> Missing:

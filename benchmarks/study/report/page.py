@@ -105,7 +105,7 @@ def _section(found: Finished) -> str:
             f"<h2 id='{found.name}'>{found.name}</h2>",
             f"<pre>{html.escape(text_table(found.rows, found.columns))}</pre>",
             f"<p>{html.escape(found.caption(found.rows))}</p>",
-            f"<img alt='the rows of {found.name}' src='{comparison_picture(found)}'>",
+            _picture(found),
             memory_picture(found),
             budget_picture(found) if found.curve else "",
             _costs(found),
@@ -113,6 +113,11 @@ def _section(found: Finished) -> str:
             f"<p class='quiet'>{html.escape(provenance(records))}</p>",
         ]
     )
+
+
+def _picture(found: Finished) -> str:
+    data = comparison_picture(found)
+    return f"<img alt='the rows of {found.name}' src='{data}'>" if data else ""
 
 
 def _costs(found: Finished) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study import vit
-from benchmarks.study.__main__ import EXPERIMENTS, main
-from benchmarks.study.archive import Archive
+from benchmarks.study.__main__ import comparisons, main
 from benchmarks.study.experiment import Experiment, record_path
 from benchmarks.study.quality import ACCURACY, BITS
 from benchmarks.study.report.findings import findings, sentences
@@ -48,10 +47,11 @@ def test_rows_without_records_are_listed_with_their_predicted_hours(experiment):
     found = finished(experiment)
     assert list(found.records) == ["end_to_end"]
     # The rate is chosen: three finals of 3,000 steps of 4 layers, half a second a layer.
-    assert found.missing["blocks"].runs == 3
-    assert found.missing["blocks"].hours == pytest.approx(3 * 3000 * 4 * 0.5 / 3600)
+    blocks, small = found.missing
+    assert blocks.runs == 3
+    assert blocks.hours == pytest.approx(3 * 3000 * 4 * 0.5 / 3600)
     # The rate is not: one more.
-    assert found.missing["small"].runs == 4
+    assert small.runs == 4
 
 
 def test_differences_are_paired_by_seed(experiment):
@@ -107,12 +107,12 @@ def test_a_record_of_another_recipe_is_refused(experiment):
 
 def test_no_records_is_an_error(experiment, tmp_path):
     with pytest.raises(ValueError, match="make study"):
-        write_page([experiment], tmp_path / "page.html")
+        write_page([finished(experiment)], tmp_path / "page.html")
 
 
 def test_the_page_of_the_committed_records_needs_no_other_file(tmp_path):
     page = tmp_path / "page.html"
-    chosen = [e for e in EXPERIMENTS.values() if Archive(e.records).file.exists()][:2]
+    chosen = [f for f in comparisons() if f.records][:2]
     write_page(chosen, page)
     text = page.read_text(encoding="utf-8")
     assert all(f"id='{e.name}'" in text for e in chosen)
