@@ -144,10 +144,11 @@ def check_versions(name: str, records: Records) -> None:
 
 
 def _caption(study: Study) -> str:
+    title = f"{study.title[0].upper()}{study.title[1:]}"
     return (
-        f"{study.title[0].upper()}{study.title[1:]}: mean ± sample standard deviation of "
-        "the seeds; every row runs as many layer evaluations, unless its title says otherwise. Learning rates "
-        "are the best of a grid by runs of another seed on a validation split."
+        f"{title}: mean ± sample standard deviation of the seeds; every row runs as many layer "
+        "evaluations, unless its title says otherwise. Learning rates are the best of a grid by "
+        "runs of another seed on a validation split."
     )
 
 
