@@ -131,10 +131,11 @@ class Merge:
 
 
 COMMANDS = {"info": Info, "bench": Bench}
-RECIPE_HELP = (
-    "Defaults of the other flags: small, for minutes on a CPU; gpu, for one large GPU; paper, of "
-    "the paper's experiment on --data NAME. `--recipe gpu --help` shows them."
-)
+RECIPE_HELP = {
+    "small": "small, for minutes on a CPU",
+    "gpu": "gpu, for one large GPU",
+    "paper": "paper, of the paper's experiment on --data NAME",
+}
 PATH_FLAGS = ("--out", "--checkpoint", "--compare", "--data", "--tokenizer", "--model")
 PATH_FLAGS += ("--json", "--chart", "--tensorboard")
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as shells have it
@@ -276,6 +277,11 @@ def _chosen(argv: Sequence[str]) -> Any:
     return chosen.parse_known_args(list(argv))[0]
 
 
+def _recipe_help(kinds: Sequence[str]) -> str:
+    said = "; ".join(RECIPE_HELP[kind] for kind in kinds)
+    return f"Defaults of the other flags: {said}. `--recipe {kinds[-1]} --help` shows them."
+
+
 def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> Any:
     """The command that trains by a recipe, with the defaults of its flags.
 
@@ -302,7 +308,7 @@ def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> A
     board = Annotated[Optional[Path], tyro.conf.arg(help=BOARD_HELP)]  # noqa: UP045
     more.append(("tensorboard", board, None))
     if len(recipe.kinds) > 1:
-        kind = Annotated[Literal[recipe.kinds], tyro.conf.arg(help=RECIPE_HELP)]
+        kind = Annotated[Literal[recipe.kinds], tyro.conf.arg(help=_recipe_help(recipe.kinds))]
         more.append(("recipe", kind, "small"))
     if recipe.published:
         kind = Annotated[bool, tyro.conf.arg(help=recipe.published_help)]

@@ -217,7 +217,7 @@ class Denoiser(nn.Module):
             condition_drop=getattr(model, "condition_drop", 0.0), device=device,
         )  # fmt: skip
         drawn = Draw(sigma, torch.full((), seed, dtype=torch.int64, device=device), drop)
-        return drawn if replicas is None else part_of(drawn, given, target, shape, replicas)
+        return drawn if replicas is None else part_of(drawn, given, block, target, shape, replicas)
 
     def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
         """The loss of a block at given random numbers; compiles as one graph."""
@@ -251,8 +251,8 @@ class Denoiser(nn.Module):
         weight = loss_factors(config.weighting, target.loss_kind, w)
         weight = weight if whole is None else whole.here(weight, losses)
         loss = (weight * losses).mean()
-        loss = loss if extra is None else loss + extra
         loss = loss if whole is None or whole.factor is None else loss * whole.factor
+        loss = loss if extra is None else loss + extra
         return Loss(loss, losses, weight, draw.sigma)
 
 

@@ -81,15 +81,21 @@ def draw_levels(
 
 
 def part_of(
-    drawn: Draw, batch: Batch, target: Target, shape: tuple[int, ...], replicas: Replicas
+    drawn: Draw,
+    batch: Batch,
+    block: int,
+    target: Target,
+    shape: tuple[int, ...],
+    replicas: Replicas,
 ) -> Draw:
     """What is this process's of a draw for the batches of all processes, in their order.
 
     Raises:
-        ValueError: the batches are not of the same shapes; on a GPU the device says so.
+        ValueError: the batches are not of the same shapes, or the blocks not the same; on a GPU the
+            device says so.
     """
     N, device = shape[0], drawn.sigma.device
-    _check_alike(batch, N, replicas, device)
+    _check_alike(batch, N, block, replicas, device)
     scored, factor = target.scored(batch), None
     if scored is not None:
         mine = scored.detach().to(device, torch.float32)
@@ -100,24 +106,33 @@ def part_of(
     return Draw(drawn.sigma[rows], drawn.seed, drop, whole)
 
 
-def _check_alike(batch: Batch, N: int, replicas: Replicas, device: torch.device) -> None:
-    """Noise is counted by elements: samples of other sizes would get that of other processes."""
+def _check_alike(
+    batch: Batch, N: int, block: int, replicas: Replicas, device: torch.device
+) -> None:
+    """Raises unless all processes train one block, on samples of one size.
+
+    Noise is counted by elements: samples of other sizes would get that of other processes.
+    """
     given: dict[str, Any] = {
         key: list(v.shape)
         for key, v in batch.items()
         if isinstance(v, Tensor) and v.ndim and len(v) == N
     }
-    elements = sum(batch[key].numel() for key in given)
-    size = float(N * 2**32 + elements)
-    found = torch.full((2,), size, dtype=torch.float64, device=device)
-    found[1].neg_()
-    largest = reduced(found, replicas, "max")
-    same = largest[0] == -largest[1]
-    message = (
+    size = float(N * 2**32 + sum(batch[key].numel() for key in given))
+    found = torch.tensor([block, -block, size, -size], dtype=torch.float64, device=device)
+    last, first, largest, smallest = reduced(found, replicas, "max").unbind()
+    of_blocks = (
+        "block must be the same in all processes that share a batch; give the same one, or none: "
+        "then the first process draws it"
+    )
+    of_shapes = (
         "the batches of all processes must have the same shapes, since noise is that of the global "
         "batch; pad them to one length, and leave out a last batch that does not divide"
     )
     if device.type != "cpu":
-        torch.ops.aten._assert_async.msg(same, message)
-    elif not same:
-        raise ValueError(f"{message}; got {given} in process {replicas.rank}")
+        torch.ops.aten._assert_async.msg(last == -first, of_blocks)
+        torch.ops.aten._assert_async.msg(largest == -smallest, of_shapes)
+    elif last != -first:
+        raise ValueError(f"{of_blocks}; got blocks {[int(-first), int(last)]}")
+    elif largest != -smallest:
+        raise ValueError(f"{of_shapes}; got {given} in process {replicas.rank}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
-NAME, CHECKED = "_run_within", "_dblocks_one_block"
+NAME = "_run_within"
 
 
 def within(module: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
@@ -124,38 +124,6 @@ def check_parallel(parallel: Any, num_blocks: int) -> None:
             "train_step must not be called within no_sync() of a DistributedDataParallel: each "
             "process would step on its own gradients; accumulate with model.loss there instead"
         )
-    index = parallel.module.index
-    if index is not None and not getattr(parallel, CHECKED, False):
-        # Once: which block this one is never changes.
-        held: list[Any] = [None] * parallel.process_group.size()
-        torch.distributed.all_gather_object(held, index, group=parallel.process_group)
-        if len(set(held)) > 1:
-            raise _other_blocks(held)
-        setattr(parallel, CHECKED, True)
-
-
-def check_one_block(model: Any) -> None:
-    """Raises, in all processes alike, where these ran the backward of different blocks.
-
-    Whose parameters were used anywhere has a gradient everywhere after it: that is what
-    `find_unused_parameters` finds out, so no process need be asked.
-    """
-    if model.index is not None:
-        return
-    blocks = [
-        block
-        for block in range(model.config.num_blocks)
-        if any(p.grad is not None for p in model.block_parameters(block))
-    ]
-    if len(blocks) > 1:
-        raise _other_blocks(blocks)
-
-
-def _other_blocks(blocks: list[int]) -> ValueError:
-    return ValueError(
-        "block must be the same in all processes of a DistributedDataParallel, got blocks "
-        f"{sorted(set(blocks))}; give the same one, or none: then the first process draws it"
-    )
 
 
 def agreed(block: int, replicas: Replicas, device: torch.device) -> int:

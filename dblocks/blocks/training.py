@@ -16,7 +16,6 @@ from dblocks.blocks.network import Block, DiffusionBlocks
 from dblocks.blocks.sharding import (
     Replicas,
     agreed,
-    check_one_block,
     check_parallel,
     is_part,
     part_here,
@@ -140,7 +139,7 @@ def train_step(
             each process has its part of the batch, and a generator that is in the same state in
             all: the step is that of one process with all parts in the order of the processes. A
             block that is drawn is that of the first process, which synchronises; a block that is
-            given must be the same in all, which is found out after the backward.
+            given must be the same in all.
         batch: what its parts read; of the same shapes in all processes.
         optimizers: from `make_optimizers`.
         block: the block to train; drawn uniformly by default, where there is more than one.
@@ -198,12 +197,6 @@ def train_step(
     else:
         result = through(parallel, model.loss, batch, block, generator=generator, replicas=replicas)
     result.loss.backward()
-    if parallel is not None:
-        try:
-            check_one_block(model)
-        except ValueError:
-            model.zero_grad(set_to_none=True)
-            raise
     parameters = [p for o in moved for group in o.param_groups for p in group["params"]]
     wrong = None
     if nonfinite is not None or result.loss.device.type == "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -81,6 +82,7 @@ def next_token_nll(
     num_steps: int | None = None,
     generator: torch.Generator | None = None,
     attention_mask: Tensor | None = None,
+    **cond: Any,
 ) -> Tensor:
     """Negative log-likelihood of each token given those before it, in nats.
 
@@ -98,7 +100,9 @@ def next_token_nll(
         generator: source of the noise; by default that of the tokens' device. For a plain
             `RecurrentLM` on the CPU.
         attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
-            the text alone; 0 at padding and at the first token of each, which is given.
+            the text alone; 0 at padding and at the first token of each, which is given. The mean
+            is then that over the tokens that are scored.
+        cond: what else the network's calls read, such as the encoder_tokens of a T5.
 
     Returns:
         float32 [N, T - 1]: the first token of a sequence is given.
@@ -120,8 +124,10 @@ def next_token_nll(
             )
         z = _noise_at_top(model, tokens, generator)
         top = z.new_full(z.shape[:1], model.config.noise_schedule.sigma_max)
-        logits = model.logits(z, top, block=0, tokens=tokens)[:, 1:]
+        logits = model.logits(z, top, block=0, tokens=tokens, **cond)[:, 1:]
     elif isinstance(model, NextTokenNetwork):
+        if cond:
+            raise ValueError(f"a plain model takes tokens alone, got {sorted(cond)} too")
         steps, texts = model.plain_steps(num_steps), _texts(tokens, attention_mask)
         tokens = texts.tokens
         logits = model.next_token_logits(tokens, num_steps=steps, generator=generator)[:, :-1]
@@ -140,6 +146,7 @@ def product_nll(
     *,
     generator: torch.Generator | None = None,
     attention_mask: Tensor | None = None,
+    **cond: Any,
 ) -> Tensor:
     """Negative log-likelihood of each token under the product of all blocks' predictions, in nats.
 
@@ -153,7 +160,9 @@ def product_nll(
         tokens: int64 [N, T].
         generator: source of the noise; by default that of the tokens' device.
         attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
-            the text alone; 0 at padding and at the first token of each, which is given.
+            the text alone; 0 at padding and at the first token of each, which is given. The mean
+            is then that over the tokens that are scored.
+        cond: what else the network's calls read, such as the encoder_tokens of a T5.
 
     Returns:
         float32 [N, T - 1].
@@ -165,7 +174,8 @@ def product_nll(
     model = _blocks(model)
     texts = _texts(tokens, attention_mask, _block_size(model))
     tokens = texts.tokens
-    logits = product_logits(model, _noise_at_top(model, tokens, generator), tokens=tokens)[:, 1:]
+    z = _noise_at_top(model, tokens, generator)
+    logits = product_logits(model, z, tokens=tokens, **cond)[:, 1:]
     return texts.back(_costs(logits, tokens))
 
 
@@ -177,6 +187,7 @@ def denoising_bound(
     draws: int = 2,
     generator: torch.Generator | None = None,
     attention_mask: Tensor | None = None,
+    **cond: Any,
 ) -> Bound:
     """An upper bound of the negative log-likelihood of each token under all blocks, in nats.
 
@@ -197,7 +208,9 @@ def denoising_bound(
             written at once), at least 2.
         generator: source of levels and noise; by default that of the tokens' device.
         attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
-            the text alone; 0 at padding and at the first token of each, which is given.
+            the text alone; 0 at padding and at the first token of each, which is given. The mean
+            is then that over the tokens that are scored.
+        cond: what else the network's calls read, such as the encoder_tokens of a T5.
 
     Raises:
         TypeError: `model` is no `DiffusionBlocks` of a language model.
@@ -215,14 +228,14 @@ def denoising_bound(
     ends = schedule.boundaries(num_blocks).tolist()
     parts, variances = [], []
     for block, (high, low) in enumerate(pairwise(ends)):
-        errors = _scaled_errors(model, tokens, y, block, (low, high), draws, generator)
+        errors = _scaled_errors(model, tokens, y, block, (low, high), draws, generator, cond)
         parts.append(errors.sum(0))
         variances.append(_variance(errors, k))
     by_block = torch.stack(parts)
     prior = y.square().sum(-1)[:, 1:] / (2 * schedule.sigma_max**2)
     z = y + schedule.sigma_min * _normal(y.shape, tokens, generator)
     sigma = z.new_full(z.shape[:1], schedule.sigma_min)
-    logits = model.logits(z, sigma, block=num_blocks - 1, tokens=tokens)[:, 1:]
+    logits = model.logits(z, sigma, block=num_blocks - 1, tokens=tokens, **cond)[:, 1:]
     nll = by_block.sum(0) + prior + _costs(logits, tokens)
     variance = torch.stack(variances).sum(0)
     by_block = torch.stack([texts.back(part) for part in by_block])
@@ -255,6 +268,7 @@ def _scaled_errors(
     levels: tuple[float, float],
     draws: int,
     generator: torch.Generator | None,
+    cond: Mapping[str, Any],
 ) -> Tensor:
     """What each stratum of a block's levels adds to the integral, [draws, N, T - 1]."""
     low, high = map(math.log, levels)
@@ -266,7 +280,7 @@ def _scaled_errors(
         u = u.repeat_interleave(k, 1)[:, :T]
         sigma = (low + (high - low) * (draw + u) / draws).exp().clamp(*levels)
         z = y + sigma[..., None] * _normal(y.shape, tokens, generator)
-        error = (y - model(z, sigma, block=block, tokens=tokens)).square().sum(-1)
+        error = (y - model(z, sigma, block=block, tokens=tokens, **cond)).square().sum(-1)
         errors.append((high - low) / draws * error / sigma.square())
     return torch.stack(errors)[:, :, 1:]
 

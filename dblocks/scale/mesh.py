@@ -155,7 +155,8 @@ def data_parallel(model: DiffusionBlocks | Block, mesh: Any, sharding: Sharding 
 
     for block in model.held:
         for layer in model.parts_at_rest(block)[1]:
-            fully_shard(layer, mesh=mesh)
+            # A converted model's own layer holds the parameters, and runs by its parts within it.
+            fully_shard(getattr(layer, "layer", layer), mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
 

@@ -1,6 +1,7 @@
 """Steps of a DistributedDataParallel in two processes, against one process; run by a test."""
 
 import copy
+import dataclasses
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dblocks import functional as F
 from dblocks.blocks import make_optimizers, train_step
+from dblocks.integrations.convert import convert
 from tools import seeded
 
 
@@ -91,8 +93,22 @@ def check_one_block(blocks, batch, rank):
     ):
         train_step(parallel, part(batch, rank), optimizers, block=1)
     one = DistributedDataParallel(blocks.block(rank), find_unused_parameters=True)
-    with pytest.raises(ValueError, match=r"the same in all processes .* got blocks \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"the same in all processes.* got blocks \[0, 1\]"):
         train_step(one, part(batch, rank), make_optimizers(one, sgd))
+
+
+def check_private_block(blocks, batch, rank):
+    """One converted block alone, whose layers lie in one order in both processes."""
+    config = dataclasses.replace(blocks.config, shared="private")
+    model = copy.deepcopy(blocks.base_model.model)
+    alone = convert(model, config, task="tokens").block(1)
+    parallel = DistributedDataParallel(copy.deepcopy(alone), find_unused_parameters=True)
+    one, two = make_optimizers(alone, sgd), make_optimizers(parallel, sgd)
+    train_step(parallel, part(batch, rank), two, generator=seeded())
+    train_step(alone, batch, one, generator=seeded())
+    for name, wanted in parameters_of(alone).items():
+        found = parameters_of(parallel.module)[name]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def check_sharded_rows():
@@ -122,6 +138,8 @@ def main(folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     check_sharded_rows()
     for name, blocks, batch in cases():
+        if name == "llama-single":
+            check_private_block(blocks, batch, rank)
         if name in ("vit", "doubled", "llama-doubled"):
             if name == "vit":
                 check_refusals(blocks, batch, rank)

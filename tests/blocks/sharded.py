@@ -3,14 +3,15 @@
 import copy
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from convert_tools import blocks_of, shaken
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
+from dblocks.scale import data_parallel
 from lm_tools import lm_of
 from tools import randomized, seeded, vit
 
@@ -30,14 +31,23 @@ def cases():
         yield f"llama-{rows}", shaken(blocks_of("llama", rows=rows, clean_loss_weight=0.0)), tokens
 
 
-def layers_of(blocks):
-    network = blocks.base_model
-    names = getattr(network, "names", None)
-    return [network.model.get_submodule(n) for n in names] if names else list(network.layers)
-
-
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_one_block(blocks, mesh, mine, rank):
+    """Another block in each process: the same error in both, and no parameter moves."""
+    optimizers = make_optimizers(data_parallel(blocks, mesh, "fsdp"), sgd)
+    before = {n: whole(p).clone() for n, p in blocks.named_parameters()}
+    with pytest.raises(ValueError, match=r"the same in all processes.* got blocks \[0, 1\]"):
+        train_step(blocks, mine, optimizers, block=rank)
+    assert all(torch.equal(before[n], whole(p)) for n, p in blocks.named_parameters())
+    train_step(blocks, mine, optimizers, block=1, generator=seeded())
+    assert any(not torch.equal(before[n], whole(p)) for n, p in blocks.named_parameters())
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
 
 
 def main(folder):
@@ -47,9 +57,7 @@ def main(folder):
     mesh = init_device_mesh("cpu", (2,))
     for name, blocks, batch in cases():
         alone, sharded = blocks, copy.deepcopy(blocks)
-        for layer in layers_of(sharded):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
+        data_parallel(sharded, mesh, "fsdp")
         mine = {k: v[rank * N // 2 : (rank + 1) * N // 2] for k, v in batch.items()}
         for block in range(2):
             expected = alone.loss(batch, block, generator=seeded(7)).loss
@@ -77,6 +85,8 @@ def main(folder):
             torch.testing.assert_close(
                 sharded.logits(z, 1.0, block=1, **cond), expected, rtol=1e-4, atol=1e-4
             )
+        if name == "vit":
+            check_one_block(copy.deepcopy(alone), mesh, mine, rank)
         print("right", name, flush=True)
     dist.destroy_process_group()
 

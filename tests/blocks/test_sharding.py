@@ -19,10 +19,13 @@ def in_two_processes(script, folder):
     """What the two wrote, each run of the script having ended well."""
     folders = [ROOT, ROOT / "tests"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    # Sets of strings have another order in each process.
+    seeds = [{"PYTHONHASHSEED": str(rank)} for rank in range(2)]
     runs = [
         subprocess.Popen(
             [sys.executable, str(HERE / script), str(folder), str(rank)],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=ROOT, env=environment | seeds[rank],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip

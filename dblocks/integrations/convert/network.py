@@ -126,8 +126,9 @@ class Converted(nn.Module, ABC):
         It holds the same tensors under the same names.
         """
         view = copy.copy(self)
-        others = {name for i, name in enumerate(self.names) if str(i) not in layers}
-        kept = {name for name in self.names if name not in others}
+        # Lists: parameters must have one order in all processes, which that of a set is not.
+        others = [name for i, name in enumerate(self.names) if str(i) not in layers]
+        kept = [name for name in self.names if name not in others]
         modulations = nn.ModuleDict(
             {i: lay.modulation for i, lay in layers.items() if isinstance(lay, ConditionedLayer)}
         )
@@ -177,7 +178,7 @@ def check_some(samples: Tensor) -> None:
         )
 
 
-def _without(module: nn.Module, paths: set[str]) -> nn.Module:
+def _without(module: nn.Module, paths: Iterable[str]) -> nn.Module:
     """A shallow copy of a tree of modules without some of them; the others are the same."""
     view = _shallow(module)
     for name, inside in _by_child(paths).items():
@@ -188,7 +189,7 @@ def _without(module: nn.Module, paths: set[str]) -> nn.Module:
     return view
 
 
-def _only(module: nn.Module, paths: set[str]) -> nn.Module:
+def _only(module: nn.Module, paths: Iterable[str]) -> nn.Module:
     """A tree of modules that holds some of those of `module`, under their names, and no other."""
     view = nn.Module()
     for name, inside in _by_child(paths).items():
@@ -203,10 +204,10 @@ def _shallow(module: nn.Module) -> nn.Module:
     return view
 
 
-def _by_child(paths: set[str]) -> dict[str, set[str]]:
-    """Paths below each child; the empty one is the child itself."""
-    found: dict[str, set[str]] = {}
+def _by_child(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Paths below each child, in their order; the empty one is the child itself."""
+    found: dict[str, list[str]] = {}
     for path in paths:
         name, _, rest = path.partition(".")
-        found.setdefault(name, set()).add(rest)
+        found.setdefault(name, []).append(rest)
     return found

@@ -14,6 +14,7 @@ from dblocks.blocks import Batch
 from dblocks.blocks.targets.base import missing
 from dblocks.blocks.targets.padding import check_attention_mask
 from dblocks.blocks.targets.token_batch import TokenBatch, check_tokens
+from dblocks.config import values_known
 from dblocks.integrations.convert.biased_families import UNBOUNDED
 from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
 from dblocks.integrations.convert.families import RotaryFamily, positions_of_samples
@@ -148,6 +149,8 @@ class ConvertedSeq2Seq(ConvertedCausalLM):
         """See `ConvertedCausalLM.example`; an encoder's text with padding."""
         batch = dict(super().example())
         device = batch["tokens"].device
+        if (first := self._first_token()) is not None:
+            batch["tokens"][:, 0] = first
         batch["encoder_tokens"] = example_tokens(self.sizes.vocab_size, (), device, 4).flip(1)
         batch["encoder_attention_mask"] = torch.arange(4, device=device) < torch.tensor(
             [[4], [3]], device=device
@@ -173,9 +176,24 @@ class ConvertedSeq2Seq(ConvertedCausalLM):
             content = "{'tokens': [N, T], 'encoder_tokens': [N, S]}, of a decoder and its encoder"
             raise missing(given, "encoder_tokens", content)
         check_tokens(tokens, self.sizes.vocab_size)
+        self._check_first(given["tokens"])
         if len(tokens) != len(given["tokens"]):
             raise ValueError(
                 "encoder_tokens must be of as many samples as tokens, "
                 f"{len(given['tokens'])}, got {len(tokens)}"
             )
         return tokens, None if mask is None else check_attention_mask(mask, tuple(tokens.shape))
+
+    def _first_token(self) -> int | None:
+        return cast(Any, self.model).config.decoder_start_token_id
+
+    def _check_first(self, tokens: Tensor) -> None:
+        """Labels in place of the decoder's input would train a model that is one token behind."""
+        first = self._first_token()
+        if first is None or not tokens.numel() or not values_known(tokens):
+            return
+        if (tokens[:, 0] != first).any():
+            raise ValueError(
+                f"tokens must begin with the model's decoder_start_token_id {first}, as the "
+                f"decoder's input does, got {tokens[:, 0].tolist()}; put it before each text"
+            )

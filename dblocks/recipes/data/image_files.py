@@ -134,6 +134,8 @@ def images_of(array: Any, labels: Any, scale: float, of: str) -> Images:
         )
     else:
         _check_channels_first(images, of)
+        if images.numel() and not torch.stack(images.aminmax()).isfinite().all():
+            raise ValueError(f"{of} must hold finite numbers, got NaN or infinite ones")
         images = images if scale == 1 else images * scale
     if labels is None:
         return Images(images, torch.zeros(len(images), dtype=torch.int64))

@@ -10,7 +10,7 @@ from family_models import SEQ2SEQ, T, V, clean_logits, seq2seq_model
 
 from dblocks import BlocksConfig
 from dblocks.integrations.convert import convert
-from dblocks.sampling import generate
+from dblocks.sampling import denoising_bound, generate, next_token_nll, product_nll
 from dblocks.testing import assert_within_budget
 from tools import seeded
 
@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:not fused"),  # norms of a class of their own
 ]
 TOKENS = torch.randint(3, V, (2, T), generator=seeded(2))
+TOKENS[:, 0] = 0  # decoder_start_token_id
 ENCODER = torch.randint(3, V, (2, 5), generator=seeded(3))
 SHOWN = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
 MORE = {"encoder_tokens": ENCODER, "encoder_attention_mask": SHOWN}
@@ -108,23 +109,26 @@ def test_padding_of_either_text_changes_nothing(rows):
     blocks = shaken(blocks_of("mt5", rows))
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]])
     z, sigma = torch.randn(2, T, 16, generator=seeded(4)), torch.tensor(1.0)
+    tokens = TOKENS.clone()
+    tokens[0, 3] = 0  # where its text begins
+    batch = BATCH | {"tokens": tokens}
     with torch.no_grad():
-        found = blocks.logits(z, sigma, block=0, attention_mask=mask, **BATCH)
+        found = blocks.logits(z, sigma, block=0, attention_mask=mask, **batch)
         for n, (of_text, of_encoder) in enumerate(
             ((slice(3, 8), slice(2, 5)), (slice(6), slice(4)))
         ):
             one = slice(n, n + 1)
             alone = blocks.logits(
-                z[one, of_text], sigma, block=0, tokens=TOKENS[one, of_text],
+                z[one, of_text], sigma, block=0, tokens=tokens[one, of_text],
                 encoder_tokens=ENCODER[one, of_encoder],
             )  # fmt: skip
             error = (found[one, of_text][:, 1:] - alone[:, 1:]).abs().max()
             assert error < 1e-5 * alone.abs().max()
-        other = blocks.logits(z, sigma, block=0, attention_mask=mask, **(BATCH | {
+        other = blocks.logits(z, sigma, block=0, attention_mask=mask, **(batch | {
             "encoder_tokens": torch.where(SHOWN == 1, ENCODER, (ENCODER + 5) % V)
         }))  # fmt: skip
         torch.testing.assert_close(other, found)
-        changed = BATCH | {"encoder_tokens": (ENCODER + 1) % V}
+        changed = batch | {"encoder_tokens": (ENCODER + 1) % V}
         assert not torch.allclose(
             blocks.logits(z, sigma, block=0, attention_mask=mask, **changed), found
         )
@@ -159,3 +163,26 @@ def test_what_is_refused():
     for cache in (True, False):
         with pytest.raises(ValueError, match=r"written by its own generate|'encoder_tokens'"):
             generate(blocks, [[0]], max_new_tokens=2, cache=cache)
+
+
+def test_tokens_that_do_not_begin_as_the_decoder_does_are_refused():
+    blocks = blocks_of("t5")
+    with pytest.raises(ValueError, match=r"must begin with .*decoder_start_token_id 0"):
+        blocks.loss(BATCH | {"tokens": TOKENS[:, 1:]}, 0, generator=seeded())
+
+
+def test_likelihoods_take_the_encoders_text():
+    # All layers in one block are the model.
+    one = convert(seq2seq_model("t5"), BlocksConfig(1), task="tokens")
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(
+            own_logits(one.base_model.model)[:, :-1].transpose(1, 2), TOKENS[:, 1:],
+            reduction="none",
+        )  # fmt: skip
+    for nll in (next_token_nll, product_nll):
+        found = nll(one, TOKENS, generator=seeded(), **MORE)
+        # At sigma_max = 80 the noisy embedding still says |z E|/80^2, some hundredths.
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=0.05)
+    assert denoising_bound(one, TOKENS, generator=seeded(), **MORE).nll.isfinite().all()
+    with pytest.raises(ValueError, match="encoder_token'"):
+        next_token_nll(one, TOKENS, encoder_token=ENCODER)
