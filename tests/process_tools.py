@@ -1,11 +1,15 @@
-"""Several processes of this one, as torchrun would start them."""
+"""Several processes, as torchrun would start them.
+
+Each is a fresh interpreter: a fork of one that has threads may wait for a lock for ever.
+"""
 
 import os
-import signal
 import socket
+import subprocess
 import sys
 import time
-import traceback
+
+from tools import ROOT
 
 SECONDS = 240  # on a busy machine; each takes a few
 
@@ -16,37 +20,31 @@ def free_port():
         return found.getsockname()[1]
 
 
-def in_processes(count, call, folder):
-    """The exit codes and outputs of `call()` in so many processes that know of each other."""
-    port, processes = free_port(), []
-    for rank in range(count):
-        process = os.fork()
-        if process:
-            processes.append(process)
-            continue
-        code = 9
-        try:
-            os.environ.update(
-                RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+def in_processes(count, arguments, folder, *, of_rank=lambda rank: ()):
+    """The exit codes and outputs of `python *arguments *of_rank(rank)` in so many processes.
+
+    They know of each other, and their outputs are files in the folder.
+    """
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    common = os.environ | {
+        "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }  # fmt: skip
+    outputs = [folder / f"output-{rank}" for rank in range(count)]
+    started = []
+    for rank, path in enumerate(outputs):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONHASHSEED": str(rank)}
+        with path.open("w") as output:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, *map(str, arguments), *map(str, of_rank(rank))],
+                    env=common | own, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
+                )
             )  # fmt: skip
-            with (folder / f"output-{rank}").open("w") as output:
-                sys.stdout = sys.stderr = output
-                try:
-                    code = call() or 0
-                except BaseException:
-                    traceback.print_exc()
-        finally:
-            os._exit(code)
-    codes = [_ended(process, time.monotonic() + SECONDS) for process in processes]
-    return codes, [(folder / f"output-{rank}").read_text() for rank in range(count)]
-
-
-def _ended(process, until):
-    while time.monotonic() < until:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(process, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    until = time.monotonic() + SECONDS
+    try:
+        codes = [process.wait(max(until - time.monotonic(), 0)) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return codes, [path.read_text() for path in outputs]

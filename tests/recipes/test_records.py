@@ -62,7 +62,7 @@ def test_record_says_what_was_run_and_where(blocks, whole):
         assert record["seconds"] > 0
     assert ViTRun.from_dict(blocks.record["run"]) == TINY
     for key in ("accuracy_by_denoising_steps", "accuracy_from_noise"):
-        assert set(blocks.record[key]) == {"1", "2", "3", "6", "12"}
+        assert set(blocks.record[key]) == {"1", "2", "3", "4", "6", "12"}
         assert whole.record[key] is None
     assert (blocks.record["adaln"], whole.record["adaln"]) == (True, False)
     assert isinstance(whole.trainer.network, ViT)

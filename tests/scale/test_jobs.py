@@ -16,7 +16,7 @@ from dblocks.checkpoint import load_model, load_safetensors
 from dblocks.recipes.command import Recipe
 from dblocks.recipes.trainer import Trainer
 from dblocks.recipes.vit import ViTRun
-from dblocks.scale import Stop, merge_blocks
+from dblocks.scale import merge_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,6 +35,14 @@ def mistake(capsys, *argv):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     return error
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C raises, also where whoever started the tests has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def forked(out, *flags, seconds=0.0):
@@ -308,26 +316,12 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoints(tmp_path, capsys):
         assert all(t.isfinite().all() for t in load_safetensors(file).values())
 
 
-def test_the_first_signal_is_noted_and_the_second_one_acts():
-    with Stop() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
 def test_flags_reach_the_recipe(monkeypatch):
     given = {}
     monkeypatch.setattr(Recipe, "train", lambda _, run, out, **options: given.update(options))
     assert main(["train", "vit", "--checkpoint-every", "7", "--keep", "3", "--resume"]) == 0
-    assert given == {
-        "overwrite": False,
-        "checkpoint_every": 7,
-        "keep": 3,
-        "resume": True,
-        "tensorboard": None,
-    }
+    more = {"tensorboard": None, "kind": "small"}
+    assert given == {"overwrite": False, "checkpoint_every": 7, "keep": 3, "resume": True, **more}
 
 
 def test_what_is_merged_must_be_of_one_network(tmp_path, capsys, jobs):

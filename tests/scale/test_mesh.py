@@ -1,10 +1,8 @@
 """Blocks x data-parallel processes: the network that one process trains."""
 
 import json
-import os
 import re
 import shutil
-import time
 
 import pytest
 import torch
@@ -14,11 +12,25 @@ from test_docs import page
 from dblocks.__main__ import main
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import load_safetensors
-from dblocks.recipes.trainer import Trainer
 from dblocks.scale import data_parallel
 from dblocks.scale.mesh import check_layout, rows_of
 from tools import vit
 
+STOPPING = """
+import os, sys, time
+from dblocks.__main__ import main
+
+step = Trainer.step
+
+def stopping(self, number):
+    time.sleep(0.01)
+    if number == 20 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 15)
+    return step(self, number)
+
+Trainer.step = stopping
+sys.exit(main(sys.argv[1:]))
+"""
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = ("--batch-size", "8", "--width", "12", "--heads", "2", "--points", "2")
 VIT = ("train", "vit", "--steps", "9", *SIZES)
@@ -36,7 +48,7 @@ def whole(tmp_path_factory):
 def launch(folder, count, *argv):
     """Trains in so many processes, into a folder."""
     command = [*map(str, argv), "--out", str(folder / "out")]
-    codes, written = in_processes(count, lambda: main(command), folder)
+    codes, written = in_processes(count, ["-m", "dblocks", *command], folder)
     assert codes == [0] * count, "\n".join(written)
     return written
 
@@ -65,7 +77,7 @@ def without_the_last(folder, to):
         shutil.rmtree(last)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_two_blocks_by_two_processes_each(tmp_path, whole, sharding):
     written = launch(tmp_path, 4, *TWO, "--checkpoint-every", "5", "--sharding", sharding)
     out = tmp_path / "out"
@@ -115,19 +127,11 @@ def test_more_blocks_than_processes_and_one_block_by_all(tmp_path):
 
 @pytest.mark.long
 def test_a_signal_to_one_process_ends_those_of_its_block_after_one_checkpoint(tmp_path):
-    step = Trainer.step
-
-    def stopping(self, number):
-        time.sleep(0.01)
-        if number == 20 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), 15)
-        return step(self, number)
-
+    script = tmp_path / "stopping.py"
+    script.write_text(STOPPING)
     command = [*TWO[:3], "400", *TWO[4:], "--block", "0", "--checkpoint-every", "300"]
     command += ["--out", str(tmp_path / "out")]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Trainer, "step", stopping)
-        codes, written = in_processes(2, lambda: main(command), tmp_path)
+    codes, written = in_processes(2, [script, *command], tmp_path)
     assert codes == [143, 143], written
     assert re.fullmatch(r"dblocks: interrupted after step 2\d of 400; --resume .*\n", written[0])
     assert written[1] == ""
@@ -165,12 +169,11 @@ def test_the_examples_of_the_page_are_the_same_in_two_processes(tmp_path, capsys
     imports = [line for line in blocks[0].splitlines() if line.startswith(("import", "from"))]
     script = "\n".join([*imports, *blocks[first : first + 2], "print(losses)"])
 
-    def run():
-        exec(compile(script, "scale.md", "exec"), {})
-
-    run()
+    path = tmp_path / "page.py"
+    path.write_text(script)
+    exec(compile(script, "scale.md", "exec"), {})
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
-    codes, written = in_processes(2, run, tmp_path)
+    codes, written = in_processes(2, [path], tmp_path)
     assert codes == [0, 0], written
     for text in written:
         torch.testing.assert_close(

@@ -1,12 +1,10 @@
 """Copies of what blocks share that are averaged, in one process and in one for each block."""
 
 import json
-import os
-import socket
 
 import pytest
 import torch
-from torch import distributed as dist
+from process_tools import in_processes
 
 from dblocks.__main__ import main
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
@@ -99,40 +97,16 @@ def test_what_cannot_be_averaged_is_refused():
         BlocksConfig(3, shared="sum")
 
 
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return str(listening.getsockname()[1])
-
-
-def processes(count, work):
-    """Runs `work(rank)` in processes of their own; their exit codes."""
-    port, started = free_port(), []
-    for rank in range(count):
-        process = os.fork()
-        if process:
-            started.append(process)
-            continue
-        code = 9
-        try:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            code = work(rank)
-        finally:
-            os._exit(code)
-    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
-
-
-def train_jobs(command, out):
-    def job(rank):
-        return main([*command, "--out", str(out), "--block", str(rank)])
-
-    assert processes(3, job) == [0, 0, 0]
+def train_jobs(command, out, folder):
+    arguments = ["-m", "dblocks", *command, "--out", out]
+    of_rank = {"of_rank": lambda rank: ("--block", rank)}
+    codes, written = in_processes(3, arguments, folder, **of_rank)
+    assert codes == [0, 0, 0], "\n".join(written)
 
 
 def test_jobs_of_one_block_each_average_to_the_bits_of_one_run(tmp_path, capsys):
     assert main([*VIT, "--out", str(tmp_path / "whole")]) == 0
-    train_jobs(VIT, tmp_path / "jobs")
+    train_jobs(VIT, tmp_path / "jobs", tmp_path)
     assert main(["merge", str(tmp_path / "merged"), str(tmp_path / "jobs")]) == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "merged")]
     assert weights[0] == weights[1]
@@ -141,27 +115,39 @@ def test_jobs_of_one_block_each_average_to_the_bits_of_one_run(tmp_path, capsys)
     assert record["blocks"]["shared"] == "reduce"
     # Blocks of other averages do not merge.
     other = [*VIT[:3], "4", *VIT[4:]]
-    train_jobs(other, tmp_path / "others")
+    train_jobs(other, tmp_path / "others", tmp_path)
     folders = [str(tmp_path / f) for f in ("jobs/block-0", "others/block-1", "jobs/block-2")]
     capsys.readouterr()
     assert main(["merge", str(tmp_path / "no"), *folders]) == 2
     assert "the average of what blocks share must be the same" in capsys.readouterr().err
 
 
-def test_processes_that_do_not_fit_together_all_refuse():
-    def work(rank):
-        dist.init_process_group("gloo")
-        model = model_of()
-        average_shared(model.block(rank), step=7)
-        for blocks, step, words in (
-            ((0, 0, 2), 7, r"got blocks \[0, 0, 2\]"),
-            ((0, 1, 2), (5, 9, 9)[rank], r"got \[5, 9, 9\].*after step 5"),
-        ):
-            with pytest.raises(ValueError, match=words):
-                average_shared(model.block(blocks[rank]), step=step)
-        return 0
+OTHERS = """
+import os
 
-    assert processes(3, work) == [0, 0, 0]
+import pytest
+import torch.distributed as dist
+from scale.test_sharing import model_of
+
+from dblocks.scale import average_shared
+
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+average_shared(model_of().block(rank), step=7)
+for blocks, step, words in (
+    ((0, 0, 2), 7, r"got blocks \\[0, 0, 2\\]"),
+    ((0, 1, 2), (5, 9, 9)[rank], r"got \\[5, 9, 9\\].*after step 5"),
+):
+    with pytest.raises(ValueError, match=words):
+        average_shared(model_of().block(blocks[rank]), step=step)
+"""
+
+
+def test_processes_that_do_not_fit_together_all_refuse(tmp_path):
+    script = tmp_path / "others.py"
+    script.write_text(OTHERS)
+    codes, written = in_processes(3, [script], tmp_path)
+    assert codes == [0, 0, 0], "\n".join(written)
 
 
 def test_a_job_alone_and_flags_that_do_not_fit_are_refused(tmp_path, capsys, monkeypatch):

@@ -116,7 +116,7 @@ def load_images(
 
 
 def _fashion_mnist() -> Path:
-    if not FASHION_MNIST.is_dir():
+    if not any(FASHION_MNIST.glob("*-ubyte*")):
         raise ValueError(
             f"fashion-mnist must be in {FASHION_MNIST}, and is not; install Debian's package "
             "dataset-fashion-mnist, or give the folder of its IDX files by --data-path"

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks.study import running
+from benchmarks.study import quality, running
 from benchmarks.study.__main__ import STUDIES, main
 from benchmarks.study.archive import Archive
 from benchmarks.study.experiment import SELECTION_SEED, record_path
@@ -22,7 +22,7 @@ def study_of(*rows):
         name="a-study",
         title="of nothing",
         rows=rows,
-        error=lambda record: -record["accuracy"],
+        quality=quality.ACCURACY,
         headline=lambda record: f"{record['accuracy']:.2f}",
         columns=COSTS,
     )

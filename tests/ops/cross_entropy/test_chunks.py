@@ -54,7 +54,7 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch, impl, dtype):
     R, V = 64, 96
     h, weight, target, bias = problem(R, V, 8, dtype)
     # The ops in another op are seen only where that is called itself.
-    forward = {"chunked": op._chunked, "triton": op._triton}[impl]
+    forward = {"chunked": chunked._chunked, "triton": chunked._triton}[impl]
     with Largest() as largest:
         forward(h, weight, target, bias, None, IGNORE, [True] * 3)
     assert largest.elements == R * V // 4

@@ -218,7 +218,7 @@ def test_a_plan_of_an_experiment(capsys):
     argv = ("plan", "vit", "--recipe", "paper", "--data", "tiny-imagenet", "--depth", "2")
     assert main([*argv, "--width", "48", "--batch-size", "2"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "vit, 2 layers, batches of 2; one device of 131.32 GiB" in said
+    assert "vit, 2 layers, batches of 2 of images of 3 x 64 x 64; one device of 131.32 GiB" in said
     assert "10,000,000 images in 2 blocks: " in said
     assert "hours (modelled)" in said
     error = mistake(capsys, "plan", "vit", "--recipe", "paper", "--data", "digits")

@@ -98,8 +98,8 @@ def test_blocks_of_converted_models(kind, tmp_path):
     model = model_of(kind)
     config = model if kind == "dit" else model.config
     (config.save_config if kind == "dit" else config.save_pretrained)(tmp_path)
-    subject = of_model(str(tmp_path), length=8)
     batch = batch_of(kind, SAMPLES)
+    subject = of_model(str(tmp_path), length=8 if "tokens" in batch else None)
     assert {key: x.shape for key, x in subject.batch(SAMPLES).items()} == {
         key: x.shape for key, x in batch.items()
     }
