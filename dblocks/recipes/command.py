@@ -161,11 +161,11 @@ class Recipe:
                 "with --resume, name another folder, or start anew with --overwrite"
             )
         check_free(out, saved_files(out), overwrite=overwrite or (resume and kept))
-        if layout.first:
-            checkpoint.prepare(out)
         on_point = None
         if tensorboard is not None and layout.first:
-            on_point = Board(tensorboard).add
+            on_point = Board(tensorboard).add  # first: it may not be installed
+        if layout.first:
+            checkpoint.prepare(out)
         if run.device == "cpu":
             records.use_one_thread()
 
