@@ -62,6 +62,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """What is kept between runs is not kept between those of the tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DBLOCKS_CACHE", str(tmp_path_factory.mktemp("kept")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Threads that wait for each other make small steps slow on a busy machine."""
