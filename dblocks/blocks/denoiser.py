@@ -251,8 +251,8 @@ class Denoiser(nn.Module):
         weight = loss_factors(config.weighting, target.loss_kind, w)
         weight = weight if whole is None else whole.here(weight, losses)
         loss = (weight * losses).mean()
-        loss = loss if whole is None or whole.factor is None else loss * whole.factor
         loss = loss if extra is None else loss + extra
+        loss = loss if whole is None or whole.factor is None else loss * whole.factor
         return Loss(loss, losses, weight, draw.sigma)
 
 
