@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.study import __main__ as study
 from benchmarks.study.archive import Archive
+from benchmarks.study.methods.run import MethodRun
 from dblocks.recipes.records import read_record, write_record
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -110,15 +111,22 @@ def test_the_command_packs_and_unpacks_what_it_is_told(archive, monkeypatch, tmp
     assert (there.folder / "a.json").exists()
 
 
-@pytest.mark.parametrize("name", study.EXPERIMENTS)
+@pytest.mark.parametrize("name", {**study.EXPERIMENTS, **study.STUDIES})
 def test_the_records_that_are_there_are_of_runs_that_are_known(name):
-    experiment = study.EXPERIMENTS[name]
-    kind = type(next(iter(experiment.rows.values()))[1])
-    records = Archive(ROOT / experiment.records).load()
-    runs = [record["run"] for key, record in records.items() if key != "scores"]
-    assert [kind.from_dict(run).to_dict().keys() >= run.keys() for run in runs] == [True] * len(
-        runs
+    runs = (
+        [run for _, run in study.EXPERIMENTS[name].rows.values()]
+        if name in study.EXPERIMENTS
+        else []
     )
+    runs += [row.run for row in study.STUDIES[name].rows] if name in study.STUDIES else []
+    kinds = {type(run) for run in runs}
+    folder = ROOT / "benchmarks/results" / name.replace("-", "_")
+    records = Archive(folder).load()
+    for key, record in records.items():
+        if key != "scores":
+            made = record["run"]
+            (kind,) = (k for k in kinds if ("method" in made) == (k is MethodRun))
+            assert kind.from_dict(made).to_dict().keys() >= made.keys()
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "twice", "outside", "format"])
