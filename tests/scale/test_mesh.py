@@ -19,6 +19,7 @@ from tools import vit
 STOPPING = """
 import os, sys, time
 from dblocks.__main__ import main
+from dblocks.recipes.trainer import Trainer
 
 step = Trainer.step
 
