@@ -157,7 +157,7 @@ def test_the_sizes_are_printed(capsys, tmp_path):
     assert "layers, batches of 1 of 9 tokens; one" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["nonesuch", "lama", "vitt"])
+@pytest.mark.parametrize("name", ["nonesuch", "llamma3", "vitt"])
 def test_names_that_nobody_has(capsys, name):
     pytest.importorskip("transformers")
     error = mistake(capsys, name, "--memory", "1GiB")
