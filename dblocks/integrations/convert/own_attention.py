@@ -65,8 +65,15 @@ class Projected(nn.Module, ABC):
         """Of rows [N, R, D]."""
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys at their positions."""
-        raise NotImplementedError
+        """Queries and keys at their positions, where the attention rotates them.
+
+        Raises:
+            ValueError: it does not.
+        """
+        raise ValueError(
+            f"position_embeddings must be None for a {type(self.attention).__name__}, which "
+            "rotates nothing, got some; leave them out"
+        )
 
     def scaling(self, own: Any) -> float | None:
         """Of the products of queries and keys; that of their width by default."""
