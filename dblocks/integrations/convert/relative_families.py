@@ -98,8 +98,8 @@ def deberta_unsupported(model: Any) -> str | None:
     return f"conv_kernel_size={size} (a convolution beside the first layer)" if size > 0 else None
 
 
-class DebertaClassFamily(BertClassFamily):
-    """DeBERTa, of every version."""
+class Deberta:
+    """What DeBERTa's classifiers and masked language models have in common."""
 
     def unsupported(self, model: Any) -> str | None:
         """See `ViTFamily`."""
@@ -113,6 +113,10 @@ class DebertaClassFamily(BertClassFamily):
         """See `ClassFamily`."""
         return deberta_context(model, rows, batch)
 
+
+class DebertaClassFamily(Deberta, BertClassFamily):
+    """DeBERTa, of every version."""
+
     def pool(self, model: Any, x: Tensor) -> Tensor:
         """See `ClassFamily`."""
         return model.dropout(model.pooler(x))
@@ -123,20 +127,8 @@ class DebertaClassFamily(BertClassFamily):
         return super().plain_logits(model, batch)
 
 
-class DebertaMaskedFamily(BertMaskedFamily):
+class DebertaMaskedFamily(Deberta, BertMaskedFamily):
     """DeBERTa, of every version, with its new or its old head."""
-
-    def unsupported(self, model: Any) -> str | None:
-        """See `BertMaskedFamily`."""
-        return deberta_unsupported(model)
-
-    def enter(self, model: Any, batch: Batch) -> Tensor:
-        """See `MaskedFamily`."""
-        return deberta_rows(model, batch)
-
-    def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
-        """See `MaskedFamily`."""
-        return deberta_context(model, rows, batch)
 
     def head(self, model: Any, x: Tensor) -> Tensor:
         """See `MaskedFamily`."""
