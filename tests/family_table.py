@@ -10,49 +10,50 @@ from dblocks.integrations.convert.denoiser_families import FAMILIES
 from tools import ROOT
 
 PAGE = ROOT / "docs" / "families.md"
-HEAD = """# Families of models
+HEAD = """# Model families
 
-`convert` knows these families of transformers by the `model_type` of their config; every other one
-is refused with an error that lists them. `python tests/family_table.py` writes this page from the
-list of `tests/family_models.py`. For each family a test makes a small model with random weights and
+`convert` supports these families of transformers, named by the `model_type` of their config; for
+any other it raises an error that lists them. `python tests/family_table.py` writes this page from
+`tests/family_models.py`. For each family a test makes a small model with random weights and
 the options below, and checks that
 
-- the plain model gives the same logits bit for bit after the conversion;
-- the converted rows give the plain model's logits, to rounding, where nothing is modulated: in a
+- the plain model's logits are bitwise the same after the conversion;
+- without modulation, the converted rows give the plain model's logits up to rounding: in a
   single stream and in doubled rows, or for all layers of an encoder;
-- a step of one block moves no weight of another block;
-- what is saved and loaded gives the same losses bit for bit.
+- a step of one block changes no weight of another block;
+- saving and loading gives bitwise the same losses.
 
-Denoisers of diffusers are known by their class; for each a test checks beside this that one block
-is the plain model without its other layers, in its estimate, loss and every gradient, and that no
-layer is told which others run. Other models:
-[what can be converted](convert.md#what-can-be-converted) lists timm's and diffusers' DiT.
+Denoisers of diffusers are listed by class; for each, a test also checks that one block
+equals the plain model without its other layers, in its estimate, loss and every gradient, and that
+no layer depends on which others run. For timm and diffusers' DiT see
+[what can be converted](convert.md#what-can-be-converted).
 """
-REFUSED = """## What is refused
+REFUSED = """## What is not supported
 
-Options that a converted model would not compute are an error of `convert`:
+`convert` raises an error for options that a converted model would not compute:
 
-- `use_bidirectional_attention`, and layers that are neither of full nor of sliding attention;
+- `use_bidirectional_attention`, and layers with neither full nor sliding attention;
 - Falcon's dropouts, and `alibi` with `attn_implementation="eager"`; Bloom's
   `apply_residual_connection_post_layernorm`;
-- `position_ids` in a batch for a model that counts positions by itself (ALiBi);
+- `position_ids` in a batch for a model that computes positions itself (ALiBi);
 - PhiMoE's `sliding_window`, OPT's embeddings of another width (`word_embed_proj_dim`);
-- ModernBERT's `classifier_pooling="mean"`; `head="learned"` where the classifier does not read rows
-  of the layers' width, as in DINOv2;
-- denoisers whose layers are told their number (Chroma, HiDream, controlnets) or use results of
-  other layers (HunyuanDiT), two lists in turns (Latte), inputs in lists of tensors (Z-Image), a
-  noise that is not known (CogView 3, CogVideoX, Cosmos), channels or patches beside the noisy ones;
-- T5's `generate` of `dblocks.sampling`, and `cu_seqlens` in its batches;
+- ModernBERT's `classifier_pooling="mean"`; `head="learned"` where the classifier's input does not
+  have the layers' width, as in DINOv2;
+- denoisers whose layers depend on their index (Chroma, HiDream, controlnets) or on results of
+  other layers (HunyuanDiT), alternate between two lists (Latte), take lists of tensors (Z-Image),
+  have an unknown noise schedule (CogView 3, CogVideoX, Cosmos), or channels or patches in addition
+  to the noisy ones;
+- T5 with `generate` of `dblocks.sampling`, and with `cu_seqlens` in its batches;
 - DeBERTa's `conv_kernel_size`, and `position_ids` with `position_biased_input=False`.
 
-Of no family here: layers without a form, such as those of state spaces and linear attention;
-other encoders with decoders; Data2Vec Vision, whose attention makes its own bias of the scores;
-DINOv3, which transformers has without a classifier only.
+No family here has state-space or linear-attention layers, or is another encoder-decoder. Data2Vec
+Vision (its attention computes its own bias) and DINOv3 (transformers has no classifier for it) are
+not supported.
 """
 
 
 def options(given):
-    """What of a test's options is no size."""
+    """Names of the tested options that are not sizes."""
     others = {k: v for k, v in given.items() if k not in SIZES and v is not None}
     kept = {k: v for k, v in others.items() if not isinstance(v, (dict, str))}
     return ", ".join(f"`{name}`" for name in sorted(kept)) or ""
@@ -69,21 +70,21 @@ SIZES = {
 
 
 def section(title, families):
-    """One table."""
+    """A table of families."""
     rows = [f"| `{kind}` | {options(given)} |" for kind, given in sorted(families.items())]
     head = ["| `model_type` | tested with |", "|---|---|"]
     return "\n".join([f"## {title}\n\n{len(families)} families.\n", *head, *rows, ""])
 
 
 def denoisers():
-    """The table of denoisers."""
+    """The table of diffusers' denoisers."""
     rows = [f"| `{kind}` | {took(kind)} |" for kind in sorted(MODELS)]
     head = ["| class | layers | predicts | needs | may take |", "|---|---|---|---|---|"]
     return "\n".join([f'## `task="images"`\n\n{len(rows)} families.\n', *head, *rows, ""])
 
 
 def took(kind):
-    """How one is called."""
+    """The cells of a denoiser: its layer lists, prediction and arguments."""
     family = FAMILIES[kind]
     needs = [f"`{name}`" for name in family.needs]
     needs += [f"`{name}` with `{flag}`" for name, flag in family.depends.items()]
@@ -98,7 +99,7 @@ def page():
     parts = [
         HEAD,
         section('`task="tokens"` with a `NoiseSchedule`: the next token', CAUSAL),
-        section("The same, of a decoder with its encoder as condition", SEQ2SEQ),
+        section("The same, for a decoder conditioned on its encoder", SEQ2SEQ),
         section('`task="tokens"` with a `MaskSchedule`: masked tokens', TEXT),
         section('`task="classes"`', TEXT | VISION),
         denoisers(),
