@@ -61,7 +61,7 @@ def sent(record: Mapping[str, Any]) -> str:
 def table(records: Mapping[str, Records]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| `shared` | sent a step, each job | accuracy of all | of the blocks alone, mean |",
+        "| `shared` | sent per step and job | accuracy, all blocks | accuracy, one block (mean) |",
         "|---|--:|--:|--:|",
     ]
     for row, (title, _) in ROWS.items():
