@@ -1,4 +1,4 @@
-"""A network cut into blocks that are trained one at a time: its parts, losses and training step."""
+"""Networks divided into blocks that are trained one at a time: losses and training step."""
 
 from dblocks.blocks.config import BlocksConfig as BlocksConfig
 from dblocks.blocks.config import Weighting as Weighting

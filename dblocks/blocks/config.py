@@ -1,4 +1,4 @@
-"""How a network is cut into blocks, and how each is trained."""
+"""The configuration of a network's blocks and of their training."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ SHARED = get_args(Shared)
 
 @dataclass(frozen=True)
 class BlocksConfig(JsonConfig):
-    """How a network is cut into blocks and how each is trained."""
+    """Number of blocks, their layers and noise levels, and the options of their training."""
 
     num_blocks: int
     """Number of blocks."""
     layers_per_block: tuple[int, ...] | None = None
-    """Layers of each block, first to last; evenly by default, extra layers to the first blocks."""
+    """Number of layers in each block, first to last; by default equal, the first blocks taking the
+    remainder."""
     schedule: Schedule = field(default_factory=NoiseSchedule, metadata={"types": SCHEDULES})
-    """Levels of noise, or of masks, and their partition."""
+    """Distribution of noise levels (or mask ratios) and their partition into blocks."""
     overlap: float = OVERLAP
-    """Widening of each block's range in training, as a fraction of its length (of ln sigma, or of
-    the mask ratio)."""
+    """How far each block's training range is widened at both ends, as a fraction of its length (in
+    ln sigma, or in the mask ratio)."""
     top_share: float | Literal["auto"] = "auto"
-    """Share of every block's draws that are at the highest level (sigma_max, or all masked), where
-    the condition alone tells anything: so later blocks learn to read it too. It changes training
-    only, not which block a level belongs to. auto is what the target says: .6 for one of K
-    embeddings, else 0."""
+    """Fraction of every block's draws at the highest level (sigma_max, or all masked), where only
+    the condition is informative, so that later blocks learn to use it too. It affects training
+    only, not which block owns a level. auto is the target's default: .6 for one of K embeddings,
+    else 0."""
     weighting: Weighting = "auto"
     """Weight of a sample's loss; auto is edm for L2, none for cross-entropy, and the weight of the
-    bound for masks."""
+    ELBO for masks."""
     shared: Shared = "train"
-    """What happens to parameters outside the layers: train, frozen, private, or reduce, which is
-    private for `dblocks.scale.average_shared` to average every so many steps."""
+    """Training of the parameters outside the layers: train (by every block's step), frozen, private
+    (a copy per block), or reduce (private copies that `dblocks.scale.average_shared` averages every
+    k steps)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +57,7 @@ class BlocksConfig(JsonConfig):
             raise ValueError(f"shared must be one of {SHARED}, got {self.shared!r}")
         if self.top_share != "auto":
             check_share("top_share", self.top_share)
-        # The schedule checks that its partition makes as many blocks, and the overlap.
+        # The schedule checks the number of blocks of its partition, and the overlap.
         self.schedule.range_of(0, self.num_blocks, overlap=self.overlap)
         self._check_layers()
 
@@ -66,7 +68,7 @@ class BlocksConfig(JsonConfig):
 
     @property
     def noise_schedule(self) -> EDMSchedule:
-        """The schedule, of those that add noise.
+        """The schedule, if it adds noise.
 
         Raises:
             TypeError: it masks tokens.
@@ -80,7 +82,7 @@ class BlocksConfig(JsonConfig):
 
     @property
     def mask_schedule(self) -> MaskSchedule:
-        """The schedule, of those that mask tokens.
+        """The schedule, if it masks tokens.
 
         Raises:
             TypeError: it adds noise.

@@ -36,41 +36,42 @@ class Loss(NamedTuple):
     losses: Tensor
     """The model's own losses, of the shape of sigma (L2: in F space)."""
     weight: Tensor
-    """What each was multiplied with."""
+    """The factor of each loss."""
     sigma: Tensor
     """The levels drawn: sigma, or t where tokens are masked."""
 
 
 class Denoiser(nn.Module):
-    """What `DiffusionBlocks` and the view of one block have in common: loss and prediction.
+    """Base of `DiffusionBlocks` and of the view of one block: loss and prediction.
 
-    Subclasses say which networks and which layers they hold.
+    Subclasses define which networks and which layers they hold.
     """
 
     config: BlocksConfig
     base_model: BlockModel
     """The network, with the layers of all blocks or of one."""
     copies: nn.ModuleList | nn.ModuleDict
-    """Private copies of what is outside the layers, by `block - 1`."""
+    """Private copies of the modules outside the layers, indexed by `block - 1`."""
     held: Mapping[int, slice]
-    """The blocks that are here, and where each one's layers are among `base_model.layers`."""
+    """The blocks held here, and the range of each one's layers in `base_model.layers`."""
     index: int | None = None
-    """The only block here; None where there are all."""
+    """The only block held here; None if all are."""
     residency: Residency | None = None
-    """What keeps one block at a time on a device; see `dblocks.scale.resident`."""
+    """Keeps one block at a time on a device, if set; see `dblocks.scale.resident`."""
     _zeros_looked_for = False
 
     def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
-        """The network that embeds and predicts for a block, and the block's layers, to be run."""
-        # In a compiled graph it is there already: the draw before it brought it.
+        """The network that embeds and predicts for a block, and its layers, on the device."""
+        # In a compiled graph the block is already on the device: the draw before it fetched it.
         if self.residency is not None and not torch.compiler.is_compiling():
             self.residency.acquire(block)
         return self.parts_at_rest(block)
 
     def parts_at_rest(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
-        """As `parts`, on whatever device a residency has them."""
+        """As `parts`, but without moving them to the device."""
         asked = check_block(block, self.config.num_blocks)
-        # Compared, not looked up: in a compiled graph the number may be a symbol, which this fixes.
+        # By comparison, not lookup: in a compiled graph the index may be symbolic, and this
+        # specialises it.
         found = [held for held in self.held if held == asked]
         if not found:
             raise ValueError(f"block must be {self.index}, the only one held here, got {asked}")
@@ -87,10 +88,10 @@ class Denoiser(nn.Module):
         return cast(BlockModel, model), cast(list[nn.Module], layers)
 
     def before_use(self) -> None:
-        """What is checked before a draw and before a condition is bound; nothing here."""
+        """A hook, called before a draw and before a condition is bound; does nothing here."""
 
     def extra_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor | None:
-        """What `loss_at` adds to the loss of denoising, 0-d; None for nothing."""
+        """A hook: a further loss, 0-d, that `loss_at` adds to the denoising loss; None for none."""
         return None
 
     def loss(
@@ -112,12 +113,12 @@ class Denoiser(nn.Module):
             replicas: as of `draw`.
 
         Raises:
-            ValueError: `block` is out of range, or the batch is not what the target takes, or holds
-                an entry that nobody reads.
+            ValueError: `block` is out of range, the target refuses the batch, or nothing reads one
+                of its entries.
 
         Warns:
-            UserWarning: at the first call, weights that `shared="frozen"` keeps are all zero, such
-                as an output head's, which then passes no gradient on.
+            UserWarning: at the first call, if weights frozen by `shared="frozen"` are all zero,
+                such as those of an output head, through which no gradient would pass.
         """
         block = self.index if block is None else block
         if block is None:
@@ -139,7 +140,7 @@ class Denoiser(nn.Module):
         guidance_scale: float = 1.0,
         **cond: Any,
     ) -> Tensor:
-        """The estimate of the clean target from a noisy one.
+        """The denoised estimate of the clean target from a noisy one.
 
         Args:
             z: noisy target [N, ...].
@@ -155,8 +156,8 @@ class Denoiser(nn.Module):
             denoised [N, ...], float32.
 
         Raises:
-            ValueError: the levels belong to several blocks, `block` is out of range, or a keyword
-                is read by nobody.
+            ValueError: the levels belong to several blocks, `block` is out of range, or nothing
+                reads one of the keywords.
         """
         block = self.index if block is None else block
         return self.bind(guidance_scale=guidance_scale, **cond)(z, sigma, block=block)
@@ -175,7 +176,7 @@ class Denoiser(nn.Module):
         return self.bind(guidance_scale=guidance_scale, **cond).logits(z, sigma, block=block)
 
     def bind(self, *, guidance_scale: float = 1.0, **cond: Any) -> Bound:
-        """The denoiser with its condition, which is embedded once for all calls."""
+        """The denoiser with its condition bound, which is embedded once for all calls."""
         self.before_use()
         return Bound(self, cond, guidance_scale)
 
@@ -192,14 +193,14 @@ class Denoiser(nn.Module):
         Args:
             batch: what the network reads.
             block: the block to train.
-            generator: a CPU generator, of which one number is drawn; where several processes have
-                a part of the batch each, one of the same state in all.
-            replicas: those processes; found here where `fully_shard` was called on this module,
-                and by `train_step` for a `DistributedDataParallel`. Then sigma, drop and noise are
-                those of the global batch, the batches of all of them in their order.
+            generator: a CPU generator, of which one number is drawn; if several processes share a
+                batch, its state must be the same in all.
+            replicas: the processes that share a batch; found here after `fully_shard` on this
+                module, and by `train_step` for a `DistributedDataParallel`. Then sigma, drop and
+                noise are drawn for the global batch: the batches of all processes in their order.
 
         Raises:
-            ValueError: as of `loss`; or batches have other shapes in other processes.
+            ValueError: as in `loss`; or the batches of the processes differ in shape.
         """
         self.before_use()
         model, layers = self.parts(block)
@@ -226,7 +227,7 @@ class Denoiser(nn.Module):
         return self._loss_at(batch, block, draw)
 
     def _loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
-        # First, as its graph is freed before that of denoising is built.
+        # First, so that its graph is freed before that of denoising is built.
         extra = self.extra_loss(batch, block, draw)
         model, layers = self.parts(block)
         config, target = self.config, model.target
@@ -257,12 +258,12 @@ class Denoiser(nn.Module):
 
 
 class Bound:
-    """A denoiser with its condition: `bound(z, sigma) -> denoised`, for any k-diffusion sampler.
+    """A denoiser with a bound condition: `bound(z, sigma) -> denoised`, for k-diffusion samplers.
 
     The condition is embedded at the first call and kept for the following ones. With a
     `guidance_scale` g other than 1, the prediction is `uncond + g*(cond - uncond)`: of denoised
-    estimates for the call itself, of logits for `logits`. Scales 1 and 0 are one of the two
-    predictions, exactly and in one call of the network.
+    estimates for the call itself, of logits for `logits`. At scales 1 and 0 it is exactly one of
+    the two predictions, in one call of the network.
     """
 
     def __init__(self, denoiser: Denoiser, cond: Batch, guidance_scale: float = 1.0) -> None:
@@ -276,7 +277,7 @@ class Bound:
     def __call__(self, z: Tensor, sigma: Tensor, *, block: int | None = None) -> Tensor:
         """The estimate of y from z [N, ...] at sigma, 0-d, [N] or [N, S]; float32.
 
-        With a `MaskSchedule`, z are tokens and sigma is t; the estimate are probabilities.
+        With a `MaskSchedule`, z holds tokens and sigma is t; the estimate holds probabilities.
         """
         return self._guided(z, sigma, block, logits=False)
 
@@ -292,7 +293,7 @@ class Bound:
         if not isinstance(sigma, Tensor):
             sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
         check_sigma(z, sigma, masks=schedule.corruption == "masks")
-        # A level belongs to a block in its own dtype, before it is converted.
+        # The block that owns a level is decided in the level's own dtype, before conversion.
         if block is None:
             block = self._owner(sigma)
         level = schedule.level(sigma_for(z, sigma))
@@ -340,7 +341,7 @@ class Bound:
 
 
 def attention_with_tangents() -> AbstractContextManager:
-    """In forward-mode differentiation, PyTorch's attention in the form that alone can take part."""
+    """Selects PyTorch's math attention in forward-mode differentiation, which no other supports."""
     return sdpa_kernel(SDPBackend.MATH) if in_forward_mode() else nullcontext()
 
 
@@ -353,7 +354,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def top_share_of(config: BlocksConfig, target: Target) -> float:
-    """The share of a block's draws at the highest level."""
+    """The fraction of a block's draws at the highest level."""
     return target.top_share if config.top_share == "auto" else config.top_share
 
 

@@ -1,4 +1,4 @@
-"""The random numbers of a training step, which are those of the batches of all processes."""
+"""The random numbers of a training step, drawn for the batches of all processes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ LEVEL_KEY = 0x5DEECE66D  # any number but 0
 
 
 class GlobalBatch(NamedTuple):
-    """What a process that has some samples of a batch must know of the others."""
+    """The part of a global batch that this process has."""
 
     sigma: Tensor
     """The levels of all samples, [N * processes, ...]."""
     first: int
-    """The number of the first sample that is here."""
+    """The index of the first sample here."""
     factor: Tensor | None
-    """What the loss of the samples here is multiplied with, 0-d, so that the mean over processes
-    is the loss of all samples; None for 1."""
+    """Factor of the loss of the samples here, 0-d, so that the mean over processes is the loss of
+    all samples; None for 1."""
 
     def here(self, values: Tensor, like: Tensor) -> Tensor:
-        """Of values of all samples those of the samples here, as many as `like` has."""
+        """The part of `values`, of all samples, for the samples here, as many as in `like`."""
         return values[self.first : self.first + len(like)]
 
 
@@ -39,12 +39,12 @@ class Draw(NamedTuple):
     seed: Tensor
     """0-d int64: seed of the noise or the masks."""
     drop: Tensor | None
-    """bool [N]: whose condition is dropped; None where the model never drops."""
+    """bool [N]: true where the condition is dropped; None if the model never drops it."""
     whole: GlobalBatch | None = None
-    """The batch that these samples are part of; None: they are all."""
+    """The global batch that these samples are part of; None if they are all of it."""
 
     def seed_of(self, y: Tensor) -> Tensor | F.OffsetSeed:
-        """The seed of the noise of a target [N, ...], which begins at the first sample here."""
+        """The seed of the noise of a target [N, ...], offset by the first sample here."""
         if self.whole is None:
             return self.seed
         return F.OffsetSeed(self.seed, self.whole.first * (y.numel() // max(len(y), 1)))
@@ -54,7 +54,7 @@ def draw_levels(
     schedule: Schedule, seed: int, shape: tuple[int, ...], block: int, num_blocks: int, *,
     overlap: float, top_share: float, condition_drop: float, device: torch.device,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The levels of a batch and whose condition is dropped; functions of the seed.
+    """The levels of a batch and where the condition is dropped; functions of the seed.
 
     Args:
         schedule: the distribution of the levels.
@@ -65,10 +65,10 @@ def draw_levels(
         overlap: as of `Schedule.sample`.
         top_share: as of `Schedule.sample`.
         condition_drop: the probability of a drop; with 0 nothing is drawn.
-        device: where they are drawn.
+        device: device of the draws.
     """
-    # The generator of a GPU is Philox too: under the same key, sigma would be made of the same
-    # bits as the first elements' noise.
+    # The generator of a GPU is Philox too: with the same key, sigma would come from the same bits
+    # as the noise of the first elements.
     key = seed if device.type == "cpu" else seed ^ LEVEL_KEY
     on_device = torch.Generator(device).manual_seed(key)
     sigma = schedule.sample(
@@ -88,7 +88,7 @@ def part_of(
     shape: tuple[int, ...],
     replicas: Replicas,
 ) -> Draw:
-    """What is this process's of a draw for the batches of all processes, in their order.
+    """This process's part of a draw for the batches of all processes, in their order.
 
     Raises:
         ValueError: the batches are not of the same shapes, or the blocks not the same; on a GPU the
@@ -111,7 +111,7 @@ def _check_alike(
 ) -> None:
     """Raises unless all processes train one block, on samples of one size.
 
-    Noise is counted by elements: samples of other sizes would get that of other processes.
+    Noise is indexed by element: with samples of different sizes, processes would share noise.
     """
     given: dict[str, Any] = {
         key: list(v.shape)

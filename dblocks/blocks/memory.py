@@ -1,4 +1,4 @@
-"""Memory of training, counted: activations saved for the backward, and training state."""
+"""Counts the memory of training: activations saved for the backward, and training state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SavedActivations:
     reused inside it counts once.
 
     Args:
-        parameters: what not to count, `model.parameters()`.
+        parameters: parameters, which are not counted: `model.parameters()`.
         within: count only what is saved while one of these modules runs, such as `model.layers`.
     """
 
@@ -72,11 +72,11 @@ class SavedActivations:
 def state_bytes(parameters: Iterable[Tensor], optimizer: Optimizer | None = None) -> int:
     """Bytes of parameters, of the gradients that they hold, and of optimizer state held for them.
 
-    Of what is sharded, those of this process.
+    For sharded tensors, the bytes on this process.
 
     Args:
         parameters: what to count.
-        optimizer: whose state counts too, as far as it belongs to `parameters`.
+        optimizer: an optimizer whose state for `parameters` is counted too.
     """
     total = 0
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""What a network offers to be cut into blocks."""
+"""The interface of a network that can be divided into blocks."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dblocks.blocks.targets.base import LOSS_KINDS, METHODS, TARGET, Batch, Targ
 
 
 class BlockModel(Protocol):
-    """What a network offers to be trained in blocks; it is also an `nn.Module`.
+    """The interface of a network that can be trained in blocks; it is also an `nn.Module`.
 
-    Three methods and a target: embed the condition, run some of the layers, and give the features
-    of which the target makes a prediction. A network may also say `condition_drop`, the
-    probability with which training drops a sample's condition; 0 where it does not. And it may say
-    `reads`, a tuple of the entries of a batch that it reads beside those of its target: then any
-    other entry, such as a misspelt one, is an error; and `call_reads`, those that `embed_condition`
-    reads, which are all that a call or sampler takes.
+    Three methods and a target: embed the condition, run some of the layers, and return the features
+    from which the target makes a prediction. Optional attributes: `condition_drop`, the probability
+    with which training drops a sample's condition, 0 by default; `reads`, a tuple of the entries of
+    a batch that it reads in addition to those of its target, so that any other entry, such as a
+    misspelt one, raises an error; `call_reads`, the entries that `embed_condition` reads, the only
+    ones that a call or sampler then accepts.
 
     Parameters outside `layers` are shared by all blocks. A batch is a mapping; sampling passes the
     keys that `embed_condition` reads, and training what `target.check` returned. `level` is what
-    the schedule's `level` returns: a `NoiseLevel`, or a `MaskLevel` where the target are tokens
-    that are masked, int64 [N, T]; then `run_layers` takes them as they are.
+    the schedule's `level` returns: a `NoiseLevel`, or a `MaskLevel` if tokens are masked; then the
+    `z_in` of `run_layers` is int64 [N, T].
 
     Examples: `docs/custom.md` (L2), `dblocks/models/vit.py` (classes).
     """
@@ -33,13 +33,13 @@ class BlockModel(Protocol):
 
     @property
     def target(self) -> Target:
-        """What the network predicts; an attribute will do."""
+        """What the network predicts; may be a plain attribute."""
         ...
 
     def embed_condition(self, batch: Batch, drop: Tensor | None) -> Any:
-        """What the target is predicted from; the same for every noise level.
+        """Embeds the condition that the target is predicted from; the same for every noise level.
 
-        `drop` [N] is true where the condition gives way to the null condition; None without.
+        `drop` [N] is true where the null condition replaces the condition; None for nowhere.
         """
         ...
 
@@ -50,33 +50,33 @@ class BlockModel(Protocol):
         ...
 
     def features(self, hidden: Any) -> Any:
-        """What the target makes a prediction of, from the layers' result.
+        """The input of the target's prediction, from the layers' result.
 
-        The rows that its output head multiplies, or F for an `L2Target`.
+        The rows for its output head, or F for an `L2Target`.
         """
         ...
 
 
 @runtime_checkable
 class Divisible(Protocol):
-    """What a network also offers whose layers are not the children of `layers` alone.
+    """Further methods of a network whose layers are not only the children of `layers`.
 
-    `DiffusionBlocks` divides others itself: a converted model keeps its layers where they were.
+    `DiffusionBlocks` divides other networks itself; a converted model keeps its layers in place.
     """
 
     names: tuple[str, ...]
     """The paths of its layers."""
 
     def with_layers(self, layers: dict[str, nn.Module], *, shared: bool) -> nn.Module:
-        """A view of layers, by their number, with all that is outside the layers, or without."""
+        """A view with these layers, by index, and `shared`: with the modules outside the layers."""
         ...
 
     def without_layers(self) -> nn.Module:
-        """A deep copy of what is outside the layers."""
+        """A deep copy of the modules outside the layers."""
         ...
 
     def follow_(self, other: Any) -> None:
-        """Takes over the settings of the network that this is such a copy of, before it runs."""
+        """Copies the settings of the network of which this is such a copy, before it runs."""
         ...
 
 
