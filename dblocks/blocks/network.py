@@ -1,7 +1,7 @@
-"""Cutting a residual network into blocks that are trained one at a time.
+"""Divides a residual network into blocks that are trained one at a time.
 
-A block is a run of layers together with a range of noise levels: block b denoises the levels that
-it owns, so training it runs, and keeps gradients for, its own layers only.
+A block is a run of layers with a range of noise levels: block b denoises the levels that it owns,
+so a training step of it runs its own layers only, forward and backward.
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ class DiffusionBlocks(Denoiser):
     layers of one block.
 
     Shared parameters (all outside `layers`) follow `config.shared`: "train" trains them with every
-    block's step; "frozen" keeps them as they are, which suits a pretrained network only; "private"
-    gives every block its own copy, except that the target embedding is common and frozen, since
-    all blocks must mean the same target; "reduce" is "private" for copies that
-    `dblocks.scale.average_shared` averages every so many steps. Freezing is
-    `requires_grad_(False)` on the network itself and lasts: for a second configuration give a
-    `copy.deepcopy` of it, or `requires_grad_(True)` first.
+    block's step; "frozen" does not train them, which suits pretrained networks only; "private"
+    gives every block its own copy, except of the target embedding, which is shared and frozen,
+    since all blocks must have the same target; "reduce" is "private" for use with
+    `dblocks.scale.average_shared`, which averages the copies every k steps. Freezing sets
+    `requires_grad_(False)` on the network itself: for a second configuration pass a `copy.deepcopy`
+    of it, or call `requires_grad_(True)` first.
 
     Args:
         model: a network with the members of `BlockModel`; its parameters are used, not copied.
-        config: how it is cut.
+        config: the number of blocks and the options of their training.
 
     Raises:
-        TypeError: `model` lacks members of `BlockModel`, or `config` is no `BlocksConfig`.
-        ValueError: layers of two blocks share a parameter, or a layer and what is outside of all.
+        TypeError: `model` lacks members of `BlockModel`, or `config` is not a `BlocksConfig`.
+        ValueError: two blocks share a parameter of their layers, or a layer shares one with modules
+            outside the layers.
 
     Warns:
-        UserWarning: parameters that an earlier `DiffusionBlocks` froze would train here.
+        UserWarning: an earlier `DiffusionBlocks` froze parameters that this configuration would
+            train.
 
     Source: Shing, Koyama and Akiba 2026, arXiv 2506.14202.
     """
@@ -67,7 +69,7 @@ class DiffusionBlocks(Denoiser):
             self.copies.extend(_without_layers(model) for _ in range(1, config.num_blocks))
 
     def block(self, block: int) -> Block:
-        """The view of one block: what one worker trains and saves."""
+        """The view of one block, for a worker that trains and saves it."""
         return Block(self, block)
 
     def block_parameters(self, block: int) -> Iterator[nn.Parameter]:
@@ -82,7 +84,7 @@ class DiffusionBlocks(Denoiser):
             yield from _outside_layers(self.base_model)
 
     def print_blocks(self) -> None:
-        """Prints each block's layers, levels (sigma, or t of masks) and parameters."""
+        """Prints each block's layers, levels (sigma, or t for masks) and number of parameters."""
         symbol = self.config.schedule.symbol
         print(f"{'block':>5} {'layers':>8} {symbol:>20} {'parameters':>12}")
         for b, (first, last) in enumerate(self.layer_ranges):
@@ -129,11 +131,11 @@ class Block(Denoiser):
             self.copies[str(block - 1)] = cast(nn.Module, model)
 
     def block_parameters(self, block: int) -> Iterator[nn.Parameter]:
-        """The parameters that belong to this block alone; the others' are not here."""
+        """The parameters that belong to this block alone."""
         return _parameters_of(self, block) if block in self.held else iter(())
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that all blocks use: those that are here."""
+        """The parameters that all blocks use, as held here."""
         model, _ = self.parts_at_rest(cast(int, self.index))
         if self.config.copied:
             return iter(model.target.parameters())
@@ -159,7 +161,7 @@ def _check_loss_kind(model: BlockModel, config: BlocksConfig) -> None:
 
 
 def _check_frozen(model: BlockModel, config: BlocksConfig, shared_ids: set[int]) -> None:
-    """Warns of parameters that an earlier configuration froze and this one would train."""
+    """Warns about parameters that an earlier configuration froze and this one would train."""
     if config.shared != "frozen" and getattr(model, "_frozen_by_blocks", False):
         kept = shared_ids if config.copied else set()
         outside = (p for p in _outside_layers(model) if id(p) not in kept)

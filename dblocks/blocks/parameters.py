@@ -1,4 +1,4 @@
-"""Checks of whose parameters are whose: of a block, or of all."""
+"""Checks that blocks do not share parameters of their layers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def check_apart(model: BlockModel, ranges: Sequence[tuple[int, int]]) -> None:
-    """Raises where a step on one block would move what another block uses too.
+    """Raises if a step on one block would change parameters that another block uses.
 
     Args:
         model: the network.
         ranges: the layers of each block, first and last but one.
 
     Raises:
-        ValueError: a parameter is in the layers of two blocks, or in a layer and outside of all.
+        ValueError: a parameter is in the layers of two blocks, or both in a layer and outside the
+            layers.
     """
     found: dict[int, tuple[int, str]] = {}
     for block, (first, last) in enumerate(ranges):
@@ -47,10 +48,10 @@ def check_apart(model: BlockModel, ranges: Sequence[tuple[int, int]]) -> None:
 
 
 def warn_of_frozen_zeros(model: BlockModel, *, stacklevel: int) -> None:
-    """Warns of weights outside the layers that are all zero and will stay so.
+    """Warns about frozen weights outside the layers that are all zero.
 
-    An output head at zero passes no gradient on: no layer would train. A modulation at zero changes
-    nothing, which is no fault.
+    No gradient passes an output head that is zero, so no layer would train. Modulations may be
+    zero.
     """
     inside = {id(m) for m in model.layers.modules()}
     zero = [
@@ -70,7 +71,7 @@ def warn_of_frozen_zeros(model: BlockModel, *, stacklevel: int) -> None:
 
 
 def _named(model: BlockModel, index: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a layer by their paths, those that it holds twice too."""
+    """The parameters of a layer by their paths, including duplicates."""
     prefix, own = f"layers.{index}", ""
     if isinstance(model, Divisible):
         prefix, own = model.names[index], "layer."

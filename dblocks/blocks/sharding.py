@@ -15,10 +15,10 @@ NAME = "_run_within"
 
 
 def within(module: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
-    """`function`, to be called while the parameters of `module` are whole.
+    """`function`, wrapped to run while the parameters of `module` are unsharded.
 
-    It runs as the forward of a module does that `fully_shard` was called on, with the same hooks;
-    see `register_fsdp_forward_method`. For any other module it is `function` itself.
+    It runs with the hooks of a module's forward after `fully_shard`, see
+    `register_fsdp_forward_method`. For any other module it is `function` itself.
     """
     # Whoever shards has imported it.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
@@ -34,17 +34,17 @@ class Replicas(NamedTuple):
     """Processes that train the same parameters, each with its part of a batch."""
 
     rank: int
-    """The number of this one among them, in whose order the parts are those of the batch."""
+    """The rank of this process; parts of the batch are in the order of ranks."""
     count: int
-    """How many there are."""
+    """The number of processes."""
     groups: tuple[Any, ...]
-    """Process groups: what is reduced in one after the other is reduced over all."""
+    """Process groups; a reduction in one after the other is a reduction over all."""
 
 
 def replicas_of(model: Any) -> Replicas | None:
     """The processes that average gradients of a `DistributedDataParallel` or an `FSDPModule`.
 
-    None where there is one only, or the model is neither.
+    None for a single process, or if the model is neither.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         group: Any = model.process_group
@@ -70,22 +70,22 @@ def reduced(value: Tensor, replicas: Replicas, op: Literal["sum", "max"]) -> Ten
 
 
 def is_part(value: Tensor) -> bool:
-    """Whether it is a DTensor, of which this process has a part."""
+    """Whether `value` is a DTensor, of which this process holds a part."""
     return hasattr(value, "full_tensor")
 
 
 def part_here(value: Tensor) -> Tensor:
-    """This process's part of a DTensor; another tensor itself."""
+    """This process's part of a DTensor; any other tensor unchanged."""
     return cast(Any, value).to_local() if is_part(value) else value
 
 
 def whole(value: Tensor) -> Tensor:
-    """All of a DTensor, for which all processes call this; another tensor itself."""
+    """The full tensor of a DTensor, a collective call; any other tensor unchanged."""
     return cast(Any, value).full_tensor() if is_part(value) else value
 
 
 def _mesh_of(module: Any) -> Any:
-    """The mesh of a module that `fully_shard` was called on, all of whose axes share data."""
+    """The mesh of a module after `fully_shard`; all of its axes are data parallel."""
     # Whoever shards has imported it.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not isinstance(module, fsdp.FSDPModule):
@@ -108,7 +108,7 @@ def through(parallel: Any, function: Callable[..., T], *args: Any, **kwargs: Any
 
 
 def check_parallel(parallel: Any, num_blocks: int) -> None:
-    """Raises where a `DistributedDataParallel` would wait for gradients of the other blocks."""
+    """Raises if a `DistributedDataParallel` would wait for gradients of the other blocks."""
     if num_blocks > 1 and not parallel.find_unused_parameters:
         raise ValueError(
             "DistributedDataParallel must be given find_unused_parameters=True, got False: a step "
@@ -127,7 +127,7 @@ def check_parallel(parallel: Any, num_blocks: int) -> None:
 
 
 def agreed(block: int, replicas: Replicas, device: torch.device) -> int:
-    """The block that the first process has drawn, in all of them."""
+    """The block that the first process has drawn, broadcast to all."""
     distributed: Any = torch.distributed
     number = torch.tensor(block, device=device)
     for group in replicas.groups:

@@ -11,7 +11,7 @@ from dblocks.config import values_known
 
 
 def check_sigma(z: Tensor, sigma: Tensor, *, masks: bool) -> None:
-    """Raises unless sigma, or t of masks, can be the level of z; values are seen on the CPU."""
+    """Raises unless sigma, or t for masks, is a valid level of z; checks values on the CPU only."""
     if not sigma.is_floating_point():
         raise TypeError(f"sigma must be floating point, got {sigma.dtype}; convert it first")
     transformed = torch._C._are_functorch_transforms_active()

@@ -1,4 +1,4 @@
-"""What a network is trained to tell: each target owns the checks, the levels' shape, the loss."""
+"""Targets of prediction: each defines its checks of a batch, shape of the levels, and loss."""
 
 from dblocks.blocks.targets.base import Batch as Batch
 from dblocks.blocks.targets.base import CheckedBatch as CheckedBatch

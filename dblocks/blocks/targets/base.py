@@ -1,4 +1,4 @@
-"""What a target offers: what a network is trained to tell, and how its prediction is scored."""
+"""The interface of a target: what a network predicts, and how the prediction is scored."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ OPTIONAL = ("reads", "call_reads")
 
 
 class CheckedBatch(dict[str, Any]):
-    """A batch that its target has checked, which a training step does once."""
+    """A batch that its target has checked, once per training step."""
 
 
 class Features(NamedTuple):
-    """What an output head multiplies, where a learned head is told of the noise too."""
+    """The input of an output head that is conditioned on the noise level."""
 
     x: Tensor
     """[N, D] or [N, T, D]."""
@@ -31,13 +31,13 @@ class Features(NamedTuple):
 class Target(metaclass=ABCMeta):
     """What a network predicts: it checks batches, embeds them, scores and denoises predictions.
 
-    A target is a plain object, no `nn.Module`: it refers to modules of its network and adds no
-    names to the state_dict. A network holds it as `target`, an attribute or, where its modules may
-    be replaced later, a property that makes it anew.
+    A target is a plain object, not an `nn.Module`: it refers to modules of its network and adds no
+    names to the state_dict. A network holds it as `target`: an attribute, or, if its modules may be
+    replaced later, a property that creates it.
 
     `N...` stands for the shape of sigma: [N], or for a target [N, T, D] also [N, S], one level for
-    each of S segments of T/S tokens. `level` is what the schedule's `level` returns. `features` is
-    what the network's `features` returned: a tensor, or `Features`.
+    each of S segments of T/S tokens. `level` is the result of the schedule's `level`, and
+    `features` that of the network's `features`: a tensor, or `Features`.
     """
 
     loss_kind: LossKind
@@ -45,19 +45,19 @@ class Target(metaclass=ABCMeta):
     or, with a `MaskSchedule`, the cross-entropy summed over masked tokens over the number of
     tokens."""
     top_share: float = 0.0
-    """What `BlocksConfig.top_share` is for this target where it is "auto"."""
+    """The value of `BlocksConfig.top_share` for this target if it is "auto"."""
     reads: tuple[str, ...] | None = None
-    """The entries of a batch that it reads; None: not said, and no entry is refused. A class that
-    overrides methods says it anew."""
+    """The entries of a batch that it reads; None accepts any entry. A subclass that overrides
+    methods must define it again."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """The parameters of `embed`, which all blocks share, since they say what the target is."""
+        """The parameters of `embed`, which all blocks share, since they define the target."""
         return ()
 
     def check(self, batch: Batch) -> Batch:
-        """The batch, checked: what the other methods and `embed_condition` get in training.
+        """The checked batch, as the other methods and `embed_condition` get it in training.
 
-        One that returns a `CheckedBatch` is called once a step.
+        A `check` that returns a `CheckedBatch` is called once per step.
 
         Raises:
             ValueError: for an entry that is missing, or of a shape or value that does not fit.
@@ -70,10 +70,10 @@ class Target(metaclass=ABCMeta):
         """The shape of sigma for this batch, `N...`."""
 
     def scored(self, batch: Batch) -> Tensor | None:
-        """How many parts of a batch, 0-d, the mean of `score` is over, where not all are scored.
+        """The number of scored parts of a batch, 0-d, if `score` is a mean over some of them.
 
-        Where several processes have a part of the batch each, their means are weighted by it, so
-        that the mean is that over all that is scored. None: as many in batches of one shape.
+        With several processes, their means are weighted by it, so that the result is the mean over
+        all scored parts. None: the same number in all batches of one shape.
         """
         return None
 
@@ -93,7 +93,7 @@ class Target(metaclass=ABCMeta):
     def score(
         self, features: Any, z: Tensor, level: Any, y: Tensor, seed: Tensor, batch: Batch
     ) -> Tensor:
-        """The losses, exactly of the shape of sigma; noise regenerated from `seed` is that of z."""
+        """The losses, exactly of the shape of sigma; `seed` regenerates the noise in z."""
 
 
 TARGET = [n for n in ("loss_kind", *vars(Target)) if n[0] != "_" and n not in OPTIONAL]
@@ -104,9 +104,9 @@ def missing(batch: Batch, key: str, content: str, *, of: str = "a") -> ValueErro
 
     Args:
         batch: what was given.
-        key: what it lacks.
-        content: what such a batch is.
-        of: whose batch it is, such as "a DiT's".
+        key: the missing key.
+        content: the expected batch, in words.
+        of: the owner of the batch, such as "a DiT's".
     """
     value = batch.get(key)
     return ValueError(

@@ -1,4 +1,4 @@
-"""Targets that are one of K embeddings, and the class of a sample, the simplest of them."""
+"""Targets that are one of K embeddings, such as the class of a sample."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Table(Protocol):
 
     @property
     def weight(self) -> Tensor:
-        """What rows are made of, [K, D]."""
+        """The parameter of the rows, [K, D]."""
         ...
 
     def rows(self) -> Tensor:
@@ -43,25 +43,25 @@ class Table(Protocol):
         ...
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """What trains."""
+        """The trained parameters."""
         ...
 
 
 class EmbeddedTarget(Target):
-    """What targets have in common that are one of K embeddings, told apart by an output head.
+    """Base of targets that are one of K embeddings, classified by an output head.
 
     With h the features, E the embeddings and `head` the logits of an `OutputHead`,
 
         posterior   logits = head(h) + E z / sigma^2
         learned     logits = head(c_skip*z + c_out*h)
 
-    The first is Bayes' rule, as all rows of E are of one norm: where head(h) is ln p(k | condition)
-    but for a constant, the logits are ln p(k | z, condition). Its terms are float32 (float64) under
-    autocast too: in bfloat16 the error of the second would be hundreds of nats at sigma_min. The
-    learned head, as published, has to learn a factor that goes from 4 to 250,000.
+    The first is Bayes' rule, since all rows of E have the same norm: if head(h) is ln p(k |
+    condition) up to a constant, the logits are ln p(k | z, condition) up to a constant. Its terms
+    are float32 (float64) under autocast too: in bfloat16 the error of the second would be hundreds
+    of nats at sigma_min. The learned head, as published, has to learn a factor between 4 and
+    250,000.
 
-    The loss is the logits' cross-entropy; the denoised estimate is the expectation of the embedding
-    under them.
+    The loss is the cross-entropy of the logits; the denoised estimate is the expected embedding.
 
     Args:
         embedding: E, such as a `LabelEmbedding`.
@@ -98,15 +98,15 @@ class EmbeddedTarget(Target):
 
 
 class ClassTarget(EmbeddedTarget):
-    """The embedding of a sample's class; one noise level a sample.
+    """The embedding of a sample's class, with one noise level per sample.
 
-    A batch holds "labels", int64 [N], and what is classified. Features are [N, D].
+    A batch holds "labels", int64 [N], and the input to classify. Features are [N, D].
 
     Args:
         embedding: of the classes, such as a `LabelEmbedding`.
         head: the output head: an `OutputHead`, or a plain `nn.Linear`.
         kind: "posterior" or "learned"; see `EmbeddedTarget`.
-        given: the batch's key of what is classified.
+        given: the key of the input to classify.
     """
 
     def __init__(
@@ -210,12 +210,12 @@ def precision_of(level: NoiseLevel, z: Tensor) -> Tensor:
 
 
 def posterior_logits(logits: Tensor, z: Tensor, rows: Tensor, level: NoiseLevel) -> Tensor:
-    """Logits of a class given its noisy embedding, from those without.
+    """Logits given the noisy embedding of the class, from those without it.
 
         ln p(k | z, c) = ln p(k | c) + E_k z / sigma^2 + const,   z = E_k + sigma*eps
 
     Args:
-        logits: `ln p(k | c)` but for a constant, [N, K].
+        logits: `ln p(k | c)` up to a constant, [N, K].
         z: noisy embeddings, [N, D].
         rows: E, [K, D].
         level: of z, [N].
@@ -235,8 +235,8 @@ def check_labels(labels: Tensor) -> None:
 
 
 def check_label_values(labels: Tensor, num_classes: int) -> None:
-    """Raises ValueError unless labels are classes, where looking at them costs nothing."""
-    # On a GPU looking at the values would synchronise; there indexing itself asserts.
+    """Raises ValueError unless labels are classes, where reading them does not synchronise."""
+    # On a GPU reading the values would synchronise; there indexing itself asserts.
     if not values_known(labels) or not labels.numel():
         return
     if labels.min() < 0 or labels.max() >= num_classes:

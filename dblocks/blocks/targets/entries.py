@@ -1,4 +1,4 @@
-"""The entries of a batch, or keywords of a call: checked, and none that this use does not read."""
+"""Checks that the entries of a batch, or keywords of a call, are valid and that all are read."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def checked(model: Any, batch: Batch, target: Target) -> Batch:
 
 
 def check_entries(model: Any, batch: Batch, target: Target) -> None:
-    """Raises for an entry of a batch to train on that nobody reads.
+    """Raises for an entry of a training batch that nothing reads.
 
-    Those that are read are what the network and its target name as `reads`. Where one of them names
-    none, or has methods of its own beside what it derives from, everything is accepted.
+    The entries that are read are the `reads` of the network and its target. If one of them defines
+    none, or its class overrides methods below the class that defines it, any entry is accepted.
 
     Args:
         model: the network.
@@ -39,16 +39,16 @@ def check_entries(model: Any, batch: Batch, target: Target) -> None:
         target: the network's.
 
     Raises:
-        ValueError: there is another entry; the error names it, and those that are read.
+        ValueError: for any other entry, which the error names, with those that are read.
     """
     _refuse_others(model, batch, "batch", _trained_on(model, target))
 
 
 def check_call(model: Any, cond: Batch, target: Target) -> None:
-    """Raises for a keyword of a call, as in sampling, that the call does not read.
+    """Raises for a keyword that a call, such as one of a sampler, does not read.
 
-    Such as the labels that a classifier is trained on. Those that are read are what the network
-    names as `call_reads`; where it names none, what training reads.
+    An example is the labels that a classifier is trained on. The keywords that are read are the
+    `call_reads` of the network, or by default those that training reads.
 
     Args:
         model: the network.
@@ -56,7 +56,7 @@ def check_call(model: Any, cond: Batch, target: Target) -> None:
         target: the network's.
 
     Raises:
-        ValueError: there is another one; the error names it, and those that are read.
+        ValueError: for any other keyword, which the error names, with those that are read.
     """
     known, trained_on = (
         _named(model, "call_reads", ("embed_condition",)),
@@ -86,10 +86,10 @@ def _refuse_others(
 
 
 def scored_shape(target: Target, batch: Batch) -> tuple[int, ...]:
-    """The shape of sigma of a batch that is trained on.
+    """The shape of sigma for a training batch.
 
     Raises:
-        ValueError: it is empty: the mean of no losses is NaN.
+        ValueError: the batch is empty, since the mean of no losses is NaN.
     """
     shape = target.sigma_shape(batch)
     if math.prod(shape) == 0:
@@ -102,7 +102,7 @@ def scored_shape(target: Target, batch: Batch) -> tuple[int, ...]:
 
 
 def _hint(unknown: str, known: Sequence[str]) -> str:
-    # A graph cannot hold what looks for close ones.
+    # The search for close matches cannot be traced in a graph.
     close = [] if torch.compiler.is_compiling() else difflib.get_close_matches(unknown, known, n=1)
     return f"did you mean {close[0]!r}?" if close else "leave out what is not read"
 
@@ -113,9 +113,9 @@ def _trained_on(model: Any, target: Target) -> set[str] | None:
 
 
 def _named(part: Any, name: str, methods: Iterable[str]) -> Iterable[str] | None:
-    """What a network or target names; None where a class below the one that names it has methods.
+    """The named attribute; None if a subclass of the class that defines it overrides methods.
 
-    Such as a network of one's own that derives from a `ViT` and reads more.
+    Such a subclass, for example of `ViT`, may read more entries.
     """
     if name in getattr(part, "__dict__", ()):
         return getattr(part, name)

@@ -1,4 +1,4 @@
-"""Output heads: logits of features, and their cross-entropy."""
+"""Output heads: logits and cross-entropy from features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IGNORED = -100  # PyTorch's ignore_index
 
 
 class Linear(Protocol):
-    """What an output head multiplies with: an `nn.Linear`, or what looks like one."""
+    """The matrix of an output head: an `nn.Linear`, or any object with its attributes."""
 
     @property
     def weight(self) -> Tensor:
@@ -36,13 +36,13 @@ class OutputHead:
 
     Args:
         linear: W and b, such as an `nn.Linear`.
-        modulation: makes shift and scale from the conditioning vector; none by default.
-        log_scale: ln g; g is 1 by default. A target that refers to a parameter is made in a
-            property of the network, as parameters may be replaced (`load_state_dict(assign=True)`).
+        modulation: computes shift and scale from the conditioning vector; none by default.
+        log_scale: ln g; g is 1 by default. If it is a parameter, create the target in a property of
+            the network, as parameters may be replaced (`load_state_dict(assign=True)`).
 
     Raises:
-        TypeError: `linear` is a module that computes something else than `nn.Linear`, such as one
-            with an adapter or packed weights: only weight and bias are read here.
+        TypeError: `linear` is a module that does not compute `nn.Linear`, such as one with an
+            adapter or packed weights: only weight and bias are used here.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class OutputHead:
         self.log_scale = log_scale
 
     def rows(self, m: Tensor, cond: Tensor | None = None) -> Tensor:
-        """What W is multiplied with, of features [N, D] or [N, T, D]."""
+        """The input of the product with W, from features [N, D] or [N, T, D]."""
         with torch.autocast(m.device.type, enabled=False):
             m = at_least_float32(m)
             if self.modulation is not None:
@@ -71,7 +71,8 @@ class OutputHead:
     def logits(
         self, m: Tensor, cond: Tensor | None = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Logits [N, K] or [N, T, K]; `dtype`, that of m by default, is what other heads run in."""
+        """Logits [N, K] or [N, T, K]; `dtype`, by default that of m, is for heads of other
+        classes."""
         return product(self.rows(m, cond), self.linear.weight, self.linear.bias)
 
     def losses(self, m: Tensor, labels: Tensor) -> Tensor:
@@ -86,12 +87,11 @@ class OutputHead:
 
 
 class FunctionHead(OutputHead):
-    """An output head that is somebody's function of features, such as modules of other libraries.
+    """An output head given as a function of features, such as a module of another library.
 
     Args:
         function: from features, in their own dtype, to logits.
-        modulation: as of `OutputHead`.
-        log_scale: as of `OutputHead`.
+        modulation: as in `OutputHead`. log_scale: as of `OutputHead`.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class FunctionHead(OutputHead):
     def logits(
         self, m: Tensor, cond: Tensor | None = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Logits, of the function in `dtype`; float32 (float64)."""
+        """Logits, computed by the function in `dtype`; float32 (float64)."""
         return at_least_float32(self.function(self.rows(m, cond).to(dtype or m.dtype)))
 
     def losses(self, m: Tensor, labels: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class FunctionHead(OutputHead):
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """In float32, or float64 where it is, as losses and estimates are computed."""
+    """`x` in float32 (float64 stays), as losses and estimates are computed."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -130,7 +130,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _check_linear(linear: object) -> None:
-    """Raises where a module's own forward would be passed over."""
+    """Raises if the module's own forward, which would be bypassed, is not that of `nn.Linear`."""
     if isinstance(linear, nn.Module) and type(linear).forward is not nn.Linear.forward:
         raise TypeError(
             "an output head must be an nn.Linear, whose weight and bias are multiplied without "
