@@ -1,4 +1,4 @@
-"""Whether every block was trained at the highest noise level, as a product of blocks needs."""
+"""Checks that every block was trained at the highest noise level, as products of blocks need."""
 
 from __future__ import annotations
 

@@ -32,11 +32,12 @@ NonFinite = Literal["raise", "skip"]
 
 
 class BlockOptimizers:
-    """The optimizers of each block, and of what blocks share: one, several, or None.
+    """The optimizers of each block and of the shared parameters: one, several, or None.
 
     Args:
-        blocks: the optimizers of the blocks, first to last; None where nothing trains.
-        shared: the optimizers of the shared parameters; None where they do not train.
+        blocks: the optimizers of the blocks, first to last; None for a block without trained
+            parameters.
+        shared: the optimizers of the shared parameters; None if they are not trained.
     """
 
     def __init__(self, blocks: Iterable[Optimizers], shared: Optimizers) -> None:
@@ -49,7 +50,7 @@ class BlockOptimizers:
             yield from _several(held)
 
     def of_block(self, block: int) -> tuple[Optimizer, ...]:
-        """The optimizers that a step on one block moves."""
+        """The optimizers that a step on one block uses."""
         return (*_several(self.blocks[block]), *_several(self.shared))
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class BlockOptimizers:
         """Restores what `state_dict` returned.
 
         Raises:
-            ValueError: the state is of other numbers of optimizers.
+            ValueError: the state has a different number of optimizers.
         """
         groups = [*state["blocks"], state["shared"]]
         found = [len(group) for group in groups]
@@ -76,35 +77,34 @@ class BlockOptimizers:
 
 
 class StepResult(NamedTuple):
-    """What a training step did; tensors are on the device, nothing was synchronised."""
+    """The result of a training step; tensors are on the device, without synchronisation."""
 
     block: int
     """The block that was trained."""
     loss: Tensor
-    """The loss that was minimised, 0-d, detached; in several processes the mean of theirs is it."""
+    """The loss that was minimised, 0-d, detached; with several processes it is the mean of
+    theirs."""
     details: Loss
-    """All of `DiffusionBlocks.loss`, detached."""
+    """The result of `DiffusionBlocks.loss`, detached."""
     grad_norm: Tensor | None
-    """The norm of the gradients before clipping; None without clipping."""
+    """The norm of the gradients before clipping; None without `clip_grad_norm`."""
     skipped: bool = False
-    """Whether the step was left out, because its loss or a gradient was not finite."""
+    """Whether the step was skipped because its loss or a gradient was not finite."""
 
 
 def make_optimizers(
     model: nn.Module, factory: Callable[[list[nn.Parameter]], Optimizers]
 ) -> BlockOptimizers:
-    """The optimizers of each block and of the shared parameters.
-
-    Args:
-        model: the network, it in a `DistributedDataParallel`, or one block of it: then only that
-            block has optimizers.
-        factory: makes an optimizer of a list of parameters, such as
-            `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or several that divide the list
-            among them, such as Muon for matrices and AdamW for the rest. It is called for each
-            block, and for what they share, where there is a parameter that requires gradients.
+    """Makes the optimizers of each block and of the shared parameters. Args:
+        model: the network, possibly in a `DistributedDataParallel`, or one block of it, which then
+            alone has optimizers.
+        factory: makes an optimizer from a list of parameters, such as `lambda params:
+            torch.optim.AdamW(params, lr=1e-3)`; or several that divide the list, such as Muon for
+            matrices and AdamW for the rest. It is called for each block and for the shared
+            parameters, if any of them require gradients.
 
     Raises:
-        TypeError: `model` is no `DiffusionBlocks`, or the factory returns something else.
+        TypeError: `model` is not a `DiffusionBlocks`, or the factory does not return optimizers.
     """
     parallel = _parallel(model)
     model = blocks_of(model if parallel is None else parallel.module)
@@ -124,40 +124,40 @@ def train_step(
     clip_grad_norm: float | None = None,
     nonfinite: NonFinite | None = None,
 ) -> StepResult:
-    """One step on one block; no other block's parameters or optimizer state change.
+    """One training step of one block; no other block's parameters or optimizer state change.
 
-    Everything random follows from `generator`: it draws the block and one seed, from which sigma
-    and the noise are made on the device. Nothing synchronises, but for `nonfinite` on a GPU.
+    All randomness comes from `generator`: it draws the block and one seed, from which sigma and the
+    noise are drawn on the device. Nothing synchronises, except for `nonfinite` on a GPU.
 
-    Gradients are cleared before the step and after it, so that none is held between steps. To
-    accumulate them over k batches, call for each `(model.loss(batch, block).loss / k).backward()`,
+    Gradients are cleared before and after the step, so that none is stored between steps. To
+    accumulate them over k batches, call `(model.loss(batch, block).loss / k).backward()` for each,
     then `step()` of every optimizer in `optimizers.of_block(block)`, then `model.zero_grad()`.
 
     Args:
-        model: the network, or one block of it; or it in a `DistributedDataParallel` (with
-            `find_unused_parameters=True` where it has several blocks), or after `fully_shard`. Then
-            each process has its part of the batch, and a generator that is in the same state in
-            all: the step is that of one process with all parts in the order of the processes. A
-            block that is drawn is that of the first process, which synchronises; a block that is
-            given must be the same in all.
-        batch: what its parts read; of the same shapes in all processes.
+        model: the network, or one block of it; possibly in a `DistributedDataParallel` (with
+            `find_unused_parameters=True` if it has several blocks) or after `fully_shard`. Then
+            each process has its part of the batch, and `generator` must have the same state in all:
+            the step equals that of one process on all parts in the order of the processes. A drawn
+            block is that of the first process, which synchronises; a given one must be the same in
+            all.
+        batch: the entries that the network and its target read; with the same shapes in all
+            processes.
         optimizers: from `make_optimizers`.
-        block: the block to train; drawn uniformly by default, where there is more than one.
+        block: the block to train; by default drawn uniformly, if there is more than one.
         generator: a CPU generator.
         clip_grad_norm: largest norm of the gradients of the block and the shared parameters,
             above 0; inf measures it only.
-        nonfinite: what to do where the loss or a gradient is NaN or infinite: "raise", or "skip"
-            the step; either way parameters and optimizers stay as they are. Looking synchronises
-            with a GPU, so by default it is "raise" where the loss is on a CPU, and elsewhere
-            nothing is looked at.
+        nonfinite: what to do if the loss or a gradient is NaN or infinite: "raise", or "skip" the
+            step; in both cases parameters and optimizers do not change. The check synchronises with
+            a GPU, so the default is "raise" if the loss is on a CPU, and no check otherwise.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite; the message names the block.
-        TypeError: `model` is no `DiffusionBlocks`, `optimizers` are not of `make_optimizers`,
-            `block` is no integer, or `generator` no generator.
-        RuntimeError: it is called within no_grad.
-        ValueError: `block` is out of range, not that of the other processes, or nothing in it
-            trains; the optimizers are of another model's parameters; or another value does not fit.
+        TypeError: `model` is not a `DiffusionBlocks`, `optimizers` are not from `make_optimizers`,
+            `block` is not an integer, or `generator` not a generator.
+        RuntimeError: if called within no_grad.
+        ValueError: `block` is out of range, differs between processes, or has no trained
+            parameters; the optimizers belong to another model; or another value is invalid.
     """
     parallel = _parallel(model)
     model = blocks_of(model if parallel is None else parallel.module)
@@ -200,11 +200,12 @@ def train_step(
     parameters = [p for o in moved for group in o.param_groups for p in group["params"]]
     wrong = None
     if nonfinite is not None or result.loss.device.type == "cpu":
-        # Gradients are the same in all processes, which must agree; losses are not.
+        # All processes must decide alike: gradients are the same in all of them, losses are not.
         wrong = not_finite(result.loss if replicas is None else None, parameters, replicas)
     if wrong is not None and nonfinite != "skip":
         model.zero_grad(set_to_none=True)
-        # Who asked for "raise" by name has chosen, such as a command that has no such option.
+        # A caller that passed "raise" explicitly, such as a command without that option, needs no
+        # hint.
         other = ', or give nonfinite="skip"' if nonfinite is None else ""
         raise FloatingPointError(
             f"loss and gradients of block {block} must be finite, got {wrong}; its parameters are "
@@ -215,14 +216,14 @@ def train_step(
         grad_norm = whole(nn.utils.clip_grad_norm_(parameters, clip_grad_norm))
     for optimizer in moved if wrong is None else ():
         optimizer.step()
-    # Between steps no gradient is held, so that the memory of a step is one block's.
+    # No gradient is stored between steps, so that the memory of a step is one block's.
     model.zero_grad(set_to_none=True)
     details = Loss(*(value.detach() for value in result))
     return StepResult(block, details.loss, details, grad_norm, wrong is not None)
 
 
 def _check_own(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
-    """Raises where optimizers hold parameters that the model has not, which would never move it."""
+    """Raises if optimizers hold parameters that are not the model's, which they would not train."""
     own = {id(p) for p in model.parameters()}
     held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     others = sum(id(p) not in own for p in held)
@@ -240,10 +241,10 @@ def _parallel(model: Any) -> Any:
 
 
 def blocks_of(model: Any) -> DiffusionBlocks | Block:
-    """The `DiffusionBlocks` or `Block` to train, also inside torch.compile's wrapper.
+    """The `DiffusionBlocks` or `Block` to train, without the wrapper of torch.compile.
 
     Raises:
-        TypeError: there is none, or inside another wrapper.
+        TypeError: there is none, or it is inside another wrapper.
     """
     inner = unwrapped(model)
     compiled = getattr(model, "_orig_mod", None) is inner
@@ -261,7 +262,7 @@ def blocks_of(model: Any) -> DiffusionBlocks | Block:
 
 
 def _made(factory: Callable[[list[nn.Parameter]], Optimizers], group: Any) -> Optimizers:
-    """What the factory makes of a group, which must be optimizers."""
+    """The optimizers that the factory makes for a group of parameters."""
     made: Any = factory(group)
     several = isinstance(made, (list, tuple)) and all(isinstance(o, Optimizer) for o in made)
     if made is not None and not isinstance(made, Optimizer) and not several:
@@ -283,10 +284,10 @@ def _check_options(clip_grad_norm: float | None, nonfinite: str | None) -> None:
 def not_finite(
     loss: Tensor | None, parameters: Iterable[nn.Parameter], replicas: Replicas | None = None
 ) -> str | None:
-    """What of a step is not finite, in words, the same in all processes; synchronises."""
+    """Names what is not finite after a step, the same in all processes; synchronises."""
     if loss is not None and not loss.detach().isfinite():
         return f"a loss of {loss.item()}"
-    # Largest magnitudes tell as much as the elements, and a sum of squares may overflow.
+    # The largest magnitudes suffice, and a sum of squares may overflow.
     grads = [p.grad for p in parameters if p.grad is not None]
     parts = [part_here(grad) for grad in grads]
     here = [part for part in parts if part.numel()]

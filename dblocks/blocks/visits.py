@@ -1,4 +1,4 @@
-"""What training asks of whoever keeps one block at a time on a device."""
+"""The interface between training and the code that keeps one block at a time on a device."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ class Residency(Protocol):
     """Brings blocks to a device; `dblocks.scale.resident` makes one."""
 
     def acquire(self, block: int) -> None:
-        """Brings the parameters and buffers of a block, which is about to run."""
+        """Moves the parameters and buffers of a block to the device, before it runs."""
         ...
 
     def visit(
         self, block: int, optimizers: Any, generator: torch.Generator | None, *, drawn: bool
     ) -> int:
-        """The block of this step, brought with all that a step needs.
+        """The block of this step, moved to the device with everything that the step needs.
 
-        Where `block` was drawn of `generator`, it decides only where a visit begins.
+        If `block` was drawn from `generator`, it only decides where a visit begins.
         """
         ...

@@ -1,4 +1,4 @@
-"""What the loss of each noise level is multiplied with."""
+"""The weights of the losses of noise levels."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from dblocks.blocks.config import Weighting
 
-# Weighting "clamped": w reaches 250,000 at the lowest noise, which would outweigh all else.
+# Weighting "clamped": w reaches 250,000 at the lowest noise, which would dominate the loss.
 CLAMPED_WEIGHT_MAX = 20.0
 
 
 def loss_factors(weighting: Weighting, loss_kind: str, w: Tensor) -> Tensor:
-    """What each sample's loss is multiplied with.
+    """The factor of each sample's loss.
 
-    `edm` is w_i, `clamped` min(w_i, 20), `none` 1 and `batch_mean` the mean of w, each on the loss
-    of the denoised estimate. An L2 loss in F space already carries w_i, which is divided out.
+    `edm` is w_i, `clamped` min(w_i, 20), `none` 1 and `batch_mean` the mean of w, each for the loss
+    of the denoised estimate. An L2 loss in F space already includes w_i, which is divided out.
 
     Args:
         weighting: the rule; `auto` is w_i for "l2" and "masked_cross_entropy", and `none` for

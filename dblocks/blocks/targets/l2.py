@@ -13,17 +13,18 @@ from dblocks.schedules import NoiseLevel
 class L2Target(Target):
     """The tensor `batch[key]` [N, ...], under the L2 loss of the EDM preconditioning.
 
-    The features of the network are F, of the shape of the target; its estimate is
-    `c_skip*z + c_out*F`. There is one noise level a sample.
+    The features of the network are F, of the shape of the target; the estimate is `c_skip*z +
+    c_out*F`. There is one noise level per sample.
 
-    For a level of each segment override two methods. `F.edm_loss` averages over all but the first
-    dimension, and noise depends on the position of an element only, so segments go as samples:
+    For one level per segment, override `sigma_shape` and `score`. `F.edm_loss` averages over all
+    but the first dimension, and noise depends only on the index of an element, so pass segments as
+    samples:
 
         F.edm_loss(f.reshape(N*S, T//S, D), y.reshape(N*S, T//S, D), sigma.reshape(-1), seed,
                    sigma_data=level.sigma_data).view(N, S)
 
     Args:
-        key: of the batch.
+        key: the target's key in the batch.
     """
 
     loss_kind: LossKind = "l2"

@@ -1,4 +1,4 @@
-"""The tokens of a text, of which masked ones are predicted from both sides."""
+"""The tokens of a text, predicted where they are masked, from both sides."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class MaskedTokenTarget(Target):
     """Tokens, int64 [N, T], under a `MaskSchedule`: masked ones are `MASKED` in z.
 
     A batch holds "tokens", and may hold "loss_mask", bool [N, T], false at tokens that are given:
-    they are never masked and not scored. There is one t a sequence. Features are [N, T, D].
+    they are never masked and not scored. There is one t per sequence. Features are [N, T, D].
 
     Args:
         head: the output head: an `OutputHead`, or a matrix of V rows, such as an `nn.Linear`.
         sizes: vocabulary and longest text, such as a network's config.
-        mask_token: a number of the vocabulary that stands for the mask and is no target.
+        mask_token: the index in the vocabulary that stands for the mask and is never a target.
         padding: whether a batch may hold "attention_mask", which its network honours.
     """
 
@@ -70,11 +70,11 @@ class MaskedTokenTarget(Target):
         return given
 
     def sigma_shape(self, batch: Batch) -> tuple[int, ...]:
-        """A t for every sequence, [N]."""
+        """One t per sequence, [N]."""
         return (len(batch["tokens"]),)
 
     def scored(self, batch: Batch) -> Tensor | None:
-        """The tokens that may be masked, where some are given."""
+        """The number of tokens that may be masked, if some are given."""
         mask = batch.get("loss_mask")
         return None if mask is None else mask.sum()
 
@@ -85,7 +85,8 @@ class MaskedTokenTarget(Target):
     def known(self, batch: Batch) -> Tensor | None:
         """The tokens that are given, int64 [N, T] with `MASKED` elsewhere; None without any.
 
-        Of a batch with a "loss_mask"; sampling passes neither, as given tokens are in its state.
+        Given tokens are those where "loss_mask" is false. Sampling passes none: they are in its
+        state.
         """
         if batch.get("loss_mask") is None:
             return None

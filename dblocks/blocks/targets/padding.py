@@ -1,8 +1,7 @@
-"""Padding of texts, as an attention mask tells it, and texts moved to where there is none before.
+"""Padding of texts: checks of the attention mask, and moving padding behind the texts.
 
-Padding after a text is seen by no row of it under causal attention, and a model's first row is the
-text's. So padding before it is moved behind it, where positions, pooling and attention are those of
-the text alone.
+Under causal attention no row of a text sees padding after it. So padding before a text is moved
+behind it: then positions, pooling and attention are those of the text alone.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from torch import Tensor
 
 
 def check_attention_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The mask as bool [N, T], true at the tokens of each text, which follow one another.
+    """The mask as bool [N, T], true at the tokens of each text, which must be contiguous.
 
-    Values are looked at on the device where that is no CPU, without waiting for them.
+    On a GPU the values are checked by an assertion on the device, without synchronisation.
 
     Args:
         mask: 0 and 1 in any dtype.
         shape: of the tokens.
 
     Raises:
-        TypeError: it is no tensor of numbers.
+        TypeError: it is not a tensor of numbers.
         ValueError: it has another shape or other values, holes, or a row without tokens.
     """
     if not isinstance(mask, Tensor) or mask.is_complex():
@@ -52,16 +51,16 @@ def check_attention_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], count: int) -> Tensor:
-    """The numbers of tokens as int64 [N, T], in 0..count - 1; values are seen on the CPU.
+    """Indices of tokens as int64 [N, T], in 0..count - 1; values are checked on the CPU only.
 
     Args:
-        name: of the entry.
-        ids: integers [N, T]; or [1, T] or [T], the same for all texts.
+        name: the name of the entry.
+        ids: integers [N, T]; or [1, T] or [T] for the same indices in all texts.
         shape: of the tokens.
-        count: how many there are.
+        count: the number of valid indices.
 
     Raises:
-        TypeError: they are no tensor of integers.
+        TypeError: they are not a tensor of integers.
         ValueError: they have another shape or other values.
     """
     given = isinstance(ids, Tensor)
@@ -85,7 +84,7 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], count: int) -> Ten
 
 
 def starts_of(mask: Tensor | None) -> Tensor | None:
-    """The place of each text's first token, int64 [N], of a checked mask; None without one."""
+    """The index of each text's first token, int64 [N], from a checked mask; None without a mask."""
     return None if mask is None else mask.int().argmax(1)
 
 
@@ -93,8 +92,8 @@ def texts_of(tokens: Tensor, mask: Tensor) -> list[Tensor]:
     """The texts of padded tokens [N, T], without their padding, on the CPU.
 
     Raises:
-        TypeError: the tokens are no tensor, or the mask does not fit.
-        ValueError: they are not [N, T], or the mask does not fit.
+        TypeError: the tokens are not a tensor, or the mask has a wrong type.
+        ValueError: they are not [N, T], or the mask is invalid.
     """
     if not isinstance(tokens, Tensor):
         raise TypeError(
@@ -112,7 +111,7 @@ def texts_of(tokens: Tensor, mask: Tensor) -> list[Tensor]:
 
 
 def to_front(x: Tensor, starts: Tensor | None) -> Tensor:
-    """Rows [N, T, ...] turned so that those at `starts` [N] come first; None: as they are."""
+    """Rows [N, T, ...] rotated so that those at `starts` [N] come first; None: unchanged."""
     return x if starts is None else _turned(x, starts)
 
 
@@ -124,7 +123,7 @@ def from_front(x: Tensor, starts: Tensor | None) -> Tensor:
 def _turned(x: Tensor, by: Tensor) -> Tensor:
     N, T = x.shape[:2]
     place = (torch.arange(T, device=x.device) + by[:, None]) % T
-    # Each row is read once, so that gradients, which are added up, repeat bit for bit.
+    # Each row is read once, so that the sums in the backward repeat bit for bit.
     index = place.view(N, T, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
     return x.gather(1, index)
 

@@ -1,4 +1,4 @@
-"""What a batch of token sequences holds: checks, positions and labels."""
+"""The entries of a batch of token sequences: checks, positions and labels."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ READS = ("tokens", "loss_mask", "cu_seqlens")
 
 
 class TokenSizes(Protocol):
-    """What the checks of tokens need."""
+    """The sizes that the checks of tokens need."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens."""
+        """Number of tokens in the vocabulary."""
         ...
 
     @property
@@ -35,11 +35,11 @@ class TokenBatch(CheckedBatch):
     """The checked entries of a batch of token sequences.
 
     "tokens", int64 [N, T]. The first token of a sequence is given (a token that marks the
-    beginning, or the first of a text) and is never predicted. There may be "loss_mask", bool
-    [N, T], false at tokens that are not scored, such as padding at the end; and, for N = 1,
-    "cu_seqlens", int32 [documents + 1], the ends of documents packed one after the other: then
-    positions begin again, and nothing attends, in each. Where a network honours it, there may be
-    "attention_mask", [N, T], 0 at padding before or after each text, which is not scored.
+    beginning, or the first of a text) and is never predicted. Optional: "loss_mask", bool [N, T],
+    false at tokens that are not scored, such as padding at the end; for N = 1, "cu_seqlens", int32
+    [documents + 1], the boundaries of packed documents, each with its own positions and without
+    attention to others; if the network supports it, "attention_mask", [N, T], 0 at padding before
+    or after each text, which is not scored.
     """
 
     @classmethod
@@ -91,7 +91,7 @@ class TokenBatch(CheckedBatch):
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """[N, T]; where padding is taken, bool."""
+        """[N, T]; bool if the network supports padding."""
         return self.get("attention_mask")
 
     @property
@@ -100,7 +100,7 @@ class TokenBatch(CheckedBatch):
         return self.get("cu_seqlens")
 
     def check_blocks(self, block_size: int) -> None:
-        """Raises unless every sequence or document is a multiple of a block of tokens long."""
+        """Raises unless the length of every sequence or document is a multiple of `block_size`."""
         T, ends = self.tokens.shape[1], self.cu_seqlens
         if T % block_size:
             raise ValueError(
@@ -133,9 +133,9 @@ class TokenBatch(CheckedBatch):
         return torch.where(predicted, self.tokens, IGNORED)
 
     def attend_causally(self, block_size: int = 1) -> Attend | None:
-        """Attention of a row to those of earlier tokens and of its own block, in its document.
+        """Attention of a row to earlier tokens and to its own block, within its document.
 
-        None where that is plain causal attention: blocks of one token, and one document.
+        None if that is plain causal attention: blocks of one token, and one document.
         """
         if self.cu_seqlens is None and block_size == 1:
             return None
@@ -155,7 +155,7 @@ class TokenBatch(CheckedBatch):
 
 
 def moved_to_front(given: TokenBatch) -> tuple[TokenBatch, Tensor | None]:
-    """The batch with padding behind the texts, and where these began; see `padding`."""
+    """The batch with padding moved behind the texts, and where these began; see `padding`."""
     starts = starts_of(given.attention_mask)
     if starts is None:
         return given, None
@@ -165,7 +165,7 @@ def moved_to_front(given: TokenBatch) -> tuple[TokenBatch, Tensor | None]:
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raises unless `tokens` are int64 [N, T] in 0..vocab_size - 1; values are seen on the CPU."""
+    """Raises unless `tokens` are int64 [N, T] in 0..vocab_size - 1, checked on the CPU only."""
     if tokens.dtype != torch.int64:
         # uint8 and bool would select rows as masks do.
         raise TypeError(f"tokens must be int64, got {tokens.dtype}; call tokens.long()")
@@ -173,7 +173,7 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
         raise ValueError(
             f"tokens must have shape [N, T] with T >= 1, got {list(tokens.shape)}; reshape them"
         )
-    # On a GPU looking at the values would synchronise; there indexing itself asserts.
+    # On a GPU reading the values would synchronise; there indexing itself asserts.
     if not values_known(tokens) or not tokens.numel():
         return
     low, high = (int(value) for value in tokens.aminmax())

@@ -25,29 +25,29 @@ class Matrices(NamedTuple):
     rows: Tensor
     """Token embeddings E, [V, D]."""
     weight: Tensor
-    """What features are multiplied with for the logits, W, [V, D]."""
+    """The matrix of the output head, W, [V, D]."""
 
 
 class TokenTarget(EmbeddedTarget):
-    """The embedding of each token of a text, for a network that sees the tokens before it.
+    """The embedding of each token of a text, predicted from the tokens before it.
 
-    A batch is that of `TokenBatch`: "tokens" [N, T], and there may be "loss_mask" and "cu_seqlens".
+    A batch is that of `TokenBatch`: "tokens" [N, T], optionally "loss_mask" and "cu_seqlens".
     Features are [N, T, D], of the row that predicts each token; see `EmbeddedTarget` for logits.
-    Logits of all rows are never in memory at once in training.
+    In training, the logits of all rows are never in memory at once.
 
     Args:
-        embedding: of the tokens, such as a `LabelEmbedding`.
-        linear: W and b of the output head, such as an `nn.Linear`; None ties W to the embeddings,
-            of which it is the rows at unit norm.
+        embedding: E, such as a `LabelEmbedding`.
+        linear: W and b of the output head, such as an `nn.Linear`; None ties W to the embeddings:
+            its rows are theirs at unit norm.
         sizes: vocabulary and longest text, such as a network's config.
         kind: "posterior" or "learned".
         modulation: as of `OutputHead`.
         log_scale: as of `OutputHead`.
         tokens_per_sigma: how many consecutive tokens share a noise level; None: all of a sequence.
         tokens_per_block: how many consecutive tokens are predicted at once.
-        softcap: bound c of the output head's logits, c*tanh(logits/c), as of Gemma 2; what the
-            noisy embedding says is added after it. Logits of all rows are in memory then.
-        padding: whether a batch may hold "attention_mask", which its network honours.
+        softcap: bound c of the output head's logits, c*tanh(logits/c), as in Gemma 2; the term of
+            the noisy embedding is added after it. Logits of all rows are then in memory at once.
+        padding: whether the network supports an "attention_mask" in the batch.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class TokenTarget(EmbeddedTarget):
         return (N, T // each)
 
     def scored(self, batch: Batch) -> Tensor | None:
-        """The tokens that are scored, where a mask or documents say so."""
+        """The number of scored tokens, if there is a mask or packed documents."""
         if all(batch.get(key) is None for key in ("loss_mask", "attention_mask", "cu_seqlens")):
             return None
         return (self.check(batch).labels() != IGNORED).sum()
@@ -158,7 +158,7 @@ class TokenTarget(EmbeddedTarget):
         sigma = level.sigma
         return losses if sigma.shape == losses.shape else losses.view(*sigma.shape, -1).mean(-1)
 
-    # Beside denoising: the network end to end, and generation
+    # Without noise: end-to-end training, and generation
 
     def fixed(self) -> TokenTarget:
         """This target with the matrices as they are now, computed once for many calls."""
@@ -167,7 +167,7 @@ class TokenTarget(EmbeddedTarget):
         return target
 
     def matrices(self) -> Matrices:
-        """E and W, the same tensors for every call of a `fixed` target."""
+        """E and W; a `fixed` target returns the same tensors in every call."""
         if self._fixed is not None:
             return self._fixed
         rows = self.embedding.rows()
@@ -192,10 +192,10 @@ class TokenTarget(EmbeddedTarget):
     def _factors(
         self, features: Tensor | Features, z: Tensor, level: NoiseLevel
     ) -> tuple[Tensor, Tensor]:
-        """What is multiplied for the logits: rows [N, T, C] and a matrix [V, C].
+        """The factors of the logits: rows [N, T, C] and a matrix [V, C].
 
-        Both terms of a posterior are one product: of the sum of rows where both matrices are the
-        same but for a factor, else of rows side by side.
+        Both terms of a posterior are one product: of summed rows if both matrices are the same up
+        to a factor, else of concatenated rows.
         """
         f, cond = features if isinstance(features, Features) else Features(features)
         table, weight = self.matrices()
@@ -210,7 +210,7 @@ class TokenTarget(EmbeddedTarget):
     def _capped(
         self, cap: float, features: Tensor | Features, z: Tensor, level: NoiseLevel
     ) -> Tensor:
-        """Logits of a head with a bound, which are no product of rows."""
+        """Logits of a head with a soft cap, which are not a product of rows."""
         f, cond = features if isinstance(features, Features) else Features(features)
         table, weight = self.matrices()
         if self.kind == "learned":
@@ -226,7 +226,7 @@ class UnitRows:
     """The embeddings at unit norm, as the matrix of an output head.
 
     Args:
-        embedding: of the tokens.
+        embedding: E, the embeddings of the tokens.
     """
 
     bias = None
