@@ -18,21 +18,22 @@ import torch
 from torch._subclasses import FakeTensor
 from typing_extensions import Self
 
-# Of JSON that is read: far above any config, far below what takes time or memory.
+# Limits of JSON input: far above any config, far below what takes noticeable time or memory.
 LONGEST_JSON = 16 * 2**20  # bytes
 DEEPEST_JSON = 64  # lists and objects inside one another
 LARGEST_INTEGER = 2**63 - 1
 
 
 class JsonConfig:
-    """Base of frozen dataclass configs: JSON both ways; keys and types must be the fields'.
+    """Base of frozen dataclass configs: to and from JSON, with checks of keys and types.
 
     A nested config is written with its class name under "type", so that a field can hold one of
-    several configs: those of its annotation, or of the dictionary `metadata["types"]` of the field,
-    by name. Without a name it is read as the default's class, or else the annotation's first.
+    several classes: those of its annotation, or of the field's dictionary `metadata["types"]` by
+    name. Without "type" it is read as the class of the default, or else the first of the
+    annotation.
 
-    A subclass with a `__post_init__` of its own begins it with that of this class, which checks the
-    types of all fields and makes plain numbers of other libraries' ones.
+    A subclass that overrides `__post_init__` must first call this class's, which checks the types
+    of all fields and converts numbers of other libraries to Python's.
     """
 
     def __post_init__(self) -> None:
@@ -63,8 +64,8 @@ class JsonConfig:
         """The config with these fields; absent ones keep their defaults.
 
         Raises:
-            ValueError: this is no dictionary, a key is not a field, a field without a default is
-                absent, or a value is not of its field's type.
+            ValueError: `values` is not a dictionary, a key is not a field, a field without a
+                default is missing, or a value does not have its field's type.
         """
         if not isinstance(values, dict):
             raise ValueError(f"{cls.__name__} must be a JSON object, got {values!r}")
@@ -101,12 +102,13 @@ def read_json(path: Path, *, longest: int = LONGEST_JSON, infinite: bool = False
     """The JSON value in a file; the one reader of JSON files.
 
     Args:
-        path: a regular file in UTF-8; links to one will do.
-        longest: bytes that it may have.
-        infinite: whether numbers may be infinite, as some of other libraries' are.
+        path: a regular file in UTF-8, or a link to one.
+        longest: the largest size in bytes.
+        infinite: whether numbers may be infinite, as in some files of other libraries.
 
     Raises:
-        ValueError: it is no such file, or not what `parse_json` takes; the message names it.
+        ValueError: it is not such a file, or `parse_json` refuses its text; the message names the
+            file.
     """
     text = read_text(path, longest=longest)
     try:
@@ -116,10 +118,10 @@ def read_json(path: Path, *, longest: int = LONGEST_JSON, infinite: bool = False
 
 
 def read_text(path: Path, *, longest: int = LONGEST_JSON) -> str:
-    """The text of a regular file in UTF-8; no pipe or device is opened, and a BOM is dropped.
+    """The text of a regular file in UTF-8 without its BOM; does not open pipes or devices.
 
     Raises:
-        ValueError: it is no such file, or a longer one; the message names it.
+        ValueError: it is not such a file, or too long; the message names the file.
     """
     try:
         found = path.stat()
@@ -165,7 +167,7 @@ def parse_json(text: str, *, infinite: bool = False) -> Any:
 
 
 def _depth(value: Any) -> int:
-    """How many lists and objects are inside one another, up to one more than the limit."""
+    """The depth of nested lists and objects, at most one more than the limit."""
     level, depth = [value], -1
     while level and depth <= DEEPEST_JSON:
         inner = [v for v in level if isinstance(v, (dict, list))]
@@ -180,7 +182,7 @@ def json_text(value: Any, *, indent: int | None = 1) -> str:
     """JSON of a value; the one writer of JSON files.
 
     Raises:
-        ValueError: a number in it is not finite, which JSON has no word for; the message says
+        ValueError: a number in it is not finite, which JSON cannot represent; the message says
             where.
     """
     try:
@@ -206,7 +208,7 @@ def _encode(value: Any) -> Any:
 
 
 def _check_registered(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raises for a config that could not be read again, before a file is written with it."""
+    """Raises for a config that could not be read again, before it is written to a file."""
     if "types" not in field.metadata or not isinstance(value, JsonConfig):
         return
     kinds = (field.default_factory, *field.metadata["types"].values())
@@ -218,23 +220,23 @@ def _check_registered(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _registered(field: dataclasses.Field[Any]) -> Any:
-    """The union of the classes that a field may hold, its default's first."""
+    """The union of the classes that a field may hold, the default's first."""
     return typing.Union[(field.default_factory, *field.metadata["types"].values())]
 
 
 @lru_cache(maxsize=256)
 def _hints(config: type) -> dict[str, Any]:
-    """The annotations of fields by their names, of those whose type is told."""
+    """The annotations of the fields by name, of those that can be resolved."""
     try:
         hints = typing.get_type_hints(config)
-    except NameError:  # a class inside a function may name what is known there alone
+    except NameError:  # a class inside a function may use names that are only known there
         return {}
     fields = dataclasses.fields(typing.cast(Any, config))
     return {f.name: hints[f.name] for f in fields if "types" not in f.metadata}
 
 
 def _plain(value: Any) -> Any:
-    """`value` with numbers of any library as Python's, and lists as tuples."""
+    """`value` with numbers of any library converted to Python's, and lists to tuples."""
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         plain = tuple(map(_plain, value))
         same = isinstance(value, tuple) and all(map(operator.is_, plain, value))
@@ -269,9 +271,9 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _matches(value: Any, hint: Any, *, choices: bool = True) -> bool:
-    """Whether a value is of the annotated type; an int is a float too, a bool is no number.
+    """Whether a value has the annotated type; an int is a float too, a bool is not a number.
 
-    Without `choices`, any value of their type is one of them.
+    Without `choices`, any value of the type of a `Literal` matches it.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -303,7 +305,7 @@ def _described(hint: Any) -> str:
 def check_block(block: int, num_blocks: int) -> int:
     """`block` as an int, which must be one of 0 .. num_blocks - 1.
 
-    Integers of any library will do; a tensor on a GPU is read, which synchronises.
+    Accepts integers of any library; reading a tensor on a GPU synchronises.
     """
     index = _integer(block)
     if index is None:
@@ -317,9 +319,9 @@ def check_block(block: int, num_blocks: int) -> int:
 
 
 def check_seed(seed: Any) -> Any:
-    """`seed` as an int of 64 bits, in two's complement; integers of any library will do.
+    """`seed` as an int of 64 bits, in two's complement; accepts integers of any library.
 
-    Tensors, and numbers of a graph, are returned as they are.
+    Tensors, and symbolic integers of a graph, are returned unchanged.
     """
     if isinstance(seed, (torch.Tensor, torch.SymInt)):
         return seed
@@ -329,7 +331,7 @@ def check_seed(seed: Any) -> Any:
             f"seed must be an int or a 0-d int64 tensor, got {seed!r} of type "
             f"{type(seed).__name__}; convert it with int()"
         )
-    # A graph's has 64 bits, and a comparison would be a guard.
+    # A symbolic integer has 64 bits, and comparing it would add a guard.
     if not torch.compiler.is_compiling() and not -(2**63) <= number < 2**63:
         raise ValueError(f"seed must fit in 64 bits (two's complement), got {number}; reduce it")
     return number
@@ -350,7 +352,7 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_count(name: str, value: int) -> int:
-    """`value` as an int, which must be positive; integers of any library will do."""
+    """`value` as an int, which must be positive; accepts integers of any library."""
     count = _integer(value)
     if count is None or count < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -358,7 +360,7 @@ def check_count(name: str, value: int) -> int:
 
 
 def _integer(value: object) -> int | None:
-    # Not operator.index alone: a compiled graph need not know it.
+    # Not operator.index alone: a compiled graph may not support it.
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -386,9 +388,9 @@ def check_generator(generator: object) -> None:
 
 
 def values_known(tensor: torch.Tensor) -> bool:
-    """Whether a check may look at the values of a tensor, which costs nothing then.
+    """Whether a check may read the values of a tensor without synchronisation.
 
-    On a GPU looking would synchronise, and in a graph or a fake tensor there are no values.
+    On a GPU reading would synchronise; graphs and fake tensors have no values.
     """
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False

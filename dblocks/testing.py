@@ -22,8 +22,8 @@ def error_budget(ref64: Tensor, eager: Tensor, dtype: torch.dtype) -> float:
     """The largest error allowed: `2 max|eager - ref64| + 4 eps(dtype) max|ref64|`.
 
     `eager` is the plain PyTorch result in the dtypes under test, so the budget follows the data
-    and needs no constant chosen by hand. Elements that are not finite in either have no part in it:
-    an overflow of `eager` would allow anything.
+    and needs no constant chosen by hand. Elements that are not finite in either are left out, since
+    an overflow of `eager` would allow any error.
     """
     finite = _finite(ref64, eager)
     if not finite.any():
@@ -33,14 +33,14 @@ def error_budget(ref64: Tensor, eager: Tensor, dtype: torch.dtype) -> float:
 
 
 def _finite(ref64: Tensor, eager: Tensor) -> Tensor:
-    """Where both are finite."""
+    """The elements that are finite in both."""
     return ref64.isfinite() & eager.isfinite()
 
 
 def assert_within_budget(got: Tensor, ref64: Tensor, eager: Tensor, name: str = "result") -> None:
-    """`got` has the shape and dtype of `eager` and is within the budget around `ref64`.
+    """Asserts that `got` has the shape and dtype of `eager` and is within the budget of `ref64`.
 
-    Where `eager` or `ref64` is not finite, `got` equals `eager`.
+    Where `eager` or `ref64` is not finite, `got` must equal `eager`.
     """
     assert got.shape == ref64.shape, f"{name}: shape {list(got.shape)} != {list(ref64.shape)}"
     assert got.dtype == eager.dtype, f"{name}: dtype {got.dtype} != {eager.dtype}"
@@ -118,7 +118,8 @@ def token_problems(
     """Inputs by name and upstream gradients for an op on rows [N, T, D].
 
     `rows` are [N, T, D], `modulation` [N, D] or [N, S, D], `channels` [D]; those not `required` are
-    left out at random, as are upstream gradients but one. Layouts and dtypes are drawn for each.
+    left out at random, as are all but one of the upstream gradients. Layouts and dtypes are drawn
+    for each.
     """
     from hypothesis import strategies as st
 
@@ -171,11 +172,11 @@ def check_against_reference(
     impl: str,
     needs_grad: Sequence[str] | None = None,
 ) -> None:
-    """Outputs and every gradient of `impl` are within budget of the float64 reference.
+    """Asserts that outputs and gradients of `impl` are within budget of the float64 reference.
 
-    Outputs are contiguous in every implementation, whatever the strides of the inputs.
-    `call(impl=..., **inputs)` returns a sequence of tensors. Gradients are taken for `needs_grad`
-    (every input by default) with `upstream`, one for each output; `None` leaves it unused.
+    Also asserts that outputs are contiguous, whatever the strides of the inputs. `call(impl=...,
+    **inputs)` returns a sequence of tensors. Gradients are taken for `needs_grad` (every input by
+    default) with `upstream`, one for each output; `None` leaves it unused.
     """
     names = list(inputs) if needs_grad is None else list(needs_grad)
 

@@ -1,4 +1,4 @@
-"""The branches of a transformer layer, which know nothing of noise: attention and MLPs.
+"""The branches of a transformer layer, which do not depend on noise: attention and MLPs.
 
 Linear layers start as in DiT and in ViT's JAX code: Xavier uniform weights, zero biases.
 """
@@ -25,7 +25,7 @@ def init_linear_(module: nn.Module) -> None:
 
 
 class Rotary(NamedTuple):
-    """Rotations of the halves of a head, for some rows: `rotary_of` makes them."""
+    """Rotary embeddings of some rows, made by `rotary_of`."""
 
     cos: Tensor
     """float32 [1 or N, R, 1, Dh]."""
@@ -43,19 +43,19 @@ class Rotary(NamedTuple):
 
 
 def rotary_of(positions: Tensor, head_dim: int, theta: float) -> Rotary:
-    """Rotary positions: column k of a head's first half turns with that of its second half.
+    """Rotary positions: rotates column k of a head's first half with column k of its second half.
 
         (a_k, b_k) -> (a_k cos t - b_k sin t, b_k cos t + a_k sin t),  t = position*theta^(-2k/Dh)
 
     Args:
-        positions: int64 [R], or [N, R] where the samples' differ.
+        positions: int64 [R], or [N, R] if they differ between samples.
         head_dim: width Dh of a head, even.
         theta: base of the frequencies.
 
     Source: Su et al. 2021 (RoFormer).
     """
     half = head_dim // 2
-    # Angles in float64: a position of 100,000 leaves few digits of a float32 behind the point.
+    # Angles in float64: at position 100,000 a float32 has only two decimals left.
     k = torch.arange(half, device=positions.device, dtype=torch.float64)
     angle = positions.double()[..., None] * theta ** (-k / half)
     angle = angle.view(-1, positions.shape[-1], 1, half)
@@ -69,8 +69,8 @@ class Attention(nn.Module):
     Args:
         dim: width D.
         num_heads: number of heads H, a divisor of `dim`.
-        num_kv_heads: number of key/value heads, a divisor of `num_heads`, each of which serves
-            as many query heads; by default every head has its own.
+        num_kv_heads: number of key/value heads, a divisor of `num_heads`, each shared by
+            num_heads/num_kv_heads query heads; by default every head has its own.
         causal: each token attends to itself and to earlier tokens only.
         bias: the linear layers have biases.
     """
@@ -102,17 +102,17 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: Rotary | None = None, attend: Attend | None = None
     ) -> Tensor:
-        """Attends within `x` [N, T, D], or by `attend`; returns [N, T, D]."""
+        """Self-attention of `x` [N, T, D], computed by `attend` if given; returns [N, T, D]."""
         return self.merge((attend or self.attend)(*self.project(x, rotary)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of `q` [N, H, T, Dh] over `k` and `v` [N, Hkv, T, Dh], as the layer's own."""
+        """Attention of `q` [N, H, T, Dh] over `k` and `v` [N, Hkv, T, Dh]; may be causal."""
         return nnf.scaled_dot_product_attention(
             q, k, v, is_causal=self.causal, enable_gqa=self.num_kv_heads != self.num_heads
         )
 
     def project(self, x: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, H, R, Dh], keys and values [N, Hkv, R, Dh] of `x` [N, R, D], as views."""
+        """Queries [N, H, R, Dh], keys and values [N, Hkv, R, Dh] for `x` [N, R, D], as views."""
         H, Hkv = self.num_heads, self.num_kv_heads
         heads = self._heads(self.qkv(x))
         if rotary is None:
@@ -131,12 +131,12 @@ class Attention(nn.Module):
         return k.transpose(1, 2), v.transpose(1, 2)
 
     def merge(self, o: Tensor) -> Tensor:
-        """The output layer, of heads `o` [N, H, R, Dh]; returns [N, R, D]."""
+        """The output layer, applied to heads `o` [N, H, R, Dh]; returns [N, R, D]."""
         N, H, R, Dh = o.shape
         return self.out(o.transpose(1, 2).reshape(N, R, H * Dh))
 
     def _heads(self, x: Tensor) -> Tensor:
-        # Every size is named: none can be inferred where the batch is empty.
+        # All sizes explicit: none can be inferred for an empty batch.
         return x.view(x.shape[0], x.shape[1], x.shape[2] // self.head_dim, self.head_dim)
 
 

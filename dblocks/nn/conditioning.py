@@ -1,4 +1,4 @@
-"""Ways to condition layers on the noise: what they mean for norms and modulations."""
+"""Conventions of conditioning on the noise level, for norms and modulations."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Literal
 
 from torch import Tensor
 
-OFFICIAL_WIDTH_DIVISOR = 6  # the published DiffusionBlocks ViT conditions on D//6 numbers
+OFFICIAL_WIDTH_DIVISOR = 6  # conditioning vectors of the published ViT are D//6 wide
 ConditioningKind = Literal["dit", "official", "none"]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a way to condition on the noise means for norms and modulations."""
+    """A convention of conditioning on the noise level."""
 
     affine: bool
     """Norms have a weight and a bias."""
@@ -23,7 +23,7 @@ class Conditioning:
     silu_output: bool
     """Modulations end in a SiLU."""
     width_divisor: int
-    """Width of the model over that of the conditioning vector."""
+    """Width of the model divided by that of the conditioning vector."""
 
     def width(self, dim: int) -> int:
         """Width of the conditioning vector in a model of width `dim`."""
@@ -58,7 +58,7 @@ def inverse_silu(value: float) -> float:
 
 
 def over_rows(value: Tensor, x: Tensor) -> Tensor:
-    """`value` [N, D] or [N, S, D], of the shape that multiplies rows x [N, T, D]."""
+    """`value` [N, D] or [N, S, D], expanded to broadcast with rows x [N, T, D]."""
     if value.ndim == 2:
         return value[:, None]
     return value.repeat_interleave(x.shape[1] // value.shape[1], dim=1)

@@ -14,10 +14,10 @@ EMBEDDING_STD = 0.02  # Peebles and Xie 2023 (DiT), initialisation of the timest
 
 
 class LabelEmbedding(nn.Module):
-    """A table of target embeddings whose rows are read at norm `embed_scale`.
+    """A table of target embeddings whose rows are normalised to norm `embed_scale`.
 
     Args:
-        num_classes: rows.
+        num_classes: number of rows K.
         dim: width of a row.
         embed_scale: norm of each row.
     """
@@ -28,11 +28,11 @@ class LabelEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_classes, dim))
 
     def rows(self) -> Tensor:
-        """All rows at their norm, float32 [V, D]: those that training and sampling use."""
+        """All normalised rows, float32 [K, D], as used in training and sampling."""
         return self.embed_scale * nnf.normalize(self.weight.float(), dim=-1)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Rows of `labels` [N] or [N, T], float32 with a last dimension D."""
+        """The normalised rows of `labels` [N] or [N, T]: float32 [N, D] or [N, T, D]."""
         return self.rows()[labels]
 
 
@@ -57,7 +57,7 @@ class NoiseEmbedding(nn.Module):
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
         self.fc1 = nn.Linear(SINCOS_WIDTH, cond_dim)
         self.fc2 = nn.Linear(cond_dim, cond_dim)
-        # DiT's start: a weak dependence on the noise extrapolates to the levels seldom drawn.
+        # DiT's initialisation: a weak dependence on the noise extrapolates to rarely drawn levels.
         for linear in (self.fc1, self.fc2):
             nn.init.normal_(linear.weight, std=EMBEDDING_STD)
             nn.init.zeros_(linear.bias)
@@ -68,6 +68,6 @@ class NoiseEmbedding(nn.Module):
             ..., None
         ] * self.frequencies.float()
         sincos = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        # Autocast would round the angles' functions to bfloat16; the work is one row a sample.
+        # Autocast would round sines and cosines to bfloat16; the work is one row per sample.
         with torch.autocast(c_noise.device.type, enabled=False):
             return self.fc2(nnf.silu(self.fc1(sincos.to(self.fc1.weight.dtype))))

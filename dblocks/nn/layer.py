@@ -1,4 +1,4 @@
-"""The noise-conditioned transformer layer: modulations, the norms that they modulate, the layer.
+"""The noise-conditioned transformer layer: modulations, modulated norms, and the layer.
 
 Modulations start at zero.
 """
@@ -16,12 +16,12 @@ from dblocks import functional as F
 from dblocks.nn.branches import MLPS, Attend, Attention, MLPKind, Rotary
 from dblocks.nn.conditioning import ConditioningKind, conditioning_of, inverse_silu
 
-GATE_CHUNKS = (2, 5)  # of a layer's modulation: shift, scale, gate of attention, then of the MLP
+GATE_CHUNKS = (2, 5)  # of a layer's chunks: shift, scale, gate of attention, then of the MLP
 NormKind = Literal["layer", "rms"]
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates from a conditioning vector, zero at the start.
+    """Shifts, scales and gates from a conditioning vector, initialised to zero.
 
     `Linear(SiLU(e))`, and `SiLU(Linear(SiLU(e)))` in the `official` convention; the null
     conditioning is e = 0, so the bias alone.
@@ -50,7 +50,7 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def start_at_(self, chunks: Sequence[int], value: float) -> None:
-        """Makes some chunks start at `value` >= 0 instead of 0, for every conditioning vector."""
+        """Initialises some chunks to `value` >= 0 instead of 0, for every conditioning vector."""
         bias = inverse_silu(value) if self.silu_output else value
         with torch.no_grad():
             for i in chunks:
@@ -75,7 +75,7 @@ class Modulation(nn.Module):
 
 
 class Norm(nn.Module):
-    """The weight and bias of a norm that an op applies, if the convention has them.
+    """The weight and bias of a norm, if the convention has them; an op applies the norm.
 
     Args:
         dim: width D.
@@ -110,7 +110,7 @@ class Norm(nn.Module):
         shift: Tensor | None,
         scale: Tensor | None,
     ) -> F.Residual:
-        """`x + gate*branch`, and that normalised and modulated, as one op."""
+        """`x + gate*branch`, and its modulated norm, as one op."""
         return F.residual_adaln(
             x, branch, gate, shift, scale,
             weight=self.weight, bias=self.bias, norm=self.norm, eps=self.eps,
@@ -143,8 +143,8 @@ class TransformerLayer(nn.Module):
         h = norm1(x)*(1 + scale1) + shift1 ;  x = x + gate1*attention(h)
         h = norm2(x)*(1 + scale2) + shift2 ;  x = x + gate2*mlp(h)
 
-    The first sum and the second norm are one op. With kind "none" there is no modulation, and the
-    layer is that of the classical ViT; with `norm="rms", mlp="swiglu", bias=False` and rotary
+    The first sum and the second norm are one op. With kind "none" there is no modulation: the layer
+    is then that of the original ViT, or, with `norm="rms", mlp="swiglu", bias=False` and rotary
     positions, that of Llama.
 
     Args:
@@ -153,8 +153,8 @@ class TransformerLayer(nn.Module):
         hidden_dim: width inside the MLP.
         kind: the convention of the conditioning.
         causal: whether attention is causal.
-        gate_init: what the gates are at the start: 0, as published, makes the layer the identity,
-            and 1 the plain layer.
+        gate_init: initial value of the gates: with 0, as published, the layer starts as the
+            identity; with 1, as the plain layer.
         norm: "layer" or "rms".
         mlp: "gelu", "gelu_tanh" (GELU's approximation by tanh, as in DiT) or "swiglu".
         num_kv_heads: number of key/value heads; `num_heads` by default.
@@ -203,8 +203,9 @@ class TransformerLayer(nn.Module):
         Args:
             x: [N, T, D].
             cond: [N, cond_dim], [N, S, cond_dim], or None for the null conditioning.
-            rotary: rotations of the queries and keys.
-            attend: attention of queries over keys and values; the layer's own by default.
+            rotary: rotary embeddings of the queries and keys.
+            attend: computes the attention from queries, keys and values; the layer's own by
+                default.
 
         Returns:
             [N, T, D] in the dtype of `x`.
@@ -222,21 +223,21 @@ class TransformerLayer(nn.Module):
         attend: Attend,
         keys_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """One layer on clean rows, under the null conditioning, beside noisy rows.
+        """Runs the layer on clean rows (with the null conditioning) and noisy rows.
 
-        The rows share the attention only, which sees them as `[clean | noisy]`.
+        Clean and noisy rows interact only in the attention, whose input is `[clean | noisy]`.
 
         Args:
             clean: [N, C, D].
             noisy: [N, R, D].
             cond: conditioning of the noisy rows, [N, cond_dim] or [N, S, cond_dim].
-            rotary: rotations of all C + R rows.
-            attend: attention of the queries over keys and values of all rows; queries are of all
-                rows too, or with `keys_only` of the noisy ones.
-            keys_only: clean rows give keys and values and are not computed further.
+            rotary: rotary embeddings of all C + R rows.
+            attend: computes the attention over keys and values of all rows, from queries of all
+                rows, or with `keys_only` of the noisy rows only.
+            keys_only: compute only keys and values of the clean rows.
 
         Returns:
-            The clean rows, as they were with `keys_only`, and the noisy rows.
+            The clean rows (with `keys_only` unchanged) and the noisy rows.
         """
         attention, C = self.attention, clean.shape[1]
         h_clean, m_clean = self._enter(clean, None)

@@ -1,4 +1,4 @@
-"""Parameters of one number."""
+"""Scalar parameters."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 
 
 def number(value: float) -> nn.Parameter:
-    """A number that trains, [1]: `fully_shard` takes no 0-d parameters."""
+    """A scalar parameter of shape [1], since `fully_shard` does not take 0-d parameters."""
     return nn.Parameter(torch.tensor([float(value)]))
 
 
 def accept_scalars(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-    """Gives 0-d tensors of a state_dict the shape [1] of the parameters that they are for.
+    """Reshapes 0-d tensors of a state_dict to [1], the shape of scalar parameters.
 
-    Numbers were 0-d in files of earlier versions; for `_load_from_state_dict`.
+    For `_load_from_state_dict`: scalars were 0-d in files of earlier versions.
     """
     for name, parameter in module._parameters.items():
         given = state.get(prefix + name)

@@ -1,4 +1,4 @@
-"""What training, prediction and sampling ask of a schedule; the registry that JSON reads."""
+"""The interface of a schedule, and the registry of schedules for JSON."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ OVERLAP = 0.05  # gamma; Shing et al. 2026
 
 
 class Schedule(Protocol):
-    """What training, prediction and sampling ask of a schedule: how a target is corrupted.
+    """The interface of a schedule: how a target is corrupted.
 
     An `EDMSchedule` adds Gaussian noise of standard deviation sigma, a `MaskSchedule` masks tokens
-    at time t. What is called sigma here is the level of either.
+    at time t. Here, sigma is the level of either.
     """
 
     corruption: ClassVar[Literal["noise", "masks"]]
-    """What a level is a level of."""
+    """The kind of corruption."""
     symbol: ClassVar[str]
-    """What a level is called."""
+    """The symbol of a level in messages."""
     loss_kinds: ClassVar[tuple[str, ...]]
     """The losses of models that this schedule trains; see `Target.loss_kind`."""
     weightings: ClassVar[tuple[str, ...]]
-    """The weightings that have a meaning."""
+    """The supported weightings."""
 
     def boundaries(self, num_blocks: int) -> Tensor:
         """The levels that separate the blocks, descending float64 [B+1] on the CPU."""
@@ -57,19 +57,19 @@ class Schedule(Protocol):
         ...
 
     def level(self, sigma: Tensor, /) -> Any:
-        """What a model is told of the levels, each of the shape of sigma."""
+        """The level and its coefficients, as the model gets them, each of the shape of sigma."""
         ...
 
     def state(self, z: Tensor) -> Tensor:
-        """A corrupted target as given, in the dtype that the calls compute in."""
+        """A corrupted target, converted to the dtype of the computation."""
         ...
 
     def corrupt(self, y: Tensor, level: Any, seed: int | Tensor | F.OffsetSeed) -> F.Noised:
-        """The corrupted target z, and z as the network takes it; a function of the seed."""
+        """The corrupted target z, and the network's input made from it; a function of the seed."""
         ...
 
     def scale_in(self, z: Tensor, level: Any) -> Tensor:
-        """z as the network takes it."""
+        """The network's input made from z."""
         ...
 
     def loss_weight(
@@ -84,7 +84,7 @@ MEMBERS = (
     *(name for name in vars(Schedule) if not name.startswith("_")),
 )
 
-# By the name that is written into JSON; the first one is read where JSON gives no name.
+# By the name in JSON; the first one is the default where JSON has no name.
 SCHEDULES: dict[str, type[JsonConfig]] = {}
 
 ScheduleType = TypeVar("ScheduleType", bound=type[JsonConfig])
@@ -98,13 +98,13 @@ def register(schedule: ScheduleType) -> ScheduleType:
             `Schedule`, such as a subclass of `EDMSchedule`.
 
     Raises:
-        TypeError: it is no such class.
+        TypeError: it is not such a class.
         ValueError: another class is registered by this name.
     """
     _check_class(schedule)
     name = schedule.__name__
     known = SCHEDULES.setdefault(name, schedule)
-    # A module that is reloaded registers its class again.
+    # A reloaded module registers its class again.
     if (known.__module__, known.__qualname__) != (schedule.__module__, schedule.__qualname__):
         raise ValueError(
             f"a schedule's class name must be one that is not registered, got {name!r}, which is "
@@ -126,8 +126,8 @@ def check_schedule(schedule: object) -> None:
 
 
 def _check_class(schedule: Any) -> None:
-    """Raises TypeError unless JSON can make an object of the class."""
-    # The fields of a base class are not those that this one adds.
+    """Raises TypeError unless the class can be read from JSON."""
+    # The base's decorator does not cover the fields that this class adds.
     own = vars(schedule).get("__dataclass_params__") if isinstance(schedule, type) else None
     if own is None or not own.frozen or not issubclass(schedule, JsonConfig):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""The density of noise levels of the cosine schedule, as of v-diffusion."""
+"""The density of noise levels of the cosine schedule, as in v-diffusion."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CosineNoiseSchedule(EDMSchedule):
     sigma_data: float = SIGMA_DATA
     """Standard deviation of one element of the clean target."""
     partition: Partition | tuple[float, ...] = "equal_mass"
-    """How blocks share the levels: a rule, or the inner boundaries, descending."""
+    """Partition of the levels into blocks: a rule, or the inner boundaries, descending."""
 
     def cdf(self, sigma: float, *, upper: bool = False) -> float:
         """`t = 2/pi atan(sigma)`, or `1 - t = 2/pi atan(1/sigma)`; see `EDMSchedule.cdf`."""

@@ -35,10 +35,10 @@ class NoiseSchedule(EDMSchedule):
     sigma_data: float = SIGMA_DATA
     """Standard deviation of one element of the clean target."""
     partition: Partition | tuple[float, ...] = "equal_mass"
-    """How blocks share the levels: a rule, or the inner boundaries, descending."""
+    """Partition of the levels into blocks: a rule, or the inner boundaries, descending."""
 
     def __post_init__(self) -> None:
-        JsonConfig.__post_init__(self)  # types come before values
+        JsonConfig.__post_init__(self)  # checks types before values
         check_finite("p_mean", self.p_mean)
         check_finite("p_std", self.p_std)
         if self.p_std <= 0:

@@ -16,7 +16,8 @@ from dblocks.schedules.noise import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, EDMSchedul
 class LogUniformNoiseSchedule(EDMSchedule):
     """`ln sigma` is uniform on [ln sigma_min, ln sigma_max].
 
-    Every octave of noise is drawn equally often, and the equal-mass partition is `uniform_log`.
+    Every octave of noise has the same probability, so the equal-mass partition equals
+    `uniform_log`.
     """
 
     sigma_min: float = SIGMA_MIN
@@ -26,10 +27,10 @@ class LogUniformNoiseSchedule(EDMSchedule):
     sigma_data: float = SIGMA_DATA
     """Standard deviation of one element of the clean target."""
     partition: Partition | tuple[float, ...] = "equal_mass"
-    """How blocks share the levels: a rule, or the inner boundaries, descending."""
+    """Partition of the levels into blocks: a rule, or the inner boundaries, descending."""
 
     def cdf(self, sigma: float, *, upper: bool = False) -> float:
-        """The part of the range below (above) ln sigma; see `EDMSchedule.cdf`."""
+        """The fraction of the range below (above) ln sigma; see `EDMSchedule.cdf`."""
         length = math.log(self.sigma_max / self.sigma_min)
         part = math.log(self.sigma_max / sigma if upper else sigma / self.sigma_min)
         return min(max(part / length, 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""Levels of masking: how much of a sequence of tokens is masked, its partition, sampling grids.
+"""Levels of masking (mask ratios of token sequences), their partition, and sampling grids.
 
 Time t runs from 0, nothing masked, to 1, all masked. Block 0 owns the most masked levels. As in
 `dblocks.schedules.noise`, boundaries are float64 on the CPU, and only drawing touches a device.
@@ -20,7 +20,7 @@ from dblocks.schedules.base import OVERLAP, owner_of, register
 from dblocks.schedules.noise import computed
 from dblocks.schedules.random import clamp_inside, draw_device, uniforms, with_top
 
-MASKED = -1  # in the place of a token that is masked
+MASKED = -1  # the value of a masked token
 # No t below is drawn, so that the weight 1/masked(t) stays a float32. Truncating the bound here
 # drops at most 1.6e-6 of the cross-entropy at t = 0.
 T_MIN = 1e-6
@@ -31,7 +31,7 @@ DRAWS = ("alpha", "t")
 
 
 class MaskLevel(NamedTuple):
-    """Time t, and what follows from it, each of the shape of t."""
+    """Time t and its coefficients, each of the shape of t."""
 
     t: Tensor
     alpha: Tensor
@@ -39,9 +39,9 @@ class MaskLevel(NamedTuple):
     masked: Tensor
     """Probability that it is, `1 - alpha` without cancellation."""
     c_noise: Tensor
-    """What noise embeddings take, `pi*masked`: the fastest frequency of their sines and cosines,
-    of 1 radian, makes half a turn, so that its cosine alone tells all levels apart; the span is
-    about that of `ln(sigma)/4` for Gaussian noise. It does not depend on the kind of schedule."""
+    """The input of noise embeddings, `pi*masked`: at their fastest frequency, 1 radian, it spans
+    half a turn, so that the cosine alone distinguishes all levels; the range is about that of
+    `ln(sigma)/4` for Gaussian noise. It does not depend on the kind of schedule."""
 
 
 @register
@@ -60,10 +60,10 @@ class MaskSchedule(JsonConfig):
     and blocks share it by equal decrements of alpha: block b owns those t whose mask ratio lies in
     ((B-1-b)/B, (B-b)/B].
 
-    With `draw="alpha"` training draws alpha uniformly and the kind of schedule changes nothing but
-    the names of the levels, as a network is told the mask ratio and not t. With `draw="t"` it
-    decides how often a ratio is seen in training: cosine favours many masked tokens, poly2 few.
-    Either way the expected weighted loss is the same bound.
+    With `draw="alpha"` training draws alpha uniformly, and the kind of schedule only changes the
+    labels t of the levels, as the network's input is the mask ratio and not t. With `draw="t"` the
+    kind decides how often a ratio occurs in training: cosine favours many masked tokens, poly2 few.
+    In both cases the expected weighted loss is the same bound.
 
     Source: Shi et al. 2024 (MD4), arXiv 2406.04329; Sahoo et al. 2024 (MDLM), arXiv 2406.07524.
     """
@@ -71,7 +71,7 @@ class MaskSchedule(JsonConfig):
     kind: ScheduleKind = "linear"
     """alpha as a function of t: linear, cosine or poly2."""
     draw: Literal["alpha", "t"] = "alpha"
-    """What training draws uniformly inside a block: alpha or t."""
+    """The variable that training draws uniformly inside a block: alpha or t."""
 
     corruption: ClassVar[Literal["noise", "masks"]] = "masks"
     symbol: ClassVar[str] = "t"
@@ -109,11 +109,11 @@ class MaskSchedule(JsonConfig):
         return -2 * t if self.kind == "poly2" else -math.pi / 2 * torch.cos(math.pi / 2 * t)
 
     def time_of(self, alpha: Tensor) -> Tensor:
-        """The t in [0, 1] at which a token is not masked with probability alpha in [0, 1]."""
+        """The inverse of `alpha`: t in [0, 1], for alpha in [0, 1]."""
         return self.time_at(1 - computed(alpha))
 
     def time_at(self, masked: Tensor) -> Tensor:
-        """The t in [0, 1] at which the mask ratio is `masked` in [0, 1]."""
+        """The inverse of `masked`: t in [0, 1], for a mask ratio in [0, 1]."""
         masked = computed(masked)
         if self.kind == "linear":
             return masked
@@ -155,20 +155,20 @@ class MaskSchedule(JsonConfig):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draws times of one block, antithetic: evenly spaced, with one random shift.
+        """Draws times of one block: evenly spaced with one random shift (antithetic).
 
-        alpha (or t, see `draw`) is uniform on the block's widened range: its place in the range is
-        `(u + i/N) mod 1` for element i of N and u uniform, so that a batch covers the range evenly
-        and the loss varies less. Drawn in float64, rounded to float32, clamped to the float32
-        numbers of the range, and never below 1e-6. Each is 1, all masked, instead with probability
-        `top_share`.
+        alpha (or t, see `draw`) is uniform on the block's widened range: its position in the range
+        is `(u + i/N) mod 1` for element i of N and u uniform, so that a batch covers the range
+        evenly and the loss has less variance. Drawn in float64, rounded to float32, clamped to the
+        float32 numbers of the range, and never below 1e-6. With probability `top_share`, each is
+        instead 1 (all masked).
 
         Args:
             block: the block.
             num_blocks: number of blocks.
             shape: shape of the result, [N].
             overlap: how far the range is widened, as a fraction of 1/B.
-            top_share: share of draws, in [0, 1], that are 1 whatever the block.
+            top_share: fraction of draws, in [0, 1], that are 1 in any block.
             generator: source of the draw; its device is the default of `device`.
             device: device of the draw.
 
@@ -194,7 +194,7 @@ class MaskSchedule(JsonConfig):
     def block_of(self, t: Tensor, num_blocks: int) -> Tensor:
         """The block that owns each t: the number of inner boundaries >= t.
 
-        Both sides are compared in the dtype of t (float32 for float64), as for noise levels.
+        Both are compared in the dtype of t (float32 for float64), as for noise levels.
 
         Args:
             t: floating point, any shape.
@@ -206,11 +206,11 @@ class MaskSchedule(JsonConfig):
         return owner_of(t, self.boundaries(num_blocks), self.symbol)
 
     def steps(self, n: int, kind: Literal["equal_mass", "uniform"] = "equal_mass") -> Tensor:
-        """A sampling grid from t = 1: n times are n steps, the last of which ends at t = 0.
+        """A sampling grid from t = 1: n times for n steps, of which the last ends at t = 0.
 
-        `equal_mass` steps by equal decrements of alpha, so that each step unmasks equally many
-        tokens on average and each block is called equally often; `uniform` by equal decrements of
-        t, which for cosine begins with fewer tokens a step.
+        `equal_mass` has equal increments of alpha, so that each step unmasks the same number of
+        tokens on average and each block is called equally often; `uniform` has equal decrements of
+        t, which for cosine begins with fewer tokens per step.
 
         Args:
             n: number of times; 1 gives [1].
@@ -227,12 +227,12 @@ class MaskSchedule(JsonConfig):
         return 1 - torch.arange(n, dtype=torch.float64, device="cpu") / n
 
     def level(self, t: Tensor) -> MaskLevel:
-        """What follows from t, in float32 (float64 for float64)."""
+        """The coefficients at t, in float32 (float64 for float64)."""
         masked = self.masked(t)
         return MaskLevel(computed(t), self.alpha(t), masked, math.pi * masked)
 
     def state(self, z: Tensor) -> Tensor:
-        """z as given, tokens int64 [N, T].
+        """z unchanged, tokens int64 [N, T].
 
         Raises:
             TypeError: they are not int64.
@@ -246,8 +246,8 @@ class MaskSchedule(JsonConfig):
     def corrupt(self, y: Tensor, level: MaskLevel, seed: int | Tensor | F.OffsetSeed) -> F.Noised:
         """Masks tokens: `z = where(u < masked, MASKED, y)`, and z again.
 
-        u is uniform and a function of the seed and of the token's number in y alone, so that all t
-        share it; see `dblocks.schedules.random.uniforms`.
+        u is uniform and a function only of the seed and of the token's index in y, so that it is
+        the same for all t; see `dblocks.schedules.random.uniforms`.
 
         Args:
             y: tokens, int64 [N, T].
@@ -264,11 +264,11 @@ class MaskSchedule(JsonConfig):
     def loss_weight(
         self, t: Tensor, block: int = 0, num_blocks: int = 1, *, overlap: float = 0.0
     ) -> Tensor:
-        """The weight that makes the expected loss the bound over the range that t was drawn from.
+        """The weight with which the expected loss is the bound over the range of the draw.
 
-        With `draw="alpha"` the range's length in alpha over `1 - alpha(t)`; with `draw="t"` its
-        length in t times `-alpha'(t)/(1 - alpha(t))`. Float32 (float64 for float64). Without
-        overlap the blocks' bounds sum to the whole one.
+        With `draw="alpha"` it is the range's length in alpha divided by `1 - alpha(t)`; with
+        `draw="t"` its length in t times `-alpha'(t)/(1 - alpha(t))`. Float32 (float64 for float64).
+        Without overlap the bounds of the blocks sum to the whole bound.
         """
         if self.draw == "alpha":
             low, high = self._ratios(block, num_blocks, overlap)

@@ -1,8 +1,8 @@
 """Noise levels of any density: their partition into blocks, draws, and sampling grids.
 
-A subclass of `EDMSchedule` says how levels are distributed, by `cdf` and `log_quantile`; all else
-follows from these. Block 0 holds the highest noise. Boundaries are Python numbers in float64 on the
-CPU, whatever torch's default device; only drawing touches a device, and it never synchronises.
+A subclass of `EDMSchedule` defines the distribution of the levels by `cdf` and `log_quantile`; the
+rest follows from these. Block 0 owns the highest levels. Boundaries are computed in float64 on the
+CPU, whatever torch's default device; only drawing uses a device, and it never synchronises.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIGMA_MIN = 0.002
 SIGMA_MAX = 80.0
 SIGMA_DATA = 0.5
 RHO = 7.0
-# Of sigma and sigma_data: their squares, and the sums and inverses of these, are float32 numbers.
+# Limits of sigma and sigma_data: squares, their sums and inverses stay finite in float32.
 LOWEST, HIGHEST = 1e-18, 1e18
 
 Partition = Literal["equal_mass", "uniform_log", "uniform"]
@@ -53,7 +53,7 @@ class NoiseLevel(NamedTuple):
 
 
 class EDMSchedule(JsonConfig, ABC):
-    """Noise levels of some density, truncated to [sigma_min, sigma_max], preconditioned as in EDM.
+    """Noise levels with a density truncated to [sigma_min, sigma_max], preconditioned as in EDM.
 
         z = y + sigma*eps,   denoised = c_skip*z + c_out*F(c_in*z, c_noise)
 
@@ -71,7 +71,7 @@ class EDMSchedule(JsonConfig, ABC):
     sigma_data: float
     """Standard deviation of one element of the clean target."""
     partition: Partition | tuple[float, ...]
-    """How blocks share the levels: a rule, or the inner boundaries, descending."""
+    """Partition of the levels into blocks: a rule, or the inner boundaries, descending."""
 
     corruption: ClassVar[Literal["noise", "masks"]] = "noise"
     symbol: ClassVar[str] = "sigma"
@@ -107,18 +107,18 @@ class EDMSchedule(JsonConfig, ABC):
 
     @abstractmethod
     def cdf(self, sigma: float, *, upper: bool = False) -> float:
-        """The probability of levels below sigma, or above it, before truncation.
+        """The probability of levels below sigma (with `upper`: above), before truncation.
 
-        Both without cancellation: where one is nearly 1, the other is still exact.
+        Both are computed without cancellation: where one is nearly 1, the other is accurate.
         """
 
     @abstractmethod
     def log_quantile(self, p: Tensor, *, upper: bool = False) -> Tensor:
-        """The inverse of `cdf`: ln sigma, below (above) which levels have probability p.
+        """The inverse of `cdf`: the ln sigma below (above) which levels have probability p.
 
         Args:
-            p: float64, of any shape; at most about 1/2 where accuracy counts.
-            upper: count from above.
+            p: float64, of any shape; accurate for p up to about 1/2.
+            upper: whether p is the probability above.
 
         Returns:
             float64 of the shape of p.
@@ -132,7 +132,7 @@ class EDMSchedule(JsonConfig, ABC):
         """The noise levels that separate the blocks.
 
         Block b owns `boundaries[b] >= sigma > boundaries[b+1]`, the last block also sigma_min. The
-        two ends are sigma_max and sigma_min as given.
+        two ends are exactly sigma_max and sigma_min.
 
         Args:
             num_blocks: number of blocks B.
@@ -141,7 +141,7 @@ class EDMSchedule(JsonConfig, ABC):
             Descending float64 [B+1] on the CPU.
 
         Raises:
-            ValueError: `num_blocks` is not positive, or not what the given boundaries make.
+            ValueError: `num_blocks` is not positive, or does not match the given inner boundaries.
         """
         levels = _boundaries(self, check_count("num_blocks", num_blocks))
         return torch.tensor(levels, dtype=torch.float64, device="cpu")
@@ -172,18 +172,18 @@ class EDMSchedule(JsonConfig, ABC):
     ) -> Tensor:
         """Draws noise levels of one block: the density, truncated to the widened range.
 
-        Each of them is sigma_max instead with probability `top_share`.
+        With probability `top_share`, each is instead sigma_max.
 
         Drawn in float64 on the device by inverting the distribution function, then rounded to
-        float32 and clamped to the float32 numbers inside the range. The device must have float64:
-        a CPU, CUDA or ROCm device has, Apple's MPS has not; draw on the CPU there and move sigma.
+        float32 and clamped to the float32 numbers inside the range. The device must support
+        float64, as CPU, CUDA and ROCm do. Apple's MPS does not: draw on the CPU and move sigma.
 
         Args:
             block: the block.
             num_blocks: number of blocks.
             shape: shape of the result, [N], [N, S] or [N, T].
             overlap: how far the range is widened in log space, as a fraction of its length.
-            top_share: share of draws, in [0, 1], that are sigma_max whatever the block.
+            top_share: fraction of draws, in [0, 1], that are sigma_max in any block.
             generator: source of the draw; its device is the default of `device`.
             device: device of the draw.
 
@@ -196,7 +196,7 @@ class EDMSchedule(JsonConfig, ABC):
         device = drawn_on if device is None else device
         u = torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float64)
         below, above, mass = self._tails(lo, hi)
-        # Quantiles are accurate for small probabilities only: count from the nearer tail.
+        # Quantiles are accurate for small probabilities only: use the nearer tail.
         upper = below > above
         log_sigma = self.log_quantile((above if upper else below) + mass * u, upper=upper)
         sigma = log_sigma.exp().float()
@@ -205,8 +205,8 @@ class EDMSchedule(JsonConfig, ABC):
     def block_of(self, sigma: Tensor, num_blocks: int) -> Tensor:
         """The block that owns each sigma: the number of inner boundaries >= sigma.
 
-        Both sides are compared in the dtype of sigma (float32 for float64), so that a boundary
-        given in any dtype belongs to the block below it. Values outside the range clamp.
+        Both are compared in the dtype of sigma (float32 for float64), so that a boundary given in
+        any dtype belongs to the block below it. Values outside the range are clamped.
 
         Args:
             sigma: floating point, any shape.
@@ -253,7 +253,7 @@ class EDMSchedule(JsonConfig, ABC):
         levels[0], levels[-1] = self.sigma_max, self.sigma_min
         return torch.tensor(levels, dtype=torch.float64, device="cpu")
 
-    # What a level means for a target and for a network
+    # Preconditioning
 
     def level(self, sigma: Tensor) -> NoiseLevel:
         """The coefficients of the preconditioning at sigma (Karras et al. 2022, table 1).
@@ -284,7 +284,7 @@ class EDMSchedule(JsonConfig, ABC):
     ) -> Tensor:
         """The EDM loss weight `(s^2 + sd^2)/(s sd)^2 = 1/c_out^2`, in float32 (float64).
 
-        It is the same in every block.
+        It does not depend on the block.
         """
         s = computed(sigma)
         return s.square().reciprocal() + self.sigma_data**-2
@@ -355,7 +355,7 @@ def _power(base: float, exponent: float) -> float:
 
 
 def _over_rows(value: Tensor, z: Tensor) -> Tensor:
-    """`value` [N] or [N, S], of the shape that multiplies z."""
+    """`value` [N] or [N, S], expanded to broadcast with z."""
     if value.ndim == 2:
         value = value.repeat_interleave(z.shape[1] // value.shape[1], dim=1)
     return value.reshape(value.shape + (1,) * (z.ndim - value.ndim))

@@ -1,4 +1,4 @@
-"""Draws: seeds, numbers that are functions of a seed on every device, and levels of a range."""
+"""Random draws: seeds, uniform numbers as functions of a seed on every device, and clamping."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dblocks.ops._levels import OffsetSeed, located
 
 MAX_SEED = 2**63 - 1
 UNIFORM_BITS = 52  # an odd multiple of 2^-53 is a float64, and neither 0 nor 1
-# Counters that no normal of `functional.noise_inject` under the same seed reaches.
+# Counters that the normals of `functional.noise_inject` with the same seed never reach.
 FIRST_COUNTER = 1 << 62
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
-    """A seed for what is drawn on any device: one number of a CPU generator.
+    """A seed for draws on any device: one number from a CPU generator.
 
     Raises:
         TypeError: this is no generator.
@@ -53,10 +53,10 @@ def uniforms(
     """The uniform numbers `offset`, `offset + 1`, ... of a seed; see `uniforms_at`.
 
     Args:
-        shape: their shape.
+        shape: shape of the result.
         seed: an int of 64 bits, or a 0-d int64 tensor on the device; or an `OffsetSeed`.
-        device: where they are made.
-        offset: number of the first one.
+        device: device of the result.
+        offset: index of the first one.
     """
     seed, offset = located(seed, offset)
     numbers = torch.arange(offset, offset + math.prod(shape), device=device)
@@ -64,11 +64,12 @@ def uniforms(
 
 
 def uniforms_at(numbers: Tensor, seed: int | Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), float64, that are functions of the seed and their number alone.
+    """Uniform numbers in (0, 1), float64, that are functions only of the seed and their index.
 
-    Of the Philox 4x32-10 counter `2^62 + number//2` under the key `seed`, an even number takes the
-    first two words and an odd one the last two: `(k + 1/2)/2^52`, k their upper 26 bits each. They
-    are independent of the normals of `functional.noise_inject` under the same seed.
+    Index i uses the Philox 4x32-10 counter `2^62 + i//2` with the key `seed`: the first two words
+    for even i, the last two for odd i. The number is `(k + 1/2)/2^52`, with k made of the upper 26
+    bits of each word. These are independent of the normals of `functional.noise_inject` with the
+    same seed.
 
     Args:
         numbers: int64, not negative, of any shape.
