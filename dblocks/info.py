@@ -1,4 +1,4 @@
-"""What `dblocks info` prints: versions, devices, and which implementation computes each op here."""
+"""The report of `dblocks info`: versions, devices, and the implementation of each op here."""
 
 import os
 import platform
@@ -50,12 +50,12 @@ def cpu_name() -> str:
 
 
 def extension() -> str:
-    """Whether the C++ ops for CPUs are there, for which instructions, and what follows if not."""
+    """Whether the C++ ops for CPUs are built, and for which instruction set."""
     if _extension.MISSING:
         return f"{_extension.MISSING}: on CPUs every op uses the reference"
     try:
         return f"built; this processor runs the {torch.ops.dblocks.cpu_set()} kernels"
-    except RuntimeError as error:  # of the environment; every op will raise it
+    except RuntimeError as error:  # an invalid environment variable; every op will raise it
         # LibTorch puts function, file and line before the message.
         return f"built, but cannot run: {str(error).split(', ', 2)[-1]}"
 
@@ -101,7 +101,7 @@ def report() -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, indented, whose columns line up."""
+    """The lines of an indented table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
@@ -110,10 +110,10 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Where a run took place, for its record."""
+    """The environment of a run, for its record."""
     return {
         **versions(),
-        "device": torch.get_default_device().type,  # the recipe names none
+        "device": torch.get_default_device().type,  # recipes use the default device
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""Saving a trained network: `model.safetensors` beside a `config.json` that rebuilds it."""
+"""Saves a trained network: `model.safetensors`, and a `config.json` that rebuilds it."""
 
 from dblocks.checkpoint.files import appearing as appearing
 from dblocks.checkpoint.files import current as current

@@ -1,10 +1,10 @@
-"""Files that appear whole, and several of them as one unit.
+"""Atomic writes of a file, and of several files as one unit.
 
-A save writes all its files to a folder of its own inside the target, `.saving-*`. One rename makes
-that the folder `.saved`, and the save valid: from then on a reader takes a file from there first
-(`current`), while the files move to their places one by one. Whoever dies before the rename leaves
-the earlier save, and after it the new one, whose files the next save puts in place. Two writers
-never mix: a second one first puts the files of the first in place.
+A save writes all its files to a separate folder inside the target, `.saving-*`. One rename to
+`.saved` makes the save valid: from then on readers look for a file there first (`current`), while
+the files move to their places one by one. A writer that dies before the rename leaves the earlier
+save; after it, the new one, whose files the next save puts in place. Two writers never mix: the
+second first puts the files of the first in place.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any
 from torch import Tensor
 
 SAVING, SAVED = ".saving-", ".saved"
-DEAD_AFTER = 24 * 3600  # seconds, of what a writer on another machine left
-LONGEST_REASON = 300  # characters of what a file has wrong; PyTorch lists every tensor
+DEAD_AFTER = 24 * 3600  # seconds, for folders left by a writer on another machine
+LONGEST_REASON = 300  # characters of an error message; PyTorch lists every tensor
 TRIES = 100  # of a rename, while other writers' saves are put in place
 
 
 def make_folder(folder: str | Path) -> None:
-    """Make a folder if it is not there, and try that files can be written in it.
+    """Make a folder if it does not exist, and check that files can be written to it.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: files cannot be written to it.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -46,14 +46,13 @@ def make_folder(folder: str | Path) -> None:
 
 @contextmanager
 def saving(folder: Path) -> Iterator[Path]:
-    """A folder to write files to, which all take their places in `folder` if the block succeeds.
+    """A folder for files that all move to `folder` if the `with` block succeeds.
 
-    Files of an earlier save that are not written again stay. What writers that died left behind is
-    removed.
+    Files of an earlier save that are not written again stay. Remains of dead writers are removed.
 
     Raises:
-        OSError: a file cannot be written, such as on a full disk; the message names it, and what
-            was there is kept.
+        OSError: a file cannot be written, such as on a full disk; the message names it, and the
+            earlier save is kept.
     """
     make_folder(folder)
     _put_in_place(folder)
@@ -75,10 +74,10 @@ def saving(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to write files to, which becomes `folder` by one rename if the block succeeds.
+    """A folder for files that becomes `folder` by one rename if the `with` block succeeds.
 
-    Whoever dies before leaves nothing under that name; what was there before gives way. What
-    writers that died left beside it is removed.
+    A writer that dies earlier leaves nothing under that name. An existing folder is replaced.
+    Remains of dead writers are removed.
 
     Raises:
         OSError: a file cannot be written, such as on a full disk; nothing was changed.
@@ -101,7 +100,7 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder; it is gone at once, or not yet."""
+    """Remove a folder atomically."""
     if folder.exists():
         away = tempfile.mkdtemp(prefix=f"{SAVING}{_writer()}-", dir=folder.parent)
         os.rename(folder, away)
@@ -109,14 +108,14 @@ def discard(folder: Path) -> None:
 
 
 def current(folder: Path, name: str) -> Path:
-    """Where the valid file `name` of a folder is: in its place, or not moved there yet."""
+    """The path of the valid file `name` of a folder, which may not have moved to its place yet."""
     waiting = folder / SAVED / name
     return waiting if waiting.exists() else folder / name
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes `path` if the `with` block succeeds."""
+    """A temporary path to write to, renamed to `path` if the `with` block succeeds."""
     handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     part = Path(name)
@@ -131,7 +130,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, on whatever device, to a file; within `saving`, or a file of its own.
+    """Write tensors on any device to a file.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -155,7 +154,7 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn what goes wrong with a file's contents into a ValueError of one line that names it."""
+    """Turn errors in a file's contents into a one-line ValueError that names the file."""
     broken = importlib.import_module("safetensors").SafetensorError
     try:
         yield
@@ -181,7 +180,7 @@ def safetensors() -> Any:
 
 
 def _commit(own: Path, folder: Path) -> None:
-    """Makes `own` the valid save by one rename, which fails while another one's is not empty."""
+    """Makes `own` the valid save by one rename, which fails while another is not in place."""
     for _ in range(TRIES):
         try:
             os.rename(own, folder / SAVED)
@@ -201,7 +200,7 @@ def _put_in_place(folder: Path) -> None:
     for name in sorted(os.listdir(saved), reverse=True):
         with contextlib.suppress(FileNotFoundError):  # another process moved it
             os.replace(saved / name, folder / name)
-    with contextlib.suppress(OSError):  # another one's save is there meanwhile
+    with contextlib.suppress(OSError):  # another save was committed meanwhile
         saved.rmdir()
 
 
@@ -217,7 +216,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _writer() -> str:
-    """This process, as the name of its folder tells it."""
+    """The part of a folder's name that identifies this process."""
     return f"{socket.gethostname().replace('-', '_')}-{os.getpid()}"
 
 
@@ -232,7 +231,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _flush(folder: Path) -> None:
-    """Files reach the disk before their names do."""
+    """Flush files to disk before they are renamed."""
     for path in folder.iterdir():
         path.chmod(0o666 & ~_umask())
         with path.open("rb") as file:
@@ -241,7 +240,7 @@ def _flush(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """The names in a folder reach the disk, where the system can open one."""
+    """Flush the names in a folder to disk, if the system can open folders."""
     with contextlib.suppress(OSError):
         opened = os.open(folder, os.O_RDONLY)
         try:

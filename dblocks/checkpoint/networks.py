@@ -1,4 +1,4 @@
-"""Saves and loads networks; their weights, config and what belongs to them are one unit."""
+"""Saves and loads networks: weights, config and further files as one unit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], type[JsonConfig]]] = {
     "recurrent": (RecurrentLM, RecurrentConfig),
 }
 FORMAT = 2
-# Of fields that format 1 did not have: what its networks were.
+# Values of fields that format 1 did not have.
 FORMAT_1: dict[str, dict[str, Any]] = {
     "causal_lm": {"rows": "doubled", "head": "learned"},
     "recurrent": {"rows": "doubled", "head": "learned"},
@@ -45,12 +45,12 @@ FORMAT_1_BLOCKS = {"top_share": 0.0}
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config"}
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-BLOCK_FILE = "block.json"  # in place of config.json, where the weights are one block's
-COPIES = "copies."  # prefix of private copies; as of DiffusionBlocks.copies
+BLOCK_FILE = "block.json"  # instead of config.json, for the weights of one block
+COPIES = "copies."  # prefix of private copies, as in DiffusionBlocks.copies
 
 
 def prepare(folder: str | Path) -> None:
-    """Find out, before a long training, whether `save_model` can write to this folder.
+    """Check, before a long training, that `save_model` can write to this folder.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -66,18 +66,17 @@ def save_model(
     *,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a network, and how it is cut into blocks; the folder is made if it is not there.
+    """Write a network, with its division into blocks, to a folder, which is created if needed.
 
-    The names of the weights are those of the network itself, whether it was in blocks or not;
-    private copies of what blocks share come beside them as `copies.0.` and so on, for the blocks
-    after the first. All files are one unit: whatever happens on the way, the folder holds the
-    earlier save or the new one.
+    The names of the weights are those of the network itself, in blocks or not; private copies of
+    shared modules are stored as `copies.0.` and so on, for the blocks after the first. All files
+    are one unit: if writing fails, the folder still holds the earlier save.
 
     Args:
         folder: where to write; files of an earlier save there are replaced.
-        model: one of `NETWORKS` trained end to end, or the `DiffusionBlocks` of one; these also
-            inside torch.compile's or AveragedModel's wrapper.
-        texts: what more the save holds, by the name of the file, such as a tokenizer.json.
+        model: one of `NETWORKS` trained end to end, or the `DiffusionBlocks` of one; possibly
+            inside the wrapper of torch.compile or AveragedModel.
+        texts: contents of further files by name, such as a tokenizer.json.
 
     Raises:
         TypeError: `model` is neither.
@@ -97,10 +96,10 @@ def save_model(
 
 
 def described(network: Network, config: BlocksConfig | None) -> dict[str, Any]:
-    """What `config.json` says of a network, as JSON values.
+    """The contents of `config.json` for a network, as JSON values.
 
     Raises:
-        TypeError: it is none of `NETWORKS`.
+        TypeError: it is not one of `NETWORKS`.
     """
     names = [name for name, (kind, _) in NETWORKS.items() if isinstance(network, kind)]
     if not names:
@@ -119,11 +118,11 @@ def described(network: Network, config: BlocksConfig | None) -> dict[str, Any]:
 
 
 def load_model(folder: str | Path) -> Network | DiffusionBlocks:
-    """What `save_model` wrote, on the CPU: one of `NETWORKS`, or the `DiffusionBlocks` of one.
+    """Load a network saved by `save_model`: one of `NETWORKS`, or the `DiffusionBlocks` of one.
 
     Raises:
-        ValueError: the folder holds no such network, or a file of it is broken; the message names
-            the file.
+        ValueError: the folder holds no such network, or one of its files is broken, which the
+            message names.
     """
     folder, _ = Path(folder), safetensors()
     config = _read_config(folder)
@@ -139,7 +138,7 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
 
 
 def rebuilt(config: Mapping[str, Any]) -> Any:
-    """The network that `described` described, with fresh weights; in blocks where it was."""
+    """The network of a config from `described`, in blocks if it was, with fresh weights."""
     kind, of_config = NETWORKS[config["model"]]
     model: Any = kind(cast(Any, of_config.from_dict(config["model_config"])))
     if config["blocks_config"] is None:
@@ -156,7 +155,7 @@ def _tensors(model: Any) -> dict[str, Tensor]:
 
 
 def named_tensors(model: DiffusionBlocks | Block) -> dict[str, Tensor]:
-    """The tensors of a network in blocks, or of one of them, by their names in a save."""
+    """The tensors of a network in blocks, or of one block, by their names in a save."""
     tensors = cast(nn.Module, model.base_model).state_dict()
     if len(model.copies):
         tensors.update(model.copies.state_dict(prefix=COPIES))
@@ -189,11 +188,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "model_config": FORMAT_1.get(config["model"], {}),
             "blocks_config": FORMAT_1_BLOCKS,
         }
-        # What is no object is refused where it is read.
+        # Values that are not objects are refused where they are read.
         config |= {k: v | config[k] for k, v in added.items() if isinstance(config[k], dict)}
         blocks = config["blocks_config"]
         if config["model"] in FORMAT_1 and isinstance(blocks, dict):
-            # What "auto" meant for a cross-entropy.
+            # The meaning of "auto" for a cross-entropy in format 1.
             old = blocks.get("weighting", "auto")
             blocks["weighting"] = "batch_mean" if old == "auto" else old
     return config

@@ -1,4 +1,4 @@
-"""Networks to train in blocks, one a file."""
+"""Networks to train in blocks, one per file."""
 
 from dblocks.models.causal_lm import CausalLM as CausalLM
 from dblocks.models.causal_lm import CausalLMConfig as CausalLMConfig

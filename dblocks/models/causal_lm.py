@@ -1,8 +1,8 @@
 """An autoregressive language model that predicts a token by denoising its embedding.
 
-The target of a position is the embedding of its token; noisy rows see the clean tokens before
-their own. The same network runs end to end as a plain next-token model, the baseline.
-`dblocks.generate` writes text with either.
+The target at a position is the embedding of its token; noisy rows see the clean tokens before their
+own. The same network runs end to end as a plain next-token model, the baseline. `dblocks.generate`
+generates text with both.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class CausalLMConfig(LanguageModelConfig):
     depth: int = 12
     """Number of layers."""
     tokens_per_block: int = 1
-    """How many consecutive tokens are predicted, and written, at once, from the tokens before them
-    and from each other's noisy embeddings; `tokens_per_sigma` must be a multiple of it."""
+    """Number of consecutive tokens that are predicted at once, from the tokens before them and from
+    each other's noisy embeddings; `tokens_per_sigma` must be a multiple of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,12 +50,12 @@ class CausalLMConfig(LanguageModelConfig):
 
 
 class Context(NamedTuple):
-    """What noisy rows are predicted from."""
+    """The context from which noisy rows are predicted."""
 
     x: Tensor
     """Embeddings of the clean tokens, [N, T, D]; in a single stream those of the tokens before."""
     rotary: Rotary
-    """Rotations of the rows; of doubled ones clean ones first."""
+    """Rotary embeddings of the rows; in doubled rows, those of the clean rows first."""
     attend: Attend | None
     """The attention of the layers; None for plain causal attention."""
 
@@ -67,16 +67,16 @@ class CausalLM(LanguageModel):
 
         E[token i - k] + a*embed_scale/sqrt(D) * c_in*z_i + embed_scale/sqrt(D) * level_i
 
-    (without the last term where layers have AdaLN), and attends to the rows of its block of k
-    tokens and of earlier ones: under k = 1 it is plain causal attention. A step costs the block's
-    layers once, for one row a token.
+    (without the last term if the layers have AdaLN), and attends to the rows of its block of k
+    tokens and of earlier ones: with k = 1 this is plain causal attention. A step runs the block's
+    layers once, with one row per token.
 
     In doubled rows, clean row i attends to clean rows up to the end of its block of k tokens, noisy
     row i to the clean rows before its block and to the noisy ones in it. Clean rows have the null
-    conditioning, so a cache of them serves every noise level. Either way noisy tokens of a block
-    see each other, and no clean token of their own block.
+    conditioning, so their cache is valid for every noise level. In both forms the noisy tokens of a
+    block see each other, but no clean token of their own block.
 
-    `LanguageModel` tells of batches, the output head, the loss and the start of the weights.
+    See `LanguageModel` for batches, the output head, the loss and the initialisation.
 
     End to end, `lm(tokens)` is the plain model under the null conditioning: row i predicts token
     i + 1.
@@ -102,14 +102,14 @@ class CausalLM(LanguageModel):
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The plain model: tokens [N, T] to logits [N, T, V] of the tokens that follow, float32.
 
-        With `cu_seqlens` the attention's mask is a tensor of T*T elements.
+        With `cu_seqlens` the attention mask has T*T elements.
         """
         batch = TokenBatch.of({"tokens": tokens, "cu_seqlens": cu_seqlens}, self.config)
         target = self.target.fixed()
         return target.next_logits(self._plain_features(batch, target))
 
     def next_token_loss(self, batch: Batch) -> Tensor:
-        """The mean cross-entropy of the plain model over the tokens that are scored, 0-d, in nats.
+        """The mean cross-entropy of the plain model over the scored tokens, 0-d, in nats.
 
         Args:
             batch: as for training in blocks.
@@ -230,14 +230,14 @@ class CausalLM(LanguageModel):
         rotary: Rotary,
         attends: Sequence[Attend | None],
     ) -> Hidden:
-        """Runs rows of a single stream: what is known before them, and their noisy embeddings."""
+        """Runs a single stream: rows of the tokens before, plus noisy embeddings."""
         x, inner = self._with_level(before + self._noise(z_in).to(before.dtype), cond)
         for layer, attend in zip(layers, attends, strict=True):
             x = layer(x, inner, rotary=rotary, attend=attend)
         return Hidden(x, cond)
 
     def _or_start(self, e: Tensor, positions: Tensor) -> Tensor:
-        """Embeddings `e` of the tokens a block before; a learned row where there is none."""
+        """Embeddings `e` of the tokens one block earlier; a learned row where there is none."""
         known = positions >= self.block_size
         return torch.where(known[..., None], e, self.noisy_row.to(e.dtype))
 

@@ -1,4 +1,4 @@
-"""A diffusion transformer that makes images: from noise, a class and a block for each noise level.
+"""A diffusion transformer that generates images of a class, trained in blocks.
 
 The target is the image itself, or a latent of it. End to end the network is one block of all
 layers.
@@ -31,7 +31,7 @@ from dblocks.sampling.steps import Callback, Sampler
 from dblocks.schedules import NoiseLevel
 from dblocks.schedules.random import draw_device
 
-NUM_STEPS = 50  # and the scale of guidance; Shing et al. 2026
+NUM_STEPS = 50  # and guidance scale; Shing et al. 2026
 GUIDANCE_SCALE = 2.0
 
 DiTConditioning = Literal["dit", "official"]
@@ -53,11 +53,11 @@ class DiTConfig(ImageModelConfig):
     heads: int = 6
     """Attention heads; a divisor of the width."""
     num_classes: int = 1000
-    """Number of classes; 0 for images without."""
+    """Number of classes; 0 for images without classes."""
     label_drop: float = 0.1
-    """Probability of training without the label, for guidance."""
+    """Probability of dropping the label in training, for guidance."""
     conditioning: DiTConditioning = "dit"
-    """How layers are conditioned on noise and class: dit or official."""
+    """Convention of conditioning on noise and class: dit or official."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +83,7 @@ class DiTConfig(ImageModelConfig):
 
 
 class Hidden(NamedTuple):
-    """What the layers leave."""
+    """The result of the layers."""
 
     x: Tensor
     """Tokens [N, P, D], row by row of the image."""
@@ -94,21 +94,21 @@ class Hidden(NamedTuple):
 
 
 class DiT(nn.Module):
-    """A diffusion transformer; `DiffusionBlocks(DiT(config), ...)` trains it, one block or more.
+    """A diffusion transformer; `DiffusionBlocks(DiT(config), ...)` trains it in one or more blocks.
 
         c = noise_embedding(c_noise) + label_embedding(label)
         x = patches(c_in*z) + positions ;  x = layer(x, c) for the layers of a block
         F = unpatchify(Linear(LN(x)*(1 + scale) + shift)),  shift, scale = chunks of Linear(SiLU(c))
 
     The loss is `edm_loss` of F, the denoised estimate `c_skip*z + c_out*F`. Positions are fixed
-    sines and cosines; images of another size than `config.image_size` have the coordinates of
-    their patches' centres when stretched over the native size.
+    sines and cosines; patches of an image of another size than `config.image_size` have the
+    coordinates of their centres after stretching the image to the native size.
 
-    Linear layers start Xavier uniform, the embeddings of noise and label from a normal of std
-    .02, modulations and the last linear layer at zero.
+    Initialisation: linear layers Xavier uniform, the embeddings of noise and label normal with std
+    .02, modulations and the last linear layer zero.
 
-    The layout of patches and tokens is that of the published DiT, whose tensors (left) are these
-    here, where conditioning is "dit" and it has no second half of channels for variances:
+    The layout of patches and tokens is that of the published DiT. Its tensors (left) correspond to
+    these, with conditioning "dit" and without the second half of channels for variances:
 
         x_embedder.proj              patches
         t_embedder.mlp.0, .2         noise_embedding.fc1, .fc2
@@ -126,7 +126,7 @@ class DiT(nn.Module):
     """
 
     positions: Tensor
-    reads = ()  # beside what its target does
+    reads = ()  # in addition to its target's
 
     @property
     def call_reads(self) -> tuple[str, ...]:
@@ -238,32 +238,32 @@ def generate_images(
     callback: Callback | None = None,
     sampler: Sampler = "euler",
 ) -> Tensor:
-    """Images of a `DiT` in blocks, by Euler steps from noise; a step runs one block only.
+    """Samples images from a `DiT` in blocks, by Euler steps from noise; a step runs one block only.
 
-    `dblocks.sampling.sampling_cost` tells how often each block runs.
+    `dblocks.sampling.sampling_cost` counts how often each block runs.
 
     Args:
-        model: the blocks of a `DiT`, also inside torch.compile's or AveragedModel's wrapper.
+        model: the blocks of a `DiT`, possibly inside the wrapper of torch.compile or AveragedModel.
         labels: the classes, int64 [N]; for a model without classes the number of images N.
         size: height and width, one number for a square; the model's own by default.
         num_steps: Euler steps; 50 by default.
         kind: the rule of their noise levels, see `NoiseSchedule.steps`.
         sigmas: noise levels to use instead.
         guidance_scale: g of `uncond + g*(cond - uncond)`: 1 is the conditional and 0 the
-            unconditional model, each in one call a step, others take two. By default 2, and 1 for
-            a model that was not trained without labels.
+            unconditional model, each with one call per step; other values need two. 2 by default,
+            but 1 for a model trained without dropping labels.
         noise: kind of the initial state, see `initial_noise`.
-        generator: source of the initial state, on any device; by default that of the model's.
+        generator: source of the initial state, on any device; by default the default generator of
+            the model's device.
         callback: called after each step, see `sample_euler`.
-        sampler: how steps are made: "euler", or "heun", of second order and two calls a step; see
-            `sample_heun`.
+        sampler: "euler", or "heun", of second order with two calls per step; see `sample_heun`.
 
     Returns:
-        float32 [N, C, H, W], in the range of the images trained on, not clamped to it.
+        float32 [N, C, H, W], in the range of the training images, but not clamped.
 
     Raises:
-        TypeError: `model` is no `DiffusionBlocks` of a `DiT`, or labels are not what it takes.
-        ValueError: both `num_steps` and `sigmas` are given, or an argument has no valid value.
+        TypeError: `model` is not the `DiffusionBlocks` of a `DiT`, or labels have a wrong type.
+        ValueError: both `num_steps` and `sigmas` are given, or an argument has an invalid value.
     """
     model = unwrapped(model)
     network = getattr(model, "base_model", model)

@@ -1,4 +1,4 @@
-"""Layers on the doubled sequence: clean rows beside noisy ones, which share the attention."""
+"""Runs layers on the doubled sequence: clean and noisy rows that interact in the attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dblocks.nn import Attend, Rotary, TransformerLayer
 
 
 def attend_doubled(cu_seqlens: Tensor | None, block_size: int = 1) -> Attend:
-    """The attention of doubled sequences, for `run_doubled`; queries may be of noisy rows alone."""
+    """The attention of doubled rows, for `run_doubled`; queries may be of noisy rows only."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         query = "both" if q.shape[2] == k.shape[2] else "noisy"
@@ -40,10 +40,10 @@ def run_doubled(
         layers: `TransformerLayer`s.
         clean: clean rows.
         noisy: noisy rows.
-        cond: their conditioning.
-        rotary: rotations of all C + R rows, clean ones first.
+        cond: conditioning of the noisy rows.
+        rotary: rotary embeddings of all C + R rows, clean ones first.
         attends: the attention of each layer.
-        last: the layer in which clean rows give keys and values only, as none comes after it.
+        last: the last layer, which computes only keys and values of the clean rows.
 
     Returns:
         The clean and the noisy rows.

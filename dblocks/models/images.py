@@ -1,4 +1,4 @@
-"""Sizes of models of images, and images as targets."""
+"""Sizes of image models, and images as targets."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class ImageModelConfig(JsonConfig):
     heads: int = 3
     """Attention heads; a divisor of the width."""
     mlp_ratio: float = 4.0
-    """Width inside the MLP over D."""
+    """Width inside the MLP divided by D."""
     num_classes: int = 10
     """Number of classes."""
     gate_init: float = 0.0
-    """What the gates of conditioned layers start at: 0, as published, or 1, the plain layer."""
+    """Initial value of the gates of conditioned layers: 0, as published, or 1, the plain layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,15 +64,15 @@ class ImageModelConfig(JsonConfig):
 
 
 class ImageTarget(L2Target):
-    """Images [N, C, H, W] under the L2 loss, made from a class.
+    """Images [N, C, H, W], conditioned on a class, with the L2 loss.
 
-    A batch holds "images" and, where there are classes, "labels", int64 [N]; else labels of the
-    data may be there, and nobody needs them.
+    A batch holds "images" and, with classes, "labels", int64 [N]; without classes, "labels" may be
+    present and are ignored.
 
     Args:
         channels: C.
-        patch_size: of which H and W are multiples.
-        num_classes: number of classes; 0 for images without.
+        patch_size: a divisor of H and W.
+        num_classes: number of classes; 0 for images without classes.
     """
 
     def __init__(self, channels: int, patch_size: int, num_classes: int) -> None:

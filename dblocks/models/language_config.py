@@ -1,4 +1,4 @@
-"""Sizes that all autoregressive language models have."""
+"""Sizes common to all autoregressive language models."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class LanguageModelConfig(TokenModelConfig):
     embed_scale: float = 1.0
     """Norm of a token's embedding."""
     logit_scale: float = 1.0
-    """What the learned factor of the logits, an inverse temperature, starts at."""
+    """Initial value of the learned factor of the logits, an inverse temperature."""
     tokens_per_sigma: int | None = 1
-    """How many consecutive tokens share a noise level; None: all of a sequence."""
+    """Number of consecutive tokens that share a noise level; None: all of a sequence."""
     rows: Literal["single", "doubled"] = "single"
-    """How noisy embeddings enter: "single", in the rows of the tokens before, one row a token; or
-    "doubled", as published, in rows of their own beside clean ones."""
+    """How noisy embeddings enter: "single", added to the rows of the tokens before, one row per
+    token; or "doubled", as published, in separate rows next to clean ones."""
     head: Head = "posterior"
-    """What logits are: "posterior", a prediction from the text plus the exact log-likelihood of
+    """Form of the logits: "posterior", a prediction from the text plus the exact log-likelihood of
     the noisy embedding; or "learned", as published, an output head on the preconditioned row."""
 
     def __post_init__(self) -> None:

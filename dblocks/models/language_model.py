@@ -1,4 +1,4 @@
-"""What autoregressive language models share: embeddings, noisy rows, the target.
+"""Base of autoregressive language models: embeddings, noisy rows, the target.
 
 `dblocks.generate` and `dblocks.sampling.likelihood` work with every `LanguageModel`.
 """
@@ -37,44 +37,44 @@ NOISE_SCALE = 0.1
 
 
 class Hidden(NamedTuple):
-    """What the layers leave."""
+    """The result of the layers."""
 
     x: Tensor
     """Noisy rows [N, T, D]."""
     cond: Tensor | None
-    """Their conditioning vectors [N, cond_dim] or [N, S, cond_dim]; None for the null one."""
+    """Conditioning vectors [N, cond_dim] or [N, S, cond_dim]; None for the null one."""
 
 
 class LanguageModel(nn.Module, ABC):
-    """A model that predicts a token by denoising its embedding, or as plain next-token model.
+    """Predicts a token by denoising its embedding, or as a plain next-token model.
 
-    As denoiser it has one row a token (`rows="single"`): the row before which a token is known is
-    what it is predicted from, and holds its noisy embedding. Rows before it hold noise about tokens
-    that it knows anyway, each at a level of its own, so nothing leaks. Or clean and noisy rows run
-    side by side (`rows="doubled"`, as published), both at positions 0..T-1, clean ones under the
-    null conditioning.
+    As a denoiser it has one row per token (`rows="single"`): the sum of the embedding of the token
+    before and the noisy embedding. The noise in earlier rows belongs to tokens that the row sees
+    clean, each with its own level, so nothing leaks. Or clean and noisy rows run side by side
+    (`rows="doubled"`, as published), both at positions 0..T-1, clean ones with the null
+    conditioning.
 
     With h the normalised row of the noisy embedding z, E the token embeddings, W the rows of E at
-    unit norm (`tied`) or a matrix of its own, and g a learned number,
+    unit norm (`tied`) or a separate matrix, and g a learned scalar,
 
         posterior   logits = g W h + E z / sigma^2
         learned     logits = g W (m*(1 + scale) + shift),   m = c_skip*z + c_out*h
 
     with shift and scale from the noise level; see `EmbeddedTarget`. The loss is the cross-entropy
-    with the token of the same position. `TokenBatch` says what a batch holds. The first token of a
-    sequence is given and never predicted, so that both ways are scored on the same tokens.
+    with the token at the same position. See `TokenBatch` for the entries of a batch. The first
+    token of a sequence is given and never predicted, so that denoiser and plain model are scored on
+    the same tokens.
 
-    RMS norms, rotary positions, SwiGLU, no biases but in modulations. Linear layers start from a
-    normal of std s = sqrt(2/(5 D)) (Nguyen and Salazar 2019; .023 at D = 768), those that end
-    a branch from s/sqrt(2*depth) (GPT-2), modulations at zero, but for gates at `gate_init`. A
-    noisy embedding enters as `r + a*embed_scale/sqrt(D) * z_in`, where r is the row of the token
-    before or, without one, learned and at the start as large as a clean row; a is learned and .1 at
-    the start. A single stream without AdaLN also adds a vector of the level. Without r its queries
-    would be noise, and attention could not begin to look at the token before; as large as r, noise
-    would drown what the first branches add: both made the first block learn several times more
-    slowly (tried).
+    RMS norms, rotary positions, SwiGLU, no biases except in modulations. Initialisation: linear
+    layers normal with std s = sqrt(2/(5 D)) (Nguyen and Salazar 2019; .023 at D = 768), the last of
+    a branch s/sqrt(2*depth) (GPT-2), modulations zero, gates `gate_init`. A noisy embedding enters
+    as `r + a*embed_scale/sqrt(D) * z_in`, where r is the row of the token before or, without one, a
+    learned row of the size of a clean row; a is learned, initially .1. A single stream without
+    AdaLN also adds an embedding of the level. Without r the queries would be noise, and attention
+    could not learn to attend to the token before; noise as large as r would dominate the output of
+    the first branches: both made the first block learn several times more slowly (tried).
 
-    Subclasses say which layers there are and how rows run through them.
+    Subclasses define the layers and how rows run through them.
 
     Args:
         config: the sizes.
@@ -96,7 +96,7 @@ class LanguageModel(nn.Module, ABC):
         learned = config.head == "learned"
         self.modulation = Modulation(D, 2, kind) if conditioned and learned else None
         self.readout = None if config.tied else nn.Linear(D, config.vocab_size, bias=False)
-        # The logarithm, so that a step changes it by a factor.
+        # The logarithm, so that steps change it by a factor.
         self.noisy_row = nn.Parameter(torch.empty(D))
         self.noise_scale = number(NOISE_SCALE)
         self.log_logit_scale = number(math.log(config.logit_scale))
@@ -109,17 +109,17 @@ class LanguageModel(nn.Module, ABC):
 
     @property
     def sizes(self) -> LanguageModelConfig:
-        """Of the vocabulary and of the longest text."""
+        """Sizes of the vocabulary and of the longest text."""
         return self.config
 
     @property
     def rows_kind(self) -> RowsKind:
-        """Whether noisy rows take the place of clean ones or run beside them."""
+        """Whether noisy rows replace clean ones ("single") or run next to them ("doubled")."""
         return self.config.rows
 
     @property
     def block_size(self) -> int:
-        """How many consecutive tokens are predicted at once."""
+        """Number of consecutive tokens that are predicted at once."""
         return 1
 
     @property
@@ -136,11 +136,11 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def _make_layers(self) -> None:
-        """Registers `layers`, and what else rows run through."""
+        """Registers `layers` and the other modules that rows run through."""
 
     @abstractmethod
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Any:
-        """What noisy rows are predicted from, of `batch["tokens"]` [N, T] and "cu_seqlens".
+        """The context of noisy rows, from `batch["tokens"]` [N, T] and "cu_seqlens".
 
         Raises:
             ValueError: `drop` is given; a language model has no null condition.
@@ -150,7 +150,7 @@ class LanguageModel(nn.Module, ABC):
     def run_layers(
         self, layers: Sequence[nn.Module], z_in: Tensor, level: NoiseLevel, condition: Any
     ) -> Hidden:
-        """Runs `layers` on the noisy embeddings [N, T, D], in clean rows or beside them."""
+        """Runs `layers` on the noisy embeddings [N, T, D], in single or doubled rows."""
 
     @abstractmethod
     def new_cache(self, slots: Slots, layers: Sequence[nn.Module]) -> KVCache:
@@ -168,13 +168,13 @@ class LanguageModel(nn.Module, ABC):
     ) -> Hidden:
         """As `run_layers` for the noisy rows that follow the cached rows and `tokens`.
 
-        `tokens` [N, C], C >= 0, are the clean ones after those of the cache, to which their rows
-        are added; the noisy rows are not kept. In doubled rows z_in [N, R, D] is theirs; in a
-        single stream [N, C + R, D] and the level [N, C + R] are of the rows of `tokens` too.
-        `table` are the embeddings of all tokens, [V, D].
+        `tokens` [N, C], C >= 0, are the clean tokens after those in the cache, to which their rows
+        are added; the noisy rows are not kept. In doubled rows z_in [N, R, D] is for the noisy
+        rows; in a single stream z_in [N, C + R, D] and the level [N, C + R] include the rows of
+        `tokens`. `table` holds the embeddings of all tokens, [V, D].
 
         Returns:
-            What the layers leave of the R noisy rows.
+            The result of the layers for the R noisy rows.
         """
 
     # The plain model
@@ -182,14 +182,14 @@ class LanguageModel(nn.Module, ABC):
     @property
     @abstractmethod
     def plain_noise_width(self) -> int:
-        """Normals that the plain model draws for each token."""
+        """Number of normals that the plain model draws for each token."""
 
     @abstractmethod
     def plain_steps(self, num_steps: int | None) -> int:
-        """How often the plain model runs `layers`, `num_steps` if it can.
+        """How often the plain model runs `layers`: `num_steps`, if it supports that.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: it does not.
         """
 
     @abstractmethod
@@ -200,7 +200,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def new_plain_cache(self, slots: Slots, num_steps: int) -> KVCache:
-        """A cache for `next_logits` with as many steps."""
+        """A cache for `next_logits` with this number of steps."""
 
     @abstractmethod
     def next_logits(
@@ -213,13 +213,13 @@ class LanguageModel(nn.Module, ABC):
         holds the normals of the token at each position.
         """
 
-    # The same for all
+    # The same for all subclasses
 
     def features(self, hidden: Hidden) -> Features:
         """The noisy rows, normalised, [N, T, D]."""
         return Features(self._normed(hidden.x), hidden.cond)
 
-    # What subclasses build on
+    # Helpers of subclasses
 
     def _layers_of(self, count: int, kind: ConditioningKind) -> nn.ModuleList:
         config = self.config
@@ -253,14 +253,14 @@ class LanguageModel(nn.Module, ABC):
         return self._element * self.noise_scale * z_in
 
     def _with_level(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The rows of a single stream, and the conditioning of its layers."""
+        """The rows of a single stream with the level added, and the conditioning of its layers."""
         if cond is None or self.config.conditioning != "none":
             return x, cond
         return x + (self._element * over_rows(cond, x)).to(x.dtype), None
 
     @property
     def _element(self) -> float:
-        """The size of an element of a token's embedding."""
+        """The typical size of an element of a token's embedding."""
         return self.config.embed_scale / math.sqrt(self.config.width)
 
     def _rotary(self, positions: Tensor) -> Rotary:
