@@ -1,7 +1,7 @@
-"""A masked diffusion language model: it predicts the masked tokens of a text, from both sides.
+"""A masked diffusion language model, which predicts the masked tokens of a text from both sides.
 
-`dblocks.unmask` writes text with it, also in the gaps of a given one, and
-`dblocks.sampling.masked_likelihood` measures its bound.
+`dblocks.unmask` generates text with it and fills gaps; `dblocks.sampling.masked_likelihood`
+computes its bound.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from dblocks.nn import (
 )
 from dblocks.schedules import MASKED, MaskLevel
 
-# Standard deviation of a number of an embedding at the start. With .06 a small model on characters
-# took twice the steps to learn more than their frequencies, with .7 a few more (tried), though with
-# .2 the logits of the tied output head begin too sharp.
+# Initial std of an element of an embedding. With .06 a small model on characters took twice the
+# steps to learn more than their frequencies, with .7 a few more (tried), though with .2 the logits
+# of the tied output head start too sharp.
 EMBEDDING_STD = 0.2
 
 
 @dataclass(frozen=True)
 class MaskedLMConfig(TokenModelConfig):
-    """Sizes of a `MaskedLM`; the mask is none of the V tokens."""
+    """Sizes of a `MaskedLM`; the mask is not one of the V tokens."""
 
     depth: int = 12
     """Number of layers."""
@@ -49,16 +49,16 @@ class MaskedLMConfig(TokenModelConfig):
 
 
 class Context(NamedTuple):
-    """What is known of texts beside their state."""
+    """What is known about texts, in addition to their state."""
 
     known: Tensor | None
     """The tokens that are given, int64 [N, T] with `MASKED` elsewhere; None without any."""
     shown: Tensor | None
-    """bool [N, T], false at padding, which nothing attends to; None without any."""
+    """bool [N, T], false at padding, which nothing attends to; None without padding."""
 
 
 class Hidden(NamedTuple):
-    """What the layers leave."""
+    """The result of the layers."""
 
     x: Tensor
     """Rows [N, T, D]."""
@@ -67,10 +67,10 @@ class Hidden(NamedTuple):
 
 
 class FirstRows:
-    """The embeddings of the tokens without the mask's, as the matrix of the output head.
+    """The embeddings of the tokens, without that of the mask, as the matrix of the output head.
 
     Args:
-        embedding: of the tokens and the mask.
+        embedding: embeddings of the tokens and the mask.
     """
 
     bias = None
@@ -90,20 +90,20 @@ class MaskedLM(nn.Module):
         DiffusionBlocks(MaskedLM(config), BlocksConfig(3, schedule=MaskSchedule("cosine")))
 
     A state z holds tokens, and `MASKED` where they are masked; the rows are token embeddings, and
-    for masks one learned row. There are logits for the V tokens only, so the mask is never
-    predicted; the estimate of a text is the softmax of the logits where it is masked, and the
-    token itself elsewhere. The loss of a sample is the cross-entropy summed over its masked tokens,
-    divided by T: weighted, it is the bound in nats a token.
+    one learned row for masks. There are logits for the V tokens only, so the mask is never
+    predicted; the estimate of a text is the softmax of the logits where it is masked, and the token
+    itself elsewhere. The loss of a sample is the cross-entropy summed over its masked tokens,
+    divided by T: with the schedule's weight, it is the bound in nats per token.
 
-    A batch holds "tokens", int64 [N, T]. It may hold "loss_mask", bool [N, T], false at tokens that
-    are given: they are never masked and not scored, such as a prompt. The bound is then that of the
-    others, given these, still for each token. It may also hold "attention_mask", [N, T], 0 at
-    padding before or after each text, which changes nothing for the text: nothing attends to it,
-    and it is never masked or scored. Positions are relative, so that they may begin anywhere.
+    A batch holds "tokens", int64 [N, T]. Optional: "loss_mask", bool [N, T], false at given tokens,
+    such as a prompt, which are never masked or scored; the bound is then that of the other tokens
+    given these. "attention_mask", [N, T], 0 at padding before or after each text, which does not
+    affect the text: nothing attends to it, and it is never masked or scored. Positions are
+    relative, so that they may begin anywhere.
 
-    RMS norms, rotary positions, SwiGLU, no biases but in modulations. Weights start from a normal
-    of std s = sqrt(2/(5 D)) (Nguyen and Salazar 2019), those that end a branch from s/sqrt(2*depth)
-    (GPT-2), embeddings from one of std .2, modulations at zero, but for gates at `gate_init`.
+    RMS norms, rotary positions, SwiGLU, no biases except in modulations. Initialisation: weights
+    normal with std s = sqrt(2/(5 D)) (Nguyen and Salazar 2019), the last of a branch
+    s/sqrt(2*depth) (GPT-2), embeddings .2; modulations zero, gates `gate_init`.
 
     Args:
         config: the sizes.
@@ -111,7 +111,7 @@ class MaskedLM(nn.Module):
     Source: Shi et al. 2024 (MD4), arXiv 2406.04329.
     """
 
-    reads = ()  # beside what its target does
+    reads = ()  # in addition to its target's
     call_reads = ("attention_mask",)
 
     def __init__(self, config: MaskedLMConfig) -> None:
@@ -138,12 +138,12 @@ class MaskedLM(nn.Module):
 
     @property
     def target(self) -> MaskedTokenTarget:
-        """The tokens that are masked."""
+        """The masked tokens."""
         head = FirstRows(self.embedding) if self.readout is None else self.readout
         return MaskedTokenTarget(head, self.config, padding=True)
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
-        """The tokens that are given, and which are no padding.
+        """The context: given tokens, and where there is no padding.
 
         Raises:
             ValueError: `drop` is given; a language model has no null condition.
@@ -183,7 +183,7 @@ class MaskedLM(nn.Module):
 
     @property
     def sizes(self) -> MaskedLMConfig:
-        """Of the vocabulary and of the longest text."""
+        """Sizes of the vocabulary and of the longest text."""
         return self.config
 
     def features(self, hidden: Hidden) -> Tensor:
@@ -214,7 +214,7 @@ class MaskedLM(nn.Module):
 
 
 def _attend_to(shown: Tensor) -> Attend:
-    """Attention of all rows to those that are shown, bool [N, T]."""
+    """Attention of all rows to those where `shown`, bool [N, T], is true."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return nnf.scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""Images as patches: fixed positions of them, and the way back to an image."""
+"""Patches of images: their fixed position embeddings, and images from patches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sincos_positions(
     native: tuple[int, int],
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Positions of the patches of an image, row by row: sines and cosines of two coordinates.
+    """Position embeddings of the patches of an image, row by row: sines and cosines of x and y.
 
         [sin(x w) | cos(x w) | sin(y w) | cos(y w)],   w_k = 10000^(-4k/dim),  k = 0 .. dim/4 - 1
 
@@ -50,7 +50,7 @@ def sincos_positions(
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """The image of tokens that hold the pixels of a patch each, in the order row, column, channel.
+    """The image from tokens that each hold the pixels of a patch, ordered by row, column, channel.
 
     Args:
         tokens: [N, rows*columns, patch_size^2*C], row by row of the image.

@@ -1,9 +1,9 @@
 """A recurrent-depth language model whose recurrence is the denoising of the next token.
 
-A few layers, the core, are applied over and over between a prelude and a coda. In blocks the state
-that they refine is the noisy embedding of the next token, so that training calls the core once and
-sampling as often as there are Euler steps. The same modules run as plain recurrent model, Huginn,
-the baseline. `dblocks.generate` writes text with either.
+A few layers, the core, are applied repeatedly between a prelude and a coda. In blocks the state
+that they refine is the noisy embedding of the next token, so that training calls the core once, and
+sampling once per Euler step. The same modules also run as a plain recurrent model (Huginn), the
+baseline. `dblocks.generate` generates text with both.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from dblocks.schedules import NoiseLevel
 from dblocks.schedules.random import draw_seed
 
 # Geiping et al. 2025 and the code they published
-STATE_STD = math.sqrt(2 / 5)  # of the initial state, before it is cut off
+STATE_STD = math.sqrt(2 / 5)  # of the initial state, before truncation
 STATE_CUT = 3.0  # standard deviations
-RECURRENCE_STD = 0.5  # of the logarithm of the Poisson's rate
+RECURRENCE_STD = 0.5  # std of the logarithm of the Poisson rate
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class RecurrentConfig(LanguageModelConfig):
     heads: int = 2
     """Attention heads; a divisor of the width that leaves heads of even width."""
     prelude: int = 2
-    """Layers that read the clean tokens, once."""
+    """Number of layers that process the clean tokens, once."""
     core: int = 4
-    """Layers that are applied again and again; what blocks divide."""
+    """Number of layers that are applied repeatedly; these are divided into blocks."""
     coda: int = 2
-    """Layers between the core and the output head."""
+    """Number of layers between the core and the output head."""
     mean_recurrence: int = 32
-    """How often training applies the core in the plain model, about, on the average."""
+    """Approximate mean number of times that training of the plain model applies the core."""
     backprop_depth: int = 8
-    """How many of these, the last ones, gradients go through."""
+    """Number of the last recurrences through which gradients flow."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,15 +62,15 @@ class RecurrentConfig(LanguageModelConfig):
 
 
 class RecurrentContext(NamedTuple):
-    """What noisy rows are predicted from."""
+    """The context from which noisy rows are predicted."""
 
     x: Tensor
-    """Embeddings of the clean tokens that have rows, [N, T, D]; in a single stream [N, 0, D]."""
+    """Embeddings of the clean rows, [N, T, D]; in a single stream [N, 0, D]."""
     before: Tensor
-    """For all rows, clean ones first, what the prelude made of the token before, [N, 2T, D], or
-    [N, T, D] in a single stream; 0 for a first token."""
+    """For each row, clean ones first, the prelude's output for the token before, [N, 2T, D], or [N,
+    T, D] in a single stream; 0 for a first token."""
     rotary: Rotary
-    """Rotations of these rows."""
+    """Rotary embeddings of these rows."""
     attend: Attend | None
     """The attention of core and coda; None for plain causal attention."""
 
@@ -81,32 +81,32 @@ class RecurrentLM(LanguageModel):
     With E the embeddings, e = norm(prelude(E[tokens])), A a matrix of 2D columns, and [s; e] one
     row above the other:
 
-    * As denoiser, row i is of token i: `h = coda(norm(core(A [s_i; e_{i-1}])))`, where the state
-      s_i is the exact embedding in clean rows, under the null conditioning, and the noisy one in
-      noisy rows; both times sqrt(D)/embed_scale, so that s and e are alike in size. Noisy row i
-      sees the clean rows before its own and itself. In a single stream there are the noisy rows
-      only, under causal attention: e_{i-1} tells each of its token before. The prelude is causal,
-      knows no noise, and runs once for any number of Euler steps: K of them are K calls of core and
-      coda. In several blocks each has some of the core's layers, and all use the prelude (where
-      text is written, once for each block's cache), the adapter, the norm and the coda.
+    * As a denoiser, row i is for token i: `h = coda(norm(core(A [s_i; e_{i-1}])))`, where the state
+      s_i is the clean embedding in clean rows, with the null conditioning, and the noisy one in
+      noisy rows; both are scaled by sqrt(D)/embed_scale, so that s and e have the same size. Noisy
+      row i sees the clean rows before its own and itself. A single stream has noisy rows only, with
+      causal attention: e_{i-1} provides the token before. The prelude is causal, does not depend on
+      noise, and runs once for any number of Euler steps: K steps are K calls of core and coda. With
+      several blocks, each has some of the core's layers, and all use the prelude (in generation,
+      once for each block's cache), the adapter, the norm and the coda.
     * The plain model is Huginn: from a random s, `s <- norm(core(A [s; e]))` r times, then
       `coda(s)`; row i predicts token i + 1. Training draws r from `Poisson(exp(u)) + 1` with
-      `u ~ N(ln(mean_recurrence) - 1/8, 1/4)`, so 33 on the average for 32; gradients go through the
-      last `backprop_depth` recurrences. The initial state is normal of variance 2/5, cut off at 3
-      standard deviations, drawn from the reproducible noise of `F.noise_inject`.
+      `u ~ N(ln(mean_recurrence) - 1/8, 1/4)`, with mean 33 for 32; gradients flow through the last
+      `backprop_depth` recurrences. The initial state is normal with variance 2/5, truncated at 3
+      std, drawn from the reproducible noise of `F.noise_inject`.
 
-    Kept of the original: the shape 2-4-2, the adapter, the norm after the core, the initial state,
-    the recurrences and their truncation. Layers are the pre-norm ones of this library instead of
-    sandwich layers, which end in norms: hence the norm after the prelude here. The coda has a norm
-    of its own after it, that the original shares with the core. Branches start from s/sqrt(2*l)
-    with l the layers that there are, 8, not those of the mean unrolled depth, 132.
+    As in the original: the shape 2-4-2, the adapter, the norm after the core, the initial state,
+    the recurrences and their truncation. Layers are this library's pre-norm layers instead of
+    sandwich layers, which end in norms: hence the norm after the prelude. The norm after the coda
+    is separate; in the original it is shared with the core. Branches are initialised with
+    s/sqrt(2*l) for the l = 8 layers, not for the mean unrolled depth, 132.
 
-    `LanguageModel` tells of batches, the output head, the loss and the start of the weights.
+    See `LanguageModel` for batches, the output head, the loss and the initialisation.
 
     Args:
         config: the sizes.
 
-    Source: Geiping et al. 2025, arXiv 2502.05171; as denoiser Shing et al. 2026.
+    Source: Geiping et al. 2025, arXiv 2502.05171; as a denoiser Shing et al. 2026.
     """
 
     config: RecurrentConfig
@@ -131,10 +131,10 @@ class RecurrentLM(LanguageModel):
 
         Args:
             tokens: int64 [N, T].
-            cu_seqlens: ends of packed documents; the attention's mask has T*T elements then.
+            cu_seqlens: boundaries of packed documents; the attention mask then has T*T elements.
             num_recurrences: how often the core is applied; `mean_recurrence` by default.
-            noise: normals [N, T, D] that the initial state is made of.
-            generator: a CPU generator, of which one number is drawn in their place.
+            noise: normals [N, T, D] for the initial state.
+            generator: a CPU generator, of which one number is drawn for them otherwise.
         """
         batch = TokenBatch.of({"tokens": tokens, "cu_seqlens": cu_seqlens}, self.config)
         target = self.target.fixed()
@@ -156,13 +156,12 @@ class RecurrentLM(LanguageModel):
         num_recurrences: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The mean cross-entropy of the plain model over the tokens that are scored, 0-d, in nats.
+        """The mean cross-entropy of the plain model over the scored tokens, 0-d, in nats.
 
         Args:
             batch: as for training in blocks.
             num_recurrences: how often the core is applied; drawn by default.
-            generator: a CPU generator, of which the recurrences and the seed of the state are
-                drawn.
+            generator: a CPU generator, which draws the recurrences and the seed of the state.
         """
         given = TokenBatch.of(batch, self.config)
         check_entries(self, batch, self.target)
@@ -173,7 +172,7 @@ class RecurrentLM(LanguageModel):
         return target.next_loss(features, given)
 
     def draw_recurrences(self, generator: torch.Generator | None = None) -> int:
-        """How often a training step of the plain model applies the core."""
+        """Draws how often a training step of the plain model applies the core."""
         check_generator(generator)
         mean = math.log(self.config.mean_recurrence) - RECURRENCE_STD**2 / 2
         u = torch.randn((), generator=generator, device="cpu")
@@ -224,7 +223,7 @@ class RecurrentLM(LanguageModel):
     ) -> Hidden:
         """As `run_layers` for a noisy row; see `LanguageModel.run_cached`.
 
-        The prelude runs on `tokens` alone, and the cache keeps what it made of the last of them.
+        The prelude runs on `tokens` only, and the cache keeps its output for the last of them.
         """
         C = tokens.shape[1]
         clean, rotary = self._embed(tokens, table), self._rotary(cache.positions(C + 1))
@@ -243,7 +242,7 @@ class RecurrentLM(LanguageModel):
 
     @property
     def plain_noise_width(self) -> int:
-        """D normals a token, for the initial state."""
+        """D: normals per token, for the initial state."""
         return self.config.width
 
     def plain_steps(self, num_steps: int | None) -> int:
@@ -263,7 +262,7 @@ class RecurrentLM(LanguageModel):
         return self(tokens, num_recurrences=num_steps, generator=generator)
 
     def new_plain_cache(self, slots: Slots, num_steps: int) -> KVCache:
-        """A cache for `next_logits`: every application of the core has its own keys and values."""
+        """A cache for `next_logits`: each application of the core has its own keys and values."""
         core = num_steps * len(self.layers)
         return KVCache(slots, len(self.prelude) + core + len(self.coda))
 
@@ -296,7 +295,7 @@ class RecurrentLM(LanguageModel):
         self.coda = self._layers_of(config.coda, config.conditioning)
 
     def _read(self, x: Tensor, rotary: Rotary, attends: Sequence[Attend | None]) -> Tensor:
-        """What the prelude makes of tokens, e."""
+        """The prelude's output e."""
         for layer, attend in zip(self.prelude, attends, strict=True):
             x = layer(x, None, rotary=rotary, attend=attend)
         return self.prelude_norm.modulate(x, None, None)
@@ -318,12 +317,12 @@ class RecurrentLM(LanguageModel):
         """Noisy rows [N, R, D] after core and coda.
 
         Args:
-            layers: of the core.
+            layers: layers of the core.
             clean: embeddings [N, C, D].
             z_in: noisy embeddings [N, R, D].
-            before: what the prelude made of the token before each, [N, C + R, D].
+            before: the prelude's output for the token before each row, [N, C + R, D].
             cond: conditioning of the noisy rows.
-            rotary: rotations of all rows.
+            rotary: rotary embeddings of all rows.
             attends: the attention of each layer, of core and coda.
         """
         noisy = self._noisy_rows(z_in, clean)
@@ -373,7 +372,7 @@ class RecurrentLM(LanguageModel):
         return state
 
     def _drawn(self, tokens: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Normals [N, T, D] on the device, of a seed drawn on the CPU."""
+        """Normals [N, T, D] on the device, from a seed drawn on the CPU."""
         seed = draw_seed(generator)
         shape = (1, tokens.numel() * self.config.width)
         one = torch.ones((), device=tokens.device)
@@ -382,7 +381,7 @@ class RecurrentLM(LanguageModel):
 
 
 def initial_state(noise: Tensor) -> Tensor:
-    """A normal of variance 2/5, cut off at 3 std, as a function of standard normals."""
+    """Normals with variance 2/5, truncated at 3 std, as a function of standard normals."""
     below = math.erfc(STATE_CUT / math.sqrt(2)) / 2
     uniform = below + (1 - 2 * below) * torch.special.ndtr(noise.double())
     return (STATE_STD * torch.special.ndtri(uniform)).float()

@@ -1,4 +1,4 @@
-"""Sizes that all models of tokens have."""
+"""Sizes common to all models of tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dblocks.config import JsonConfig
 from dblocks.nn import ConditioningKind, conditioning_of
 
-MLP_MULTIPLE = 8  # widths of matrix products that hardware likes
+MLP_MULTIPLE = 8  # a multiple that suits matrix units
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class TokenModelConfig(JsonConfig):
     kv_heads: int | None = None
     """Key/value heads, a divisor of heads; as many as heads by default."""
     mlp_ratio: float = 8 / 3
-    """Width inside the MLP over D, rounded up to a multiple of 8."""
+    """Width inside the MLP divided by D; the width is rounded up to a multiple of 8."""
     rope_theta: float = 10_000.0
     """Base of the rotary positions' frequencies."""
     conditioning: ConditioningKind = "dit"
-    """How rows are conditioned on their level: dit, official, or none for plain Llama."""
+    """Convention of conditioning on the level: dit, official, or none for plain Llama layers."""
     gate_init: float = 0.0
-    """What the gates of conditioned layers start at: 0, as published, or 1, the plain layer."""
+    """Initial value of the gates of conditioned layers: 0, as published, or 1, the plain layer."""
     tied: bool = True
-    """Whether the output head uses the token embeddings; else it has a matrix of its own."""
+    """Whether the output head uses the token embeddings; else it has a separate matrix."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

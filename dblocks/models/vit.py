@@ -43,8 +43,8 @@ from dblocks.schedules import NoiseLevel
 from dblocks.schedules.random import draw_device
 
 INIT_STD = 0.02  # class token and null image; Dosovitskiy et al. 2021
-# As large as the patch tokens that Xavier weights make of pixels: at .02 the layers hardly see
-# positions, and blocks learn digits much more slowly (tried).
+# The size of patch tokens under Xavier weights: at .02 the layers hardly see positions, and blocks
+# learn digits much more slowly (tried).
 POSITION_STD = 0.5
 
 Noise = Literal["none", "paper", "unit_variance"]
@@ -55,17 +55,18 @@ class ViTConfig(ImageModelConfig):
     """Sizes of a `ViT`; the defaults are those for CIFAR-size images."""
 
     conditioning: ConditioningKind = "dit"
-    """How layers are conditioned on the noise: dit, official, or none for the classical ViT."""
+    """Convention of conditioning on the noise level: dit, official, or none for the original
+    ViT."""
     image_drop: float = 0.0
-    """Probability of training without the image, for guidance."""
+    """Probability of dropping the image in training, for guidance."""
     embed_scale: float = 1.0
     """Norm of a label's embedding."""
     head: Head = "posterior"
-    """What logits are: "posterior", a prediction from the image plus the exact log-likelihood of
+    """Form of the logits: "posterior", a prediction from the image plus the exact log-likelihood of
     the noisy label; or "learned", as published, an output head on the EDM-preconditioned token."""
     noise_scale: float | None = 0.1
-    """What a learned factor of the noisy label starts at, beside the class token; None: the noisy
-    label is the first token itself, as published."""
+    """Initial value of the learned factor of the noisy label, which is added to the class token;
+    None: the noisy label replaces the class token, as published."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,13 +85,13 @@ class ViTConfig(ImageModelConfig):
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image."""
+        """Number of patches of an image."""
         height, width = self.height_width
         return (height // self.patch_size) * (width // self.patch_size)
 
 
 class Hidden(NamedTuple):
-    """What the layers leave."""
+    """The result of the layers."""
 
     x: Tensor
     """Tokens [N, 1 + P, D]."""
@@ -101,28 +102,27 @@ class Hidden(NamedTuple):
 class ViT(nn.Module):
     """A vision transformer; `DiffusionBlocks(ViT(config), ...)` trains it in blocks.
 
-    As denoiser, the first token is `class token + a*c_in*z`, of the noisy label embedding z and a
-    learned number a, the patches are the others. With h the first token after the layers, E the
+    As a denoiser, the first token is `class token + a*c_in*z` with the noisy label embedding z and
+    a learned scalar a; the others are the patches. With h the first token after the layers, E the
     label embeddings, and shift and scale from the noise level,
 
         posterior   logits = Linear(LN(h)) + E z / sigma^2
         learned     logits = Linear(m*(1 + scale) + shift),   m = c_skip*z + c_out*LN(h)
 
-    The first is Bayes' rule: what the layers have to learn is ln p(class | image), at every level.
-    The loss is the logits' cross-entropy; the denoised estimate is the expectation of the label
-    embedding under them.
+    The first is Bayes' rule: the layers learn ln p(class | image), at every level. The loss is the
+    cross-entropy of the logits; the denoised estimate is the expected label embedding.
 
-    End to end, `vit(images)` is the plain classifier with a learned class token and, where the
-    layers are conditioned on noise, the null conditioning.
+    End to end, `vit(images)` is the plain classifier with a learned class token and, if the layers
+    are conditioned on noise, the null conditioning.
 
-    Positions start from a normal of std .5, class token and null image of .02, linear layers
-    Xavier uniform, modulations and the classifier at zero, but for gates at `gate_init`.
+    Initialisation: positions normal with std .5, class token and null image .02, linear layers
+    Xavier uniform, modulations and the classifier zero, gates `gate_init`.
 
     Args:
         config: the sizes.
     """
 
-    reads = ()  # beside what its target does
+    reads = ()  # in addition to its target's
     call_reads = ("images",)
 
     def __init__(self, config: ViTConfig) -> None:
@@ -197,7 +197,7 @@ class ViT(nn.Module):
         level: NoiseLevel,
         condition: Tensor,
     ) -> Hidden:
-        """Runs `layers` on the noisy label embedding [N, D] beside the patch tokens."""
+        """Runs `layers` on the noisy label embedding [N, D] and the patch tokens."""
         cond = None if self.noise_embedding is None else self.noise_embedding(level.c_noise)
         if self.noise_scale is not None:
             z_in = self.class_token + self.noise_scale * z_in
@@ -252,33 +252,34 @@ def classify(
     guidance_scale: float = 1.0,
     sampler: Sampler = "euler",
 ) -> Tensor:
-    """Logits of a block-wise trained `ViT`.
+    """Classifies images with a `ViT` in blocks.
 
-    By default log-probabilities of the product of all blocks' predictions, one call each, see
-    `product_logits`; where blocks were trained without a `top_share`, or steps are asked for, Euler
-    (or Heun) steps, and the last call's logits. Steps begin at 0, the mean of the noise at
-    sigma_max, and end near the most likely class; from noise, as published, they end in a class
-    drawn from what the blocks think likely, which is right less often. The last call is at
-    sigma_min, where logits are nearly those of one class: their order tells the class, not how sure
-    the model is.
+    By default, log-probabilities of the product of all blocks' predictions, one call each, see
+    `product_logits`. If blocks were trained without a `top_share`, or `num_steps` or `sigmas` is
+    given, the logits of the last of several Euler (or Heun) steps. Steps begin at 0, the mean of
+    the noise at sigma_max, and end near the most likely class; from noise, as published, they end
+    in a class sampled from the posterior, which is correct less often. The last call is at
+    sigma_min, where the posterior is nearly one class: use these logits for their order, not as
+    confidences.
 
     Args:
-        model: the blocks of a `ViT`, also inside torch.compile's or AveragedModel's wrapper.
+        model: the blocks of a `ViT`, possibly inside the wrapper of torch.compile or AveragedModel.
         images: [N, C, H, W].
         num_steps: steps of the equal-mass grid; the number of blocks by default.
         sigmas: a grid to use instead.
         noise: the initial state: "none", or a kind of `initial_noise`.
-        generator: source of the noise, on any device; by default that of the images' device.
+        generator: source of the noise, on any device; by default the default generator of the
+            images' device.
         guidance_scale: weight of the image against the null image; 1 is no guidance.
-        sampler: how steps are made, "euler" or "heun"; see `sample_heun`.
+        sampler: "euler" or "heun"; see `sample_heun`.
 
     Returns:
         float32 [N, num_classes].
 
     Raises:
-        TypeError: `model` is no `DiffusionBlocks`.
-        ValueError: both `num_steps` and `sigmas` are given, or `num_steps` is not positive; or
-            a `sampler` is asked for where no steps are made.
+        TypeError: `model` is not a `DiffusionBlocks`.
+        ValueError: both `num_steps` and `sigmas` are given, `num_steps` is not positive, or a
+            `sampler` is given without steps.
     """
     model = unwrapped(model)
     if not isinstance(model, DiffusionBlocks):

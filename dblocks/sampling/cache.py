@@ -1,4 +1,4 @@
-"""Keys and values of rows that do not change any more, for generating token by token."""
+"""The key-value cache of text generation."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dblocks.nn import Attend
 
 
 class Slots:
-    """Where the tokens of a batch stand in a cache, and at which positions.
+    """The slots of a batch's tokens in a cache, and their positions.
 
-    Prompts start in slot 0; the tokens that follow take the slots from P on, the length of the
-    longest prompt, whatever the length of their own prompt. The slots between are never seen.
+    Prompts start in slot 0; new tokens take the slots from P on, the length of the longest prompt.
+    Slots between the end of a shorter prompt and P are masked.
 
     Args:
-        lengths: of the prompts; Python numbers, so that nothing synchronises.
+        lengths: lengths of the prompts; Python numbers, so that nothing synchronises.
         capacity: number of slots.
         device: device of the cache.
-        block_size: tokens that are written at once; the end of a prompt ends a block.
+        block_size: number of tokens generated at once; the end of a prompt ends a block.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Slots:
         return torch.where(slot < self.prompt, slot, slot - (self.prompt - self.lengths)[:, None])
 
     def mask(self, first: int, last: int) -> Tensor | None:
-        """Which of the slots 0 to last - 1 those from `first` on attend to.
+        """The attention mask of the slots `first` to last - 1 over the slots 0 to last - 1.
 
-        bool [R, last], or [N, 1, R, last] for ragged prompts; None for a single row that attends to
-        all, and for a square of rows that attend to the earlier ones, where no prompt is shorter
-        and blocks are of one token. A row attends to earlier slots and to those of its own block.
+        bool [R, last], or [N, 1, R, last] for ragged prompts. A row attends to earlier slots and to
+        those of its own block. None, for prompts of equal length and blocks of one token, for a
+        single row that attends to all, and for plain causal attention from slot 0.
         """
         plain = self.lengths is None and self.block_size == 1
         if plain and (first == 0 or last - first == 1):
@@ -70,14 +70,14 @@ class Slots:
 
 
 class KVCache:
-    """Keys and values of some layers, [N, Hkv, capacity, D] each, allocated at the first use.
+    """Keys and values of some layers, [N, Hkv, capacity, D] each, allocated at first use.
 
-    Rows are first written, by the functions of `attends`, and then counted, by `commit`; what was
-    not counted is overwritten by the next rows. Beside the keys and values the cache holds rows of
-    features, those of the last tokens, for networks in which a row is of an earlier token.
+    Rows are first written, by the functions of `attends`, and then committed, by `commit`; rows
+    that are not committed are overwritten by the next ones. The cache also holds the feature rows
+    of the last tokens, for networks whose rows are made of an earlier token.
 
     Args:
-        slots: where tokens stand; caches of several blocks share it.
+        slots: the slots of the tokens, shared by the caches of several blocks.
         num_layers: number of layers.
     """
 
@@ -97,21 +97,20 @@ class KVCache:
         return self.slots.positions(self.committed, self.committed + rows)
 
     def attends(self, rows: int, first: int = 0, last: int | None = None) -> list[Attend]:
-        """For the layers `first` to `last`, the attention of the next `rows` rows over the cache
-        and themselves.
+        """The attention of the next `rows` rows over cache and themselves, in layers first..last-1.
 
-        It is called with keys and values of these rows, which it writes into the cache, and with
-        queries of all of them or of the last one.
+        Each function is called with the keys and values of these rows, which it writes into the
+        cache, and the queries of all of them or of the last one.
         """
         mask = self.slots.mask(self.committed, self.committed + rows)
         return [partial(self._attend, layer, mask) for layer in range(len(self._kv))[first:last]]
 
     def before(self, x: Tensor, distance: int = 1) -> Tensor:
-        """What stands `distance` tokens before each of the next R slots and as many after them.
+        """Features of the tokens `distance` before each of the next R + `distance` slots.
 
         Args:
             x: features of the next R slots, [N, R, D].
-            distance: how many tokens to look back.
+            distance: number of tokens to look back.
 
         Returns:
             [N, R + distance, D]: the features of those tokens; 0 before the first token.
@@ -120,7 +119,7 @@ class KVCache:
         rows = torch.cat([held, x], dim=1)
         lengths, first = self.slots.lengths, self.slots.prompt - self.committed
         if lengths is not None and 0 < first <= x.shape[1]:
-            # Of a shorter prompt, slots without tokens lie between its end and the next token.
+            # Slots without tokens lie between the end of a shorter prompt and the next token.
             back = torch.arange(-distance, 0, device=x.device)
             index = (lengths - self.committed)[:, None] + back + distance
             index = index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2])
@@ -128,19 +127,19 @@ class KVCache:
         return rows
 
     def commit(self, rows: int, last: Tensor | None = None) -> None:
-        """Keeps the first `rows` of the rows written last, and `last` for `before`."""
+        """Commits the first `rows` of the rows written last, and keeps `last` for `before`."""
         self.committed += rows
         self._last = self._last if last is None else last
 
     def last_row(self, x: Tensor) -> Tensor:
-        """Of rows [N, R, D] that are about to be committed, each sample's last one, [N, 1, D]."""
+        """Each sample's last row, [N, 1, D], of rows [N, R, D] that are about to be committed."""
         lengths, end = self.slots.lengths, self.committed + x.shape[1]
         if lengths is None or end > self.slots.prompt:
             return x[:, -1:]
         return self._prompt_ends(x, lengths)
 
     def _prompt_ends(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """Of rows [N, R, D] that hold all prompts' last tokens, those rows, [N, 1, D]."""
+        """The rows of the prompts' last tokens, [N, 1, D], among rows [N, R, D]."""
         index = (lengths - 1 - self.committed)[:, None, None]
         return x.gather(1, index.expand(-1, 1, x.shape[2]))
 
@@ -148,7 +147,7 @@ class KVCache:
         """Writes keys and values of the next rows, [N, Hkv, R, Dk] and [N, Hkv, R, Dv].
 
         Returns:
-            Those of all slots up to the last one written.
+            Keys and values of all slots up to the last one written.
         """
         first, last = self.first, self.first + k.shape[2]
         keys, values = self._stored(layer, k, v)
@@ -169,7 +168,7 @@ class KVCache:
         held = self._kv[layer]
         if held is None:
             capacity = self.slots.capacity
-            # Zeros: a slot that is never written must not hold a NaN, which a mask lets through.
+            # Zeros: a slot that is never written must not hold a NaN, which would pass the mask.
             held = self._kv[layer] = (
                 k.new_zeros(*k.shape[:2], capacity, k.shape[3]),
                 v.new_zeros(*v.shape[:2], capacity, v.shape[3]),

@@ -12,12 +12,10 @@ from dblocks.config import check_count
 
 
 class Choice:
-    """How a token is chosen from logits.
-
-    Args:
-        temperature: what logits are divided by; 0 takes the most likely token.
-        top_k: how many tokens are kept.
-        top_p: probability that the tokens that are kept must reach.
+    """Chooses a token from logits. Args:
+    temperature: divisor of the logits; 0 takes the most likely token.
+    top_k: number of most likely tokens to keep.
+    top_p: keep the fewest most likely tokens whose probabilities sum to at least this.
     """
 
     def __init__(
@@ -32,11 +30,11 @@ class Choice:
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
-        self._failed: Tensor | None = None  # on a GPU: whether logits were not finite so far
+        self._failed: Tensor | None = None  # on a GPU: whether any logits so far were not finite
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What tokens are drawn from, float64 [N, V], of logits [N, V]; temperature is not 0."""
-        # The largest becomes 0, so that no temperature, however small, makes an infinite one.
+        """The probabilities to sample from, float64 [N, V], for logits [N, V]; needs temperature > 0."""
+        # The largest becomes 0, so that no small temperature makes one infinite.
         logits = logits.double()
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None:
@@ -51,11 +49,11 @@ class Choice:
         return torch.zeros_like(ordered).scatter(-1, index, ordered * kept)
 
     def token(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """The token that each uniform number in (0, 1), float64 [N], picks; int64 [N].
+        """The tokens chosen by uniform numbers in (0, 1), float64 [N]; int64 [N].
 
         Raises:
             FloatingPointError: logits are NaN, infinite, or -inf for every token. On a GPU, where
-                looking would synchronise, `check` raises it later.
+                the check would synchronise, `check` raises it later.
         """
         failed = ~logits.amax(-1).isfinite().all()
         if logits.device.type == "cpu":
@@ -65,16 +63,16 @@ class Choice:
             self._failed = failed if self._failed is None else self._failed | failed
         if self.temperature == 0:
             return logits.argmax(-1)
-        # Of the cumulative distribution: unlike torch.multinomial, a row at a time.
+        # By the cumulative distribution: unlike torch.multinomial, each row independently.
         cdf = self.probabilities(logits).cumsum(-1)
         found = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
-        return found.clamp_(max=logits.shape[-1] - 1)  # of NaN: beyond the last
+        return found.clamp_(max=logits.shape[-1] - 1)  # for NaN the index is past the end
 
     def check(self) -> None:
         """Raises if logits of any token so far were not finite; synchronises with a GPU.
 
         Raises:
-            FloatingPointError: they were.
+            FloatingPointError: if so.
         """
         if self._failed is not None and self._failed:
             raise FloatingPointError(
@@ -84,15 +82,15 @@ class Choice:
 
 
 class Repeats:
-    """A penalty of tokens that a text holds already: logits l > 0 become l/p, others p*l.
+    """A penalty on tokens that a text already contains: logits l > 0 become l/p, others p*l.
 
-    It is applied to logits as a model gives them, before the temperature.
+    It is applied to the model's logits before the temperature.
 
     Args:
         penalty: p; above 1 makes repetitions less likely.
         texts: tokens of each prompt, int64 [P], P >= 1.
         vocab_size: V.
-        device: of the logits.
+        device: device of the logits.
 
     Raises:
         ValueError: `penalty` is not positive and finite.
@@ -114,7 +112,7 @@ class Repeats:
             self.held = held.to(device)
 
     def penalised(self, logits: Tensor) -> Tensor:
-        """Logits [N, V], with the penalty of the tokens that each text holds."""
+        """Logits [N, V], with the penalty on the tokens of each text."""
         if self.held is None:
             return logits
         less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)

@@ -1,4 +1,4 @@
-"""How text is written, also as a GenerationConfig of transformers says it."""
+"""Options of text generation, also from a GenerationConfig of transformers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from dblocks.config import check_count
 
-TOP_K = 50  # what transformers samples with where a config does not say
+TOP_K = 50  # the default of transformers
 
-# Options that ask for nothing, by the values that do.
+# Options that have no effect at these values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": (), "begin_suppress_tokens": (), "constraints": (),
     "diversity_penalty": (0.0,), "dola_layers": (), "early_stopping": (False,),
@@ -27,8 +27,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop_strings": (), "suppress_tokens": (), "token_healing": (False,), "top_h": (),
     "typical_p": (1.0,), "use_mtp": (False,), "watermarking_config": (),
 }  # fmt: skip
-# Options that do not change which tokens are written: of caches, compilation, beginnings of texts
-# (prompts are given), draft models (there is none), logs and files.
+# Options that do not change which tokens are generated: caches, compilation, start tokens (prompts
+# are given), draft models (there is none), logs and files.
 IGNORED = {
     "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit",
     "assistant_ensemble_weight", "assistant_lookbehind", "bos_token_id", "cache_config",
@@ -47,18 +47,18 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Writing:
-    """How text is written; see `stream`."""
+    """Options of text generation; see `stream`."""
 
     max_new_tokens: int | None = None
     max_length: int | None = None
-    """Of a prompt and what follows it, instead."""
+    """Length of a prompt and its continuation, instead of `max_new_tokens`."""
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float = 1.0
     stop_tokens: tuple[int, ...] = ()
     pad_token: int | None = None
-    """What follows a stop token; that token itself by default."""
+    """The token after a stop token; by default the stop token itself."""
     cache: bool = True
 
     @classmethod
@@ -70,17 +70,17 @@ class Writing:
         cache: bool,
         **given: Any,
     ) -> Writing:
-        """Options of `stream`; one that is not None stands above the config's.
+        """Options of `stream`; arguments that are not None override the config.
 
         Args:
             generation_config: of transformers, a mapping of its names, or None.
-            stop_token: as of `stream`.
+            stop_token: as in `stream`.
             cache: likewise.
             **given: other fields, or None.
 
         Raises:
-            TypeError: `generation_config` is something else.
-            ValueError: it asks for what is not done.
+            TypeError: `generation_config` has another type.
+            ValueError: it has an option that is not supported.
         """
         base = cls() if generation_config is None else _from(_read(generation_config))
         named = {name: value for name, value in given.items() if value is not None}
@@ -89,10 +89,10 @@ class Writing:
         return replace(base, cache=cache and base.cache, **named)
 
     def new_tokens(self, longest: int) -> int:
-        """How many tokens are written after a longest prompt of this length.
+        """The number of tokens to generate after a longest prompt of this length.
 
         Raises:
-            ValueError: it is not said, or none.
+            ValueError: the number is missing or not positive.
         """
         if self.max_new_tokens is not None:
             return check_count("max_new_tokens", self.max_new_tokens)
@@ -159,7 +159,7 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _greedy(options: dict[str, Any]) -> dict[str, Any]:
-    # With the values of transformers 4 where nothing is said.
+    # Missing options have the defaults of transformers 4.
     unused = {"temperature": 1.0, "top_k": TOP_K, "top_p": 1.0}
     unread = {n: options[n] for n, plain in unused.items() if options.get(n, plain) != plain}
     if unread:
