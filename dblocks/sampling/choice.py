@@ -33,7 +33,7 @@ class Choice:
         self._failed: Tensor | None = None  # on a GPU: whether any logits so far were not finite
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The probabilities to sample from, float64 [N, V], for logits [N, V]; needs temperature > 0."""
+        """The probabilities to sample from, float64 [N, V], from logits [N, V], temperature > 0."""
         # The largest becomes 0, so that no small temperature makes one infinite.
         logits = logits.double()
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature

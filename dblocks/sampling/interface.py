@@ -1,7 +1,7 @@
-"""What a network offers whose text is written, filled in or scored here.
+"""The interfaces of networks whose text can be generated, filled in or scored.
 
-`CausalLM`, `RecurrentLM`, `MaskedLM` and what `dblocks.convert` makes of language models offer it;
-a network of one's own may. Blocks of tokens need the members of `BlockModel` beside these.
+`CausalLM`, `RecurrentLM`, `MaskedLM` and language models wrapped by `dblocks.convert` implement
+them; your own network may. In blocks, the members of `BlockModel` are also needed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ RowsKind = Literal["single", "doubled"]
 
 @runtime_checkable
 class TokenNetwork(Protocol):
-    """A network of tokens: with a `MaskSchedule`, its blocks fill in masked ones."""
+    """A network of tokens; with a `MaskSchedule`, its blocks fill in masked tokens."""
 
     @property
     def sizes(self) -> TokenSizes:
-        """Of the vocabulary and of the longest text."""
+        """Sizes of the vocabulary and of the longest text."""
         ...
 
 
 @runtime_checkable
 class CausalNetwork(TokenNetwork, Protocol):
-    """A network whose blocks predict a token by denoising its embedding, from those before it."""
+    """A network whose blocks predict a token from those before it by denoising its embedding."""
 
     @property
     def width(self) -> int:
@@ -41,22 +41,22 @@ class CausalNetwork(TokenNetwork, Protocol):
 
     @property
     def rows_kind(self) -> RowsKind:
-        """Whether noisy rows take the place of clean ones or run beside them."""
+        """Whether noisy rows replace clean ones ("single") or run next to them ("doubled")."""
         ...
 
     @property
     def block_size(self) -> int:
-        """How many consecutive tokens are predicted at once."""
+        """Number of consecutive tokens that are predicted at once."""
         ...
 
 
 @runtime_checkable
 class CachedNetwork(CausalNetwork, Protocol):
-    """One that also keeps keys and values of known tokens, for writing text token by token.
+    """A `CausalNetwork` with a key-value cache, to generate text token by token.
 
-    Without a cache they are computed at each call, unless it has an attribute `runs_whole` that is
-    true: then all rows run as in training, by `embed_condition` and `run_layers`, whose result has
-    the fields `x` and `cond`.
+    Without a cache, keys and values are computed in each call. If the network has a true attribute
+    `runs_whole`, all rows then run as in training, by `embed_condition` and `run_layers`, whose
+    result has the fields `x` and `cond`.
     """
 
     @property
@@ -81,26 +81,26 @@ class CachedNetwork(CausalNetwork, Protocol):
         ...
 
     def features(self, hidden: Any) -> Features:
-        """What the target makes logits of, from what `run_cached` returned."""
+        """The input of the target's logits, from the result of `run_cached`."""
         ...
 
 
 @runtime_checkable
 class NextTokenNetwork(Protocol):
-    """A model of the next token, trained end to end, with a cache of its own."""
+    """A next-token model, trained end to end, with a key-value cache."""
 
     @property
     def sizes(self) -> TokenSizes:
-        """Of the vocabulary and of the longest text."""
+        """Sizes of the vocabulary and of the longest text."""
         ...
 
     @property
     def plain_noise_width(self) -> int:
-        """Normals that it draws for each token."""
+        """Number of normals that it draws for each token."""
         ...
 
     def plain_steps(self, num_steps: int | None) -> int:
-        """How often it runs its layers, `num_steps` if it can; else it raises ValueError."""
+        """How often it runs its layers: `num_steps`, or ValueError if that is not supported."""
         ...
 
     @property
@@ -109,7 +109,7 @@ class NextTokenNetwork(Protocol):
         ...
 
     def new_plain_cache(self, slots: Slots, num_steps: int) -> KVCache:
-        """A cache for `next_logits` with as many steps."""
+        """A cache for `next_logits` with this number of steps."""
         ...
 
     def next_logits(

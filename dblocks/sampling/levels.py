@@ -1,4 +1,4 @@
-"""The levels of a sampling grid: which blocks own them, and what they cost."""
+"""The levels of a sampling grid: their blocks and their cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dblocks.sampling.steps import Sampler, Steps
 def grid_of(
     model: Denoiser, num_steps: int | None, sigmas: Tensor | Sequence[float] | None
 ) -> Tensor | Sequence[float]:
-    """The levels that `num_steps` or `sigmas` ask for; one step for each block by default.
+    """The levels given by `num_steps` or `sigmas`; by default one step for each block.
 
     Raises:
         ValueError: both are given, or `num_steps` is not positive.
@@ -34,7 +34,7 @@ def grid_of(
 
 
 def levels_of(sigmas: Tensor | Sequence[float]) -> Tensor:
-    """The levels that are called, on the CPU, in their own dtype; float64 for numbers."""
+    """The levels of the model calls, on the CPU, in their own dtype; float64 for numbers."""
     if not (isinstance(sigmas, Tensor) and sigmas.is_floating_point()):
         sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
     levels = sigmas.detach().cpu().flatten()
@@ -52,7 +52,7 @@ def blocks_of(model: Denoiser, levels: Tensor, *, stacklevel: int = 3) -> list[i
     """The block of each level.
 
     Warns:
-        UserWarning: the levels skip a block, at the caller `stacklevel` calls away.
+        UserWarning: the levels skip a block; reported for the caller `stacklevel` frames up.
     """
     num_blocks = model.config.num_blocks
     blocks = model.config.noise_schedule.block_of(levels, num_blocks).tolist()
@@ -70,12 +70,12 @@ def blocks_of(model: Denoiser, levels: Tensor, *, stacklevel: int = 3) -> list[i
 
 
 class SamplingCost(NamedTuple):
-    """What sampling runs."""
+    """The cost of sampling."""
 
     calls: tuple[int, ...]
-    """Of each block, how often its layers run."""
+    """Number of calls of each block's layers."""
     layer_evaluations: int
-    """Calls of layers for one sample."""
+    """Number of layer calls for one sample."""
 
 
 def sampling_cost(
@@ -85,12 +85,13 @@ def sampling_cost(
     guidance_scale: float = 1.0,
     sampler: Sampler = "euler",
 ) -> SamplingCost:
-    """What sampling with these levels runs: the calls of the sampler, with guidance twice as many.
+    """The cost of sampling with these levels; guidance doubles the calls.
 
     Args:
         model: the blocks.
-        sigmas: descending levels, as of `sample_euler`.
-        guidance_scale: 0 and 1 take one call of the network for each of the sampler's.
+        sigmas: descending levels, as in `sample_euler`.
+        guidance_scale: 0 and 1 need one call of the network for each of the sampler's, other values
+            two.
         sampler: "euler" calls once at each level, "heun" twice at all but the first.
     """
     num_blocks, times = model.config.num_blocks, 1 if guidance_scale in (0, 1) else 2

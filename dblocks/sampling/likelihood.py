@@ -1,4 +1,4 @@
-"""Negative log-likelihoods of tokens under a language model, exact or bounded over all blocks."""
+"""Negative log-likelihoods of tokens under a language model: exact, or a bound over all blocks."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from dblocks.schedules.random import draw_device
 
 
 class Texts(NamedTuple):
-    """Texts with padding behind them, where no causal model sees it."""
+    """Texts with padding moved behind them, where causal models do not see it."""
 
     tokens: Tensor
     """int64 [N, T]."""
     shown: Tensor | None
     """bool [N, T], false at padding; None without any."""
     starts: Tensor | None
-    """Where each began, int64 [N]."""
+    """The original index of each text's first token, int64 [N]."""
 
     @property
     def scored(self) -> Tensor:
-        """Which tokens after the first place are those of a text, as they were, bool [N, T - 1]."""
+        """Which tokens after the first column are scored, as they were placed, bool [N, T - 1]."""
         shown = torch.ones_like(self.tokens, dtype=torch.bool) if self.shown is None else self.shown
         return self.back(shown[:, 1:])
 
     def back(self, values: Tensor) -> Tensor:
-        """Values [N, T - 1] of tokens but the first, where they were; 0 where none is scored."""
+        """Values [N, T - 1] moved back to the original places; 0 where no token is scored."""
         if self.shown is None:
             return values
         values = nnf.pad(values.masked_fill(~self.shown[:, 1:], 0), (1, 0))
@@ -47,20 +47,20 @@ class Bound(NamedTuple):
     """An upper bound of the negative log-likelihood of each token, in nats; all float32."""
 
     nll: Tensor
-    """The bound, an estimate without bias, [N, T - 1]."""
+    """An unbiased estimate of the bound, [N, T - 1]."""
     by_block: Tensor
-    """What each block's denoising adds to it, [B, N, T - 1]."""
+    """The contribution of each block, [B, N, T - 1]."""
     variance: Tensor
-    """What each token adds to the variance of the sum of `nll`, estimated and rather too large than
-    too small, [N, T - 1]; tokens of a block of tokens, which share their levels, add alike."""
+    """A conservative estimate of each token's contribution to the variance of the sum of `nll`, [N,
+    T - 1]; tokens of a block of tokens, which share their levels, contribute equally."""
     scored: Tensor
-    """Which tokens are none of padding nor the first of a text, bool [N, T - 1]."""
+    """Which tokens are neither padding nor the first of a text, bool [N, T - 1]."""
 
     def mean(self, scored: Tensor | None = None) -> tuple[float, float]:
-        """The mean over tokens, and its standard error, of the draws and not of the text.
+        """The mean over tokens, and its standard error due to the random draws (not the text).
 
         Args:
-            scored: bool [N, T - 1], of which padding is left out; all by default.
+            scored: bool [N, T - 1], the tokens to average over, without padding; all by default.
 
         Raises:
             ValueError: no token is scored.
@@ -86,19 +86,20 @@ def next_token_nll(
 ) -> Tensor:
     """Negative log-likelihood of each token given those before it, in nats.
 
-    In blocks it is that of the first block alone, at sigma_max, whose noise tells nothing: as exact
-    a next-token predictor as the plain model. With `tokens_per_block` tokens at once, p is that of
-    each token given those before its block. Bits per token are the mean over ln 2.
+    In blocks it is that of the first block alone, at sigma_max, where the noisy input carries no
+    information: an exact next-token predictor like the plain model. With `tokens_per_block` tokens
+    at once, p is that of each token given those before its block. Bits per token are the mean
+    divided by ln 2.
 
     Args:
-        model: the blocks of a `CausalLM` or a `RecurrentLM`, or one of these as plain model; the
-            blocks of a converted causal model.
+        model: the blocks of a `CausalLM`, a `RecurrentLM` or a converted causal model, or one of
+            the first two as a plain model.
         tokens: int64 [N, T].
-        num_steps: of a plain `RecurrentLM` its recurrences, by default their mean in training;
-            else 1 or None. Several Euler steps end in a prediction from a state that they drew
-            themselves: their cross-entropy is no likelihood. See `denoising_bound`.
-        generator: source of the noise; by default that of the tokens' device. For a plain
-            `RecurrentLM` on the CPU.
+        num_steps: for a plain `RecurrentLM`, the number of recurrences, by default their mean in
+            training; else 1 or None. Several Euler steps end in a prediction from a state that they
+            drew themselves, whose cross-entropy is not a likelihood. See `denoising_bound`.
+        generator: source of the noise; by default the default generator of the tokens' device. For
+            a plain `RecurrentLM` on the CPU.
         attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
             the text alone; 0 at padding and at the first token of each, which is given. The mean
             is then that over the tokens that are scored.
@@ -108,8 +109,8 @@ def next_token_nll(
         float32 [N, T - 1]: the first token of a sequence is given.
 
     Raises:
-        TypeError: `model` is none of these.
-        ValueError: blocks, or a plain `CausalLM`, are asked for several steps.
+        TypeError: `model` is not one of these.
+        ValueError: `num_steps` is above 1 for blocks or for a plain `CausalLM`.
     """
     model = unwrapped(model)
     check_generator(generator)
@@ -152,8 +153,8 @@ def product_nll(
 
         ln p(k) = mean over blocks of ln p_b(k), normalised
 
-    Each block is called once at sigma_max, whose noise tells nothing, so this is exact; it is the
-    distribution that `generate(product=True)` draws from. See `product_logits`.
+    Each block is called once at sigma_max, where the noisy input carries no information, so this is
+    exact; it is the distribution from which `generate(product=True)` samples. See `product_logits`.
 
     Args:
         model: the blocks of a language model, trained with a `BlocksConfig.top_share`.
@@ -191,22 +192,23 @@ def denoising_bound(
 ) -> Bound:
     """An upper bound of the negative log-likelihood of each token under all blocks, in nats.
 
-    That of a continuous diffusion of the token's embedding y (Kingma et al. 2021), with the last
-    choice of a token from its embedding at sigma_min:
+    The bound of a continuous diffusion of the token's embedding y (Kingma et al. 2021), with a
+    final choice of the token from its embedding at sigma_min:
 
         |y|^2/(2 sigma_max^2)  +  int |y - denoised|^2/sigma^3 d(sigma)  -  ln p(token | z)
 
-    over [sigma_min, sigma_max], each level by the block that owns it; `top_share` has no part in
-    it. The integral is estimated with ln sigma even in each block's range, stratified: a draw in
-    each of `draws` equal parts. It bounds the likelihood of the reverse process with noise of its
-    own, in the limit of small steps, and not of what Euler's method writes.
+    over [sigma_min, sigma_max], each level by the block that owns it; `top_share` does not affect
+    it. The integral is estimated with ln sigma uniform in each block's range and stratified: one
+    draw in each of `draws` equal parts. It bounds the negative log-likelihood of the stochastic
+    reverse process in the limit of small steps, not that of text generated by Euler steps.
 
     Args:
         model: the blocks of a language model.
         tokens: int64 [N, T].
-        draws: levels in each block's range for each token (each block of tokens, where several are
-            written at once), at least 2.
-        generator: source of levels and noise; by default that of the tokens' device.
+        draws: number of levels in each block's range for each token (or each block of tokens), at
+            least 2.
+        generator: source of levels and noise; by default the default generator of the tokens'
+            device.
         attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
             the text alone; 0 at padding and at the first token of each, which is given. The mean
             is then that over the tokens that are scored.
@@ -270,7 +272,7 @@ def _scaled_errors(
     generator: torch.Generator | None,
     cond: Mapping[str, Any],
 ) -> Tensor:
-    """What each stratum of a block's levels adds to the integral, [draws, N, T - 1]."""
+    """The contribution of each stratum of a block's levels to the integral, [draws, N, T - 1]."""
     low, high = map(math.log, levels)
     k, (N, T) = _block_size(model), tokens.shape
     device = draw_device(generator, tokens.device)
@@ -286,12 +288,12 @@ def _scaled_errors(
 
 
 def _variance(errors: Tensor, k: int) -> Tensor:
-    """The variance of the sum over strata of errors [draws, N, T - 1], shared out over tokens.
+    """The variance of the sum over strata of errors [draws, N, T - 1], distributed over tokens.
 
-    Tokens of a block of k share their levels, so that their sum is what varies, not each alone.
+    Tokens of a block of k share their levels, so the variance is that of their sum.
     """
     draws, N, rows = errors.shape
-    # Of neighbouring strata, as if a pair were two draws from both. The first token is no row.
+    # From neighbouring strata, as if a pair were two draws from both. The first token has no row.
     ends = (1, -(rows + 1) % k)
     pairs = nnf.pad(errors[1:] - errors[:-1], ends).view(draws - 1, N, -1, k).sum(-1)
     counts = nnf.pad(errors.new_ones(rows), ends).view(-1, k).sum(-1).clamp(min=1)
@@ -300,7 +302,7 @@ def _variance(errors: Tensor, k: int) -> Tensor:
 
 
 def _block_size(model: DiffusionBlocks) -> int:
-    """How many tokens share a level: those that are written at once."""
+    """The number of tokens that share a level: those that are generated at once."""
     return cast(CausalNetwork, model.base_model).block_size
 
 
@@ -326,7 +328,7 @@ def _of_tokens(model: DiffusionBlocks) -> DiffusionBlocks:
 def _noise_at_top(
     model: DiffusionBlocks, tokens: Tensor, generator: torch.Generator | None
 ) -> Tensor:
-    """A state [N, T, D] at sigma_max for every token, noise of its own alone."""
+    """A state [N, T, D] of pure noise at sigma_max for every token."""
     schedule, width = model.config.noise_schedule, cast(CausalNetwork, model.base_model).width
     device = draw_device(generator, tokens.device)
     z = initial_noise((*tokens.shape, width), schedule, generator=generator, device=device)

@@ -19,17 +19,17 @@ POINTS = 12  # divisible by 1, 2, 3, 4, 6 and 12 blocks
 
 
 def points_for(num_blocks: int) -> int:
-    """The least number of points >= `POINTS` that divides evenly among the blocks."""
+    """The smallest multiple of the number of blocks that is at least `POINTS`."""
     return num_blocks * math.ceil(POINTS / num_blocks)
 
 
 class BoundTerms(NamedTuple):
-    """The bound of some sequences, point by point."""
+    """The bound of some sequences, by point of the quadrature."""
 
     shares: Tensor
     """The mask ratio at each point of the quadrature, ascending float64 [points]."""
     nats: Tensor
-    """What each point adds to the bound of each sequence, in nats, float64 [N, points]."""
+    """The contribution of each point to each sequence's bound, in nats, float64 [N, points]."""
 
     def per_token(self, scored: int) -> Tensor:
         """Nats a masked token at each point, averaged over `scored` tokens, [points]."""
@@ -51,25 +51,25 @@ def bound_terms(
 
         int_0^1 (1/m) E[sum over masked tokens of -ln p(token | the others)] dm
 
-    It is taken at the mid-points of `points` equal cells of m, each by the block that owns its t,
-    whatever overlap training had, with one mask a point and sequence: an unbiased estimate of the
-    mid-point sum, which no kind of schedule changes. Of a smooth integrand the mid-point rule errs
-    by about (second derivative)/(24 points^2).
+    It is evaluated at the mid-points of `points` equal cells of m, each by the block that owns its
+    t (whatever the overlap in training), with one mask per point and sequence: an unbiased estimate
+    of the mid-point sum, which does not depend on the kind of schedule. For a smooth integrand the
+    error of the mid-point rule is about (second derivative)/(24 points^2).
 
     Args:
         model: the blocks of a `MaskedLM`, or any with a `MaskSchedule` whose logits are [N, T, V].
         tokens: int64 [N, T].
-        scored: bool [N, T]; other tokens are given, never masked, and m counts the scored ones.
-            All by default.
-        points: mid-points, a multiple of the number of blocks, so that each block has as many.
-        seed: of the masks, which are functions of it and of a token's number alone.
-        batch_size: sequences at a time.
-        attention_mask: [N, T], 0 at padding before or after each text, which is not scored; what
-            is bounded is each text alone.
+        scored: bool [N, T]; other tokens are given and never masked, and m is the ratio of masked
+            to scored ones. All by default.
+        points: number of mid-points, a multiple of the number of blocks.
+        seed: seed of the masks, which are functions only of it and of a token's index.
+        batch_size: number of sequences per call.
+        attention_mask: [N, T], 0 at padding before or after each text, which is not scored and does
+            not affect the bound.
 
     Raises:
         TypeError: the blocks have no `MaskSchedule`.
-        ValueError: `points` is no multiple of the number of blocks.
+        ValueError: `points` is not a multiple of the number of blocks.
     """
     model = unwrapped(model)
     schedule, num_blocks = model.config.mask_schedule, model.config.num_blocks

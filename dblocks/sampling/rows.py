@@ -1,4 +1,4 @@
-"""The rows of one block while text is written: of the tokens to predict and of the known ones."""
+"""Runs the rows of one block in text generation: of the tokens to predict and of the known ones."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from dblocks.schedules import NoiseLevel
 
 
 class Known(NamedTuple):
-    """What is known when the next k tokens are predicted."""
+    """The state of generation when the next k tokens are predicted."""
 
     tokens: Tensor
-    """int64 [N, P]: the prompts, and what was written after them."""
+    """int64 [N, P]: the prompts and the tokens generated so far."""
     noise: Tensor
-    """Normals [N, rows, D], a row for a step or for a position."""
+    """Normals [N, rows, D], one row per step or per position."""
     end: Tensor | None = None
-    """int64 [N]: where the next token is, if `tokens` are without gaps after short prompts."""
+    """int64 [N]: the index of the next token, if `tokens` have no gaps after short prompts."""
 
 
 class Rows(Protocol):
     """Runs one block on the noisy rows z [N, k, D] of the next k tokens."""
 
     noise_shape: tuple[int, int]
-    """Rows of normals that are drawn for each prompt, and how many are in one."""
+    """Number of rows of normals for each prompt, and the width of a row."""
 
     def begin(self, tokens: Tensor, noise: Tensor, step: int) -> tuple[Known, Tensor]:
-        """What is known, and the noise of the next tokens, [N, k, D]; see `Writer.next_logits`."""
+        """The known state, and noise [N, k, D] of the next tokens; see `Writer.next_logits`."""
         ...
 
     def logits(self, known: Known, block: int, z: Tensor, level: NoiseLevel) -> Tensor:
@@ -44,13 +44,13 @@ class Rows(Protocol):
 
 
 class CachedRows:
-    """Rows beside keys and values of the known tokens, which each block keeps for its own layers.
+    """Runs noisy rows with a key-value cache of the known tokens in each block's layers.
 
     Args:
         model: blocks of a `CachedNetwork`.
-        blocks: those that are called.
+        blocks: the blocks that are called.
         slots: where tokens stand.
-        cache: whether keys and values are kept; else every call computes all rows.
+        cache: whether to keep keys and values; else every call computes all rows.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class CachedRows:
         self.slots = slots
         self.lms = {b: cast(CachedNetwork, model.parts(b)[0]) for b in set(blocks)}
         lm = self.lms[blocks[0]]
-        # In a single stream also the rows of known tokens hold noise, each position its own.
+        # In a single stream the rows of known tokens hold noise too, for each position.
         self.single = lm.rows_kind == "single"
         rows = slots.capacity if self.single else slots.capacity - slots.prompt
         self.noise_shape = (rows, lm.width)
@@ -68,7 +68,7 @@ class CachedRows:
         self.caches = {block: self._new_cache(block) for block in self.lms} if cache else None
 
     def begin(self, tokens: Tensor, noise: Tensor, step: int) -> tuple[Known, Tensor]:
-        """See `Rows`; noise is of steps, in a single stream of positions."""
+        """See `Rows`; noise is per step, in a single stream per position."""
         k, end = self.slots.block_size, tokens.shape[1]
         fresh = self._of(noise, end, end + k) if self.single else noise[:, step : step + k]
         return Known(tokens, noise), fresh
@@ -83,7 +83,7 @@ class CachedRows:
         return self.targets[block].denoise(logits, z, level)
 
     def _run(self, known: Known, block: int, z: Tensor, level: NoiseLevel) -> Any:
-        """What a block's layers leave of the noisy rows z, beside known tokens."""
+        """The result of a block's layers for the noisy rows z, given the known tokens."""
         lm, table = self.lms[block], self.targets[block].rows()
         cache = self._new_cache(block) if self.caches is None else self.caches[block]
         tokens = known.tokens[:, cache.committed :]
@@ -92,7 +92,7 @@ class CachedRows:
             top = top_level(self.model, block)
             held = top * self._of(known.noise, cache.committed, known.tokens.shape[1])
             if top < schedule.sigma_max:
-                # At sigma_max noise is all that there is, as where sampling starts.
+                # At sigma_max the rows are pure noise, as at the start of sampling.
                 held = held + table[tokens]
             z = torch.cat([held, z], dim=1)
             noisy = level.sigma[:, None].expand(-1, z.shape[1] - tokens.shape[1])
@@ -101,7 +101,7 @@ class CachedRows:
         return lm.run_cached(self.model.parts(block)[1], z_in, level, tokens, cache, table)
 
     def _of(self, noise: Tensor, first: int, last: int) -> Tensor:
-        """The noise of the positions of the slots first to last - 1, [N, last - first, D]."""
+        """The noise at the positions of the slots first to last - 1, [N, last - first, D]."""
         positions = self.slots.positions(first, last)
         if positions.ndim == 1:
             return noise[:, first:last]
@@ -112,10 +112,10 @@ class CachedRows:
 
 
 class WholeRows:
-    """All rows at every call, for networks that keep no keys and values, such as converted ones.
+    """Runs all rows in every call, for networks without a key-value cache.
 
     Args:
-        model: blocks of a `CausalNetwork` that predicts one token at once.
+        model: blocks of a `CausalNetwork` that predicts one token at a time.
         slots: where tokens stand.
     """
 
@@ -128,7 +128,7 @@ class WholeRows:
         self.noise_shape = (rows, network.width)
 
     def begin(self, tokens: Tensor, noise: Tensor, step: int) -> tuple[Known, Tensor]:
-        """See `Rows`; noise is of steps, in a single stream of positions."""
+        """See `Rows`; noise is per step, in a single stream per position."""
         tokens, end = self._in_rows(tokens)
         sample = torch.arange(len(tokens), device=tokens.device)
         fresh = noise[sample, end] if self.single else noise[:, step]
@@ -152,10 +152,10 @@ class WholeRows:
     def _rows_in(
         self, known: Known, block: int, z: Tensor, level: NoiseLevel
     ) -> tuple[Tensor, NoiseLevel]:
-        """What enters in all rows, of which z [N, 1, D] is that at the end, and their levels."""
+        """The input of all rows, of which z [N, 1, D] is the last, and their levels."""
         schedule, tokens = self.model.config.noise_schedule, known.tokens
         if not self.single:
-            # A noisy row feeds no other, so those that are not read may be anything.
+            # No row attends to a noisy row, so those that are not read may have any value.
             return schedule.scale_in(z, level).expand(-1, tokens.shape[1], -1), level
         top = top_level(self.model, block)
         held = top * known.noise[:, : tokens.shape[1]]
@@ -168,7 +168,7 @@ class WholeRows:
         return schedule.scale_in(states, levels), levels
 
     def _in_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [N, C + 1] without the gaps after short prompts, and where the next one is."""
+        """Tokens [N, C + 1] without the gaps after short prompts, and the index of the next one."""
         slots, C = self.slots, tokens.shape[1]
         lengths = torch.full((len(tokens),), C, device=tokens.device)
         tokens = torch.cat([tokens, tokens[:, :1]], dim=1)

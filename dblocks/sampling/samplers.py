@@ -1,4 +1,4 @@
-"""Sampling images, classes or any target: each call runs the one block that owns its level."""
+"""Samplers of images, classes or any target: each call runs the block that owns its level."""
 
 from __future__ import annotations
 
@@ -58,20 +58,20 @@ def sample_euler(
 
         z_next = a*z + (1 - a)*denoised,  a = sigma_next/sigma
 
-    Each of the n levels is one model call, and the last call's denoised is the result; a final 0,
-    as k-diffusion appends it, is accepted and is not a call.
+    Each of the n levels is one model call, and the result is the last denoised estimate. A final 0,
+    as appended by k-diffusion, is accepted and is not a call.
 
     Args:
-        model: a `DiffusionBlocks`, or any `model(z, sigma, **cond) -> denoised`. Wrappers of
-            torch.compile and AveragedModel around a `DiffusionBlocks` are looked through; to
-            sample compiled code, compile its layers or parts.
+        model: a `DiffusionBlocks`, or any `model(z, sigma, **cond) -> denoised`. Of a
+            `DiffusionBlocks` wrapped by torch.compile or AveragedModel the inner module is used; to
+            sample with compiled code, compile its layers.
         z: state at the first level, [N, ...].
-        sigmas: descending levels, [n]; on the CPU nothing synchronises. Each belongs to a block in
-            its own dtype.
+        sigmas: descending levels, [n]; if they are on the CPU, nothing synchronises. The block of
+            each is chosen in their dtype.
         callback: called after the first model call at each level with a dict of 'x', 'i', 'sigma',
             'sigma_hat' and 'denoised'.
-        **cond: passed to the model; a `DiffusionBlocks` embeds it once, and takes
-            `guidance_scale` here too.
+        **cond: passed to the model; a `DiffusionBlocks` embeds it once, and also takes
+            `guidance_scale`.
 
     Returns:
         denoised [N, ...].
@@ -95,9 +95,9 @@ def sample_heun(
 
         d = (z - denoised)/sigma,   z_next = z + (sigma_next - sigma) (d + d')/2
 
-    where d' is that of the block that owns sigma_next, at the state of Euler's step. n levels are
-    2n - 1 model calls: the step from the last level, to 0, is Euler's, whose result is denoised.
-    Arguments, result and warnings are those of `sample_euler`.
+    where d' is computed by the block that owns sigma_next, at the result of Euler's step. n levels
+    are 2n - 1 model calls: the step from the last level to 0 is Euler's, whose result is
+    `denoised`. Arguments, result and warnings are those of `sample_euler`.
     """
     return _sample("heun", model, z, sigmas, callback, cond)
 
@@ -125,8 +125,8 @@ def sample_logits(
 ) -> Tensor:
     """As `sample_euler` or `sample_heun`, but returns the logits of the last call.
 
-    The callback sees every level but the last. With guidance, the steps combine denoised estimates
-    and the result combines logits.
+    The callback is called at every level but the last. With guidance, the steps combine denoised
+    estimates and the result combines logits.
     """
     levels = levels_of(sigmas)
     steps = Steps(levels.tolist(), sampler)
@@ -143,18 +143,18 @@ def product_logits(
 
         mean over blocks of log_softmax(logits_b),   normalised
 
-    for models of classes or tokens. The noise tells nothing there, so that each block predicts from
-    the condition alone; it costs one call of each.
+    for models of classes or tokens. The noisy input carries no information there, so that each
+    block predicts from the condition alone. It costs one call of each block.
 
     Args:
-        model: a `DiffusionBlocks` whose blocks were all trained at sigma_max, see
+        model: a `DiffusionBlocks` whose blocks were all trained at sigma_max; see
             `BlocksConfig.top_share`.
         z: state at sigma_max, [N, ...].
         guidance_scale: see `Bound`.
-        **cond: what the model's `embed_condition` reads.
+        **cond: the entries that the model's `embed_condition` reads.
 
     Returns:
-        float32 [N, ..., K].
+        float32 log-probabilities [N, ..., K].
 
     Raises:
         ValueError: blocks after the first one never saw sigma_max in training.
@@ -191,7 +191,7 @@ def _sample(
 def _bind(
     model: Any, levels: Tensor, steps: Steps, cond: dict[str, Any], *, stacklevel: int
 ) -> tuple[Any, list[dict[str, int]]]:
-    """The model with its condition, and the keywords of each call."""
+    """The model with its condition bound, and the keywords of each call."""
     model = unwrapped(model)
     if not isinstance(model, Denoiser):
         return (lambda z, sigma: model(z, sigma, **cond)), [{} for _ in steps.calls]

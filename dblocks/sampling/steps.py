@@ -1,4 +1,4 @@
-"""Steps along the probability flow: the one loop of images, classes, text and the scheduler."""
+"""Steps along the probability flow, for images, classes, text and the diffusers scheduler."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Sampler = Literal["euler", "heun"]
 
 
 class Steps:
-    """The calls of the model that a sampler makes on a grid of levels, and the step after each.
+    """The model calls of a sampler on a grid of levels, and the step after each call.
 
     Karras et al. 2022, algorithm 1 without churn. With d = (z - denoised)/sigma,
 
         euler   z_next = z + (sigma_next - sigma) d
         heun    z_next = z + (sigma_next - sigma) (d + d')/2,   d' that of euler's z_next
 
-    The step from the last level, to level 0, is Euler's in both and ends at denoised, so that n
-    levels are n calls of the model with euler and 2n - 1 with heun. A sampler of heun keeps d from
-    one call to the next: use one `Steps` for one sample at a time.
+    The step from the last level to level 0 is Euler's in both and ends at denoised, so that n
+    levels are n calls of the model with euler and 2n - 1 with heun. Heun's method keeps d from one
+    call to the next: use one `Steps` for one sample at a time.
 
     Args:
         grid: the levels, descending and above 0.
@@ -47,7 +47,7 @@ class Steps:
         return self.grid[self.calls[call]]
 
     def corrects(self, call: int) -> bool:
-        """Whether a call is the second one of a step of Heun's method."""
+        """Whether a call is the second one in a step of Heun's method."""
         return self.heun and call % 2 == 1
 
     def after(self, call: int, z: Tensor, denoised: Tensor) -> Tensor:
@@ -55,11 +55,11 @@ class Steps:
 
         Args:
             call: number of the call.
-            z: the state that it was given, [N, ...].
-            denoised: what it returned.
+            z: the state passed to it, [N, ...].
+            denoised: its result.
 
         Raises:
-            RuntimeError: it corrects a step whose first call was not seen.
+            RuntimeError: it is the second call of a step without the first.
         """
         sigma = self.sigma(call)
         if self.corrects(call):
@@ -82,7 +82,7 @@ class Steps:
         z: Tensor,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Makes every call but the last: the state of the last call.
+        """Makes all calls but the last and returns the state for the last.
 
         Args:
             denoise: `denoise(z, call) -> denoised`.
@@ -96,7 +96,7 @@ class Steps:
         return z
 
     def report(self, callback: Callback | None, call: int, z: Tensor, denoised: Tensor) -> None:
-        """Tells `callback` of the first call at a level: 'x', 'i', 'sigma', 'sigma_hat',
+        """Calls `callback` after the first call at a level with 'x', 'i', 'sigma', 'sigma_hat' and
         'denoised', as k-diffusion does.
         """
         if callback is not None and not self.corrects(call):

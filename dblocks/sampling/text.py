@@ -1,4 +1,4 @@
-"""Writing text with a language model, token by token, trained in blocks or end to end."""
+"""Text generation with a language model, trained in blocks or end to end."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def generate(
     attention_mask: Tensor | None = None,
     generation_config: Any = None,
 ) -> list[Tensor]:
-    """The tokens that continue each prompt: what `stream` yields, collected.
+    """Generates the continuation of each prompt: collects the tokens of `stream`.
 
     Arguments and errors are those of `stream`.
 
     Returns:
-        For each prompt its new tokens, int64 [at most max_new_tokens], up to and with the
+        For each prompt its new tokens, int64 [at most max_new_tokens], up to and including a
         `stop_token`.
     """
     writing = Writing.of(
@@ -90,75 +90,75 @@ def stream(
     attention_mask: Tensor | None = None,
     generation_config: Any = None,
 ) -> Iterator[Tensor]:
-    """Yields the next token of every prompt, step after step.
+    """Generates text: yields the next token of every prompt.
 
     In blocks, each token is denoised by Euler steps; the block that owns a noise level runs it.
-    Each call but the last gives the expected embedding as its estimate, and the token is sampled
-    from the last call's logits. One step, at sigma_max, runs the top block only: a next-token model
-    of that block's layers. With `product` every block is called once at sigma_max, where the noise
-    tells nothing, and the token is drawn from the normalised geometric mean of their predictions,
-    the distribution of `product_nll`. Networks that write `tokens_per_block` tokens at once take
-    the same number of calls for all of them; the end of a prompt ends a block of tokens, as in
-    training the multiples of its length do, so prompts of such a length serve best.
+    The estimate of each call but the last is the expected embedding, and the token is sampled from
+    the last call's logits. One step, at sigma_max, runs the first block only: a next-token model of
+    that block's layers. With `product` every block is called once at sigma_max, where the noisy
+    input carries no information, and the token is sampled from the normalised geometric mean of
+    their predictions, the distribution of `product_nll`. Networks with `tokens_per_block` tokens at
+    once need the same number of calls for all of them; a block of tokens begins at the end of a
+    prompt, so prompts of a multiple of its length match training best.
 
     Each block keeps keys and values of the clean tokens in its own layers. A token's rows are added
-    with that block's first call for the next token, beside the noisy row, so that a token costs
-    `num_steps` calls and no more; the prelude of a `RecurrentLM` runs in each block's first only.
-    A plain `RecurrentLM` keeps those of every recurrence. Without the cache all rows are computed
-    at each call, with the same result but for rounding. In a single stream the rows of known tokens
-    hold noise too: at the highest level that their block was trained at, sigma_max with a
+    in the block's first call for the next token, together with the noisy row, so that a token costs
+    only `num_steps` calls; the prelude of a `RecurrentLM` runs only in each block's first call. A
+    plain `RecurrentLM` keeps keys and values of every recurrence. Without the cache all rows are
+    computed in each call, with the same result up to rounding. In a single stream the rows of known
+    tokens hold noise too, at the highest level that their block was trained at: sigma_max with a
     `top_share` and in the first block.
 
-    A prompt's tokens depend on the generator's state, on the prompt, and on its place in the batch,
-    not on the other prompts or on `max_new_tokens`, but for rounding; noise does not depend on the
-    device.
+    A prompt's tokens depend on the generator's state, on the prompt and on its index in the batch,
+    but, up to rounding, not on the other prompts or on `max_new_tokens`; noise does not depend on
+    the device.
 
     Args:
-        model: the blocks of a `CausalLM` or a `RecurrentLM`, also inside torch.compile's or
-            AveragedModel's wrapper, or one of these networks itself, which is the plain model. Or
-            the blocks of a model that `dblocks.convert` made of another one; without a cache, those
-            run all rows as in training.
+        model: the blocks of a `CausalLM`, a `RecurrentLM` or a model wrapped by `dblocks.convert`,
+            possibly inside the wrapper of torch.compile or AveragedModel; or a `CausalLM` or
+            `RecurrentLM` itself, as the plain model. Without a cache, converted models run all rows
+            as in training.
         prompts: int64 [N, P], or N of different lengths, each with at least one token.
-        max_new_tokens: tokens to write for each prompt; if not given, the generation_config says.
-        num_steps: Euler steps of the equal-mass grid; the number of blocks by default. Of a plain
-            `RecurrentLM` its recurrences, by default their mean in training.
+        max_new_tokens: number of tokens to generate for each prompt; by default that of the
+            generation_config.
+        num_steps: Euler steps of the equal-mass grid; the number of blocks by default. For a plain
+            `RecurrentLM`, its recurrences, by default their mean in training.
         sigmas: a grid to use instead, descending.
-        temperature: what logits are divided by, 1 by default; 0 takes the most likely token.
-        top_k: keep only as many most likely tokens (and those as likely as the last of them).
+        temperature: divisor of the logits, 1 by default; 0 takes the most likely token.
+        top_k: keep only this many most likely tokens (and ties of the last one).
         top_p: then keep only the fewest most likely tokens whose probabilities sum to at least
             this. The order is that of transformers: repetition_penalty, temperature, top_k, top_p.
-        repetition_penalty: of tokens that a text holds, its prompt included; above 1 makes them
-            less likely. See `dblocks.sampling.choice.Repeats`.
+        repetition_penalty: penalty on tokens that a text already contains, its prompt included;
+            above 1 makes them less likely. See `dblocks.sampling.choice.Repeats`.
         generator: a CPU generator, of which one number is drawn.
-        stop_token: a token or several; prompts that wrote one repeat it, and when all did, the
-            iterator ends; that is looked up after every token, the only thing that synchronises
-            with a GPU.
-        cache: whether keys and values are kept.
-        product: draw from the product of all blocks' predictions instead of by steps; for blocks
-            of a language model trained with a `top_share`.
-        sampler: how blocks step from level to level, "euler" or "heun"; see `sample_heun`.
-        attention_mask: [N, P], 0 at padding before or after each prompt of a tensor, which is then
-            left out: what is written is that of the prompts alone.
-        generation_config: a GenerationConfig of transformers or a mapping of its names, with its
+        stop_token: a token or several; after one, a prompt repeats it, and the iterator ends when
+            all prompts have one. This check after every token is the only synchronisation with a
+            GPU.
+        cache: whether to keep keys and values.
+        product: sample from the product of all blocks' predictions instead of by steps; for blocks
+            trained with a `top_share`.
+        sampler: "euler" or "heun"; see `sample_heun`.
+        attention_mask: [N, P], 0 at padding before or after each prompt of a tensor, which does not
+            affect the result.
+        generation_config: a GenerationConfig of transformers or a mapping with its names, with its
             meaning and defaults: without `do_sample=True` the most likely token is taken, and with
-            it `top_k` is 50 if not given. Read are `max_new_tokens`, `max_length`, `do_sample`,
-            `temperature`, `top_k`, `top_p`, `repetition_penalty`, `eos_token_id` (the stop token),
-            `pad_token_id` (what is yielded after it) and `use_cache`. Arguments that are given
-            beside it stand above it.
+            it `top_k` is 50 if not given. Supported are `max_new_tokens`, `max_length`,
+            `do_sample`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `eos_token_id` (the
+            stop token), `pad_token_id` (yielded after it) and `use_cache`. Other arguments override
+            it.
 
     Yields:
         int64 [N], on the device of the model.
 
     Raises:
-        FloatingPointError: logits are not finite; on a GPU it is found out at the end.
-        TypeError: `model` is no language model, or tokens are not integers.
-        ValueError: for prompts that are empty or, with the new tokens, longer than the context;
-            for tokens outside the vocabulary; for both of `num_steps` and `sigmas`, `sigmas` with
-            a plain model, or `num_steps` with one that has no steps; for a cache with a model whose
-            keys and values cannot be kept; for `product` with steps, or with blocks that never saw
+        FloatingPointError: logits are not finite; on a GPU raised at the end.
+        TypeError: `model` is not a language model, or tokens are not integers.
+        ValueError: for prompts that are empty or, with the new tokens, longer than the context; for
+            tokens outside the vocabulary; for both `num_steps` and `sigmas`, `sigmas` with a plain
+            model, or `num_steps` with one that has no steps; for a cache with a model that does not
+            support one; for `product` with steps, or with blocks that were not trained at
             sigma_max; for another `sampler` with `product` or a plain model; for options of a
-            `generation_config` that are unknown, or ask for what is not done; for other values
-            that do not fit.
+            `generation_config` that are unknown or not supported; for other invalid values.
     """
     writing = Writing.of(
         generation_config, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
@@ -180,7 +180,7 @@ def _begin(
     product: bool,
     sampler: Sampler,
 ) -> Iterator[Tensor]:
-    """What `stream` returns; checks come before the first token is asked for."""
+    """The iterator of `stream`; checks run before the first token is requested."""
     model, cache = unwrapped(model), writing.cache
     if isinstance(model, DiffusionBlocks):
         model.before_use()
@@ -199,7 +199,7 @@ def _begin(
         )
     check_sampler(sampler)
     k = cast(CausalNetwork, network).block_size if network is not model else 1
-    # Blocks of tokens are written whole, the last one too.
+    # Blocks of tokens are generated whole, including the last one.
     capacity = longest + -(-new // k) * k
     slots = Slots([len(row) for row in rows], capacity, next(network.parameters()).device, k)
     repeats = Repeats(writing.repetition_penalty, rows, sizes.vocab_size, slots.device)
@@ -213,13 +213,13 @@ def _begin(
     tokens = torch.zeros(len(rows), slots.capacity, dtype=torch.int64)
     for row, given in zip(tokens, rows, strict=True):
         row[: len(given)] = given
-    stride = sizes.context + k - 1  # rows of noise between one prompt's and the next one's
+    stride = sizes.context + k - 1  # rows of noise from one prompt to the next
     tokens, last = tokens.to(slots.device), longest + new
     return _steps(writer, tokens, slots, choice, repeats, seed, writing, stride, last)
 
 
 def _network_of(model: Any, cache: bool) -> tuple[Any, TokenSizes]:
-    """The network whose text is written, `model` itself where it is no blocks, and its sizes."""
+    """The network that generates, which is `model` itself if it is not in blocks, and its sizes."""
     in_blocks = isinstance(model, DiffusionBlocks)
     network = model.base_model if in_blocks else model
     if not isinstance(network, CausalNetwork if in_blocks else NextTokenNetwork):
@@ -249,7 +249,8 @@ def _block_writer(
     if product:
         blocks = list(range(model.config.num_blocks))
     else:
-        # One step is asked for as what it is, the top block alone; others may skip by mistake.
+        # One step skips blocks on purpose: it runs the first block only. Others may skip by
+        # mistake.
         blocks = [0] if num_steps == 1 else blocks_of(model, levels, stacklevel=5)
     network = model.base_model
     whole = not cache and getattr(network, "runs_whole", False)
@@ -296,7 +297,7 @@ def _steps(
     stride: int,
     last: int,
 ) -> Iterator[Tensor]:
-    """Writes into `tokens` [N, capacity] from the end of the longest prompt on, up to `last`."""
+    """Fills `tokens` [N, capacity] from the end of the longest prompt up to `last`."""
     first, new = slots.prompt, slots.capacity - slots.prompt
     N, (count, width) = len(tokens), writer.noise_shape
     noise = _noise(N, count, stride, width, seed, tokens.device)
@@ -325,8 +326,8 @@ def _steps(
 
 
 def _among(tokens: Tensor, stop_tokens: Sequence[int]) -> Tensor:
-    """Which tokens are stop tokens; bool of their shape."""
-    # Numbers, and no tensor of them, which would be copied to a GPU at each step.
+    """Which tokens are stop tokens; bool of the same shape."""
+    # Python numbers: a tensor of them would be copied to a GPU at each step.
     found = tokens == stop_tokens[0]
     for stop_token in stop_tokens[1:]:
         found = found | (tokens == stop_token)

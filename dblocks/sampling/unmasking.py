@@ -1,4 +1,4 @@
-"""Writing text with a masked diffusion model: masked tokens are unmasked step by step."""
+"""Text generation with a masked diffusion model: masked tokens are unmasked step by step."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Callback = Callable[[dict[str, Any]], object]
 
 
 class Written(NamedTuple):
-    """What the sampler wrote, and what it ran."""
+    """The result of sampling, and its cost."""
 
     tokens: Tensor
-    """int64 [N, T], none of them masked but at padding, which stays as it was."""
+    """int64 [N, T], without masks except at padding, which is unchanged."""
     calls: tuple[int, ...]
-    """Of each block, how often its layers were called."""
+    """Number of calls of each block's layers."""
     rows: tuple[int, ...]
-    """Of each block, how many sequences ran through it in all."""
+    """Number of sequences that ran through each block, over all calls."""
 
 
 @torch.no_grad()
@@ -48,44 +48,43 @@ def unmask(
     """Replaces the masked tokens of sequences, by ancestral sampling.
 
     In the step from time t to s each masked token is unmasked with probability
-    `(alpha_s - alpha_t)/(1 - alpha_t)`, and then drawn from the softmax of the logits that the
-    block of t has for the sequence as it is at t; the last step ends at 0 and unmasks all that is
-    left. Which step unmasks a token does not depend on what is written, so it is decided
-    beforehand, with one uniform number a token: a step runs only the sequences in which it unmasks
+    `(alpha_s - alpha_t)/(1 - alpha_t)`, and then sampled from the softmax of the logits that the
+    block of t computes for the sequence at t; the last step ends at 0 and unmasks all remaining
+    tokens. The step that unmasks a token does not depend on the tokens sampled, so it is drawn in
+    advance by one uniform number per token: a step runs only the sequences in which it unmasks
     something, and a step that unmasks nothing calls no network.
 
-    Tokens that are given never change. A sequence with a part to write begins at the t whose mask
-    ratio is that part, since that is what a model that was trained on whole texts has learned for
-    as many gaps; from there its steps divide the way to 0 as those of a wholly masked one. A model
-    that was trained with a `loss_mask` has learned mask ratios of the tokens to write:
-    `share_of="gaps"` begins at t = 1.
+    Given tokens never change. A partly given sequence begins at the t of its own mask ratio, at
+    which a model trained on whole texts has seen as many masks; its steps are the grid scaled to
+    that ratio. For a model trained with a `loss_mask`, mask ratios count only tokens that are not
+    given: with `share_of="gaps"` a sequence begins at t = 1.
 
-    What is written depends on the generator's state, on the sequence, and on its place in the
-    batch, not on the other sequences, but for rounding; nor on the device.
+    The result depends on the generator's state, on the sequence and on its index in the batch, but,
+    up to rounding, not on the other sequences or on the device.
 
     Args:
-        model: the blocks of a `MaskedLM`, or of a model that `dblocks.convert` made of a masked
-            one; also inside torch.compile's or AveragedModel's wrapper.
-        tokens: int64 [N, T]: those given, and `MASKED` where to write.
-        num_steps: steps; by default T, so that about one token is unmasked a step.
-        kind: their spacing, see `MaskSchedule.steps`.
-        share_of: of what t tells the mask ratio, all tokens or those to write.
-        temperature: what logits are divided by; 0 takes the most likely token.
-        top_k: keep only as many most likely tokens.
+        model: the blocks of a `MaskedLM` or of a masked language model wrapped by
+            `dblocks.convert`, possibly inside the wrapper of torch.compile or AveragedModel.
+        tokens: int64 [N, T]: given tokens, and `MASKED` elsewhere.
+        num_steps: number of steps; by default T, so that each unmasks about one token.
+        kind: the spacing of the steps, see `MaskSchedule.steps`.
+        share_of: the tokens counted in the mask ratio: all "tokens", or the "gaps".
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_k: keep only this many most likely tokens.
         top_p: then keep only the fewest most likely tokens whose probabilities sum to at least
             this.
         generator: a CPU generator, of which one number is drawn.
-        callback: called after each step, also one that unmasks nothing, with a dict of 'i',
+        callback: called after each step, even if it unmasks nothing, with a dict of 'i',
             'num_steps' and 'tokens', the sequences so far; with an `attention_mask`, their padding
-            is behind them.
-        attention_mask: [N, T], 0 at padding before or after each sequence, for which that of the
-            sequence alone is written; T stands for the longest of them.
+            is at the end.
+        attention_mask: [N, T], 0 at padding before or after each sequence, which does not affect
+            the result; the default of `num_steps` is then the longest length.
 
     Raises:
-        TypeError: `model` is neither, or `tokens` are not int64.
-        FloatingPointError: logits are not finite; on a GPU it is found out at the end.
+        TypeError: `model` is not one of these, or `tokens` are not int64.
+        FloatingPointError: logits are not finite; on a GPU raised at the end.
         ValueError: `tokens` are neither in the vocabulary nor `MASKED`, or longer than the context;
-            or another value does not fit.
+            or another value is invalid.
 
     Source: Shi et al. 2024 (MD4), arXiv 2406.04329, algorithm 2.
     """
@@ -106,7 +105,7 @@ def unmask(
     if share_of not in ("tokens", "gaps"):
         raise ValueError(f"share_of must be 'tokens' or 'gaps', got {share_of!r}")
     u, picks = _uniforms(N, T, sizes.context, draw_seed(generator))
-    # On the CPU: which rows a step runs must be known here.
+    # On the CPU: the host must know which rows a step runs.
     real = torch.ones(N, T, dtype=torch.bool) if shown is None else shown.cpu()
     gaps = (tokens.cpu() == MASKED) & real
     share = _share(gaps, real) if share_of == "tokens" else torch.ones(N, 1, dtype=torch.float64)
@@ -114,7 +113,7 @@ def unmask(
         num_steps = max(int(real.sum(1).max()), 1) if N else T
     levels = _levels(schedule, share, schedule.steps(num_steps, kind))
     owners = schedule.block_of(levels, blocks.config.num_blocks)
-    # A gap is masked at a time while its number is below the mask ratio there, as in training.
+    # A gap is masked at t while its uniform number is below the mask ratio, as in training.
     step_of = (u[:, None] < schedule.masked(levels)[:, :, None] / share[..., None]).sum(1) - 1
     step_of = torch.where(gaps, step_of, -1)
     device = next(blocks.parameters()).device
@@ -153,18 +152,19 @@ def _parts_of(model: Any) -> tuple[DiffusionBlocks, TokenSizes, MaskSchedule]:
 
 
 def _uniforms(N: int, T: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Two uniform numbers a token, [N, T], which depend on its row and position only."""
+    """Two uniform numbers per token, [N, T], which depend only on its row and position."""
     sample, position = (torch.arange(n, device="cpu") for n in (N, T))
     first = 2 * (context * sample[:, None] + position)
     return uniforms_at(first, seed), uniforms_at(first + 1, seed)
 
 
 def _share(gaps: Tensor, real: Tensor) -> Tensor:
-    """The part of each sequence that is to be written, float64 [N, 1]; 1 where it is none."""
+    """The fraction of gaps in each sequence, float64 [N, 1]; 1 if it has none."""
     share = gaps.double().sum(1, keepdim=True) / real.sum(1, keepdim=True)
     return share.where(share > 0, 1.0)
 
 
 def _levels(schedule: MaskSchedule, share: Tensor, grid: Tensor) -> Tensor:
-    """The times of each sequence, float64 [N, steps]: of the grid's ratios times its own [N, 1]."""
+    """The times of each sequence, float64 [N, steps]: at the grid's mask ratios times `share` [N,
+    1]."""
     return torch.where(share == 1, grid, schedule.time_at(share * schedule.masked(grid)))

@@ -1,4 +1,4 @@
-"""What gives the logits of the next tokens when text is written: a plain model, or blocks."""
+"""Logits of the next tokens in text generation: from a plain model, or from blocks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dblocks.sampling.steps import Sampler, Steps
 
 
 class Writer(Protocol):
-    """Gives the logits of the next tokens."""
+    """Computes the logits of the next tokens."""
 
     @property
     def noise_shape(self) -> tuple[int, int]:
-        """Rows of normals that are drawn for each prompt, and how many are in one."""
+        """Number of rows of normals for each prompt, and the width of a row."""
         ...
 
     def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
         """Logits [N, k, V] of the k tokens after `tokens` [N, P], k = `Slots.block_size`.
 
         Args:
-            tokens: the prompts, and what was written after them.
-            noise: normals [N, *noise_shape]; a row is of a step, or of a position.
-            step: how many tokens were written before.
+            tokens: the prompts and the tokens generated so far.
+            noise: normals [N, *noise_shape], one row per step or per position.
+            step: number of tokens generated so far.
         """
         ...
 
@@ -45,7 +45,7 @@ class PlainWriter:
         self.cache = self._new_cache() if cache else None
 
     def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
-        """See `Writer`; noise is of positions, as every token needs what was drawn for it."""
+        """See `Writer`; noise is per position, since it belongs to a token."""
         cache = self.cache or self._new_cache()
         return self.lm.next_logits(
             tokens[:, cache.committed :], cache, self.target, num_steps=self.num_steps, noise=noise
@@ -56,11 +56,11 @@ class PlainWriter:
 
 
 class StepWriter:
-    """Logits from blocks: each token is denoised step by step, and the last call's are returned.
+    """Logits of the last of several denoising steps of the blocks.
 
     Args:
         model: the blocks.
-        rows: how one block is run.
+        rows: runs one block.
         levels: the levels of the steps, on the CPU.
         blocks: the block of each level.
         sampler: "euler" or "heun".
@@ -98,11 +98,11 @@ class StepWriter:
 
 
 class ProductWriter:
-    """The mean of all blocks' log-probabilities at sigma_max, where noise tells nothing.
+    """The mean of all blocks' log-probabilities at sigma_max.
 
     Args:
         model: blocks that were all trained at sigma_max.
-        rows: how one block is run.
+        rows: runs one block.
     """
 
     def __init__(self, model: DiffusionBlocks, rows: Rows) -> None:
