@@ -1,1 +1,1 @@
-"""Other people's models: `convert` trains them in blocks, `fuse_` gives them the fused ops."""
+"""Models of other libraries: `convert` trains them in blocks, `fuse_` gives them the fused ops."""

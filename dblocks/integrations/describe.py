@@ -1,4 +1,4 @@
-"""`dblocks info --model`: what `convert` and `fuse_` would do with a model."""
+"""`dblocks info --model`: reports what `convert` and `fuse_` would do with a model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The norms that the fused ops compute in place of other libraries' modules, in one table.
 
-Torch's norms are known by their class, those of other libraries by the source of their forward.
-Every other module runs its own forward, and so does a subclass of a known one: what it changes
-cannot be told.
+Torch's norms are recognised by their class, those of other libraries by the source of their
+forward. Every other module runs its own forward, and so does a subclass of a known one, since it
+may change anything.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A diffusers scheduler with the noise levels and the steps of dblocks.
 
-For the blocks themselves `sample_euler` and `sample_heun` are enough; this is for loops that take a
-diffusers scheduler. Importing this module imports diffusers.
+It is for loops that take a diffusers scheduler; otherwise use `sample_euler` and `sample_heun`.
+Importing this module imports diffusers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FIELDS = ("sigma_min", "sigma_max", "p_mean", "p_std", "sigma_data", "partition"
 
 
 class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
-    """Steps on the levels of a noise schedule, for the loop of a diffusers pipeline.
+    """A scheduler on the levels of a noise schedule, for the loop of a diffusers pipeline.
 
         scheduler.set_timesteps(num_steps)
         z = scheduler.init_noise_sigma * torch.randn(shape)
@@ -48,8 +48,8 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
     one block that owns its level. The last step returns that estimate; there is no step at level 0.
     The states are those of `sample_euler` and `sample_heun`, bit for bit.
 
-    The model scales its input itself, so `scale_model_input` changes nothing. Guidance belongs to
-    the model too, `model(z, t, guidance_scale=...)`, or may be done on its outputs.
+    The model scales its input itself, so `scale_model_input` changes nothing. Guidance is an
+    argument of the model, `model(z, t, guidance_scale=...)`, or can be applied to its outputs.
 
     Args:
         sigma_min: lowest noise level; this and the following five are those of `NoiseSchedule`.
@@ -57,17 +57,17 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         p_mean: mean of ln sigma.
         p_std: standard deviation of ln sigma.
         sigma_data: standard deviation of one element of the clean target.
-        partition: how blocks share the levels; the steps do not depend on it.
+        partition: partition of the levels into blocks; the steps do not depend on it.
         kind: the rule of the steps, "equal_mass" or "karras"; see `NoiseSchedule.steps`.
         rho: exponent of the "karras" rule.
         initial_noise: "paper" starts from `sigma * N(0, I)` at the first level, "unit_variance"
             from `sqrt(1 + sigma^2) * N(0, I)`.
         sampler: "euler" or "heun".
-        density: name of the schedule's registered class, which takes those of the first six
-            arguments that it has.
+        density: name of the schedule's registered class, which gets those of the first six
+            arguments that are its fields.
 
     Raises:
-        ValueError: an argument is not what the schedule takes.
+        ValueError: the schedule refuses an argument.
 
     Source: Karras et al. 2022, algorithm 1 without churn.
     """
@@ -135,7 +135,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def init_noise_sigma(self) -> float:
-        """What standard normal noise is multiplied with to be the state at the first level."""
+        """The factor of standard normal noise for the state at the first level."""
         first = self._steps.grid[0] if self._steps.grid else self.noise_schedule.sigma_max
         return (first**2 + (cast(Any, self.config).initial_noise == "unit_variance")) ** 0.5
 
@@ -167,16 +167,16 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         device: torch.device | str | None = None,
         sigmas: Tensor | Sequence[float] | None = None,
     ) -> None:
-        """Sets the levels of the following steps, from the first one on.
+        """Sets the levels of a new sample.
 
         Args:
-            num_inference_steps: how many levels, of the rule `kind`.
-            device: where `timesteps` are. On the CPU, the default, a model on a GPU finds the block
+            num_inference_steps: number of levels, by the rule `kind`.
+            device: device of `timesteps`. On the CPU, the default, a model on a GPU finds the block
                 of a level without synchronising.
-            sigmas: the very levels instead, descending; a final 0 is accepted and is not a step.
+            sigmas: the levels instead, descending; a final 0 is accepted and is not a step.
 
         Raises:
-            ValueError: not one of the two is given, or levels do not descend.
+            ValueError: none or both of the two are given, or levels do not descend.
         """
         if (num_inference_steps is None) == (sigmas is None):
             raise ValueError(
@@ -194,7 +194,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         self._step_index = self._begin_index = None
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
-        """`sample` itself: the model takes the state as it is."""
+        """`sample` unchanged: the model scales its input itself."""
         return sample
 
     def step(
@@ -208,8 +208,8 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         """What follows one call of the model, see `Steps.after`: with "euler" one step,
         `a*sample + (1 - a)*model_output`, `a = sigma_next/sigma`.
 
-        The last call's step returns the model output. Calls follow one another; only the first
-        looks its `timestep` up, which synchronises where that is on a GPU.
+        The last call's step returns the model output. Calls must be in order; only the first looks
+        up its `timestep`, which synchronises if that is on a GPU.
 
         Args:
             model_output: denoised, the estimate of the clean target, [N, ...].
@@ -224,7 +224,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
 
         Raises:
             RuntimeError: `set_timesteps` was not called, or its steps are done.
-            ValueError: the first step's `timestep` is none of the levels.
+            ValueError: the first step's `timestep` is not one of the levels.
         """
         count = len(self.timesteps)
         if count == 0 or self._step_index == count:

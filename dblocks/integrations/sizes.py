@@ -1,7 +1,7 @@
-"""What is taken of another library's config: the sizes of a network, within limits.
+"""Reads only the sizes of a network from another library's config, within limits.
 
-A config may name files and addresses, which libraries load while they build a model. Nothing of
-that kind passes here.
+A config may name files and addresses that libraries would load while they build a model; such
+entries are refused.
 """
 
 from __future__ import annotations

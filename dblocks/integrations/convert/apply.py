@@ -31,12 +31,12 @@ def convert(
     head: Head = "posterior",
     check: bool = True,
 ) -> ConvertedBlocks:
-    """Wraps an existing model, so that its layers are trained in blocks.
+    """Wraps an existing model for training in blocks.
 
     The wrapper adds a noise embedding, a modulation of each layer (a DiT has its own), an input for
     the noisy target and, with a learned head, a modulation of the head. These have float32
-    parameters and change nothing in the layers at first. The model's own modules and weights are
-    used, not copied: training the blocks trains the model.
+    parameters and are initialised so that the layers do not change. The model's own modules and
+    weights are used, not copied: training the blocks trains the model.
 
     - "classes": the target is the embedding of the class. ViT, BERT and others of transformers,
       with a classification head, and timm's ViTs. A batch holds "labels", and "images" or "tokens".
@@ -44,39 +44,40 @@ def convert(
       Mistral, GPT-2 and others with a head, or the decoder of a T5, of which a batch also holds
       "encoder_tokens". With a `MaskSchedule`, masked tokens: BERT, RoBERTa and others with their
       head. A batch holds "tokens".
-    - "images": the image, latent or video itself: diffusers' DiT, of which a batch holds "images"
-      and "labels", and its other denoisers (Flux, SD3, Wan and more), of which a batch holds
-      "images" and other arguments of the model's forward by their names.
+    - "images": the image, latent or video itself: diffusers' DiT, with a batch of "images" and
+      "labels", and other denoisers (Flux, SD3, Wan and more), with a batch of "images" and further
+      arguments of the model's forward by name.
 
     Args:
         model: the model.
-        config: how it is cut.
-        task: what the target is.
+        config: the number of blocks and the options of their training.
+        task: the target, see above.
         layers: the residual layers: the path of the list that holds them, the paths of several such
-            lists in order, their own paths, or a function of the model that returns them; found by
-            default.
+            lists in order, their own paths, or a function that returns them, given the model. By
+            default they are found.
         clean_loss_weight: weight of the model's own loss on the same batch, such as the next
-            token's cross-entropy. Denoising alone makes a pretrained model forget it. It runs the
-            whole model, though only the block's layers get gradients from it.
-        embed_scale: norm of a class' or token's embedding.
-        tokens_per_sigma: how many consecutive tokens share a noise level; None: all of a sequence.
-        mask_token_id: the mask's number, for masked tokens.
-        rows: how noisy embeddings of tokens enter, with a `NoiseSchedule`: "single", in the rows of
-            the tokens before them, one row a token; or "doubled", as published, in rows of their
-            own beside clean ones.
-        head: what logits of classes, or of tokens with a `NoiseSchedule`, are: "posterior", what
-            the model says of its input plus the exact log-likelihood of the noisy embedding; or
-            "learned", as published, the head of the EDM-preconditioned row.
-        check: runs the whole model once on a small batch, and compares it with its parts; a model
-            without data (on the meta device) at the first loss or prediction. False for one whose
-            weights are offloaded.
+            token's cross-entropy, which a pretrained model otherwise forgets. It runs the whole
+            model, but only the block's layers get gradients from it.
+        embed_scale: norm of the target embedding of a class or token.
+        tokens_per_sigma: number of consecutive tokens that share a noise level; None: all of a
+            sequence.
+        mask_token_id: the index of the mask token, for masked tokens.
+        rows: how noisy embeddings of tokens enter, with a `NoiseSchedule`: "single", added to the
+            rows of the tokens before, one row per token; or "doubled", as published, in separate
+            rows next to clean ones.
+        head: form of the logits of classes, or of tokens with a `NoiseSchedule`: "posterior", the
+            model's own logits plus the exact log-likelihood of the noisy embedding; or "learned",
+            as published, the head applied to the EDM-preconditioned row.
+        check: whether to run the whole model once on a small batch and compare it with its parts
+            (for a model on the meta device, at the first loss or prediction). False for a model
+            with offloaded weights.
 
     Raises:
-        ValueError: the layers are not found or are no transformer layers, the head is missing, or
-            the model's family, the task and the schedule do not fit; the model computes something
-            outside of its layers, embedding and head that would be left out, such as an adapter on
-            the head, virtual tokens, or hooks on layers; or blocks share a parameter.
-        TypeError: `model` is no module, or `config` is no `BlocksConfig`.
+        ValueError: the layers are not found or are not transformer layers, the head is missing, or
+            the model's family, the task and the schedule do not match; the model computes something
+            outside its layers, embedding and head that would be lost, such as an adapter on the
+            head, virtual tokens, or hooks on layers; or blocks share a parameter.
+        TypeError: `model` is not a module, or `config` is not a `BlocksConfig`.
 
     Warns:
         UserWarning: a norm of the layers is a subclass of a known one, so that it is not fused.

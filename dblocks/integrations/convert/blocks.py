@@ -22,14 +22,14 @@ from dblocks.integrations.convert.whole import check_whole
 class ConvertedBlocks(DiffusionBlocks):
     """The user's model in blocks: a `DiffusionBlocks` with a `Converted` as its network.
 
-    `base_model` wraps the user's model, `base_model.model`: it is called as that is and has its
+    `base_model` wraps the user's model, `base_model.model`, and has its call signature and
     attributes.
 
     Args:
         model: the user's model as a network for `DiffusionBlocks`.
-        config: how it is cut.
-        task: what the target is.
-        options: the others of `convert`.
+        config: the number of blocks and the options of their training.
+        task: the target, as in `convert`.
+        options: the other arguments of `convert`.
     """
 
     base_model: Converted  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -53,9 +53,9 @@ class ConvertedBlocks(DiffusionBlocks):
         return weight * self.clean_loss(batch, block, draw) if weight else None
 
     def clean_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor:
-        """The model's own loss, whose gradients go to the layers of one block and no further.
+        """The model's own loss, with gradients for the layers of one block only.
 
-        Where tokens are masked, it is the loss of those that `draw` masks.
+        For masked tokens, it is the loss of those that `draw` masks.
         """
         schedule, z = self.config.schedule, None
         if schedule.corruption == "masks":
@@ -81,11 +81,11 @@ class ConvertedBlocks(DiffusionBlocks):
         return super().block(block)
 
     def save_pretrained(self, folder: str | Path, block: int | None = None) -> None:
-        """Writes a file for each block, one for what they share, and dblocks.json.
+        """Writes a file for each block, one for shared tensors, and dblocks.json.
 
         Args:
-            folder: made if it is not there.
-            block: writes this block's file alone, beside dblocks.json: each worker its own.
+            folder: created if it does not exist.
+            block: writes only this block's file and dblocks.json, for the worker of that block.
 
         Raises:
             ImportError: safetensors is not installed.
@@ -97,15 +97,15 @@ class ConvertedBlocks(DiffusionBlocks):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: nn.Module) -> ConvertedBlocks:
-        """Reads what `save_pretrained` wrote into a model of the same architecture.
+        """Loads files of `save_pretrained` into a model of the same architecture.
 
         Args:
-            folder: holds the files of all blocks.
-            model: its weights are replaced.
+            folder: the folder with the files of all blocks.
+            model: the model, whose weights are replaced.
 
         Raises:
             ImportError: safetensors is not installed.
-            ValueError: a file is missing or broken, or the model does not fit.
+            ValueError: a file is missing or broken, or does not match the model.
         """
         given = files.read_config(folder)
         if type(model).__name__ != given["model"]:

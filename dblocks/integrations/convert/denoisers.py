@@ -45,13 +45,13 @@ class Denoised(NamedTuple):
 class ConvertedDenoiser(Converted):
     """A denoiser of images, latents or videos of diffusers; see `FAMILIES`.
 
-    The model's own forward is run once, with the layers of the block alone in its lists: all around
-    them is the model's, and so is their modulation, which the noise level drives. The model is
-    called as it was trained, at the time and with the scale of x that its kind of prediction has at
-    sigma, and F is made of what it predicts: all layers in one block are the pretrained denoiser.
+    The model's own forward runs once, with only the block's layers in its lists: everything around
+    them is unchanged, including their modulation by the noise level. The model is called as it was
+    trained, with the timestep and the scale of x that correspond to sigma, and F is computed from
+    its prediction: all layers in one block are the pretrained denoiser.
 
-    A batch holds "images", the target in the layout that the model takes, and other arguments of
-    its forward by their names.
+    A batch holds "images", the target in the layout of the model's input, and other arguments of
+    its forward by name.
 
     Args:
         model: the user's.

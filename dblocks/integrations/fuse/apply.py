@@ -1,4 +1,4 @@
-"""`fuse_` puts the fused ops into a model that was written without them; `unfuse_` undoes it."""
+"""`fuse_` puts the fused ops into an existing model; `unfuse_` undoes it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Replacement(NamedTuple):
     """A module whose forward was replaced."""
 
     name: str
-    """As in `named_modules`; empty for the model itself."""
+    """Name in `named_modules`; empty for the model itself."""
     before: str
     """Its class."""
     after: str
@@ -40,33 +40,33 @@ def fuse_(
 ) -> list[Replacement]:
     """Replaces norm + modulation and gate + residual by dblocks' fused ops, in place.
 
-    Known are the adaptive norms of diffusers and the blocks of its DiT, PixArt, Stable Diffusion 3
-    and Flux transformers, and what `register_fusion` was told. Only instances change: each module
-    that is replaced becomes an instance of a subclass of its own class, made for the purpose, and
-    keeps its attributes. So parameters, `state_dict`, hooks, modes, devices, `isinstance`,
-    `copy.deepcopy` and pickling stay as they are, and `unfuse_` restores. Outputs and gradients
-    differ from the original by rounding: an op rounds its result once, and plain PyTorch each step.
+    It replaces the adaptive norms of diffusers, the blocks of its DiT, PixArt, Stable Diffusion 3
+    and Flux transformers, and classes registered by `register_fusion`. Only instances change: a
+    replaced module becomes an instance of a subclass of its own class and keeps its attributes. So
+    parameters, `state_dict`, hooks, modes, devices, `isinstance`, `copy.deepcopy` and pickling do
+    not change, and `unfuse_` restores the original. Outputs and gradients differ from the original
+    by rounding: an op rounds its result once, plain PyTorch at each step.
 
-    A module is replaced if the forward that its class runs is the library's own, with the source
-    that dblocks knows: a subclass that overrides forward and a version of the library with another
-    source are left alone; the last with a warning. A module on which something else set `forward`
-    (a hook of offloading or of a cache, checkpointing) is refused: fuse first. What stores
-    `module.forward` afterwards calls the fused one, and the plain one after `unfuse_`. Inside a
-    module that is replaced, the norms of `dblocks.integrations.norms` are fused; any other runs its
-    own forward, with a warning where it is a subclass of one of them.
+    A module is replaced if its class runs the library's own forward, with a source known to
+    dblocks. A subclass that overrides forward is not replaced; nor is a version of the library with
+    another source, with a warning. A module on which something else set `forward` (a hook of
+    offloading or of a cache, checkpointing) raises an error: fuse first. Code that stores
+    `module.forward` later calls the fused one, and the plain one after `unfuse_`. Inside a replaced
+    module, the norms of `dblocks.integrations.norms` are fused; any other runs its own forward,
+    with a warning if it is a subclass of one of them.
 
     Args:
         model: any module, changed in place.
-        filter_fn: called with a module that could be replaced and its name; False leaves it.
+        filter_fn: called with a module that could be replaced and its name; False keeps the module.
         impl: the implementation that every op uses, as in `dblocks.functional.adaln`.
 
     Returns:
-        What was replaced, in the order of `named_modules`. A second call finds nothing and returns
-        [], as does a call on a model without such modules.
+        The replacements, in the order of `named_modules`; [] for a second call, or a model without
+        such modules.
 
     Raises:
         ValueError: if an `impl` other than "auto" is given and nothing was replaced.
-        RuntimeError: where `forward` was set on a module to be replaced. Nothing is changed then.
+        RuntimeError: if `forward` was set on a module to be replaced. Then nothing is changed.
         TypeError, RuntimeError, ImportError: for a named `impl` that cannot run on the module's
             parameters, as in the ops. Nothing is changed then.
     """
@@ -117,7 +117,7 @@ def fuse_(
 
 
 def unfuse_(model: nn.Module) -> list[str]:
-    """Gives every module that `fuse_` replaced its own class again, in place.
+    """Restores the class of every module that `fuse_` replaced, in place.
 
     Args:
         model: any module.
@@ -126,8 +126,8 @@ def unfuse_(model: nn.Module) -> list[str]:
         The names of the modules that were restored.
 
     Raises:
-        RuntimeError: where something, such as FSDP's `fully_shard`, gave a fused module another
-            class since. Nothing is changed then.
+        RuntimeError: if something, such as FSDP's `fully_shard`, has given a fused module another
+            class since. Then nothing is changed.
     """
     _check_module(model)
     found: list[tuple[str, Any]] = [
@@ -147,19 +147,19 @@ def unfuse_(model: nn.Module) -> list[str]:
 def register_fusion(
     cls: type[nn.Module], forward: Callable[..., Any], ops: str = "registered"
 ) -> None:
-    """Tells `fuse_` what to put in the place of the forward of `cls`.
+    """Registers a replacement for the forward of `cls`, for `fuse_`.
 
-    It holds for instances of `cls` and of subclasses that do not override forward. `forward` takes
-    `self` and the arguments of the original, and computes the same by `modulate`, `gated_add`,
-    `gated_add_and_modulate` or `dblocks.functional`; `self.fused_impl` is the implementation that
-    `fuse_` was given and `self.unfused` the class of the module, for `self.unfused.forward(self,
-    ...)`. `dit_block` and `dit_final_layer` are such forwards, for blocks written as in the code of
-    DiT and the many that follow it. A second registration of a class replaces the first.
+    It applies to instances of `cls` and of subclasses that do not override forward. `forward` takes
+    `self` and the arguments of the original, and computes the same with `modulate`, `gated_add`,
+    `gated_add_and_modulate` or `dblocks.functional`; `self.fused_impl` is the `impl` passed to
+    `fuse_`, and `self.unfused` the original class, for `self.unfused.forward(self, ...)`.
+    `dit_block` and `dit_final_layer` are such forwards, for blocks written like those of DiT. A
+    second registration of a class replaces the first.
 
     Args:
         cls: a class of modules that defines its own forward.
         forward: the function.
-        ops: what `Replacement.after` says.
+        ops: the value of `Replacement.after`.
 
     Raises:
         TypeError: if `cls` is not a class of modules, or `forward` not a function.

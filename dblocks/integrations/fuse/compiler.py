@@ -21,9 +21,9 @@ def compiler(
 ) -> Callable[..., Any]:
     """A backend of torch.compile that puts the fused ops into a graph and passes it on.
 
-    Replaced are `norm(x) * (1 + scale) + shift` by adaln, `x + gate * branch` by gated_residual and
-    one after the other by residual_adaln, in whatever model they stand; see `fuse_graph`. The model
-    itself is not changed: its classes, hooks and state stay as they are.
+    It replaces `norm(x) * (1 + scale) + shift` by adaln, `x + gate * branch` by gated_residual and
+    the second followed by the first by residual_adaln, in any model; see `fuse_graph`. The model
+    itself, its classes, hooks and state do not change.
 
     Args:
         module: the graph.
@@ -33,8 +33,8 @@ def compiler(
             called with the `GraphReport` of each graph. All others go to `inner`.
 
     Raises:
-        ValueError: for an unknown `impl`, or an option that nobody reads.
-        TypeError: if `report` is no function.
+        ValueError: for an unknown `impl` or option.
+        TypeError: if `report` is not a function.
     """
     options = dict(options or {})
     inner, impl = options.pop("inner", "inductor"), options.pop("impl", "auto")
