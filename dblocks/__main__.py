@@ -30,9 +30,9 @@ Try: dblocks train vit --data digits --blocks 3 --out runs/vit"""
 class Info:
     """Print versions, devices, and which implementation each fused op would use here and why.
 
-    With --model: what dblocks would do with a model of another library, found out from its config
-    alone. Its residual layers, the blocks that they would be cut into and the memory that training
-    one of them would take, and the modules that the fused ops would replace.
+    With --model: what dblocks would do with a model of another library, from its config alone: its
+    residual layers, their division into blocks, the memory of training one block, and the modules
+    that the fused ops would replace.
     """
 
     model: str | None = None
@@ -56,31 +56,31 @@ class Info:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Time every fused op, or whole training steps, beside PyTorch and its compiler.
+    """Time every fused op, or whole training steps, against PyTorch and its compiler.
 
-    Runs from a checkout, where the folder benchmarks/ is. Results are checked before they are
-    timed; all of it takes about half an hour on 2 cores.
+    Runs from a checkout, which has the folder benchmarks/. Results are checked before they are
+    timed; everything takes about half an hour on 2 cores.
     """
 
     what: Literal["ops", "step"] = "ops"
-    """ops: each op by itself. step: one training step of a ViT, of a block and end to end."""
+    """ops: each op by itself. step: a training step of a ViT, in blocks and end to end."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
     op: tuple[str, ...] = ()
     """Only these ops, such as adaln noise_inject."""
     rounds: int = 10
-    """How often each of the compared takes its turn."""
+    """Number of interleaved rounds."""
     memory: bool = False
-    """Measure peak memory too, each of the compared in a process of its own."""
+    """Also measure peak memory, each implementation in a separate process."""
     out: Path | None = None
     """Folder for the JSON, the tables and the charts."""
     overwrite: bool = False
-    """Replace the results that --out holds."""
+    """Replace existing results in --out."""
     compare: Path | None = None
     """An earlier JSON: also print what changed."""
 
     def __call__(self) -> None:
-        """Run the benchmark in a process of its own, with the allocator's settings it needs."""
+        """Run the benchmark in a separate process, with the allocator settings that it needs."""
         if self.rounds < 1:
             raise ValueError(f"--rounds must be positive, got {self.rounds}")
         root = Path(__file__).resolve().parents[1]
@@ -111,17 +111,17 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Make one network of blocks that were trained apart, by `dblocks train ... --block N`."""
+    """Merge blocks from `dblocks train ... --block N` into one network."""
 
     out: Path
-    """Folder to write the network to; it may be the one that the blocks are in."""
+    """Folder to write the network to; it may be the folder of the blocks."""
     folders: tuple[Path, ...]
-    """The folders of the blocks, or a folder that they are in."""
+    """The folders of the blocks, or the folder that contains them."""
     overwrite: bool = False
-    """Replace the network that OUT holds."""
+    """Replace an existing network in OUT."""
 
     def __call__(self) -> None:
-        """Check that they are of one network, and write it."""
+        """Check that the blocks belong to one network, and write it."""
         from dblocks.recipes.command import check_free, saved_files
         from dblocks.scale import merge_blocks
 
@@ -138,7 +138,7 @@ RECIPE_HELP = {
 }
 PATH_FLAGS = ("--out", "--checkpoint", "--compare", "--data", "--tokenizer", "--model")
 PATH_FLAGS += ("--json", "--chart", "--tensorboard")
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended, as shells have it
+INTERRUPTED = 130  # the shell's exit code of a program ended by Ctrl-C
 BROKEN_PIPE = 141
 OVERWRITE_HELP = "Replace the network that --out holds."
 OUT_HELP = "Folder to write to; it is made if it is not there."
@@ -155,7 +155,7 @@ RESUME_HELP = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a user's mistake is one line on stderr and the exit code 2."""
+    """Run one command; a user's mistake prints one line on stderr and exits with code 2."""
     try:
         with terminable():
             return _run(argv)
@@ -173,14 +173,14 @@ def _run(argv: Sequence[str] | None) -> int:
             warnings.showwarning = _show_warning
             command()
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has seen enough, as in `dblocks info | head`
+    except BrokenPipeError:  # the reader closed the pipe, as in `dblocks info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (ImportError, ValueError, OSError, FloatingPointError) as error:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as error:
-        if str(error):  # one process of several says it
+        if str(error):  # one process of several prints it
             print(f"dblocks: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
@@ -190,7 +190,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _check_paths(argv: Sequence[str]) -> None:
-    """Raises ValueError for an empty path, which would stand for the folder that one is in."""
+    """Raises ValueError for an empty path, which would mean the current folder."""
     words = [word for arg in argv for word in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
     for flag, value in pairwise(words):
         if flag in PATH_FLAGS and not value.strip():
@@ -241,7 +241,7 @@ def _networks() -> dict[str, Any]:
 
 
 def _planned(argv: Sequence[str]) -> dict[str, Any]:
-    """The defaults of the flags of `dblocks plan NETWORK --recipe paper`; none without it."""
+    """The defaults of the flags of `dblocks plan NETWORK --recipe paper`; empty without it."""
     found = _chosen(argv)
     networks = _networks()
     network = next((word for word in argv[1:] if word in networks), None)
@@ -269,7 +269,7 @@ def _verbs(tyro: Any, argv: Sequence[str]) -> dict[str, type]:
 
 
 def _chosen(argv: Sequence[str]) -> Any:
-    """What decides the defaults of other flags."""
+    """The flags that decide the defaults of other flags."""
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--recipe", nargs="?")
     chosen.add_argument("--data", nargs="?")
@@ -295,7 +295,7 @@ def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> A
         if here
         else (recipe.run)
     )
-    # Which part of the data a run holds out is for studies to choose.
+    # Only studies choose the held-out part of the data.
     from dblocks.recipes.command import KEEP
 
     more: list[Any] = [("part", tyro.conf.Suppress[str], run.part)]
@@ -316,7 +316,7 @@ def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> A
     fields = dataclasses.fields(run)
 
     def train(flags: Any) -> None:
-        # Made here, not by the parser: a run's own checks say what is wrong in one line.
+        # Made here, not by the parser, so that the run's own checks report errors in one line.
         made = type(run)(**{f.name: getattr(flags, f.name) for f in fields})
         recipe.train(
             made,
@@ -342,9 +342,9 @@ def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> A
 
 
 def _verb(tyro: Any, name: str, description: str, networks: Mapping[str, Any]) -> type:
-    """A command whose one field is the command of a network, as tyro wants subcommands.
+    """A command whose only field is the command of a network, as tyro represents subcommands.
 
-    A network's command is a class, or an instance with the defaults of the flags.
+    The command of a network is a class, or an instance with the defaults of the flags.
     """
     options = tuple(
         Annotated[command, tyro.conf.subcommand(name=network)]
@@ -358,7 +358,7 @@ def _verb(tyro: Any, name: str, description: str, networks: Mapping[str, Any]) -
 
 
 def _positional(tyro: Any, command: type, *names: str) -> type:
-    """A command whose arguments of these names have no flags."""
+    """A command whose arguments with these names are positional."""
     hints = get_type_hints(command)
     fields = [(name, tyro.conf.Positional[hints[name]]) for name in names]
     made = make_dataclass(command.__name__, fields, bases=(command,), frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Training on real data: a file a network, which is at once recipe and command."""
+"""Training on real data: one file per network, with its recipe and commands."""

@@ -1,4 +1,4 @@
-"""What the runs of models that predict the next token have in common."""
+"""Base of the runs of models that predict the next token."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ from dblocks.recipes.trainer import Trainer
 from dblocks.sampling import generate
 from dblocks.schedules import NoiseSchedule
 
-POINT_WINDOWS = 32  # of the held-out text, spread evenly, that a point of the curve looks at
+POINT_WINDOWS = 32  # of the held-out text, spread evenly, for a point of the curve
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveOptions(TextOptions):
-    """The options of a run of a model that predicts the next token, beside those of every run."""
+    """The options of a run of a model that predicts the next token, in addition to those of every
+    run."""
 
     batch_size: int = 4
     """Windows of text in a batch."""
     kv_heads: int | None = None
     """Key/value heads; as many as heads by default."""
     rows: Literal["single", "doubled"] = "single"
-    """How noisy embeddings enter the blocks: single, in the rows of the tokens before; doubled, as
-    published, in rows of their own beside clean ones."""
+    """How noisy embeddings enter the blocks: single, added to the rows of the tokens before;
+    doubled, as published, in separate rows next to clean ones."""
     head: Literal["posterior", "learned"] = "posterior"
     """How blocks compute logits: posterior, a prediction from the text plus the log-likelihood of
     the noisy embedding; learned, as published, an output head."""
     top_share: float = 0.6
-    """Share of every block's draws that are at sigma_max."""
+    """Fraction of every block's draws at sigma_max."""
     conditioning: ConditioningKind = "none"
-    """AdaLN of the blocks; the network trained end to end has none."""
+    """AdaLN convention of the blocks; the network trained end to end has none."""
     gate_init: float = 1.0
-    """Initial gates of AdaLN; at 1 layers start as those of the network trained end to end."""
+    """Initial gates of AdaLN; at 1 layers start like those of the network trained end to end."""
     embed_scale: float = 1.0
     """Norm of a token's embedding."""
     weighting: Weighting = "none"
@@ -52,15 +53,15 @@ class AutoregressiveOptions(TextOptions):
     p_mean: float
     """Mean of the logarithm of the noise levels."""
     p_std: float = 2.0
-    """Standard deviation of the logarithm of the noise levels."""
+    """Std of the logarithm of the noise levels."""
     sigma_data: float = 0.5
-    """Standard deviation that the preconditioning assumes of the data; that of an embedding's
-    elements is embed_scale/sqrt(width)."""
+    """Std of the data assumed by the preconditioning; that of an embedding's elements is
+    embed_scale/sqrt(width)."""
     overlap: float = 0.1
     """Overlap of the blocks' noise ranges."""
 
     def sizes(self, vocab_size: int, *, end_to_end: bool) -> dict[str, Any]:
-        """What the configs of the models have in common; end to end there are no noise levels."""
+        """The common options of the models' configs; end to end there are no noise levels."""
         return {
             "vocab_size": vocab_size,
             "context": self.context,
@@ -75,7 +76,7 @@ class AutoregressiveOptions(TextOptions):
         }
 
     def blocks_config(self, num_blocks: int) -> BlocksConfig:
-        """How the network is cut, and its noise levels."""
+        """The configuration of blocks and noise levels."""
         return BlocksConfig(
             num_blocks=num_blocks,
             schedule=NoiseSchedule(
@@ -88,12 +89,12 @@ class AutoregressiveOptions(TextOptions):
 
 
 class AutoregressiveTrainer(Trainer):
-    """A model in training that predicts the next token.
+    """Trains a model that predicts the next token.
 
     Args:
         run: what to train.
-        options: the same run, for what is not of every run.
-        corpus: what to train on and what to evaluate on.
+        options: the same run, for the options that not every run has.
+        corpus: the texts for training and evaluation.
         make: as of `Trainer`.
         end_to_end_loss: as of `Trainer`.
     """
@@ -114,10 +115,10 @@ class AutoregressiveTrainer(Trainer):
 
     @abstractmethod
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
-        """JSON values about the trained network, whose last measurement is `last`."""
+        """Results of the trained network as JSON values; `last` is its last measurement."""
 
     def counted(self) -> list[nn.Module]:
-        """The MLPs: a layer calls its own once for clean rows and once for noisy ones."""
+        """The MLPs; a layer calls its MLP once for clean rows and once for noisy ones."""
         return [layer.mlp for layer in self.network.layers]
 
     def measure(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class AutoregressiveTrainer(Trainer):
         return bound_of(self.model, text, self.options.context, windows=windows)
 
     def samples(self, **options: Any) -> list[str]:
-        """Continuations of places spread over the held-out text, at temperature 1 by default.
+        """Continuations of windows spread over the held-out text, at temperature 1 by default.
 
         Options are those of `generate`, such as `num_steps=`.
         """

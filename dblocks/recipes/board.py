@@ -1,4 +1,4 @@
-"""The points of a run's curve as files of TensorBoard, which is imported when they are written."""
+"""Writes the points of a run's curve for TensorBoard, which is imported on use."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Board:
-    """Writes points into a folder that TensorBoard shows.
+    """Writes points to a folder for TensorBoard.
 
     Args:
-        folder: of one run.
+        folder: the folder of one run.
 
     Raises:
         ImportError: TensorBoard is not installed.
@@ -35,7 +35,7 @@ class Board:
 
 
 def scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a point by their names, such as block_loss/0; what is None has none."""
+    """The numbers of a point by name, such as block_loss/0; None is left out."""
     if isinstance(value, dict):
         for key, part in value.items():
             if name or key != "step":

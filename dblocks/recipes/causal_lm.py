@@ -25,19 +25,18 @@ TEMPERATURES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # of the samples
 class CausalLMRun(AutoregressiveOptions, Run):
     """Train a 12-layer language model on text, block by block or end to end, and save it.
 
-    Block by block, the layers are split into equal runs ("blocks"). Each block learns to denoise
-    the next token's embedding within its own range of noise levels, from the text before it, so
-    that a training step runs, and keeps in memory, one block only. Prints the bits per character of
-    held-out text and what it cost; writes model.safetensors, config.json, tokenizer.json and
-    run.json into --out.
+    The layers are divided into equal blocks. Each block learns to denoise the next token's
+    embedding within its own range of noise levels, given the text before it, so that a training
+    step runs, and holds in memory, one block only. Prints the bits per character of held-out text
+    and the cost; writes model.safetensors, config.json, tokenizer.json and run.json to --out.
     """
 
     steps: int = 2520
     p_mean: float = 0.0
     """Mean of the logarithm of the noise levels. At 0 the first block owns 2.4 to 80, where a noisy
-    embedding of norm 1 tells nothing, so that it learns to predict from the text alone."""
+    embedding of norm 1 carries no information, so that it learns to predict from the text alone."""
     tokens_per_block: int = 1
-    """Tokens that are predicted, and written, at once; they share a noise level."""
+    """Number of tokens that are predicted at once; they share a noise level."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +57,7 @@ class CausalLMRun(AutoregressiveOptions, Run):
         return CausalLMTrainer(self, self.corpus())
 
 
-# How the paper's blocks differ.
+# Differences of the paper's blocks.
 PUBLISHED: dict[str, Any] = {
     "rows": "doubled", "head": "learned", "conditioning": "dit", "top_share": 0.0
 }  # fmt: skip
@@ -90,11 +89,11 @@ RECIPE = Recipe(
 
 
 class CausalLMTrainer(AutoregressiveTrainer):
-    """A `CausalLM` in training on text.
+    """Trains a `CausalLM` on text.
 
     Args:
         run: what to train.
-        corpus: what to train on and what to evaluate on.
+        corpus: the texts for training and evaluation.
     """
 
     def __init__(self, run: CausalLMRun, corpus: Corpus) -> None:
@@ -124,7 +123,7 @@ class CausalLMTrainer(AutoregressiveTrainer):
 
     @property
     def has_product(self) -> bool:
-        """Whether all blocks were trained at sigma_max, so that their product says something."""
+        """Whether all blocks were trained at sigma_max, so that their product is meaningful."""
         model = self.model
         return model is not None and (model.config.num_blocks == 1 or trained_at_top(model))
 
@@ -146,15 +145,15 @@ class Eval:
     """Measure the bits per character of held-out text under a saved language model."""
 
     data: str = "pydoc"
-    """What to evaluate on: the last tenth of this text; see `dblocks train causal-lm`."""
+    """Text to evaluate on: its last tenth; see `dblocks train causal-lm`."""
     data_path: str | None = None
     """See `dblocks train causal-lm`."""
     fold: Fold | None = None
-    """Make letters and spaces of the text, as in training."""
+    """Reduce the text to letters and spaces, as in training."""
     checkpoint: Path = RECIPE.out
-    """Folder that `dblocks train causal-lm` wrote."""
+    """Folder written by `dblocks train causal-lm`."""
     windows: int = 1024
-    """Windows of it to score, spread evenly; all of them where there are fewer."""
+    """Number of windows to score, spread evenly; at most all of them."""
 
     def __call__(self) -> None:
         """Load, score the held-out part, and print the bits per character."""
@@ -167,17 +166,17 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(SampleText):
-    """Let a saved language model continue a text; characters appear as they are written."""
+    """Let a saved language model continue a text; characters are printed as they are generated."""
 
     checkpoint: Path = RECIPE.out
-    """Folder that `dblocks train causal-lm` wrote."""
+    """Folder written by `dblocks train causal-lm`."""
     steps: int | None = None
-    """Denoising steps a token; 1 runs the first block alone. By default tokens are drawn from the
-    product of all blocks' predictions or, where blocks were trained as published, by one step for
+    """Denoising steps per token; 1 runs the first block alone. By default tokens are sampled from
+    the product of all blocks' predictions or, if blocks were trained as published, by one step for
     each block."""
 
     def __call__(self) -> None:
-        """Load, and print the prompt and what follows."""
+        """Load, and print the prompt and its continuation."""
         model, _, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
         in_blocks = check_steps(self.steps, self.checkpoint, model)
         product = in_blocks and self.steps is None and trained_at_top(model)

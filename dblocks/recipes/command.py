@@ -1,4 +1,4 @@
-"""What the commands of all networks share: train and save, and load what was saved."""
+"""Common code of the networks' commands: train and save, and load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dblocks.scale.mesh import ALONE, Layout, joined, wait_for_all, world_size
 
 RECORD_FILE = "run.json"
 SAVED_FILES = ("model.safetensors", "config.json", "block.json", RECORD_FILE)
-KEEP = 2  # checkpoints that stay
+KEEP = 2  # number of checkpoints that are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +36,21 @@ class Recipe:
     out: Path
     """Where the network is saved by default."""
     columns: Sequence[Column]
-    """Of the table that is printed."""
+    """The columns of the printed table."""
     gpu: Run | None = None
-    """The defaults with `--recipe gpu`, for a large GPU; None: there is no such flag."""
+    """The defaults with `--recipe gpu`, for a large GPU; None if there is no such recipe."""
     paper: Sequence[Experiment] = ()
-    """The experiments of the paper, `--recipe paper`; none: there is no such flag."""
+    """The experiments of the paper, `--recipe paper`; empty if there is no such recipe."""
     published: Mapping[str, Any] = field(default_factory=dict)
-    """What `--published` changes; nothing: there is no such flag."""
+    """The options that `--published` changes; empty if there is no such flag."""
     published_help: str = ""
-    """In words."""
+    """The help text of `--published`."""
     after: str = ""
-    """What to print at the end; {out} stands for the folder."""
+    """Text to print at the end; {out} is replaced by the folder."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What `--recipe` takes."""
+        """The values of `--recipe`."""
         more = [("gpu", self.gpu is not None), ("paper", bool(self.paper))]
         return ("small", *(name for name, there in more if there))
 
@@ -60,7 +60,8 @@ class Recipe:
         """The defaults of the flags with `--recipe`, `--data` and `--published`.
 
         Raises:
-            ValueError: the paper has no experiment on the data, or both it and published are asked.
+            ValueError: the paper has no experiment on the data, or both "paper" and `published` are
+                given.
         """
         run = self.run
         if kind == "gpu" and self.gpu is not None:
@@ -87,20 +88,20 @@ class Recipe:
 
         Args:
             run: what to train.
-            out: where to write; of one block alone a folder in it.
-            overwrite: whether to replace what is there.
+            out: where to write; for a single block, a folder in it.
+            overwrite: whether to replace existing files.
             checkpoint_every: steps between two checkpoints.
             keep: how many of the last ones stay.
-            resume: whether to go on from the newest.
-            tensorboard: folder for the curve in TensorBoard's files; of one block alone a folder
-                in it.
-            kind: what `--recipe` says: "paper" prints what the paper reached beside it.
+            resume: whether to continue from the newest checkpoint.
+            tensorboard: folder for TensorBoard files of the curve; for a single block, a folder in
+                it.
+            kind: the value of `--recipe`: "paper" also prints the paper's results.
 
         Raises:
             ValueError: the files of the paper's data are not given; or `out` cannot be written to,
-                or holds a save or checkpoints and neither `overwrite` nor `resume` is given; found
-                out before training.
-            ImportError: a package that this needs is not installed; likewise.
+                or holds a save or checkpoints and neither `overwrite` nor `resume` is given. Raised
+                before training.
+            ImportError: a required package is not installed. Raised before training.
             Interrupted: Ctrl-C or SIGTERM came, and there is a checkpoint.
         """
         experiment = None
@@ -212,16 +213,16 @@ def _of_block(run: Run, record: dict[str, Any], out: Path, *, merged: bool) -> s
 
 
 def saved_files(out: Path) -> list[Path]:
-    """Where the files of a network are in a folder, whether they are there or not."""
+    """The paths of a network's files in a folder, whether they exist or not."""
     return [checkpoint.current(out, name) for name in SAVED_FILES]
 
 
 def check_free(out: Path, files: Sequence[Path], *, overwrite: bool, name: str = "--out") -> None:
-    """Raises ValueError where files that are to be written are there and must not be replaced.
+    """Raises ValueError if files to be written exist and must not be replaced.
 
     Args:
         out: as the user named it.
-        files: what is to be written.
+        files: the files to be written.
         overwrite: whether they may be replaced.
         name: of the argument.
     """
@@ -237,7 +238,7 @@ def load_network(folder: Path, kind: type, command: str) -> tuple[Any, Any]:
     """The model of a folder, in blocks or not, and its network, which must be a `kind`.
 
     Args:
-        folder: where `dblocks train` wrote.
+        folder: the folder written by `dblocks train`.
         kind: the class of the network.
         command: as the command line names it, such as causal-lm.
 
@@ -261,7 +262,7 @@ def check_positive(steps: int | None) -> None:
 
 
 def check_steps(steps: int | None, folder: Path, model: Any) -> bool:
-    """Whether the model is in blocks; raises ValueError for `--steps` that do not fit it."""
+    """Whether the model is in blocks; raises ValueError for `--steps` that it does not take."""
     check_positive(steps)
     in_blocks = isinstance(model, blocks.DiffusionBlocks)
     if steps is not None and not in_blocks:

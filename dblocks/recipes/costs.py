@@ -1,4 +1,4 @@
-"""What a run costs: layer evaluations and memory."""
+"""The cost of a run: layer evaluations and memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 2**20
 class LayerCounter:
     """Counts how often training calls some modules inside the `with` block.
 
-    It counts by hooks, which the end removes; what is called inside `paused()` is free.
+    It counts by hooks, removed at the end; calls inside `paused()` do not count.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -54,9 +54,9 @@ class LayerCounter:
 def memory(trainer: Trainer) -> dict[str, float]:
     """The largest of the blocks' steps, in MiB: saved activations, and state held.
 
-    `state_mib` is what the step reads and updates, all that a worker of that block holds;
-    `process_mib` what this process holds, where all blocks live. With `--sharding fsdp` the whole
-    parameters of layers, which are gathered for the step, count as activations.
+    `state_mib` is the state that the step reads and updates, all that a worker of that block holds;
+    `process_mib` that of this process, with all blocks. With `--sharding fsdp` the gathered
+    parameters of layers count as activations.
     """
     batch = trainer.batch(0)
     costs = [_step_bytes(trainer, batch, b) for b in trainer.trained_blocks]

@@ -39,23 +39,23 @@ from dblocks.recipes.trainer import Trainer
 from dblocks.sampling import sampling_cost
 from dblocks.schedules import NoiseSchedule
 
-SHOWN = 5  # samples of each class that a record keeps
-MOST_CLASSES = 10  # of which it keeps some
-ACROSS = 10  # pictures in a row of a model without classes
+SHOWN = 5  # number of samples of each class in a record
+MOST_CLASSES = 10  # kinds of samples in a record
+ACROSS = 10  # images in a row for a model without classes
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTRun(Run):
-    """Train a 12-layer diffusion transformer to draw images, and save it.
+    """Train a 12-layer diffusion transformer to generate images, and save it.
 
-    Block by block, the layers are split into equal runs ("blocks"). Each block learns to denoise
-    the image within its own range of noise levels, so that a training step runs, and keeps in
-    memory, one block only. Prints how far generated images are from held-out ones, by a small
-    classifier, and what it cost; writes model.safetensors, config.json and run.json into --out.
+    The layers are divided into equal blocks. Each block learns to denoise the image within its own
+    range of noise levels, so that a training step runs, and holds in memory, one block only. Prints
+    the distance of generated images from held-out ones, in the features of a small classifier, and
+    the cost; writes model.safetensors, config.json and run.json to --out.
     """
 
     data: str = "digits"
-    """What to train on: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
+    """Data to train on: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
     fashion-mnist, of Debian's package dataset-fashion-mnist; cifar-10, cifar-100, tiny-imagenet,
     imagenet or imagenet-latents, which --data-path names; hf:NAME of Hugging Face; or a path: a
     folder of images, with a sub-folder for each class, of IDX, CIFAR, parquet or arrow files or of
@@ -67,7 +67,7 @@ class DiTRun(Run):
     scale: float = 1.0
     """Factor of the values of arrays and latents."""
     sigma_data: float | None = None
-    """Standard deviation of the data; measured on the training part by default."""
+    """Std of the data; measured on the training part by default."""
     steps: int = 3000
     batch_size: int = 64
     """Images in a batch."""
@@ -80,19 +80,19 @@ class DiTRun(Run):
     heads: int = 4
     """Attention heads."""
     mlp_ratio: float = 4.0
-    """Width inside an MLP over that of the tokens."""
+    """Width inside an MLP divided by that of the tokens."""
     conditioning: DiTConditioning = "dit"
-    """AdaLN of the layers."""
+    """AdaLN convention of the layers."""
     gate_init: float = 0.0
     """Initial gates of the layers."""
     patch_size: int = 2
     """Side of a patch."""
     samples: int = 500
-    """Images to generate and judge at the end."""
+    """Number of images to generate and evaluate at the end."""
     sampling_steps: int = NUM_STEPS
-    """Euler steps of each."""
+    """Euler steps per image."""
     guidance_scale: float = GUIDANCE_SCALE
-    """Guidance of the samples that are called guided."""
+    """Guidance scale of the guided samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +101,7 @@ class DiTRun(Run):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def dit_config(self, data: Images) -> DiTConfig:
-        """The network for such images; data of a single class count as without classes."""
+        """The network for these images; data with a single class count as without classes."""
         num_classes = int(data.labels.max()) + 1
         _, channels, height, width = data.images.shape
         return DiTConfig(
@@ -118,7 +118,7 @@ class DiTRun(Run):
         )
 
     def blocks_config(self, data: Images) -> BlocksConfig:
-        """How the network is cut; one block end to end."""
+        """The configuration of blocks; one block end to end."""
         sigma_data = standard_deviation(data.images) if self.sigma_data is None else self.sigma_data
         schedule = NoiseSchedule(sigma_data=sigma_data)
         return BlocksConfig(self.num_blocks, schedule=schedule, weighting=self.weighting)
@@ -155,16 +155,16 @@ class Sampled(NamedTuple):
     labels: Tensor | None
     """int64 [n]; None for a network without classes."""
     seconds: float
-    """For each image."""
+    """Seconds per image."""
 
 
 class DiTTrainer(Trainer):
-    """A DiT in training on images.
+    """Trains a DiT on images.
 
     Args:
         run: what to train.
-        data: the images to train on.
-        evaluated: the images to compare with.
+        data: the training images.
+        evaluated: the images for evaluation.
     """
 
     def __init__(self, run: DiTRun, data: Images, evaluated: Images) -> None:
@@ -175,7 +175,7 @@ class DiTTrainer(Trainer):
         self.dit_run, self.data, self.evaluated = run, data, evaluated
 
     def measure(self) -> dict[str, Any]:
-        """The L2 loss on the images to compare with."""
+        """The L2 loss on the images for evaluation."""
         return {"loss": held_out_loss(self.trained, self.evaluated)}
 
     def progress(self, point: dict[str, Any]) -> str:
@@ -183,7 +183,7 @@ class DiTTrainer(Trainer):
         return f"loss {point['loss']:.4f}"
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
-        """The loss; of final runs what the classifier says of samples, and what they cost."""
+        """The loss; for final runs also the classifier's evaluation of samples, and their cost."""
         run, schedule = self.dit_run, self.trained.config.schedule
         found = {"loss": last["loss"], "sigma_data": schedule.sigma_data}
         return found | self._of_samples() if run.part == "final" else found
@@ -203,7 +203,7 @@ class DiTTrainer(Trainer):
         }
 
     def sample(self, guidance_scale: float) -> Sampled:
-        """As many samples as the run asks for, the classes in turn."""
+        """The run's number of samples, cycling through the classes."""
         run, config = self.dit_run, self.network.config
         classes = self.data.labels.unique()
         labels = classes[torch.arange(run.samples) % len(classes)]
@@ -224,7 +224,7 @@ class DiTTrainer(Trainer):
         return Sampled(images, labels if config.num_classes else None, seconds)
 
     def _judged(self, guided: Sampled) -> dict[str, Any] | None:
-        """The classifier's view of the samples; None without classes."""
+        """The classifier's evaluation of the samples; None without classes."""
         num_classes = self.network.config.num_classes
         if not num_classes or guided.labels is None:
             return None
@@ -246,12 +246,12 @@ class DiTTrainer(Trainer):
 class Eval:
     """Measure the loss of a saved diffusion transformer on held-out images.
 
-    The squared error of the network's output, over noise levels of equal probability: what training
-    makes small. `dblocks train dit` also judges generated images.
+    The squared error of the network's output at noise levels of equal probability, which training
+    minimises. `dblocks train dit` also evaluates generated images.
     """
 
     data: str = "digits"
-    """What to evaluate on: the held-out part of this data; see `dblocks train dit`."""
+    """Data to evaluate on: its held-out part; see `dblocks train dit`."""
     data_path: str | None = None
     """See `dblocks train dit`."""
     image_size: int | None = None
@@ -259,7 +259,7 @@ class Eval:
     scale: float = 1.0
     """Factor of the values of latents."""
     checkpoint: Path = RECIPE.out
-    """Folder that `dblocks train dit` wrote."""
+    """Folder written by `dblocks train dit`."""
 
     def __call__(self) -> None:
         """Load, and print the loss on the held-out part."""
@@ -273,32 +273,32 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Let a saved diffusion transformer draw images, a row of them for each class, as a PNG.
+    """Generate images with a saved diffusion transformer, one row per class, as a PNG.
 
-    Latents are written as they are: name a .npy file, an array [N, C, H, W].
+    For latents, name a .npy file; it holds an array [N, C, H, W].
     """
 
     checkpoint: Path = RECIPE.out
-    """Folder that `dblocks train dit` wrote."""
+    """Folder written by `dblocks train dit`."""
     out: Path = Path("samples.png")
-    """The PNG to write, or a .npy file for the numbers themselves."""
+    """The PNG to write, or a .npy file for the values."""
     overwrite: bool = False
-    """Replace the file that --out names."""
+    """Replace an existing file."""
     classes: tuple[int, ...] = ()
-    """Classes to draw, such as 3 7; the first ten by default."""
+    """Classes to generate, such as 3 7; the first ten by default."""
     count: int = 5
-    """Images of each class; of a model without classes, rows of 10."""
+    """Number of images of each class; for a model without classes, of rows of 10."""
     steps: int | None = None
-    """Denoising steps from noise to an image, one block each; 50 by default."""
+    """Denoising steps, each of one block; 50 by default."""
     kind: Literal["equal_mass", "karras"] = "equal_mass"
-    """Where the steps are: equal_mass calls each block about equally often, karras as in EDM."""
+    """Spacing of the steps: equal_mass calls each block about equally often, karras as in EDM."""
     guidance: float | None = None
-    """How much the class counts: 1 is as trained; 2, the default, exaggerates the class and costs
-    two calls a step."""
+    """Guidance scale: 1 is the conditional model; 2, the default, amplifies the class and needs two
+    calls per step."""
     size: tuple[int, int] | None = None
-    """Height and width, if not those of the training images."""
+    """Height and width; by default those of the training images."""
     seed: int = 0
-    """Of the noise that denoising starts from."""
+    """Seed of the initial noise."""
 
     def __call__(self) -> None:
         """Load, generate with a progress bar, write the grid, and print how often blocks ran."""

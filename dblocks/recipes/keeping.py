@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is in them, when they are written, and how a run goes on from one."""
+"""Checkpoints of a run: their contents, when they are written, and resuming."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dblocks.recipes.trainer import Trainer
 
 FOLDER = "checkpoints"  # inside that of the run
-LOG_FILE = "log.jsonl"  # beside it: a line for each point of the curve
+LOG_FILE = "log.jsonl"  # next to it: a line for each point of the curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +31,17 @@ class Keeping:
     """Whether and where a run keeps checkpoints."""
 
     folder: Path
-    """Where they are."""
+    """The folder of the checkpoints."""
     every: int | None
-    """Steps between two of them; None: only where a signal ends the run."""
+    """Steps between two of them; None: only when a signal ends the run."""
     keep: int
-    """How many of the last ones stay."""
+    """Number of the last checkpoints to keep."""
     resume: bool
-    """Whether to go on from the newest; else those that are there are removed."""
+    """Whether to resume from the newest; else existing ones are removed."""
 
 
 class Progress:
-    """How far a run has come: what a checkpoint says of it beside network and optimizer."""
+    """The progress of a run: the state of a checkpoint other than network and optimizer."""
 
     def __init__(self, num_blocks: int, counter: LayerCounter) -> None:
         self.step = 0
@@ -54,7 +54,7 @@ class Progress:
         self._losses: list[list[float]] = [[] for _ in range(num_blocks)]
 
     def add(self, block: int, loss: float | None) -> None:
-        """A step was taken."""
+        """Records a step."""
         self.step += 1
         if loss is not None:
             self.own_steps += 1
@@ -86,7 +86,7 @@ class Progress:
 
 
 class RandomState:
-    """PyTorch's own generators, which no step should read, but a part of a network might."""
+    """PyTorch's default generators, which a part of a network might use."""
 
     def state_dict(self) -> dict[str, Any]:
         """Their states."""
@@ -101,13 +101,13 @@ class RandomState:
 
 
 class Keeper:
-    """Writes the checkpoints of a run, after it went on from the newest.
+    """Resumes a run from the newest checkpoint, and writes its checkpoints.
 
     Args:
-        keeping: whether and where.
+        keeping: whether and where to keep checkpoints.
         trainer: what is trained.
-        progress: how far it is; of the checkpoint from here on.
-        begun: JSON values that say what is trained.
+        progress: the progress of the run, updated from the checkpoint.
+        begun: JSON values that identify the run.
 
     Raises:
         ValueError: the folder cannot be written to, or there is no valid checkpoint of this run.
@@ -149,7 +149,7 @@ class Keeper:
             print(said, file=sys.stderr)
 
     def write_log(self) -> None:
-        """Writes the curve so far, whole: what a run that was resumed measured comes once."""
+        """Writes the whole curve so far, so that a resumed run has each point once."""
         if not self.first:
             return
         path = self.keeping.folder.parent / LOG_FILE
@@ -161,10 +161,10 @@ class Keeper:
             warnings.warn(f"no new line in {path}: {error}", stacklevel=2)
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written.
+        """Waits until the current checkpoint is written.
 
         Warns:
-            UserWarning: it cannot be written; training goes on.
+            UserWarning: it cannot be written; training continues.
         """
         try:
             self.checkpoints.wait()
@@ -180,18 +180,18 @@ class Keeper:
         self.wait()
 
     def after_step(self, received: int | None, *, own: bool = True) -> None:
-        """Writes a checkpoint where one is due, and ends the run where a signal was received.
+        """Writes a checkpoint if one is due, and ends the run if a signal was received.
 
         Args:
             received: the signal.
-            own: whether the step was one of a block that is trained here; processes that train
-                together agree after such a step on whether there was a signal.
+            own: whether the step was one of a block trained here; processes that train together
+                agree after such a step on whether there was a signal.
 
         Raises:
-            Interrupted: one was.
+            Interrupted: if a signal was received.
 
         Warns:
-            UserWarning: the checkpoint cannot be written; training goes on.
+            UserWarning: the checkpoint cannot be written; training continues.
         """
         if self.mesh is not None:
             received = (largest(received or 0, self.mesh) or None) if own else None
@@ -199,7 +199,7 @@ class Keeper:
         due = step == self.steps or (every is not None and step % every == 0)
         if due or received is not None:
             objects = self.objects
-            if self.sharded:  # together, and before anything that may fail
+            if self.sharded:  # a collective, before anything that may fail
                 objects = {name: Snapshot(state_of(o)) for name, o in objects.items()}
             if self.first:
                 self.wait()
@@ -213,7 +213,7 @@ class Keeper:
             raise Interrupted(said if self.first else "", received)
 
     def _check_agreed(self, step: int) -> None:
-        """Processes that train together go on from the same step; they wait for each other."""
+        """Raises unless processes that train together resume from the same step; a collective."""
         last = largest(step, self.mesh)
         if last != step or -largest(-step, self.mesh) != step:
             raise ValueError(

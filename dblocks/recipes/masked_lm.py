@@ -29,20 +29,20 @@ from dblocks.sampling import points_for, unmask
 from dblocks.schedules import MASKED, MaskSchedule
 from dblocks.schedules.mask import ScheduleKind
 
-SAMPLED = "unmasked"  # the name of the samples in records
-POINT_WINDOWS = 16  # windows of the held-out text that a point of the curve looks at
-TOKENS = 100  # that are written after a prompt by default
+SAMPLED = "unmasked"  # name of the samples in records
+POINT_WINDOWS = 16  # windows of the held-out text for a point of the curve
+TOKENS = 100  # number generated after a prompt by default
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLMRun(TextOptions, Run):
     """Train a 12-layer model that fills in the masked tokens of a text, and save it.
 
-    In training a random share of the tokens is masked, and the model guesses them from those on
-    both sides. Block by block, the layers are split into equal runs ("blocks"), each for its own
-    range of that share, so that a training step runs, and keeps in memory, one block only. Prints
-    the bits per character of held-out text and what it cost; writes model.safetensors, config.json,
-    tokenizer.json and run.json into --out.
+    In training a random fraction of the tokens, the mask ratio, is masked, and the model predicts
+    them from both sides. The layers are divided into equal blocks, each for its own range of mask
+    ratios, so that a training step runs, and holds in memory, one block only. Prints the bits per
+    character of held-out text and the cost; writes model.safetensors, config.json, tokenizer.json
+    and run.json to --out.
     """
 
     steps: int = 1500
@@ -56,16 +56,17 @@ class MaskedLMRun(TextOptions, Run):
     rope_theta: float = 100.0  # with 10,000 a context of 128 was learned more slowly
     """Base of the rotary positions' frequencies; 100 gives periods of 6 to some 500 tokens."""
     conditioning: ConditioningKind = "dit"
-    """AdaLN on the mask ratio, of both ways of training."""
+    """AdaLN convention for the mask ratio, in blocks and end to end."""
     gate_init: float = 1.0
     """Initial gates; at 1 layers start as layers without gates, not as the identity."""
     schedule: ScheduleKind = "linear"
-    """The mask ratio as a function of time: it names the levels, and with --draw t decides which
-    ratios are seen how often."""
+    """The mask ratio as a function of time t: it labels the levels, and with --draw t decides how
+    often each ratio is drawn."""
     draw: Literal["alpha", "t"] = "alpha"  # learned a little faster than cosine with t
-    """What training draws evenly: alpha, the share that is not masked, or the time t."""
+    """Variable drawn uniformly in training: alpha, the fraction that is not masked, or the time
+    t."""
     weighting: Weighting = "auto"
-    """Weight of a loss; auto is that of the bound."""
+    """Weight of a loss; auto is the weight of the bound."""
     overlap: float = 0.1
     """Overlap of the blocks' ranges of the mask ratio."""
 
@@ -88,7 +89,7 @@ class MaskedLMRun(TextOptions, Run):
         )
 
     def blocks_config(self) -> BlocksConfig:
-        """How the network is cut."""
+        """The configuration of blocks."""
         return BlocksConfig(
             num_blocks=self.num_blocks,
             schedule=MaskSchedule(self.schedule, self.draw),
@@ -127,11 +128,11 @@ RECIPE = Recipe(
 
 
 class MaskedLMTrainer(Trainer):
-    """A `MaskedLM` in training on text; end to end it is one block of all layers.
+    """Trains a `MaskedLM` on text; end to end it is one block of all layers.
 
     Args:
         run: what to train.
-        corpus: what to train on and what to evaluate on.
+        corpus: the texts for training and evaluation.
     """
 
     def __init__(self, run: MaskedLMRun, corpus: Corpus) -> None:
@@ -152,7 +153,7 @@ class MaskedLMTrainer(Trainer):
         return f"{point['bits']:.3f} bits a character"
 
     def bits(self, *, windows: int | None = None) -> Bits:
-        """The bound of the held-out text, of all of it or of so many windows."""
+        """The bound for the held-out text: all of it, or this number of windows."""
         text, context = self.corpus.evaluated, self.options.context
         points = points_for(self.num_blocks)
         return bits_per_character(
@@ -185,22 +186,22 @@ class MaskedLMTrainer(Trainer):
 class Eval:
     """Measure the bits per character of held-out text under a saved masked model.
 
-    An upper bound of them: the expected cost of filling in the text in random order.
+    It is an upper bound: the expected cost of filling in the text in random order.
     """
 
     data: str = "pydoc"
-    """What to evaluate on: the last tenth of this text; see `dblocks train masked-lm`."""
+    """Text to evaluate on: its last tenth; see `dblocks train masked-lm`."""
     data_path: str | None = None
     """See `dblocks train masked-lm`."""
     fold: Fold | None = None
-    """Make letters and spaces of the text, as in training."""
+    """Reduce the text to letters and spaces, as in training."""
     checkpoint: Path = RECIPE.out
-    """Folder that `dblocks train masked-lm` wrote."""
+    """Folder written by `dblocks train masked-lm`."""
     points: int | None = None
     """Mask ratios to measure at, evenly spaced; a multiple of the number of blocks. 12 or a few
     more by default."""
     seed: int = 0
-    """Of the masks."""
+    """Seed of the masks."""
 
     def __call__(self) -> None:
         """Load, score the held-out part, and print the bits per character."""
@@ -223,32 +224,34 @@ class Eval:
 class Sample:
     """Let a saved masked model continue a text, or fill the gaps of one.
 
-    All tokens are written together, a few in each step, in random order.
+    Tokens are filled in in random order, a few in each step.
     """
 
     prompt: str = "The "
     """The text to continue."""
     infill: str | None = None
-    """A text with gaps instead: each _ stands for one token to fill in."""
+    """Instead of a prompt, a text with gaps: each _ is one token to fill in."""
     gap: str = "_"
-    """The character that stands for a token to fill in."""
+    """The character that marks a token to fill in."""
     checkpoint: Path = RECIPE.out
-    """Folder that `dblocks train masked-lm` wrote."""
+    """Folder written by `dblocks train masked-lm`."""
     tokens: int | None = None
-    """Tokens to write after the prompt: by default 100, or as many as fit into the context."""
+    """Number of tokens to generate after the prompt: by default 100, or as many as fit into the
+    context."""
     steps: int | None = None
-    """Steps; by default as many as tokens in all. Steps that fill in nothing cost nothing."""
+    """Number of steps; by default the total number of tokens. Steps that fill in nothing cost
+    nothing."""
     temperature: float = 1.0
-    """What logits are divided by; 0 always takes the most likely token."""
+    """Divisor of the logits; 0 always takes the most likely token."""
     top_k: int | None = None
-    """Choose among so many most likely tokens only."""
+    """Keep only this many most likely tokens."""
     top_p: float | None = None
-    """Choose among the fewest most likely tokens that have this probability together."""
+    """Keep only the fewest most likely tokens whose probabilities sum to at least this."""
     seed: int = 0
-    """Of the order and the choices."""
+    """Seed of the order and of the tokens."""
 
     def __call__(self) -> None:
-        """Load, write with a progress bar, and print the text and how often each block ran."""
+        """Load, generate with a progress bar, and print the text and the calls of each block."""
         check_seed(self.seed)
         model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
         sequence = torch.tensor([self._sequence(tokenizer, network.config.context)])
@@ -273,10 +276,10 @@ class Sample:
         print(f"calls of each block's layers: {calls}")
 
     def _sequence(self, tokenizer: Any, context: int) -> list[int]:
-        """The tokens, with masks where to write.
+        """The tokens, with masks at gaps.
 
         Raises:
-            ValueError: there is nothing to write, or no text.
+            ValueError: there is no gap, or no text.
         """
         if self.infill is None:
             prompt = prompt_tokens(self.prompt, tokenizer)

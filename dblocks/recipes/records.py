@@ -24,12 +24,12 @@ FORMAT = 1  # of the record
 
 
 class Trained(NamedTuple):
-    """What `train` returns."""
+    """The result of `train`."""
 
     trainer: Trainer
     """Holds the trained network."""
     record: dict[str, Any]
-    """JSON values: the run, where it ran, what it cost and what it reached."""
+    """JSON values: the run, its environment, cost and results."""
 
 
 def train(
@@ -41,23 +41,23 @@ def train(
     mesh: Any = None,
     on_point: Callable[[dict[str, Any]], None] | None = None,
 ) -> Trained:
-    """Train one network and measure what it cost and reached.
+    """Train one network and measure its cost and results.
 
-    What is measured on the way is for a curve only: nothing is chosen by it. Of one block alone
-    there is nothing to measure but its loss and its cost.
+    Evaluations during training are for a curve only: nothing is chosen by them. For a single block,
+    only its loss and its cost are measured.
 
     Args:
         run: what to train.
         progress: show a progress bar.
-        save: called with the trained network before its results are measured, which may fail.
-        keeping: checkpoints to write and to go on from.
-        mesh: the processes that train it together; see `Trainer.place`.
+        save: called with the trained network before its results are measured, since that may fail.
+        keeping: checkpoints to write and to resume from.
+        mesh: the processes that train the block together; see `Trainer.place`.
         on_point: called with each point of the curve as it is measured.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM came, and there is a checkpoint.
     """
-    where = environment()  # of the code that runs, whatever is committed meanwhile
+    where = environment()  # of the code that runs, even if something is committed meanwhile
     trainer = run.trainer()
     trainer.place(mesh)
     alone = run.block is not None
@@ -85,7 +85,7 @@ def train(
 
 
 def begun(trainer: Trainer) -> dict[str, Any]:
-    """What a record says before anything was measured."""
+    """The record before anything is measured."""
     return {
         "format": FORMAT,
         "run": trainer.run.to_dict(),
@@ -140,13 +140,13 @@ def _add_point(trainer: Trainer, counter: LayerCounter, done: Progress) -> None:
 
 
 def use_one_thread() -> None:
-    """Compute on one thread: a network so small gains little by more, and loses much by waiting
-    for them where the cores are busy."""
+    """Compute on one thread: so small a network gains little from more, and loses much by waiting
+    for them on busy cores."""
     torch.set_num_threads(1)
 
 
 def train_to_record(run: Run, path: Path) -> dict[str, Any]:
-    """One run on one thread, and its record written to `path`; for a process of its own."""
+    """One run on one thread, with its record written to `path`; for a separate process."""
     use_one_thread()
     record = train(run).record
     write_record(path, record)
@@ -154,17 +154,17 @@ def train_to_record(run: Run, path: Path) -> dict[str, Any]:
 
 
 def write_record(path: Path, record: Any) -> None:
-    """Write JSON so that the file is there either whole or not at all."""
+    """Write JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         part.write_text(json_text(record) + "\n", encoding="utf-8")
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record written by `write_record`.
+    """Read a record written by `write_record`.
 
     Raises:
-        ValueError: the file is no record, or one of another format.
+        ValueError: the file is not a record, or has another format.
     """
     try:
         record = read_json(path)

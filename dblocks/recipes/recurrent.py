@@ -31,18 +31,18 @@ SAMPLE_STEPS = 8  # Euler steps of the samples that stand for the model
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrentRun(AutoregressiveOptions, Run):
-    """Train a small language model that thinks by running its middle layers again and again.
+    """Train a small language model that applies its middle layers repeatedly, and save it.
 
     Its 4 middle layers, the core, are applied many times between 2 layers before and 2 after them.
     As a block, the core learns to denoise the next token's embedding at all noise levels: a
-    training step runs it once, and writing applies it as often as one likes. End to end it is
-    applied about 32 times in every training step, of which the last 8 are kept in memory. Prints
-    the bits per character of held-out text and what it cost; writes model.safetensors, config.json,
-    tokenizer.json and run.json into --out.
+    training step runs it once, and generation any number of times. End to end it is applied about
+    32 times in every training step, of which the last 8 are stored for the backward. Prints the
+    bits per character of held-out text and the cost; writes model.safetensors, config.json,
+    tokenizer.json and run.json to --out.
     """
 
     blocks: int = 1
-    """Blocks that the core is split into: more blocks, less memory, shorter steps."""
+    """Number of blocks of the core; more blocks need less memory and less time per step."""
     steps: int = 600
     rows: Literal["single", "doubled"] = "doubled"
     head: Literal["posterior", "learned"] = "learned"
@@ -51,21 +51,22 @@ class RecurrentRun(AutoregressiveOptions, Run):
     width: int = 96
     heads: int = 2
     prelude: int = 2
-    """Layers that read the clean tokens."""
+    """Number of layers before the core, for the clean tokens."""
     depth: int = 4
-    """Layers of the core, which is applied again and again."""
+    """Number of layers of the core, which is applied repeatedly."""
     coda: int = 2
-    """Layers between the core and the output head."""
+    """Number of layers between the core and the output head."""
     mean_recurrence: int = 32
-    """How often training end to end applies the core, on average."""
+    """Mean number of recurrences in end-to-end training."""
     backprop_depth: int = 8
-    """How many of these gradients go through."""
+    """Number of the last recurrences through which gradients flow."""
     # With 0 the next token's bits were .14 worse; with 2.5 they were .03 better, but more Euler
     # steps then made samples worse, as too few steps of training see little noise (tried, 300 to
     # 400 steps).
     p_mean: float = 1.5
     """Mean of the logarithm of the noise levels. At 1.5 three in four lie above 1, where a noisy
-    embedding of norm 1 tells little, so that the core learns to predict from the text."""
+    embedding of norm 1 carries little information, so that the core learns to predict from the
+    text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,11 +124,11 @@ RECIPE = Recipe(
 
 
 class RecurrentTrainer(AutoregressiveTrainer):
-    """A `RecurrentLM` in training on text.
+    """Trains a `RecurrentLM` on text.
 
     Args:
         run: what to train.
-        corpus: what to train on and what to evaluate on.
+        corpus: the texts for training and evaluation.
     """
 
     def __init__(self, run: RecurrentRun, corpus: Corpus) -> None:
@@ -185,17 +186,17 @@ class Eval:
     """Measure the bits per character of held-out text under a saved recurrent model."""
 
     data: str = "pydoc"
-    """What to evaluate on: the last tenth of this text; see `dblocks train recurrent`."""
+    """Text to evaluate on: its last tenth; see `dblocks train recurrent`."""
     data_path: str | None = None
     """See `dblocks train recurrent`."""
     fold: Fold | None = None
-    """Make letters and spaces of the text, as in training."""
+    """Reduce the text to letters and spaces, as in training."""
     checkpoint: Path = RECIPE.out
-    """Folder that `dblocks train recurrent` wrote."""
+    """Folder written by `dblocks train recurrent`."""
     steps: int | None = None
-    """Of a network trained end to end, how often the core is applied; by default as in training."""
+    """For a network trained end to end, the number of recurrences; by default as in training."""
     windows: int = 1024
-    """Windows of the text to score, spread evenly; all of them where there are fewer."""
+    """Number of windows to score, spread evenly; at most all of them."""
 
     def __call__(self) -> None:
         """Load, score the held-out part, and print the bits per character."""
@@ -221,16 +222,16 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(SampleText):
-    """Let a saved recurrent model continue a text; characters appear as they are written."""
+    """Let a saved recurrent model continue a text; characters are printed as they are generated."""
 
     checkpoint: Path = RECIPE.out
-    """Folder that `dblocks train recurrent` wrote."""
+    """Folder written by `dblocks train recurrent`."""
     steps: int | None = None
-    """Denoising steps a token, by default one for each block; of a network trained end to end, how
-    often its core is applied, by default as in training."""
+    """Denoising steps per token, by default one for each block; for a network trained end to end,
+    the number of recurrences, by default as in training."""
 
     def __call__(self) -> None:
-        """Load, and print the prompt and what follows."""
+        """Load, and print the prompt and its continuation."""
         check_positive(self.steps)
         model, _, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")
         self.write(model, tokenizer, self.steps)

@@ -1,4 +1,4 @@
-"""What every run has in common: the options that decide its outcome, which are also its flags.
+"""Options common to all runs, which are also the flags of `dblocks train`.
 
 `dblocks train` shows the fields as flags and their docstrings as help.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 SEED_END = 2**63
 REDUCE_EVERY = 100
-PLACES = ("resident", "prefetch", "host", "sharding")  # where things are, which changes no result
-# Fields that earlier records do not have; they are written where they are not the default.
+PLACES = ("resident", "prefetch", "host", "sharding")  # placement only, which changes no result
+# Fields that earlier records do not have; written only if they differ from the default.
 ADDED = ("shared", "block", "data_path", "fold", "decay", "reduce_every", "steps_per_visit")
 ADDED += PLACES
 
@@ -40,62 +40,63 @@ class Run(JsonConfig, ABC):
     """Everything that decides the outcome of a run."""
 
     blocks: int = 3
-    """Blocks that the layers are split into: more blocks, less memory, shorter steps."""
+    """Number of blocks; more blocks need less memory and less time per step."""
     end_to_end: bool = False
-    """Train all layers together instead, the usual way, to compare with; `--blocks` has no meaning
-    then."""
+    """Train all layers together instead, as a baseline; `--blocks` is then ignored."""
     steps: int
-    """Training steps of one batch each; a step trains one block, drawn at random."""
+    """Training steps, each on one batch and one block, which is drawn at random."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW: a short warm-up leads to it, then --decay says how it falls."""
+    """Peak learning rate of AdamW, after the warm-up and before the --decay."""
     seed: int = 0
-    """Of weights, order of the data and noise; the held-out data are always the same."""
+    """Seed of the weights, the order of the data and the noise; the held-out data do not depend on
+    it."""
     part: Part = "final"
-    """What to train and evaluate on: "selection" never sees what "final" holds out."""
+    """Split of the data: "selection" does not use the held-out part of "final"."""
     batch_size: int
     """Samples in a batch."""
     depth: int = 12
-    """Layers."""
+    """Number of layers."""
     weighting: Weighting = "clamped"
     """Weight of a noise level's loss, in blocks."""
     warmup: float = 0.05
-    """Share of the steps in which the learning rate rises."""
+    """Fraction of the steps with a rising learning rate."""
     weight_decay: float = 0.05
     """Weight decay of AdamW, for matrices."""
     clip: float = 1.0
-    """Largest norm of the gradients of what a step trains."""
+    """Largest gradient norm of a step; larger gradients are clipped."""
     points: int = 10
-    """How often the result is measured on the way, evenly spaced."""
+    """Number of evaluations during training, evenly spaced."""
     device: str = "cpu"
-    """Where to train, as PyTorch calls it."""
+    """PyTorch's name of the device to train on."""
     bf16: bool = False
     """Compute the layers in bfloat16 (autocast)."""
 
     shared: Shared | None = None
-    """What happens to parameters outside the layers: train, with every block's steps; frozen, as
-    they are; private, a copy for each block; or reduce, copies that are averaged every
-    `--reduce-every` steps. By default train, and private with `--block`."""
+    """Training of the parameters outside the layers: train, by every block's steps; frozen;
+    private, a copy for each block; or reduce, copies that are averaged every `--reduce-every`
+    steps. By default train, and private with `--block`."""
     reduce_every: int | None = None
     """Steps between two averages with `--shared reduce`; 100 by default."""
     block: int | None = None
-    """Train this block alone, from 0, in the folder block-N of `--out`: one of as many jobs as
-    there are blocks, which share nothing and may run anywhere, at any time. It takes exactly the
-    steps that the block takes in a run of all; `dblocks merge` makes one network of them."""
+    """Train only this block, counted from 0, in the folder block-N of `--out`. Jobs of different
+    blocks are independent and may run anywhere, at any time. Each takes exactly the steps that its
+    block takes in a run of all blocks; `dblocks merge` merges them into one network."""
 
     decay: Literal["cosine", "constant"] = "cosine"
-    """The learning rate after the warm-up: a cosine from --lr to 0, or constant."""
+    """Learning rate after the warm-up: a cosine from --lr to 0, or constant."""
     resident: bool = False
     """Keep the parameters and the optimizer state of one block on the device and the others on the
-    host. With `--block`, where there are no others, it changes nothing."""
+    host. It has no effect with `--block`."""
     steps_per_visit: int | None = None
     """With `--resident`, steps on a block before the next one is drawn; 1 by default."""
     prefetch: Prefetch | None = None
-    """With `--resident`, what of the next block comes early: none, parameters or all."""
+    """With `--resident`, the part of the next block that is transferred in advance: none,
+    parameters or all."""
     host: Host | None = None
-    """With `--resident`, where the other blocks are: pinned memory, or a file."""
+    """With `--resident`, storage of the other blocks: pinned memory, or a file."""
     sharding: Sharding | None = None
-    """How several processes that torchrun started train a block together: ddp, where each holds
-    all of it, or fsdp, where each holds a part. One process takes no notice."""
+    """How several processes started by torchrun train a block together: ddp, where each holds all
+    of it, or fsdp, where each holds a shard. It has no effect on a single process."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,33 +120,33 @@ class Run(JsonConfig, ABC):
         self._check_residency()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, without what the defaults of newer fields say."""
+        """The fields as JSON values, without newer fields that have their default."""
         defaults = {field.name: field.default for field in fields(self) if field.name in ADDED}
         values = super().to_dict()
         return {k: v for k, v in values.items() if k not in ADDED or v != defaults[k]}
 
     def settings(self) -> dict[str, Any]:
-        """As `to_dict`, without what says only where things are."""
+        """As `to_dict`, without fields of placement."""
         return {k: v for k, v in self.to_dict().items() if k not in PLACES}
 
     @property
     def sharing(self) -> Shared:
-        """What happens to parameters outside the layers."""
+        """How parameters outside the layers are trained."""
         return self.shared or ("train" if self.block is None else "private")
 
     @property
     def averaged_every(self) -> int | None:
-        """Steps between two averages of what blocks share; None: there are none."""
+        """Steps between two averages of shared parameters; None without averages."""
         return (self.reduce_every or REDUCE_EVERY) if self.sharing == "reduce" else None
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that are trained; 1 end to end."""
+        """Number of blocks; 1 end to end."""
         return 1 if self.end_to_end else self.blocks
 
     @property
     def name(self) -> str:
-        """What a table calls this way of training."""
+        """The name of this way of training in a table."""
         if self.end_to_end:
             return "end to end"
         return f"{self.blocks} block{'s' if self.blocks > 1 else ''}"
@@ -153,7 +154,7 @@ class Run(JsonConfig, ABC):
     def lr_at(self, step: int) -> float:
         """The learning rate of a step: a linear rise, then a cosine to 0 over all steps, or none.
 
-        In blocks too it follows the global step, whichever block is drawn.
+        In blocks it follows the global step too, whichever block is drawn.
         """
         rise = max(1, round(self.warmup * self.steps))
         if step < rise:

@@ -1,7 +1,7 @@
 """Tables made from the records of finished runs.
 
-A record is what `records.train` makes: a dictionary of JSON values. A row of a table is the records
-of runs that differ in their seed only; a column says what to write of them.
+A record, made by `records.train`, is a dictionary of JSON values. A row of a table is the records
+of runs that differ only in their seed; a column formats them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Column(NamedTuple):
 
     head: str
     text: Callable[[Sequence[Record]], str]
-    """What to write of the records of a row."""
+    """Formats the records of a row."""
 
 
 def check_rows(rows: Rows) -> None:
-    """Raises ValueError where a row has no run, or two runs that differ in more than the seed."""
+    """Raises ValueError if a row has no run, or runs that differ in more than the seed."""
     for name, records in rows.items():
         if not records:
             raise ValueError(f"the row {name!r} has no finished run")
@@ -55,7 +55,7 @@ def spread(
 
 
 def percent(records: Sequence[Record], key: Callable[[Record], float | None]) -> str:
-    """`spread` of a share in [0, 1], in percent."""
+    """`spread` of a fraction in [0, 1], in percent."""
 
     def hundredfold(record: Record) -> float | None:
         value = key(record)
@@ -72,7 +72,7 @@ def difference(
     *,
     unit: str = "",
 ) -> str:
-    """What a value differs by between two rows, paired by seed, with its 95 % interval.
+    """The difference of a value between two rows, paired by seed, with its 95 % interval.
 
     Such as "-0.4 [-0.8, -0.1] %"; no interval of one common seed, and a dash where there is none or
     a value is None.
@@ -99,7 +99,7 @@ def mean(records: Sequence[Record], key: str) -> float:
     return mean_std([record[key] for record in records])[0]
 
 
-# What every run costs; `{"layers_per_step": ...}` and so on are in every record.
+# The cost of a run; `{"layers_per_step": ...}` and so on are in every record.
 COSTS = (
     Column("learning rate", lambda r: f"{r[0]['run']['lr']:g}"),
     Column("layers run per step", lambda r: f"{r[0]['layers_per_step']:g}"),
@@ -114,7 +114,7 @@ COSTS = (
 
 
 def text_table(rows: Rows, columns: Sequence[Column]) -> str:
-    """For a terminal: one row of the table to a column, named above it."""
+    """A table for a terminal: each row of the table is a column of text, with its name above."""
     check_rows(rows)
     lines = [("", list(rows))]
     lines += [(c.head, [c.text(records) for records in rows.values()]) for c in columns]

@@ -1,4 +1,4 @@
-"""What the runs of language models have in common: the text, and what samples continue."""
+"""Common options of runs on text, and the prompts of samples."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from dblocks.recipes.data.text import Corpus, Text, load_corpus
 from dblocks.recipes.data.text_sources import Fold
 from dblocks.recipes.data.tokenizers import read_tokenizer
 
-PROMPT = 16  # tokens of held-out text that a sample continues
+PROMPT = 16  # tokens of the held-out text in a sample's prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """The options of a run on text, beside those of every run."""
+    """The options of a run on text, in addition to those of every run."""
 
     data: str = "pydoc"
-    """What to train on: pydoc, the documentation that ships with Python; gcide, 20 million
+    """Text to train on: pydoc, the documentation that ships with Python; gcide, 20 million
     characters of the dictionary of Debian's package dict-gcide; wordnet, the glosses of Debian's
     package wordnet-base; text8, lm1b or openwebtext, which --data-path names; or a text file, or a
     folder of text, parquet or arrow files."""
     data_path: str | None = None
     """The file or folder of text8, lm1b or openwebtext."""
     fold: Fold | None = None
-    """Make lower-case letters a to z and single spaces of the text, as text8 is."""
+    """Reduce the text to the letters a to z and single spaces, as in text8."""
     tokenizer: str | None = None
     """A Hugging Face tokenizer.json; by default every character is a token."""
     context: int = 128
-    """Tokens in a window: the longest text that the model sees."""
+    """Number of tokens in a window, the longest text that the model sees."""
     width: int = 192
     """Width of the rows."""
     heads: int = 3
     """Attention heads."""
     windows: int = 1024
-    """Windows of held-out text that the result is measured on, spread evenly; all of them where
-    there are fewer, as of pydoc."""
+    """Number of windows of held-out text for the result, spread evenly; at most all of them, as for
+    pydoc."""
 
     def check_context(self) -> None:
-        """Raises ValueError where samples would have nothing to write."""
+        """Raises ValueError if the context leaves no room for samples after the prompt."""
         if self.context <= PROMPT:
             raise ValueError(
                 f"context must be more than the {PROMPT} tokens that samples continue, "
@@ -66,7 +66,7 @@ class TextOptions:
 
 
 def continuations(text: Text, context: int) -> tuple[Tensor, Tensor]:
-    """Prompts spread evenly over a text, and how the text itself goes on, up to `context` tokens.
+    """Prompts spread evenly over a text, and their true continuations, up to `context` tokens.
 
     Returns:
         int64 [SAMPLES, PROMPT] and [SAMPLES, context - PROMPT].

@@ -1,9 +1,9 @@
 """The trainer that all networks share: the steps and the optimizer, for both ways of training.
 
-End to end and in blocks have the data, its order, the optimizer, the learning rate's schedule and
-the evaluation in common, so that two runs differ in the way of training only. A network that is a
-denoiser whichever way it is trained is end to end one block of all layers; others are trained end
-to end without noise levels.
+End-to-end and block-wise training share the data, its order, the optimizer, the learning rate
+schedule and the evaluation, so that two runs differ only in the way of training. For a network that
+is a denoiser in both cases, end to end is one block of all layers; others are trained end to end
+without noise levels.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from dblocks.scale.mesh import mean
 from dblocks.scale.sharing import average_shared, join_owners
 from dblocks.schedules.random import draw_seed
 
-BLOCK_SEED = 2**31  # added to a run's seed: of the blocks and noise levels drawn in training
+BLOCK_SEED = 2**31  # added to a run's seed, for the draws of blocks and noise levels
 
 
 class Trainer(ABC):
-    """A network in training: `step` trains it on a batch, whichever way the run asks for.
+    """Trains a network: `step` trains it on a batch, in blocks or end to end.
 
     Args:
         run: what to train.
-        data: where its batches come from.
-        make: makes the network, which has its residual layers in `layers`.
-        config: how it is cut, one block end to end; None for a network that a subclass trains in a
-            way of its own, without blocks.
-        end_to_end_loss: the loss, 0-d, of a network and a batch end to end, for networks that are
-            trained without noise levels then; they are not cut.
+        data: the source of batches.
+        make: creates the network, which has its residual layers in `layers`.
+        config: the configuration of blocks, one block end to end; None for a network that a
+            subclass trains without blocks.
+        end_to_end_loss: the loss, 0-d, of a network and a batch, for networks that are trained end
+            to end without noise levels.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Trainer(ABC):
         )
         whole = self._adamw(list(self.network.parameters())) if self.model is None else None
         self.optimizers: list[Optimizer] = [whole] if whole else list(self.block_optimizers or ())
-        # Not the stream that the weights or the order of the data come from.
+        # Separate from the random numbers of the weights and of the order of the data.
         self.generator = torch.Generator().manual_seed(BLOCK_SEED + run.seed)
 
     @abstractmethod

@@ -222,7 +222,7 @@ class Eval:
     image_size: int | None = None
     """Height and width to scale and crop the images of a folder to."""
     checkpoint: Path = RECIPE.out
-    """Folder that `dblocks train vit` wrote."""
+    """Folder written by `dblocks train vit`."""
     steps: int | None = None
     """Denoising steps to a label, one block each. By default the product of all blocks' predictions
     or, of blocks trained as published, one step for each block."""

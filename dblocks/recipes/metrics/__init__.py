@@ -1,3 +1,3 @@
-"""What trained networks are judged by."""
+"""Metrics of trained networks."""
 
-NOISE_SEED = 7  # of the noise that evaluation and samples start from
+NOISE_SEED = 7  # seed of the noise of evaluation and samples

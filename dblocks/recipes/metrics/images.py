@@ -1,4 +1,4 @@
-"""How far generated images are from real ones: Frechet distance in a classifier's features."""
+"""Distance of generated images from real ones: Fréchet distance in a classifier's features."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def in_batches(
     function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 256
 ) -> Tensor:
-    """What `function` makes of images [n, ...], some at a time, on the CPU."""
+    """The results of `function` for images [n, ...], computed in batches, on the CPU."""
     return torch.cat([function(chunk).cpu() for chunk in images.split(batch_size)])
 
 
 def spread(images: Tensor, count: int) -> Tensor:
-    """So many of images [n, ...], evenly spread over them."""
+    """`count` of the images [n, ...], evenly spread."""
     return images[torch.linspace(0, len(images) - 1, count, dtype=torch.float64).long()]
 
 

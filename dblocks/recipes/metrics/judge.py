@@ -1,4 +1,4 @@
-"""A small classifier of images: what generated images are judged by."""
+"""A small classifier of images, for the evaluation of generated images."""
 
 from __future__ import annotations
 

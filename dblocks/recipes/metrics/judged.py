@@ -1,4 +1,4 @@
-"""What a classifier says of generated images, and of the training images in their place."""
+"""A classifier's evaluation of generated images, and of training images for comparison."""
 
 from __future__ import annotations
 

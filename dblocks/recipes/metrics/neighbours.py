@@ -1,4 +1,4 @@
-"""Precision and recall of generated samples: how many of one set lie among the other's samples."""
+"""Precision and recall of generated samples, by nearest neighbours."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class PrecisionRecall(NamedTuple):
     """How two sets of features cover each other, both in [0, 1]."""
 
     precision: float
-    """The share of generated samples among real ones: how good they are."""
+    """The fraction of generated samples among real ones, for their quality."""
     recall: float
-    """The share of real samples among generated ones: how many kinds of them are generated."""
+    """The fraction of real samples among generated ones, for their diversity."""
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> PrecisionRecall:
     """Improved precision and recall.
 
-    A sample lies among a set if, for one at least of the set, it is at most as far from it as the
-    k-th nearest other sample of the set is.
+    A sample is among a set if it is at most as far from at least one sample of the set as the k-th
+    nearest neighbour of that sample within the set.
 
     Both depend on how many samples there are: compare sets of one size only.
 

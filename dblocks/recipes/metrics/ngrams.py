@@ -1,4 +1,4 @@
-"""What generated text is judged by beside a model: its n-grams, and how it repeats itself."""
+"""Metrics of generated text without a model: n-grams and repetition."""
 
 from __future__ import annotations
 
