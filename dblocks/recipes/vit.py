@@ -28,22 +28,22 @@ from dblocks.recipes.run import Run, check_seed
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.trainer import Trainer
 
-DENOISING_STEPS = (1, 2, 3, 4, 6, 12)  # with which the final accuracy is measured too
-MOST_PATCH = 7  # side of a patch that is taken by default
+DENOISING_STEPS = (1, 2, 3, 4, 6, 12)  # numbers of steps for the final accuracy
+MOST_PATCH = 7  # largest default side of a patch
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTRun(Run):
     """Train a 12-layer vision transformer, block by block or end to end, and save it.
 
-    Block by block, the layers are split into equal runs ("blocks"). Each block learns to denoise
-    the label's embedding within its own range of noise levels, so that a training step runs, and
-    keeps in memory, one block only. Prints the accuracy on held-out data and what it cost; writes
-    model.safetensors, config.json and run.json into --out.
+    The layers are divided into equal blocks. Each block learns to denoise the label's embedding
+    within its own range of noise levels, so that a training step runs, and holds in memory, one
+    block only. Prints the accuracy on held-out data and the cost; writes model.safetensors,
+    config.json and run.json to --out.
     """
 
     data: str = "digits"
-    """What to train on: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
+    """Data to train on: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
     fashion-mnist, of Debian's package dataset-fashion-mnist; cifar-10, cifar-100, tiny-imagenet or
     imagenet, which --data-path names; hf:NAME of Hugging Face; or a path: a folder of images, with
     a sub-folder for each class, of IDX, CIFAR, parquet or arrow files, or a .npz file of images and
@@ -60,31 +60,30 @@ class ViTRun(Run):
     heads: int = 4
     """Attention heads."""
     mlp_ratio: float = 2.0
-    """Width inside an MLP over that of the tokens."""
+    """Width inside an MLP divided by that of the tokens."""
     head: Head = "posterior"
-    """How blocks compute logits: posterior, that of the clean label given the noisy one; learned,
-    a linear layer."""
+    """Form of the blocks' logits: posterior, of the clean label given the noisy one by Bayes' rule;
+    learned, a linear layer."""
     noise_scale: float | None = 0.1
-    """Initial value of a learned factor of the noisy label; None takes the noisy label as it is."""
+    """Initial value of a learned factor of the noisy label; None does not scale it."""
     top_share: float = 0.6
-    """Share of every block's draws that are at sigma_max."""
+    """Fraction of every block's draws at sigma_max."""
     noise: Noise = "none"
-    """What Euler steps start from where they are measured: none, the mean of the noise, or paper,
-    noise."""
+    """Initial state of Euler steps in evaluations: none, the mean of the noise, or paper, noise."""
     weighting: Weighting = "none"
     conditioning: ConditioningKind = "official"
-    """AdaLN of the blocks; the network trained end to end has none."""
+    """AdaLN convention of the blocks; the network trained end to end has none."""
     gate_init: float = 1.0
-    """Initial gates of the blocks' layers; at 1 they start as the layers trained end to end."""
+    """Initial gates of the blocks' layers; at 1 they start like the layers trained end to end."""
     patch_size: int | None = None
     """Side of a patch. By default the largest up to 7 that leaves at least 4 patches along each
     side: 2 for digits, 7 for 28x28 images, 4 for 32x32."""
 
     def vit_config(self, data: Images, evaluated: Images) -> ViTConfig:
-        """The network for such images: AdaLN where there is a noise level, none end to end.
+        """The network for these images: with AdaLN in blocks, without end to end.
 
         Raises:
-            ValueError: all images are of one class.
+            ValueError: all images have the same class.
         """
         num_classes = 1 + max(int(part.labels.max()) for part in (data, evaluated))
         if num_classes < 2:
@@ -110,7 +109,7 @@ class ViTRun(Run):
         )
 
     def blocks_config(self) -> BlocksConfig:
-        """How the network is cut and trained."""
+        """The configuration of blocks and of their training."""
         return BlocksConfig(
             num_blocks=self.blocks, weighting=self.weighting, top_share=self.top_share
         )
@@ -121,7 +120,7 @@ class ViTRun(Run):
         return ViTTrainer(self, *data)
 
 
-# How the paper's blocks differ.
+# Differences of the paper's blocks.
 PUBLISHED: dict[str, Any] = {
     "head": "learned", "noise_scale": None, "top_share": 0.0, "weighting": "batch_mean",
     "noise": "paper",
@@ -148,12 +147,12 @@ def patch_size_of(height: int, width: int) -> int:
 
 
 class ViTTrainer(Trainer):
-    """A ViT in training on images.
+    """Trains a ViT on images.
 
     Args:
         run: what to train.
-        data: the images to train on.
-        evaluated: the images to measure accuracy on.
+        data: the training images.
+        evaluated: the images for evaluation.
     """
 
     def __init__(self, run: ViTRun, data: Images, evaluated: Images) -> None:
@@ -181,7 +180,7 @@ class ViTTrainer(Trainer):
         return f"accuracy {100 * point['accuracy']:.1f} %"
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
-        """The accuracy, also with several numbers of denoising steps, from their mean and noise."""
+        """The accuracy, also with several numbers of denoising steps, from mean and noise."""
         by_steps = self.model is not None and self.run.part == "final"
         return {
             "accuracy": last["accuracy"],
@@ -203,7 +202,7 @@ class ViTTrainer(Trainer):
 
     def _by_denoising_steps(self, noise: Noise) -> dict[str, float]:
         with warnings.catch_warnings():
-            # Fewer steps than blocks skip some of them: that is what is asked here.
+            # Fewer steps than blocks skip some blocks, which is intended here.
             warnings.simplefilter("ignore", UserWarning)
             return {
                 str(n): self.classifier.accuracy(self.evaluated, n, noise=noise)
@@ -216,7 +215,7 @@ class Eval:
     """Measure the accuracy of a saved vision transformer on held-out data."""
 
     data: str = "digits"
-    """What to evaluate on: the held-out part of this data; see `dblocks train vit`."""
+    """Data to evaluate on: its held-out part; see `dblocks train vit`."""
     data_path: str | None = None
     """See `dblocks train vit`."""
     image_size: int | None = None
@@ -224,12 +223,12 @@ class Eval:
     checkpoint: Path = RECIPE.out
     """Folder written by `dblocks train vit`."""
     steps: int | None = None
-    """Denoising steps to a label, one block each. By default the product of all blocks' predictions
-    or, of blocks trained as published, one step for each block."""
+    """Denoising steps, each of one block. By default the product of all blocks' predictions or, for
+    blocks trained as published, one step for each block."""
     noise: Literal["none", "paper"] = "none"
-    """What steps start from: none, the mean of the noise, or paper, noise."""
+    """Initial state of the steps: none, the mean of the noise, or paper, noise."""
     seed: int = NOISE_SEED
-    """Of the noise; by default that of training's own measurement."""
+    """Seed of the noise; by default that of the evaluation in training."""
 
     def __call__(self) -> None:
         """Load, classify the held-out part, and print the accuracy."""

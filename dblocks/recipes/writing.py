@@ -1,4 +1,4 @@
-"""What the commands of language models have in common: writing, and reading what was saved."""
+"""Common code of the language models' commands: generation, and loading."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from dblocks.sampling import stream
 
 @dataclass(frozen=True, kw_only=True)
 class SampleText:
-    """Options of writing token by token."""
+    """Options of generation token by token."""
 
     prompt: str = "The "
     """The text to continue."""
     tokens: int = 100
-    """Tokens to write; with those of the prompt they must fit into the model's context."""
+    """Number of tokens to generate; with the prompt they must fit into the model's context."""
     temperature: float = 1.0
-    """What logits are divided by; 0 always takes the most likely token."""
+    """Divisor of the logits; 0 always takes the most likely token."""
     top_k: int | None = None
-    """Choose among so many most likely tokens only."""
+    """Keep only this many most likely tokens."""
     top_p: float | None = None
-    """Choose among the fewest most likely tokens that have this probability together."""
+    """Keep only the fewest most likely tokens whose probabilities sum to at least this."""
     seed: int = 0
-    """Of noise and choices."""
+    """Seed of the noise and of the tokens."""
 
     def write(
         self, model: Any, tokenizer: Any, steps: int | None, *, product: bool = False
     ) -> None:
-        """Prints the prompt and what follows, with so many steps for each token or the product."""
+        """Prints the prompt and its continuation, with `steps` for each token, or the product."""
         check_seed(self.seed)
         prompt = prompt_tokens(self.prompt, tokenizer)
         written = stream(
@@ -82,7 +82,7 @@ def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, A
 
 
 def print_bits(model: Any, text: Any, context: int, windows: int) -> None:
-    """Prints what is known of the bits per character of a text under a language model."""
+    """Prints the bits per character of a text under a language model."""
 
     bits = bits_per_character(model, text, context, windows=windows)
     in_blocks = isinstance(model, DiffusionBlocks)
@@ -101,7 +101,7 @@ def print_bits(model: Any, text: Any, context: int, windows: int) -> None:
 
 
 def scored_part(text: Any, windows: int) -> str:
-    """What part of a held-out text is scored, in words."""
+    """The scored part of a held-out text, in words."""
     return f"up to {windows:,} windows of {text.characters:,} held-out characters"
 
 
@@ -114,12 +114,12 @@ def prompt_tokens(prompt: str, tokenizer: Any) -> list[int]:
 
 
 def print_stream(prompt: list[int], steps: Iterable[Any], tokenizer: Any) -> None:
-    """Prints a text while it is written, token by token."""
+    """Prints a text while it is generated, token by token."""
     written, shown = [], tokenizer.decode(prompt)
     sys.stdout.write(shown)
     for token in steps:
         written.append(int(token))
-        # Tokens of a file may stand for parts of a character: only whole text grows.
+        # Tokens may be parts of a character: print only complete text.
         text = tokenizer.decode([*prompt, *written])
         sys.stdout.write(text[len(shown) :])
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""One block's memory on a device, blocks on many machines, and checkpoints that no crash loses."""
+"""One block at a time on a device, blocks on many machines, and checkpoints."""
 
 from dblocks.scale.checkpoints import Checkpoints as Checkpoints
 from dblocks.scale.gathered import Gathered as Gathered

@@ -1,8 +1,8 @@
-"""Checkpoints of a training that can be interrupted at any time, and goes on bit for bit.
+"""Checkpoints of training, which can be interrupted at any time and resumes bit for bit.
 
 A checkpoint is a folder `step-00000100`, which appears by one rename: the tensors of each object in
-a safetensors file, all else in `state.json`, and `checksums.txt`, as of the program sha256sum. Only
-these formats are read: nothing in a checkpoint is executed.
+a safetensors file, everything else in `state.json`, and `checksums.txt` in the format of sha256sum.
+Only these formats are read: nothing in a checkpoint is executed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ LONGEST_STATE = 2**30  # bytes
 FOLDER_NAME = re.compile(r"step-(\d{8,})")
 OBJECT_NAME = re.compile(r"[a-z][a-z0-9_]*")
 CHECKSUM_LINE = re.compile(r"[0-9a-f]{64}  ([a-z0-9_.]+)")
-CHUNK = 2**22  # bytes that are hashed at a time
-MOST_NAMED = 5  # differences that a message lists
+CHUNK = 2**22  # bytes hashed at a time
+MOST_NAMED = 5  # differences listed in a message
 
 
 class Checkpoints:
-    """The checkpoints of one training, in a folder of their own.
+    """The checkpoints of one training run, in their own folder.
 
     An object is anything with `state_dict` and `load_state_dict`, or a `torch.Generator`: a model,
     `BlockOptimizers`, an EMA, a GradScaler, a learning rate's schedule, a position in the data.
@@ -55,14 +55,14 @@ class Checkpoints:
                 checkpoints.save(step + 1, objects)
 
     Args:
-        folder: where they are; it is made if it is not there.
-        configuration: JSON values that a checkpoint must have been saved with to be resumed.
-        keep: how many of the last ones stay.
-        background: whether `save` returns when it has a copy of all state on the host, which a
-            thread then writes; `wait` at the end, or use this as a context.
+        folder: folder of the checkpoints; created if it does not exist.
+        configuration: JSON values; only a checkpoint saved with the same values can be resumed.
+        keep: number of the last checkpoints to keep.
+        background: whether `save` returns once it has copied all state to the host, which a thread
+            then writes; call `wait` at the end, or use this as a context manager.
 
     Raises:
-        TypeError: the configuration holds what JSON cannot; the message names the key.
+        TypeError: the configuration is not JSON; the message names the key.
         ValueError: the folder cannot be written to, or `keep` is not positive.
     """
 
@@ -87,7 +87,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Waits; a failure to write does not replace the error that ended the block."""
+        """Waits; a failure to write does not replace an error that ended the `with` block."""
         try:
             self.wait()
         except OSError as failure:
@@ -96,7 +96,7 @@ class Checkpoints:
             warnings.warn(str(failure), UserWarning, stacklevel=2)
 
     def wait(self) -> None:
-        """Returns when what is written in the background is there.
+        """Waits until a checkpoint in the background is written.
 
         Raises:
             OSError: it could not be written; the message names its step, and the earlier ones are
@@ -111,19 +111,19 @@ class Checkpoints:
             raise OSError(f"the checkpoint of step {step} is not written: {error}") from error
 
     def save(self, step: int, objects: Mapping[str, Any]) -> None:
-        """Write a checkpoint, whole or not at all, and remove those before the last `keep`.
+        """Write a checkpoint atomically, and remove those before the last `keep`.
 
-        In the background it first waits for the one before.
+        In the background it first waits for the previous one.
 
         Args:
-            step: how many steps were taken.
+            step: number of steps taken.
             objects: what to save, by name; the same names as for `resume`.
 
         Raises:
             OSError: it cannot be written, as on a full disk; the earlier ones are kept. In the
-                background: the one before could not, and this one was not tried.
-            TypeError: `step` is no integer, or an object has no state, or one that JSON and tensors
-                cannot hold.
+                background: the previous one could not be written, and this one was not tried.
+            TypeError: `step` is not an integer, or an object has no state, or a state that is not
+                JSON and tensors.
             ValueError: `step` is negative, or a name is not made of a-z, 0-9 and _; or there is a
                 later checkpoint, of a run that was not resumed.
         """
@@ -132,7 +132,7 @@ class Checkpoints:
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         self.wait()
-        if step == self.last:  # it is there already
+        if step == self.last:  # it exists already
             return
         newer = [p.name for p in self.found() if p not in self._refused and _step_of(p) > step]
         if newer:
@@ -156,7 +156,7 @@ class Checkpoints:
         if self._thread is None:
             self._write(step, state, tensors)
             return
-        # Training goes on, and changes the tensors.
+        # Training continues, and changes the tensors.
         copies = {
             name: {key: tensor.to("cpu", copy=True) for key, tensor in held.items()}
             for name, held in tensors.items()
@@ -177,10 +177,10 @@ class Checkpoints:
         self._remove_old(step)
 
     def resume(self, objects: Mapping[str, Any]) -> int | None:
-        """Give the objects the state of the newest valid checkpoint.
+        """Load the state of the newest valid checkpoint into the objects.
 
         Returns:
-            Its number of steps; None where there is no checkpoint yet.
+            Its number of steps; None if there is no checkpoint yet.
 
         Raises:
             ValueError: all of them are broken, or the newest valid one is of another configuration
@@ -259,7 +259,7 @@ class Checkpoints:
         for path in {*before, *refused} - {*kept}:
             try:
                 discard(path)
-            except OSError as error:  # it is written, which is what counts
+            except OSError as error:  # the new checkpoint is written, so this is only a warning
                 warnings.warn(f"{path} cannot be removed: {error}", UserWarning, stacklevel=3)
 
 
@@ -268,7 +268,7 @@ def _step_of(path: Path) -> int:
 
 
 def what_is_broken(path: Path) -> str | None:
-    """Which file of a checkpoint is missing or not what was written; None: it is valid."""
+    """The file of a checkpoint that is missing or changed; None if it is valid."""
     try:
         written = (path / CHECKSUMS_FILE).read_bytes()
         names = _names_in(written)
@@ -288,7 +288,7 @@ def what_is_broken(path: Path) -> str | None:
 
 
 def _names_in(written: bytes) -> list[str] | None:
-    """The files that checksums are of; None where a byte of the list itself is wrong."""
+    """The files in the list of checksums; None if the list itself is damaged."""
     try:
         head, *lines = written.decode("ascii").split("\n")
     except UnicodeDecodeError:
@@ -319,7 +319,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with those that share memory copied: safetensors holds each by itself."""
+    """The tensors, with copies of those that share memory, which safetensors does not support."""
     seen: set[tuple[torch.device, int]] = set()
     apart = {}
     for name, tensor in tensors.items():

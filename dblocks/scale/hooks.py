@@ -1,4 +1,4 @@
-"""What calls a residency, and in which modes of autograd."""
+"""Hooks that call a residency, outside autograd modes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def apart(function: F) -> F:
-    """Runs a method outside of the caller's autograd and inference modes."""
+    """Runs a method outside the caller's autograd and inference modes."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        # A parameter must not become a tensor of inference, which no backward takes.
+        # A parameter must not become an inference tensor, which the backward does not accept.
         with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)
 
@@ -24,7 +24,7 @@ def apart(function: F) -> F:
 
 
 class Gather:
-    """Releases a residency before a state_dict is read or loaded; a copy of it does nothing."""
+    """Releases a residency before a state_dict is read or loaded; a copy does nothing."""
 
     def __init__(self, release: Callable[[], None] | None = None) -> None:
         self.release = release

@@ -17,12 +17,11 @@ def host_buffer(nbytes: int, host: Host, device: torch.device, folder: Path | No
     """Bytes on the host, uint8 [nbytes].
 
     Args:
-        nbytes: how many.
-        host: "pinned" for memory that the device copies to and from by itself; "file" for a file
-            that is mapped into memory. It has no name, so that nothing is left of it whatever ends
-            the process.
+        nbytes: number of bytes.
+        host: "pinned" for pinned memory; "file" for a memory-mapped file, which is unlinked, so
+            that it does not outlive the process.
         device: the device.
-        folder: where the file is; None for that of `tempfile`.
+        folder: folder of the file; None for that of `tempfile`.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -33,7 +32,8 @@ def host_buffer(nbytes: int, host: Host, device: torch.device, folder: Path | No
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=device.type != "cpu")
     file, path = tempfile.mkstemp(prefix="dblocks-", suffix=".resident", dir=folder)
     try:
-        # Without the room set aside, a full disk would kill the process at some later write.
+        # Space is reserved now: on a full disk, a later write to the mapping would kill the
+        # process.
         os.posix_fallocate(file, 0, nbytes)
         return torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Tensors of a block side by side in one buffer of bytes, so that one copy moves them all."""
+"""Tensors of a block in one buffer of bytes, so that one copy moves them all."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-# cuBLASLt chooses a kernel by the alignment of its operands, up to 256 bytes: where they lie must
-# not change a bit.
+# cuBLASLt chooses a kernel by the alignment of its operands, up to 256 bytes: their offset must not
+# change a result.
 ALIGNMENT = 256
 
 
 class Item(Protocol):
-    """A tensor that travels, by whoever holds it."""
+    """A tensor that moves with a block, accessed through its holder."""
 
     name: str
 
     @property
     def frozen(self) -> bool:
-        """Whether it is not copied back, since training does not change it."""
+        """Whether training does not change it, so that it is not copied back."""
         ...
 
     def read(self) -> Tensor:
-        """The tensor where it is."""
+        """The current tensor."""
         ...
 
     def place(self, value: Tensor) -> None:
-        """Puts `value` in its place."""
+        """Replaces the tensor by `value`."""
         ...
 
 
@@ -59,7 +59,7 @@ class Held:
             torch.utils.swap_tensors(tensor, _as(kind, value, tensor.requires_grad))
         if grad is not None:
             tensor.grad = grad.to(value.device)
-        # A graph that saved it sees that it is another tensor now, and refuses its backward.
+        # The backward of a graph that saved it then raises an error.
         torch.autograd.graph.increment_version(tensor)
 
 
@@ -79,7 +79,7 @@ class State:
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in a buffer."""
+    """The position of a tensor in a buffer."""
 
     name: str
     offset: int
@@ -94,7 +94,7 @@ class Place(NamedTuple):
         return empty.set_(buffer.untyped_storage(), first, self.shape, self.stride)
 
     def holds(self, tensor: Tensor, buffer: Tensor) -> bool:
-        """Whether this is the tensor there."""
+        """Whether `tensor` is at this place of `buffer`."""
         here = buffer.data_ptr() + self.offset
         return tensor.device == buffer.device and (tensor.data_ptr() == here or not tensor.numel())
 
@@ -122,7 +122,7 @@ class Layout:
                 self.back = self.nbytes
 
     def adopt(self, items: Sequence[Item]) -> bool:
-        """Takes these tensors for those that it had, if they fit the places."""
+        """Replaces the tensors by these, if they fit the places."""
         if len(items) != len(self.places) or self.misfits(items):
             return False
         by_name = {item.name: item for item in items}
@@ -130,7 +130,7 @@ class Layout:
         return True
 
     def misfits(self, items: Sequence[Item]) -> list[str]:
-        """What of these tensors cannot lie in the places, or has none."""
+        """Describes the tensors that do not fit the places."""
         specs = {(p.name, p.dtype, p.shape) for p in self.places}
         read = {i.name: i.read() for i in items}
         found = {(name, t.dtype, tuple(t.shape)) for name, t in read.items()}
@@ -147,12 +147,12 @@ class Layout:
         ]
 
     def bind(self, buffer: Tensor) -> None:
-        """Makes every tensor the one that lies in `buffer`."""
+        """Makes every tensor a view of `buffer`."""
         for item, place in zip(self.items, self.places, strict=True):
             item.place(place.view(buffer))
 
     def strays(self, buffer: Tensor) -> list[tuple[Item, Place]]:
-        """The tensors that do not lie in `buffer`, and where they should."""
+        """The tensors that are not in `buffer`, and their places."""
         pairs = zip(self.items, self.places, strict=True)
         return [(item, place) for item, place in pairs if not place.holds(item.read(), buffer)]
 

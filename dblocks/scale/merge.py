@@ -1,4 +1,4 @@
-"""Blocks that were trained apart, each in a folder of its own, made one network."""
+"""Merges blocks that were trained separately, each in its own folder, into one network."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def save_block(
     texts: Mapping[str, str] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write one block of a network, for `merge_blocks`; the weights have the names of the whole.
+    """Write one block of a network, for `merge_blocks`; weights keep their names.
 
-    Of a block after `fully_shard` all processes call it, and the first one writes.
+    After `fully_shard`, all processes of the block must call it, and the first one writes.
 
     Args:
-        folder: where to write; as of `save_model`, its files are one unit.
-        block: of one of `dblocks.checkpoint.NETWORKS`.
-        texts: what the whole network's save holds too, by the name of the file, such as a
-            tokenizer.json; the same for every block.
-        about: JSON values that say how it was trained; "run", if it is there, are the settings.
+        folder: where to write; as in `save_model`, its files are one unit.
+        block: the block of one of `dblocks.checkpoint.NETWORKS`.
+        texts: contents of further files of the merged network by name, such as a tokenizer.json;
+            the same for every block.
+        about: JSON values about the training; "run", if present, holds its settings.
 
     Raises:
-        TypeError: it is no `Block`, or of another network.
+        TypeError: `block` is not a `Block`, or not of one of these networks.
         OSError: a file cannot be written; the earlier save is kept.
     """
     if not isinstance(block, Block):
@@ -72,20 +72,21 @@ def save_block(
 
 
 def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
-    """Make one network of all its blocks: what `load_model` reads.
+    """Merge all blocks of a network into one, for `load_model`.
 
     Args:
         out: where to write.
-        folders: what `save_block` wrote for each block, in any order; or folders of such folders.
+        folders: the folders written by `save_block` for each block, in any order; or folders that
+            contain them.
 
     Raises:
-        ValueError: a block is missing or there twice, or the blocks are not of one network: of one
-            configuration, one target embedding, and one tokenizer; or a file of weights is not what
+        ValueError: a block is missing or given twice, the blocks do not have the same
+            configuration, target embedding and tokenizer, or a file of weights has changed since it
             was saved. The message names the folders.
 
     Warns:
-        UserWarning: blocks were trained with different settings, such as other numbers of steps;
-            the network is then not what one run would have made.
+        UserWarning: blocks were trained with different settings, such as numbers of steps; the
+            result then differs from that of one run.
     """
     found = {folder: _read(folder) for given in folders for folder in _blocks_in(Path(given))}
     first, config = next(iter(found.items()), (None, {}))
@@ -112,7 +113,7 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
 
 
 def _blocks_in(folder: Path) -> list[Path]:
-    """The folder itself, or those in it that hold a block."""
+    """The folder itself, or its subfolders that hold a block."""
     if current(folder, BLOCK_FILE).exists():
         return [folder]
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -182,7 +183,7 @@ def _warn_of_other_settings(places: Sequence[Path], found: Mapping[Path, Any]) -
 def _merged(
     places: Sequence[Path], found: Mapping[Path, Any], whole: DiffusionBlocks
 ) -> dict[str, Tensor]:
-    """The tensors of all blocks, which must be those of the network, and agree where they meet."""
+    """The tensors of all blocks, which must be those of the network; shared ones must agree."""
     merged: dict[str, Tensor] = {}
     owners: dict[str, Path] = {}
     for block, folder in enumerate(places):
@@ -215,7 +216,7 @@ def _check_tensors(held: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 def _check_copies(
     merged: Mapping[str, Tensor], owners: Mapping[str, Path], whole: DiffusionBlocks
 ) -> None:
-    """Copies hold the target embedding too, the same everywhere; averaged, all is the same."""
+    """Checks that the target embedding is the same in all copies, and with averages everything."""
     target = {id(p) for p in whole.base_model.target.parameters()}
     inside = {id(p) for p in whole.base_model.layers.parameters()}
     network = cast(nn.Module, whole.base_model)
@@ -239,7 +240,7 @@ def _differs(what: str, name: str, first: Path, second: Path) -> str:
 
 
 def _texts(places: Sequence[Path], names: Sequence[str]) -> dict[str, str]:
-    """The texts beside the weights, which must be the same in all folders."""
+    """The text files next to the weights, which must be the same in all folders."""
     texts: dict[str, str] = {}
     for folder in places:
         for name in names:

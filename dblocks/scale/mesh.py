@@ -1,4 +1,4 @@
-"""Processes of one program, as `torchrun` starts them: which blocks each trains, and with whom."""
+"""Processes started by `torchrun`: which blocks each trains, and in which group."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from dblocks.blocks import Block, DiffusionBlocks
 from dblocks.blocks.sharding import Replicas, reduced
 
 Sharding = Literal["ddp", "fsdp"]
-WAIT = timedelta(days=365)  # for the slowest block; a process that fails ends the others
+WAIT = timedelta(days=365)  # time-out for the slowest block; a failed process ends the others
 NAMES = ("block", "dp")
 
 
 class Layout(NamedTuple):
-    """What one process of several does."""
+    """The role of one of several processes."""
 
     blocks: tuple[int, ...]
-    """The blocks that it trains, one after the other."""
+    """The blocks that the process trains, one after the other."""
     mesh: Any
-    """The processes that train them together, a 1-D DeviceMesh; None where it does so alone."""
+    """The processes that train them together, a 1-D DeviceMesh; None if it trains alone."""
     first: bool
-    """Whether it writes what is saved of them."""
+    """Whether the process writes their files."""
     merged: bool
-    """Whether all blocks are trained, and made one network at the end."""
+    """Whether all blocks are trained, and merged at the end."""
     merges: bool
-    """Whether it is the process that does so."""
+    """Whether this process merges them."""
 
 
 ALONE = Layout((), None, True, False, False)  # without torchrun
 
 
 def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """Number of processes started by torchrun; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def rows_of(count: int, rank: int, size: int) -> tuple[int, ...]:
-    """The blocks of a process where there are fewer processes than blocks."""
+    """The blocks of a process if there are fewer processes than blocks."""
     return tuple(range(rank, count, size))
 
 
 def check_layout(num_blocks: int, processes: int) -> None:
-    """Raises ValueError where some processes would have nothing to do.
+    """Raises ValueError if some processes would have nothing to do.
 
     Args:
         num_blocks: blocks to train.
-        processes: how many there are.
+        processes: number of processes.
     """
     if processes > num_blocks and processes % num_blocks:
         raise ValueError(
@@ -64,27 +64,27 @@ def check_layout(num_blocks: int, processes: int) -> None:
 
 @contextmanager
 def joined(num_blocks: int, device: str, block: int | None = None) -> Iterator[Layout]:
-    """Joins the processes that torchrun started, over a mesh of the axes "block" and "dp".
+    """Joins the processes started by torchrun in a mesh with the axes "block" and "dp".
 
     With W processes and B blocks, W/B of them train each block together; with fewer processes than
-    blocks, process r trains the blocks r, r + W, r + 2W, ... one after the other. Nothing is
-    communicated between those of different blocks until all are trained.
+    blocks, process r trains the blocks r, r + W, r + 2W, ... one after the other. Processes of
+    different blocks do not communicate until all blocks are trained.
 
     Args:
         num_blocks: B.
-        device: where to train, as PyTorch calls it; of "cuda" each process of a machine takes
-            another one.
+        device: PyTorch's name of the device; with "cuda" each process of a machine uses a different
+            GPU.
         block: the one block that all of them train; None for all blocks.
 
     Raises:
-        ValueError: W is larger than B and no multiple of it.
+        ValueError: W is larger than B and not a multiple of it.
     """
     distributed: Any = torch.distributed
     size, count = world_size(), num_blocks if block is None else 1
     check_layout(count, size)
     if torch.device(device).type != "cpu":
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-    # Where processes have a device each, collectives of CPU tensors go by gloo all the same.
+    # Collectives of CPU tensors use gloo, also if each process has a GPU.
     distributed.init_process_group()
     rank = distributed.get_rank()
     try:
@@ -104,7 +104,7 @@ def joined(num_blocks: int, device: str, block: int | None = None) -> Iterator[L
 def wait_for_all() -> None:
     """Waits until the last block is trained.
 
-    By the store, which needs no process of another block to be at the same place.
+    Uses the store, so that processes of other blocks need not call it at the same time.
     """
     distributed: Any = torch.distributed
     store: Any = distributed.distributed_c10d._get_default_store()
@@ -114,18 +114,18 @@ def wait_for_all() -> None:
         store.wait([f"dblocks/trained/{r}" for r in range(size)], WAIT)
         store.set("dblocks/all", "1")
     else:
-        # The store may be one that the first process holds: none leaves before it has seen all.
+        # The first process may host the store: it must not leave before all have read it.
         store.wait(["dblocks/all"], WAIT)
 
 
 def data_parallel(model: DiffusionBlocks | Block, mesh: Any, sharding: Sharding = "ddp") -> Any:
-    """`model`, trained by several processes that have a part of each batch.
+    """Makes `model` data parallel: several processes each train it on a part of the batch.
 
     "ddp" wraps it in a `DistributedDataParallel`, where each process holds all parameters; "fsdp"
-    calls `fully_shard` on its layers and on itself, where each holds its part of parameters,
-    gradients and optimizer state. Give what is returned to `make_optimizers` and `train_step`.
-    Where a step of one block leaves out some of its parameters, make the
-    `DistributedDataParallel` yourself, with `find_unused_parameters=True`.
+    calls `fully_shard` on its layers and on itself, where each holds a shard of the parameters,
+    gradients and optimizer state. Pass the result to `make_optimizers` and `train_step`. If a step
+    of one block does not use all of its parameters, create the `DistributedDataParallel` yourself,
+    with `find_unused_parameters=True`.
 
     Args:
         model: a network in blocks, or one block; with the same weights in all processes.
@@ -134,7 +134,7 @@ def data_parallel(model: DiffusionBlocks | Block, mesh: Any, sharding: Sharding 
 
     Raises:
         TypeError: `model` is neither.
-        ValueError: `sharding` is neither, or nothing in the model trains.
+        ValueError: `sharding` is neither, or the model has no trained parameters.
     """
     if not isinstance(model, (DiffusionBlocks, Block)):
         raise TypeError(
@@ -155,7 +155,8 @@ def data_parallel(model: DiffusionBlocks | Block, mesh: Any, sharding: Sharding 
 
     for block in model.held:
         for layer in model.parts_at_rest(block)[1]:
-            # A converted model's own layer holds the parameters, and runs by its parts within it.
+            # In a converted model the original layer holds the parameters, and its parts run
+            # inside.
             fully_shard(getattr(layer, "layer", layer), mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
@@ -169,7 +170,7 @@ def replicas_in(mesh: Any) -> Replicas | None:
 
 
 def largest(value: int, mesh: Any) -> int:
-    """The largest of the numbers of all processes of a mesh, which wait for each other."""
+    """The largest of the numbers of all processes of a mesh; a collective."""
     replicas = replicas_in(mesh)
     if replicas is None:
         return value
@@ -177,7 +178,7 @@ def largest(value: int, mesh: Any) -> int:
 
 
 def mean(value: Tensor, mesh: Any) -> Tensor:
-    """The mean of the numbers of all processes of a mesh, which wait for each other."""
+    """The mean of the numbers of all processes of a mesh; a collective."""
     replicas = replicas_in(mesh)
     if replicas is None:
         return value

@@ -1,4 +1,4 @@
-"""One block at a time on a device: parameters, gradients and optimizer state of the active one."""
+"""Keeps one block at a time on a device: its parameters, gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -43,57 +43,57 @@ def resident(
 ) -> Residency:
     """Keeps one block at a time on a device, and the others on the host.
 
-    On the device are the parameters, gradients and optimizer state of the block that is trained,
-    the buffers in its layers, and what all blocks share. `train_step` and all other uses of the
-    model stay as they are: whatever runs a block brings it first. The results are those without
-    residency, bit for bit, at the same order of blocks.
+    The device holds the parameters, gradients and optimizer state of the trained block, the buffers
+    in its layers, and the shared modules. `train_step` and all other uses of the model do not
+    change: running a block moves it to the device first. Results are bitwise the same as without
+    residency, for the same order of blocks.
 
-    A visit is `steps_per_visit` steps of `train_step` on one block, that which is drawn at the
-    first of them; the generator gives as many numbers as without. A copy of the generator tells
-    the block of the next visit, which is copied on a side stream while this one trains.
+    A visit is `steps_per_visit` steps of `train_step` on the block that is drawn at the first of
+    them; as many numbers are drawn from the generator as without residency. A copy of the generator
+    predicts the block of the next visit, which is copied on a side stream during this one.
 
-    Bytes of the device, with P those of the parameters of the largest block in float32, A of its
-    activations, X of the optimizer's temporaries (0 for a fused AdamW, P for foreach, which is the
-    default), and S of what blocks share::
+    Bytes on the device, with P those of the largest block's float32 parameters, A of its
+    activations, X of the optimizer's temporaries (0 for a fused AdamW, P for foreach, the default),
+    and S of the shared modules::
 
         max(4P + A, 4P + X) + S       prefetch="none", of AdamW: parameters, gradients, two moments
                             + P       prefetch="parameters"
                             + 3P      prefetch="all"
 
-    A visit moves the parameters (P in; P out, but for the frozen ones) and the state (2P in and
-    out). With `prefetch="none"` the computation waits for P out and P in; the state travels during
-    the first forward and backward. With "parameters" it waits for neither while the first step
-    takes as long as the state's way, and with "all" while the visit takes as long as everything's.
+    A visit moves the parameters (P in; P out, except frozen ones) and the state (2P in and out).
+    With `prefetch="none"` the computation waits for P out and P in; the state is copied during the
+    first forward and backward. With "parameters" it does not wait if the first step takes at least
+    as long as copying the state, and with "all" if the visit takes at least as long as copying
+    everything.
 
-    Host buffers hold P and the state of each block, in one piece each. PyTorch rounds pinned memory
-    up to a power of two; `PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1` spares that.
+    For each block, one host buffer holds P and one the state. PyTorch rounds pinned memory up to a
+    power of two; `PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1` prevents that.
 
-    Gradients that are accumulated travel with their block. A tensor taken out of a parameter
-    (`p.data`, `p.detach()`) is that of this visit only. Parameters may be changed by hand at any
-    time in place, except that after a write through `.data` to a block that is not active
-    `release()` must be called; and one to a frozen parameter is not kept.
+    Accumulated gradients move with their block. A tensor taken from a parameter (`p.data`,
+    `p.detach()`) is valid during this visit only. Parameters may be changed in place at any time,
+    but after a write through `.data` to a block that is not active, call `release()`; such a write
+    to a frozen parameter is lost.
 
     Args:
-        model: the network, on the CPU or wherever it is; moved as described. Also inside
-            torch.compile's wrapper.
+        model: the network, on any device, possibly inside the wrapper of torch.compile.
         optimizers: from `make_optimizers`, new or with state.
         device: where blocks run, "cpu" too, for example with `host="file"`.
         steps_per_visit: steps on a block before the next one is drawn.
-        prefetch: what of the next block is on the device before its visit.
-        host: where the other blocks are: "pinned" memory (ordinary memory without an accelerator),
-            or a "file" that is mapped into memory, whose copies are not overlapped.
-        folder: of the files; that of `tempfile` by default, which may itself be in memory.
+        prefetch: the part of the next block that is copied before its visit.
+        host: storage of the other blocks: "pinned" memory (ordinary memory without an accelerator),
+            or a memory-mapped "file", whose copies do not overlap with computation.
+        folder: folder of the files; by default that of `tempfile`, which may itself be in memory.
 
     Returns:
         The residency, to release or close; the model keeps it too.
 
     Raises:
-        OSError: a file cannot be made; the message says how large it is.
-        RuntimeError: the model is resident already, or the device is not this machine's.
-        TypeError: the model, the optimizers or a tensor is of a kind that cannot travel.
-        ValueError: a parameter is in no block, or in the memory of another; an optimizer is of
-            other parameters; the clean loss of a converted model needs all blocks; or another
-            value does not fit.
+        OSError: a file cannot be created; the message says its size.
+        RuntimeError: the model is already resident, or this machine does not have the device.
+        TypeError: the model, the optimizers or a tensor has a type that is not supported.
+        ValueError: a parameter is in no block, or shares memory with another; an optimizer has
+            other parameters; the clean loss of a converted model needs all blocks; or another value
+            is invalid.
 
     Example::
 
@@ -145,7 +145,7 @@ def resident(
 
 
 class Residency:
-    """What `resident` returns: where the blocks of a model are, and how they come and go.
+    """The result of `resident`: moves the blocks of a model between host and device.
 
     Args:
         model: the network.
@@ -153,7 +153,7 @@ class Residency:
         device: where blocks run.
         allocate: makes host buffers.
         steps_per_visit: steps on a block before the next one is drawn.
-        prefetch: what of the next block comes early.
+        prefetch: the part of the next block that is copied in advance.
     """
 
     @apart
@@ -164,7 +164,7 @@ class Residency:
         self.model, self.optimizers, self.device = model, optimizers, device
         self.steps_per_visit, self.prefetch = steps_per_visit, prefetch
         self.transfers = Transfers(device)
-        # A converted model compares itself whole before its first use.
+        # A converted model runs as a whole for its check before the first use.
         model.before_use()
         found = owned(model)
         ids = [{id(v[n]): p for p, _, v, n in named} for named in found.blocks]
@@ -201,7 +201,7 @@ class Residency:
         return self.transfers.to_device, self.transfers.to_host
 
     def acquire(self, block: int) -> None:
-        """Brings a block, which is about to run: its state too, where gradients are recorded."""
+        """Moves a block to the device before it runs; with gradients enabled, its state too."""
         trains = torch.is_grad_enabled()
         if block != self.parameters.here:
             self._cancel()
@@ -210,13 +210,14 @@ class Residency:
     def visit(
         self, block: int, optimizers: Any, generator: torch.Generator | None, *, drawn: bool
     ) -> int:
-        """The block of this step, brought with all that a step needs; called by `train_step`.
+        """The block of this step, moved to the device with its state; called by `train_step`.
 
         Args:
-            block: that which was given or drawn.
+            block: the block that was given or drawn.
             optimizers: those of the step.
-            generator: what the step draws from.
-            drawn: whether `block` is of `generator`; then it counts at the start of a visit only.
+            generator: the generator of the step.
+            drawn: whether `block` was drawn from `generator`; then it is used only at the start of
+                a visit.
 
         Raises:
             ValueError: the optimizers are not those of the residency.
@@ -240,9 +241,9 @@ class Residency:
 
     @apart
     def release(self) -> None:
-        """Copies everything to the host, and waits until it is there.
+        """Copies everything to the host, and waits for the copies.
 
-        What reads a state_dict of the model or an optimizer, or loads one, does so by itself.
+        Reading or loading a state_dict of the model or an optimizer calls this.
         """
         self._looked = False
         self.parameters.empty()
@@ -250,9 +251,9 @@ class Residency:
 
     @apart
     def close(self) -> None:
-        """Ends the residency: the model and its optimizers are on the CPU, in memory of their own.
+        """Ends the residency: model and optimizers are on the CPU, in separate tensors again.
 
-        The order of blocks is drawn for each step from then on.
+        From then on, a block is drawn in every step.
         """
         if self.model.residency is not self:
             return
@@ -266,14 +267,14 @@ class Residency:
         self.model.residency = None
 
     def state_dict(self) -> dict[str, int]:
-        """Where in a visit training is; to go on in the same order of blocks."""
+        """The position in the visit, to resume with the same order of blocks."""
         return {"block": self._block, "left": self._left}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restores what `state_dict` returned.
 
         Raises:
-            ValueError: it is of another number of blocks or steps a visit.
+            ValueError: the number of blocks or of steps per visit differs.
         """
         block, left = state["block"], state["left"]
         if not 0 <= block < len(self.optimizers.blocks) or not 0 <= left < self.steps_per_visit:
@@ -312,7 +313,7 @@ class Residency:
         self.states.cancel()
 
     def _next(self, generator: torch.Generator | None) -> int | None:
-        """The next block that differs, as the generator will give it; None where none comes."""
+        """The next different block that the generator will draw; None if there is none."""
         source = torch.default_generator if generator is None else generator
         ahead = torch.Generator().set_state(source.get_state())
         num_blocks, steps = self.model.config.num_blocks, self._left
@@ -340,7 +341,7 @@ class Residency:
         self._move_counts([None], device)
 
     def _move_counts(self, blocks: Any, device: torch.device) -> None:
-        """Counts of steps, where an optimizer keeps them on the device of its parameters."""
+        """Moves step counts that an optimizer keeps on the device of its parameters."""
         for block in blocks:
             held = self.optimizers.shared if block is None else self.optimizers.blocks[block]
             for optimizer in several(held):
@@ -380,6 +381,6 @@ class Residency:
 
     @apart
     def _after_step(self, *_: Any) -> None:
-        # From here on whoever reads a parameter on the host finds what was computed.
+        # From here on, parameters read on the host have their final values.
         self.parameters.settle()
         self.states.settle()

@@ -1,4 +1,4 @@
-"""What blocks share, averaged over their copies every so many steps: `shared="reduce"`."""
+"""Averages the blocks' copies of shared parameters every k steps: `shared="reduce"`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from dblocks.blocks.training import blocks_of
 
 @torch.no_grad()
 def average_shared(model: nn.Module, group: Any = None, *, step: int = 0) -> None:
-    """Gives every block's copy of the shared parameters the mean of all copies, in place.
+    """Replaces every block's copy of the shared parameters by the mean of all copies, in place.
 
-    w_b <- w_0 + sum_i (w_i - w_0) / B, in float32 or wider. Optimizer state stays with its block.
-    What is frozen stays as it is. Results are the same bits in one process and in many.
+    w_b <- w_0 + sum_i (w_i - w_0) / B, in float32 or wider. Optimizer state stays with its block,
+    and frozen parameters do not change. Results are bitwise the same in one process and in many.
 
     Args:
-        model: a `DiffusionBlocks`, whose copies are all here; or one `Block` of it, with the others
-            in other processes.
-        group: of `torch.distributed`, with the owner of block b as its rank b; by default that of
-            all processes. Each sends and receives 2 (B - 1) / B times the bytes of its copy.
-        step: how far training is, which must be the same for all blocks.
+        model: a `DiffusionBlocks`, which holds all copies; or one `Block` of it, with the others in
+            other processes.
+        group: a process group with the owner of block b as its rank b; by default that of all
+            processes. Each sends and receives 2 (B - 1) / B times the bytes of its copy.
+        step: the step of training, which must be the same for all blocks.
 
     Raises:
         ValueError: the model does not have `shared="reduce"`; or the processes do not own block 0,
@@ -58,11 +58,11 @@ def average_shared(model: nn.Module, group: Any = None, *, step: int = 0) -> Non
 def join_owners(block: int, num_blocks: int, device: str) -> None:
     """Makes this process, which trains one block, the rank of that block among the owners of all.
 
-    A process group that is there already is kept. `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and
-    `MASTER_PORT` say where the others are, as torchrun sets them.
+    An existing process group is kept. Otherwise the environment variables `RANK`, `WORLD_SIZE`,
+    `MASTER_ADDR` and `MASTER_PORT` are used, as set by torchrun.
 
     Raises:
-        ValueError: they do not say it, or say another rank or number of processes.
+        ValueError: they are missing, or do not match the block or the number of blocks.
     """
     dist = torch.distributed
     if dist.is_available() and dist.is_initialized():
