@@ -1,7 +1,7 @@
-"""One file an op: schema, fake kernel, device implementations, autograd, checks and docstring."""
+"""One file per op: schema, fake kernel, implementations, autograd, checks and docstring."""
 
-# Which family's kernels compute an op: `kernels/<family>`, `csrc/<family>` where it has C++, and
-# `kernels/reference/_<family>.py`. tests/ops/test_families.py holds the files to it.
+# The family of each op's kernels: `kernels/<family>`, `csrc/<family>` if it has C++, and
+# `kernels/reference/_<family>.py`. tests/ops/test_families.py checks that the files exist.
 FAMILIES = {
     "adaln": "adaln",
     "residual_adaln": "adaln",

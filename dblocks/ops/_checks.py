@@ -1,6 +1,6 @@
 """Checks of the tensors and numbers that ops are given: their types, shapes, dtypes and devices.
 
-They raise errors that say what must hold, what was given and what to do. Nothing here looks at the
+They raise errors that say what must hold, what was given and what to do. Nothing here reads the
 values of a tensor, so no check synchronises with a GPU.
 """
 

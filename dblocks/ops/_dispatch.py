@@ -1,8 +1,8 @@
-"""The way of a call from an op's public function to an implementation, and back for gradients.
+"""Dispatch of a call from an op's public function to an implementation, and its autograd.
 
-Arguments that are as they should be are known here, in a fraction of the time that the checks in
-_checks.py and _levels.py take; those run where something does not fit, and say what. Nothing here
-looks at the values of a tensor on an accelerator, so no call synchronises.
+Layouts of arguments that passed the checks of _checks.py and _levels.py are remembered here, at a
+fraction of their time; the checks run for new layouts and raise the errors. Nothing here reads the
+values of a tensor on an accelerator, so no call synchronises.
 """
 
 import functools
@@ -28,11 +28,11 @@ FUSED = ("triton", "cpp")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GPUS = ("cuda",)  # ROCm devices are called cuda too
 NORMS = ("layer", "rms")
-# Of kernels/_common/launches.py, which is not imported before it is used.
+# As in kernels/_common/launches.py, which is not imported before it is used.
 MAX_TRITON_WIDTH = 16384
-MAX_TRITON_ROWS = 2**31 - 2**22  # rows of a group have int32 numbers, and a chunk may pass the last
+MAX_TRITON_ROWS = 2**31 - 2**22  # rows of a group have int32 indices, and a chunk may pass the last
 SEED_RANGE = COUNT_RANGE = 2**63
-FEW = 64  # noise levels that are looked through as a Python list
+FEW = 64  # longest list of noise levels that is checked in Python
 PLAIN = (Tensor, torch.nn.Parameter)
 KNOWN = {*PLAIN, type(None), bool, int, float, str, list, torch.dtype}  # none is watched
 
@@ -60,7 +60,7 @@ def resolve_impl(impl: str, x: Tensor, op: str) -> Impl:
 
 
 def refuse_sharded(impl: str, x: Any, op: str) -> None:
-    """Raises for a DTensor, of which a kernel would see this device's part only."""
+    """Raises for a DTensor, of which a kernel would see only this device's part."""
     if type(x) not in PLAIN and type(x).__name__ == "DTensor" and impl != "reference":
         raise TypeError(
             f"{op} must have tensors that are whole on this device, got a DTensor with "
@@ -80,17 +80,17 @@ def _auto(x: Tensor) -> Impl:
 def in_transform() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is active.
 
-    Only the reference can take part in one.
+    Only the reference supports them.
     """
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-# As of the reference's in_forward_mode: the answer is that of the moment when a graph is traced.
+# As in the reference's in_forward_mode, this is evaluated when a graph is traced.
 in_transform._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def check_transform(impl: str, op: str) -> None:
-    """Raises where a named implementation meets a transform, whose derivatives it would drop."""
+    """Raises if a named implementation is used in a transform, whose derivatives it would drop."""
     if impl != "reference" and in_transform():
         raise RuntimeError(
             f"{op}: impl={impl!r} has no part in torch.func transforms and forward-mode "
@@ -127,7 +127,7 @@ def _check_cpp(x: Tensor, op: str) -> None:
 
 
 def check_triton(x: Tensor, op: str) -> None:
-    """Raises where the Triton kernels of `op` cannot run on `x`."""
+    """Raises if the Triton kernels of `op` cannot run on `x`."""
     if not HAS_TRITON:
         raise ImportError(
             f"{op}: impl='triton' needs the package triton, which is not installed; "
@@ -146,7 +146,7 @@ def check_triton(x: Tensor, op: str) -> None:
 
 
 def check_triton_rows(x: Tensor, op: str) -> None:
-    """Raises where kernels that hold a row [D] in registers, and count rows, cannot run on `x`."""
+    """Raises if `x` has too many or too wide rows for kernels that hold a row in registers."""
     rows = x.shape[0] * x.shape[1]
     if rows >= MAX_TRITON_ROWS:
         raise ValueError(
@@ -161,11 +161,11 @@ def check_triton_rows(x: Tensor, op: str) -> None:
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether a gradient may be asked of one of the tensors; without, the op is called bare."""
+    """Whether one of the tensors may need a gradient; if not, autograd is skipped."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-_fitting: set[Any] = set()  # what arguments that fit looked like; emptied where it grows large
+_fitting: set[Any] = set()  # layouts of valid arguments; cleared when it grows large
 MAX_FITTING = 4096
 
 
@@ -177,7 +177,7 @@ def rows_fit(
     norm: str = "layer",
     eps: float = 0.0,
 ) -> bool:
-    """Whether `_checks.check_rows` would pass; False where it may, or where it must say why not."""
+    """Whether `_checks.check_rows` is known to pass; if False, call it, and it may raise."""
     if norm not in NORMS or type(eps) is not float or not eps >= 0:
         return False
     kind = (len(rows), len(modulation))
@@ -194,7 +194,7 @@ def samples_fit(x: Tensor, *others: Tensor) -> bool:
 def _fits(
     check: Callable[..., bool], args: tuple[Any, ...], kind: object, tensors: tuple[Any, ...]
 ) -> bool:
-    """`check(*args)`, which is known where such `tensors` have passed as arguments of a `kind`."""
+    """Runs `check(*args)`, unless such `tensors` have already passed as arguments of a `kind`."""
     layout, known = seen(kind, tensors)
     if not known and check(*args):
         remember(layout)
@@ -203,9 +203,9 @@ def _fits(
 
 
 def seen(kind: object, tensors: Sequence[Any]) -> tuple[object, bool]:
-    """What decides whether `tensors` are right as arguments of a `kind`, and whether they are.
+    """The layout of `tensors` as arguments of a `kind`, and whether it is known to be valid.
 
-    The first is for `remember`, once checks have passed.
+    Pass the layout to `remember` once the checks have passed.
     """
     if torch.compiler.is_compiling():
         return None, False
@@ -218,7 +218,7 @@ def seen(kind: object, tensors: Sequence[Any]) -> tuple[object, bool]:
 
 
 def remember(layout: object) -> None:
-    """Arguments of this layout have passed their checks."""
+    """Records that arguments of this layout have passed their checks."""
     if layout is None:
         return
     if len(_fitting) >= MAX_FITTING:
@@ -273,13 +273,13 @@ def _is_plain(tensor: object, device: torch.device) -> bool:
 
 
 def noised_fit(tensors: tuple[Tensor, ...], sigma: Tensor, sigma_data: float) -> bool:
-    """Whether `_levels.check_noised` would pass; False where it may, or where it must say why."""
+    """Whether `_levels.check_noised` is known to pass; if False, call it, and it may raise."""
     fits = samples_fit(*tensors) and type(sigma_data) is float and 0 < sigma_data < math.inf
     return fits and sigma_fits(sigma, tensors[0])
 
 
 def known_seed(seed: Any, offset: object, x: Tensor) -> tuple[Tensor | None, int] | None:
-    """What `_levels.split_seed` returns; None where that must look, or say what is wrong."""
+    """The result of `_levels.split_seed`, if known; None: call it, and it may raise."""
     if type(offset) is not int or torch.compiler.is_compiling():
         return None
     if not 0 <= offset <= COUNT_RANGE - max(x.numel(), 1):
@@ -291,9 +291,9 @@ def known_seed(seed: Any, offset: object, x: Tensor) -> tuple[Tensor | None, int
 
 
 def sigma_fits(sigma: Any, x: Tensor) -> bool:
-    """Whether `sigma` is as it should be, outside of graphs; positive everywhere on a CPU.
+    """Whether `sigma` is known to be valid, outside graphs; on a CPU, also that it is positive.
 
-    A short list is looked through in a fraction of the time that PyTorch takes for the same.
+    A short list is checked in Python, in a fraction of PyTorch's time.
     """
     if type(sigma) is not Tensor or sigma.device != x.device or sigma.dtype not in FLOATS:
         return False
@@ -325,7 +325,7 @@ def widest(*tensors: Tensor) -> Tensor:
 
 
 def caller(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
-    """A call of `op`, or of its `kernel` without PyTorch's detour where nobody watches."""
+    """Calls `op`, or in plain eager mode its `kernel` directly, without PyTorch's dispatcher."""
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -344,16 +344,16 @@ def caller(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
 def recorded(function: type[torch.autograd.Function], *args: Any) -> Callable[[], Any]:
     """`function.apply(*args)`, to be called by the op's own file.
 
-    torch.compile does not take an argument twice; a view is another tensor to it, and the gradients
-    of all views add up.
+    torch.compile does not accept the same argument twice; a view counts as another tensor, and the
+    gradients of all views add up.
     """
     if torch.compiler.is_compiling():
         distinct = _distinct(args)
         return lambda: function.apply(*distinct)
     if torch._C._are_functorch_transforms_active():
         return functools.partial(function.apply, *args)
-    # What Function.apply does then, without some microseconds of what transforms need: tensors that
-    # a transform has left behind are unwrapped, or their gradients would be lost.
+    # As Function.apply, without some microseconds that only transforms need: tensors left over from
+    # a transform are unwrapped, or their gradients would be lost.
     args = tuple([unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])
     apply: Any = super(torch.autograd.Function, function).apply  # pyright: ignore
     return functools.partial(apply, *args)
@@ -368,11 +368,11 @@ def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def check_first_order(op: str, way_out: str = 'use impl="reference"') -> None:
-    """Raises in the backward of an op, which is not differentiable itself, where autograd records.
+    """Raises in the backward of an op, which is not differentiable, if autograd records it.
 
-    What it computed would be a constant to autograd, and a penalty on gradients would add nothing.
-    PyTorch's `once_differentiable` raises later, and only where the upstream gradient itself needs
-    one.
+    Its result would be a constant to autograd, and a gradient penalty would have no effect.
+    PyTorch's `once_differentiable` raises later, and only if the upstream gradient itself requires
+    a gradient.
     """
     # A graph's backward is traced with gradients enabled; that graph raises by itself.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -383,9 +383,9 @@ def check_first_order(op: str, way_out: str = 'use impl="reference"') -> None:
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """`tensor` without a gradient in backward(); in a transform it stays as it is.
+    """`tensor` without a gradient in backward(); unchanged in a transform.
 
-    Forward-mode differentiation then has the true tangent.
+    So forward-mode differentiation has the correct tangent.
     """
     return tensor.detach() if tensor.requires_grad and not in_transform() else tensor
 

@@ -1,4 +1,4 @@
-"""Loads the C++ ops for CPUs, where they are built: importing `dblocks._C` registers them."""
+"""Loads the C++ ops for CPUs, if they are built: importing `dblocks._C` registers them."""
 
 import importlib
 import importlib.util
@@ -7,11 +7,11 @@ import warnings
 import torch
 
 NOT_BUILT = "not built"
-VERSION = 2  # of the ops in csrc/library.cpp: an older library must not meet newer schemas
+VERSION = 2  # of the ops in csrc/library.cpp: an older library must not be used with newer schemas
 
 
 def _load() -> str:
-    """Why the ops cannot run; empty where they can."""
+    """The reason why the ops cannot run; empty if they can."""
     if importlib.util.find_spec("dblocks._C") is None:
         return NOT_BUILT
     try:

@@ -1,7 +1,6 @@
-"""What `torch.utils.flop_counter` counts for an op: its useful work, the same for every `impl`.
+"""Formulas for `torch.utils.flop_counter`: the useful work of an op, the same for every `impl`.
 
-Formulas see shapes and options. The lengths of documents and valid ranges are values: what their
-rows cannot see is counted as seen.
+Formulas see shapes and options, but not values: document boundaries and valid ranges are ignored.
 """
 
 import sys
@@ -28,7 +27,7 @@ def register(op: torch._ops.OpOverload, formula: Callable[..., int]) -> None:
 
 
 def watch() -> None:
-    """Tells the flop counters about the formulas, those too that are counting already.
+    """Registers the formulas with the flop counters, including active ones.
 
     PyTorch's module, which imports triton, is not imported for it.
     """
@@ -67,17 +66,17 @@ def doubled_attention(
 
 
 def doubled_attention_backward(**arguments: Any) -> int:
-    """Five products for the forward's two, as PyTorch counts it: the scores are made again."""
+    """Five products for the forward's two: as in PyTorch, the scores are recomputed."""
     return 5 * doubled_attention(**arguments) // 2
 
 
 def linear_cross_entropy(*, h: Shape, weight: Shape, needs: Sequence[bool], **_: Any) -> int:
-    """The logits, and a product for each of the gradients of h and weight."""
+    """The logits, and one product for each of the gradients of h and weight."""
     return 2 * h[0] * h[1] * weight[0] * (1 + sum(needs[:2]))
 
 
 def linear_cross_entropy_again(**arguments: Any) -> int:
-    """The gradients alone: that the logits are made again for them is no useful work."""
+    """The gradients only: recomputing the logits is not useful work."""
     return linear_cross_entropy(**arguments) - linear_cross_entropy(
         **{**arguments, "needs": (False,) * 3}
     )

@@ -1,4 +1,4 @@
-"""Checks of what noise comes with: its levels sigma, sigma_data, the seed and the offset."""
+"""Checks of the arguments of noise: the levels sigma, sigma_data, the seed and the offset."""
 
 import math
 from collections.abc import Mapping
@@ -43,8 +43,7 @@ def check_pair(x_name: str, x: Tensor, name: str, tensor: Tensor) -> None:
 def check_sigma(name: str, sigma: Tensor, x_name: str, x: Tensor, *, zero: bool = False) -> None:
     """`sigma` is a floating tensor, 0-d, [N] or [N, S], on the device of `x`, positive and finite.
 
-    Values are looked at where there are any and that needs no synchronisation: on the CPU, outside
-    of compiled graphs, tracing and torch.func transforms.
+    Values are checked only on the CPU, outside compiled graphs, tracing and torch.func transforms.
     """
     if not isinstance(sigma, Tensor):
         raise TypeError(
@@ -111,14 +110,14 @@ def check_sigma_data(sigma_data: float) -> None:
 
 
 class OffsetSeed(NamedTuple):
-    """A seed whose numbers are those from `offset` on, in every op that takes a seed."""
+    """A seed whose random numbers every op uses from `offset` on."""
 
     seed: int | Tensor
     offset: int
 
 
 def located(seed: Any, offset: int) -> tuple[int | Tensor, int]:
-    """A seed and the number of the first element."""
+    """The seed and the index of the first element."""
     if isinstance(seed, OffsetSeed):
         return seed.seed, seed.offset + offset
     return seed, offset
@@ -138,7 +137,7 @@ def split_seed(seed: int | Tensor, offset: int, x: Tensor) -> tuple[Tensor | Non
 
 
 def _is_known(value: int | torch.SymInt) -> bool:
-    """Whether `value` is a number: a graph's has 64 bits, and a comparison would be a guard."""
+    """Whether `value` is a Python number: comparing a graph's symbolic one would add a guard."""
     return isinstance(value, int) and not torch.compiler.is_compiling()
 
 

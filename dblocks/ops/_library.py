@@ -1,7 +1,7 @@
 """Registers an op with PyTorch: one schema and fake kernel, and an op for each implementation.
 
 A CPU key cannot serve both the C++ op and the interpreted Triton kernel, so each has its own op;
-the public function picks.
+the public function chooses.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,17 +21,17 @@ _kernels: dict[str, Callable[..., Any]] = {}
 def define(
     name: str, schema: str, fake: Callable[..., Any], impls: Sequence[str] = FUSED
 ) -> dict[str, Any]:
-    """Defines `dblocks::<name>_<impl>` for each fused implementation; returns their calls by it.
+    """Defines `dblocks::<name>_<impl>` for each fused implementation; returns these by impl.
 
-    The C++ ops get their kernels from csrc/library.cpp. A Triton kernel is launched without a
-    detour by PyTorch's library where nobody watches; a result that is absent is then None, and
-    from the op a tensor without elements.
+    The C++ ops get their kernels from csrc/library.cpp. In plain eager mode, a Triton kernel is
+    launched without PyTorch's dispatcher; an absent result is then None, and a tensor without
+    elements from the op.
 
     Args:
         name: such as "adaln_fwd".
         schema: arguments and results, "(Tensor x) -> Tensor".
         fake: computes shapes and dtypes of the results.
-        impls: those that the op has.
+        impls: the implementations of the op.
     """
     calls, flops = {}, _flops.FORMULAS.get(name)
     for impl in impls:
@@ -50,8 +50,9 @@ def define(
 def triton_kernel(name: str, like: int = 0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function the Triton implementation of the op `name`, on GPUs and, interpreted, CPUs.
 
-    It imports its kernels when it is called, so that `import dblocks` needs no triton. A result
-    that is None is, from the op, without elements and of the dtype of argument number `like`.
+    It must import its kernels when it is called, so that `import dblocks` does not need triton. The
+    op returns a tensor without elements for a result of None, with the dtype of argument number
+    `like`.
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +60,7 @@ def triton_kernel(name: str, like: int = 0) -> Callable[[Callable[..., Any]], Ca
             results = kernel(*args)
             if isinstance(results, Tensor):
                 return results
-            # Each absent one is a tensor of its own: an op may not return one tensor twice.
+            # A separate tensor for each absent result: an op may not return one tensor twice.
             return tuple(args[like].new_empty(0) if r is None else r for r in results)
 
         torch.library.impl(library, f"{name}_triton", "CompositeExplicitAutograd")(whole)
@@ -69,7 +70,7 @@ def triton_kernel(name: str, like: int = 0) -> Callable[[Callable[..., Any]], Ca
     return register
 
 
-# A copy that Inductor cannot see through: it drops a clone.
+# A copy that Inductor does not optimise away, as it does a clone.
 library.define("keep(Tensor a) -> Tensor")
 
 

@@ -1,4 +1,4 @@
-"""What the kernels of several families share.
+"""Code shared by the kernels of several families.
 
 All signatures are of one style, a line for each kind of argument, in this order: pointers; numbers,
 such as a seed or eps; strides `x_sn, x_st` of samples, tokens, segments, heads and runs; sizes;

@@ -1,7 +1,6 @@
-"""Block sizes, warps and chunks: what the launches of several kernels share.
+"""Block sizes, warps and chunks of the launches of several kernels.
 
-Every choice depends on shapes only, never on the device, so a result is the same wherever a
-kernel is compiled for.
+Every choice depends only on shapes, never on the device, so a result is the same on every target.
 """
 
 from collections.abc import Callable, Hashable
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor
 
 MAX_WIDTH = 16384  # a row is held in the registers of one program
-MAX_ONE_PASS_WIDTH = 8192  # above, the sums for the modulation gradients no longer fit beside it
-TILE = 2048  # elements that a program of 4 warps works on at once
+MAX_ONE_PASS_WIDTH = (
+    8192  # above, the sums for the modulation gradients do not fit into registers with it
+)
+TILE = 2048  # elements per tile of a program of 4 warps
 PROGRAMS = 256  # about two for each multiprocessor of the GPUs of 2020 to 2026
 MIN_CHUNK_ROWS = 16  # fewer, and writing the partial sums would cost more than 10 %
 PART = 256  # columns of a warp of 32 threads that move 16 bytes of a 16-bit dtype each
@@ -53,22 +54,22 @@ def row_tile(D: int, rows: int, parts: int) -> Tile:
 def common_step(*sizes: int) -> int:
     """What sizes and strides are counted in: 8 elements where all are multiples, else one.
 
-    A kernel told so moves 16 bytes at once, also where a width is no multiple of Triton's own 16.
+    A kernel then moves 16 bytes at once, even if a width is not a multiple of Triton's own 16.
     """
     return 1 if any(size % 8 for size in sizes) else 8
 
 
 def forward_chunk(rows: int, groups: int, tile: Tile) -> int:
-    """Rows a forward program walks: up to 16 tiles, so that the modulation is read once for them.
+    """Rows per forward program: up to 16 tiles, so that the modulation is read once for them.
 
-    Fewer where there would be too few programs, of more warps each where rows are wide.
+    Fewer if there would be too few programs; wide rows have more warps per program.
     """
     programs = 4 * PROGRAMS * 4 // tile.num_warps
     return tile.BLOCK_R * min(max(rows * groups // (programs * tile.BLOCK_R), 1), 16)
 
 
 def backward_chunk(rows: int, groups: int, BLOCK_R: int) -> int:
-    """Rows a backward program sums over before it writes its partial sums."""
+    """Rows that a backward program sums before it writes its partial sums."""
     chunk = max(-(-rows * groups // PROGRAMS), MIN_CHUNK_ROWS)
     return -(-chunk // BLOCK_R) * BLOCK_R
 
@@ -79,12 +80,12 @@ def unit_last(x: Tensor) -> Tensor:
 
 
 def device_guard(x: Tensor) -> AbstractContextManager:
-    """Makes the device of `x` current, where it has several to choose from."""
+    """Makes the device of `x` current, if there are several."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 class Groups(NamedTuple):
-    """How the rows divide into groups that share one row of the modulation."""
+    """The division of rows into groups that share one row of the modulation."""
 
     count: int
     L: int  # rows in a group
@@ -112,10 +113,10 @@ def strides(*tensors: Tensor | None) -> list[int]:
 
 
 class Launch:
-    """A launch of a kernel but for its tensors, which are handed in each time.
+    """A launch of a kernel without its tensors, which are passed in each call.
 
-    It keeps the compiled kernel, so that a repeated launch does not look for it again; the tensors
-    must then have the dtypes and alignments of the first time. Triton's interpreter has none.
+    It keeps the compiled kernel, so that a repeated launch does not look it up; the tensors must
+    have the dtypes and alignments of the first call. Triton's interpreter has no compiled kernel.
     """
 
     def __init__(self, fn: Any, programs: int, numbers: tuple, **options: Any) -> None:
@@ -130,14 +131,14 @@ class Launch:
         self.run = kernel and kernel[self.grid]
 
 
-MAX_PLANS = 1024  # then all are forgotten: a bound, for programs whose shapes never repeat
+MAX_PLANS = 1024  # when reached, all are dropped: a bound for programs whose shapes never repeat
 _PLANS: dict[Hashable, Any] = {}
 
 
 def plan(key: Hashable, make: Callable[[], Any]) -> Any:
-    """What `make` returned for `key`: the launches for inputs of one layout and their options.
+    """The cached result of `make` for `key`: the launches for one layout of inputs and options.
 
-    Threads may make the same plan twice; both are right, and one is kept.
+    Threads may make the same plan twice; both are equal, and one is kept.
     """
     found = _PLANS.get(key)
     if found is None:
@@ -148,7 +149,7 @@ def plan(key: Hashable, make: Callable[[], Any]) -> Any:
 
 
 def layout(x: Tensor | None) -> Hashable:
-    """What launches depend on of a tensor; Triton compiles for the alignment of its data too."""
+    """The properties of a tensor on which launches depend, including the alignment of its data."""
     if x is None:
         return None
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15

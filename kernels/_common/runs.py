@@ -1,4 +1,4 @@
-"""How the elementwise kernels walk a tensor: in runs, stretches of consecutive elements.
+"""How the elementwise kernels traverse a tensor: in runs of consecutive elements.
 
 A run lies within one segment of sigma and is contiguous in every tensor of the launch: the whole
 sample where memory allows it, else one token. Programs take tiles of BLOCK_U runs by BLOCK_L
@@ -17,11 +17,11 @@ from dblocks.kernels._common.philox import tile_normals
 
 NOISE_TILE = 4096  # of kernels with noise: half the work of indices and keys an element
 MIN_PART = 256
-MAX_PARTS = 4  # of such a tile, drawn one after another: few registers, so many warps
+MAX_PARTS = 4  # parts of such a tile, drawn one after another: few registers, so many warps
 MIN_BLOCK_L = 32
 MAX_VEC = 8  # 16 bytes of a 16-bit dtype
 
-INTEGERS = ("U", "R", "L", "segment", "chunks")  # the arguments that every kernel here shares
+INTEGERS = ("U", "R", "L", "segment", "chunks")  # arguments common to all kernels here
 
 
 class Runs(NamedTuple):

@@ -162,8 +162,8 @@ def doubled_attention_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dq, and dk and dv: `needs` says whether the first is asked for, and whether the other two.
 
-    They lie as [N, rows, heads, width]. `tiles` other than those of the table are for tests and the
-    compile gate.
+    Their layout is [N, rows, heads, width]. `tiles` other than those of the table are for tests and
+    `make kernels-check`.
     """
     N, H, rows, D = q.shape
     T, DV = k.shape[2] // 2, v.shape[3]

@@ -155,7 +155,7 @@ def doubled_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """o, lying as [N, rows, H, DV], and the natural log of the softmax sums, float32 [N, H, rows].
 
-    `tiles` other than those of the table are for tests and the compile gate.
+    `tiles` other than those of the table are for tests and `make kernels-check`.
     """
     N, H, rows, D = q.shape
     T, DV = k.shape[2] // 2, v.shape[3]

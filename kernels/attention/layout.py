@@ -1,4 +1,4 @@
-"""What the launches of doubled_attention's kernels share: options, tiles and layouts."""
+"""Options, tiles and layouts of the launches of doubled_attention's kernels."""
 
 import functools
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a call asks for besides its tensors, as the public function describes it."""
+    """The options of a call, as in the public function."""
 
     block_size: int
     token: bool  # clean_causal="token"
@@ -97,7 +97,7 @@ def settings(width: int, dtype: torch.dtype, target: str, loaded: bool = False) 
 
 @functools.cache
 def target(device: torch.device) -> str:
-    """What `device` is compiled for; the interpreter takes the tiles of sm_90."""
+    """The compile target of `device`; the interpreter uses the tiles of sm_90."""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip is not None:

@@ -1,1 +1,1 @@
-"""The parts of doubled_attention: its arguments, the choice of an implementation, and those."""
+"""The parts of doubled_attention: checks of arguments, and the implementations."""

@@ -1,6 +1,6 @@
-"""What is added to the scores of a chunk of positions: a mask, and with slopes a distance's cost.
+"""The bias of the scores of a chunk of positions: a mask, and with slopes the ALiBi term.
 
-Masks follow from a few integers, and those of small sizes are kept from call to call.
+Masks depend on a few integers, and small ones are cached.
 """
 
 import math

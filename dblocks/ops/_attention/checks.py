@@ -1,4 +1,4 @@
-"""What the arguments of doubled_attention must be."""
+"""Checks of the arguments of doubled_attention."""
 
 from typing import Literal, get_args
 
@@ -32,7 +32,7 @@ def check(
     softcap: float | None,
     alibi_slopes: Tensor | None,
 ) -> None:
-    """Raises where the arguments do not fit together; see the public function."""
+    """Raises unless the arguments are valid; see the public function."""
     _check_tensors(q, k, v)
     for name, value, allowed in (
         ("query", query, get_args(Query)),
@@ -173,7 +173,7 @@ def _check_int32(q: Tensor, **tensors: Tensor) -> None:
 
 
 def _assert(fits: Tensor, values: Tensor, message: str) -> None:
-    """Where values are not known, they are looked at when the graph, or the GPU, runs."""
+    """Raises, or asserts on the device or in a graph, where values are not known here."""
     if not values_known(values):
         torch.ops.aten._assert_async.msg(fits, message)
     elif not fits:

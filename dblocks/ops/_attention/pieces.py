@@ -1,4 +1,4 @@
-"""What impl="composed" computes on its own: a document, or the valid rows of some samples."""
+"""The pieces that impl="composed" computes separately: documents, or valid rows of samples."""
 
 from collections.abc import Iterator
 from itertools import groupby, pairwise

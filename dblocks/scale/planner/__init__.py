@@ -1,4 +1,4 @@
-"""Plans training: the memory and time of every number of blocks, without running or weights."""
+"""Plans training: memory and time for every number of blocks, without weights or measurements."""
 
 from dblocks.scale.planner.costs import Costs as Costs
 from dblocks.scale.planner.plan import Machine as Machine

@@ -1,4 +1,4 @@
-"""`dblocks plan`: its flags, and what it prints and writes."""
+"""`dblocks plan`: its flags and output."""
 
 from __future__ import annotations
 
@@ -27,45 +27,45 @@ from dblocks.scale.planner.units import parse_bytes, parse_count, parse_flops, p
 class Plan(ABC):
     """Plan the memory and time of training a network end to end and in any number of blocks.
 
-    NETWORK is vit, causal-lm, masked-lm, recurrent or dit, whose sizes are flags (dblocks plan vit
-    --help shows them), or another library's model, as for `dblocks info --model`. Nothing is
+    NETWORK is vit, causal-lm, masked-lm, recurrent or dit, with flags for its sizes (see dblocks
+    plan vit --help), or a model of another library, as for `dblocks info --model`. Nothing is
     downloaded, and no weights are allocated. Prints a table; all figures are modelled.
     """
 
     memory: str
-    """Of each device, such as 24GiB."""
+    """Memory of each device, such as 24GiB."""
     link: str = "50GB/s"
-    """How fast bytes move between a device and the host."""
+    """Bandwidth between a device and the host."""
     flops: str = "400T"
-    """Operations a second that a device reaches in training, not its peak."""
+    """Operations per second that a device reaches in training, not its peak."""
     devices: int = 1
-    """Devices, which do not communicate: each trains a block, or several in turn."""
+    """Number of devices, which do not communicate: each trains one block, or several in turn."""
     batch_size: int = 1
     """Samples in a batch."""
     tokens: int | None = None
-    """Tokens of a text; by default as many as the network takes, up to 2,048."""
+    """Number of tokens of a text; by default the network's maximum, up to 2,048."""
     shared: Literal["train", "frozen", "private"] | None = None
-    """What happens to parameters outside the layers; for reduce, plan private. By default:
-    train on one device; on several, private of networks here and frozen of other libraries'
-    models."""
+    """Training of the parameters outside the layers; for reduce, plan private. By default train on
+    one device; on several, private for networks of dblocks and frozen for models of other
+    libraries."""
     optimizer: Optimizer = "adamw"
-    """adamw is the fused one; adamw-foreach makes a copy of the parameters in a step; sgd has
-    momentum; adafactor takes one parameter after the other (foreach=False); muon is for all
-    matrices, with adamw for the rest."""
+    """adamw is fused; adamw-foreach copies the parameters in a step; sgd has momentum; adafactor
+    updates one parameter at a time (foreach=False); muon is for all matrices, with adamw for the
+    rest."""
     bf16: bool = False
     """Compute the layers in bfloat16 (autocast)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights of another library's model, and of their gradients and moments."""
+    """Dtype of the weights of a model of another library, and of their gradients and moments."""
     prefetch: Prefetch = "none"
-    """What of the next block comes to the device while one is trained."""
+    """The part of the next block that is copied to the device while one is trained."""
     steps_per_visit: int = 10
-    """Steps on a block before the next one takes its place on the device."""
+    """Steps on a block before the next one replaces it on the device."""
     split: Split = "even"
-    """How layers are split into blocks: evenly, or so that the largest memory or time is least."""
+    """Division of the layers into blocks: even, or minimising the largest memory or time."""
     blocks: int | None = None
-    """Number of blocks of which to say more; the fewest that fit by default."""
+    """Number of blocks to report in detail; by default the fewest that fit."""
     train_tokens: str | None = None
-    """How many tokens (or images) to train on, such as 15T: prints the days that it takes."""
+    """Number of tokens (or images) to train on, such as 15T; prints the days needed."""
     json: Path | None = None
     """File for all figures as JSON."""
     chart: Path | None = None
@@ -119,7 +119,7 @@ class Plan(ABC):
         print(table(planner, ways, self.blocks, trained))
 
     def shared_by(self, subject: Subject) -> Shared:
-        """What happens to the parameters outside the layers.
+        """How the parameters outside the layers are trained.
 
         Raises:
             ValueError: several devices would train them, which needs communication.
@@ -141,7 +141,8 @@ class PlanModel(Plan):
     """A plan of another library's model."""
 
     source: str
-    """As for `dblocks info --model`, or a network: vit, causal-lm, masked-lm, recurrent, dit."""
+    """A model as in `dblocks info --model`, or a network: vit, causal-lm, masked-lm, recurrent,
+    dit."""
 
     def subject(self) -> Subject:
         """The model."""
@@ -160,7 +161,7 @@ DATA_HELP = "With --recipe paper: the data set of the experiment; the first one 
 
 
 def check_file(flag: str, path: Path | None, endings: Sequence[str] = ()) -> None:
-    """Raises ValueError where a file cannot be written, before the work is done."""
+    """Raises ValueError before the work if a file cannot be written."""
     if path is None:
         return
     if path.is_dir():
@@ -199,7 +200,7 @@ def command(tyro: Any, argv: Sequence[str], defaults: Mapping[str, Any] | None =
                 f"--dtype must be float32 for {chosen}, whose parameters are, got {plan.dtype}; "
                 "--bf16 computes in bfloat16"
             )
-        # Made here, not by the parser: the config's own checks say what is wrong in one line.
+        # Made here, not by the parser, so that the config's own checks report errors in one line.
         config = kind(**{f.name: getattr(plan, f.name) for f in dataclasses.fields(kind)})
         return of_network(config, length=plan.tokens)
 

@@ -1,4 +1,4 @@
-"""What each block of a network takes: bytes that it holds, saves and moves, and operations."""
+"""The cost of each block of a network: bytes held, saved and moved, and operations."""
 
 from __future__ import annotations
 
@@ -51,23 +51,23 @@ class Bytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step takes, end to end or on one block."""
+    """The cost of a step, end to end or of one block."""
 
     held: Bytes
     activations: int
     """Bytes saved for the backward at the end of the forward."""
     peak: Peak
     flops: int
-    """Of forward and backward, and of what is computed again."""
+    """Operations of forward, backward and recomputation."""
 
 
 class Costs:
-    """The costs of a network's ways to be trained; it runs forward passes without data.
+    """The costs of the ways to train a network, from forward passes without data.
 
     Args:
         subject: the network.
         samples: in a batch.
-        shared: what happens to the parameters outside the layers.
+        shared: how the parameters outside the layers are trained.
         optimizer: which one.
         bf16: whether layers compute in bfloat16 (autocast).
     """
@@ -95,7 +95,7 @@ class Costs:
         inside = {id(p) for layer in layers for p in layer.parameters()}
         outside = [p for p in dm.parameters() if id(p) not in inside]
         self.outside = Bytes.of(outside, optimizer)
-        # A block's own copies travel with it; what all blocks use stays.
+        # A block's own copies move with it; shared parameters stay.
         common = {id(p) for p in dm.shared_parameters()}
         own = (p for p in outside if id(p) not in common)
         self.outside_own = Bytes.of(own, optimizer)
@@ -112,7 +112,7 @@ class Costs:
         return self._blocks[first, end]
 
     def travels(self, first: int, end: int) -> Bytes:
-        """What a block brings to the device and takes with it."""
+        """The bytes that move to and from the device with a block."""
         return self.outside_own.plus(*self.by_layer[first:end])
 
     @cached_property
@@ -123,7 +123,7 @@ class Costs:
 
     @cached_property
     def checkpointing(self) -> Cost:
-        """As `end_to_end`, where layers keep their input only."""
+        """As `end_to_end`, with gradient checkpointing of every layer."""
         held, names, found = self._whole
         layers = [checkpointed(part) for part in found.parts(0, len(found.layers))[1:-1]]
         cost = self._cost(held, names, [found.before, *layers, found.after])

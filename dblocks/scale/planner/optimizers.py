@@ -1,4 +1,4 @@
-"""What optimizers of PyTorch hold and make: bytes of their state, and of a step's temporaries."""
+"""The memory of PyTorch's optimizers: bytes of their state, and of a step's temporaries."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Use(NamedTuple):
 
     state: int = 0
     together: int = 0
-    """Temporaries that are there for all parameters at once."""
+    """Temporaries for all parameters at once."""
     largest: int = 0
-    """Temporaries of one parameter, of that which takes most."""
+    """Temporaries of the one parameter that needs most."""
 
     def plus(self, other: Use) -> Use:
         """Of both groups of parameters."""
@@ -34,7 +34,7 @@ class Use(NamedTuple):
 
 
 def use(parameters: Iterable[Tensor], optimizer: Optimizer) -> Use:
-    """What an optimizer holds for parameters that train, and makes in a step."""
+    """The state that an optimizer holds for trained parameters, and its temporaries in a step."""
     found = Use()
     for parameter in parameters:
         found = found.plus(USES[optimizer](parameter))

@@ -18,19 +18,19 @@ Split = Literal["even", "memory", "time"]
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is for."""
+    """The machine of a plan."""
 
     memory: int
     """Bytes of each device."""
     link: float
-    """Bytes a second between a device and the host."""
+    """Bytes per second between a device and the host."""
     flops: float
-    """Operations a second that a device reaches."""
+    """Operations per second that a device reaches."""
     devices: int = 1
     steps_per_visit: int = 10
-    """Steps on a block before the next one takes its place on the device."""
+    """Steps on a block before the next one replaces it on the device."""
     prefetch: Prefetch = "none"
-    """What of the next block comes while a block is trained."""
+    """The part of the next block that is copied while a block is trained."""
 
     def __post_init__(self) -> None:
         check_count("devices", self.devices)
@@ -43,7 +43,7 @@ class Way:
 
     name: str
     blocks: int
-    """1 end to end."""
+    """Number of blocks; 1 end to end."""
     layers_per_block: tuple[int, ...]
     parameters: int
     gradients: int
@@ -53,16 +53,16 @@ class Way:
     """Bytes of the next block that are on the device too."""
     peak: int
     moment: str
-    """When the peak is, and in which block."""
+    """The moment of the peak, and its block."""
     fits: bool
     transfer: float
-    """Bytes a step between device and host."""
+    """Bytes per step between device and host."""
     compute_seconds: float
     step_seconds: float
     devices: int
     """Devices in use, without communication between them."""
     tokens_per_second: float
-    """Tokens (or images) that every block has trained on, in a second, by all devices."""
+    """Tokens (or images) per second that all blocks have trained on, over all devices."""
 
 
 class BlockTime(NamedTuple):
@@ -87,7 +87,7 @@ class Planner:
         self.split: Split = split
 
     def ways(self) -> list[Way]:
-        """End to end, with checkpointing, and every number of blocks."""
+        """The rows: end to end, with checkpointing, and every number of blocks."""
         costs = self.costs
         whole = [
             self._whole("end to end", costs.end_to_end),
@@ -153,7 +153,7 @@ class Planner:
             return BlockTime(0.0, compute, compute)
         travels = self.costs.travels(first, end)
         parameters = travels.parameters / machine.steps_per_visit
-        # Moments come and go; what trains goes back.
+        # Optimizer state moves both ways; trained parameters are copied back.
         others = (travels.trained + 2 * travels.optimizer) / machine.steps_per_visit
         hidden = {"none": 0.0, "parameters": parameters, "all": parameters + others}
         behind = hidden[machine.prefetch] / machine.link
@@ -196,12 +196,12 @@ class Planner:
 
 
 def smallest_fitting(ways: Sequence[Way]) -> Way | None:
-    """Of the ways in blocks, the one with the fewest that fits."""
+    """The fewest blocks that fit."""
     return next((way for way in ways if way.name.endswith(("block", "blocks")) and way.fits), None)
 
 
 def _busiest(seconds: Sequence[float], devices: int) -> float:
-    """The time of the device with most to do, the longest blocks given away first."""
+    """The time of the busiest device, with the longest blocks assigned first."""
     loads = [0.0] * devices
     for time in sorted(seconds, reverse=True):
         heapq.heapreplace(loads, loads[0] + time)

@@ -37,8 +37,8 @@ def table(
     Args:
         planner: made the ways.
         ways: the rows.
-        blocks: of which to say more; the fewest that fit by default.
-        train_tokens: how many to train on: says how many days that takes.
+        blocks: number of blocks to report in detail; by default the fewest that fit.
+        train_tokens: number of tokens to train on; reports the days needed.
     """
     unit = planner.costs.subject.unit
     rows = [tuple(head.format(unit=unit) for head in HEAD)]
@@ -114,7 +114,7 @@ def chart(path: Path, planner: Planner, ways: Sequence[Way]) -> None:
 
 
 def chart_endings() -> list[str]:
-    """What a chart's file may end in, such as png."""
+    """The endings of a chart's file, such as png."""
     pyplot = _pyplot()
     figure = pyplot.figure()
     try:
@@ -165,7 +165,7 @@ def _row(way: Way) -> tuple[str, ...]:
 
 
 def _different(ways: Sequence[Way]) -> list[Way]:
-    """Without numbers of blocks whose largest block has as many layers as one block less."""
+    """Without numbers of blocks whose largest block is not smaller than with one block less."""
     shown = list(ways[:2])
     for way in ways[2:]:
         before = shown[-1]

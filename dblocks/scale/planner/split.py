@@ -1,4 +1,4 @@
-"""How layers are split into blocks: evenly, or so that the largest block is as small as can be."""
+"""Divides layers into blocks with the smallest largest cost."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 def balanced(
     num_layers: int, num_blocks: int, cost: Callable[[int, int], float]
 ) -> tuple[int, ...]:
-    """The layers of each block, first to last, for which the largest cost is least.
+    """The number of layers of each block, first to last, with the smallest largest cost.
 
-    Of several such splits it is the one whose earlier blocks are the largest.
+    If there are several, it is the one with the largest earlier blocks.
 
     Args:
         num_layers: to split.

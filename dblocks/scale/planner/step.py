@@ -1,4 +1,4 @@
-"""The memory of one training step, moment by moment: gradients arrive as activations leave."""
+"""The memory of a training step over time: gradients are allocated as activations are freed."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ class Peak(NamedTuple):
 def step_peak(held: Held, parts: Sequence[tuple[str, Part]]) -> Peak:
     """The peak of a step and its moment.
 
-    It holds parameters and optimizer state all along. The forward adds what it saves; the backward
-    takes this away again, part by part from the last, and adds gradients; the optimizer's
-    temporaries come last, when all gradients are there. What single operations take meanwhile is
-    not counted.
+    Parameters and optimizer state are held throughout. The forward adds what it saves; the backward
+    frees this, part by part from the last, and adds gradients; the optimizer's temporaries come
+    last, with all gradients. Temporaries of single operations are not counted.
 
     Args:
         held: all along.
@@ -51,7 +50,7 @@ def step_peak(held: Held, parts: Sequence[tuple[str, Part]]) -> Peak:
 
 
 def checkpointed(part: Part) -> Part:
-    """A layer that keeps its input, and computes the rest again when the backward meets it."""
+    """A layer with gradient checkpointing: keeps its input and recomputes the rest."""
     calls = max(part.calls, 1)
     events = [(saved // calls, gradient) for saved, gradient in part.events]
     kept = part.kept // calls

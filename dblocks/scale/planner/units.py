@@ -28,12 +28,12 @@ def parse_bytes(name: str, text: str) -> int:
 
 
 def parse_rate(name: str, text: str) -> float:
-    """Bytes a second of a text such as "50GB/s"; as `parse_bytes`, followed by /s."""
+    """Bytes per second of a text such as "50GB/s"; as `parse_bytes`, followed by /s."""
     return _parsed(name, text, RATE, "bytes a second such as 50GB/s")
 
 
 def parse_flops(name: str, text: str) -> float:
-    """Operations a second of a text such as "400T": a number, and k, M, G, T or P."""
+    """Operations per second of a text such as "400T": a number, and k, M, G, T or P."""
     return _parsed(name, text, SPEED, "operations a second such as 400T")
 
 
@@ -43,7 +43,7 @@ def parse_count(name: str, text: str) -> float:
 
 
 def format_bytes(count: float) -> str:
-    """Such as 23.41 GiB, in the largest unit of which there is one."""
+    """A text such as 23.41 GiB, in the largest unit that is at most `count`."""
     for unit, size in reversed(BINARY.items()):
         if count >= size:
             return f"{count / size:,.2f} {unit}B"
