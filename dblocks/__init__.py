@@ -1,7 +1,6 @@
 """dblocks: fused noise-conditioned layers, and residual networks trained one block at a time.
 
-What stands here is imported when it is first used: `import dblocks` loads no network and nothing
-of other libraries.
+Names are imported on first use: `import dblocks` loads no network and no other library than torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The public functions: every op of dblocks, each with its reference and its kernels."""
+"""The public ops of dblocks."""
 
 from dblocks.ops._levels import OffsetSeed
 from dblocks.ops.adaln import adaln

@@ -1,8 +1,8 @@
 """adaln: normalise each row, then modulate it; and the pair of ops behind all of its family.
 
-FORWARD and BACKWARD serve residual_adaln and gated_residual too: `branch` is absent for adaln,
-`normalise` is false for gated_residual. An output that was not asked for is None; from an op it has
-no elements, and the dtype of x.
+FORWARD and BACKWARD also serve residual_adaln and gated_residual: `branch` is None for adaln,
+`normalise` is false for gated_residual. An output that is not needed is None; from an op it has no
+elements, and the dtype of x.
 """
 
 import torch
@@ -120,8 +120,8 @@ def adaln(
         weight: `[D]` of the norm; `None` is 1.
         bias: `[D]` of the norm; `None` is 0.
         norm: "layer" (population variance, computed in two passes) or "rms".
-        eps: added to the variance, >= 0. With 0, a row whose variance is 0 (on a GPU: subnormal,
-            which its root takes for 0) gives NaN or inf.
+        eps: added to the variance, >= 0. With 0, a row with variance 0 (on a GPU also subnormal)
+            gives NaN or inf.
         out_dtype: dtype of the result; that of `x` by default.
         impl: "reference" (plain PyTorch: any device and dtype, any transform), "triton" (GPU;
             D <= 16,384; not float64), "cpp" (CPU; not float64), or "auto": Triton on a GPU, C++ on
@@ -134,7 +134,7 @@ def adaln(
         Every gradient has its input's dtype and repeats bit for bit.
 
     Raises:
-        ValueError: for a shape or value that does not fit.
+        ValueError: for an invalid shape or value.
         TypeError: for a dtype that is not floating.
         RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
         ImportError: for impl="triton" without the package triton.

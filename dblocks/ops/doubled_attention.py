@@ -85,19 +85,19 @@ def doubled_attention(
         clean_causal: whether clean rows see all of their own block ("block") or no later token
             ("token"); the same at `block_size=1`.
         scale: of the scores, any number of a size up to 1e30; `Dk**-0.5` by default.
-        cu_seqlens: int32 `[documents + 1]`, on the device of `q`: the first row of each document of
+        cu_seqlens: int32 `[documents + 1]`, on the device of `q`: the first row of each document in
             one half and, last, T. Needs N = 1. Each half holds all documents; positions and blocks
-            start again in each document, and no row sees another document, whatever it holds: NaN
-            and infinity stay in their document, forward and backward. Documents may be empty. On a
-            GPU its values are checked there, without waiting for them.
-        query: "both" halves, or "noisy" rows only, which then equal those of the full result: what
-            the last layer of a block needs.
+            start again in each document, and no row sees another document: even NaN and infinity
+            stay in their document, forward and backward. Documents may be empty. On a GPU the
+            values are checked on the device, without synchronisation.
+        query: "both" halves, or "noisy" rows only, with the same result for these: enough for the
+            last layer of a block.
         order: of the halves in q, k, v and o: "clean_noisy" or "noisy_clean". No copy is made.
-        valid: int32 `[N, 2]`, on the device of `q`: the first position of each sample that is none
-            of its padding, and one past the last, `0 <= start <= end <= T`, in both halves. Rows
-            outside are never seen, their o is 0, and so are all gradients there, whatever they
-            hold. Positions and blocks count from each sample's start. Checked as `cu_seqlens`,
-            which excludes it.
+        valid: int32 `[N, 2]`, on the device of `q`: the range start..end-1 of each sample's
+            positions that are not padding, `0 <= start <= end <= T`, in both halves. No row attends
+            to rows outside the range; their o and gradients are 0, whatever they hold. Positions
+            and blocks count from each sample's start. Checked like `cu_seqlens`; the two exclude
+            each other.
         window: how many positions back a row sees, its own included, >= 1; None for all.
         softcap: bound of the scores' size, from 1e-18 to 1e18; None for none.
         alibi_slopes: float32 `[H]` or `[N, H]`, constants; None for none.
@@ -108,8 +108,8 @@ def doubled_attention(
             library, merged; memory O(T * block_size); on a GPU float16 and bfloat16, neither
             `cu_seqlens` nor `valid`, and of `window`, `softcap` and `alibi_slopes` what its backend
             has), or "auto", see the table in `dblocks.ops.doubled_attention`.
-        backend: which attention "composed" is made of: "sdpa" (PyTorch's flash kernels; the only
-            one on CPUs; FlashAttention 3 or 4 after its `activate_flash_attention_impl`), "cudnn",
+        backend: the attention that "composed" uses: "sdpa" (PyTorch's flash kernels; the only one
+            on CPUs; FlashAttention 3 or 4 after its `activate_flash_attention_impl`), "cudnn",
             "flash_attn_3", "flash_attn" or "xformers"; by default the first that can run, those as
             fast as FlashAttention 3 before others.
 
@@ -121,8 +121,8 @@ def doubled_attention(
         for the reference.
 
     Raises:
-        ValueError: for a shape or value that does not fit.
-        TypeError: for a dtype that does not fit.
+        ValueError: for an invalid shape or value.
+        TypeError: for an invalid dtype.
         RuntimeError: for tensors on several devices, or an `impl` or `backend` that cannot run.
         ImportError: for an `impl` or `backend` whose package is not installed.
 
@@ -131,7 +131,7 @@ def doubled_attention(
     """
     numbers = (block_size, clean_causal, scale, query, order, window, softcap)
     layout, known = _dispatch.seen((OP, *numbers, *map(type, numbers)), (q, k, v))
-    # The values of these are looked at in every call.
+    # The values of these are checked in every call.
     watched = cu_seqlens is not None or valid is not None or alibi_slopes is not None
     if watched or not known:
         check(
@@ -198,7 +198,7 @@ def explained(
     alibi_slopes: Tensor | None = None,
     **_: Any,
 ) -> tuple[str, str]:
-    """What impl="auto" picks, and why; options are those of doubled_attention."""
+    """The choice of impl="auto" and the reason; options are those of doubled_attention."""
     if q.dtype == torch.float64:
         return "reference", "plain PyTorch: the tensors are float64"
     if _dispatch.in_transform():

@@ -97,8 +97,8 @@ def edm_denoise(
         in that dtype; `f` and `z` get gradients in their own dtypes.
 
     Raises:
-        ValueError: for a shape or value that does not fit.
-        TypeError: for a dtype that does not fit.
+        ValueError: for an invalid shape or value.
+        TypeError: for an invalid dtype.
         RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
         ImportError: for impl="triton" without the package triton.
 

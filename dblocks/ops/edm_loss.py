@@ -107,30 +107,31 @@ def edm_loss(
 
         target = c_in * (sigma / sigma_data * y - sigma_data * eps),   c_in as in noise_inject
 
-    This is the EDM-weighted `w * mean((denoised - y)^2)` without its cancellation at small sigma
-    and without its weight, up to 250,004. eps is not stored: `seed`, `offset` and `y` that
-    `noise_inject` had give it again. For the backward `f - target` is kept, and nothing else of
-    the size of `f`: in bfloat16 where `f` has it, so that a gradient is rounded twice, else in
+    This equals the EDM-weighted `w * mean((denoised - y)^2)`, but without cancellation at small
+    sigma and without the factor w, up to 250,004. eps is not stored: it is regenerated from the
+    `seed`, `offset` and `y` of `noise_inject`. The only tensor of the size of `f` saved for the
+    backward is `f - target`: in bfloat16 if `f` is (a gradient is then rounded twice), else in
     float32.
 
     Args:
-        f: Network output `[N, ...]`, strides as `y` of `noise_inject`. Alone gets a gradient.
+        f: Network output `[N, ...]`, strides as `y` of `noise_inject`. The only input with a
+            gradient.
         y: Clean target of the shape of `f`; may differ in dtype.
         sigma: Noise levels > 0, 0-d, `[N]` or `[N, S]`.
         seed: As in `noise_inject`. A tensor may be changed before backward.
         offset: As in `noise_inject`.
         sigma_data: Standard deviation of the data.
-        row_weight: Factors `[N]`, or `[N, T]` for y `[N, T, D]`: other weightings, or 0 for
-            padding (the mean divides by all elements).
+        row_weight: Factors `[N]`, or `[N, T]` for y `[N, T, D]`: for other weightings, or 0 for
+            padding (the mean still divides by all elements).
         impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`.
 
     Returns:
         loss `[N]`, float32 (float64 if `f` or `y` is), the mean over each sample. Arithmetic is in
-        that dtype, sums have a fixed order: two runs are equal bit for bit.
+        that dtype. Sums have a fixed order, so results repeat bit for bit.
 
     Raises:
-        ValueError: for a shape or value that does not fit.
-        TypeError: for a dtype that does not fit.
+        ValueError: for an invalid shape or value.
+        TypeError: for an invalid dtype.
         RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
         ImportError: for impl="triton" without the package triton.
 

@@ -90,7 +90,7 @@ def _check_level(name: str, sigma: Tensor | float, z: Tensor, *, zero: bool) -> 
 
 
 def _check_segments(sigma: Tensor | float, sigma_next: Tensor | float) -> None:
-    """Two levels [N, S] have one S."""
+    """Raises unless two levels [N, S] have the same S."""
     if not isinstance(sigma, Tensor) or not isinstance(sigma_next, Tensor):
         return
     if sigma.ndim == sigma_next.ndim == 2:
@@ -121,9 +121,9 @@ def euler_step(
         denoised: Estimate of the clean target, of the shape of `z`; may differ in dtype.
         sigma: Noise level > 0: a float, or a tensor, 0-d, `[N]` or `[N, S]`. No
             gradient, but a tangent in forward mode.
-        sigma_next: Noise level >= 0, likewise; two `[N, S]` have one S.
-        impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`. Two
-            floats are divided on the host in float64, in a compiled graph in float32 but by the
+        sigma_next: Noise level >= 0, likewise; if both are `[N, S]`, S must be the same.
+        impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`. Two floats
+            are divided on the host in float64; in a compiled graph in float32, except by the
             reference.
 
     Returns:
@@ -131,8 +131,8 @@ def euler_step(
         Arithmetic is in that dtype; `z` and `denoised` get gradients in their own dtypes.
 
     Raises:
-        ValueError: for a shape or value that does not fit.
-        TypeError: for a dtype that does not fit.
+        ValueError: for an invalid shape or value.
+        TypeError: for an invalid dtype.
         RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
         ImportError: for impl="triton" without the package triton.
 

@@ -59,7 +59,7 @@ def gated_residual(
         float64 `x`), rounded once.
 
     Raises:
-        ValueError: for a shape that does not fit.
+        ValueError: for an invalid shape.
         TypeError: for a dtype that is not floating.
         RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
         ImportError: for impl="triton" without the package triton.

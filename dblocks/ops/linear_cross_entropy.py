@@ -37,7 +37,7 @@ def _fake(h, weight, target, bias, row_weight, ignore_index, needs):
 
 
 _OPS = define("linear_cross_entropy", _SCHEMA, _fake, ("chunked", "triton"))
-# The same for the gradients of a second pass, whose work is counted without that of the first.
+# The same for the gradients in a second pass, whose flops are counted separately.
 _AGAIN = define("linear_cross_entropy_again", _SCHEMA, _fake, ("chunked", "triton"))
 
 
@@ -66,7 +66,7 @@ class _Loss(torch.autograd.Function):
 
 
 class _RowLosses(torch.autograd.Function):
-    """Losses of rows: what is upstream of them are weights of rows, known in the backward only."""
+    """Losses of rows: the upstream gradients are row weights, known only in the backward."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, target, ignore_index, impl):
@@ -95,7 +95,7 @@ class _RowLosses(torch.autograd.Function):
 
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`total * factor`, rounded to `dtype` once."""
-    # In place where it can: the gradient of a large weight would be in memory twice.
+    # In place where possible: the gradient of a large weight would be in memory twice.
     last = not _dispatch.is_traced() and not _get_current_graph_task_keep_graph()
     return (total.mul_(factor) if last else total * factor).to(dtype)
 
@@ -116,15 +116,14 @@ def linear_cross_entropy(
         logits = h weight^T + bias,   ce_r = logsumexp(logits_r) - logits_r[target_r]
         loss = sum_r row_weight_r * ce_r / count;   reduction="none": row_weight_r * ce_r
 
-    over the rows r whose target is not `ignore_index`, `count` of them: weights are not normalised.
-    Where there is none the loss is 0, as are all gradients, and not NaN as in PyTorch: a batch of
-    padding alone leaves a training run unharmed. Rows that are ignored or have weight 0 may hold
-    anything, NaN included.
+    over the `count` rows r whose target is not `ignore_index`; weights are not normalised. Without
+    such rows the loss and all gradients are 0, not NaN as in PyTorch, so that a batch of padding
+    does not harm training. Rows that are ignored or have weight 0 may hold anything, NaN included.
 
-    Logits of at most a quarter of the rows are in memory at a time, or of 128 rows, or 2^20 logits
-    where these are more; of large vocabularies at most 2^25 on a CPU and 2^27 on a GPU. Gradients
-    are computed in the forward, for those of `h`, `weight` and `bias` that require one, and kept in
-    float32 until the upstream gradient is known; without any, only the loss is.
+    At a time, memory holds the logits of at most a quarter of the rows, of 128 rows, or 2^20
+    logits, whichever is most; for large vocabularies at most 2^25 on a CPU and 2^27 on a GPU.
+    Gradients of those of `h`, `weight` and `bias` that require one are computed in the forward and
+    kept in float32 until the upstream gradient is known.
 
     Args:
         h: Rows `[..., D]`, such as `[N, T, D]`.
@@ -133,9 +132,9 @@ def linear_cross_entropy(
             values are checked there, without waiting for them.
         bias: `[V]`, added in float32.
         row_weight: Factors of the leading shape of `h`. Gets no gradient.
-        ignore_index: The target of rows that have no part.
-        reduction: "mean", or "none" for the losses of rows, 0 where they have no part. Their
-            backward computes the logits a second time, since weights come from upstream.
+        ignore_index: The target of rows that do not count.
+        reduction: "mean", or "none" for the loss of each row, 0 for rows that do not count. The
+            backward of the latter recomputes the logits, since the weights come from upstream.
         impl: "reference" (logits of all rows at once, in plain PyTorch: any transform), "chunked"
             (plain PyTorch: any device), "triton" (GPU; not float64), or "auto": "triton" on a GPU
             and "chunked" elsewhere and for float64, but the reference inside torch.func transforms
@@ -149,8 +148,8 @@ def linear_cross_entropy(
         its input's dtype. PyTorch's settings for float32 products on GPUs (TF32) hold here too.
 
     Raises:
-        ValueError: for a shape or value that does not fit, of `target` on the CPU.
-        TypeError: for a dtype that does not fit.
+        ValueError: for an invalid shape or value (of `target`, on the CPU only).
+        TypeError: for an invalid dtype.
         RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
         ImportError: for impl="triton" without the package triton.
 
@@ -194,7 +193,7 @@ def _row_losses(
 
 
 def _weighted(losses: Tensor, row_weight: Tensor) -> Tensor:
-    """A row of weight 0 may have a loss that is not finite."""
+    """Weighted losses; a row of weight 0 may have a loss that is not finite."""
     weights = row_weight.to(losses.dtype)
     return torch.where(weights != 0, losses * weights, 0)
 

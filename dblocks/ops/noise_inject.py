@@ -127,8 +127,8 @@ def noise_inject(
         float64 `y`; eps is float32 always).
 
     Raises:
-        ValueError: for a shape or value that does not fit.
-        TypeError: for a dtype that does not fit.
+        ValueError: for an invalid shape or value.
+        TypeError: for an invalid dtype.
         RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
         ImportError: for impl="triton" without the package triton.
 

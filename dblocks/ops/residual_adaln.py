@@ -96,7 +96,7 @@ def residual_adaln(
         is float32 (float64 for float64 `x`).
 
     Raises:
-        ValueError: for a shape or value that does not fit.
+        ValueError: for an invalid shape or value.
         TypeError: for a dtype that is not floating.
         RuntimeError: for tensors on several devices, or a named `impl` that cannot run here.
         ImportError: for impl="triton" without the package triton.
