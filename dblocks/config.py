@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch._subclasses import FakeTensor
 from typing_extensions import Self
 
 # Limits of JSON input: far above any config, far below what takes noticeable time or memory.
@@ -376,22 +375,3 @@ def check_finite(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return value
-
-
-def check_generator(generator: object) -> None:
-    """Raises unless `generator` is a `torch.Generator` or None."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator or None, got {generator!r} of type "
-            f"{type(generator).__name__}; torch.Generator().manual_seed(5) makes one"
-        )
-
-
-def values_known(tensor: torch.Tensor) -> bool:
-    """Whether a check may read the values of a tensor without synchronisation.
-
-    On a GPU reading would synchronise; graphs and fake tensors have no values.
-    """
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return not isinstance(tensor, FakeTensor)

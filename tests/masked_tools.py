@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, MaskedTokenTarget
-from dblocks.blocks.targets.heads import FunctionHead
+from dblocks.integrations.convert.heads import FunctionHead
 from dblocks.models.masked_lm import Hidden, MaskedLM, MaskedLMConfig
 from dblocks.schedules import MASKED, MaskSchedule
 from tools import DEVICE, randomized, seeded

@@ -1,8 +1,8 @@
 """Networks divided into blocks that are trained one at a time: losses and training step."""
 
+from dblocks.blocks.bound import Bound as Bound
 from dblocks.blocks.config import BlocksConfig as BlocksConfig
 from dblocks.blocks.config import Weighting as Weighting
-from dblocks.blocks.denoiser import Bound as Bound
 from dblocks.blocks.denoiser import Denoiser as Denoiser
 from dblocks.blocks.denoiser import Draw as Draw
 from dblocks.blocks.denoiser import Loss as Loss

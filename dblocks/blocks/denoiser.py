@@ -1,31 +1,55 @@
-"""One block as a denoiser: its training loss, and its prediction under a condition."""
+"""One block as a denoiser: the random numbers of a training step, its loss, and predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dblocks.blocks.config import BlocksConfig
-from dblocks.blocks.draws import Draw as Draw
-from dblocks.blocks.draws import draw_levels, part_of
+from dblocks import functional as F
+from dblocks.blocks.bound import Bound
+from dblocks.blocks.config import BlocksConfig, Weighting
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
-from dblocks.blocks.sharding import Replicas, replicas_of, within
-from dblocks.blocks.sigmas import check_sigma, sigma_for
+from dblocks.blocks.sharding import GlobalBatch, Replicas, global_batch, replicas_of, within
 from dblocks.blocks.targets.base import Batch, Target
-from dblocks.blocks.targets.entries import check_call, checked, scored_shape
+from dblocks.blocks.targets.entries import checked, scored_shape
 from dblocks.blocks.visits import Residency
-from dblocks.blocks.weighting import loss_factors as loss_factors
-from dblocks.config import check_block, check_finite
-from dblocks.kernels.reference import in_forward_mode
+from dblocks.config import check_block
 from dblocks.schedules import Schedule
 from dblocks.schedules.random import draw_seed
+
+# Weighting "clamped": w reaches 250,000 at the lowest noise, which would dominate the loss.
+CLAMPED_WEIGHT_MAX = 20.0
+LEVEL_KEY = 0x5DEECE66D  # any number but 0
+
+
+class Draw(NamedTuple):
+    """The random numbers of one training step, on the device."""
+
+    sigma: Tensor
+    """float32 levels [N] (or [N, T]): sigma, or t where tokens are masked."""
+    seed: Tensor
+    """0-d int64: seed of the noise or the masks."""
+    drop: Tensor | None
+    """bool [N]: true where the condition is dropped; None if the model never drops it."""
+    whole: GlobalBatch | None = None
+    """The global batch that these samples are part of; None if they are all of it."""
+
+    def seed_of(self, y: Tensor) -> Tensor | F.OffsetSeed:
+        """The seed of the noise of a target [N, ...], offset by the first sample here."""
+        if self.whole is None:
+            return self.seed
+        return F.OffsetSeed(self.seed, self.whole.first * (y.numel() // max(len(y), 1)))
+
+    def part(self, whole: GlobalBatch, N: int) -> Draw:
+        """Of the draw for a global batch what is of the N samples here."""
+        here = slice(whole.first, whole.first + N)
+        drop = None if self.drop is None else self.drop[here]
+        return Draw(self.sigma[here], self.seed, drop, whole)
 
 
 class Loss(NamedTuple):
@@ -69,23 +93,39 @@ class Denoiser(nn.Module):
 
     def parts_at_rest(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
         """As `parts`, but without moving them to the device."""
-        asked = check_block(block, self.config.num_blocks)
-        # By comparison, not lookup: in a compiled graph the index may be symbolic, and this
-        # specialises it.
-        found = [held for held in self.held if held == asked]
-        if not found:
-            raise ValueError(f"block must be {self.index}, the only one held here, got {asked}")
-        model = self.copies._modules.get(str(found[0] - 1), self.base_model)
+        block = self.held_block(block)
+        model = self.copies._modules.get(str(block - 1), self.base_model)
         layers = list(self.base_model.layers._modules.values())
         if len(layers) != (known := max(part.stop for part in self.held.values())):
             raise ValueError(
                 f"layers must stay {known} as they were divided into blocks, got {len(layers)}; "
                 "make the DiffusionBlocks anew"
             )
-        layers = layers[self.held[found[0]]]
+        layers = layers[self.held[block]]
         if model is not self.base_model and isinstance(model, Divisible):
             model.follow_(self.base_model)
         return cast(BlockModel, model), cast(list[nn.Module], layers)
+
+    def held_block(self, block: int) -> int:
+        """`block` as an int, which must be one that is held here.
+
+        Raises:
+            TypeError: it is no integer.
+            ValueError: it is out of range, or held elsewhere.
+        """
+        asked = block if type(block) is int else check_block(block, self.config.num_blocks)
+        # By comparison, not lookup: in a compiled graph the index may be symbolic, and this
+        # specialises it.
+        found = [held for held in self.held if held == asked]
+        if not found:
+            check_block(asked, self.config.num_blocks)
+            raise ValueError(f"block must be {self.index}, the only one held here, got {asked}")
+        return found[0]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether `fully_shard` was called on it, which makes its class one of FSDP's."""
+        return hasattr(type(self), "unshard")
 
     def before_use(self) -> None:
         """A hook, called before a draw and before a condition is bound; does nothing here."""
@@ -209,20 +249,29 @@ class Denoiser(nn.Module):
         shape = scored_shape(target, given)
         seed = draw_seed(generator)
         device = _device_of((*layers, cast(nn.Module, model)), batch)
-        replicas = replicas_of(self) if replicas is None else replicas
-        count = 1 if replicas is None else replicas.count
-        sigma, drop = draw_levels(
-            self.config.schedule, seed, (count * shape[0], *shape[1:]), block,
-            self.config.num_blocks, overlap=self.config.overlap,
-            top_share=top_share_of(self.config, target),
-            condition_drop=getattr(model, "condition_drop", 0.0), device=device,
+        if replicas is None and self.sharded:
+            replicas = replicas_of(self)
+        N = shape[0] if replicas is None else shape[0] * replicas.count
+        # The generator of a GPU is Philox too: under the same key, sigma would be made of the same
+        # bits as the first elements' noise.
+        key = seed if device.type == "cpu" else seed ^ LEVEL_KEY
+        on_device = torch.Generator(device).manual_seed(key)
+        sigma = self.config.schedule.sample(
+            block, self.config.num_blocks, (N, *shape[1:]), overlap=self.config.overlap,
+            top_share=top_share_of(self.config, target), generator=on_device, device=device,
         )  # fmt: skip
+        drop, share = None, getattr(model, "condition_drop", 0.0)
+        if share > 0:
+            drop = torch.rand(N, generator=on_device, device=device) < share
         drawn = Draw(sigma, torch.full((), seed, dtype=torch.int64, device=device), drop)
-        return drawn if replicas is None else part_of(drawn, given, block, target, shape, replicas)
+        if replicas is None:
+            return drawn
+        whole = global_batch(sigma, given, shape[0], block, target.scored(given), replicas)
+        return drawn.part(whole, shape[0])
 
     def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
         """The loss of a block at given random numbers; compiles as one graph."""
-        if hasattr(type(self), "unshard"):  # fully_shard made its class one of FSDP's
+        if self.sharded:
             return within(self, self._loss_at)(batch, block, draw)
         return self._loss_at(batch, block, draw)
 
@@ -257,100 +306,37 @@ class Denoiser(nn.Module):
         return Loss(loss, losses, weight, draw.sigma)
 
 
-class Bound:
-    """A denoiser with a bound condition: `bound(z, sigma) -> denoised`, for k-diffusion samplers.
-
-    The condition is embedded at the first call and kept for the following ones. With a
-    `guidance_scale` g other than 1, the prediction is `uncond + g*(cond - uncond)`: of denoised
-    estimates for the call itself, of logits for `logits`. At scales 1 and 0 it is exactly one of
-    the two predictions, in one call of the network.
-    """
-
-    def __init__(self, denoiser: Denoiser, cond: Batch, guidance_scale: float = 1.0) -> None:
-        model, _ = denoiser.parts(next(iter(denoiser.held)))
-        check_call(model, cond, model.target)
-        self.denoiser = denoiser
-        self.cond = cond
-        self.guidance_scale = check_finite("guidance_scale", guidance_scale)
-        self._embedded: dict[tuple[int, bool], Any] = {}
-
-    def __call__(self, z: Tensor, sigma: Tensor, *, block: int | None = None) -> Tensor:
-        """The estimate of y from z [N, ...] at sigma, 0-d, [N] or [N, S]; float32.
-
-        With a `MaskSchedule`, z holds tokens and sigma is t; the estimate holds probabilities.
-        """
-        return self._guided(z, sigma, block, logits=False)
-
-    def logits(self, z: Tensor, sigma: Tensor, *, block: int | None = None) -> Tensor:
-        """The prediction itself: logits, or F for an L2 target."""
-        return self._guided(z, sigma, block, logits=True)
-
-    def _guided(self, z: Tensor, sigma: Tensor, block: int | None, *, logits: bool) -> Tensor:
-        schedule: Schedule = self.denoiser.config.schedule
-        if z.is_complex():
-            raise TypeError(f"z must be real, got {z.dtype}; pass real numbers as channels")
-        z = schedule.state(z)
-        if not isinstance(sigma, Tensor):
-            sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
-        check_sigma(z, sigma, masks=schedule.corruption == "masks")
-        # The block that owns a level is decided in the level's own dtype, before conversion.
-        if block is None:
-            block = self._owner(sigma)
-        level = schedule.level(sigma_for(z, sigma))
-        if self.guidance_scale in (0, 1):
-            unconditional = self.guidance_scale == 0
-            return self._predict(z, level, block, logits=logits, drop=unconditional)
-        given = self._predict(z, level, block, logits=logits, drop=False)
-        null = self._predict(z, level, block, logits=logits, drop=True)
-        return null + self.guidance_scale * (given - null)
-
-    def _predict(self, z: Tensor, level: Any, block: int, *, logits: bool, drop: bool) -> Tensor:
-        predict = within(self.denoiser, self._predict_whole)
-        return predict(z, level, block, logits=logits, drop=drop)
-
-    def _predict_whole(
-        self, z: Tensor, level: Any, block: int, *, logits: bool, drop: bool
-    ) -> Tensor:
-        model, layers = self.denoiser.parts(block)
-        z_in = self.denoiser.config.schedule.scale_in(z, level)
-        condition = self._condition(model, z, drop)
-        with attention_with_tangents():
-            features = model.features(model.run_layers(layers, z_in, level, condition))
-            prediction = model.target.predict(features, z, level)
-        return prediction if logits else model.target.denoise(prediction, z, level)
-
-    def _condition(self, model: BlockModel, z: Tensor, drop: bool) -> Any:
-        # With private parameters each block embeds the condition itself.
-        key = (id(model), drop)
-        if key not in self._embedded:
-            mask = torch.ones(len(z), dtype=torch.bool, device=z.device) if drop else None
-            self._embedded[key] = model.embed_condition(self.cond, mask)
-        return self._embedded[key]
-
-    def _owner(self, sigma: Tensor) -> int:
-        config = self.denoiser.config
-        if sigma.numel() == 0:
-            return 0
-        first, last = torch.aminmax(config.schedule.block_of(sigma, config.num_blocks))
-        if first != last:
-            raise ValueError(
-                f"sigma must lie in one block, got levels of blocks {int(first)} to {int(last)}; "
-                "make one call per block"
-            )
-        return int(first)
-
-
-def attention_with_tangents() -> AbstractContextManager:
-    """Selects PyTorch's math attention in forward-mode differentiation, which no other supports."""
-    return sdpa_kernel(SDPBackend.MATH) if in_forward_mode() else nullcontext()
-
-
 def unwrapped(model: Any) -> Any:
     """The `Denoiser` inside torch.compile's, AveragedModel's or DDP's wrapper, else `model`."""
     inner = model
     while isinstance(inner, nn.Module) and not isinstance(inner, Denoiser):
         inner = getattr(inner, "_orig_mod", getattr(inner, "module", None))
     return inner if isinstance(inner, Denoiser) else model
+
+
+def loss_factors(weighting: Weighting, loss_kind: str, w: Tensor) -> Tensor:
+    """The factor of each sample's loss.
+
+    `edm` is w_i, `clamped` min(w_i, 20), `none` 1 and `batch_mean` the mean of w, each for the loss
+    of the denoised estimate. An L2 loss in F space already includes w_i, which is divided out.
+
+    Args:
+        weighting: the rule; `auto` is w_i for "l2" and "masked_cross_entropy", and `none` for
+            "cross_entropy".
+        loss_kind: "l2", "cross_entropy" or "masked_cross_entropy".
+        w: the schedule's loss weights, of the shape of sigma.
+    """
+    if weighting == "auto":
+        weighting = "none" if loss_kind == "cross_entropy" else "edm"
+    if weighting == "edm":
+        return torch.ones_like(w) if loss_kind == "l2" else w
+    if weighting == "clamped":
+        factor = w.clamp(max=CLAMPED_WEIGHT_MAX)
+    elif weighting == "batch_mean":
+        factor = w.mean().expand_as(w)
+    else:
+        factor = torch.ones_like(w)
+    return factor / w if loss_kind == "l2" else factor
 
 
 def top_share_of(config: BlocksConfig, target: Target) -> float:

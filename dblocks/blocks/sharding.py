@@ -1,4 +1,4 @@
-"""Calls functions within FSDP2 and DDP, which act around a module's forward only."""
+"""Processes that share a batch, under FSDP2 and DDP, which act around a module's forward only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from dblocks.blocks.targets.base import Batch
 
 T = TypeVar("T")
 NAME = "_run_within"
@@ -67,6 +69,47 @@ def reduced(value: Tensor, replicas: Replicas, op: Literal["sum", "max"]) -> Ten
     for group in replicas.groups:
         distributed.all_reduce(value, getattr(distributed.ReduceOp, op.upper()), group=group)
     return value
+
+
+class GlobalBatch(NamedTuple):
+    """The part of a global batch that this process has."""
+
+    sigma: Tensor
+    """The levels of all samples, [N * processes, ...]."""
+    first: int
+    """The index of the first sample here."""
+    factor: Tensor | None
+    """Factor of the loss of the samples here, 0-d, so that the mean over processes is the loss of
+    all samples; None for 1."""
+
+    def here(self, values: Tensor, like: Tensor) -> Tensor:
+        """The part of `values`, of all samples, for the samples here, as many as in `like`."""
+        return values[self.first : self.first + len(like)]
+
+
+def global_batch(
+    sigma: Tensor, batch: Batch, N: int, block: int, scored: Tensor | None, replicas: Replicas
+) -> GlobalBatch:
+    """The global batch that the N samples here are part of, of processes in their order.
+
+    Args:
+        sigma: the levels of all samples.
+        batch: that of this process.
+        N: its samples.
+        block: what is trained.
+        scored: as of `Target.scored`, for the samples here.
+        replicas: the processes.
+
+    Raises:
+        ValueError: the batches are not of the same shapes, or the blocks not the same; on a GPU the
+            device says so.
+    """
+    _check_alike(batch, N, block, replicas, sigma.device)
+    factor = None
+    if scored is not None:
+        mine = scored.detach().to(sigma.device, torch.float32)
+        factor = replicas.count * mine / reduced(mine.clone(), replicas, "sum").clamp(min=1)
+    return GlobalBatch(sigma, replicas.rank * N, factor)
 
 
 def is_part(value: Tensor) -> bool:
@@ -137,3 +180,35 @@ def agreed(block: int, replicas: Replicas, device: torch.device) -> int:
 
 def _call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     return function(*args, **kwargs)
+
+
+def _check_alike(
+    batch: Batch, N: int, block: int, replicas: Replicas, device: torch.device
+) -> None:
+    """Raises unless all processes train one block, on samples of one size.
+
+    Noise is indexed by element: with samples of different sizes, processes would share noise.
+    """
+    given: dict[str, Any] = {
+        key: list(v.shape)
+        for key, v in batch.items()
+        if isinstance(v, Tensor) and v.ndim and len(v) == N
+    }
+    size = float(N * 2**32 + sum(batch[key].numel() for key in given))
+    found = torch.tensor([block, -block, size, -size], dtype=torch.float64, device=device)
+    last, first, largest, smallest = reduced(found, replicas, "max").unbind()
+    of_blocks = (
+        "block must be the same in all processes that share a batch; give the same one, or none: "
+        "then the first process draws it"
+    )
+    of_shapes = (
+        "the batches of all processes must have the same shapes, since noise is that of the global "
+        "batch; pad them to one length, and leave out a last batch that does not divide"
+    )
+    if device.type != "cpu":
+        torch.ops.aten._assert_async.msg(last == -first, of_blocks)
+        torch.ops.aten._assert_async.msg(largest == -smallest, of_shapes)
+    elif last != -first:
+        raise ValueError(f"{of_blocks}; got blocks {[int(-first), int(last)]}")
+    elif largest != -smallest:
+        raise ValueError(f"{of_shapes}; got {given} in process {replicas.rank}")

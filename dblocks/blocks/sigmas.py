@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dblocks.config import values_known
+from dblocks.ops._checks import values_known
 
 
 def check_sigma(z: Tensor, sigma: Tensor, *, masks: bool) -> None:

@@ -25,7 +25,7 @@ from dblocks.blocks.sharding import (
     whole,
 )
 from dblocks.blocks.targets.base import Batch
-from dblocks.config import check_block, check_generator
+from dblocks.schedules.random import check_generator
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 NonFinite = Literal["raise", "skip"]
@@ -169,9 +169,12 @@ def train_step(
             "call make_optimizers(model, factory)"
         )
     num_blocks = model.config.num_blocks
+    replicas = None
     if parallel is not None:
         check_parallel(parallel, len(model.held))
-    replicas = replicas_of(model if parallel is None else parallel)
+        replicas = replicas_of(parallel)
+    elif model.sharded:
+        replicas = replicas_of(model)
     if block is None:
         block = model.index
     drawn = block is None
@@ -179,7 +182,7 @@ def train_step(
         block = int(torch.randint(num_blocks, (), generator=generator, device="cpu"))
         if replicas is not None:
             block = agreed(block, replicas, next(model.parameters()).device)
-    block = check_block(block, num_blocks)
+    block = model.held_block(block)
     if model.residency is not None:
         block = model.residency.visit(block, optimizers, generator, drawn=drawn)
     moved = optimizers.of_block(block)
@@ -289,11 +292,12 @@ def not_finite(
         return f"a loss of {loss.item()}"
     # The largest magnitudes suffice, and a sum of squares may overflow.
     grads = [p.grad for p in parameters if p.grad is not None]
-    parts = [part_here(grad) for grad in grads]
+    divided = any(type(grad) is not Tensor for grad in grads)
+    parts = list(map(part_here, grads)) if divided else grads
     here = [part for part in parts if part.numel()]
     norm = nn.utils.get_total_norm(here, norm_type=math.inf)
     wrong = (~norm.isfinite()).int()
-    if replicas is not None and any(map(is_part, grads)):
+    if replicas is not None and divided and any(map(is_part, grads)):
         wrong = reduced(wrong.to(parts[0].device), replicas, "max")
     return f"a gradient with {norm.item()} in it" if wrong else None
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from dblocks.blocks import Batch, TokenTarget
 from dblocks.blocks.targets.entries import check_entries
 from dblocks.blocks.targets.token_batch import TokenBatch
-from dblocks.config import check_generator
 from dblocks.models.doubled_rows import attend_doubled, run_doubled
 from dblocks.models.language_config import LanguageModelConfig
 from dblocks.models.language_model import Hidden, LanguageModel
 from dblocks.nn import Attend, Rotary
 from dblocks.sampling.cache import KVCache, Slots
 from dblocks.schedules import NoiseLevel
+from dblocks.schedules.random import check_generator
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dblocks.nn import (
     TransformerLayer,
     conditioning_of,
 )
-from dblocks.nn.embeddings import EMBEDDING_STD
+from dblocks.nn.conditioning import EMBEDDING_STD
 from dblocks.sampling import initial_noise
 from dblocks.sampling.levels import grid_of
 from dblocks.sampling.samplers import sampler_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dblocks.nn.embeddings import MAX_PERIOD
+from dblocks.nn.conditioning import MAX_PERIOD
 
 
 def sincos_positions(

@@ -20,14 +20,14 @@ from dblocks import functional as F
 from dblocks.blocks import Batch, TokenTarget
 from dblocks.blocks.targets.entries import check_entries
 from dblocks.blocks.targets.token_batch import TokenBatch
-from dblocks.config import check_count, check_generator
+from dblocks.config import check_count
 from dblocks.models.doubled_rows import attend_doubled, run_doubled
 from dblocks.models.language_config import LanguageModelConfig
 from dblocks.models.language_model import Hidden, LanguageModel
 from dblocks.nn import Attend, Norm, Rotary
 from dblocks.sampling.cache import KVCache, Slots
 from dblocks.schedules import NoiseLevel
-from dblocks.schedules.random import draw_seed
+from dblocks.schedules.random import check_generator, draw_seed
 
 # Geiping et al. 2025 and the code they published
 STATE_STD = math.sqrt(2 / 5)  # of the initial state, before truncation

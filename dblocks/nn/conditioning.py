@@ -1,14 +1,27 @@
-"""Conventions of conditioning on the noise level, for norms and modulations."""
+"""What layers are told: embeddings of labels and noise levels, and the norms that they modulate.
+
+Modulations start at zero.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from torch import Tensor
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from dblocks import functional as F
 
 OFFICIAL_WIDTH_DIVISOR = 6  # conditioning vectors of the published ViT are D//6 wide
+SINCOS_WIDTH = 256  # Peebles and Xie 2023 (DiT), frequency embedding
+MAX_PERIOD = 10_000.0
+EMBEDDING_STD = 0.02  # Peebles and Xie 2023 (DiT), initialisation of the timestep embedding
+
+NormKind = Literal["layer", "rms"]
 ConditioningKind = Literal["dit", "official", "none"]
 
 
@@ -62,3 +75,180 @@ def over_rows(value: Tensor, x: Tensor) -> Tensor:
     if value.ndim == 2:
         return value[:, None]
     return value.repeat_interleave(x.shape[1] // value.shape[1], dim=1)
+
+
+class LabelEmbedding(nn.Module):
+    """A table of target embeddings whose rows are normalised to norm `embed_scale`.
+
+    Args:
+        num_classes: number of rows K.
+        dim: width of a row.
+        embed_scale: norm of each row.
+    """
+
+    def __init__(self, num_classes: int, dim: int, embed_scale: float = 1.0) -> None:
+        super().__init__()
+        self.embed_scale = embed_scale
+        self.weight = nn.Parameter(torch.randn(num_classes, dim))
+
+    def rows(self) -> Tensor:
+        """All normalised rows, float32 [K, D], as used in training and sampling."""
+        return self.embed_scale * nnf.normalize(self.weight.float(), dim=-1)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """The normalised rows of `labels` [N] or [N, T]: float32 [N, D] or [N, T, D]."""
+        return self.rows()[labels]
+
+
+class NoiseEmbedding(nn.Module):
+    """The conditioning vector of a noise level: `MLP(sincos(c_noise))`.
+
+    `sincos` is [cos | sin] of `c_noise * exp(-ln(1e4) k/128)`, in float32 (float64 for float64),
+    also under autocast.
+
+    Args:
+        cond_dim: width of the conditioning vector.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, cond_dim: int) -> None:
+        super().__init__()
+        half = SINCOS_WIDTH // 2
+        frequencies = torch.exp(
+            -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float64) / half
+        )
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        self.fc1 = nn.Linear(SINCOS_WIDTH, cond_dim)
+        self.fc2 = nn.Linear(cond_dim, cond_dim)
+        # DiT's initialisation: a weak dependence on the noise extrapolates to rarely drawn levels.
+        for linear in (self.fc1, self.fc2):
+            nn.init.normal_(linear.weight, std=EMBEDDING_STD)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        """Embeds `c_noise` [N] or [N, S] as [N, cond_dim] or [N, S, cond_dim]."""
+        angle = (c_noise if c_noise.dtype == torch.float64 else c_noise.float())[
+            ..., None
+        ] * self.frequencies.float()
+        sincos = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        # Autocast would round sines and cosines to bfloat16; the work is one row per sample.
+        with torch.autocast(c_noise.device.type, enabled=False):
+            return self.fc2(nnf.silu(self.fc1(sincos.to(self.fc1.weight.dtype))))
+
+
+class Modulation(nn.Module):
+    """Shifts, scales and gates from a conditioning vector, zero at the start.
+
+    `Linear(SiLU(e))`, and `SiLU(Linear(SiLU(e)))` in the `official` convention; the null
+    conditioning is e = 0, so the bias alone.
+
+    Args:
+        dim: width D of each chunk.
+        chunks: number of chunks.
+        kind: the convention.
+        cond_dim: width of the conditioning vector; that of the convention by default.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        chunks: int,
+        kind: ConditioningKind = "dit",
+        *,
+        cond_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        convention = conditioning_of(kind)
+        self.chunks = chunks
+        self.silu_output = convention.silu_output
+        self.linear = nn.Linear(cond_dim or convention.width(dim), chunks * dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def start_at_(self, chunks: Sequence[int], value: float) -> None:
+        """Makes some chunks start at `value` >= 0 instead of 0, for every conditioning vector."""
+        bias = inverse_silu(value) if self.silu_output else value
+        with torch.no_grad():
+            for i in chunks:
+                self.linear.bias.chunk(self.chunks)[i].fill_(bias)
+
+    def forward(self, cond: Tensor | None, batch_size: int) -> tuple[Tensor, ...]:
+        """Chunks of the modulation, as strided views of one tensor.
+
+        Args:
+            cond: [N, cond_dim], [N, S, cond_dim], or None for the null conditioning.
+            batch_size: N.
+
+        Returns:
+            `chunks` tensors, each [N, D] or [N, S, D].
+        """
+        out = self.linear.bias if cond is None else self.linear(nnf.silu(cond))
+        if self.silu_output:
+            out = nnf.silu(out)
+        if cond is None:
+            out = out.expand(batch_size, -1)
+        return out.chunk(self.chunks, dim=-1)
+
+
+class Norm(nn.Module):
+    """The weight and bias of a norm that an op applies, if the convention has them.
+
+    Args:
+        dim: width D.
+        kind: the convention.
+        norm: "layer", or "rms", which has no bias.
+    """
+
+    def __init__(
+        self, dim: int, kind: ConditioningKind = "dit", *, norm: NormKind = "layer"
+    ) -> None:
+        super().__init__()
+        convention = conditioning_of(kind)
+        if norm not in get_args(NormKind):
+            raise ValueError(f"norm must be one of {get_args(NormKind)}, got {norm!r}")
+        affine = convention.affine
+        self.eps = convention.eps
+        self.norm: NormKind = norm
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine and norm == "layer" else None
+
+    def modulate(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+        """`norm(x)*(1 + scale) + shift` of `x` [N, T, D]."""
+        return F.adaln(
+            x, shift, scale, weight=self.weight, bias=self.bias, norm=self.norm, eps=self.eps
+        )
+
+    def add_and_modulate(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        gate: Tensor | None,
+        shift: Tensor | None,
+        scale: Tensor | None,
+    ) -> F.Residual:
+        """`x + gate*branch`, and that normalised and modulated, as one op."""
+        return F.residual_adaln(
+            x, branch, gate, shift, scale,
+            weight=self.weight, bias=self.bias, norm=self.norm, eps=self.eps,
+        )  # fmt: skip
+
+
+class AdaLayerNorm(Norm):
+    """Layer norm modulated by a conditioning vector: `norm(x)*(1 + scale) + shift`.
+
+    Args:
+        dim: width D.
+        kind: the convention; "none" is a plain affine layer norm.
+    """
+
+    def __init__(self, dim: int, kind: ConditioningKind = "dit") -> None:
+        super().__init__(dim, kind)
+        self.modulation = None if kind == "none" else Modulation(dim, 2, kind)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Normalises `x` [N, T, D]; `cond` is [N, cond_dim], [N, S, cond_dim] or None (null)."""
+        shift = scale = None
+        if self.modulation is not None:
+            shift, scale = self.modulation(cond, x.shape[0])
+        return self.modulate(x, shift, scale)

@@ -1,7 +1,7 @@
 """Checks of the tensors and numbers that ops are given: their types, shapes, dtypes and devices.
 
-They raise errors that say what must hold, what was given and what to do. Nothing here reads the
-values of a tensor, so no check synchronises with a GPU.
+They raise errors that say what must hold, what was given and what to do. None here looks at the
+values of a tensor, so none synchronises with a GPU; others ask `values_known` before they do.
 """
 
 import numbers
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from dblocks.ops._dispatch import FLOATS, NORMS
 
@@ -149,3 +150,13 @@ def check_out_dtype(dtype: torch.dtype | None) -> None:
             f"out_dtype must be float64, float32, bfloat16 or float16, got {dtype}; leave it out "
             "to keep the dtype of x"
         )
+
+
+def values_known(tensor: Tensor) -> bool:
+    """Whether a check may look at the values of a tensor, which costs nothing then.
+
+    On a GPU looking would synchronise, and in a graph or a fake tensor there are no values.
+    """
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not isinstance(tensor, FakeTensor)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dblocks.blocks import DiffusionBlocks, unwrapped
 from dblocks.blocks.targets.padding import check_attention_mask, from_front, starts_of, to_front
-from dblocks.config import check_count, check_generator
+from dblocks.config import check_count
 from dblocks.sampling.interface import CausalNetwork, NextTokenNetwork
 from dblocks.sampling.samplers import initial_noise, product_logits
-from dblocks.schedules.random import draw_device
+from dblocks.schedules.random import check_generator, draw_device
 
 
 class Texts(NamedTuple):

@@ -190,17 +190,17 @@ class EDMSchedule(JsonConfig, ABC):
         Returns:
             float32 sigma of the given shape.
         """
-        lo, hi = self.range_of(block, num_blocks, overlap=overlap)
-        check_share("top_share", top_share)
+        B = num_blocks if type(num_blocks) is int else check_count("num_blocks", num_blocks)
+        ranges = _ranges(self, B, overlap, top_share)
+        known = type(block) is int and 0 <= block < B
+        lo, hi, mass, tail, upper = ranges[block if known else check_block(block, B)]
         drawn_on = draw_device(generator)
         device = drawn_on if device is None else device
         u = torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float64)
-        below, above, mass = self._tails(lo, hi)
         # Quantiles are accurate for small probabilities only: use the nearer tail.
-        upper = below > above
-        log_sigma = self.log_quantile((above if upper else below) + mass * u, upper=upper)
-        sigma = log_sigma.exp().float()
-        return with_top(clamp_inside(sigma, lo, hi), self.sigma_max, top_share, generator)
+        log_sigma = self.log_quantile(tail + mass * u, upper=upper)
+        sigma = clamp_inside(log_sigma.exp().float(), lo, hi)
+        return with_top(sigma, self.sigma_max, top_share, generator)
 
     def block_of(self, sigma: Tensor, num_blocks: int) -> Tensor:
         """The block that owns each sigma: the number of inner boundaries >= sigma.
@@ -324,6 +324,24 @@ class EDMSchedule(JsonConfig, ABC):
 def computed(x: Tensor) -> Tensor:
     """`x` in the dtype of the arithmetic: float64 for float64, else float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# Typed, as True is no number and equal to 1.
+@lru_cache(maxsize=256, typed=True)
+def _ranges(
+    schedule: EDMSchedule, num_blocks: int, overlap: float, top_share: float
+) -> list[tuple[float, float, float, float, bool]]:
+    """What `sample` draws from, for each block: numbers are checked once, not in a step.
+
+    The lowest and highest level, their mass, that of the nearer tail, and whether it is the upper.
+    """
+    check_share("top_share", top_share)
+    ranges = []
+    for block in range(check_count("num_blocks", num_blocks)):
+        lo, hi = schedule.range_of(block, num_blocks, overlap=overlap)
+        below, above, mass = schedule._tails(lo, hi)
+        ranges.append((lo, hi, mass, min(below, above), below > above))
+    return ranges
 
 
 @lru_cache(maxsize=256)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from dblocks.config import check_generator, check_seed
+from dblocks.config import check_seed
 from dblocks.kernels.reference import philox
 from dblocks.ops._levels import OffsetSeed, located
 
@@ -16,6 +17,15 @@ MAX_SEED = 2**63 - 1
 UNIFORM_BITS = 52  # an odd multiple of 2^-53 is a float64, and neither 0 nor 1
 # Counters that the normals of `functional.noise_inject` with the same seed never reach.
 FIRST_COUNTER = 1 << 62
+
+
+def check_generator(generator: object) -> None:
+    """Raises unless `generator` is a `torch.Generator` or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {generator!r} of type "
+            f"{type(generator).__name__}; torch.Generator().manual_seed(5) makes one"
+        )
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
@@ -97,6 +107,7 @@ def clamp_inside(levels: Tensor, lo: float, hi: float) -> Tensor:
     return levels.clamp(_float32_at_least(lo), _float32_at_most(hi))
 
 
+@lru_cache(maxsize=256)
 def _float32_at_most(value: float) -> float:
     rounded = _float32(value)
     if rounded.item() > value:
@@ -104,6 +115,7 @@ def _float32_at_most(value: float) -> float:
     return rounded.item()
 
 
+@lru_cache(maxsize=256)
 def _float32_at_least(value: float) -> float:
     rounded = _float32(value)
     if rounded.item() < value:

@@ -1,4 +1,4 @@
-"""Targets that are one of K embeddings, such as the class of a sample."""
+"""Targets that are one of K embeddings, told apart by an output head; the class of a sample."""
 
 from __future__ import annotations
 
@@ -18,13 +18,84 @@ from dblocks.blocks.targets.base import (
     Target,
     missing,
 )
-from dblocks.blocks.targets.heads import OutputHead
-from dblocks.config import values_known
-from dblocks.nn import over_rows
+from dblocks.nn import Modulation, over_rows
+from dblocks.ops._checks import values_known
 from dblocks.schedules import NoiseLevel
 
 Head = Literal["posterior", "learned"]
 TOP_SHARE = 0.6  # chosen on validation data, see docs/results.md
+IGNORED = -100  # PyTorch's ignore_index
+
+
+class Linear(Protocol):
+    """The matrix of an output head: an `nn.Linear`, or any object with its attributes."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[K, D]."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[K]."""
+        ...
+
+
+class OutputHead:
+    """Logits of features m, in float32 (float64) whatever the layers' dtype.
+
+        logits = W (g*(m*(1 + scale) + shift)) + b
+
+    Args:
+        linear: W and b, such as an `nn.Linear`.
+        modulation: computes shift and scale from the conditioning vector; none by default.
+        log_scale: ln g; g is 1 by default. If it is a parameter, create the target in a property of
+            the network, as parameters may be replaced (`load_state_dict(assign=True)`).
+
+    Raises:
+        TypeError: `linear` is a module that does not compute `nn.Linear`, such as one with an
+            adapter or packed weights: only weight and bias are used here.
+    """
+
+    def __init__(
+        self,
+        linear: Linear,
+        *,
+        modulation: Modulation | None = None,
+        log_scale: Tensor | None = None,
+    ) -> None:
+        _check_linear(linear)
+        self.linear = linear
+        self.modulation = modulation
+        self.log_scale = log_scale
+
+    def rows(self, m: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The input of the product with W, from features [N, D] or [N, T, D]."""
+        with torch.autocast(m.device.type, enabled=False):
+            m = at_least_float32(m)
+            if self.modulation is not None:
+                shift, scale = self.modulation(cond, len(m))
+                if m.ndim == 3:
+                    shift, scale = over_rows(shift, m), over_rows(scale, m)
+                m = m * (1 + scale) + shift
+            return m if self.log_scale is None else m * self.log_scale.exp().to(m.dtype)
+
+    def logits(
+        self, m: Tensor, cond: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Logits [N, K] or [N, T, K]; `dtype`, by default that of m, is for heads of other
+        classes."""
+        return product(self.rows(m, cond), self.linear.weight, self.linear.bias)
+
+    def losses(self, m: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of features [N, T, D] with `labels` [N, T], 0 where they are `IGNORED`.
+
+        Logits of all rows are never in memory at once.
+        """
+        return F.linear_cross_entropy(
+            self.rows(m), self.linear.weight, labels, bias=self.linear.bias,
+            ignore_index=IGNORED, reduction="none",
+        )  # fmt: skip
 
 
 class Table(Protocol):
@@ -242,4 +313,26 @@ def check_label_values(labels: Tensor, num_classes: int) -> None:
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
             f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}"
+        )
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32 (float64 stays), as losses and estimates are computed."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`rows @ weight.T + bias` in the dtype of the rows, under autocast too."""
+    with torch.autocast(rows.device.type, enabled=False):
+        bias = None if bias is None else bias.to(rows.dtype)
+        return nnf.linear(rows, weight.to(rows.dtype), bias)
+
+
+def _check_linear(linear: object) -> None:
+    """Raises if the module's own forward, which would be bypassed, is not that of `nn.Linear`."""
+    if isinstance(linear, nn.Module) and type(linear).forward is not nn.Linear.forward:
+        raise TypeError(
+            "an output head must be an nn.Linear, whose weight and bias are multiplied without "
+            f"calling it, got a {type(linear).__name__}; merge its adapter, or leave the head out "
+            "of those that get one"
         )

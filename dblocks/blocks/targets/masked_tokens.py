@@ -7,9 +7,9 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dblocks.blocks.targets.base import Batch, LossKind, Target
-from dblocks.blocks.targets.heads import IGNORED, Linear, OutputHead
+from dblocks.blocks.targets.classes import IGNORED, Linear, OutputHead
 from dblocks.blocks.targets.token_batch import TokenBatch, TokenSizes
-from dblocks.config import values_known
+from dblocks.ops._checks import values_known
 from dblocks.schedules import MASKED, MaskLevel
 
 

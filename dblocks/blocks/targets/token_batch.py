@@ -9,10 +9,10 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dblocks.blocks.targets.base import Batch, CheckedBatch, missing
-from dblocks.blocks.targets.heads import IGNORED
+from dblocks.blocks.targets.classes import IGNORED
 from dblocks.blocks.targets.padding import check_attention_mask, starts_of, to_front
-from dblocks.config import values_known
 from dblocks.nn import Attend
+from dblocks.ops._checks import values_known
 
 READS = ("tokens", "loss_mask", "cu_seqlens")
 

@@ -11,9 +11,17 @@ from torch import Tensor
 
 from dblocks import functional as F
 from dblocks.blocks.targets.base import Batch, Features
-from dblocks.blocks.targets.classes import EmbeddedTarget, Head, Table, precision_of
+from dblocks.blocks.targets.classes import (
+    IGNORED,
+    EmbeddedTarget,
+    Head,
+    Linear,
+    OutputHead,
+    Table,
+    precision_of,
+    product,
+)
 from dblocks.blocks.targets.entries import scored_shape
-from dblocks.blocks.targets.heads import IGNORED, Linear, OutputHead, product
 from dblocks.blocks.targets.token_batch import READS, TokenBatch, TokenSizes
 from dblocks.nn import Modulation
 from dblocks.schedules import NoiseLevel

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dblocks.blocks import Batch, ClassTarget, Features
 from dblocks.blocks.targets.base import missing
-from dblocks.blocks.targets.classes import Head
+from dblocks.blocks.targets.classes import Head, at_least_float32
 from dblocks.blocks.targets.entries import checked
-from dblocks.blocks.targets.heads import FunctionHead, at_least_float32
+from dblocks.integrations.convert.heads import FunctionHead
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some
 from dblocks.integrations.convert.text_entries import whole_text

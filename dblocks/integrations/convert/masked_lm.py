@@ -11,11 +11,12 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, MaskedTokenTarget
+from dblocks.blocks.targets.classes import IGNORED, at_least_float32
 from dblocks.blocks.targets.entries import checked
-from dblocks.blocks.targets.heads import IGNORED, FunctionHead, at_least_float32
 from dblocks.blocks.targets.padding import from_front, to_front
 from dblocks.blocks.targets.token_batch import TokenBatch
 from dblocks.integrations.convert.causal_lm import Sizes
+from dblocks.integrations.convert.heads import FunctionHead
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some
 from dblocks.integrations.convert.text_entries import text_entries

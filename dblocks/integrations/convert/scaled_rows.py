@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from dblocks.blocks.targets.heads import at_least_float32
+from dblocks.blocks.targets.classes import at_least_float32
 
 
 class ScaledRows:

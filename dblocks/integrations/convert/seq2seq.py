@@ -14,11 +14,11 @@ from dblocks.blocks import Batch
 from dblocks.blocks.targets.base import missing
 from dblocks.blocks.targets.padding import check_attention_mask
 from dblocks.blocks.targets.token_batch import TokenBatch, check_tokens
-from dblocks.config import values_known
 from dblocks.integrations.convert.biased_families import UNBOUNDED
 from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
 from dblocks.integrations.convert.families import RotaryFamily, positions_of_samples
 from dblocks.integrations.convert.network import example_tokens
+from dblocks.ops._checks import values_known
 from dblocks.sampling.cache import Slots
 
 READS = ("encoder_tokens", "encoder_attention_mask")

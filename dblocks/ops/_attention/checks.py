@@ -5,8 +5,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dblocks.config import values_known
 from dblocks.ops import _checks
+from dblocks.ops._checks import values_known
 
 CleanCausal = Literal["block", "token"]
 Query = Literal["both", "noisy"]
