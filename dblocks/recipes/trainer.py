@@ -63,6 +63,8 @@ class Trainer(ABC):
         self.parallel: Any = None
         """What a step of several processes is given."""
         self.residency: Residency | None = None
+        self.continued: list[list[int]] = []
+        """Where the run was resumed with another number of steps; see `Progress`."""
         if not run.resident and run.sharding != "fsdp":
             self.trained.to(run.device)
         self.block_optimizers = (
