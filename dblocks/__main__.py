@@ -128,6 +128,14 @@ class Merge:
         check_free(self.out, saved_files(self.out), overwrite=self.overwrite, name="OUT")
         merge_blocks(self.out, self.folders)
         print(f"Saved model.safetensors, config.json and run.json in {self.out}")
+        from dblocks.checkpoint import read_config
+        from dblocks.config import read_json
+        from dblocks.recipes.merged import eval_command
+
+        name = read_config(self.out)["model"].replace("_", "-")
+        settings = read_json(self.out / "run.json")["merged"][0].get("run", {})
+        defaults = _networks()[name].RECIPE.run
+        print(f"Measure it: {eval_command(self.out, settings, defaults)}")
 
 
 COMMANDS = {"info": Info, "bench": Bench}
@@ -297,6 +305,7 @@ def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> A
     )
     # Only studies choose the held-out part of the data.
     from dblocks.recipes.command import KEEP
+    from dblocks.recipes.flags import naming_flags
 
     more: list[Any] = [("part", tyro.conf.Suppress[str], run.part)]
     more.append(("out", Annotated[Path, tyro.conf.arg(help=OUT_HELP)], recipe.out))
@@ -317,17 +326,18 @@ def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> A
 
     def train(flags: Any) -> None:
         # Made here, not by the parser, so that the run's own checks report errors in one line.
-        made = type(run)(**{f.name: getattr(flags, f.name) for f in fields})
-        recipe.train(
-            made,
-            flags.out,
-            overwrite=flags.overwrite,
-            checkpoint_every=flags.checkpoint_every,
-            keep=flags.keep,
-            resume=flags.resume,
-            kind=getattr(flags, "recipe", "small"),
-            tensorboard=flags.tensorboard,
-        )
+        with naming_flags([f.name for f in fields]):
+            made = type(run)(**{f.name: getattr(flags, f.name) for f in fields})
+            recipe.train(
+                made,
+                flags.out,
+                overwrite=flags.overwrite,
+                checkpoint_every=flags.checkpoint_every,
+                keep=flags.keep,
+                resume=flags.resume,
+                kind=getattr(flags, "recipe", "small"),
+                tensorboard=flags.tensorboard,
+            )
 
     made: Any = make_dataclass(
         type(run).__name__,

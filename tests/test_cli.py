@@ -266,7 +266,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         message = f"seed must be at least 0 and less than 2**63, got {seed}"
         assert message in mistake(capsys, "train", "vit", "--seed", str(seed))
         assert message in mistake(capsys, *empty, "--seed", str(seed))
-    assert "batch_size must be at most the number of training images" in mistake(
+    assert "--batch-size must be at most the number of training images" in mistake(
         capsys, "train", "vit", "--batch-size", "2000", "--out", str(tmp_path)
     )
 

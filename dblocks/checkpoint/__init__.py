@@ -12,4 +12,5 @@ from dblocks.checkpoint.files import saving as saving
 from dblocks.checkpoint.networks import NETWORKS as NETWORKS
 from dblocks.checkpoint.networks import load_model as load_model
 from dblocks.checkpoint.networks import prepare as prepare
+from dblocks.checkpoint.networks import read_config as read_config
 from dblocks.checkpoint.networks import save_model as save_model

@@ -152,6 +152,16 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     return safetensors().load_file(path)
 
 
+def opened(path: Path) -> Any:
+    """A file of tensors as a context: `keys()`, `get_slice(name)`, and `get_tensor(name)` of it.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    safetensors()
+    return importlib.import_module("safetensors").safe_open(path, framework="pt")
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Turn errors in a file's contents into a one-line ValueError that names the file."""

@@ -125,7 +125,7 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
             message names.
     """
     folder, _ = Path(folder), safetensors()
-    config = _read_config(folder)
+    config = read_config(folder)
     with naming(folder / CONFIG_FILE):
         model = rebuilt(config)
     with naming(folder / WEIGHTS_FILE):
@@ -139,11 +139,16 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
 
 def rebuilt(config: Mapping[str, Any]) -> Any:
     """The network of a config from `described`, in blocks if it was, with fresh weights."""
-    kind, of_config = NETWORKS[config["model"]]
-    model: Any = kind(cast(Any, of_config.from_dict(config["model_config"])))
+    model = network_of(config)
     if config["blocks_config"] is None:
         return model
     return DiffusionBlocks(model, BlocksConfig.from_dict(config["blocks_config"]))
+
+
+def network_of(config: Mapping[str, Any]) -> Any:
+    """As `rebuilt`, before it is in blocks."""
+    kind, of_config = NETWORKS[config["model"]]
+    return kind(cast(Any, of_config.from_dict(config["model_config"])))
 
 
 def _network(model: Network | DiffusionBlocks) -> Network:
@@ -162,7 +167,12 @@ def named_tensors(model: DiffusionBlocks | Block) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `save_model` wrote beside the weights, as its newest format has it.
+
+    Raises:
+        ValueError: it is something else.
+    """
     path = current(folder, CONFIG_FILE)
     if not path.exists() and current(folder, BLOCK_FILE).exists():
         raise ValueError(

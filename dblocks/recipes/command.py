@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dblocks import blocks, checkpoint, scale
 from dblocks.config import check_count, json_text
 from dblocks.recipes import records
 from dblocks.recipes.board import Board
 from dblocks.recipes.keeping import FOLDER as CHECKPOINTS_FOLDER
 from dblocks.recipes.keeping import Keeping
+from dblocks.recipes.merged import eval_command, measured
 from dblocks.recipes.paper.choice import check_files, experiment_of, run_of
 from dblocks.recipes.paper.experiment import Experiment
 from dblocks.recipes.paper.report import beside
 from dblocks.recipes.run import Run
-from dblocks.recipes.tables import Column, text_table
+from dblocks.recipes.tables import COSTS, Column, text_table
 from dblocks.recipes.trainer import Trainer
 from dblocks.scale.mesh import ALONE, Layout, joined, wait_for_all, world_size
 
@@ -130,7 +133,28 @@ class Recipe:
             wait_for_all()
             if layout.merges:
                 scale.merge_blocks(out, [out / f"block-{b}" for b in range(run.blocks)])
-                print(f"Saved model.safetensors, config.json and run.json in {out}")
+        if layout.merges:  # when no other process waits for this one
+            self._measure(dataclasses.replace(run, block=0), out, experiment)
+
+    def _measure(self, run: Run, out: Path, experiment: Experiment | None) -> None:
+        """Prints, and adds to the record, what the network reaches that was merged in `out`."""
+        try:
+            record = measured(run, out)
+        except torch.OutOfMemoryError as error:
+            print(f"The whole network does not fit {run.device} to be measured: {error}")
+            print(f"Measure it where there is room: {eval_command(out, run, self.run)}")
+            return
+        records.write_record(out / RECORD_FILE, record)
+        columns = [column for column in self.columns if column not in COSTS]
+        print(text_table({run.name: [record]}, columns))
+        self._say_more(run, out, experiment, record)
+
+    def _say_more(self, run: Run, out: Path, experiment: Experiment | None, record: Any) -> None:
+        if experiment is not None:
+            print(f"\n{beside(experiment, run, run_of(experiment, self.run), record)}")
+        print(f"\nSaved model.safetensors, config.json and run.json in {out}")
+        if self.after:
+            print(self.after.format(out=out))
 
     def _train(
         self,
@@ -152,8 +176,8 @@ class Recipe:
         folder = out / CHECKPOINTS_FOLDER
         keeping = None
         if checkpoint_every is not None or resume:
-            check_count("checkpoint_every", 1 if checkpoint_every is None else checkpoint_every)
-            check_count("keep", keep)
+            check_count("--checkpoint-every", 1 if checkpoint_every is None else checkpoint_every)
+            check_count("--keep", keep)
             keeping = Keeping(folder=folder, every=checkpoint_every, keep=keep, resume=resume)
         kept = folder.is_dir() and any(folder.glob("step-*"))
         if kept and not resume and not overwrite:
@@ -177,7 +201,10 @@ class Recipe:
             begun = records.begun(trainer)
             texts = trainer.batches.texts()
             if run.block is not None:
-                scale.save_block(out, trainer.trained, texts=texts, about={"run": run.settings()})
+                settings = run.settings()
+                if trainer.continued:
+                    settings["continued"] = trainer.continued
+                scale.save_block(out, trainer.trained, texts=texts, about={"run": settings})
                 return
             texts = {RECORD_FILE: json_text(begun) + "\n", **texts}
             checkpoint.save_model(out, trainer.trained, texts=texts)
@@ -193,11 +220,7 @@ class Recipe:
             print(_of_block(run, trained.record, out, merged=layout.merged))
             return
         print(text_table({run.name: [trained.record]}, self.columns))
-        if experiment is not None:
-            print(f"\n{beside(experiment, run, run_of(experiment, self.run), trained.record)}")
-        print(f"\nSaved model.safetensors, config.json and run.json in {out}")
-        if self.after:
-            print(self.after.format(out=out))
+        self._say_more(run, out, experiment, trained.record)
 
 
 def _of_block(run: Run, record: dict[str, Any], out: Path, *, merged: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 import warnings
@@ -50,6 +51,8 @@ class Progress:
         """Of them, those of the blocks that are trained here."""
         self.seconds = 0.0
         self.curve: list[dict[str, Any]] = []
+        self.continued: list[list[int]] = []
+        """Where the run went on to another number of steps: after which step, and that before."""
         self._counter = counter
         self._losses: list[list[float]] = [[] for _ in range(num_blocks)]
 
@@ -74,6 +77,7 @@ class Progress:
             "seconds": self.seconds,
             "curve": self.curve,
             "losses": self._losses,
+            "continued": self.continued,
             "layer_evaluations": self._counter.count,
         }
 
@@ -81,7 +85,7 @@ class Progress:
         """Restores what `state_dict` returned."""
         self.step, self.own_steps = state["step"], state["own_steps"]
         self.seconds, self.curve = state["seconds"], state["curve"]
-        self._losses = state["losses"]
+        self._losses, self.continued = state["losses"], state.get("continued", [])
         self._counter.count = state["layer_evaluations"]
 
 
@@ -123,8 +127,9 @@ class Keeper:
         texts = trainer.batches.texts().items()
         configuration |= {name: hashlib.sha256(t.encode()).hexdigest() for name, t in texts}
         self.checkpoints = Checkpoints(
-            keeping.folder, configuration, keep=keeping.keep, background=True
-        )
+            keeping.folder, configuration, keep=keeping.keep, changeable=("run.steps",),
+            background=True,
+        )  # fmt: skip
         self.sharded = self.mesh is not None and trainer.run.sharding == "fsdp"
         optimizers: Any = trainer.block_optimizers or trainer.optimizers[0]
         self.objects: dict[str, Any] = {
@@ -142,6 +147,8 @@ class Keeper:
             return
         found = self.checkpoints.resume(self.objects)
         self._check_agreed(progress.step)
+        if found is not None:
+            self._go_on(trainer)
         said = f"resumed after step {progress.step} of {self.steps}"
         if found is None:
             said = f"no checkpoint in {keeping.folder} yet: training starts anew"
@@ -211,6 +218,28 @@ class Keeper:
             how = "no checkpoint" if last is None else f"--resume goes on after step {last}"
             said = f"interrupted after step {step} of {self.steps}; {how}"
             raise Interrupted(said if self.first else "", received)
+
+    def _go_on(self, trainer: Trainer) -> None:
+        """Allows for another number of steps, as long as those that were taken are among them."""
+        run, step, before = trainer.run, self.progress.step, self.checkpoints.resumed["run.steps"]
+        trainer.continued = self.progress.continued
+        if before == run.steps:
+            return
+        if run.steps < step:
+            raise ValueError(
+                f"steps must be at least the {step} that the checkpoint in {self.keeping.folder} "
+                f"has taken, got {run.steps}; to start anew, give --overwrite without --resume"
+            )
+        self.progress.continued.append([step, before])
+        rate, other = run.lr_at(step), dataclasses.replace(run, steps=before).lr_at(step)
+        if self.first and step < run.steps and not (run.decay == "constant" and rate == other):
+            warnings.warn(
+                f"this run was to take {before} steps and goes on after step {step} to {run.steps}:"
+                f" the learning rate is from here on that of a run of {run.steps} steps, which "
+                f"begins with {rate:.3g} where it would have been {other:.3g}; the result is not "
+                "that of one run",
+                stacklevel=3,
+            )
 
     def _check_agreed(self, step: int) -> None:
         """Raises unless processes that train together resume from the same step; a collective."""

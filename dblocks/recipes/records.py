@@ -91,6 +91,7 @@ def begun(trainer: Trainer) -> dict[str, Any]:
         "run": trainer.run.to_dict(),
         "model": trainer.network.config.to_dict(),
         "blocks": None if trainer.config is None else trainer.config.to_dict(),
+        **({"continued": trainer.continued} if trainer.continued else {}),
     }
 
 

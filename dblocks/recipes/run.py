@@ -192,7 +192,7 @@ class Run(JsonConfig, ABC):
             raise ValueError("resident must be left out end to end, where there are no blocks")
         for name in ("steps_per_visit", "prefetch", "host"):
             if (value := getattr(self, name)) is not None and not self.resident:
-                raise ValueError(f"{name} must be left out without resident, got {value!r}")
+                raise ValueError(f"{name} must be left out without resident=True, got {value!r}")
         visit = self.steps_per_visit
         if visit is not None and visit < 1:
             raise ValueError(f"steps_per_visit must be positive, got {visit}")

@@ -21,7 +21,7 @@ from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train
 from dblocks.blocks.training import not_finite
 from dblocks.recipes.data.batches import Batch, Data
 from dblocks.recipes.run import Run
-from dblocks.scale import Residency, data_parallel, resident
+from dblocks.scale import Residency, build_block, data_parallel, resident
 from dblocks.scale.mesh import mean
 from dblocks.scale.sharing import average_shared, join_owners
 from dblocks.schedules.random import draw_seed
@@ -52,18 +52,19 @@ class Trainer(ABC):
     ) -> None:
         self.run, self.batches = run, data
         self.end_to_end_loss = end_to_end_loss if run.end_to_end else None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
-            self.network: Any = make()
         self.config = None
         if config is not None and self.end_to_end_loss is None:
             self.config = self._shared_as_asked(config())
-        self.model = None if self.config is None else self._in_blocks(self.config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            self.network, self.model = self._made(make)
         self.mesh: Any = None
         """The processes that train together, each with its part of a batch; None for this one."""
         self.parallel: Any = None
         """What a step of several processes is given."""
         self.residency: Residency | None = None
+        self.continued: list[list[int]] = []
+        """Where the run was resumed with another number of steps; see `Progress`."""
         if not run.resident and run.sharding != "fsdp":
             self.trained.to(run.device)
         self.block_optimizers = (
@@ -182,16 +183,18 @@ class Trainer(ABC):
         sharing = "train" if self.run.end_to_end else self.run.sharing
         return dataclasses.replace(config, shared=sharing)
 
-    def _in_blocks(self, config: BlocksConfig) -> Any:
-        """The network in blocks; where one is trained alone, all else is let go."""
-        whole = DiffusionBlocks(self.network, config)
-        if self.run.block is None:
-            return whole
-        block = whole.block(self.run.block)
-        self.network, _ = block.parts(self.run.block)
+    def _made(self, make: Callable[[], Any]) -> tuple[Any, Any]:
+        """The network, and in blocks; where one is trained alone, there is nothing else."""
+        config, alone = self.config, self.run.block
+        if config is None:
+            return make(), None
+        if alone is None:
+            network = make()
+            return network, DiffusionBlocks(network, config)
+        block = build_block(make, config, alone)
         if config.shared == "reduce":
-            join_owners(self.run.block, self.num_blocks, self.run.device)
-        return block
+            join_owners(alone, self.num_blocks, self.run.device)
+        return block.parts(alone)[0], block
 
     def _step(self, step: int) -> tuple[int, float | None]:
         alone = self.run.block

@@ -1,6 +1,8 @@
 """One block at a time on a device, blocks on many machines, and checkpoints."""
 
 from dblocks.scale.checkpoints import Checkpoints as Checkpoints
+from dblocks.scale.construction import build_block as build_block
+from dblocks.scale.construction import load_block as load_block
 from dblocks.scale.gathered import Gathered as Gathered
 from dblocks.scale.merge import merge_blocks as merge_blocks
 from dblocks.scale.merge import save_block as save_block

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,13 @@ class Checkpoints:
                 checkpoints.save(step + 1, objects)
 
     Args:
-        folder: folder of the checkpoints; created if it does not exist.
-        configuration: JSON values; only a checkpoint saved with the same values can be resumed.
-        keep: number of the last checkpoints to keep.
-        background: whether `save` returns once it has copied all state to the host, which a thread
-            then writes; call `wait` at the end, or use this as a context manager.
+        folder: where they are; it is made if it is not there.
+        configuration: JSON values that a checkpoint must have been saved with to be resumed.
+        keep: how many of the last ones stay.
+        changeable: places in the configuration, such as "steps" or "run.steps", whose values may
+            differ from those that a checkpoint was saved with; see `resumed`.
+        background: whether `save` returns when it has a copy of all state on the host, which a
+            thread then writes; `wait` at the end, or use this as a context.
 
     Raises:
         TypeError: the configuration is not JSON; the message names the key.
@@ -72,10 +74,14 @@ class Checkpoints:
         configuration: Mapping[str, Any],
         *,
         keep: int = 2,
+        changeable: Collection[str] = (),
         background: bool = False,
     ) -> None:
         self.folder, self.keep = Path(folder), check_count("keep", keep)
         self.configuration: Any = parse_json(_as_json(configuration))
+        self.changeable = changeable
+        self.resumed: Mapping[str, Any] = {}
+        """The configuration, by place, of the checkpoint that was resumed."""
         self.last: int | None = None
         """The step of the last one saved or resumed."""
         self._thread = ThreadPoolExecutor(1, "dblocks-checkpoint") if background else None
@@ -241,7 +247,8 @@ class Checkpoints:
 
     def _check_configuration(self, path: Path, found: Any) -> None:
         there, here = _flat(found), _flat(self.configuration)
-        other = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
+        self.resumed, places = there, {*there, *here} - {*self.changeable}
+        other = [k for k in sorted(places) if there.get(k) != here.get(k)]
         if other:
             listed = [f"{k} was {there.get(k)!r} and is {here.get(k)!r}" for k in other]
             more = f" and {len(other) - MOST_NAMED} more" if len(other) > MOST_NAMED else ""

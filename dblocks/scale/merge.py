@@ -88,7 +88,7 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
         UserWarning: blocks were trained with different settings, such as numbers of steps; the
             result then differs from that of one run.
     """
-    found = {folder: _read(folder) for given in folders for folder in _blocks_in(Path(given))}
+    found = {folder: read_block(folder) for given in folders for folder in _blocks_in(Path(given))}
     first, config = next(iter(found.items()), (None, {}))
     if first is None:
         raise ValueError("folders must name at least one block's folder, got none")
@@ -126,7 +126,12 @@ def _blocks_in(folder: Path) -> list[Path]:
     return blocks
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def read_block(folder: Path) -> dict[str, Any]:
+    """What `save_block` wrote beside the weights.
+
+    Raises:
+        ValueError: it is something else.
+    """
     path = current(folder, BLOCK_FILE)
     found = read_json(path)
     if not isinstance(found, dict) or set(found) != KEYS:
@@ -190,10 +195,9 @@ def _merged(
         path = folder / WEIGHTS_FILE
         expected = named_tensors(whole.block(block))
         with naming(path):
-            if sha256_of(current(folder, WEIGHTS_FILE)) != found[folder]["sha256"]:
-                raise ValueError(f"it is not what was saved, by the sha256 in {BLOCK_FILE}")
+            check_weights(folder, found[folder])
             held = load_safetensors(current(folder, WEIGHTS_FILE))
-            _check_tensors(held, expected)
+            check_shapes({name: tensor.shape for name, tensor in held.items()}, expected)
         for name, tensor in held.items():
             if name in merged and not torch.equal(merged[name], tensor):
                 raise ValueError(_differs("what all blocks share", name, owners[name], folder))
@@ -202,15 +206,20 @@ def _merged(
     return merged
 
 
-def _check_tensors(held: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_weights(folder: Path, about: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the weights of a block are those that were saved."""
+    if sha256_of(current(folder, WEIGHTS_FILE)) != about["sha256"]:
+        raise ValueError(f"it is not what was saved, by the sha256 in {BLOCK_FILE}")
+
+
+def check_shapes(held: Mapping[str, Sequence[int]], expected: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless a file holds the tensors that are expected, by name and shape."""
     if wrong := sorted(set(held) ^ set(expected)):
         where = "lacks" if wrong[0] in expected else "must not hold"
         raise ValueError(f"it {where} {wrong[0]}; {len(wrong)} names of tensors differ")
     for name, tensor in expected.items():
-        if held[name].shape != tensor.shape:
-            raise ValueError(
-                f"{name} must have shape {list(tensor.shape)}, got {list(held[name].shape)}"
-            )
+        if list(held[name]) != list(tensor.shape):
+            raise ValueError(f"{name} must have shape {list(tensor.shape)}, got {list(held[name])}")
 
 
 def _check_copies(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from dblocks.blocks.sharding import Replicas, reduced
 Sharding = Literal["ddp", "fsdp"]
 WAIT = timedelta(days=365)  # time-out for the slowest block; a failed process ends the others
 NAMES = ("block", "dp")
+ENDED, FAILED = "dblocks/ended/", b"failed"  # in the store, how each process ended
 
 
 class Layout(NamedTuple):
@@ -97,6 +98,10 @@ def joined(num_blocks: int, device: str, block: int | None = None) -> Iterator[L
         together = mesh["dp"] if each > 1 else None
         first, merged = mesh.get_local_rank("dp") == 0, block is None
         yield Layout(blocks, together, first, merged, merged and rank == 0)
+    except BaseException:
+        with suppress(RuntimeError):  # the store may be gone with the process that holds it
+            _store().set(f"{ENDED}{rank}", FAILED)
+        raise
     finally:
         distributed.destroy_process_group()
 
@@ -105,17 +110,32 @@ def wait_for_all() -> None:
     """Waits until the last block is trained.
 
     Uses the store, so that processes of other blocks need not call it at the same time.
+
+    Raises:
+        ValueError: another process failed.
     """
     distributed: Any = torch.distributed
-    store: Any = distributed.distributed_c10d._get_default_store()
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    store.set(f"dblocks/trained/{rank}", "1")
+    store, rank, size = _store(), distributed.get_rank(), distributed.get_world_size()
+    store.set(f"{ENDED}{rank}", "trained")
     if rank == 0:
-        store.wait([f"dblocks/trained/{r}" for r in range(size)], WAIT)
-        store.set("dblocks/all", "1")
+        keys = [f"{ENDED}{r}" for r in range(size)]
+        store.wait(keys, WAIT)
+        store.set(
+            f"{ENDED}all", ",".join(str(r) for r in range(size) if store.get(keys[r]) == FAILED)
+        )
     else:
         # The first process may host the store: it must not leave before all have read it.
-        store.wait(["dblocks/all"], WAIT)
+        store.wait([f"{ENDED}all"], WAIT)
+    if failed := store.get(f"{ENDED}all").decode():
+        raise ValueError(
+            f"all processes must train their blocks, got a failure of process {failed}, see its "
+            "message; what the others trained is saved: start all again, with --resume where there "
+            "are checkpoints, or train the missing blocks by --block and merge them"
+        )
+
+
+def _store() -> Any:
+    return cast(Any, torch.distributed).distributed_c10d._get_default_store()
 
 
 def data_parallel(model: DiffusionBlocks | Block, mesh: Any, sharding: Sharding = "ddp") -> Any:

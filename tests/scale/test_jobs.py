@@ -264,8 +264,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, capsys):
     error = mistake(capsys, *VIT, *out, "--block", "0", "--end-to-end")
     assert "block and shared must be left out end to end" in error
     error = mistake(capsys, *VIT, *out, "--checkpoint-every", "0")
-    assert "checkpoint_every must be a positive integer, got 0" in error
-    assert "keep must be a positive integer" in mistake(
+    assert "--checkpoint-every must be a positive integer, got 0" in error
+    assert "--keep must be a positive integer" in mistake(
         capsys, *VIT, *out, "--checkpoint-every", "1", "--keep", "0"
     )
     assert not (tmp_path / "out").exists()

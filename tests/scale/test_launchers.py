@@ -3,9 +3,11 @@
 That the page's examples run in one process is tested with those of all pages.
 """
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -16,7 +18,7 @@ from tools import ROOT
 PAGE = ROOT / "docs" / "scale.md"
 LAUNCHERS = {
     # accelerate itself starts one process where there is no GPU.
-    "accelerate": ("-m", "torch.distributed.run", "--master-port", "0", "--nproc-per-node", "2"),
+    "accelerate": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
     "lightning_fabric": ("-m", "lightning_fabric.cli", "--accelerator", "cpu", "--devices", "2"),
 }
 BEFORE = """
@@ -41,15 +43,20 @@ def test_two_processes_train_two_blocks(package, tmp_path):
     (tmp_path / "train.py").write_text(BEFORE + code)
     launcher = LAUNCHERS[package]
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    run = subprocess.run(
-        [sys.executable, *launcher, "train.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr
+    output = tmp_path / "output"
+    with output.open("w") as written:
+        run = subprocess.Popen(
+            [sys.executable, *launcher, "train.py"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            stdout=written, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        code = run.wait(600)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)  # what it started too
+    assert code == 0, output.read_text()
     found = sorted(tmp_path.glob("runs/*/*/block.json"))
     assert [json.loads(path.read_text())["block"] for path in found] == [0, 1]
 

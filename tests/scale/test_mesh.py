@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from process_tools import in_processes
@@ -32,6 +33,38 @@ def stopping(self, number):
 Trainer.step = stopping
 sys.exit(main(sys.argv[1:]))
 """
+FULL = """
+import os, resource, sys
+from dblocks.__main__ import main
+from safetensors import torch as files
+
+if os.environ["RANK"] == "1":
+    save = files.save_file
+
+    def full(*arguments, **more):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+        try:
+            save(*arguments, **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    files.save_file = full
+sys.exit(main(sys.argv[1:]))
+"""
+RACE = """
+import os, pathlib, time
+here = pathlib.Path.cwd()
+os.environ["DBLOCKS_CACHE"] = str(here / "cache")
+from dblocks.recipes.data import text
+
+text.IN_MEMORY = 0
+(here / ("ready-" + os.environ["RANK"])).touch()
+until = time.monotonic() + 200
+while len(list(here.glob("ready-*"))) < 3 and time.monotonic() < until:
+    time.sleep(0.001)
+corpus = text.load_corpus(str(here / "text.txt"))
+print(corpus.sha256, corpus.training.tokens.sum().item(), corpus.evaluated.tokens.tolist()[:50])
+"""
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = ("--batch-size", "8", "--width", "12", "--heads", "2", "--points", "2")
 VIT = ("train", "vit", "--steps", "9", *SIZES)
@@ -52,6 +85,10 @@ def launch(folder, count, *argv):
     codes, written = in_processes(count, ["-m", "dblocks", *command], folder)
     assert codes == [0] * count, "\n".join(written)
     return written
+
+
+def words(text):
+    return " ".join(text.split())
 
 
 def weights(folder):
@@ -107,9 +144,14 @@ def test_two_blocks_by_two_processes_each(tmp_path, whole, sharding):
 def test_a_process_for_each_of_four_blocks_is_one_run_bit_for_bit(tmp_path):
     four = (*VIT, "--blocks", "4", "--depth", "4")
     assert main([*four, "--shared", "private", "--out", str(tmp_path / "one")]) == 0
-    launch(tmp_path, 4, *four)
+    first, *_ = launch(tmp_path, 4, *four)
     found, wanted = weights(tmp_path / "out"), weights(tmp_path / "one")
     assert all(found[name].equal(tensor) for name, tensor in wanted.items())
+    found, wanted = (json.loads((tmp_path / f / "run.json").read_text()) for f in ("out", "one"))
+    results = ("accuracy", "blocks_alone", "accuracy_by_denoising_steps", "model", "blocks")
+    assert [found[name] for name in results] == [wanted[name] for name in results]
+    assert [part["block"] for part in found["merged"]] == [0, 1, 2, 3]
+    assert f"held-out accuracy {100 * wanted['accuracy']:.1f} %" in words(first)
 
 
 @pytest.mark.long
@@ -137,6 +179,54 @@ def test_a_signal_to_one_process_ends_those_of_its_block_after_one_checkpoint(tm
     assert re.fullmatch(r"dblocks: interrupted after step 2\d of 400; --resume .*\n", written[0])
     assert written[1] == ""
     assert len(list(tmp_path.glob("out/block-0/checkpoints/step-*"))) == 1
+
+
+def test_a_process_with_a_full_disk_ends_all_and_loses_nothing(tmp_path, whole):
+    """Its checkpoints are left out with a warning, what cannot be saved in the end is an error."""
+    script = tmp_path / "full.py"
+    script.write_text(FULL)
+    command = [*TWO, "--checkpoint-every", "4", "--out", str(tmp_path / "out")]
+    codes, written = in_processes(2, [script, *command], tmp_path)
+    assert codes == [2, 2], written
+    first, second = (text.splitlines() for text in written)
+    assert first[-1].startswith("dblocks: error: all processes must train their blocks, got a")
+    assert "of process 1" in first[-1]
+    assert "dblocks: warning: the checkpoint of step 4 is not written" in second[0]
+    assert "there is none yet" in second[0]
+    assert second[-1].startswith(f"dblocks: error: {tmp_path}/out/block-1 cannot be written: ")
+    assert not any("Traceback" in line for line in (*first, *second))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    block = (*TWO, "--out", str(tmp_path / "out"), "--block", "1", "--resume")
+    assert main([*block, "--checkpoint-every", "4"]) == 0
+    merged = str(tmp_path / "merged")
+    assert main(["merge", merged, str(tmp_path / "out")]) == 0
+    found, wanted = weights(tmp_path / "merged"), weights(whole)
+    assert all(found[name].equal(tensor) for name, tensor in wanted.items())
+
+
+def test_the_recipe_of_the_paper_prints_its_rows_too(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 256, (104, 3074), dtype=np.uint8)
+    rows[:, 0], rows[:, 1] = 0, np.arange(104) % 100
+    (tmp_path / "train.bin").write_bytes(rows[:100].tobytes())
+    (tmp_path / "test.bin").write_bytes(rows[100:].tobytes())
+    command = ("train", "vit", "--recipe", "paper", "--data-path", str(tmp_path), "--steps", "3")
+    command += ("--points", "1", "--device", "cpu", "--no-bf16", "--width", "24", "--heads", "2")
+    first, second = launch(tmp_path, 2, *command, "--depth", "4", "--batch-size", "4")
+    assert [f"block {b} of 3" in first for b in range(3)] == [True, False, True]
+    assert "block 1 of 3" in second
+    assert "published" in first
+    assert "steps 3 (" in first
+    assert "published" not in second
+    assert "accuracy" in json.loads((tmp_path / "out" / "run.json").read_text())
+
+
+def test_processes_that_make_one_cache_at_the_same_time(tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and then it ran away. " * 2000)
+    (tmp_path / "race.py").write_text(RACE)
+    codes, written = in_processes(3, [tmp_path / "race.py"], tmp_path)
+    assert codes == [0, 0, 0], written
+    assert len({*written}) == 1
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".bin", ".json"]
 
 
 def test_what_does_not_divide_is_refused_by_name(tmp_path, monkeypatch, capsys):

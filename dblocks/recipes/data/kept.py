@@ -71,13 +71,26 @@ def mapped(path: Path, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that becomes `path` at the end; after an error there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".part")
+    """A file to write that becomes `path` at the end; after an error there is none.
+
+    Of processes that write the same one at the same time each writes its own, and the last stays.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk.
+    """
+    name = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".part")
         with os.fdopen(handle, "wb") as file:
             yield file
         os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+    except BaseException as error:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, name):
+            raise OSError(
+                f"what is made of the data cannot be kept in {path.parent}: {error.strerror}; make "
+                f"room, or name another folder by the environment variable {CACHE}"
+            ) from error
         raise

@@ -1,0 +1,58 @@
+"""A network whose blocks were trained apart: what it reaches, and how to measure it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+from dblocks.checkpoint import current, load_model
+from dblocks.checkpoint.networks import read_config
+from dblocks.config import read_json
+from dblocks.info import environment
+from dblocks.recipes.records import begun
+from dblocks.recipes.run import Run
+
+# What `dblocks eval` must be told as in training.
+OF_DATA = ("data", "data_path", "image_size", "scale", "fold")
+
+
+def measured(run: Run, out: Path) -> dict[str, Any]:
+    """The record of a merged network: that of one process, without what training cost.
+
+    Args:
+        run: of one of its blocks.
+        out: where it was merged.
+
+    Raises:
+        torch.OutOfMemoryError: the whole network does not fit the device.
+    """
+    whole = dataclasses.replace(
+        run, block=None, shared=run.sharing, resident=False, steps_per_visit=None, prefetch=None,
+        host=None, sharding=None,
+    )  # fmt: skip
+    where, trainer = environment(), whole.trainer()
+    trainer.trained.load_state_dict(load_model(out).state_dict())
+    trainer.place()
+    results = trainer.results(trainer.measure())
+    merged = read_json(current(out, "run.json"))["merged"]
+    return {**begun(trainer), "environment": where, **results, "merged": merged}
+
+
+def eval_command(out: Path, settings: Run | dict[str, Any], defaults: Run) -> str:
+    """The command that measures a network.
+
+    Args:
+        out: where it is saved.
+        settings: of its training, as a run or as JSON values.
+        defaults: of the flags.
+    """
+    values = settings if isinstance(settings, dict) else vars(settings)
+    network = read_config(out)["model"].replace("_", "-")
+    words = ["dblocks", "eval", network, "--checkpoint", str(out)]
+    for name in OF_DATA:
+        value = values.get(name)
+        if value is not None and value != getattr(defaults, name, None):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)

@@ -1,0 +1,197 @@
+"""One block of a network, made or loaded without the memory of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from dblocks.blocks import Block, BlocksConfig, DiffusionBlocks
+from dblocks.blocks.model import BlockModel, Divisible
+from dblocks.checkpoint import current, naming
+from dblocks.checkpoint.files import opened
+from dblocks.checkpoint.networks import (
+    BLOCK_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    named_tensors,
+    network_of,
+    read_config,
+)
+from dblocks.config import check_block
+from dblocks.scale.merge import check_shapes, check_weights, read_block
+from dblocks.scale.outline import Outline, Sharing, storage_of
+
+WHOLE = "make the whole network, DiffusionBlocks(make(), config).block(...)"
+
+
+def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int) -> Block:
+    """`DiffusionBlocks(make(), config).block(block)`, without the memory of the other blocks.
+
+    The weights are the same bits, and as many random numbers are drawn. The host holds the
+    parameters of the block, those that all blocks share once, and memory for the largest tensor of
+    the other layers, in which all of theirs are drawn one over the other.
+
+    Args:
+        make: makes the network. It is called twice and must do the same each time; in the first
+            call tensors are without memory and nothing is drawn.
+        config: how it is cut.
+        block: which of its blocks.
+
+    Raises:
+        TypeError: as of `DiffusionBlocks`; or the network is a converted one, whose weights come
+            from files.
+        ValueError: as of `DiffusionBlocks`; or `block` is out of range.
+        RuntimeError: the network cannot be made so: `make` reads values of weights, or did
+            something else when it was called again, or makes weights of the block out of those of
+            another one.
+    """
+    outline, whole = _outlined(make, config)
+    check_block(block, config.num_blocks)
+    with Sharing(_absent(whole, outline, block)) as making:
+        network = cast(nn.Module, make())
+    if making.count != len(outline.made):
+        raise RuntimeError(
+            "make must do the same each time that it is called, got "
+            f"{len(outline.made)} tensors and then {making.count}; {WHOLE}"
+        )
+    mine = Block(whole, block)
+    for at in _places(mine):
+        found = at.of(network)
+        if making.is_unsound(found):
+            raise RuntimeError(
+                "weights of a block must not be made of those of another block's layers, got "
+                f"{at.path}; {WHOLE}"
+            )
+        at.put(found)
+    _check_complete(mine)
+    return mine
+
+
+def load_block(folder: str | Path, block: int | None = None) -> Block:
+    """One block of what `save_model` or `save_block` wrote, on the CPU; no other tensor is read.
+
+    Args:
+        folder: of a network that was saved in blocks, or of one of its blocks.
+        block: which; it may be left out of a folder of one.
+
+    Raises:
+        ValueError: the folder holds no such block, or a file of it is broken; the message names
+            the file.
+    """
+    folder = Path(folder)
+    alone = current(folder, BLOCK_FILE).exists() and not current(folder, CONFIG_FILE).exists()
+    about: Mapping[str, Any] = read_block(folder) if alone else read_config(folder)
+    if about["blocks_config"] is None:
+        raise ValueError(f"{folder} must hold a network in blocks, got one trained end to end")
+    held = about["block"] if alone else block
+    if held is None or block not in (None, held):
+        has = f"block {held} alone" if alone else "all blocks"
+        raise ValueError(f"block must name one that {folder} holds, which is {has}, got {block}")
+    with naming(folder / (BLOCK_FILE if alone else CONFIG_FILE)):
+        config = BlocksConfig.from_dict(about["blocks_config"])
+        _, whole = _outlined(lambda: network_of(about), config)
+        mine = Block(whole, held)
+    here, filled = named_tensors(mine), {}
+    for at in _places(mine):
+        if at.tensor.is_meta and at.saved:  # one for what is tied
+            at.put(filled.setdefault(id(at.tensor), torch.empty_like(at.tensor, device="cpu")))
+    _check_complete(mine)
+    with naming(folder / WEIGHTS_FILE):
+        if alone:
+            check_weights(folder, about)
+        with opened(current(folder, WEIGHTS_FILE)) as file:
+            names = set(file.keys()) if alone else set(file.keys()) & set(here)
+            check_shapes({name: file.get_slice(name).get_shape() for name in names}, here)
+            for name, tensor in named_tensors(mine).items():
+                tensor.copy_(file.get_tensor(name))
+    return mine
+
+
+class _Place(NamedTuple):
+    """Where a parameter or buffer is."""
+
+    path: str
+    module: nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        return getattr(self.module, self.name)
+
+    @property
+    def saved(self) -> bool:
+        return self.name not in self.module._non_persistent_buffers_set
+
+    def of(self, network: nn.Module) -> Tensor:
+        """The tensor at this place in the whole network."""
+        return getattr(network.get_submodule(self.path) if self.path else network, self.name)
+
+    def put(self, tensor: Tensor) -> None:
+        """Puts another tensor there, which trains if the one before did."""
+        own = self.module._parameters
+        trains = self.tensor.requires_grad
+        if self.name in own and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=trains)
+        held: Any = own if self.name in own else self.module._buffers
+        held[self.name] = tensor.requires_grad_(trains)
+
+
+def _places(block: Block) -> Iterator[_Place]:
+    """All places of a block, by the names of the whole network."""
+    for view in (cast(nn.Module, block.base_model), *block.copies.children()):
+        for path, module in view.named_modules(remove_duplicate=False):
+            yield from (_Place(path, module, name) for name, _ in _own(module))
+
+
+def _check_complete(block: Block) -> None:
+    for path, module in block.named_modules():
+        held = (*_own(module), *vars(module).items())
+        bare = [name for name, value in held if isinstance(value, Tensor) and value.is_meta]
+        if bare:
+            raise RuntimeError(
+                f"tensors of a network must be parameters, or buffers, got {path}.{bare[0]} of "
+                f"{type(module).__name__}; use register_buffer, or: {WHOLE}"
+            )
+
+
+def _outlined(
+    make: Callable[[], BlockModel], config: BlocksConfig
+) -> tuple[Outline, DiffusionBlocks]:
+    """The network in blocks, all of it without memory."""
+    try:
+        with torch.random.fork_rng(devices=[]), Outline() as outline:
+            network = make()
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(
+            f"the network cannot be made without memory first: {reason}; {WHOLE}"
+        ) from error
+    if isinstance(network, Divisible):
+        raise TypeError(
+            "make must make a network whose layers are in `layers`, got a converted one, whose "
+            f"weights come from files; {WHOLE}"
+        )
+    return outline, DiffusionBlocks(network, config)
+
+
+def _absent(whole: DiffusionBlocks, outline: Outline, block: int) -> dict[int, Tensor]:
+    """The tensors that belong to the layers of other blocks alone, by their numbers."""
+    first, last = whole.layer_ranges[block]
+    others = [layer for i, layer in enumerate(whole.base_model.layers) if not first <= i < last]
+    inside = {id(module): module for layer in others for module in layer.modules()}
+    network = cast(nn.Module, whole.base_model)
+    outside = [module for module in network.modules() if id(module) not in inside]
+    kept = {storage_of(tensor) for module in outside for _, tensor in _own(module)}
+    gone = {storage_of(tensor) for module in inside.values() for _, tensor in _own(module)}
+    numbered = enumerate(outline.made)
+    return {number: made for number, made in numbered if storage_of(made) in gone - kept}
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a module, without those of its children."""
+    held = (*module._parameters.items(), *module._buffers.items())
+    yield from ((name, tensor) for name, tensor in held if tensor is not None)

@@ -1,0 +1,93 @@
+"""What a function makes, tensor by tensor: first without memory, then some of it in one place.
+
+Initialisers draw in the order in which tensors are made, so to have the weights of some layers,
+those of all must be drawn. `Sharing` has what is not wanted lie in the same memory, where each is
+drawn over the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+META = torch.device("meta")
+# What makes tensors of any values. Those of arange, linspace or torch.tensor are small, and a
+# constructor may read them.
+FACTORIES = {
+    f"aten::{name}"
+    for name in ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "randint")
+}
+
+
+class Outline(TorchDispatchMode):
+    """Tensors that are made inside the `with` block are on the meta device, without memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+        """The tensors, in order."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.name not in FACTORIES:
+            return func(*args, **kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k != "generator"}
+        self.made.append(func(*args, **kwargs | {"device": META}))
+        return self.made[-1]
+
+
+class Sharing(TorchDispatchMode):
+    """Some of the tensors that are made inside the `with` block lie in the same memory.
+
+    Args:
+        absent: those, by their number in the order of making, as an `Outline` found them.
+    """
+
+    def __init__(self, absent: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.absent, self.count = absent, 0
+        most = max((t.untyped_storage().nbytes() for t in absent.values()), default=0)
+        self._memory: dict[torch.device, Tensor] = {}
+        self._bytes = most
+        self._unsound: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.name in FACTORIES:
+            self.count += 1
+            if (like := self.absent.get(self.count - 1)) is not None:
+                return self._shared(func, args, kwargs, like)
+        # What is made of values that are not there is not what it should be either.
+        unsound = any(self.is_unsound(t) for t in _tensors((args, kwargs)))
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            (self._unsound.add if unsound else self._unsound.discard)(storage_of(tensor))
+        return result
+
+    def is_unsound(self, tensor: Tensor) -> bool:
+        """Whether a tensor is absent, or was made of values of one that is."""
+        return storage_of(tensor) in self._unsound
+
+    def _shared(self, func: Any, args: Any, kwargs: Any, like: Tensor) -> Tensor:
+        device = torch.device(kwargs.get("device") or "cpu")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            func(*args, **kwargs)  # draws
+        if device not in self._memory:
+            self._memory[device] = torch.zeros(self._bytes, dtype=torch.uint8, device=device)
+            self._unsound.add(storage_of(self._memory[device]))
+        values = self._memory[device][: like.untyped_storage().nbytes()].view(like.dtype)
+        return values.as_strided(like.shape, like.stride())
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number that tensors in the same memory have in common, so long as one of them lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (value for value in tree_leaves(values) if isinstance(value, Tensor))

@@ -1,0 +1,229 @@
+"""One block is made, and loaded, without the memory of the others, with the bits of the whole."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dblocks.blocks import BlocksConfig, DiffusionBlocks, L2Target
+from dblocks.checkpoint import save_model
+from dblocks.models import (
+    CausalLM,
+    CausalLMConfig,
+    DiT,
+    DiTConfig,
+    MaskedLM,
+    MaskedLMConfig,
+    RecurrentConfig,
+    RecurrentLM,
+    ViT,
+    ViTConfig,
+)  # fmt: skip
+from dblocks.scale import build_block, load_block, save_block
+from dblocks.schedules import MaskSchedule
+from tools import SIZES
+
+TEXT = {"vocab_size": 11, "width": 16, "heads": 2}
+IMAGES = {**SIZES, "depth": 5, "channels": 3}
+NETWORKS = {
+    "vit": lambda: ViT(ViTConfig(**IMAGES, image_drop=0.1)),
+    "dit": lambda: DiT(DiTConfig(**IMAGES)),
+    "causal-lm": lambda: CausalLM(CausalLMConfig(**TEXT, depth=5)),
+    "causal-lm, published": lambda: CausalLM(
+        CausalLMConfig(**TEXT, depth=5, rows="doubled", head="learned", tied=False)
+    ),
+    "masked-lm": lambda: MaskedLM(MaskedLMConfig(**TEXT, depth=5)),
+    "recurrent": lambda: RecurrentLM(RecurrentConfig(**TEXT, core=5)),
+}
+
+
+class Live(TorchDispatchMode):
+    """The bytes of all tensors with memory that are alive, and the most that ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                self.sizes[key] = (storage._weak_ref(), storage.nbytes())
+        self.most = max(self.most, self.bytes())
+        return made
+
+    def bytes(self):
+        alive = torch.UntypedStorage._expired
+        self.sizes = {k: (w, n) for k, (w, n) in self.sizes.items() if not alive(w)}
+        return sum(n for _, n in self.sizes.values())
+
+
+def config_of(network, shared, blocks=3):
+    schedule = {"schedule": MaskSchedule()} if network == "masked-lm" else {}
+    return BlocksConfig(num_blocks=blocks, shared=shared, **schedule)
+
+
+def whole_of(network, config, seed=3):
+    torch.manual_seed(seed)
+    return DiffusionBlocks(NETWORKS[network](), config)
+
+
+def assert_same(found, wanted):
+    for kind in ("named_parameters", "named_buffers"):
+        ours = dict(getattr(found, kind)(remove_duplicate=False))
+        theirs = dict(getattr(wanted, kind)(remove_duplicate=False))
+        assert list(ours) == list(theirs)
+        for name, tensor in theirs.items():
+            assert ours[name].equal(tensor), name
+            assert ours[name].requires_grad == tensor.requires_grad, name
+            assert type(ours[name]) is type(tensor)
+
+
+def size_of(tensors):
+    return sum({id(t): t.nbytes for t in tensors}.values())
+
+
+CASES = [(network, shared) for network in NETWORKS for shared in ("train", "private")]
+
+
+@pytest.mark.parametrize(("network", "shared"), [*CASES, ("vit", "frozen"), ("vit", "reduce")])
+def test_a_block_is_that_of_the_whole_bit_for_bit(network, shared):
+    config = config_of(network, shared)
+    whole = whole_of(network, config)
+    after = torch.rand(3)
+    for b in range(3):
+        torch.manual_seed(3)
+        found = build_block(NETWORKS[network], config, b)
+        assert torch.rand(3).equal(after)
+        assert_same(found, whole.block(b))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("block", [0, 2])
+def test_only_the_block_has_memory(network, block):
+    config = config_of(network, "private", blocks=5)
+    with Live() as live:
+        found = build_block(NETWORKS[network], config, block)
+    own = size_of([*found.parameters(), *found.buffers()])
+    layer = next(iter(found.parts(block)[1]))
+    largest = max(t.nbytes for t in layer.parameters())
+    assert live.bytes() == own
+    # What is not parameters: the scratch of an initialiser for one tensor.
+    assert own <= live.most <= own + 2 * largest + 4096
+    with Live() as live:
+        whole_of(network, config)
+    assert live.most > own + 4 * size_of(layer.parameters())
+
+
+class Layer(nn.Module):
+    """Initialisers that look at what they drew, and at what there is."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+        self.linear = nn.Linear(9, 9)
+        nn.init.trunc_normal_(self.linear.weight, std=1.0, a=-0.5, b=0.5)
+        self.scaled = nn.Parameter(0.1 * torch.randn(9, 9))
+        self.turned = nn.Parameter(torch.empty(9, 9))
+        nn.init.orthogonal_(self.turned)
+        self.register_buffer("table", torch.arange(9).float().cos(), persistent=False)
+
+
+class Own(nn.Module):
+    """A network of somebody's own; `build_block` reads no more of it than this."""
+
+    def __init__(self, layers=None, **extra):
+        super().__init__()
+        rates = [rate.item() for rate in torch.linspace(0, 0.1, 4)]
+        self.layers = nn.ModuleList(layers() if layers else [Layer(rate) for rate in rates])
+        self.head = nn.Linear(9, 9)
+        self.tied = self.head
+        self.target = L2Target("images")
+        for name, value in extra.items():
+            setattr(self, name, value())
+
+    def embed_condition(self, batch, drop):
+        return None
+
+    def run_layers(self, layers, z_in, level, condition):
+        return z_in
+
+    def features(self, hidden):
+        return hidden
+
+
+@pytest.mark.parametrize("shared", ["train", "private"])
+def test_initialisers_that_read_what_they_drew(shared):
+    config = BlocksConfig(num_blocks=2, shared=shared)
+    torch.manual_seed(0)
+    whole = DiffusionBlocks(Own(), config)
+    for b in range(2):
+        torch.manual_seed(0)
+        found = build_block(Own, config, b)
+        assert_same(found, whole.block(b))
+        network, layers = found.parts(b)
+        assert network.tied is network.head
+        assert [layer.rate for layer in layers] == [
+            layer.rate for layer in whole.base_model.layers[2 * b : 2 * b + 2]
+        ]
+
+
+def copied():
+    first = nn.Linear(9, 9)
+    return [first, *(copy.deepcopy(first) for _ in range(3))]
+
+
+def test_what_cannot_be_made_alone_is_refused_by_name():
+    config = BlocksConfig(num_blocks=2)
+    assert build_block(lambda: Own(copied), config, 0)
+    with pytest.raises(RuntimeError, match=r"not be made of those of another .* got layers\.2"):
+        build_block(lambda: Own(copied), config, 1)
+    with pytest.raises(RuntimeError, match="cannot be made without memory first"):
+        build_block(lambda: Own(constant=lambda: torch.randn(3).max().item()), config, 1)
+    with pytest.raises(RuntimeError, match=r"must be parameters, or buffers, got .*plain of Own"):
+        build_block(lambda: Own(plain=lambda: torch.ones(3)), config, 1)
+    calls = iter([4, 5])
+    with pytest.raises(RuntimeError, match="make must do the same each time"):
+        build_block(lambda: Own(lambda: map(Layer, range(next(calls)))), config, 1)
+    with pytest.raises(ValueError, match="block must be in"):
+        build_block(Own, config, 2)
+
+
+@pytest.mark.parametrize("network", ["vit", "recurrent"])
+@pytest.mark.parametrize("shared", ["train", "private"])
+def test_a_block_is_loaded_alone(tmp_path, network, shared):
+    whole = whole_of(network, config_of(network, shared))
+    save_model(tmp_path / "whole", whole)
+    before = torch.get_rng_state()
+    for b in range(3):
+        save_block(tmp_path / f"{b}", whole.block(b))
+        with Live() as live:
+            found = load_block(tmp_path / "whole", b)
+        assert_same(found, whole.block(b))
+        assert live.bytes() == size_of([*found.parameters(), *found.buffers()])
+        assert_same(load_block(tmp_path / f"{b}"), whole.block(b))
+    assert torch.get_rng_state().equal(before)
+
+
+def test_what_cannot_be_loaded_is_refused_by_name(tmp_path):
+    whole = whole_of("vit", config_of("vit", "private"))
+    save_model(tmp_path / "whole", whole)
+    save_block(tmp_path / "1", whole.block(1))
+    with pytest.raises(ValueError, match=r"block must name one .* all blocks, got None"):
+        load_block(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"block must name one .* block 1 alone, got 2"):
+        load_block(tmp_path / "1", 2)
+    with pytest.raises(ValueError, match="block must be in"):
+        load_block(tmp_path / "whole", 3)
+    save_model(tmp_path / "plain", whole.base_model)
+    with pytest.raises(ValueError, match="must hold a network in blocks"):
+        load_block(tmp_path / "plain", 0)
+    weights = tmp_path / "1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: it is not what was"):
+        load_block(tmp_path / "1")
