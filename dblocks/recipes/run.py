@@ -26,7 +26,7 @@ REDUCE_EVERY = 100
 PLACES = ("resident", "prefetch", "host", "sharding")  # where things are, which changes no result
 # Fields that earlier records do not have; they are written where they are not the default.
 ADDED = ("shared", "block", "data_path", "fold", "decay", "reduce_every", "steps_per_visit")
-ADDED += ("lr_end", "ema", *PLACES)
+ADDED += ("lr_end", "ema", "crop", "flip", "rand_augment", "dropout", *PLACES)
 
 
 def check_seed(seed: int) -> None:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from process_tools import in_processes
 
 from dblocks.__main__ import main
 from dblocks.checkpoint import load_safetensors
@@ -114,3 +115,18 @@ def test_the_cosine_ends_where_it_is_told_and_records_say_what_is_new():
 def test_values_that_do_not_fit_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         ViTRun(**options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_processes_that_share_a_block(tmp_path, sharding):
+    one = ("--blocks", "1", "--shared", "private", *EMA)
+    train(tmp_path / "one", *one)
+    command = [*VIT, *one, "--sharding", sharding, "--checkpoint-every", "6"]
+    command += ["--out", str(tmp_path / "out")]
+    codes, written = in_processes(2, ["-m", "dblocks", *command], tmp_path)
+    assert codes == [0, 0], "\n".join(written)
+    found, wanted = (load_safetensors(tmp_path / f / "model.safetensors") for f in ("out", "one"))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
