@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dblocks import checkpoint
 from dblocks.blocks import BlocksConfig, Weighting
 from dblocks.models.dit import (
     GUIDANCE_SCALE,
@@ -22,26 +20,27 @@ from dblocks.models.dit import (
     generate_images,
 )
 from dblocks.recipes import columns, image_grid
-from dblocks.recipes.command import Recipe, check_free, load_network
+from dblocks.recipes.command import Recipe, load_network
+from dblocks.recipes.data.augment import Augment
 from dblocks.recipes.data.batches import ImageData
 from dblocks.recipes.data.images import load_images
 from dblocks.recipes.data.splits import Images, values
+from dblocks.recipes.drawing import OUT
+from dblocks.recipes.drawing import Sample as Sample
 from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.denoising import held_out_loss
 from dblocks.recipes.metrics.images import standard_deviation
 from dblocks.recipes.metrics.judge import judge_of
 from dblocks.recipes.metrics.judged import judged
 from dblocks.recipes.paper import EXPERIMENTS
-from dblocks.recipes.progress import progress_bar
-from dblocks.recipes.run import Run, check_seed
+from dblocks.recipes.run import Run
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.trainer import Trainer
 from dblocks.sampling import sampling_cost
 from dblocks.schedules import NoiseSchedule
 
-SHOWN = 5  # number of samples of each class in a record
-MOST_CLASSES = 10  # kinds of samples in a record
-ACROSS = 10  # images in a row for a model without classes
+SHOWN = 5  # samples of each class that a record keeps
+MOST_CLASSES = 10  # of which it keeps some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +92,8 @@ class DiTRun(Run):
     """Euler steps per image."""
     guidance_scale: float = GUIDANCE_SCALE
     """Guidance scale of the guided samples."""
+    flip: bool = False
+    """Turn half of the training images left to right."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,7 +142,7 @@ RECIPE = Recipe(
     run=DiTRun(),
     gpu=GPU,
     paper=EXPERIMENTS["dit"],
-    out=Path("runs/dit"),
+    out=OUT,
     columns=(*columns.DIT, *COSTS),
     after="Draw images with\ndblocks sample dit --checkpoint {out} --out samples.png",
 )
@@ -168,7 +169,8 @@ class DiTTrainer(Trainer):
     """
 
     def __init__(self, run: DiTRun, data: Images, evaluated: Images) -> None:
-        batches = ImageData(data, run.batch_size, run.seed)
+        augment = Augment(flip=run.flip)
+        batches = ImageData(data, run.batch_size, run.seed, augment, run.device)
         super().__init__(
             run, batches, lambda: DiT(run.dit_config(data)), lambda: run.blocks_config(data)
         )
@@ -269,86 +271,3 @@ class Eval:
         )
         value = held_out_loss(model, held_out)
         print(f"held-out L2 loss {value:.4f} on {len(held_out):,} images")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Generate images with a saved diffusion transformer, one row per class, as a PNG.
-
-    For latents, name a .npy file; it holds an array [N, C, H, W].
-    """
-
-    checkpoint: Path = RECIPE.out
-    """Folder written by `dblocks train dit`."""
-    out: Path = Path("samples.png")
-    """The PNG to write, or a .npy file for the values."""
-    overwrite: bool = False
-    """Replace an existing file."""
-    classes: tuple[int, ...] = ()
-    """Classes to generate, such as 3 7; the first ten by default."""
-    count: int = 5
-    """Number of images of each class; for a model without classes, of rows of 10."""
-    steps: int | None = None
-    """Denoising steps, each of one block; 50 by default."""
-    kind: Literal["equal_mass", "karras"] = "equal_mass"
-    """Spacing of the steps: equal_mass calls each block about equally often, karras as in EDM."""
-    guidance: float | None = None
-    """Guidance scale: 1 is the conditional model; 2, the default, amplifies the class and needs two
-    calls per step."""
-    size: tuple[int, int] | None = None
-    """Height and width; by default those of the training images."""
-    seed: int = 0
-    """Seed of the initial noise."""
-
-    def __call__(self) -> None:
-        """Load, generate with a progress bar, write the grid, and print how often blocks ran."""
-        check_seed(self.seed)
-        for name in ("count", "steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} must be positive, got {value}")
-        check_free(self.out, [self.out], overwrite=self.overwrite)
-        checkpoint.make_folder(self.out.parent)
-        model, network = load_network(self.checkpoint, DiT, "dit")
-        config = network.config
-        as_array = self.out.suffix == ".npy"
-        if not as_array and config.channels not in image_grid.SHOWN_CHANNELS:
-            raise ValueError(
-                f"images of {config.channels} channels are no picture; name a .npy file by --out"
-            )
-        labels, across = self._labels(config.num_classes)
-        scale = self.guidance
-        if scale is None:
-            scale = GUIDANCE_SCALE if config.drops_labels else 1.0
-        sigmas = model.config.noise_schedule.steps(self.steps or NUM_STEPS, self.kind)
-        with progress_bar("sampling", "drawing", len(sigmas)) as bar:
-            images = generate_images(
-                model,
-                labels,
-                size=self.size,
-                sigmas=sigmas,
-                guidance_scale=scale,
-                generator=torch.Generator().manual_seed(self.seed),
-                callback=lambda state: bar.update(),
-            )
-        if as_array:
-            numpy = importlib.import_module("numpy")
-            numpy.save(self.out, images.cpu().numpy())
-        else:
-            figure = image_grid.grid_figure({"": image_grid.to_bytes(images)}, across)
-            image_grid.save_png(figure, self.out)
-        cost = sampling_cost(model, sigmas, guidance_scale=scale)
-        calls = ", ".join(f"block {b}: {n}" for b, n in enumerate(cost.calls))
-        print(f"calls of each block's layers: {calls}")
-        print(f"{cost.layer_evaluations:,} layer evaluations an image; wrote {self.out}")
-
-    def _labels(self, num_classes: int) -> tuple[Any, int]:
-        """The classes to draw, or the number of images; and the pictures in a row."""
-        if not num_classes:
-            if self.classes:
-                raise ValueError(
-                    f"--classes needs a model with classes, got {list(self.classes)} for one "
-                    "without; leave it out"
-                )
-            return self.count * ACROSS, ACROSS
-        classes = self.classes or tuple(range(min(num_classes, 10)))
-        return torch.tensor(classes).repeat_interleave(self.count), self.count

@@ -63,6 +63,7 @@ def train(
     alone = run.block is not None
     with LayerCounter([] if alone else trainer.counted()) as counter:
         done = _fit(trainer, counter, progress=progress, keeping=keeping, on_point=on_point)
+    trainer.take_average()
     trainer.check_finite()
     if save is not None:
         save(trainer)
@@ -136,8 +137,11 @@ def _add_point(trainer: Trainer, counter: LayerCounter, done: Progress) -> None:
         "layer_evaluations": counter.count,
         "block_loss": done.take_losses(),
     }
-    with counter.paused():
-        done.curve.append(point | ({} if trainer.run.block is not None else trainer.measure()))
+    if trainer.run.block is not None:
+        done.curve.append(point)
+        return
+    with counter.paused(), trainer.averaged():
+        done.curve.append(point | trainer.measure())
 
 
 def use_one_thread() -> None:

@@ -26,7 +26,7 @@ REDUCE_EVERY = 100
 PLACES = ("resident", "prefetch", "host", "sharding")  # placement only, which changes no result
 # Fields that earlier records do not have; written only if they differ from the default.
 ADDED = ("shared", "block", "data_path", "fold", "decay", "reduce_every", "steps_per_visit")
-ADDED += PLACES
+ADDED += ("lr_end", "ema", "crop", "flip", "rand_augment", "dropout", *PLACES)
 
 
 def check_seed(seed: int) -> None:
@@ -83,7 +83,13 @@ class Run(JsonConfig, ABC):
     block takes in a run of all blocks; `dblocks merge` merges them into one network."""
 
     decay: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: a cosine from --lr to 0, or constant."""
+    """The learning rate after the warm-up: a cosine from --lr to --lr-end, or constant."""
+    lr_end: float = 0.0
+    """Learning rate at the end of the cosine."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, such as 0.9999, which is then what is
+    measured and saved; in the first steps of a block it is less, (1 + n)/(10 + n) after n steps.
+    Checkpoints hold the weights too. By default there is none."""
     resident: bool = False
     """Keep the parameters and the optimizer state of one block on the device and the others on the
     host. It has no effect with `--block`."""
@@ -108,6 +114,10 @@ class Run(JsonConfig, ABC):
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), float):
                 check_finite(field.name, value)
+        if not 0 <= self.lr_end <= self.lr:
+            raise ValueError(f"lr_end must be between 0 and lr {self.lr}, got {self.lr_end}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be at least 0 and less than 1, got {self.ema}")
         if self.clip <= 0:
             raise ValueError(f"clip must be positive, got {self.clip}")
         check_seed(self.seed)
@@ -152,7 +162,7 @@ class Run(JsonConfig, ABC):
         return f"{self.blocks} block{'s' if self.blocks > 1 else ''}"
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step: a linear rise, then a cosine to 0 over all steps, or none.
+        """The learning rate of a step: a linear rise, then a cosine to `lr_end`, or none.
 
         In blocks it follows the global step too, whichever block is drawn.
         """
@@ -162,7 +172,8 @@ class Run(JsonConfig, ABC):
         if self.decay == "constant":
             return self.lr
         fraction = (step - rise) / max(1, self.steps - rise)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * fraction))
+        cosine = 0.5 * (1 + math.cos(math.pi * fraction))
+        return self.lr_end + (self.lr - self.lr_end) * cosine
 
     def _check_sharing(self) -> None:
         if self.reduce_every is not None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.blocks.training import not_finite
+from dblocks.recipes.averages import exchange, keep_average
 from dblocks.recipes.data.batches import Batch, Data
 from dblocks.recipes.run import Run
 from dblocks.scale import Residency, build_block, data_parallel, resident
@@ -164,11 +166,31 @@ class Trainer(ABC):
             every = self.run.averaged_every
             if every and ((step + 1) % every == 0 or step + 1 == self.run.steps):
                 average_shared(self.trained, step=step + 1)
+                if self.run.ema is not None:
+                    with self.averaged():
+                        average_shared(self.trained, step=step + 1)
             return taken
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"training stopped at step {step + 1} of {self.run.steps}: {error}"
             ) from error
+
+    def take_average(self) -> None:
+        """Makes the average of the weights, where the run keeps one, the network's weights.
+
+        A second call undoes the first.
+        """
+        if self.run.ema is not None:
+            exchange(self.model, self.optimizers)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the `with` block the weights are their average, where the run keeps one."""
+        self.take_average()
+        try:
+            yield
+        finally:
+            self.take_average()
 
     def check_finite(self) -> None:
         """Raises FloatingPointError unless all parameters are finite numbers."""
@@ -254,4 +276,7 @@ class Trainer(ABC):
             {"params": matrices, "weight_decay": self.run.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.run.lr, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=self.run.lr, fused=True)
+        if self.run.ema is not None:
+            keep_average(optimizer, self.run.ema)
+        return optimizer

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dblocks.blocks import BlocksConfig, Weighting, trained_at_top
 from dblocks.blocks.targets.classes import Head
@@ -17,9 +18,11 @@ from dblocks.models.vit import Noise, ViT, ViTConfig
 from dblocks.nn import ConditioningKind
 from dblocks.recipes import columns
 from dblocks.recipes.command import Recipe, check_steps, load_network
-from dblocks.recipes.data.batches import ImageData
+from dblocks.recipes.data.augment import Augment, Crop
+from dblocks.recipes.data.batches import Batch, ImageData
 from dblocks.recipes.data.images import load_images
 from dblocks.recipes.data.splits import Images
+from dblocks.recipes.dropout import Dropout
 from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.classes import accuracy
 from dblocks.recipes.metrics.classifier import Classifier
@@ -78,6 +81,25 @@ class ViTRun(Run):
     patch_size: int | None = None
     """Side of a patch. By default the largest up to 7 that leaves at least 4 patches along each
     side: 2 for digits, 7 for 28x28 images, 4 for 32x32."""
+    crop: Crop = "none"
+    """Random crops of training images: pad, moved by up to 4 pixels with black around; resize, a
+    part of 8 % to all of the area, scaled up."""
+    flip: bool = False
+    """Turn half of the training images left to right."""
+    rand_augment: bool = False
+    """Change training images by two random operations of RandAugment each, of magnitude 9."""
+    dropout: float = 0.0
+    """Dropout in training: of tokens, of what attention and MLP add, and of the attention's
+    probabilities. Several processes drop other elements than one does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}")
+
+    def augment(self) -> Augment:
+        """What is done to training images."""
+        return Augment(self.crop, self.flip, self.rand_augment)
 
     def vit_config(self, data: Images, evaluated: Images) -> ViTConfig:
         """The network for these images: with AdaLN in blocks, without end to end.
@@ -156,7 +178,7 @@ class ViTTrainer(Trainer):
     """
 
     def __init__(self, run: ViTRun, data: Images, evaluated: Images) -> None:
-        batches = ImageData(data, run.batch_size, run.seed)
+        batches = ImageData(data, run.batch_size, run.seed, run.augment(), run.device)
         if not len(evaluated):
             raise ValueError(f"images must be enough to hold some out, got {len(data)}; give more")
         super().__init__(
@@ -169,6 +191,12 @@ class ViTTrainer(Trainer):
         self.data, self.evaluated = data, evaluated
         self.noise: Noise = run.noise
         self.classifier = Classifier(self.network, self.model)
+        self.dropout = Dropout(run.dropout, self._layers(), run.seed)
+
+    def loss(self, batch: Batch, block: int) -> Tensor:
+        """As that of `Trainer`, with dropout, which takes memory too."""
+        with self.dropout.at(0, self.run.device, self.mesh):
+            return super().loss(batch, block)
 
     def measure(self) -> dict[str, Any]:
         """The accuracy, and in blocks that of each alone."""
@@ -189,6 +217,16 @@ class ViTTrainer(Trainer):
             "accuracy_by_denoising_steps": self._by_denoising_steps("none") if by_steps else None,
             "accuracy_from_noise": self._by_denoising_steps("paper") if by_steps else None,
         }
+
+    def _step(self, step: int) -> tuple[int, float | None]:
+        with self.dropout.at(step, self.run.device, self.mesh):
+            return super()._step(step)
+
+    def _layers(self) -> list[Sequence[nn.Module]]:
+        """The layers of each block that is trained here."""
+        if self.model is None:
+            return [list(self.network.layers)]
+        return [self.model.parts_at_rest(block)[1] for block in self.trained_blocks]
 
     @torch.no_grad()
     def _alone(self) -> list[float] | None:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from dblocks.recipes.data.augment import Augment
 from dblocks.recipes.data.splits import Images, batch_indices, sha256_of, values
 from dblocks.recipes.data.text import Corpus
 from dblocks.recipes.data.tokenizers import TOKENIZER_FILE
@@ -18,7 +19,7 @@ class Data(Protocol):
     """What a network is trained on."""
 
     def batch(self, step: int) -> Batch:
-        """Batch number `step`, on the CPU."""
+        """Batch number `step`, on the CPU or where it is trained on."""
         ...
 
     def texts(self) -> dict[str, str]:
@@ -36,25 +37,38 @@ class ImageData:
     Args:
         images: what to train on.
         batch_size: images in a batch.
-        seed: of their order.
+        seed: of their order, and of the augmentation.
+        augment: what is done to them.
+        device: where that is done.
 
     Raises:
-        ValueError: there are fewer images than a batch has.
+        ValueError: there are fewer images than a batch has, or they cannot be augmented so.
     """
 
-    def __init__(self, images: Images, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        seed: int,
+        augment: Augment | None = None,
+        device: str = "cpu",
+    ) -> None:
         if batch_size > len(images):
             raise ValueError(
                 f"batch_size must be at most the number of training images {len(images)}, "
                 f"got {batch_size}"
             )
         self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.augment, self.device = augment or Augment(), device
+        self.augment.check(images)
 
     def batch(self, step: int) -> Batch:
         """Images [N, C, H, W] and labels [N]."""
         size = len(self.images)
         chosen = self.images[batch_indices(size, self.batch_size, seed=self.seed, step=step)]
-        return {"images": values(chosen.images), "labels": chosen.labels}
+        images = values(chosen.images.to(self.device))
+        images = self.augment(images, seed=self.seed, step=step)
+        return {"images": images, "labels": chosen.labels}
 
     def texts(self) -> dict[str, str]:
         """Nothing: images need nothing beside the network."""

@@ -63,6 +63,13 @@ class Experiment:
         return {name: value.value for name, value in {**self.published, **self.ours}.items()}
 
 
+CUDA = {"device": Value("cuda", "nobody trains these on a CPU")}
+
+
+def not_measured(record: Mapping[str, Any]) -> None:
+    """Nothing: what the paper measures needs the features of a large pretrained network."""
+
+
 def steps(*, epochs: int, samples: int, batch_size: int, blocks: int) -> int:
     """Steps in which each of the blocks sees the data so often, without incomplete batches.
 

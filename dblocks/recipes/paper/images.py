@@ -1,7 +1,7 @@
 """The paper's experiments on images: ViT classifies, DiT generates.
 
 "Code" is the released code of the paper, which has the ViT only; DiT is Peebles and Xie 2023
-(arXiv 2212.09748), EDM is Karras et al. 2022 (arXiv 2206.00364).
+(arXiv 2212.09748) and its code, EDM is Karras et al. 2022 (arXiv 2206.00364).
 """
 
 from __future__ import annotations
@@ -9,10 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dblocks.recipes.paper.experiment import Experiment, Published, Value, steps
+from dblocks.recipes.paper.experiment import (
+    CUDA,
+    Experiment,
+    Published,
+    Value,
+    not_measured,
+    steps,
+)
 
 ON_A_GPU = {
-    "device": Value("cuda", "nobody trains these on a CPU"),
+    **CUDA,
     "bf16": Value(True, "the paper names no precision; the code has float32 with TF32"),
 }
 CLIP = Value(1.0, "code: gradient_clip_val")
@@ -39,8 +46,6 @@ VIT_CODE = {
 }
 VIT_DIFFERS = (
     "Pixels are in [-1, 1]; the code divides by the data's own mean and std.",
-    "There is no dropout (.1 in the paper) and no augmentation (the paper flips and has "
-    "RandAugment; the code also crops).",
     "Layers are Xavier uniform, and matrices alone have weight decay.",
 )
 
@@ -65,13 +70,18 @@ CIFAR100 = Experiment(
         ),
         "lr": Value(5e-4, "App. E.1"),
         "decay": Value("cosine", "App. E.1"),
+        "lr_end": Value(5e-5, "code: min_lr of its command for augmented data"),
         "warmup": Value(10 / 500, "App. E.1: 10 epochs; in the code so many for each block"),
+        "dropout": Value(0.1, "App. E.1; in the code of tokens, branches and attention"),
+        "flip": Value(True, "App. E.1"),
+        "rand_augment": Value(True, "App. E.1; in the code torchvision's defaults"),
+        "crop": Value("pad", "code: RandomCrop with 4 pixels around"),
         **VIT_CODE,
     },
     ours=ON_A_GPU,
     differs=(
         *VIT_DIFFERS,
-        "The cosine ends at 0; the code's command for augmented data ends at 5e-5.",
+        "The code's command for augmented data trains for 1,000 epochs, the paper for 500.",
     ),
     metric="accuracy on the test images, %",
     rows=(
@@ -104,9 +114,17 @@ TINY_IMAGENET = Experiment(
         "lr": Value(1e-4, "App. F.1"),
         "decay": Value("constant", "code: default of --scheduler_type"),
         "warmup": Value(0.0, "code: default of --num_warmup_steps"),
+        "dropout": Value(0.1, "code: of tokens, branches and attention"),
+        "flip": Value(True, "code: RandomHorizontalFlip"),
+        "crop": Value("resize", "code: RandomResizedCrop"),
         **VIT_CODE,
     },
-    ours=ON_A_GPU,
+    ours={
+        "rand_augment": Value(
+            True, "App. E.1 has it, and the code as an option; of App. F.1 it is not checked"
+        ),
+        **ON_A_GPU,
+    },
     differs=VIT_DIFFERS,
     metric="accuracy on the validation images, %",
     rows=(
@@ -129,32 +147,54 @@ DIT_SAMPLING = {
     "gate_init": Value(0.0, "DiT: adaLN-Zero"),
 }
 DIT_OURS = {
-    "decay": Value("constant", "not in the paper; as DiT"),
-    "warmup": Value(0.0, "not in the paper; as DiT"),
-    "weight_decay": Value(0.0, "not in the paper; as DiT"),
-    "clip": Value(1.0, "not in the paper; as the released code of the ViT"),
+    "decay": Value("constant", "not in the paper; as DiT's code"),
+    "warmup": Value(0.0, "not in the paper; as DiT's code"),
+    "weight_decay": Value(0.0, "not in the paper; as DiT's code"),
+    "ema": Value(0.9999, "not in the paper; as DiT's code, with a warm-up"),
+    "clip": Value(1.0, "not in the paper; as the code of the ViT, DiT's has none"),
     **ON_A_GPU,
 }
-DIT_DIFFERS = (
-    "There is no average of the weights (DiT's and EDM's are of an EMA; the paper says nothing), "
-    "and no flips.",
-    "Steps are at the quantiles of equal mass, which App. H describes.",
-)
+DIT_DIFFERS = ("Steps are at the quantiles of equal mass, which App. H describes.",)
 FID = (
-    "FID needs the weights of an Inception network: draw samples by `dblocks sample dit --out "
-    "samples.npy` and give them to clean-fid"
+    "FID needs the weights of an Inception network: `dblocks sample dit --out samples.npz {flags}` "
+    "draws 50,000 samples for clean-fid, torch-fidelity and the others of docs/paper.md"
 )
 
 
-def _not_measured(record: Mapping[str, Any]) -> None:
-    """Nothing: the distance here is by a small classifier's features."""
+def _dit(
+    *,
+    published: Mapping[str, Value],
+    ours: Mapping[str, Value],
+    samples: int,
+    flags: str,
+    differs: tuple[str, ...] = (),
+    **rest: Any,
+) -> Experiment:
+    """What both DiTs have in common."""
+    taken = steps(epochs=100, samples=samples, batch_size=512, blocks=3)
+    return Experiment(
+        network="dit",
+        epochs=100,
+        samples=samples,
+        published={
+            **published,
+            "blocks": Value(3, "App. E.2"),
+            "batch_size": Value(512, "App. E.2"),
+            "steps": Value(taken, "App. E.2: 100 epochs"),
+            **DIT_SAMPLING,
+        },
+        ours={**ours, **DIT_OURS},
+        differs=(*DIT_DIFFERS, *differs),
+        metric="FID of 50,000 samples, to the training / test images",
+        measured=not_measured,
+        unmeasured=FID.format(flags=flags),
+        **rest,
+    )
 
 
-CIFAR10 = Experiment(
-    network="dit",
+CIFAR10 = _dit(
     data="cifar-10",
     files="the folder of CIFAR-10 in its python or binary version",
-    epochs=100,
     samples=50_000,
     shape=(3, 32, 32),
     labels=10,
@@ -162,31 +202,20 @@ CIFAR10 = Experiment(
         "depth": Value(12, "App. E.2: DiT-S/2"),
         "width": Value(384, "DiT, Table 1: S"),
         "heads": Value(6, "DiT, Table 1: S"),
-        "blocks": Value(3, "App. E.2"),
-        "batch_size": Value(512, "App. E.2"),
-        "steps": Value(
-            steps(epochs=100, samples=50_000, batch_size=512, blocks=3), "App. E.2: 100 epochs"
-        ),
         "lr": Value(1e-4, "App. E.2"),
-        **DIT_SAMPLING,
     },
-    ours=DIT_OURS,
-    differs=DIT_DIFFERS,
-    metric="FID of 50,000 samples, to the training / test images",
+    ours={"flip": Value(True, "not in the paper; as DiT's code")},
     rows=(
         Published("DiffusionBlocks", "30.59 / 37.20", "Table 2"),
         Published("end to end", "32.84 / 39.83", "Table 2"),
     ),
-    measured=_not_measured,
-    unmeasured=FID,
+    flags="--count 5000 --device cuda",
 )
 
-IMAGENET = Experiment(
-    network="dit",
+IMAGENET = _dit(
     data="imagenet-latents",
     files="a folder of .npz or .safetensors shards with `latents` [n, 4, 32, 32], of the images of "
     "256x256 by the autoencoder sd-vae-ft-ema, and `labels` [n]",
-    epochs=100,
     samples=1_281_167,
     shape=(4, 32, 32),
     labels=1000,
@@ -194,26 +223,22 @@ IMAGENET = Experiment(
         "depth": Value(24, "App. E.2: DiT-L/2"),
         "width": Value(1024, "DiT, Table 1: L"),
         "heads": Value(16, "DiT, Table 1: L"),
-        "blocks": Value(3, "App. E.2"),
-        "batch_size": Value(512, "App. E.2"),
-        "steps": Value(
-            steps(epochs=100, samples=1_281_167, batch_size=512, blocks=3), "App. E.2: 100 epochs"
-        ),
         "lr": Value(5e-5, "App. E.2"),
-        **DIT_SAMPLING,
     },
     ours={
         "scale": Value(
-            0.5 * 0.18215, "not in the paper; makes the std of these latents about sigma_data"
+            0.5 * 0.18215,
+            "not in the paper; sigma_data times the factor of DiT's code, for a std of about "
+            "sigma_data",
         ),
-        **DIT_OURS,
     },
-    differs=(*DIT_DIFFERS, "Samples are latents; the autoencoder makes images of them."),
-    metric="FID of 50,000 samples, to the training / test images",
+    differs=(
+        "Latents are taken as the files have them, one of an image; DiT's code flips half of the "
+        "images before its autoencoder, and draws a latent anew each time.",
+    ),
     rows=(
         Published("DiffusionBlocks", "9.00 / 10.63", "Table 2"),
         Published("end to end", "9.01 / 12.09", "Table 2"),
     ),
-    measured=_not_measured,
-    unmeasured=FID,
+    flags="--count 50 --vae FOLDER --device cuda",
 )

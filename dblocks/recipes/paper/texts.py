@@ -1,7 +1,8 @@
 """The paper's experiments on text: masked, autoregressive and recurrent-depth language models.
 
-MD4 is Shi et al. 2024 (arXiv 2406.04329), Huginn is Geiping et al. 2025 (arXiv 2502.05171), Pythia
-is Biderman et al. 2023 (arXiv 2304.01373); "code" is the released code of the paper, a ViT's.
+MD4 is Shi et al. 2024 (arXiv 2406.04329), MDLM is Sahoo et al. 2024 (arXiv 2406.07524), Huginn is
+Geiping et al. 2025 (arXiv 2502.05171), Pythia is Biderman et al. 2023 (arXiv 2304.01373), each with
+its code; "code" alone is the released code of the paper, a ViT's.
 """
 
 from __future__ import annotations
@@ -9,22 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dblocks.recipes.paper.experiment import Experiment, Published, Value, steps
-
-ON_A_GPU = {
-    "device": Value("cuda", "nobody trains these on a CPU"),
-    "bf16": Value(True, "not in the paper"),
-    "clip": Value(1.0, "not in the paper; as the released code of the ViT"),
-}
+from dblocks.recipes.paper.experiment import (
+    CUDA,
+    Experiment,
+    Published,
+    Value,
+    not_measured,
+    steps,
+)
 
 
 def _bits(record: Mapping[str, Any]) -> float | None:
     """Bits per character, a bound, of the held-out text."""
     return record["bits"]
-
-
-def _not_measured(record: Mapping[str, Any]) -> None:
-    """Nothing: MAUVE needs the features of a large language model."""
 
 
 TEXT8_STEPS = steps(epochs=100, samples=90_000_000 // 256, batch_size=256, blocks=3)
@@ -53,16 +51,21 @@ TEXT8 = Experiment(
         "weighting": Value("auto", "App. D, Eq. 13: that of the bound"),
         "conditioning": Value("dit", "App. E.3: DiT-based; adaLN-Zero in MD4's code"),
         "gate_init": Value(0.0, "App. E.3: DiT-based; adaLN-Zero in MD4's code"),
+        "ema": Value(0.9999, "App. E.3: MD4's protocol; in its code, without a warm-up"),
+        "rope_theta": Value(10_000.0, "App. E.3: MD4's protocol; in its code"),
     },
     ours={
         "draw": Value("alpha", "even in the masking ratio; the linear schedule makes t the same"),
-        "rope_theta": Value(10_000.0, "not in the paper"),
-        **ON_A_GPU,
+        **CUDA,
+        "bf16": Value(True, "not in the paper"),
+        "clip": Value(1.0, "not in the paper; as the code of the ViT, MD4's has none"),
     },
     differs=(
         "The vocabulary has one more token, for characters that are none of text8's.",
-        "The conditioning is as wide as the model, as DiT's; that of SEDD and MDLM is 128 wide.",
-        "There is no average of the weights; MD4 evaluates an EMA.",
+        "The conditioning is as wide as the model, as DiT's; that of MD4's code is 64 wide.",
+        "The MLP's gate is SiLU; in MD4's code a sigmoid.",
+        "There is no dropout; MD4's code has .05 beside the weight decay of .03, and whether the "
+        "paper does is not checked.",
     ),
     metric="bits a character of the test text, a bound",
     rows=(
@@ -96,15 +99,19 @@ DENOISING = {
     "embed_scale": Value(1.0, "App. C: normalised embeddings"),
     "weighting": Value("batch_mean", "App. C: EDM's weights; in the code their mean over a batch"),
 }
+# MDLM's code has the rate and the warm-up of App. E.4.
 LM_OURS = {
-    "weight_decay": Value(0.01, "not in the paper; AdamW's default"),
-    "decay": Value("constant", "not in the paper; the default of the ViT's code"),
-    **ON_A_GPU,
+    "weight_decay": Value(0.0, "not in the paper; as MDLM's code"),
+    "decay": Value("constant", "not in the paper; as MDLM's code"),
+    **CUDA,
+    "bf16": Value(True, "not in the paper; as MDLM's code"),
+    "clip": Value(1.0, "not in the paper; as MDLM's code, and the ViT's"),
 }
 LM_DIFFERS = (
     "Texts are packed into windows that start anywhere; the paper does not say how it cuts them.",
     "The epochs are of the number of tokens stated here, which is ours: the paper gives none.",
     "The output head is tied to the embeddings, which the paper does not say.",
+    "There is no average of the weights; MDLM's code has one, the paper says nothing.",
 )
 MAUVE = (
     "MAUVE needs the features of a large language model: 5 continuations of 50 tokens of 1,000 "
@@ -112,62 +119,62 @@ MAUVE = (
 )
 LM1B_TOKENS = 1_100_000_000
 OPENWEBTEXT_TOKENS = 9_400_000_000
-LM1B_STEPS = steps(epochs=10, samples=LM1B_TOKENS // 256, batch_size=256, blocks=4)
-OPENWEBTEXT_STEPS = steps(epochs=10, samples=OPENWEBTEXT_TOKENS // 1024, batch_size=256, blocks=4)
 HUGINN_STEPS = steps(epochs=15, samples=LM1B_TOKENS // 256, batch_size=256, blocks=1)
+# What all of these are measured by.
+JUDGED: dict[str, Any] = {
+    "metric": "MAUVE / perplexity under Llama-2-7B / under GPT2-XL",
+    "measured": not_measured,
+    "unmeasured": MAUVE,
+}
 
-LM1B = Experiment(
-    network="causal-lm",
+
+def _llama(*, tokens: int, context: int, estimate: str, **rest: Any) -> Experiment:
+    """What both autoregressive experiments have in common."""
+    taken = steps(epochs=10, samples=tokens // context, batch_size=256, blocks=4)
+    return Experiment(
+        network="causal-lm",
+        epochs=10,
+        samples=tokens,
+        labels=32_000,
+        published={
+            **LLAMA,
+            "context": Value(context, "App. E.4"),
+            "steps": Value(
+                taken, f"App. E.4: 10 epochs; of {estimate} tokens, an estimate of ours"
+            ),
+            "warmup": Value(4 * 2500 / taken, "App. E.4: 2,500 steps; here for each block"),
+            **DENOISING,
+        },
+        ours=LM_OURS,
+        differs=LM_DIFFERS,
+        tokenizer="Llama-2's, of 32,000 tokens",
+        **JUDGED,
+        **rest,
+    )
+
+
+LM1B = _llama(
     data="lm1b",
     files="the folder of the One Billion Word benchmark as unpacked, or of its parquet files",
-    epochs=10,
-    samples=LM1B_TOKENS,
-    labels=32_000,
-    published={
-        **LLAMA,
-        "context": Value(256, "App. E.4"),
-        "steps": Value(LM1B_STEPS, "App. E.4: 10 epochs; of 1.1e9 tokens, an estimate of ours"),
-        "warmup": Value(4 * 2500 / LM1B_STEPS, "App. E.4: 2,500 steps; here for each block"),
-        **DENOISING,
-    },
-    ours=LM_OURS,
-    differs=LM_DIFFERS,
-    metric="MAUVE / perplexity under Llama-2-7B / under GPT2-XL",
+    tokens=LM1B_TOKENS,
+    context=256,
+    estimate="1.1e9",
     rows=(
         Published("DiffusionBlocks", "0.71 / 12.32 / 30.99", "Table 4"),
         Published("end to end", "0.50 / 14.58 / 38.87", "Table 4"),
     ),
-    measured=_not_measured,
-    unmeasured=MAUVE,
-    tokenizer="Llama-2's, of 32,000 tokens",
 )
 
-OPENWEBTEXT = Experiment(
-    network="causal-lm",
+OPENWEBTEXT = _llama(
     data="openwebtext",
     files="the folder of OpenWebText's parquet or arrow files with a column text",
-    epochs=10,
-    samples=OPENWEBTEXT_TOKENS,
-    labels=32_000,
-    published={
-        **LLAMA,
-        "context": Value(1024, "App. E.4"),
-        "steps": Value(
-            OPENWEBTEXT_STEPS, "App. E.4: 10 epochs; of 9.4e9 tokens, an estimate of ours"
-        ),
-        "warmup": Value(4 * 2500 / OPENWEBTEXT_STEPS, "App. E.4: 2,500 steps; here a block"),
-        **DENOISING,
-    },
-    ours=LM_OURS,
-    differs=LM_DIFFERS,
-    metric="MAUVE / perplexity under Llama-2-7B / under GPT2-XL",
+    tokens=OPENWEBTEXT_TOKENS,
+    context=1024,
+    estimate="9.4e9",
     rows=(
         Published("DiffusionBlocks", "0.82 / 14.99 / 26.33", "Table 4"),
         Published("end to end", "0.85 / 15.05 / 25.24", "Table 4"),
     ),
-    measured=_not_measured,
-    unmeasured=MAUVE,
-    tokenizer="Llama-2's, of 32,000 tokens",
 )
 
 HUGINN = Experiment(
@@ -178,14 +185,14 @@ HUGINN = Experiment(
     samples=LM1B_TOKENS,
     labels=50_304,
     published={
-        "prelude": Value(2, "App. E.5"),
-        "depth": Value(4, "App. E.5: the recurrent block"),
-        "coda": Value(2, "App. E.5"),
+        "prelude": Value(2, "App. E.5; as Huginn's code"),
+        "depth": Value(4, "App. E.5: the recurrent block; as Huginn's code"),
+        "coda": Value(2, "App. E.5; as Huginn's code"),
         "width": Value(512, "App. E.5: Pythia-70M"),
         "heads": Value(8, "App. E.5: Pythia-70M"),
         "blocks": Value(1, "App. E.5: the full network is the denoiser"),
-        "mean_recurrence": Value(32, "App. E.5, of the baseline"),
-        "backprop_depth": Value(8, "App. E.5, of the baseline"),
+        "mean_recurrence": Value(32, "App. E.5, of the baseline; as Huginn's code"),
+        "backprop_depth": Value(8, "App. E.5, of the baseline; as Huginn's code"),
         "steps": Value(HUGINN_STEPS, "App. E.5: 15 epochs; of 1.1e9 tokens, an estimate of ours"),
         "conditioning": Value("dit", "Sec. 3.1: AdaLN as in DiT"),
         "gate_init": Value(0.0, "Sec. 3.1: as in DiT, adaLN-Zero"),
@@ -203,12 +210,10 @@ HUGINN = Experiment(
         "Layers are those of Llama, with an MLP of three matrices; Pythia's has two.",
         "The baseline trains for 5 epochs (App. E.5): give --end-to-end a third of the steps.",
     ),
-    metric="MAUVE / perplexity under Llama-2-7B / under GPT2-XL",
     rows=(
         Published("DiffusionBlocks", "0.70 / 16.08 / 42.43", "Table 5"),
         Published("Huginn, end to end", "0.49 / 17.04 / 46.73", "Table 5"),
     ),
-    measured=_not_measured,
-    unmeasured=MAUVE,
+    **JUDGED,
     tokenizer="Pythia's, of 50,304 tokens with its padding",
 )

@@ -148,6 +148,8 @@ def test_vit_on_tiny_imagenet(tmp_path, capsys):
     )  # fmt: skip
     assert (record["model"]["image_size"], record["model"]["patch_size"]) == (64, 4)
     assert "36.16" in said
+    given = {name: record["run"][name] for name in ("crop", "flip", "rand_augment", "dropout")}
+    assert given == {"crop": "resize", "flip": True, "rand_augment": True, "dropout": 0.1}
 
 
 def test_dit_on_cifar_10(tmp_path, capsys):
@@ -157,6 +159,7 @@ def test_dit_on_cifar_10(tmp_path, capsys):
         "--batch-size", "2", "--samples", "2", "--sampling-steps", "3",
     )  # fmt: skip
     assert (record["model"]["width"], record["sigma_data"]) == (384, 0.5)
+    assert (record["run"]["ema"], record["run"]["flip"]) == (0.9999, True)
     assert "published DiffusionBlocks 30.59 / 37.20" in said
     assert "not measured here" in said
     assert "clean-fid" in said
@@ -166,11 +169,15 @@ def test_dit_on_latents(tmp_path, capsys):
     write_latents(tmp_path)
     record, said = trained(
         capsys, tmp_path / "run", "dit", "imagenet-latents", "--data-path", str(tmp_path),
+        "--ema", "None",
         "--batch-size", "2", "--samples", "2", "--sampling-steps", "3", *NARROW,
     )  # fmt: skip
     assert (record["model"]["channels"], record["model"]["num_classes"]) == (4, 4)
     assert record["run"]["scale"] == pytest.approx(0.091075)
+    assert "ema" not in record["run"]
     assert "9.00 / 10.63" in said
+    assert "ema None (0.9999)" in said
+    assert "--out samples.npz --count 50 --vae FOLDER" in said
 
 
 def test_masked_lm_on_text8(tmp_path, capsys):

@@ -18,30 +18,34 @@ from tools import ROOT
 VIT = {
     "depth": 12, "patch_size": 4, "head": "learned", "noise_scale": None, "noise": "paper",
     "top_share": 0.0, "weighting": "batch_mean", "weight_decay": 0.01, "clip": 1.0,
-    "conditioning": "official", "gate_init": 0.0,
+    "conditioning": "official", "gate_init": 0.0, "dropout": 0.1, "flip": True,
+    "rand_augment": True, "ema": None,
 }  # fmt: skip
 DIT = {
     "blocks": 3, "batch_size": 512, "patch_size": 2, "mlp_ratio": 4.0, "samples": 50_000,
     "sampling_steps": 50, "guidance_scale": 2.0, "sigma_data": 0.5, "weighting": "edm",
-    "conditioning": "dit", "gate_init": 0.0,
+    "conditioning": "dit", "gate_init": 0.0, "ema": 0.9999, "weight_decay": 0.0,
+    "decay": "constant", "warmup": 0,
 }  # fmt: skip
 LM = {
     "overlap": 0.1, "rows": "doubled", "head": "learned", "top_share": 0.0, "p_mean": -1.2,
     "p_std": 1.2, "sigma_data": 0.5, "weighting": "batch_mean", "conditioning": "dit",
-    "batch_size": 256, "lr": 3e-4,
+    "batch_size": 256, "lr": 3e-4, "decay": "constant", "weight_decay": 0.0, "ema": None,
 }  # fmt: skip
 LLAMA = {"depth": 12, "width": 768, "heads": 12, "blocks": 4, **LM}
 PUBLISHED = {
     ("vit", "cifar-100"): {
         "width": 128, "heads": 4, "blocks": 3, "batch_size": 128, "lr": 5e-4, "decay": "cosine",
-        "mlp_ratio": 24.0, "steps": 3 * 500 * 390, "warmup": 3 * 10 * 390, **VIT,
+        "lr_end": 5e-5, "crop": "pad", "mlp_ratio": 24.0, "steps": 3 * 500 * 390,
+        "warmup": 3 * 10 * 390, **VIT,
     },
     ("vit", "tiny-imagenet"): {
         "width": 768, "heads": 12, "blocks": 2, "batch_size": 256, "lr": 1e-4, "warmup": 0,
-        "decay": "constant", "mlp_ratio": 4.0, "steps": 2 * 100 * 390, **VIT,
+        "decay": "constant", "crop": "resize", "mlp_ratio": 4.0, "steps": 2 * 100 * 390, **VIT,
     },
     ("dit", "cifar-10"): {
-        "depth": 12, "width": 384, "heads": 6, "lr": 1e-4, "steps": 3 * 100 * 97, **DIT,
+        "depth": 12, "width": 384, "heads": 6, "lr": 1e-4, "steps": 3 * 100 * 97, "flip": True,
+        **DIT,
     },
     ("dit", "imagenet-latents"): {
         "depth": 24, "width": 1024, "heads": 16, "lr": 5e-5, "steps": 3 * 100 * 2502, **DIT,
@@ -49,7 +53,7 @@ PUBLISHED = {
     ("masked-lm", "text8"): {
         "depth": 12, "width": 768, "heads": 12, "context": 256, "blocks": 3, "overlap": 0.05,
         "batch_size": 256, "lr": 3e-4, "weight_decay": 0.03, "warmup": 3 * 2000,
-        "decay": "cosine", "schedule": "linear", "steps": 3 * 100 * 1373,
+        "decay": "cosine", "schedule": "linear", "steps": 3 * 100 * 1373, "ema": 0.9999,
     },
     ("causal-lm", "lm1b"): {"context": 256, "warmup": 4 * 2500, "steps": 4 * 10 * 16_784, **LLAMA},
     ("causal-lm", "openwebtext"): {

@@ -1,0 +1,76 @@
+"""Averages of trained weights: what a run with `--ema` measures and saves.
+
+An average lies in its parameter's optimizer state, and so it is where that is: in checkpoints, on
+the host with `--resident`, in parts with `--sharding fsdp`, and with its block in `--block`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+AVERAGE = "average"  # in the state of a parameter
+UPDATES = "updates"  # in an optimizer's first group, which its state_dict holds
+
+
+def keep_average(optimizer: Optimizer, decay: float) -> None:
+    """Averages what an optimizer trains, after each of its steps.
+
+        average <- d*average + (1 - d)*parameter,   d = min(decay, (1 + n)/(10 + n))
+
+    after n steps before this one; the first step gives the parameter itself. Blocks have
+    optimizers of their own, so n counts the steps of a block. A parameter that never had a
+    gradient has no average, as it never changed.
+
+    Args:
+        optimizer: one that has a state of each parameter after its first step, such as AdamW.
+        decay: at least 0 and below 1.
+
+    Source: the warm-up is that of TensorFlow's ExponentialMovingAverage, and of diffusers.
+    """
+    optimizer.register_step_post_hook(partial(_update, decay))
+
+
+@torch.no_grad()
+def _update(decay: float, optimizer: Optimizer, *_: Any) -> None:
+    first = optimizer.param_groups[0]
+    n = first[UPDATES] = first.get(UPDATES, -1) + 1
+    averages: list[Tensor] = []
+    parameters: list[Tensor] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if not state:
+                continue
+            if AVERAGE in state:
+                averages.append(state[AVERAGE])
+                parameters.append(parameter)
+            else:
+                state[AVERAGE] = parameter.clone(memory_format=torch.preserve_format)
+    if averages:
+        rate = min(decay, (1 + n) / (10 + n))
+        cast(Any, torch)._foreach_lerp_(averages, parameters, 1 - rate)
+
+
+@torch.no_grad()
+def exchange(model: Any, optimizers: Iterable[Optimizer]) -> None:
+    """Parameters and their averages change places, bit for bit: a second call undoes the first.
+
+    Args:
+        model: what the optimizers train; a resident one is brought to the host first.
+        optimizers: of `keep_average`.
+    """
+    residency = getattr(model, "residency", None)
+    if residency is not None:
+        residency.release()
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if (average := state.get(AVERAGE)) is not None:
+                weights = parameter.clone(memory_format=torch.preserve_format)
+                parameter.copy_(average)
+                average.copy_(weights)

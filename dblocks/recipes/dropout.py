@@ -1,0 +1,74 @@
+"""Dropout in the training steps of a transformer, which itself knows nothing of it: `--dropout`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+SEED = 733_000  # added to a run's
+
+
+class Dropout:
+    """Dropout where the classical ViT has it: of the tokens that enter the first layer, of what
+    attention and MLP add, and of the attention's probabilities; only inside `at`.
+
+    Args:
+        rate: probability of dropping an element.
+        blocks: the layers of each block, `TransformerLayer`s.
+        seed: of what is dropped, with the step and the process.
+    """
+
+    def __init__(self, rate: float, blocks: Sequence[Sequence[Any]], seed: int) -> None:
+        self.rate, self.seed, self.active = rate, seed, False
+        if not rate:
+            return
+        for layers in blocks:
+            layers[0].register_forward_pre_hook(self._enter)
+            for layer in layers:
+                layer.attention.attend = partial(self._attend, layer.attention)
+                layer.attention.register_forward_hook(self._leave)
+                layer.mlp.register_forward_hook(self._leave)
+
+    @contextmanager
+    def at(self, step: int, device: str, mesh: Any = None) -> Iterator[None]:
+        """Drops inside the `with` block; PyTorch's generators are afterwards as before.
+
+        Args:
+            step: number of the step.
+            device: where it runs.
+            mesh: the processes that share the batch, each of which drops of its own samples.
+        """
+        if not self.rate:
+            yield
+            return
+        place = torch.device(device)
+        others, rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
+        with torch.random.fork_rng([] if place.type == "cpu" else [place], device_type=place.type):
+            torch.manual_seed(((SEED + self.seed) * 1_000_003 + step * others + rank) % 2**32)
+            self.active = True
+            try:
+                yield
+            finally:
+                self.active = False
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return nnf.dropout(x, self.rate) if self.active else x
+
+    def _enter(self, layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._dropped(arguments[0]), *arguments[1:])
+
+    def _leave(self, module: nn.Module, arguments: Any, out: Tensor) -> Tensor:
+        return self._dropped(out)
+
+    def _attend(self, attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `Attention.attend`, with dropout."""
+        return nnf.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.rate if self.active else 0.0, is_causal=attention.causal,
+            enable_gqa=attention.num_kv_heads != attention.num_heads,
+        )  # fmt: skip
