@@ -86,6 +86,7 @@ class CachedRows:
         """What a block's layers leave of the noisy rows z, beside known tokens."""
         lm, table = self.lms[block], self.targets[block].rows()
         cache = self._new_cache(block) if self.caches is None else self.caches[block]
+        cache.renew(known.tokens.shape[1])
         tokens = known.tokens[:, cache.committed :]
         schedule = self.model.config.noise_schedule
         if self.single:

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from dblocks.blocks import Batch
 from dblocks.blocks.targets.heads import IGNORED, at_least_float32
-from dblocks.integrations.convert.cached import check_rotations
+from dblocks.integrations.convert.cached import rotation_limit
 from dblocks.integrations.convert.causal_lm import Sizes
 from dblocks.integrations.convert.layers import ByLayerType
 from dblocks.integrations.convert.network import example_tokens
 from dblocks.integrations.convert.text_entries import TEXT, entries_of, ids_of
-from dblocks.sampling.cache import Slots
 
 # Language models of transformers that predict the next token
 
@@ -112,8 +111,8 @@ class RotaryFamily:
         )
         return {"position_embeddings": turned, "attention_mask": None}
 
-    def check_cache(self, model: Any, slots: Slots) -> None:
-        check_rotations(getattr(backbone(model), "rotary_emb", None), slots)
+    def cache_limit(self, model: Any) -> int | None:
+        return rotation_limit(getattr(backbone(model), "rotary_emb", None))
 
     def leave(self, model: Any, x: Tensor) -> Tensor:
         x, config = getattr(backbone(model), self.final_norm)(x), model.config
