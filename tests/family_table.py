@@ -42,12 +42,12 @@ Options that a converted model would not compute are an error of `convert`:
 - denoisers whose layers are told their number (Chroma, HiDream, controlnets) or use results of
   other layers (HunyuanDiT), two lists in turns (Latte), inputs in lists of tensors (Z-Image), a
   noise that is not known (CogView 3, CogVideoX, Cosmos), channels or patches beside the noisy ones;
-- T5's `generate` of `dblocks.sampling`, and `cu_seqlens` in its batches;
+- T5's and UMT5's `generate` of `dblocks.sampling`, and `cu_seqlens` in its batches;
 - DeBERTa's `conv_kernel_size`, and `position_ids` with `position_biased_input=False`.
 
 Of no family here: layers without a form, such as those of state spaces and linear attention;
 other encoders with decoders; Data2Vec Vision, whose attention makes its own bias of the scores;
-DINOv3, which transformers has without a classifier only.
+DINOv3 of transformers, which has no classifier there; that of timm can be converted.
 """
 
 

@@ -253,7 +253,7 @@ class ViTFamily:
         config = getattr(model.config, "vision_config", model.config)
         size = config.image_size
         sides = size if isinstance(size, Sequence) else (size, size)
-        return {"images": _waves(model, (1, config.num_channels, *sides))}
+        return {"images": waves(model, (1, config.num_channels, *sides))}
 
     def plain_logits(self, model: Any, batch: Batch) -> Tensor:
         return model(pixel_values=batch["images"]).logits
@@ -337,42 +337,7 @@ class RobertaMaskedFamily(BertMaskedFamily):
     special_positions = 2
 
 
-# Vision transformers of timm
-
-
-class TimmFamily:
-    """timm's `VisionTransformer`."""
-
-    input = "images"
-    reads: tuple[str, ...] = ()
-
-    def __init__(self, *, class_row: bool) -> None:
-        self.class_row = class_row
-
-    def enter(self, model: Any, batch: Batch) -> Tensor:
-        """See `ClassFamily`, as for the others."""
-        x = model._pos_embed(model.patch_embed(batch["images"]))
-        return model.norm_pre(model.patch_drop(x))
-
-    def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
-        return {}
-
-    def pool(self, model: Any, x: Tensor) -> Tensor:
-        return model.forward_head(model.norm(x), pre_logits=True)
-
-    def head(self, model: Any, pooled: Tensor) -> Tensor:
-        return model.head(pooled)
-
-    def example(self, model: Any) -> Batch:
-        stem = model.patch_embed
-        size = stem.img_size or tuple(4 * side for side in stem.patch_size)
-        return {"images": _waves(model, (1, stem.proj.in_channels, *size))}
-
-    def plain_logits(self, model: Any, batch: Batch) -> Tensor:
-        return model(batch["images"])
-
-
-def _waves(model: nn.Module, shape: Sequence[int]) -> Tensor:
+def waves(model: nn.Module, shape: Sequence[int]) -> Tensor:
     """An image that is the same each time, like the model's parameters."""
     like = next(model.parameters())
     numbers = torch.arange(math.prod(shape), device=like.device, dtype=torch.float32)

@@ -118,7 +118,7 @@ MASKED_FAMILIES: dict[str, BertMaskedFamily] = {
 # Others, and why.
 REFUSED = {
     "data2vec-vision": "its attention makes its own bias of the scores from the size of the images",
-    "dinov3_vit": "transformers has no DINOv3 with a classifier",
+    "dinov3_vit": "transformers has no DINOv3 with a classifier; timm has (vit_*_dinov3)",
 }
 
 
