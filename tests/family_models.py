@@ -109,6 +109,7 @@ T5 |= {"relative_attention_max_distance": 7, "decoder_start_token_id": 0}
 SEQ2SEQ = {
     "mt5": {**T5, "feed_forward_proj": "gated-gelu"},
     "t5": T5,
+    "umt5": {**T5, "feed_forward_proj": "gated-gelu"},
 }
 ENCODER = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
 ENCODER |= {"num_attention_heads": 4, "max_position_embeddings": 34, "pad_token_id": 0}

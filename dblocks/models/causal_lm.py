@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from dblocks.blocks import Batch, TokenTarget
 from dblocks.blocks.targets.entries import check_entries
-from dblocks.blocks.targets.token_batch import TokenBatch
+from dblocks.blocks.targets.padding import from_front
+from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
+from dblocks.config import check_generator
 from dblocks.models.doubled_rows import attend_doubled, run_doubled
 from dblocks.models.language_config import LanguageModelConfig
 from dblocks.models.language_model import Hidden, LanguageModel
@@ -58,6 +60,8 @@ class Context(NamedTuple):
     """Rotary embeddings of the rows; in doubled rows, those of the clean rows first."""
     attend: Attend | None
     """The attention of the layers; None for plain causal attention."""
+    starts: Tensor | None = None
+    """Where texts began that were moved to the front, int64 [N]; None without padding."""
 
 
 class CausalLM(LanguageModel):
@@ -89,7 +93,7 @@ class CausalLM(LanguageModel):
 
     config: CausalLMConfig
     reads = ()
-    call_reads = ("tokens", "cu_seqlens")
+    call_reads = ("tokens", "cu_seqlens", "attention_mask")
 
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__(config)
@@ -99,14 +103,22 @@ class CausalLM(LanguageModel):
         """`tokens_per_block`."""
         return self.config.tokens_per_block
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """The plain model: tokens [N, T] to logits [N, T, V] of the tokens that follow, float32.
 
-        With `cu_seqlens` the attention mask has T*T elements.
+        With `cu_seqlens` the attention's mask is a tensor of T*T elements. `attention_mask` [N, T]
+        is 0 at padding before or after each text.
         """
-        batch = TokenBatch.of({"tokens": tokens, "cu_seqlens": cu_seqlens}, self.config)
+        given = {"tokens": tokens, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+        batch = TokenBatch.of(given, self.config, padding=True)
+        batch, starts = moved_to_front(batch)
         target = self.target.fixed()
-        return target.next_logits(self._plain_features(batch, target))
+        return from_front(target.next_logits(self._plain_features(batch, target)), starts)
 
     def next_token_loss(self, batch: Batch) -> Tensor:
         """The mean cross-entropy of the plain model over the scored tokens, 0-d, in nats.
@@ -114,32 +126,37 @@ class CausalLM(LanguageModel):
         Args:
             batch: as for training in blocks.
         """
-        given = TokenBatch.of(batch, self.config)
+        given, _ = moved_to_front(TokenBatch.of(batch, self.config, padding=True))
         check_entries(self, batch, self.target)
         target = self.target.fixed()
         return target.next_loss(self._plain_features(given, target), given)
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
         """The clean rows; see `LanguageModel.embed_condition`."""
-        given, k = self._checked(batch, drop), self.block_size
+        (given, starts), k = self._checked(batch, drop), self.block_size
         e, positions = self._embed(given.tokens, self.target_embedding.rows()), given.positions()
         if self.config.rows == "single":
             before = self._or_start(e.roll(k, 1), positions)
-            return Context(before, self._rotary(positions), given.attend_causally(k))
-        return Context(e, self._rotary(positions.repeat(2)), attend_doubled(given.cu_seqlens, k))
+            return Context(before, self._rotary(positions), given.attend_causally(k), starts)
+        doubled = attend_doubled(given.cu_seqlens, k)
+        return Context(e, self._rotary(positions.repeat(2)), doubled, starts)
 
     def run_layers(
         self, layers: Sequence[nn.Module], z_in: Tensor, level: NoiseLevel, condition: Context
     ) -> Hidden:
         """Runs `layers` on the noisy embeddings; see `LanguageModel.run_layers`."""
-        cond, attends = self._cond(level), [cast(Attend, condition.attend)] * len(layers)
+        cond, starts = self._cond(level), condition.starts
+        z_in, inner = self._to_front(z_in, cond, starts)
+        before, rotary = condition.x, condition.rotary
+        attends = [cast(Attend, condition.attend)] * len(layers)
         if self.config.rows == "single":
-            return self._run_single(layers, condition.x, z_in, cond, condition.rotary, attends)
-        _, noisy = run_doubled(
-            layers, condition.x, self._noisy_rows(z_in, condition.x), cond, condition.rotary,
-            attends, last=layers[-1],
-        )  # fmt: skip
-        return Hidden(noisy, cond)
+            noisy = self._run_single(layers, before, z_in, inner, rotary, attends).x
+        else:
+            noisy = run_doubled(
+                layers, before, self._noisy_rows(z_in, before), inner, rotary, attends,
+                last=layers[-1],
+            )[1]  # fmt: skip
+        return Hidden(from_front(noisy, starts), cond)
 
     def new_cache(self, slots: Slots, layers: Sequence[nn.Module]) -> KVCache:
         """A cache for `run_cached` with these layers."""

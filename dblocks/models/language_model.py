@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, Features, TokenTarget
-from dblocks.blocks.targets.token_batch import TokenBatch
+from dblocks.blocks.targets.padding import to_front
+from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
 from dblocks.models.language_config import LanguageModelConfig
 from dblocks.nn import (
     ConditioningKind,
@@ -130,6 +131,7 @@ class LanguageModel(nn.Module, ABC):
             self.target_embedding, self.readout, config,
             kind=config.head, modulation=self.modulation, log_scale=self.log_logit_scale,
             tokens_per_sigma=config.tokens_per_sigma, tokens_per_block=self.block_size,
+            padding=True,
         )  # fmt: skip
 
     # How rows run through the layers
@@ -140,7 +142,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Any:
-        """The context of noisy rows, from `batch["tokens"]` [N, T] and "cu_seqlens".
+        """What noisy rows are predicted from, of `batch["tokens"]` [N, T] and what goes with them.
 
         Raises:
             ValueError: `drop` is given; a language model has no null condition.
@@ -232,13 +234,14 @@ class LanguageModel(nn.Module, ABC):
             for _ in range(count)
         )  # fmt: skip
 
-    def _checked(self, batch: Batch, drop: Tensor | None) -> TokenBatch:
+    def _checked(self, batch: Batch, drop: Tensor | None) -> tuple[TokenBatch, Tensor | None]:
+        """The batch with padding behind the texts, and where these began."""
         if drop is not None:
             raise ValueError(
                 f"a {type(self).__name__} is not trained without its condition, "
                 "so guidance_scale must be 1"
             )
-        return self.target.check(batch)
+        return moved_to_front(self.target.check(batch))
 
     def _normed(self, x: Tensor) -> Tensor:
         return self.norm.modulate(x, None, None)
@@ -251,6 +254,14 @@ class LanguageModel(nn.Module, ABC):
 
     def _noise(self, z_in: Tensor) -> Tensor:
         return self._element * self.noise_scale * z_in
+
+    def _to_front(
+        self, z_in: Tensor, cond: Tensor | None, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Noisy embeddings and their conditioning, as the rows of texts that began at `starts`."""
+        if starts is not None and cond is not None and cond.ndim == 3:
+            cond = to_front(over_rows(cond, z_in), starts)
+        return to_front(z_in, starts), cond
 
     def _with_level(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The rows of a single stream with the level added, and the conditioning of its layers."""

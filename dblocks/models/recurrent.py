@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from dblocks import functional as F
 from dblocks.blocks import Batch, TokenTarget
 from dblocks.blocks.targets.entries import check_entries
-from dblocks.blocks.targets.token_batch import TokenBatch
-from dblocks.config import check_count
+from dblocks.blocks.targets.padding import from_front
+from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
+from dblocks.config import check_count, check_generator
 from dblocks.models.doubled_rows import attend_doubled, run_doubled
 from dblocks.models.language_config import LanguageModelConfig
 from dblocks.models.language_model import Hidden, LanguageModel
@@ -73,6 +74,8 @@ class RecurrentContext(NamedTuple):
     """Rotary embeddings of these rows."""
     attend: Attend | None
     """The attention of core and coda; None for plain causal attention."""
+    starts: Tensor | None
+    """Where texts began that were moved to the front, int64 [N]; None without padding."""
 
 
 class RecurrentLM(LanguageModel):
@@ -111,7 +114,7 @@ class RecurrentLM(LanguageModel):
 
     config: RecurrentConfig
     reads = ()
-    call_reads = ("tokens", "cu_seqlens")
+    call_reads = ("tokens", "cu_seqlens", "attention_mask")
 
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
@@ -120,6 +123,7 @@ class RecurrentLM(LanguageModel):
         self,
         tokens: Tensor,
         cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         *,
         num_recurrences: int | None = None,
         noise: Tensor | None = None,
@@ -132,11 +136,14 @@ class RecurrentLM(LanguageModel):
         Args:
             tokens: int64 [N, T].
             cu_seqlens: boundaries of packed documents; the attention mask then has T*T elements.
+            attention_mask: [N, T], 0 at padding before or after each text.
             num_recurrences: how often the core is applied; `mean_recurrence` by default.
-            noise: normals [N, T, D] for the initial state.
-            generator: a CPU generator, of which one number is drawn for them otherwise.
+            noise: normals [N, T, D] that the initial state is made of, of a text's first token
+                on.
+            generator: a CPU generator, of which one number is drawn in their place.
         """
-        batch = TokenBatch.of({"tokens": tokens, "cu_seqlens": cu_seqlens}, self.config)
+        given = {"tokens": tokens, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+        batch, starts = moved_to_front(TokenBatch.of(given, self.config, padding=True))
         target = self.target.fixed()
         r = self.plain_steps(num_recurrences)
         shape = (*tokens.shape, self.config.width)
@@ -147,7 +154,8 @@ class RecurrentLM(LanguageModel):
                 f"noise must have shape [N, T, D] = {list(shape)}, got {list(noise.shape)}; "
                 "draw a row for each token"
             )
-        return target.next_logits(self._plain_features(batch, target, r, noise))
+        logits = target.next_logits(self._plain_features(batch, target, r, noise))
+        return from_front(logits, starts)
 
     def next_token_loss(
         self,
@@ -163,7 +171,7 @@ class RecurrentLM(LanguageModel):
             num_recurrences: how often the core is applied; drawn by default.
             generator: a CPU generator, which draws the recurrences and the seed of the state.
         """
-        given = TokenBatch.of(batch, self.config)
+        given, _ = moved_to_front(TokenBatch.of(batch, self.config, padding=True))
         check_entries(self, batch, self.target)
         target = self.target.fixed()
         r = self.draw_recurrences(generator) if num_recurrences is None else num_recurrences
@@ -181,7 +189,7 @@ class RecurrentLM(LanguageModel):
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> RecurrentContext:
         """Runs the prelude; see `LanguageModel.embed_condition`."""
-        given = self._checked(batch, drop)
+        given, starts = self._checked(batch, drop)
         positions, T = given.positions(), given.tokens.shape[1]
         x = self._embed(given.tokens, self.target_embedding.rows())
         rotary = self._rotary(positions.repeat(2))
@@ -189,9 +197,9 @@ class RecurrentLM(LanguageModel):
         e = self._read(x, rotary.rows(0, T), [causal] * len(self.prelude))
         before = e.roll(1, 1) * (positions > 0).to(e.dtype)[:, None]
         if self.config.rows == "single":
-            return RecurrentContext(x[:, :0], before, rotary.rows(0, T), causal)
+            return RecurrentContext(x[:, :0], before, rotary.rows(0, T), causal, starts)
         doubled = attend_doubled(given.cu_seqlens)
-        return RecurrentContext(x, before.repeat(1, 2, 1), rotary, doubled)
+        return RecurrentContext(x, before.repeat(1, 2, 1), rotary, doubled, starts)
 
     def run_layers(
         self,
@@ -203,10 +211,11 @@ class RecurrentLM(LanguageModel):
         """Runs layers of the core, and the coda, on the noisy rows [N, T, D]."""
         attends = [condition.attend] * (len(layers) + len(self.coda))
         cond = self._cond(level)
+        z_in, inner = self._to_front(z_in, cond, condition.starts)
         noisy = self._denoised(
-            layers, condition.x, z_in, condition.before, cond, condition.rotary, attends
+            layers, condition.x, z_in, condition.before, inner, condition.rotary, attends
         )
-        return Hidden(noisy, cond)
+        return Hidden(from_front(noisy, condition.starts), cond)
 
     def new_cache(self, slots: Slots, layers: Sequence[nn.Module]) -> KVCache:
         """A cache for `run_cached`: of the prelude, these layers of the core, and the coda."""

@@ -92,6 +92,12 @@ class KVCache:
         """The slot of the next row."""
         return self.committed
 
+    def renew(self, known: int) -> None:
+        """Called before rows beside `known` tokens run; forgets all where kept rows change then.
+
+        Here they do not.
+        """
+
     def positions(self, rows: int) -> Tensor:
         """Positions of the `rows` slots after the committed ones."""
         return self.slots.positions(self.committed, self.committed + rows)

@@ -86,6 +86,7 @@ class CachedRows:
         """The result of a block's layers for the noisy rows z, given the known tokens."""
         lm, table = self.lms[block], self.targets[block].rows()
         cache = self._new_cache(block) if self.caches is None else self.caches[block]
+        cache.renew(known.tokens.shape[1])
         tokens = known.tokens[:, cache.committed :]
         schedule = self.model.config.noise_schedule
         if self.single:

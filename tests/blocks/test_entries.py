@@ -42,8 +42,8 @@ NETWORKS = {
 CALLS = {
     "ViT": ["images"],
     "DiT": ["labels"],
-    "CausalLM": ["cu_seqlens", "tokens"],
-    "RecurrentLM": ["cu_seqlens", "tokens"],
+    "CausalLM": ["attention_mask", "cu_seqlens", "tokens"],
+    "RecurrentLM": ["attention_mask", "cu_seqlens", "tokens"],
     "MaskedLM": ["attention_mask"],
     "llama": ["attention_mask", "cu_seqlens", "position_ids", "tokens"],
     "bert": ["attention_mask", "position_ids", "token_type_ids"],

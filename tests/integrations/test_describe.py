@@ -131,7 +131,7 @@ def test_a_model_that_convert_does_not_know_is_divided_as_it_is(report):
     library("timm")
     text = report(MIXER, "--blocks", "4")
     assert "Not converted by dblocks.convert, whatever the task:" in text
-    assert "needs a VisionTransformer of timm, got MlpMixer" in text
+    assert "needs a VisionTransformer or an Eva of timm, got MlpMixer" in text
     assert "without what a conversion adds" in text
     rows = table(text)
     assert sum(rows[b][0] for b in range(4)) + rows["shared"][0] == rows["end to end"][0]

@@ -50,6 +50,31 @@ def check_attention_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     return shown
 
 
+def check_text_blocks(shown: Tensor, block_size: int) -> None:
+    """Raises unless texts consist of whole blocks of tokens, which share a level.
+
+    Values are looked at on the device where that is no CPU, without waiting for them.
+
+    Args:
+        shown: a checked mask, bool [N, T].
+        block_size: how many tokens are predicted at once.
+
+    Raises:
+        ValueError: a text begins or ends within a block.
+    """
+    starts = shown.int().argmax(1)
+    ends = starts + shown.sum(1)
+    fits = (starts % block_size == 0).all() & (ends % block_size == 0).all()
+    message = f"texts must begin and end at multiples of tokens_per_block={block_size}"
+    if torch.compiler.is_compiling() or not shown.is_cpu:
+        torch.ops.aten._assert_async.msg(fits, message)
+    elif not fits:
+        raise ValueError(
+            f"{message}, got {starts.tolist()} to {ends.tolist()} in the attention_mask; pad each "
+            "text to such a length with tokens that a loss_mask leaves out"
+        )
+
+
 def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], count: int) -> Tensor:
     """Indices of tokens as int64 [N, T], in 0..count - 1; values are checked on the CPU only.
 

@@ -9,8 +9,14 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dblocks.blocks.targets.base import Batch, CheckedBatch, missing
-from dblocks.blocks.targets.classes import IGNORED
-from dblocks.blocks.targets.padding import check_attention_mask, starts_of, to_front
+from dblocks.blocks.targets.heads import IGNORED
+from dblocks.blocks.targets.padding import (
+    check_attention_mask,
+    check_text_blocks,
+    starts_of,
+    to_front,
+)
+from dblocks.config import values_known
 from dblocks.nn import Attend
 from dblocks.ops._checks import values_known
 
@@ -100,13 +106,15 @@ class TokenBatch(CheckedBatch):
         return self.get("cu_seqlens")
 
     def check_blocks(self, block_size: int) -> None:
-        """Raises unless the length of every sequence or document is a multiple of `block_size`."""
+        """Raises unless every sequence, document or text consists of whole blocks of tokens."""
         T, ends = self.tokens.shape[1], self.cu_seqlens
         if T % block_size:
             raise ValueError(
                 f"tokens must be multiples of tokens_per_block={block_size} long, got {T}; "
                 "pad them, with a loss_mask"
             )
+        if block_size > 1 and self.attention_mask is not None:
+            check_text_blocks(self.attention_mask, block_size)
         if block_size == 1 or ends is None or not values_known(ends):
             return
         if (ends % block_size).any():

@@ -41,9 +41,9 @@ def convert(
     - "classes": the target is the embedding of the class. ViT, BERT and others of transformers,
       with a classification head, and timm's ViTs. A batch holds "labels", and "images" or "tokens".
     - "tokens": with a `NoiseSchedule`, the embedding of each token, from those before it: Llama,
-      Mistral, GPT-2 and others with a head, or the decoder of a T5, of which a batch also holds
-      "encoder_tokens". With a `MaskSchedule`, masked tokens: BERT, RoBERTa and others with their
-      head. A batch holds "tokens".
+      Mistral, GPT-2 and others with a head, or the decoder of a T5 or UMT5, of which a batch also
+      holds "encoder_tokens". With a `MaskSchedule`, masked tokens: BERT, RoBERTa and others with
+      their head. A batch holds "tokens".
     - "images": the image, latent or video itself: diffusers' DiT, with a batch of "images" and
       "labels", and other denoisers (Flux, SD3, Wan and more), with a batch of "images" and further
       arguments of the model's forward by name.

@@ -92,7 +92,7 @@ class BloomFamily(AlibiFamily):
     def layer_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
         """See `RotaryFamily`."""
         table = self.table(model, rows, rows.shape[1])
-        return {"alibi": table[:, None], "attention_mask": _hidden_from_later(rows)}
+        return {"alibi": table[:, None], "attention_mask": hidden_from_later(rows)}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class MptFamily(AlibiFamily):
     def layer_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
         """See `RotaryFamily`."""
         table = self.table(model, rows, rows.shape[1])
-        return {"position_bias": table[:, None], "attention_mask": _hidden_from_later(rows) != 0}
+        return {"position_bias": table[:, None], "attention_mask": hidden_from_later(rows) != 0}
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,10 @@ class FalconFamily(AlibiFamily):
         if not model.config.alibi:
             return context_from_start(self, model, rows) | {"alibi": None}
         table = self.table(model, rows, rows.shape[1])[None, :, None]
-        return {"alibi": table, "attention_mask": table + _hidden_from_later(rows)}
+        return {"alibi": table, "attention_mask": table + hidden_from_later(rows)}
 
 
-def _hidden_from_later(rows: Tensor) -> Tensor:
+def hidden_from_later(rows: Tensor) -> Tensor:
     """A mask [1, 1, T, T] to be added to scores: 0 where a row sees another, and far below."""
     T = rows.shape[1]
     mask = rows.new_full((T, T), torch.finfo(rows.dtype).min).triu(1)

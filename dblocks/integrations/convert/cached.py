@@ -28,11 +28,20 @@ class RowCache(KVCache):
         slots: where tokens stand.
         num_layers: number of layers.
         start: the first slot that has a row, 1 in a single stream.
+        limit: how many tokens a text may have before all of its rows change; see `rotation_limit`.
     """
 
-    def __init__(self, slots: Slots, num_layers: int, *, start: int) -> None:
+    def __init__(
+        self, slots: Slots, num_layers: int, *, start: int, limit: int | None = None
+    ) -> None:
         super().__init__(slots, num_layers)
         self.start = start
+        self.limit = limit
+
+    def renew(self, known: int) -> None:
+        """See `KVCache.renew`."""
+        if self.limit is not None and 0 < self.committed <= self.limit < known:
+            self.committed, self._last = 0, None
 
     @property
     def first(self) -> int:
@@ -90,26 +99,17 @@ class RowCache(KVCache):
         return seen if seen.ndim == 2 else seen[:, None]
 
 
-def check_rotations(rotary: Any, slots: Slots) -> None:
-    """Raises where rotations of earlier rows would change while text is written.
+def rotation_limit(rotary: Any) -> int | None:
+    """The longest text whose rows are rotated as those of any shorter one; None without a limit.
 
-    Those of LongRoPE are others for all rows as soon as a text is longer than in pretraining.
+    LongRoPE's rotations are others for all rows as soon as a text is longer than in pretraining.
 
     Args:
         rotary: of a model of transformers.
-        slots: where the tokens stand.
     """
     kinds = getattr(rotary, "rope_type", None)
     kinds = list(kinds.values()) if isinstance(kinds, Mapping) else [kinds]
-    if "longrope" not in kinds:
-        return
-    limit = _pretrained_length(rotary.config)
-    if slots.capacity > limit >= slots.prompt:
-        raise ValueError(
-            f"cache must be False where a text grows beyond {limit} tokens in a model with "
-            "rope_type='longrope', whose rotations then change for earlier tokens too, got prompts "
-            f"of up to {slots.prompt} tokens and {slots.capacity} with the new ones"
-        )
+    return _pretrained_length(rotary.config) if "longrope" in kinds else None
 
 
 def _pretrained_length(config: Any) -> int:

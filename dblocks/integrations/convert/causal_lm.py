@@ -74,8 +74,12 @@ class CausalFamily(Protocol):
         """
         ...
 
-    def check_cache(self, model: nn.Module, slots: Slots) -> None:
-        """Raises where keys and values of earlier rows would not be those of later calls."""
+    def cache_limit(self, model: nn.Module) -> int | None:
+        """How many tokens a text may have before keys and values of all its rows change, if ever.
+
+        Raises:
+            ValueError: they cannot be kept.
+        """
         ...
 
     def leave(self, model: nn.Module, x: Tensor) -> Tensor:
@@ -308,10 +312,10 @@ class ConvertedCausalLM(Converted):
         """A cache for `run_cached` with these layers.
 
         Raises:
-            ValueError: keys and values of this model cannot be kept for such a text.
+            ValueError: keys and values of this model cannot be kept.
         """
-        self.family.check_cache(self.model, slots)
-        return RowCache(slots, len(layers), start=int(self.rows_kind == "single"))
+        limit, start = self.family.cache_limit(self.model), int(self.rows_kind == "single")
+        return RowCache(slots, len(layers), start=start, limit=limit)
 
     def run_cached(
         self,

@@ -15,13 +15,12 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch
-from dblocks.blocks.targets.classes import IGNORED, at_least_float32
-from dblocks.integrations.convert.cached import check_rotations
+from dblocks.blocks.targets.heads import IGNORED, at_least_float32
+from dblocks.integrations.convert.cached import rotation_limit
 from dblocks.integrations.convert.causal_lm import Sizes
 from dblocks.integrations.convert.layers import ByLayerType
 from dblocks.integrations.convert.network import example_tokens
 from dblocks.integrations.convert.text_entries import TEXT, entries_of, ids_of
-from dblocks.sampling.cache import Slots
 
 # Language models of transformers that predict the next token
 
@@ -112,8 +111,8 @@ class RotaryFamily:
         )
         return {"position_embeddings": turned, "attention_mask": None}
 
-    def check_cache(self, model: Any, slots: Slots) -> None:
-        check_rotations(getattr(backbone(model), "rotary_emb", None), slots)
+    def cache_limit(self, model: Any) -> int | None:
+        return rotation_limit(getattr(backbone(model), "rotary_emb", None))
 
     def leave(self, model: Any, x: Tensor) -> Tensor:
         x, config = getattr(backbone(model), self.final_norm)(x), model.config
@@ -254,7 +253,7 @@ class ViTFamily:
         config = getattr(model.config, "vision_config", model.config)
         size = config.image_size
         sides = size if isinstance(size, Sequence) else (size, size)
-        return {"images": _waves(model, (1, config.num_channels, *sides))}
+        return {"images": waves(model, (1, config.num_channels, *sides))}
 
     def plain_logits(self, model: Any, batch: Batch) -> Tensor:
         return model(pixel_values=batch["images"]).logits
@@ -338,42 +337,7 @@ class RobertaMaskedFamily(BertMaskedFamily):
     special_positions = 2
 
 
-# Vision transformers of timm
-
-
-class TimmFamily:
-    """timm's `VisionTransformer`."""
-
-    input = "images"
-    reads: tuple[str, ...] = ()
-
-    def __init__(self, *, class_row: bool) -> None:
-        self.class_row = class_row
-
-    def enter(self, model: Any, batch: Batch) -> Tensor:
-        """See `ClassFamily`, as for the others."""
-        x = model._pos_embed(model.patch_embed(batch["images"]))
-        return model.norm_pre(model.patch_drop(x))
-
-    def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
-        return {}
-
-    def pool(self, model: Any, x: Tensor) -> Tensor:
-        return model.forward_head(model.norm(x), pre_logits=True)
-
-    def head(self, model: Any, pooled: Tensor) -> Tensor:
-        return model.head(pooled)
-
-    def example(self, model: Any) -> Batch:
-        stem = model.patch_embed
-        size = stem.img_size or tuple(4 * side for side in stem.patch_size)
-        return {"images": _waves(model, (1, stem.proj.in_channels, *size))}
-
-    def plain_logits(self, model: Any, batch: Batch) -> Tensor:
-        return model(batch["images"])
-
-
-def _waves(model: nn.Module, shape: Sequence[int]) -> Tensor:
+def waves(model: nn.Module, shape: Sequence[int]) -> Tensor:
     """An image that is the same each time, like the model's parameters."""
     like = next(model.parameters())
     numbers = torch.arange(math.prod(shape), device=like.device, dtype=torch.float32)

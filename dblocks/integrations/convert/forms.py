@@ -31,7 +31,7 @@ class LayerForm:
     parallel: bool = False
     """Attention and MLP see the same rows, and are added together."""
     multiplier: str = ""
-    """The layer's attribute with the number that what is added is multiplied with."""
+    """The layer's attribute with what is multiplied with what is added; it may be None."""
     mlp_multiplier: str = ""
     """That of the MLP, where it is another."""
     dropout: str = ""
@@ -175,6 +175,16 @@ FORMS = (
     ),
     LayerForm(  # timm
         "norm1", "attn", "norm2", "mlp", ("ls1", "drop_path1"), ("ls2", "drop_path2")
+    ),
+    LayerForm(  # Eva of timm, such as DINOv3
+        "norm1",
+        "attn",
+        "norm2",
+        "mlp",
+        ("drop_path1",),
+        ("drop_path2",),
+        multiplier="gamma_1",
+        mlp_multiplier="gamma_2",
     ),
     LayerForm(  # DINOv2
         "norm1",

@@ -199,7 +199,8 @@ class ConditionedLayer(nn.Module):
         layer: Any = self.layer
         if self.form.dropout:
             x = nnf.dropout(x, attrgetter(self.form.dropout)(layer), layer.training)
-        return x * attrgetter(multiplier)(layer) if multiplier else x
+        factor = attrgetter(multiplier)(layer) if multiplier else None
+        return x if factor is None else x * factor
 
 
 def _chunks(chunks: Sequence[Tensor], *, clean: int) -> tuple[Tensor, ...]:

@@ -1,4 +1,7 @@
-"""Attentions of transformers that call no function by its name, run by their projections."""
+"""Attentions of transformers run by their projections.
+
+They call no function by its name, or do not take what converted rows give them.
+"""
 
 from __future__ import annotations
 
@@ -129,6 +132,30 @@ class MptAttention(Projected):
     def leave(self, own: Any, rows: Tensor) -> Tensor:
         """See `Projected`."""
         return own.out_proj(rows)
+
+
+class UMT5Attention(Projected):
+    """UMT5's, which makes the bias of its scores itself; here it is given."""
+
+    def project(self, own: Any, h: Tensor) -> Heads:
+        """See `Projected`."""
+        shape = (own.n_heads, own.key_value_proj_dim)
+        query, key, value = (
+            linear(h).unflatten(2, shape).transpose(1, 2) for linear in (own.q, own.k, own.v)
+        )
+        return query, key, value
+
+    def scaling(self, own: Any) -> float | None:
+        """See `Projected`."""
+        return 1.0
+
+    def dropout(self, own: Any) -> float:
+        """See `Projected`."""
+        return own.dropout
+
+    def leave(self, own: Any, rows: Tensor) -> Tensor:
+        """See `Projected`."""
+        return own.o(rows)
 
 
 class FalconAttention(Projected):

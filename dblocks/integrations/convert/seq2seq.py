@@ -1,10 +1,11 @@
-"""T5: a decoder in blocks, with what its encoder makes of another text as condition."""
+"""T5s: a decoder in blocks, with what its encoder makes of another text as condition."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,12 +15,14 @@ from dblocks.blocks import Batch
 from dblocks.blocks.targets.base import missing
 from dblocks.blocks.targets.padding import check_attention_mask
 from dblocks.blocks.targets.token_batch import TokenBatch, check_tokens
-from dblocks.integrations.convert.biased_families import UNBOUNDED
+from dblocks.config import values_known
+from dblocks.integrations.convert.biased_families import UNBOUNDED, hidden_from_later
 from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
 from dblocks.integrations.convert.families import RotaryFamily, positions_of_samples
+from dblocks.integrations.convert.layers import OfLayer
 from dblocks.integrations.convert.network import example_tokens
-from dblocks.ops._checks import values_known
-from dblocks.sampling.cache import Slots
+from dblocks.integrations.convert.own_attention import UMT5Attention
+from dblocks.integrations.convert.row_attention import CAUSAL
 
 READS = ("encoder_tokens", "encoder_attention_mask")
 
@@ -58,7 +61,7 @@ class T5Family(RotaryFamily):
         scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
         return x * config.d_model**-0.5 if self.scaled and scaled else x
 
-    def check_cache(self, model: Any, slots: Slots) -> None:
+    def cache_limit(self, model: Any) -> int | None:
         """See `CausalFamily`."""
         raise ValueError(
             f"text of a {type(model).__name__} must be written by its own generate(), since that "
@@ -77,25 +80,26 @@ class T5Family(RotaryFamily):
         cross = {"key_value_states": own["encoder_hidden_states"]}
         return {"position_bias": own["position_bias"], "dblocks_cross": cross}
 
-    def table(self, model: Any) -> nn.Embedding:
-        """The bias of each distance, in the first layer of the decoder."""
+    def table(self, model: Any) -> nn.Embedding | None:
+        """The bias of each distance that all layers share, in the first layer of the decoder."""
         return model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias
 
-    def bias(
-        self, table: nn.Module, positions: Tensor, config: Any, keys: Tensor | None = None
-    ) -> Tensor:
-        """The bias of rows at `positions` for keys, [1 or N, H, R, K]."""
+    def bias(self, table: nn.Module | None, positions: Tensor, config: Any) -> Any:
+        """The bias of the scores of rows at `positions`, [1 or N, H, R, R]."""
         from transformers.models.t5.modeling_t5 import T5Attention
 
-        places = positions_of_samples(positions)
-        keys = places if keys is None else positions_of_samples(keys)
+        table, places = cast(nn.Module, table), positions_of_samples(positions)
         bucket = T5Attention._relative_position_bucket(
-            keys[:, None, :] - places[:, :, None],
+            places[:, None, :] - places[:, :, None],
             bidirectional=False,
             num_buckets=config.relative_attention_num_buckets,
             max_distance=config.relative_attention_max_distance,
         )
         return table(bucket).movedim(-1, 1)
+
+    def cross(self, states: Tensor) -> dict[str, Any]:
+        """What the decoder's attention to the encoder's rows is given of them."""
+        return {"key_value_states": states}
 
     def encode(self, model: Any, tokens: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """What the layers of the decoder are given of the encoder's text."""
@@ -104,13 +108,53 @@ class T5Family(RotaryFamily):
         if mask is not None:
             lowest = torch.finfo(states.dtype).min
             mask = states.new_zeros(mask.shape).masked_fill(~mask, lowest)[:, None, None]
-        return {"key_value_states": states, "attention_mask": mask}
+        return {**self.cross(states), "attention_mask": mask}
 
     def plain_logits(
         self, model: Any, tokens: Tensor, position_ids: Tensor | None = None, **more: Any
     ) -> Tensor:
         """See `CausalFamily`; `more` is the encoder's text."""
         return model(decoder_input_ids=tokens, use_cache=False, **more).logits
+
+
+@dataclass(frozen=True)
+class UMT5Family(T5Family):
+    """UMT5: each layer has a bias of its own."""
+
+    def attention(self, attention: nn.Module, name: str) -> nn.Module:
+        """See `RotaryFamily`."""
+        return UMT5Attention(attention, name)
+
+    def probed(self, attention: nn.Module) -> nn.Module | None:
+        """See `RotaryFamily`."""
+        return UMT5Attention(attention, CAUSAL)
+
+    def layer_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
+        """See `RotaryFamily`; a layer makes its own bias."""
+        mask = hidden_from_later(rows)
+        return {"attention_mask": mask, "encoder_hidden_states": rows.flip(1)}
+
+    def probe_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
+        """See `T5Family`."""
+        places = torch.arange(rows.shape[1], device=rows.device)
+        cross = self.cross(rows.flip(1))
+        return {"position_bias": self.bias(None, places, model.config), "dblocks_cross": cross}
+
+    def table(self, model: Any) -> nn.Embedding | None:
+        """See `T5Family`: there is none."""
+        return None
+
+    def bias(self, table: nn.Module | None, positions: Tensor, config: Any) -> Any:
+        """See `T5Family`: made in each layer, of its own table."""
+        return OfLayer(partial(self._of_layer, positions=positions, config=config))
+
+    def cross(self, states: Tensor) -> dict[str, Any]:
+        """See `T5Family`."""
+        return {"encoder_hidden_states": states}
+
+    def _of_layer(self, layer: Any, *, positions: Tensor, config: Any) -> Tensor:
+        own = layer.layer[0].SelfAttention.relative_attention_bias
+        return super().bias(own, positions, config)
 
 
 class ConvertedSeq2Seq(ConvertedCausalLM):
@@ -121,8 +165,8 @@ class ConvertedSeq2Seq(ConvertedCausalLM):
     0 at padding before or after each text, and what that of a `ConvertedCausalLM` may hold, but for
     "cu_seqlens". Every block runs the encoder, which all share.
 
-    The bias of the scores stands in the decoder's first layer, for all layers; here it has a copy,
-    since another block must not depend on the first one's weights.
+    Where the bias of the scores stands in the decoder's first layer, for all layers, it has a copy
+    here, since another block must not depend on the first one's weights.
     """
 
     family: T5Family  # pyright: ignore[reportIncompatibleVariableOverride]

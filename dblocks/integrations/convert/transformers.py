@@ -47,7 +47,7 @@ from dblocks.integrations.convert.relative_families import (
     DebertaMaskedFamily,
 )
 from dblocks.integrations.convert.row_attention import CAUSAL, DOUBLED
-from dblocks.integrations.convert.seq2seq import ConvertedSeq2Seq, T5Family
+from dblocks.integrations.convert.seq2seq import ConvertedSeq2Seq, T5Family, UMT5Family
 
 GRANITE = RotaryFamily(embedding_factor="embedding_multiplier", logit_divisor="logits_scaling")
 LLAMA_LIKE = (
@@ -79,6 +79,7 @@ CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
     "phi": RotaryFamily("final_layernorm", dropout="embed_dropout"),
     "phimoe": RotaryFamily(refused={"sliding_window": "a window in the masks of all layers"}),
     "t5": T5Family(),
+    "umt5": UMT5Family(),
 }
 CLASS_FAMILIES: dict[str, ViTFamily] = {
     "beit": BeitFamily(),
@@ -117,7 +118,7 @@ MASKED_FAMILIES: dict[str, BertMaskedFamily] = {
 # Others, and why.
 REFUSED = {
     "data2vec-vision": "its attention makes its own bias of the scores from the size of the images",
-    "dinov3_vit": "transformers has no DINOv3 with a classifier",
+    "dinov3_vit": "transformers has no DINOv3 with a classifier; timm has (vit_*_dinov3)",
 }
 
 

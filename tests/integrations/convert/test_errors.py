@@ -109,7 +109,9 @@ def test_families_tasks_and_schedules_that_do_not_fit():
             error=TypeError, task="images")  # fmt: skip
     refused(model_of("dit"), "task 'classes' must be one that a DiTTr", task="classes")
     mixer = library("timm").create_model("mixer_s32_224", num_classes=2)
-    refused(mixer, "'classes' needs a VisionTransformer of timm, got MlpMixer", task="classes")
+    refused(
+        mixer, "'classes' needs a VisionTransformer or an Eva of timm, got MlpMixer", task="classes"
+    )
     ours = ViT(ViTConfig(image_size=8, width=16, heads=2, depth=2))
     refused(ours, "task 'classes' must be one that a ViT has", task="classes")
     refused(nn.Sequential(*(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))), "must be one that",

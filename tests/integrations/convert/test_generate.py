@@ -141,20 +141,50 @@ def test_half_precision():
 LONG = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [4.0], "rope_theta": 1e4}
 
 
-@pytest.mark.parametrize(("length", "new", "fits"), [(3, 5, True), (3, 6, False), (9, 3, True)])
-def test_rotations_that_change_while_text_is_written_are_refused(length, new, fits):
-    """Beyond 8 tokens all rotations are others: within, and from there on, the cache is right."""
+def long_blocks(rows):
     rope = LONG | {
         "original_max_position_embeddings": 8,
         "factor": 4.0,
         "partial_rotary_factor": 0.5,
     }
     options = {"rope_parameters": rope, "original_max_position_embeddings": 8}
-    blocks = family_blocks("phi3", "single", **options)
+    blocks = family_blocks("phi3", rows, **options)
     assert blocks.base_model.model.model.rotary_emb.rope_type == "longrope"
-    if fits:
-        check_the_same(blocks, lengths=(length,), new=new)
-        return
-    with pytest.raises(ValueError, match=r"cache must be False where a text grows beyond 8 tokens"):
-        generate(blocks, [[5] * length], max_new_tokens=new)
-    generate(blocks, [[5] * length], max_new_tokens=new, cache=False)
+    return blocks
+
+
+@pytest.mark.parametrize("lengths", [(3,), (8,), (9,), (7, 2, 1), (5, 8)])
+def test_rotations_that_change_while_text_is_written(lengths):
+    """Beyond 8 tokens all rotations are others, so that all rows run again."""
+    for product in (False, True):
+        check_the_same(long_blocks("single"), lengths=lengths, new=7, product=product)
+
+
+@pytest.mark.parametrize("rows", ["single", "doubled"])
+@pytest.mark.parametrize("lengths", [(5,), (7, 2)])
+def test_rows_run_again_once(rows, lengths, monkeypatch):
+    blocks = long_blocks(rows)
+    found = log_probabilities(blocks, cached, lengths=lengths, new=6)
+    # A cache for each call is a row for each token.
+    expected = log_probabilities(
+        blocks, lambda blocks, slots: CachedRows(blocks, [0, 1], slots, cache=False),
+        lengths=lengths, new=6,
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # As many rows as tokens, but for those of the one call in which the limit is crossed.
+    sizes, run = [], blocks.base_model.run_cached
+
+    def counted(layers, z_in, level, tokens, cache, table):
+        sizes.append(tokens.shape[1])
+        return run(layers, z_in, level, tokens, cache, table)
+
+    monkeypatch.setattr(blocks.base_model, "run_cached", counted)
+    generate(blocks, [[5] * n for n in lengths], max_new_tokens=6, generator=seeded())
+    P = max(lengths)
+    assert sorted(size for size in sizes if size > 1) == [P, P, 9, 9]
+    # What changes is seen: rotations of the short kind alone give other logits.
+    for layer in (blocks.base_model.model.model.rotary_emb,):
+        layer.config.rope_parameters["original_max_position_embeddings"] = 32
+    others = log_probabilities(blocks, cached, lengths=lengths, new=6)
+    assert torch.equal(others[:, : 9 - P], found[:, : 9 - P])
+    assert not torch.allclose(others[:, 9 - P :], found[:, 9 - P :], atol=1e-3)

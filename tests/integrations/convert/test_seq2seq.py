@@ -61,10 +61,11 @@ def cost(logits):
     return nnf.cross_entropy(logits[:, : T - 1].float().flatten(0, 1), TOKENS[:, 1:].flatten())
 
 
+@pytest.mark.parametrize("kind", ["t5", "umt5"])
 @pytest.mark.parametrize("rows", ["single", "doubled"])
-def test_gradients(rows):
+def test_gradients(kind, rows):
     """Of every parameter, the encoder's too; the bias of all layers has that of its copy."""
-    model = seq2seq_model("t5")
+    model = seq2seq_model(kind)
     names, parameters = zip(*model.named_parameters(), strict=True)
     expected = torch.autograd.grad(cost(own_logits(model)), parameters)
     ours = copy.deepcopy(model)
@@ -72,7 +73,7 @@ def test_gradients(rows):
     found = torch.autograd.grad(loss, tuple(ours.parameters()), allow_unused=True)
     largest = max(g.abs().max() for g in expected)
     for name, got, right in zip(names, found, expected, strict=True):
-        if name.startswith("decoder") and "relative_attention_bias" in name:
+        if kind == "t5" and name.startswith("decoder") and "relative_attention_bias" in name:
             assert got is None
             continue
         assert (got - right).abs().max() <= 2e-4 * right.abs().max() + 2e-6 * largest, name
@@ -89,8 +90,22 @@ def test_the_bias_of_all_layers_is_trained():
     assert id(network.relative_bias.weight) in shared
 
 
-def test_clean_loss():
-    blocks = blocks_of("t5", clean_loss_weight=1.0)
+def test_a_bias_of_each_layer_belongs_to_its_block():
+    blocks = shaken(blocks_of("umt5"))
+    blocks.loss(BATCH, 1, generator=seeded()).loss.backward()
+    layers = [layer.layer for layer in blocks.base_model.layers]
+    tables = [layer.layer[0].SelfAttention.relative_attention_bias.weight for layer in layers]
+    assert [table.grad is not None and bool(table.grad.any()) for table in tables] == [
+        False, False, True, True
+    ]  # fmt: skip
+    assert blocks.base_model.relative_bias is None
+    shared = {id(p) for p in blocks.shared_parameters()}
+    assert not shared.intersection(map(id, tables))
+
+
+@pytest.mark.parametrize("kind", ["t5", "umt5"])
+def test_clean_loss(kind):
+    blocks = blocks_of(kind, clean_loss_weight=1.0)
     model = blocks.base_model.model
     draw = blocks.draw(BATCH, 1, generator=seeded())
     loss, own = blocks.clean_loss(BATCH, 1, draw), cost(own_logits(model))
@@ -104,9 +119,11 @@ def test_clean_loss():
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", ["single", "doubled"])
-def test_padding_of_either_text_changes_nothing(rows):
-    blocks = shaken(blocks_of("mt5", rows))
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("mt5", "single"), ("mt5", "doubled"), ("umt5", "single")]
+)
+def test_padding_of_either_text_changes_nothing(kind, rows):
+    blocks = shaken(blocks_of(kind, rows))
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]])
     z, sigma = torch.randn(2, T, 16, generator=seeded(4)), torch.tensor(1.0)
     tokens = TOKENS.clone()
@@ -134,8 +151,9 @@ def test_padding_of_either_text_changes_nothing(rows):
         )
 
 
-def test_bfloat16():
-    model = seq2seq_model("t5").bfloat16()
+@pytest.mark.parametrize("kind", ["t5", "umt5"])
+def test_bfloat16(kind):
+    model = seq2seq_model(kind).bfloat16()
     with torch.no_grad():
         exact = own_logits(copy.deepcopy(model).float()).double()
         eager = own_logits(model)
