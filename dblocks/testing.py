@@ -67,6 +67,9 @@ def make(
 
     "chunk" is a chunk of a wider tensor, "expanded" repeats the first sample with stride 0,
     "strided" skips every other element of the first dimension.
+
+    Raises:
+        ValueError: another layout.
     """
     first, last = shape[0], shape[-1]
 
@@ -82,8 +85,10 @@ def make(
             return draw(2 * first, *shape[1:])[::2]
         case "transposed":
             return draw(*reversed(shape)).permute(*reversed(range(len(shape))))
-        case _:
+        case "contiguous":
             return draw(*shape)
+        case _:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
 def token_shapes(max_rows: int = 64, max_width: int = 40) -> st.SearchStrategy[Any]:
@@ -165,7 +170,7 @@ def grads_of(
 
 
 def check_against_reference(
-    call: Callable[..., Sequence[Tensor]],
+    call: Callable[..., Tensor | Sequence[Tensor]],
     inputs: dict[str, Tensor],
     upstream: Sequence[Tensor | None],
     *,
@@ -174,15 +179,27 @@ def check_against_reference(
 ) -> None:
     """Asserts that outputs and gradients of `impl` are within budget of the float64 reference.
 
-    Also asserts that outputs are contiguous, whatever the strides of the inputs. `call(impl=...,
-    **inputs)` returns a sequence of tensors. Gradients are taken for `needs_grad` (every input by
-    default) with `upstream`, one for each output; `None` leaves it unused.
+    Outputs are contiguous in every implementation, whatever the strides of the inputs.
+    `call(impl=..., **inputs)` returns a tensor or a sequence of them. Gradients are taken for
+    `needs_grad` (every input by default) with `upstream`, one for each output; `None` leaves it
+    unused.
+
+    Raises:
+        AssertionError: an output or a gradient is over its budget.
+        ValueError: `upstream` has more or fewer entries than `call` has outputs.
     """
     names = list(inputs) if needs_grad is None else list(needs_grad)
 
     def run(impl: str, dtype: torch.dtype | None) -> list[Tensor | None]:
         leaves = {k: _leaf(v, dtype, k in names) for k, v in inputs.items()}
-        outputs = list(call(impl=impl, **leaves))
+        result = call(impl=impl, **leaves)
+        # A tensor is a sequence too, of its rows: taken as one, it would be cut into outputs.
+        outputs = [result] if isinstance(result, Tensor) else list(result)
+        if names and len(outputs) != len(upstream):
+            raise ValueError(
+                f"upstream must have one gradient (or None) for each of the {len(outputs)} outputs "
+                f"of call, got {len(upstream)}"
+            )
         for i, output in enumerate(outputs):
             assert output is None or output.is_contiguous(), f"{impl}, output {i}: not contiguous"
         grads = grads_of(outputs, [leaves[k] for k in names], upstream) if names else []

@@ -87,3 +87,29 @@ def test_layouts_are_what_they_are_called(layout):
     assert x.is_contiguous() == (layout == "contiguous")
     assert (x.stride(0) == 0) == (layout == "expanded")
     assert (launches.unit_last(x) is x) == (layout != "transposed")
+
+
+def test_one_tensor_is_one_output_and_not_its_rows():
+    inputs = {"x": torch.randn(2, 3)}
+    upstream = [torch.ones(2, 3)]
+    check_against_reference(lambda impl, x: x.exp(), inputs, upstream, impl="triton")
+    with pytest.raises(AssertionError, match="output 0: error"):
+        check_against_reference(
+            lambda impl, x: x.exp() * (1.0 if impl == "reference" else 1.01),
+            inputs, upstream, impl="triton",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("upstream", [[], [None, None, None]])
+def test_gradients_for_another_number_of_outputs_are_refused(upstream):
+    with pytest.raises(ValueError, match=f"each of the 2 outputs of call, got {len(upstream)}"):
+        check_against_reference(
+            lambda impl, x: (x, x.exp()), {"x": torch.randn(2, 3)}, upstream, impl="triton"
+        )
+
+
+def test_an_unknown_layout_is_refused():
+    with pytest.raises(
+        ValueError, match=r"layout must be one of contiguous, chunk, .* got 'chunky'"
+    ):
+        make((2, 3), "chunky", torch.float32, torch.Generator())
