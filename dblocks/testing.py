@@ -179,13 +179,12 @@ def check_against_reference(
 ) -> None:
     """Asserts that outputs and gradients of `impl` are within budget of the float64 reference.
 
-    Outputs are contiguous in every implementation, whatever the strides of the inputs.
-    `call(impl=..., **inputs)` returns a tensor or a sequence of them. Gradients are taken for
-    `needs_grad` (every input by default) with `upstream`, one for each output; `None` leaves it
-    unused.
+    Also asserts that outputs are contiguous, whatever the strides of the inputs. `call(impl=...,
+    **inputs)` returns a tensor or a sequence of tensors. Gradients are taken for `needs_grad` (every
+    input by default) with `upstream`, one for each output; `None` leaves it unused.
 
     Raises:
-        AssertionError: an output or a gradient is over its budget.
+        AssertionError: an output or a gradient exceeds its budget.
         ValueError: `upstream` has more or fewer entries than `call` has outputs.
     """
     names = list(inputs) if needs_grad is None else list(needs_grad)

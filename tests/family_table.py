@@ -37,17 +37,18 @@ REFUSED = """## What is not supported
   `apply_residual_connection_post_layernorm`;
 - `position_ids` in a batch for a model that computes positions itself (ALiBi);
 - PhiMoE's `sliding_window`, OPT's embeddings of another width (`word_embed_proj_dim`);
-- ModernBERT's `classifier_pooling="mean"`; `head="learned"` where the classifier does not read rows
-  of the layers' width, as in DINOv2;
-- denoisers whose layers are told their number (Chroma, HiDream, controlnets) or use results of
-  other layers (HunyuanDiT), two lists in turns (Latte), inputs in lists of tensors (Z-Image), a
-  noise that is not known (CogView 3, CogVideoX, Cosmos), channels or patches beside the noisy ones;
-- T5's and UMT5's `generate` of `dblocks.sampling`, and `cu_seqlens` in its batches;
+- ModernBERT's `classifier_pooling="mean"`; `head="learned"` where the classifier's input does not
+  have the layers' width, as in DINOv2;
+- denoisers whose layers depend on their index (Chroma, HiDream, controlnets) or on results of
+  other layers (HunyuanDiT), alternate between two lists (Latte), take lists of tensors (Z-Image),
+  have an unknown noise schedule (CogView 3, CogVideoX, Cosmos), or channels or patches in addition
+  to the noisy ones;
+- T5 and UMT5 with `generate` of `dblocks.sampling`, and with `cu_seqlens` in its batches;
 - DeBERTa's `conv_kernel_size`, and `position_ids` with `position_biased_input=False`.
 
-Of no family here: layers without a form, such as those of state spaces and linear attention;
-other encoders with decoders; Data2Vec Vision, whose attention makes its own bias of the scores;
-DINOv3 of transformers, which has no classifier there; that of timm can be converted.
+No family here has state-space or linear-attention layers, or is another encoder-decoder. Data2Vec
+Vision (its attention computes its own bias) and transformers' DINOv3 (it has no classifier) are not
+supported; timm's DINOv3 is.
 """
 
 

@@ -252,8 +252,8 @@ class Denoiser(nn.Module):
         if replicas is None and self.sharded:
             replicas = replicas_of(self)
         N = shape[0] if replicas is None else shape[0] * replicas.count
-        # The generator of a GPU is Philox too: under the same key, sigma would be made of the same
-        # bits as the first elements' noise.
+        # The generator of a GPU is Philox too: with the same key, sigma would come from the
+        # same bits as the noise of the first elements.
         key = seed if device.type == "cpu" else seed ^ LEVEL_KEY
         on_device = torch.Generator(device).manual_seed(key)
         sigma = self.config.schedule.sample(

@@ -18,7 +18,6 @@ from dblocks.blocks import Batch, TokenTarget
 from dblocks.blocks.targets.entries import check_entries
 from dblocks.blocks.targets.padding import from_front
 from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
-from dblocks.config import check_generator
 from dblocks.models.doubled_rows import attend_doubled, run_doubled
 from dblocks.models.language_config import LanguageModelConfig
 from dblocks.models.language_model import Hidden, LanguageModel
@@ -111,7 +110,7 @@ class CausalLM(LanguageModel):
     ) -> Tensor:
         """The plain model: tokens [N, T] to logits [N, T, V] of the tokens that follow, float32.
 
-        With `cu_seqlens` the attention's mask is a tensor of T*T elements. `attention_mask` [N, T]
+        With `cu_seqlens` the attention mask has T*T elements. `attention_mask` [N, T]
         is 0 at padding before or after each text.
         """
         given = {"tokens": tokens, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}

@@ -21,7 +21,7 @@ from dblocks.blocks import Batch, TokenTarget
 from dblocks.blocks.targets.entries import check_entries
 from dblocks.blocks.targets.padding import from_front
 from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
-from dblocks.config import check_count, check_generator
+from dblocks.config import check_count
 from dblocks.models.doubled_rows import attend_doubled, run_doubled
 from dblocks.models.language_config import LanguageModelConfig
 from dblocks.models.language_model import Hidden, LanguageModel

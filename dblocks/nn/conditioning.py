@@ -1,4 +1,4 @@
-"""What layers are told: embeddings of labels and noise levels, and the norms that they modulate.
+"""Conditioning of layers: embeddings of labels and noise levels, and the norms they modulate.
 
 Modulations start at zero.
 """
@@ -138,7 +138,7 @@ class NoiseEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates from a conditioning vector, zero at the start.
+    """Shifts, scales and gates from a conditioning vector, initialised to zero.
 
     `Linear(SiLU(e))`, and `SiLU(Linear(SiLU(e)))` in the `official` convention; the null
     conditioning is e = 0, so the bias alone.
@@ -167,7 +167,7 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def start_at_(self, chunks: Sequence[int], value: float) -> None:
-        """Makes some chunks start at `value` >= 0 instead of 0, for every conditioning vector."""
+        """Initialises some chunks to `value` >= 0 instead of 0, for every conditioning vector."""
         bias = inverse_silu(value) if self.silu_output else value
         with torch.no_grad():
             for i in chunks:
@@ -192,7 +192,7 @@ class Modulation(nn.Module):
 
 
 class Norm(nn.Module):
-    """The weight and bias of a norm that an op applies, if the convention has them.
+    """The weight and bias of a norm, if the convention has them; an op applies the norm.
 
     Args:
         dim: width D.
@@ -227,7 +227,7 @@ class Norm(nn.Module):
         shift: Tensor | None,
         scale: Tensor | None,
     ) -> F.Residual:
-        """`x + gate*branch`, and that normalised and modulated, as one op."""
+        """`x + gate*branch`, and its modulated norm, as one op."""
         return F.residual_adaln(
             x, branch, gate, shift, scale,
             weight=self.weight, bias=self.bias, norm=self.norm, eps=self.eps,

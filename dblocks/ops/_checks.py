@@ -153,9 +153,9 @@ def check_out_dtype(dtype: torch.dtype | None) -> None:
 
 
 def values_known(tensor: Tensor) -> bool:
-    """Whether a check may look at the values of a tensor, which costs nothing then.
+    """Whether a check may read the values of a tensor without synchronisation.
 
-    On a GPU looking would synchronise, and in a graph or a fake tensor there are no values.
+    On a GPU reading would synchronise; graphs and fake tensors have no values.
     """
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False

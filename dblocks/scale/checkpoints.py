@@ -55,13 +55,13 @@ class Checkpoints:
                 checkpoints.save(step + 1, objects)
 
     Args:
-        folder: where they are; it is made if it is not there.
-        configuration: JSON values that a checkpoint must have been saved with to be resumed.
-        keep: how many of the last ones stay.
+        folder: folder of the checkpoints; created if it does not exist.
+        configuration: JSON values; only a checkpoint saved with the same values can be resumed.
+        keep: number of the last checkpoints to keep.
         changeable: places in the configuration, such as "steps" or "run.steps", whose values may
             differ from those that a checkpoint was saved with; see `resumed`.
-        background: whether `save` returns when it has a copy of all state on the host, which a
-            thread then writes; `wait` at the end, or use this as a context.
+        background: whether `save` returns once it has copied all state to the host, which a thread
+            then writes; call `wait` at the end, or use this as a context manager.
 
     Raises:
         TypeError: the configuration is not JSON; the message names the key.

@@ -9,14 +9,13 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dblocks.blocks.targets.base import Batch, CheckedBatch, missing
-from dblocks.blocks.targets.heads import IGNORED
+from dblocks.blocks.targets.classes import IGNORED
 from dblocks.blocks.targets.padding import (
     check_attention_mask,
     check_text_blocks,
     starts_of,
     to_front,
 )
-from dblocks.config import values_known
 from dblocks.nn import Attend
 from dblocks.ops._checks import values_known
 

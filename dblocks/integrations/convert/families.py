@@ -15,7 +15,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch
-from dblocks.blocks.targets.heads import IGNORED, at_least_float32
+from dblocks.blocks.targets.classes import IGNORED, at_least_float32
 from dblocks.integrations.convert.cached import rotation_limit
 from dblocks.integrations.convert.causal_lm import Sizes
 from dblocks.integrations.convert.layers import ByLayerType

@@ -15,7 +15,6 @@ from dblocks.blocks import Batch
 from dblocks.blocks.targets.base import missing
 from dblocks.blocks.targets.padding import check_attention_mask
 from dblocks.blocks.targets.token_batch import TokenBatch, check_tokens
-from dblocks.config import values_known
 from dblocks.integrations.convert.biased_families import UNBOUNDED, hidden_from_later
 from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
 from dblocks.integrations.convert.families import RotaryFamily, positions_of_samples
@@ -23,6 +22,7 @@ from dblocks.integrations.convert.layers import OfLayer
 from dblocks.integrations.convert.network import example_tokens
 from dblocks.integrations.convert.own_attention import UMT5Attention
 from dblocks.integrations.convert.row_attention import CAUSAL
+from dblocks.ops._checks import values_known
 
 READS = ("encoder_tokens", "encoder_attention_mask")
 
