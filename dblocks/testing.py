@@ -180,8 +180,8 @@ def check_against_reference(
     """Asserts that outputs and gradients of `impl` are within budget of the float64 reference.
 
     Also asserts that outputs are contiguous, whatever the strides of the inputs. `call(impl=...,
-    **inputs)` returns a tensor or a sequence of tensors. Gradients are taken for `needs_grad` (every
-    input by default) with `upstream`, one for each output; `None` leaves it unused.
+    **inputs)` returns a tensor or a sequence of tensors. Gradients are taken for `needs_grad`
+    (every input by default) with `upstream`, one for each output; `None` leaves it unused.
 
     Raises:
         AssertionError: an output or a gradient exceeds its budget.

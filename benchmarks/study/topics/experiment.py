@@ -21,6 +21,10 @@ END_TO_END = TopicsRun(end_to_end=True, steps=EVALUATIONS // 6)
 CLEAN = dataclasses.replace(BLOCKS, clean_loss=1.0, steps=EVALUATIONS // 8)
 ROWS: Mapping[str, tuple[str, TopicsRun]] = {
     "blocks": ("3 blocks, denoising alone", BLOCKS),
+    "ensemble": (
+        "3 blocks, all draws at sigma_max",
+        dataclasses.replace(BLOCKS, top_share=1.0),
+    ),
     "clean": ("3 blocks, with the model's own loss", CLEAN),
     "small": (
         "the first 2 layers, end to end",
@@ -68,7 +72,7 @@ def caption(rows: Rows) -> str:
         f"learning rate is the best of {{{rates}}} on a fifth of the training part, in runs of a"
         " third of the steps. The model's own loss, with which the gradients of the plain "
         "model's loss go to one block a step, runs all layers and the block's once more; the "
-        "accuracy there is the plain model's, in the first line that of the product of blocks. "
+        "accuracy there is the plain model's, in the other rows in blocks that of their product. "
         "A layer evaluation is one batch through one layer forward; with the classifier alone "
         "trained, nothing runs backward through layers."
     )
