@@ -324,21 +324,21 @@ def widest(*tensors: Tensor) -> Tensor:
     return next((t for t in tensors if t.dtype == torch.float64), tensors[0])
 
 
-def caller(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
-    """Calls `op`, or in plain eager mode its `kernel` directly, without PyTorch's dispatcher."""
+def picker(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Callable[[], Any]]:
+    """From arguments to a call of `op`, or, where nobody watches, of its `kernel` directly."""
 
-    def call(*args: Any) -> Any:
+    def pick(*args: Any) -> Callable[[], Any]:
         if torch.compiler.is_compiling():
-            return op(*args)
+            return lambda: op(*args)
         if is_traced():
             _flops.watch()
-            return op(*args)
+            return functools.partial(op, *args)
         plain = KNOWN.issuperset(map(type, args)) or not any(
             isinstance(a, Tensor) and type(a) not in PLAIN for a in args
         )
-        return kernel(*args) if kernel is not None and plain else op(*args)
+        return functools.partial(kernel if kernel is not None and plain else op, *args)
 
-    return call
+    return pick
 
 
 def recorded(function: type[torch.autograd.Function], *args: Any) -> Callable[[], Any]:

@@ -5,13 +5,14 @@ the public function chooses.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dblocks.ops import _flops
-from dblocks.ops._dispatch import FUSED, caller
+from dblocks.ops._dispatch import FUSED, picker
 
 library = torch.library.Library("dblocks", "FRAGMENT")
 
@@ -20,8 +21,11 @@ _kernels: dict[str, Callable[..., Any]] = {}
 
 def define(
     name: str, schema: str, fake: Callable[..., Any], impls: Sequence[str] = FUSED
-) -> dict[str, Any]:
-    """Defines `dblocks::<name>_<impl>` for each fused implementation; returns these by impl.
+) -> dict[str, Callable[..., Callable[[], Any]]]:
+    """Defines `dblocks::<name>_<impl>` for each fused implementation.
+
+    Returns for each a function from arguments to the call, which the op's own file makes: calls go
+    one way.
 
     The C++ ops get their kernels from csrc/library.cpp. In plain eager mode, a Triton kernel is
     launched without PyTorch's dispatcher; an absent result is then None, and a tensor without
@@ -43,7 +47,8 @@ def define(
         if flops is not None:
             _flops.register(op, flops)
         kernel = _kernels.get(f"{name}_{impl}")
-        calls[impl] = op if not kernel and not flops else caller(op, kernel)
+        bare = kernel is None and flops is None
+        calls[impl] = partial(partial, op) if bare else picker(op, kernel)
     return calls
 
 

@@ -73,7 +73,7 @@ class _AdaLN(torch.autograd.Function):
     def forward(ctx, x, shift, scale, weight, bias, rms, eps, out_dtype, impl):
         _, y, mean, rstd = FORWARD[impl](
             x, None, None, shift, scale, weight, bias, True, rms, eps, out_dtype
-        )
+        )()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, shift, scale, weight, bias, mean, rstd)
         ctx.rms, ctx.impl = rms, impl
@@ -89,7 +89,7 @@ class _AdaLN(torch.autograd.Function):
         dx, _, _, *others = BACKWARD[ctx.impl](
             dy, None, x, None, None, shift, scale, weight, bias, mean, rstd, ctx.rms,
             [need_x, False, False, *need_others],
-        )  # fmt: skip
+        )()  # fmt: skip
         others = [g if n else None for g, n in zip(others, need_others, strict=True)]
         return (dx if need_x else None, *others, None, None, None, None)
 
@@ -154,7 +154,7 @@ def adaln(
         options = (norm == "rms", eps, out_dtype or x.dtype)
         if _dispatch.needs_autograd(x, *call):
             return recorded(_AdaLN, x, *call, *options, impl)()
-        return FORWARD[impl](x, None, None, *call, True, *options)[1]
+        return FORWARD[impl](x, None, None, *call, True, *options)()[1]
     return reference.adaln(
         x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype
     )

@@ -60,7 +60,7 @@ class _Denoise(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept(sigma))
         ctx.sigma_data, ctx.f_dtype, ctx.z_dtype, ctx.impl = sigma_data, f.dtype, z.dtype, impl
-        return _FWD[impl](f, z, sigma, sigma_data)
+        return _FWD[impl](f, z, sigma, sigma_data)()
 
     @staticmethod
     def backward(ctx, grad):
@@ -72,7 +72,7 @@ class _Denoise(torch.autograd.Function):
         df, dz = _BWD[ctx.impl](
             grad, sigma, ctx.sigma_data,
             ctx.f_dtype if need_f else None, ctx.z_dtype if need_z else None,
-        )  # fmt: skip
+        )()  # fmt: skip
         return df if need_f else None, dz if need_z else None, None, None, None
 
 
@@ -112,5 +112,5 @@ def edm_denoise(
         call = (f, z, sigma, float(sigma_data))
         if _dispatch.needs_autograd(f, z):
             return recorded(_Denoise, *call, impl)()
-        return _FWD[impl](*call)
+        return _FWD[impl](*call)()
     return reference.edm_denoise(f, z, sigma, sigma_data=sigma_data)

@@ -63,7 +63,7 @@ class _Loss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         loss, rest = _FWD[impl](
             f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, True
-        )
+        )()
         ctx.save_for_backward(rest, *kept(row_weight))
         ctx.dtype, ctx.impl = f.dtype, impl
         return loss
@@ -73,7 +73,7 @@ class _Loss(torch.autograd.Function):
         check_first_order("edm_loss")
         if grad is None or not ctx.needs_input_grad[0]:
             return (None,) * 9
-        df = _BWD[ctx.impl](grad, *ctx.saved_tensors, ctx.dtype)
+        df = _BWD[ctx.impl](grad, *ctx.saved_tensors, ctx.dtype)()
         return (df, *(None,) * 8)
 
 
@@ -150,7 +150,7 @@ def edm_loss(
         call = (f, y, sigma, seed_tensor, number, offset, float(sigma_data), row_weight)
         if _dispatch.needs_autograd(f):
             return recorded(_Loss, *call, impl)()
-        return _FWD[impl](*call, False)[0]
+        return _FWD[impl](*call, False)()[0]
     return reference.edm_loss(
         f, y, sigma, number if seed_tensor is None else seed_tensor,
         offset=offset, sigma_data=sigma_data, row_weight=row_weight,

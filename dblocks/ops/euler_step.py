@@ -58,7 +58,7 @@ class _EulerStep(torch.autograd.Function):
         ctx.save_for_backward(*kept(sigma, sigma_next))
         ctx.values, ctx.impl = (sigma_value, sigma_next_value), impl
         ctx.dtypes = z.dtype, denoised.dtype
-        return _FWD[impl](z, denoised, sigma, sigma_next, sigma_value, sigma_next_value)
+        return _FWD[impl](z, denoised, sigma, sigma_next, sigma_value, sigma_next_value)()
 
     @staticmethod
     def backward(ctx, grad):
@@ -67,7 +67,7 @@ class _EulerStep(torch.autograd.Function):
         if grad is None or not any(needs):
             return (None,) * 7
         dtypes = [d if n else None for d, n in zip(ctx.dtypes, needs, strict=True)]
-        grads = _BWD[ctx.impl](grad, *ctx.saved_tensors, *ctx.values, *dtypes)
+        grads = _BWD[ctx.impl](grad, *ctx.saved_tensors, *ctx.values, *dtypes)()
         return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 5)
 
 
@@ -152,5 +152,5 @@ def euler_step(
         call = (z, denoised, level, level_next, value, value_next)
         if _dispatch.needs_autograd(z, denoised):
             return recorded(_EulerStep, *call, impl)()
-        return _FWD[impl](*call)
+        return _FWD[impl](*call)()
     return reference.euler_step(z, denoised, sigma, sigma_next)

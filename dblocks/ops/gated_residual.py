@@ -11,7 +11,7 @@ from dblocks.ops.adaln import BACKWARD, FORWARD
 
 def _x_new(x: Tensor, branch: Tensor, gate: Tensor | None, impl: str) -> Tensor:
     absent = (None,) * 4  # shift, scale, weight, bias
-    return FORWARD[impl](x, branch, gate, *absent, False, False, 0.0, x.dtype)[0]
+    return FORWARD[impl](x, branch, gate, *absent, False, False, 0.0, x.dtype)()[0]
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _GatedResidual(torch.autograd.Function):
             _, dbranch, dgate, *_ = BACKWARD[ctx.impl](
                 None, dx_new, dx_new, branch, gate, *absent, False,
                 [False, need_branch, need_gate, False, False, False, False],
-            )  # fmt: skip
+            )()  # fmt: skip
         dx = dx_new if need_x else None  # x passes its gradient on unchanged
         return dx, dbranch if need_branch else None, dgate if need_gate else None, None
 

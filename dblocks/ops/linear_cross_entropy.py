@@ -45,7 +45,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, bias, target, row_weight, ignore_index, needs, impl):
         ctx.set_materialize_grads(False)
-        out = _OPS[impl](h, weight, target, bias, row_weight, ignore_index, needs)
+        out = _OPS[impl](h, weight, target, bias, row_weight, ignore_index, needs)()
         loss, scale, *sums, _ = out
         ctx.save_for_backward(scale, *sums)
         ctx.dtypes = [h.dtype, weight.dtype, None if bias is None else bias.dtype]
@@ -73,7 +73,7 @@ class _RowLosses(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, weight, bias, *kept(target))
         ctx.ignore_index, ctx.impl = ignore_index, impl
-        return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
+        return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)()[-1]
 
     @staticmethod
     def backward(ctx, grad):
@@ -82,7 +82,7 @@ class _RowLosses(torch.autograd.Function):
             return (None,) * 6
         h, weight, bias, target = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        out = _AGAIN[ctx.impl](h, weight, target, bias, grad, ctx.ignore_index, needs)
+        out = _AGAIN[ctx.impl](h, weight, target, bias, grad, ctx.ignore_index, needs)()
         _, scale, *sums, _ = out
         # The op divides by the number of rows that count.
         factor = scale * (target != ctx.ignore_index).sum().clamp(min=1)
@@ -179,7 +179,7 @@ def linear_cross_entropy(
     row_weight = None if row_weight is None else row_weight.reshape(-1)
     if not _dispatch.needs_autograd(h, weight, bias):
         needs = [False] * 3
-        return _OPS[used](h, weight, target, bias, row_weight, ignore_index, needs)[0]
+        return _OPS[used](h, weight, target, bias, row_weight, ignore_index, needs)()[0]
     needs = [h.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
     return recorded(_Loss, h, weight, bias, target, row_weight, ignore_index, needs, used)()
 
@@ -189,7 +189,7 @@ def _row_losses(
 ) -> Tensor:
     if _dispatch.needs_autograd(h, weight, bias):
         return recorded(_RowLosses, h, weight, bias, target, ignore_index, impl)()
-    return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
+    return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)()[-1]
 
 
 def _weighted(losses: Tensor, row_weight: Tensor) -> Tensor:

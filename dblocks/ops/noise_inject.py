@@ -67,7 +67,7 @@ class _NoiseInject(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept(sigma))
         ctx.sigma_data, ctx.dtype, ctx.need_z, ctx.impl = sigma_data, y.dtype, need_z, impl
-        z, z_in = _FWD[impl](y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)
+        z, z_in = _FWD[impl](y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)()
         if not need_z:
             ctx.mark_non_differentiable(z)
         return z, z_in
@@ -79,7 +79,7 @@ class _NoiseInject(torch.autograd.Function):
         if dz_in is None:
             return (None if dz is None else dz.to(ctx.dtype), *(None,) * 8)
         (sigma,) = ctx.saved_tensors
-        return (_BWD[ctx.impl](dz, dz_in, sigma, ctx.sigma_data, ctx.dtype), *(None,) * 8)
+        return (_BWD[ctx.impl](dz, dz_in, sigma, ctx.sigma_data, ctx.dtype)(), *(None,) * 8)
 
 
 def noise_inject(
@@ -146,7 +146,7 @@ def noise_inject(
     if impl != "reference":
         call = (y, sigma, seed_tensor, number, offset, float(sigma_data), dtype or y.dtype, need_z)
         watched = _dispatch.needs_autograd(y)
-        z, z_in = recorded(_NoiseInject, *call, impl)() if watched else _FWD[impl](*call)
+        z, z_in = recorded(_NoiseInject, *call, impl)() if watched else _FWD[impl](*call)()
         return Noised(z if need_z else None, z_in)
     return Noised(
         *reference.noise_inject(

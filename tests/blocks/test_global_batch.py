@@ -12,7 +12,7 @@ from hub_tools import library
 from masked_tools import lm_of as masked_lm_of
 
 from dblocks import functional as F
-from dblocks.blocks import BlocksConfig, DiffusionBlocks, draws
+from dblocks.blocks import BlocksConfig, DiffusionBlocks, sharding
 from dblocks.blocks.sharding import Replicas
 from dblocks.schedules import MaskSchedule, NoiseSchedule
 from dblocks.schedules.random import uniforms
@@ -74,7 +74,7 @@ def test_losses_and_gradients_of_parts_are_those_of_the_batch(monkeypatch, case,
     counts = [model.base_model.target.scored(model.base_model.target.check(p)) for p in parts]
     # What the processes would tell each other: sums are of what is scored.
     monkeypatch.setattr(
-        draws, "reduced", lambda value, _, op: value if op == "max" else sum(counts).float()
+        sharding, "reduced", lambda value, _, op: value if op == "max" else sum(counts).float()
     )
     for block in range(2):
         model.zero_grad()
@@ -138,7 +138,7 @@ def test_batches_of_other_shapes_are_refused(monkeypatch):
         other.append(value.clone())
         return value if other[-2] is None else torch.maximum(value, other[-2])
 
-    monkeypatch.setattr(draws, "reduced", reduced)
+    monkeypatch.setattr(sharding, "reduced", reduced)
     for given in (part(tokens(), 0, 4), {"tokens": tokens()["tokens"][:2, :6]}):
         other[:] = [None]
         model.draw(part(tokens(), 0, 4), 0, replicas=Replicas(0, 2, ()))

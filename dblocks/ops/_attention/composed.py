@@ -112,7 +112,7 @@ library.impl("doubled_attention_bwd_composed", _backward, "CompositeExplicitAuto
 class _Composed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, *options):
-        o, lse = _FWD(q, k, v, *options)
+        o, lse = _FWD(q, k, v, *options)()
         given = Options(*options)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, o, lse, given.cu_seqlens, given.valid, given.alibi_slopes)
@@ -130,7 +130,7 @@ class _Composed(torch.autograd.Function):
         options = ctx.options._replace(
             cu_seqlens=cu_seqlens, valid=valid, alibi_slopes=alibi_slopes
         )
-        grads = _BWD(grad, q, k, v, o, lse, *options)
+        grads = _BWD(grad, q, k, v, o, lse, *options)()
         return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *none)
 
 
@@ -165,4 +165,4 @@ def composed(
     )  # fmt: skip
     if _dispatch.needs_autograd(q, k, v):
         return recorded(_Composed, q, k, v, *options)()
-    return _FWD(q, k, v, *options)[0].to(q.dtype)
+    return _FWD(q, k, v, *options)()[0].to(q.dtype)

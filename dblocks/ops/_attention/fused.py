@@ -66,7 +66,7 @@ _BWD = define("doubled_attention_bwd", _BACKWARD, _bwd_fake, ("triton",))["trito
 class _DoubledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, *options):
-        o, lse = _FWD(q, k, v, *options)
+        o, lse = _FWD(q, k, v, *options)()
         ctx.tensors = [isinstance(x, Tensor) for x in options]
         given = (x for x in options if isinstance(x, Tensor))
         ctx.save_for_backward(q, k, v, o, lse, *given)
@@ -81,7 +81,7 @@ class _DoubledAttention(torch.autograd.Function):
         for i in (i for i, tensor in enumerate(ctx.tensors) if tensor):
             options[i] = given.pop(0)
         needs_q, *needs_kv = ctx.needs_input_grad[:3]
-        grads = _BWD(do.to(q.dtype), q, k, v, o, lse, *options, [needs_q, any(needs_kv)])
+        grads = _BWD(do.to(q.dtype), q, k, v, o, lse, *options, [needs_q, any(needs_kv)])()
         needs = (needs_q, *needs_kv)
         grads = [g if n else None for g, n in zip(grads, needs, strict=True)]
         return (*grads, *len(options) * [None])
@@ -115,7 +115,7 @@ def fused(
     )  # fmt: skip
     if _dispatch.needs_autograd(q, k, v):
         return recorded(_DoubledAttention, q, k, v, *options)()
-    return _FWD(q, k, v, *options)[0]
+    return _FWD(q, k, v, *options)()[0]
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:

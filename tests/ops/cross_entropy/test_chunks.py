@@ -67,7 +67,7 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch, impl, dtype):
 def test_what_needs_no_gradient_costs_none(impl):
     h, weight, target, bias = problem()
     for needs in itertools.product([False, True], repeat=3):
-        _, _, *sums, _ = op._OPS[impl](h, weight, target, bias, None, IGNORE, needs)
+        _, _, *sums, _ = op._OPS[impl](h, weight, target, bias, None, IGNORE, needs)()
         for total, like, needed in zip(sums, (h, weight, bias), needs, strict=True):
             assert total.shape == (like.shape if needed else (0,))
     leaf = h.requires_grad_()
