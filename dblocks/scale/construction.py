@@ -23,7 +23,7 @@ from dblocks.checkpoint.networks import (
 )
 from dblocks.config import check_block
 from dblocks.scale.merge import check_shapes, check_weights, read_block
-from dblocks.scale.outline import Outline, Sharing, storage_of
+from dblocks.scale.outline import Outline, Sharing, Uncopied, storage_of
 
 WHOLE = "make the whole network, DiffusionBlocks(make(), config).block(...)"
 
@@ -58,7 +58,8 @@ def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int
             "make must do the same each time that it is called, got "
             f"{len(outline.made)} tensors and then {making.count}; {WHOLE}"
         )
-    mine = Block(whole, block)
+    with Uncopied():  # of all copies of what blocks share this block needs one: what there is
+        mine = Block(DiffusionBlocks(cast(BlockModel, network), config), block)
     for at in _places(mine):
         found = at.of(network)
         if making.is_unsound(found):

@@ -25,20 +25,32 @@ FACTORIES = {
 
 
 class Outline(TorchDispatchMode):
-    """Tensors that are made inside the `with` block are on the meta device, without memory."""
+    """Tensors that are made inside the `with` block are on the meta device, without memory.
+
+    Generators that are given to an op inside are at the end as they were before.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[Tensor] = []
         """The tensors, in order."""
+        self._before: dict[torch.Generator, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Generator):
+                self._before.setdefault(value, value.get_state())
         if func._schema.name not in FACTORIES:
             return func(*args, **kwargs)
-        kwargs = {k: v for k, v in kwargs.items() if k != "generator"}
+        kwargs = {k: None if k == "generator" else v for k, v in kwargs.items()}
         self.made.append(func(*args, **kwargs | {"device": META}))
         return self.made[-1]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for generator, state in self._before.items():
+            generator.set_state(state)
 
 
 class Sharing(TorchDispatchMode):
@@ -82,6 +94,15 @@ class Sharing(TorchDispatchMode):
             self._unsound.add(storage_of(self._memory[device]))
         values = self._memory[device][: like.untyped_storage().nbytes()].view(like.dtype)
         return values.as_strided(like.shape, like.stride())
+
+
+class Uncopied(TorchDispatchMode):
+    """Copies of tensors inside the `with` block are on the meta device, without memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::clone":
+            return torch.empty_like(args[0], device=META)
+        return func(*args, **(kwargs or {}))
 
 
 def storage_of(tensor: Tensor) -> int:

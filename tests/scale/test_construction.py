@@ -24,7 +24,7 @@ from dblocks.models import (
 )  # fmt: skip
 from dblocks.scale import build_block, load_block, save_block
 from dblocks.schedules import MaskSchedule
-from tools import SIZES
+from tools import SIZES, seeded
 
 TEXT = {"vocab_size": 11, "width": 16, "heads": 2}
 IMAGES = {**SIZES, "depth": 5, "channels": 3}
@@ -173,6 +173,37 @@ def test_initialisers_that_read_what_they_drew(shared):
         ]
 
 
+def test_a_generator_of_ones_own():
+    def make():
+        def layer():
+            linear = nn.Linear(9, 9)
+            nn.init.normal_(linear.weight, generator=generator)
+            linear.bias = nn.Parameter(torch.randn(9, generator=generator))
+            linear.order = torch.randperm(5, generator=generator).tolist()
+            return linear
+
+        return Own(lambda: [layer() for _ in range(4)])
+
+    config = BlocksConfig(num_blocks=2)
+    generator, whole = seeded(5), None
+    torch.manual_seed(0)
+    whole = DiffusionBlocks(make(), config)
+    for b in range(2):
+        generator = seeded(5)
+        torch.manual_seed(0)
+        found = build_block(make, config, b)
+        assert_same(found, whole.block(b))
+        orders = [layer.order for layer in whole.base_model.layers]
+        assert [layer.order for layer in found.parts(b)[1]] == orders[2 * b : 2 * b + 2]
+
+
+@pytest.mark.parametrize("shared", ["train", "private"])
+def test_tensors_that_are_no_parameters_are_there(shared):
+    config = BlocksConfig(num_blocks=2, shared=shared)
+    found = build_block(lambda: Own(plain=lambda: torch.ones(3)), config, 1)
+    assert found.parts(1)[0].plain.tolist() == [1, 1, 1]
+
+
 def copied():
     first = nn.Linear(9, 9)
     return [first, *(copy.deepcopy(first) for _ in range(3))]
@@ -185,8 +216,6 @@ def test_what_cannot_be_made_alone_is_refused_by_name():
         build_block(lambda: Own(copied), config, 1)
     with pytest.raises(RuntimeError, match="cannot be made without memory first"):
         build_block(lambda: Own(constant=lambda: torch.randn(3).max().item()), config, 1)
-    with pytest.raises(RuntimeError, match=r"must be parameters, or buffers, got .*plain of Own"):
-        build_block(lambda: Own(plain=lambda: torch.ones(3)), config, 1)
     calls = iter([4, 5])
     with pytest.raises(RuntimeError, match="make must do the same each time"):
         build_block(lambda: Own(lambda: map(Layer, range(next(calls)))), config, 1)

@@ -54,7 +54,7 @@ def test_a_block_alone_is_resident_already(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"steps_per_visit": 2}, "steps_per_visit must be left out without resident, got 2"),
+        ({"steps_per_visit": 2}, "steps_per_visit must be left out without resident=True, got 2"),
         ({"prefetch": "all"}, "prefetch must be left out without resident"),
         ({"host": "file"}, "host must be left out without resident"),
         ({"resident": True, "steps_per_visit": 0}, "steps_per_visit must be positive, got 0"),
