@@ -39,8 +39,8 @@ from dblocks.recipes.trainer import Trainer
 from dblocks.sampling import sampling_cost
 from dblocks.schedules import NoiseSchedule
 
-SHOWN = 5  # samples of each class that a record keeps
-MOST_CLASSES = 10  # of which it keeps some
+SHOWN = 5  # number of samples of each class in a record
+MOST_CLASSES = 10  # kinds of samples in a record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +91,9 @@ class DiTRun(Run):
     sampling_steps: int = NUM_STEPS
     """Euler steps of each."""
     guidance_scale: float = GUIDANCE_SCALE
-    """Guidance of the samples that are called guided."""
+    """Guidance scale of the guided samples."""
     flip: bool = False
-    """Turn half of the training images left to right."""
+    """Flip half of the training images horizontally."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

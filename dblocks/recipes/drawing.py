@@ -28,42 +28,42 @@ ARRAYS = (".npy", ".npz")
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Let a saved diffusion transformer draw images, a row of them for each class, as a PNG.
+    """Generate images with a saved diffusion transformer, one row per class, as a PNG.
 
-    Or as an array: a .npz file holds `arr_0`, uint8 [N, H, W, 3], and `arr_1`, the classes, as
-    programs that compute FID read them; a .npy file the numbers as they are, [N, C, H, W], of
-    latents too. Pictures of latents need --vae.
+    Or as arrays: a .npz file holds `arr_0`, uint8 [N, H, W, 3], and `arr_1`, the classes, as
+    programs that compute FID read them; a .npy file holds the values [N, C, H, W], also of latents.
+    Images of latents need --vae.
     """
 
     checkpoint: Path = OUT
-    """Folder that `dblocks train dit` wrote."""
+    """Folder written by `dblocks train dit`."""
     out: Path = Path("samples.png")
     """The PNG to write, or a .npz or .npy file."""
     overwrite: bool = False
-    """Replace the file that --out names."""
+    """Replace an existing file."""
     classes: tuple[int, ...] = ()
-    """Classes to draw, such as 3 7; by default the first ten, and all of them into a .npz file."""
+    """Classes to generate, such as 3 7; by default the first ten, and all for a .npz file."""
     count: int = 5
-    """Images of each class; of a model without classes, rows of 10."""
+    """Number of images of each class; for a model without classes, of rows of 10."""
     steps: int | None = None
-    """Denoising steps from noise to an image, one block each; 50 by default."""
+    """Denoising steps, each of one block; 50 by default."""
     kind: Literal["equal_mass", "karras"] = "equal_mass"
-    """Where the steps are: equal_mass calls each block about equally often, karras as in EDM."""
+    """Spacing of the steps: equal_mass calls each block about equally often, karras as in EDM."""
     guidance: float | None = None
-    """How much the class counts: 1 is as trained; 2, the default, exaggerates the class and costs
-    two calls a step."""
+    """Guidance scale: 1 is the conditional model; 2, the default, amplifies the class and needs two
+    calls per step."""
     size: tuple[int, int] | None = None
-    """Height and width, if not those of the training images."""
+    """Height and width; by default those of the training images."""
     seed: int = 0
-    """Of the noise that denoising starts from."""
+    """Seed of the initial noise."""
     batch_size: int = 500
-    """Images that are drawn at a time."""
+    """Images generated at a time."""
     device: str = "cpu"
-    """Where to draw, as PyTorch calls it."""
+    """Device of the computation, as PyTorch names it."""
     bf16: bool = False
     """Compute the layers in bfloat16 (autocast)."""
     vae: Path | None = None
-    """Folder of an AutoencoderKL of diffusers, with safetensors, which makes images of latents."""
+    """Folder of the latents' autoencoder, an AutoencoderKL of diffusers in safetensors."""
 
     def __call__(self) -> None:
         """Load, generate with a progress bar, write, and print how often blocks ran."""
