@@ -40,7 +40,7 @@ from dblocks.sampling import sampling_cost
 from dblocks.schedules import NoiseSchedule
 
 SHOWN = 5  # number of samples of each class in a record
-MOST_CLASSES = 10  # classes with samples in a record
+MOST_CLASSES = 10  # kinds of samples in a record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class DiTRun(Run):
     guidance_scale: float = GUIDANCE_SCALE
     """Guidance scale of the guided samples."""
     flip: bool = False
-    """Mirror half of the training images left to right."""
+    """Flip half of the training images horizontally."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,9 +30,9 @@ ARRAYS = (".npy", ".npz")
 class Sample:
     """Generate images with a saved diffusion transformer, one row per class, as a PNG.
 
-    Or as an array: a .npz file holds `arr_0`, uint8 [N, H, W, 3], and `arr_1`, the classes, as
-    programs that compute FID read them; a .npy file the numbers as they are, [N, C, H, W], of
-    latents too. Pictures of latents need --vae.
+    Or as arrays: a .npz file holds `arr_0`, uint8 [N, H, W, 3], and `arr_1`, the classes, as
+    programs that compute FID read them; a .npy file holds the values [N, C, H, W], also of latents.
+    Images of latents need --vae.
     """
 
     checkpoint: Path = OUT
@@ -42,7 +42,7 @@ class Sample:
     overwrite: bool = False
     """Replace an existing file."""
     classes: tuple[int, ...] = ()
-    """Classes to draw, such as 3 7; by default the first ten, and all of them into a .npz file."""
+    """Classes to generate, such as 3 7; by default the first ten, and all for a .npz file."""
     count: int = 5
     """Number of images of each class; for a model without classes, of rows of 10."""
     steps: int | None = None
@@ -57,13 +57,13 @@ class Sample:
     seed: int = 0
     """Seed of the initial noise."""
     batch_size: int = 500
-    """Images that are drawn at a time."""
+    """Images generated at a time."""
     device: str = "cpu"
-    """Where to draw, as PyTorch calls it."""
+    """Device of the computation, as PyTorch names it."""
     bf16: bool = False
     """Compute the layers in bfloat16 (autocast)."""
     vae: Path | None = None
-    """Folder of an AutoencoderKL of diffusers, with safetensors, which makes images of latents."""
+    """Folder of the latents' autoencoder, an AutoencoderKL of diffusers in safetensors."""
 
     def __call__(self) -> None:
         """Load, generate with a progress bar, write, and print how often blocks ran."""

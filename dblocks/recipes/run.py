@@ -83,13 +83,13 @@ class Run(JsonConfig, ABC):
     block takes in a run of all blocks; `dblocks merge` merges them into one network."""
 
     decay: Literal["cosine", "constant"] = "cosine"
-    """The learning rate after the warm-up: a cosine from --lr to --lr-end, or constant."""
+    """Learning rate after the warm-up: a cosine from --lr to --lr-end, or constant."""
     lr_end: float = 0.0
     """Learning rate at the end of the cosine."""
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, such as 0.9999, which is then what is
-    measured and saved; in the first steps of a block it is less, (1 + n)/(10 + n) after n steps.
-    Checkpoints hold the weights too. By default there is none."""
+    """Decay of an exponential moving average of the weights, such as 0.9999. The average is what is
+    measured and saved; checkpoints hold both. After n steps of a block the decay is at most
+    (1 + n)/(10 + n). By default there is no average."""
     resident: bool = False
     """Keep the parameters and the optimizer state of one block on the device and the others on the
     host. It has no effect with `--block`."""

@@ -82,15 +82,15 @@ class ViTRun(Run):
     """Side of a patch. By default the largest up to 7 that leaves at least 4 patches along each
     side: 2 for digits, 7 for 28x28 images, 4 for 32x32."""
     crop: Crop = "none"
-    """Random crops of training images: pad, moved by up to 4 pixels with black around; resize, a
-    part of 8 % to all of the area, scaled up."""
+    """Random crops of training images: pad, shifted by up to 4 pixels with black around; resize, a
+    part of 8 % to all of the area, scaled to the image's size."""
     flip: bool = False
-    """Turn half of the training images left to right."""
+    """Flip half of the training images horizontally."""
     rand_augment: bool = False
-    """Change training images by two random operations of RandAugment each, of magnitude 9."""
+    """Apply RandAugment to training images: two random operations each, of magnitude 9."""
     dropout: float = 0.0
-    """Dropout in training: of tokens, of what attention and MLP add, and of the attention's
-    probabilities. Several processes drop other elements than one does."""
+    """Dropout rate in training, for tokens, the outputs of attention and MLP, and attention
+    probabilities. Masks depend on the number of processes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

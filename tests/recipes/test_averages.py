@@ -120,7 +120,8 @@ def test_values_that_do_not_fit_are_refused(options, words):
 @pytest.mark.long
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_two_processes_that_share_a_block(tmp_path, sharding):
-    one = ("--blocks", "1", "--shared", "private", *EMA)
+    one = ("--blocks", "1", "--shared", "private", *EMA, "--crop", "pad", "--flip")
+    one += ("--rand-augment",)  # of the whole batch, of which each process takes its part
     train(tmp_path / "one", *one)
     command = [*VIT, *one, "--sharding", sharding, "--checkpoint-every", "6"]
     command += ["--out", str(tmp_path / "out")]
