@@ -27,9 +27,9 @@ from dblocks.scale.planner.units import parse_bytes, parse_count, parse_flops, p
 class Plan(ABC):
     """Plan the memory and time of training a network end to end and in any number of blocks.
 
-    NETWORK is vit, causal-lm, masked-lm, recurrent or dit, whose sizes are flags (dblocks plan vit
-    --help shows them), or another library's model, as for `dblocks info --model`. Nothing is
-    downloaded, and no weights are allocated. Prints a table; all figures are modelled.
+    NETWORK is vit, causal-lm, masked-lm, recurrent or dit, whose sizes are flags (shown by
+    `dblocks plan vit --help`), or another library's model, as for `dblocks info --model`. Nothing
+    is downloaded, and no weights are allocated. Prints a table; all figures are modelled.
     """
 
     memory: str
@@ -45,9 +45,8 @@ class Plan(ABC):
     tokens: int | None = None
     """Tokens of a text; by default as many as the network takes, up to 2,048."""
     shared: Literal["train", "frozen", "private"] | None = None
-    """What happens to parameters outside the layers; for reduce, plan private. By default:
-    train on one device; on several, private of networks here and frozen of other libraries'
-    models."""
+    """What happens to parameters outside the layers; for reduce, plan private. By default train on
+    one device; on several, private for networks here and frozen for other libraries' models."""
     optimizer: Optimizer = "adamw"
     """adamw is the fused one; adamw-foreach makes a copy of the parameters in a step; sgd has
     momentum; adafactor takes one parameter after the other (foreach=False); muon is for all
