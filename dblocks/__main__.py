@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_type_hints
 
 from dblocks.scale import Interrupted
@@ -216,13 +217,13 @@ def _parse(argv: Sequence[str]) -> Callable[[], None]:
     tyro = _tyro()
     from dblocks.scale.planner import command as plan
 
+    alone = {
+        "merge": _positional(tyro, Merge, "out", "folders"),
+        "plan": plan.command(tyro, argv, _planned(argv)),
+        **COMMANDS,
+    }
     parsed = tyro.extras.subcommand_cli_from_dict(
-        {
-            **_verbs(tyro, argv),
-            "merge": _positional(tyro, Merge, "out", "folders"),
-            "plan": plan.command(tyro, argv, _planned(argv)),
-            **COMMANDS,
-        },
+        {**_verbs(tyro, argv), **{name: _flowing(command) for name, command in alone.items()}},
         prog="dblocks",
         description=DESCRIPTION,
         args=list(argv),
@@ -356,6 +357,8 @@ def _verb(tyro: Any, name: str, description: str, networks: Mapping[str, Any]) -
 
     The command of a network is a class, or an instance with the defaults of the flags.
     """
+    for command in networks.values():
+        _flowing(command if isinstance(command, type) else type(command))
     options = tuple(
         Annotated[command, tyro.conf.subcommand(name=network)]
         if isinstance(command, type)
@@ -374,6 +377,20 @@ def _positional(tyro: Any, command: type, *names: str) -> type:
     made = make_dataclass(command.__name__, fields, bases=(command,), frozen=True, kw_only=True)
     made.__doc__ = command.__doc__
     return made
+
+
+def _flowing(command: type) -> type:
+    """`command`, the help of whose flags has no line ends of the source.
+
+    tyro joins lines that are not indented, and those of a field's docstring are.
+    """
+    parse = importlib.import_module("docstring_parser").parse_from_object  # tyro's own
+    classes = reversed(command.__mro__[:-1])
+    said = {doc.arg_name: doc.description for cls in classes for doc in parse(cls).params}
+    for field in dataclasses.fields(command):
+        if text := said.get(field.name):
+            field.metadata = MappingProxyType({**field.metadata, "help": " ".join(text.split())})
+    return command
 
 
 def _tyro() -> Any:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,18 @@ def test_a_recipe_sets_the_defaults_and_flags_count_before_it(monkeypatch, flags
 
 def test_the_help_of_a_recipe_shows_its_defaults(capsys):
     assert "(default: 300000)" in run_help(capsys, "train", "dit", "--recipe", "gpu")
+
+
+@pytest.mark.parametrize("argv", [("train", "vit"), ("plan", "vit"), ("eval", "dit"), ("info",)])
+def test_help_breaks_lines_where_the_terminal_ends_only(capsys, monkeypatch, argv):
+    monkeypatch.setenv("COLUMNS", "2000")
+    with pytest.raises(SystemExit):
+        main([*argv, "--help"])
+    about = capsys.readouterr().out.partition(" options ")[2].splitlines()[1:-1]
+    texts = [line.strip("│ ") for line in about]
+    assert sum("(default: " in text for text in texts) > 1
+    # A flag's text ends in its default, on the line of the flag or on the one after it.
+    assert [text for text in texts if re.search("[a-z,;.:]$", text)][1:] == []
 
 
 @pytest.mark.parametrize("network", ["vit", "causal-lm"])

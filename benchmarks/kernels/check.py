@@ -293,7 +293,8 @@ def report(launches: Iterable[Launch]) -> tuple[int, int, set[str]]:
         wrong = failures(row)
         failed += bool(wrong)
         note = f" **{'; '.join(wrong)}**" if wrong else ""
-        print(f"| {' | '.join(str(getattr(row, c)) for c in columns)} |{note}", flush=True)
+        read = row if row.instructions else row._replace(instructions=NOT_READ, widths=NOT_READ)
+        print(f"| {' | '.join(str(getattr(read, c)) for c in columns)} |{note}", flush=True)
     return count, failed, kernels
 
 
@@ -306,6 +307,8 @@ def main() -> int:
     parser.add_argument("--case", default="", help="only the cases whose name contains this")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    if (args.once or args.slice) and (args.targets or args.widths or (args.once and args.slice)):
+        parser.error("--once and --slice choose targets and widths: give one of them, or neither")
     print(f"triton {triton.__version__}, torch {torch.__version__}\n")
     widths, targets = args.widths or WIDTHS + HEAD_WIDTHS, args.targets or TARGETS
     if args.once or args.slice:

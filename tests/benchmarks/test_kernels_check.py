@@ -75,6 +75,13 @@ def test_nothing_compiled_is_a_failure():
     assert check("--slice", "--case", "no such case").returncode == 1
 
 
+@pytest.mark.parametrize("more", [("--targets", "gfx942"), ("--widths", "1024"), ("--once",)])
+def test_choices_that_would_be_ignored_are_refused(more):
+    done = check("--slice", *more)
+    assert done.returncode == 2
+    assert "--once and --slice choose targets and widths" in done.stderr
+
+
 def test_a_kernel_without_a_case_is_a_failure():
     code = """
 import sys

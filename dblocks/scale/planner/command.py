@@ -27,9 +27,9 @@ from dblocks.scale.planner.units import parse_bytes, parse_count, parse_flops, p
 class Plan(ABC):
     """Plan the memory and time of training a network end to end and in any number of blocks.
 
-    NETWORK is vit, causal-lm, masked-lm, recurrent or dit, with flags for its sizes (see dblocks
-    plan vit --help), or a model of another library, as for `dblocks info --model`. Nothing is
-    downloaded, and no weights are allocated. Prints a table; all figures are modelled.
+    NETWORK is vit, causal-lm, masked-lm, recurrent or dit, whose sizes are flags (shown by
+    `dblocks plan vit --help`), or another library's model, as for `dblocks info --model`. Nothing
+    is downloaded, and no weights are allocated. Prints a table; all figures are modelled.
     """
 
     memory: str
@@ -45,9 +45,8 @@ class Plan(ABC):
     tokens: int | None = None
     """Number of tokens of a text; by default the network's maximum, up to 2,048."""
     shared: Literal["train", "frozen", "private"] | None = None
-    """Training of the parameters outside the layers; for reduce, plan private. By default train on
-    one device; on several, private for networks of dblocks and frozen for models of other
-    libraries."""
+    """What happens to parameters outside the layers; for reduce, plan private. By default train on
+    one device; on several, private for networks here and frozen for other libraries' models."""
     optimizer: Optimizer = "adamw"
     """adamw is fused; adamw-foreach copies the parameters in a step; sgd has momentum; adafactor
     updates one parameter at a time (foreach=False); muon is for all matrices, with adamw for the
