@@ -8,11 +8,12 @@ from pathlib import Path
 
 from benchmarks.study.costing import COLUMNS as COST_COLUMNS
 from benchmarks.study.experiment import provenance
+from benchmarks.study.pages import text_tables
 from benchmarks.study.report.figures import budget_picture, comparison_picture, memory_picture
 from benchmarks.study.report.findings import Finding, findings, sentences
 from benchmarks.study.report.finished import Finished
 from dblocks.checkpoint import replacing
-from dblocks.recipes.tables import text_table
+from dblocks.recipes.tables import absent, text_table
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto;
@@ -103,8 +104,8 @@ def _section(found: Finished) -> str:
     return "\n".join(
         [
             f"<h2 id='{found.name}'>{found.name}</h2>",
-            f"<pre>{html.escape(text_table(found.rows, found.columns))}</pre>",
-            f"<p>{html.escape(found.caption(found.rows))}</p>",
+            *(f"<pre>{html.escape(part)}</pre>" for part in text_tables(found.rows, found.columns)),
+            f"<p>{html.escape(_notes(found))}</p>",
             _picture(found),
             memory_picture(found),
             budget_picture(found) if found.curve else "",
@@ -113,6 +114,10 @@ def _section(found: Finished) -> str:
             f"<p class='quiet'>{html.escape(provenance(records))}</p>",
         ]
     )
+
+
+def _notes(found: Finished) -> str:
+    return " ".join([found.caption(found.rows), *absent(found.rows, found.columns)])
 
 
 def _picture(found: Finished) -> str:
