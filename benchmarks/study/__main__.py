@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.study import causal_lm, dit, dit_study, masked_lm, recurrent, vit, vit_study
+from benchmarks.study import causal_lm, dit, dit_study, layers, masked_lm, recurrent, vit, vit_study
 from benchmarks.study.archive import Archive
 from benchmarks.study.costing import COSTS_PART, run_costs
 from benchmarks.study.experiment import REPORT, Experiment
@@ -40,16 +40,21 @@ STUDIES: dict[str, Study] = {
         dit_study.FASHION_FINAL,
         dit_study.FASHION_STUDY,
         dit_study.DIGITS_STUDY,
+        layers.TEXT,
     )
 }
 
 
 def comparisons() -> list[Finished]:
-    """What the report shows; of a study and an experiment on the same data the study."""
-    return [
-        finished_study(STUDIES[name], experiment) if name in STUDIES else finished(experiment)
-        for name, experiment in EXPERIMENTS.items()
-    ] + [finished_study(study) for name, study in STUDIES.items() if name not in EXPERIMENTS]
+    """What the report shows."""
+    return [comparison(name) for name in {**EXPERIMENTS, **STUDIES}]
+
+
+def comparison(name: str) -> Finished:
+    """What there is of an experiment or a study; where both are on the same data of the study."""
+    if name in STUDIES:
+        return finished_study(STUDIES[name], EXPERIMENTS.get(name))
+    return finished(EXPERIMENTS[name])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,7 +50,7 @@ def study_block(found: Finished) -> str:
 def _methods(found: Finished) -> str:
     quality = found.quality
     head = (
-        "", f"{quality.name}{_unit(quality.unit)}", "minus end to end [95 %]", "layer evaluations",
+        "", quality.axis, "minus end to end [95 %]", "layer evaluations",
         "saved activations, MiB", "state of a step, MiB", "seconds", "seeds",
     )  # fmt: skip
     beside = {finding.row: finding for finding in findings(found)}
@@ -71,10 +71,6 @@ def _methods(found: Finished) -> str:
             )
         )
     return f"{table(head, lines)}\n\n{found.caption(found.rows)}"
-
-
-def _unit(unit: str) -> str:
-    return {" points": ", %"}.get(unit, "")
 
 
 def _difference(finding: Finding | None, form: str) -> str:

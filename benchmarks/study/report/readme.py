@@ -105,14 +105,12 @@ def _plain(comparisons: Mapping[str, Finished]) -> str:
         found.quality.error(_mean(found, "small")) < found.quality.error(_mean(found, "end_to_end"))
         for found in (vit, lm)
     ]
-    first = "A plain network of 4 layers"
-    if all(better):
-        first = "Depth does not pay at these budgets: a plain network of 4 layers"
+    pays = "Depth does not pay yet: " if all(better) else ""
     mean_accuracy = 100 * sum(map(accuracy, small[0])) / len(small[0])
     mean_bits = sum(map(bits, small[1])) / len(small[1])
     return (
-        f"{first}, with as many layer evaluations and the\nactivations of a block, reaches "
-        f"{mean_accuracy:.1f} % as a ViT and {mean_bits:.3f} bits as a causal LM."
+        f"{pays}4 plain layers, at as many layer evaluations, reach {mean_accuracy:.1f} % as a "
+        f"ViT and {mean_bits:.3f} bits as a\ncausal LM."
     )
 
 
