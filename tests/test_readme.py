@@ -47,6 +47,27 @@ def test_its_results_are_in_the_report():
     ] == []
 
 
+def between(page, name):
+    return page.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
+
+
+def test_its_results_are_what_the_records_give():
+    """Where this fails, `make study-report` writes what the records give now."""
+    from benchmarks.study.__main__ import EXPERIMENTS, STUDIES, comparison
+    from benchmarks.study.report.documents import README_BLOCK, blocks
+    from benchmarks.study.report.readme import LINES, readme_block
+
+    found = {line.comparison: comparison(line.comparison) for line in LINES}
+    assert between(README, README_BLOCK) == readme_block(found)
+    report = (ROOT / "docs" / "results.md").read_text()
+    experiments, studies = (
+        {name: made for name, made in all_of.items() if name in found}
+        for all_of in (EXPERIMENTS, STUDIES)
+    )
+    for name, text in blocks(found, experiments, studies).items():
+        assert between(report, name) == text.strip(), name
+
+
 @pytest.mark.parametrize("page", ["README.md", "DESIGN.md", "CONTRIBUTING.md"])
 def test_links_to_files_lead_somewhere(page):
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text())

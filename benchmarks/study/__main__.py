@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study demo|results|study|report|pack|unpack`."""
+"""`python -m benchmarks.study demo|results|study|score|report|pack|unpack`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.study import causal_lm, dit, dit_study, masked_lm, recurrent, vit, vit_study
+from benchmarks.study import causal_lm, dit, dit_study, layers, masked_lm, recurrent, vit, vit_study
 from benchmarks.study.archive import Archive
 from benchmarks.study.costing import COSTS_PART, run_costs
 from benchmarks.study.experiment import REPORT, Experiment
-from benchmarks.study.report.finished import Finished, finished, finished_study
+from benchmarks.study.report.documents import README, of_experiment, write_documents
+from benchmarks.study.report.finished import Finished, finished, finished_study, score
 from benchmarks.study.report.page import write_page
 from benchmarks.study.rows import Study
 from benchmarks.study.running import QUICK, run_quick, run_study, status
@@ -39,16 +40,21 @@ STUDIES: dict[str, Study] = {
         dit_study.FASHION_FINAL,
         dit_study.FASHION_STUDY,
         dit_study.DIGITS_STUDY,
+        layers.TEXT,
     )
 }
 
 
 def comparisons() -> list[Finished]:
-    """What the report shows; of a study and an experiment on the same data the study."""
-    return [
-        finished_study(STUDIES[name], experiment) if name in STUDIES else finished(experiment)
-        for name, experiment in EXPERIMENTS.items()
-    ] + [finished_study(study) for name, study in STUDIES.items() if name not in EXPERIMENTS]
+    """What the report shows."""
+    return [comparison(name) for name in {**EXPERIMENTS, **STUDIES}]
+
+
+def comparison(name: str) -> Finished:
+    """What there is of an experiment or a study; where both are on the same data of the study."""
+    if name in STUDIES:
+        return finished_study(STUDIES[name], EXPERIMENTS.get(name))
+    return finished(EXPERIMENTS[name])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,8 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         moved = commands.add_parser(command, help=text)
         moved.add_argument("names", nargs="*", choices=[[], *EXPERIMENTS], default=[])
-    report = commands.add_parser("report", help="one HTML page of all records; runs nothing")
-    report.add_argument("--out", type=Path, default=PAGE, help="the page to write")
+    scored = commands.add_parser("score", help="judge the samples of the records of text")
+    scored.add_argument("names", nargs="+", choices=[*EXPERIMENTS])
+    report = commands.add_parser(
+        "report", help="from the records a page, docs/results.md and README's table; runs nothing"
+    )
+    report.add_argument("--out", type=Path, default=PAGE, help="the HTML page to write")
+    report.add_argument("--results", type=Path, default=REPORT, help="the page of all tables")
+    report.add_argument("--readme", type=Path, default=README, help="the page of five rows")
     args = parser.parse_args(argv)
     try:
         if args.command == "demo":
@@ -94,18 +106,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             _study(args)
             return 0
         if args.command == "report":
-            write_page(comparisons(), args.out)
-            print(f"wrote {args.out}")
+            _report(args)
             return 0
         for name in args.names or EXPERIMENTS:
             if args.command in ("pack", "unpack"):
                 getattr(Archive(EXPERIMENTS[name].records), args.command)()
+                continue
+            if args.command == "score":
+                score(EXPERIMENTS[name])
                 continue
             EXPERIMENTS[name].results(args.records, args.figure, args.report, args.workers)
     except (ImportError, ValueError, OSError) as error:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _report(args: argparse.Namespace) -> None:
+    """Writes the page and the documents."""
+    found = comparisons()
+    write_page(found, args.out)
+    by_name = {f.name: f for f in found}
+    for name, experiment in EXPERIMENTS.items():
+        rows = of_experiment(by_name[name], experiment).rows
+        if rows:
+            experiment.draw(rows, experiment.figure)
+    write_documents(by_name, EXPERIMENTS, STUDIES, args.results, args.readme)
+    print(f"wrote {args.out}, {args.results} and {args.readme}")
 
 
 def _study(args: argparse.Namespace) -> None:

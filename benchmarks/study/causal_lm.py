@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment, draw_comparison
@@ -15,6 +17,7 @@ from benchmarks.study.text import (
     quality_columns,
     reference_scores,
     score,
+    scored_by,
     stored_scores,
     text_and_training,
 )
@@ -91,13 +94,18 @@ COLUMNS = (*CAUSAL_LM, TEMPERATURE, *quality_columns(main_samples), *COSTS)
 
 def caption(rows: Rows) -> str:
     """How the runs were made and measured, in sentences for the report."""
-    first = next(iter(rows.values()))
-    run = first[0]["run"]
+    every = list(rows.values())
+    first = next((r for r in every if not r[0]["run"]["end_to_end"]), every[0])
+    run, bound = first[0]["run"], first[0].get("bound", {}).get("std_error", math.nan)
     rates = ", ".join(f"{lr:g}" for lr in LRS)
-    euler = ", ".join(spread(first, score(n, euler_samples), form) for n, _, form in QUALITY)
+    euler = ", ".join(
+        spread(first, score(n, euler_samples), form)
+        for n, _, form, _ in QUALITY
+        if n in scored_by(first[0])
+    )
     return (
         f"A Llama-like model of {run['depth']} layers and width {run['width']} "
-        f"{text_and_training(first[0], SEEDS)}. Each line's learning rate is the best "
+        f"{text_and_training(rows)}. Each line's learning rate is the best "
         f"of {{{rates}}} on the tenth before the held-out one, in runs of a third of the steps, "
         "end to end of all of them; the lines of all draws at sigma_max and of equal samples take "
         "over the rates of the blocks and of end to end. A layer evaluation is one batch of rows "
@@ -105,7 +113,7 @@ def caption(rows: Rows) -> str:
         "sigma_max; the product is the normalised geometric mean of all blocks' predictions there, "
         "as exact; the bound is that of the stochastic reverse process in the limit of small "
         "steps, not of Euler's method, and its standard error by the draws is "
-        f"{first[0]['bound']['std_error']:.3f} bits. Samples continue {SAMPLES} places of the "
+        f"{bound:.3f} bits. Samples continue {SAMPLES} places of the "
         f"held-out text by {run['context'] - PROMPT} characters, in blocks by their product, at "
         "the temperature from .7 to 1 that brings their bits under another model nearest to the "
         f"held-out text's own ({reference_scores(first[0])}, in the order of the columns); "
@@ -139,7 +147,7 @@ def experiment_of(name: str, run: CausalLMRun, what: str) -> Experiment:
         columns=COLUMNS,
         caption=caption,
         draw=draw,
-        finish=add_scores,
+        finish=partial(add_scores, shown=main_samples),
         stored=stored_scores,
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar, get_args
 
 from benchmarks.study.ablation import AblationRun
@@ -141,30 +142,24 @@ COLUMNS = (
 )
 
 
-def study_of(name: str, title: str, rows: Sequence[Row]) -> Study:
-    """The study on some images."""
-    return Study(
-        name=name,
-        title=title,
-        rows=rows,
-        quality=L2,
-        headline=lambda record: f"loss {l2_loss(record):.4f}",
-        columns=COLUMNS,
-    )
-
-
+study_of = partial(
+    Study,
+    quality=L2,
+    headline=lambda record: f"loss {l2_loss(record):.4f}",
+    columns=COLUMNS,
+)
 FASHION_FINAL = study_of(
-    "dit-fashion",
-    "a 12-layer DiT of width 64, patches of 4, on Fashion-MNIST",
-    final_rows(DiTRun(data="fashion-mnist", patch_size=4, samples=2000, steps=1), hours=0.1),
+    name="dit-fashion",
+    title="a 12-layer DiT of width 64, patches of 4, on Fashion-MNIST",
+    rows=final_rows(DiTRun(data="fashion-mnist", patch_size=4, samples=2000, steps=1), hours=0.1),
 )
 FASHION_STUDY = study_of(
-    "dit-fashion-ablations",
-    "a 12-layer DiT of width 64 in blocks, patches of 4, on Fashion-MNIST",
-    rows_of(FASHION, hours=0.07),
+    name="dit-fashion-ablations",
+    title="a 12-layer DiT of width 64 in blocks, patches of 4, on Fashion-MNIST",
+    rows=rows_of(FASHION, hours=0.07),
 )
 DIGITS_STUDY = study_of(
-    "dit-digits-ablations",
-    "a 12-layer DiT of width 64 in blocks, patches of 2, on handwritten digits",
-    [dataclasses.replace(row, planned=False) for row in rows_of(DIGITS, hours=0.04)],
+    name="dit-digits-ablations",
+    title="a 12-layer DiT of width 64 in blocks, patches of 2, on handwritten digits",
+    rows=[dataclasses.replace(row, planned=False) for row in rows_of(DIGITS, hours=0.04)],
 )

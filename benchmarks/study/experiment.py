@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.archive import Archive
-from benchmarks.study.pages import write_between_markers
+from benchmarks.study.pages import measures_block, write_between_markers
 from benchmarks.study.plots import Curve, Measure, Panel, comparison_figure, noise_panel
 from benchmarks.study.quality import Quality
 from dblocks.blocks import BlocksConfig
@@ -121,13 +121,9 @@ class Experiment:
         print(table)
         print(provenance([r for many in (*tried.values(), *records.values()) for r in many]))
         self.draw(rows, figure)
-        whole = "\n".join(line.rstrip() for line in table.splitlines())
-        how = (
-            f"{self.caption(rows)} Seconds are for one thread of a shared CPU, two runs at a time. "
-            f"Every run's record is in `{Archive(self.records).file}`; `make results` makes tables "
-            "and picture from them and runs those that are missing."
-        )
-        write_between_markers(report, f"results:{self.name}", f"```text\n{whole}\n```\n\n{how}")
+        archive = Archive(self.records).file
+        block = measures_block(rows, self.columns, self.caption(rows), archive)
+        write_between_markers(report, f"results:{self.name}", block)
         print(f"wrote {figure} and the table in {report}")
 
 

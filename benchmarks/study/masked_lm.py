@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from benchmarks.study import quality
 from benchmarks.study.experiment import Experiment, draw_comparison
 from benchmarks.study.plots import Measure, mask_panel
 from benchmarks.study.text import (
-    QUALITY,
     add_scores,
     quality_columns,
     reference_scores,
+    scored_by,
     stored_scores,
     text_and_training,
 )
@@ -50,10 +51,10 @@ def caption(rows: Rows) -> str:
     run = first["run"]
     rates = ", ".join(f"{lr:g}" for lr in LRS)
     chosen = ", ".join(f"{records[0]['run']['lr']:g}" for records in rows.values())
-    measures = ", ".join(name for name, _, _ in QUALITY)
+    measures = ", ".join(scored_by(first))
     return (
         f"A masked diffusion model (bidirectional, {run['depth']} layers of width {run['width']}) "
-        f"{text_and_training(first, EXPERIMENT.seeds)}. End to end is the same network as one "
+        f"{text_and_training(rows)}. End to end is the same network as one "
         f"block over all mask ratios. Learning rates are the best of {{{rates}}} on the tenth "
         "before the held-out one, in runs as long, the last line's that of the line above: "
         f"{chosen}. Bits are the variational bound at {len(first['bits_by_share'])} evenly spaced "
@@ -91,6 +92,6 @@ EXPERIMENT = Experiment(
     columns=COLUMNS,
     caption=caption,
     draw=draw,
-    finish=add_scores,
+    finish=partial(add_scores, shown=lambda _: SAMPLED),
     stored=stored_scores,
 )

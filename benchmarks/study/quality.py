@@ -23,6 +23,11 @@ class Quality:
     """Reads it."""
     higher_is_better: bool
 
+    @property
+    def axis(self) -> str:
+        """Of a figure or a table: the name, and the unit of the values."""
+        return f"{self.name}{', %' if self.unit == ' points' else ''}"
+
     def error(self, record: Mapping[str, Any]) -> float:
         """The smaller the better."""
         return -self.value(record) if self.higher_is_better else self.value(record)

@@ -8,11 +8,11 @@ from pathlib import Path
 from benchmarks.study.experiment import Experiment, Records, draw_comparison
 from benchmarks.study.quality import BITS
 from benchmarks.study.text import (
-    QUALITY,
     add_scores,
     next_token_measure,
     quality_columns,
     reference_scores,
+    scored_by,
     stored_scores,
     text_and_training,
 )
@@ -125,7 +125,7 @@ def seconds_ratio(records: Mapping[str, Sequence[Record]]) -> float:
 
 def finish(folder: Path, records: Mapping[str, Records]) -> None:
     """Adds the samples' scores, and warns where seconds are not as equal as a row's title says."""
-    add_scores(folder, records)
+    add_scores(folder, records, main_samples)
     ratio = seconds_ratio(records)
     if abs(ratio / SECONDS_RATIO - 1) > RATIO_TOLERANCE:
         print(
@@ -147,7 +147,7 @@ def _training(records: Mapping[str, Sequence[Record]]) -> str:
     return (
         f"A recurrent-depth model, {model['prelude']} layers before, {model['core']} in, and "
         f"{model['coda']} after the core, of width {run['width']}, "
-        f"{text_and_training(first, EXPERIMENT.seeds)}. End to end, as Huginn, a step applies the "
+        f"{text_and_training(records)}. End to end, as Huginn, a step applies the "
         f"core about {run['mean_recurrence']} times on the average and backpropagates through the "
         f"last {run['backprop_depth']}; as a block it applies the core once, at a drawn noise "
         "level. The block has more parameters, as its core and coda have AdaLN."
@@ -182,7 +182,7 @@ def _equal(records: Mapping[str, Sequence[Record]]) -> str:
 def _measures(records: Mapping[str, Sequence[Record]]) -> str:
     first = records["blocks_long"][0]
     run = first["run"]
-    one, measures = layers_per_character(first, 1), ", ".join(name for name, _, _ in QUALITY)
+    one, measures = layers_per_character(first, 1), ", ".join(scored_by(first))
     return (
         "The next token's bits are as a block those of one call from sigma_max, end to end those "
         f"of {run['mean_recurrence']} recurrences. {first['windows']} windows are spread evenly "

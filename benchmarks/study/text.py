@@ -15,17 +15,18 @@ from torch import Tensor
 
 from benchmarks.study.archive import Archive
 from benchmarks.study.experiment import Records
+from benchmarks.study.pages import seeds_of
 from benchmarks.study.plots import Measure
+from benchmarks.study.text_features import NGRAM, held_out_texts, more_scores
 from dblocks.checkpoint import load_model, prepare, save_model
 from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.recipes.data.text import Corpus
 from dblocks.recipes.metrics.ngrams import known_share, ngram_divergence, repetition_rate
 from dblocks.recipes.records import FORMAT, read_record, train, write_record
 from dblocks.recipes.tables import Column, Record, Rows, spread
-from dblocks.recipes.text_run import PROMPT, continuations
+from dblocks.recipes.text_run import PROMPT
 from dblocks.sampling import next_token_nll
 
-NGRAM = 4  # characters; the held-out text has some 13,000 different runs of four
 REPEATED = 12  # characters: a run of so many that comes again in a sample is a loop, not a word
 # As the longest row of the language model's table, from a seed that no row has.
 SCORER = CausalLMRun(end_to_end=True, steps=1440, lr=1e-3, seed=1000)
@@ -33,11 +34,21 @@ SCORER_FOLDER = Path("runs/causal-lm-scorer")  # of pydoc; other texts' have the
 SCORES = "scores"  # the name of their record
 RUN_FILE = "run.json"
 
-QUALITY = (
-    ("bits", "Samples: bits a character under another model", ".2f"),
-    ("divergence", f"Samples: divergence of {NGRAM}-grams from the held-out text", ".3f"),
-    ("known", f"Samples: share of {NGRAM}-grams that occur in it", ".3f"),
-    ("repetition", f"Samples: share of {REPEATED}-grams that repeat", ".3f"),
+NO_MAUVE = "MAUVE is not shown: these samples were scored without the packages of `dblocks[mauve]`."
+
+# Name, head, form, and why a table may lack it.
+QUALITY: tuple[tuple[str, str, str, str | None], ...] = (
+    ("bits", "Samples: bits a character under another model", ".2f", None),
+    ("divergence", f"Samples: divergence of {NGRAM}-grams from the held-out text", ".3f", None),
+    ("known", f"Samples: share of {NGRAM}-grams that occur in it", ".3f", None),
+    ("repetition", f"Samples: share of {REPEATED}-grams that repeat", ".3f", None),
+    (
+        "distinct",
+        f"Samples: share of different {NGRAM}-grams (distinct-{NGRAM})",
+        ".3f",
+        "Different n-grams are not shown: these samples were scored before they were counted.",
+    ),
+    ("mauve", "Samples: MAUVE against the held-out text", ".2f", NO_MAUVE),
 )
 
 
@@ -47,7 +58,7 @@ def score(name: str, key: Callable[[Record], str | None]) -> Callable[[Record], 
     def of(record: Record) -> float | None:
         of_samples = key(record)
         found = None if of_samples is None else record["scores"].get(of_samples)
-        return None if found is None else found[name]
+        return None if found is None else found.get(name)
 
     return of
 
@@ -55,8 +66,8 @@ def score(name: str, key: Callable[[Record], str | None]) -> Callable[[Record], 
 def quality_columns(key: Callable[[Record], str]) -> tuple[Column, ...]:
     """A column for each measure of the samples that `key` names."""
 
-    def column(name: str, head: str, form: str) -> Column:
-        return Column(head, lambda records: spread(records, score(name, key), form))
+    def column(name: str, head: str, form: str, absent: str | None) -> Column:
+        return Column(head, lambda records: spread(records, score(name, key), form), absent)
 
     return tuple(column(*entry) for entry in QUALITY)
 
@@ -82,7 +93,12 @@ def _part(point: Mapping[str, Any]) -> str:
 def reference_scores(record: Record) -> str:
     """What the held-out text itself scores, in the order of the columns."""
     scores = record["scores"]["reference"]
-    return ", ".join(f"{scores[name]:{form}}" for name, _, form in QUALITY)
+    return ", ".join(f"{scores[name]:{form}}" for name, _, form, _ in QUALITY if name in scores)
+
+
+def scored_by(record: Record) -> list[str]:
+    """Names of the scores of a record, in the order of the columns."""
+    return [name for name, *_ in QUALITY if name in record["scores"]["reference"]]
 
 
 TEXTS = {
@@ -97,24 +113,32 @@ def _of_windows(run: Mapping[str, Any]) -> str:
     return "" if run["data"] == "pydoc" else f", and {run['windows']} windows of them scored"
 
 
-def text_and_training(record: Record, seeds: Sequence[int]) -> str:
+def text_and_training(rows: Rows) -> str:
     """What all comparisons on text have in common, for a caption."""
+    record = next(iter(rows.values()))[0]
     run = record["run"]
     text = TEXTS.get(run["data"], run["data"])
     return (
         f"on {text} (sha256 {record['sha256'][:12]}...), the last 10 % held out"
         f"{_of_windows(run)}; windows of "
         f"{run['context']}, {run['batch_size']} a batch, AdamW with a cosine; mean ± sample "
-        f"standard deviation of seeds {', '.join(map(str, seeds))}"
+        f"standard deviation of seeds {seeds_of(rows)}"
     )
 
 
-def add_scores(folder: Path, records: Mapping[str, Records]) -> None:
-    """Adds "scores" to every record: what another model and n-grams say of its samples.
+def add_scores(
+    folder: Path, records: Mapping[str, Records], shown: Callable[[Record], str]
+) -> None:
+    """Adds "scores" to every record: what other models and n-grams say of its samples.
 
     A record has them in "samples_written", by name. The scores are kept beside the records, with a
     digest of the samples, so that other samples are scored again. The model is that of `SCORER`,
     the same for all experiments, trained where its checkpoint is not there.
+
+    Args:
+        folder: of the records.
+        records: by row.
+        shown: the samples of a record that tables show, which alone get a MAUVE score.
     """
     samples = {
         f"{_prefix(row, record)}{key}": texts
@@ -132,10 +156,18 @@ def add_scores(folder: Path, records: Mapping[str, Records]) -> None:
         same = found == made | {"samples": samples}
         scores = stored["scores"] if stored and same else score_all(samples, corpus, scorer)
         stored = {"format": FORMAT, **made, "scores": scores}
-        write_record(folder / f"{SCORES}.json", stored)
+        found = None
     for row, many in records.items():
         for record in many:
             _attach(record, row, stored["scores"])
+    chosen = {
+        f"{_prefix(row, record)}{shown(record)}" for row, many in records.items() for record in many
+    }
+    more = more_scores(samples, chosen, corpus, scorer.context, stored["scores"])
+    for name, added in more.items():
+        stored["scores"][name] |= added
+    if found is None or more:
+        write_record(folder / f"{SCORES}.json", stored)
 
 
 def stored_scores(folder: Path, records: Mapping[str, Records]) -> dict[str, Records]:
@@ -175,8 +207,7 @@ def score_all(
 ) -> dict[str, Any]:
     """Scores of the samples, and under "reference" of the held-out text in their place."""
     model = _trained(scorer)
-    prompts, truth = continuations(corpus.evaluated, scorer.context)
-    reference = [corpus.tokenizer.decode(row.tolist()) for row in truth]
+    prompts, reference = held_out_texts(corpus, scorer.context)
     held_out = corpus.tokenizer.decode(corpus.evaluated.tokens.tolist())
     return {
         name: {

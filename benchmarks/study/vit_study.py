@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.study import vit
+from benchmarks.study.layers import SPLITS, ViTLayersRun
 from benchmarks.study.methods.run import Method, MethodRun, steps_of
 from benchmarks.study.quality import ACCURACY
 from benchmarks.study.rows import Row, Study
@@ -102,6 +104,23 @@ def _at(row: Row, share: float) -> Row:
     )
 
 
+def layers_of(rows: Sequence[Row]) -> list[Row]:
+    """Blocks of unequal layers, at the rate of equal ones; a step runs 4 on the average."""
+    (row,) = (row for row in rows if row.name == "blocks")
+    return [
+        dataclasses.replace(
+            row,
+            name=f"blocks_{''.join(map(str, layers))}",
+            title=f"3 blocks of {', '.join(map(str, layers))} layers",
+            run=ViTLayersRun(**vars(row.run), layers=layers),
+            lrs=(),
+            rate_of=row.name,
+            planned=False,
+        )
+        for layers in SPLITS
+    ]
+
+
 def last_head(record: Any) -> float | None:
     """The best accuracy of a head that is not the last; None where there are no others."""
     heads = record.get("heads")
@@ -115,26 +134,22 @@ COLUMNS = (
 )
 
 
-def study_of(name: str, title: str, rows: Sequence[Row]) -> Study:
-    """The study on some images."""
-    return Study(
-        name=name,
-        title=title,
-        rows=rows,
-        quality=ACCURACY,
-        headline=lambda record: f"{100 * accuracy(record):.1f} %",
-        columns=COLUMNS,
-    )
+study_of = partial(
+    Study,
+    quality=ACCURACY,
+    headline=lambda record: f"{100 * accuracy(record):.1f} %",
+    columns=COLUMNS,
+)
 
 
 _FASHION = rows_of("vit-fashion", vit.CLOTHES, GRID, flip=True, shorter=2)
 FASHION = study_of(
-    "vit-fashion",
-    "a 12-layer ViT of width 64 on Fashion-MNIST",
-    [*_FASHION, *curve_of(_FASHION)],
+    name="vit-fashion",
+    title="a 12-layer ViT of width 64 on Fashion-MNIST",
+    rows=[*_FASHION, *curve_of(_FASHION), *layers_of(_FASHION)],
 )
 DIGITS = study_of(
-    "vit-digits",
-    "a 12-layer ViT of width 64 on handwritten digits",
-    rows_of("vit-digits", vit.DIGITS, vit.EXPERIMENT.lrs, flip=False, shorter=1),
+    name="vit-digits",
+    title="a 12-layer ViT of width 64 on handwritten digits",
+    rows=rows_of("vit-digits", vit.DIGITS, vit.EXPERIMENT.lrs, flip=False, shorter=1),
 )

@@ -70,14 +70,18 @@ def _calls(records: Sequence[Record]) -> str:
     return "/".join(map(str, records[0]["calls_of_blocks"]))
 
 
+_UNCOUNTED = "Precision and recall are not shown: these runs were made before they were measured."
+
 DIT_QUALITY = (
     Column("Fréchet distance, guided samples", lambda r: spread(r, _judged("distance"), ".2f")),
     Column(
         "Fréchet distance, unguided samples",
         lambda r: spread(r, _judged("distance_unguided"), ".2f"),
     ),
-    Column("Precision, guided samples", lambda r: spread(r, _judged("precision"), ".2f")),
-    Column("Recall, guided samples", lambda r: spread(r, _judged("recall"), ".2f")),
+    Column(
+        "Precision, guided samples", lambda r: spread(r, _judged("precision"), ".2f"), _UNCOUNTED
+    ),
+    Column("Recall, guided samples", lambda r: spread(r, _judged("recall"), ".2f"), _UNCOUNTED),
     Column("Layer evaluations an image", lambda r: f"{r[0]['layer_evaluations_per_image']:,}"),
 )
 DIT = (

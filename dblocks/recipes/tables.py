@@ -23,6 +23,8 @@ class Column(NamedTuple):
     head: str
     text: Callable[[Sequence[Record]], str]
     """Formats the records of a row."""
+    absent: str | None = None
+    """Why no record may have it, a sentence; such a column is then left out of the table."""
 
 
 def check_rows(rows: Rows) -> None:
@@ -113,11 +115,23 @@ COSTS = (
 )
 
 
+def absent(rows: Rows, columns: Sequence[Column]) -> list[str]:
+    """Sentences on columns that a table leaves out, since no record has them."""
+    reasons = {column.absent for column in columns if column.absent}
+    for column in columns:
+        if column.absent and any(column.text(records) != "-" for records in rows.values()):
+            reasons.discard(column.absent)
+    return sorted(reasons)
+
+
 def text_table(rows: Rows, columns: Sequence[Column]) -> str:
     """A table for a terminal: each row of the table is a column of text, with its name above."""
     check_rows(rows)
     lines = [("", list(rows))]
-    lines += [(c.head, [c.text(records) for records in rows.values()]) for c in columns]
+    left_out = absent(rows, columns)
+    for column in columns:
+        if column.absent not in left_out:
+            lines.append((column.head, [column.text(records) for records in rows.values()]))
     head = max(len(label) for label, _ in lines)
     widths = [max(len(cells[i]) for _, cells in lines) for i in range(len(rows))]
     text = [

@@ -41,7 +41,7 @@ def memory_picture(found: Finished) -> str:
         )  # fmt: skip
     ax.set_xlim(0, 1.1 * max(mean(r, "activations_mib") for r in found.records.values()))
     ax.set_xlabel("saved activations of a step (MiB)", fontsize=TEXT_SIZE)
-    ax.set_ylabel(f"{quality.name} {quality.unit}", fontsize=TEXT_SIZE)
+    ax.set_ylabel(quality.axis, fontsize=TEXT_SIZE)
     ax.set_title("Quality against memory", fontsize=TEXT_SIZE, color=INK)
     return _svg(figure, ax)
 
@@ -59,7 +59,7 @@ def budget_picture(found: Finished) -> str:
         )  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_xlabel("layer evaluations in training (one seed)", fontsize=TEXT_SIZE)
-    ax.set_ylabel(f"{quality.name} ({quality.unit.strip()})", fontsize=TEXT_SIZE)
+    ax.set_ylabel(quality.axis, fontsize=TEXT_SIZE)
     ax.set_title("Quality against compute", fontsize=TEXT_SIZE, color=INK)
     return _svg(figure, ax)
 

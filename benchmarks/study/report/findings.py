@@ -11,6 +11,7 @@ from benchmarks.study.report.finished import Finished
 from dblocks.recipes.metrics.differences import Difference, paired_difference
 
 REFERENCE = "end_to_end"
+SAME = 0.02  # what layer evaluations that are called equal may differ by
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,17 @@ class Finding:
 
     def verdict(self, quality: Quality) -> str:
         """Better, worse, or not told apart: whether the 95 % interval holds 0."""
-        low, high = self.difference.low, self.difference.high
-        if low is None or high is None:
-            return "one seed: no interval"
-        if low <= 0 <= high:
-            return "not told apart"
-        return "better" if (low > 0) == quality.higher_is_better else "worse"
+        return verdict(self.difference, quality)
+
+
+def verdict(difference: Difference, quality: Quality) -> str:
+    """Better, worse, or not told apart: whether the 95 % interval holds 0."""
+    low, high = difference.low, difference.high
+    if low is None or high is None:
+        return "one seed: no interval"
+    if low <= 0 <= high:
+        return "not told apart"
+    return "better" if (low > 0) == quality.higher_is_better else "worse"
 
 
 def findings(found: Finished) -> list[Finding]:
@@ -55,10 +61,8 @@ def _seeds(records: Records) -> set[int]:
 
 
 def _finding(found: Finished, row: str, records: Records, reference: Records) -> Finding:
-    quality = found.quality
-    mine = {record["run"]["seed"]: quality.value(record) for record in records}
-    theirs = {record["run"]["seed"]: quality.value(record) for record in reference}
-    seeds = sorted(mine.keys() & theirs.keys())
+    difference = difference_between(found, row, REFERENCE)
+    assert difference is not None, "a finding is of common seeds"
 
     def ratio(key: str) -> float:
         return records[0][key] / reference[0][key]
@@ -66,7 +70,7 @@ def _finding(found: Finished, row: str, records: Records, reference: Records) ->
     return Finding(
         row,
         found.titles[row],
-        paired_difference([mine[s] for s in seeds], [theirs[s] for s in seeds]),
+        difference,
         ratio("activations_mib"),
         ratio("state_mib"),
         ratio("layer_evaluations"),
@@ -77,21 +81,11 @@ def sentences(found: Finished, all_findings: Sequence[Finding]) -> list[str]:
     """What a comparison shows, a sentence a row, and what it does not."""
     quality = found.quality
     lines = [_sentence(f, quality) for f in all_findings]
-    by_row = {f.row: f for f in all_findings}
-    small = by_row.get("small")
-    if small is not None and small.verdict(quality) == "better":
-        lines.append(
-            "Depth does not pay at this budget: a plain network of fewer layers is better than "
-            "end-to-end training of all, so a gain of blocks over end to end is no gain over it."
-        )
-    blocks, ensemble = by_row.get("blocks"), by_row.get("ensemble")
-    if blocks and ensemble:
-        mine, theirs = blocks.difference.mean, ensemble.difference.mean
-        if (mine < theirs) == quality.higher_is_better and mine != theirs:
-            lines.append(
-                "Blocks that see noisy targets are not better than the same blocks without them "
-                "(all draws at sigma_max): here the noise brings nothing."
-            )
+    lines += [
+        line
+        for line in (_depth(found), _between(found, "blocks", "small"), _noise(found))
+        if line is not None
+    ]
     few = {len(records) for records in found.records.values()}
     if few:
         lines.append(
@@ -101,22 +95,83 @@ def sentences(found: Finished, all_findings: Sequence[Finding]) -> list[str]:
     return lines
 
 
-def _sentence(finding: Finding, quality: Quality) -> str:
-    d, verdict = finding.difference, finding.verdict(quality)
-    size = f"{abs(d.mean):{quality.form}}{quality.unit}"
-    if d.low is None or d.high is None:
-        how = f"{_sign(d.mean, quality)} by {size} in its only seed"
-    else:
-        interval = f"95 % interval {d.low:+{quality.form}} to {d.high:+{quality.form}}"
-        how = f"{verdict} by {size} ({interval}; {d.count} seeds)"
-        if verdict == "not told apart":
-            size = f"{d.mean:+{quality.form}}{quality.unit}"
-            how = f"not told apart: {size} ({interval}; {d.count} seeds)"
-    return (
-        f"{finding.title}, beside end to end: {quality.name} {how}; saved activations "
-        f"{finding.activations:.2f} times, state of a step {finding.state:.2f} times, layer "
-        f"evaluations {finding.evaluations:.2g} times."
+def difference_between(found: Finished, row: str, other: str) -> Difference | None:
+    """The quality of a row minus that of another, paired by seed; None where they share none."""
+    value = found.quality.value
+    ours, theirs = (
+        {record["run"]["seed"]: value(record) for record in found.records.get(name, [])}
+        for name in (row, other)
     )
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    return paired_difference([ours[s] for s in seeds], [theirs[s] for s in seeds])
+
+
+def _depth(found: Finished) -> str | None:
+    """Whether all layers are better than a third of them with as many evaluations."""
+    d = difference_between(found, "small", REFERENCE)
+    said = None if d is None else verdict(d, found.quality)
+    return {
+        "better": "Depth does not pay at this budget: a plain network of fewer layers is better "
+        "than end-to-end training of all.",
+        "worse": "Depth pays at this budget: a plain network of fewer layers is worse than "
+        "end-to-end training of all.",
+        "not told apart": "Whether depth pays at this budget is not shown: a plain network of "
+        "fewer layers and end-to-end training of all are not told apart.",
+    }.get(said or "")
+
+
+def _between(found: Finished, row: str, other: str) -> str | None:
+    d = difference_between(found, row, other)
+    if d is None:
+        return None
+    titles, quality = found.titles, found.quality
+    return f"{_capital(titles[row])}, beside {titles[other]}: {quality.name} {_how(d, quality)}."
+
+
+def _noise(found: Finished) -> str | None:
+    """Whether blocks gain by noisy targets: beside the same blocks without."""
+    d = difference_between(found, "blocks", "ensemble")
+    if d is None:
+        return None
+    words = {
+        "better": "the noise helps",
+        "worse": "the noise costs quality",
+        "not told apart": "whether the noise brings anything is not shown",
+    }.get(verdict(d, found.quality), "one seed does not tell what the noise brings")
+    return (
+        "Blocks that see noisy targets, beside the same blocks without them (all draws at "
+        f"sigma_max): {found.quality.name} {_how(d, found.quality)}: {words}."
+    )
+
+
+def _sentence(finding: Finding, quality: Quality) -> str:
+    evaluations = f"{finding.evaluations:.2g} times the layer evaluations"
+    if abs(finding.evaluations - 1) < SAME:
+        evaluations = "as many layer evaluations"
+    return (
+        f"{_capital(finding.title)}, beside end to end: {quality.name} "
+        f"{_how(finding.difference, quality)}; {finding.activations:.2f} of the saved activations, "
+        f"{finding.state:.2f} of the state of a step, {evaluations}."
+    )
+
+
+def _how(d: Difference, quality: Quality) -> str:
+    """Better, worse or not told apart, by how much, and the interval."""
+    said = verdict(d, quality)
+    if d.low is None or d.high is None:
+        size = f"{abs(d.mean):{quality.form}}{quality.unit}"
+        return f"{_sign(d.mean, quality)} by {size} in its only seed"
+    interval = f"95 % interval {d.low:+{quality.form}} to {d.high:+{quality.form}}"
+    if said == "not told apart":
+        size = f"{d.mean:+{quality.form}}{quality.unit}"
+        return f"not told apart: {size} ({interval}; {d.count} seeds)"
+    return f"{said} by {abs(d.mean):{quality.form}}{quality.unit} ({interval}; {d.count} seeds)"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _sign(value: float, quality: Quality) -> str:

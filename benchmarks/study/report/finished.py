@@ -41,6 +41,10 @@ class Finished:
     name: str
     titles: Mapping[str, str]
     """Of rows."""
+    kinds: Mapping[str, type[Run]]
+    """Of the rows' runs."""
+    seeds: Mapping[str, int]
+    """How many final runs a row is to have."""
     records: Mapping[str, Records]
     """By row; of as many seeds as were run."""
     missing: Sequence[Missing]
@@ -68,6 +72,45 @@ def finished(experiment: Experiment) -> Finished:
             stand in one table.
     """
     there = Archive(experiment.records).load()
+    records, missing = _rows(experiment, there)
+    if experiment.stored is not None:
+        scored = experiment.stored(experiment.records, records)
+        missing |= {row: [] for row in records if row not in scored}
+        records = scored
+    check_versions(experiment.name, [r for many in records.values() for r in many])
+    titles = {row: title for row, (title, _) in experiment.rows.items()}
+    pace = _pace(records)
+    how = f"python -m benchmarks.study results {experiment.name}"
+    return Finished(
+        name=experiment.name,
+        titles=titles,
+        kinds={row: type(run) for row, (_, run) in experiment.rows.items()},
+        seeds=dict.fromkeys(experiment.rows, len(experiment.seeds)),
+        records=records,
+        missing=[Missing(titles[r], len(m), _hours(m, pace), how) for r, m in missing.items()],
+        quality=experiment.quality,
+        columns=experiment.columns,
+        caption=experiment.caption,
+        draw=experiment.draw,
+    )
+
+
+def score(experiment: Experiment) -> None:
+    """Adds to the records that are there what `finish` of their experiment adds.
+
+    Raises:
+        ValueError: it adds nothing, or there are no records.
+    """
+    records, _ = _rows(experiment, Archive(experiment.records).load())
+    if experiment.finish is None or not records:
+        raise ValueError(f"{experiment.name} has no samples to score; run its rows first")
+    experiment.finish(experiment.records, records)
+
+
+def _rows(
+    experiment: Experiment, there: Mapping[str, Any]
+) -> tuple[dict[str, Records], dict[str, Sequence[Run]]]:
+    """The final records by row, and the runs of rows that have none."""
     records: dict[str, Records] = {}
     missing: dict[str, Sequence[Run]] = {}
     for row in experiment.rows:
@@ -82,24 +125,7 @@ def finished(experiment: Experiment) -> Finished:
             records[row] = found
         else:
             missing[row] = runs
-    if experiment.stored is not None:
-        scored = experiment.stored(experiment.records, records)
-        missing |= {row: [] for row in records if row not in scored}
-        records = scored
-    check_versions(experiment.name, [r for many in records.values() for r in many])
-    titles = {row: title for row, (title, _) in experiment.rows.items()}
-    pace = _pace(records)
-    how = f"python -m benchmarks.study results {experiment.name}"
-    return Finished(
-        name=experiment.name,
-        titles=titles,
-        records=records,
-        missing=[Missing(titles[r], len(m), _hours(m, pace), how) for r, m in missing.items()],
-        quality=experiment.quality,
-        columns=experiment.columns,
-        caption=experiment.caption,
-        draw=experiment.draw,
-    )
+    return records, missing
 
 
 def finished_study(study: Study, like: Experiment | None = None) -> Finished:
@@ -116,6 +142,8 @@ def finished_study(study: Study, like: Experiment | None = None) -> Finished:
     return Finished(
         name=study.name,
         titles={row.name: row.title for row in study.rows},
+        kinds={row.name: type(row.run) for row in study.rows},
+        seeds={row.name: len(row.seeds) for row in study.rows},
         records={row.name: there[row.name] for row in compared},
         missing=[_missing(found, row) for row in study.rows if not there[row.name]],
         quality=study.quality,

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from benchmarks.study.costing import COLUMNS as COST_COLUMNS
 from benchmarks.study.experiment import provenance
+from benchmarks.study.pages import text_tables
 from benchmarks.study.report.figures import budget_picture, comparison_picture, memory_picture
 from benchmarks.study.report.findings import Finding, findings, sentences
 from benchmarks.study.report.finished import Finished
 from dblocks.checkpoint import replacing
-from dblocks.recipes.tables import text_table
+from dblocks.recipes.paper import EXPERIMENTS
+from dblocks.recipes.tables import absent, text_table
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto;
@@ -31,8 +33,8 @@ img, svg { max-width: 100%; height: auto; }
 INTRODUCTION = (
     "Networks trained in blocks, end to end, and by other methods, on the same data with the same "
     "optimizer and evaluation. All sentences and intervals are computed from the records; figures "
-    "that others published are not on this page. A difference is a row's quality minus that of "
-    "end-to-end training, paired by seed, with the 95 % interval of Student's t."
+    "that others published stand in a table of their own. A difference is a row's quality minus that "
+    "of end-to-end training, paired by seed, with the 95 % interval of Student's t."
 )
 
 
@@ -57,6 +59,7 @@ def write_page(found: Sequence[Finished], path: Path) -> None:
         _contents(ran),
         _summary(ran),
         *map(_section, ran),
+        _published(),
         _not_run(found),
         "</html>\n",
     ]
@@ -67,7 +70,8 @@ def write_page(found: Sequence[Finished], path: Path) -> None:
 
 def _contents(found: Sequence[Finished]) -> str:
     links = (f"<a href='#{f.name}'>{f.name}</a>" for f in found)
-    return f"<p>{' · '.join(links)} · <a href='#not-run'>not run</a></p>"
+    more = "<a href='#published'>published</a> · <a href='#not-run'>not run</a>"
+    return f"<p>{' · '.join(links)} · {more}</p>"
 
 
 def _summary(found: Sequence[Finished]) -> str:
@@ -103,8 +107,8 @@ def _section(found: Finished) -> str:
     return "\n".join(
         [
             f"<h2 id='{found.name}'>{found.name}</h2>",
-            f"<pre>{html.escape(text_table(found.rows, found.columns))}</pre>",
-            f"<p>{html.escape(found.caption(found.rows))}</p>",
+            *(f"<pre>{html.escape(part)}</pre>" for part in text_tables(found.rows, found.columns)),
+            f"<p>{html.escape(_notes(found))}</p>",
             _picture(found),
             memory_picture(found),
             budget_picture(found) if found.curve else "",
@@ -113,6 +117,10 @@ def _section(found: Finished) -> str:
             f"<p class='quiet'>{html.escape(provenance(records))}</p>",
         ]
     )
+
+
+def _notes(found: Finished) -> str:
+    return " ".join([found.caption(found.rows), *absent(found.rows, found.columns)])
 
 
 def _picture(found: Finished) -> str:
@@ -125,6 +133,26 @@ def _costs(found: Finished) -> str:
         return ""
     table = html.escape(text_table(found.costs, COST_COLUMNS))
     return f"<h3>Memory with checkpointing, offload and residency</h3><pre>{table}</pre>"
+
+
+def _published() -> str:
+    """What the paper reports, of other data and larger networks: not to compare with rows here."""
+    head = ("network", "data", "measure", "method", "published", "source")
+    rows = [
+        (network, experiment.data, experiment.metric, row.method, row.value, row.table)
+        for network, experiments in EXPERIMENTS.items()
+        for experiment in experiments
+        for row in experiment.rows
+    ]
+    cells = "".join(f"<th>{h}</th>" for h in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return (
+        "<h2 id='published'>Published by others</h2><p>Of the paper of DiffusionBlocks (arXiv "
+        "2506.14202): other data, larger networks and longer training than above, so that no row "
+        f"here compares with them.</p><table><tr>{cells}</tr>{body}</table>"
+    )
 
 
 def _not_run(found: Sequence[Finished]) -> str:

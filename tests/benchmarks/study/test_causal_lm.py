@@ -132,12 +132,12 @@ def test_other_samples_are_scored_again_by_the_same_model(tmp_path, tiny, monkey
     run_all(dataclasses.replace(tiny, rows={"end_to_end": tiny.rows["end_to_end"]}), folder)
     path = experiment.record_path(folder, "end_to_end", tiny.final_runs("end_to_end", 1e-3)[0])
     record = read_record(path)
-    scoring.add_scores(folder, {"end_to_end": [record]})
+    scoring.add_scores(folder, {"end_to_end": [record]}, main_samples)
     before = record["scores"]["plain@1"]
     monkeypatch.setattr(scoring, "train", None)
     length = record["run"]["context"] - PROMPT
     record["samples_written"]["plain@1"] = ["1" * length] * SAMPLES
-    scoring.add_scores(folder, {"end_to_end": [record]})
+    scoring.add_scores(folder, {"end_to_end": [record]}, main_samples)
     after = record["scores"]["plain@1"]
     assert after["repetition"] == pytest.approx(1 - 1 / (length - scoring.REPEATED + 1))
     assert after["bits"] != before["bits"]
