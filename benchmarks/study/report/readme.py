@@ -41,20 +41,20 @@ LINES = (
     ),
     Line(
         "causal-lm-pydoc", "causal LM, Python's documentation",
-        "bits a character, product of blocks", 3, "blocks", _product, bits, ".3f",
+        "bits per character, product of blocks", 3, "blocks", _product, bits, ".3f",
     ),
     Line(
-        "masked-lm-pydoc", "masked LM, the same text", "bits a character (bound)", 3, "blocks",
+        "masked-lm-pydoc", "masked LM, the same text", "bits per character (bound)", 3, "blocks",
         bits, bits, ".3f",
     ),
     Line(
-        "recurrent-pydoc", "recurrent LM, the same text", "bits a character", 1, "blocks", bits,
+        "recurrent-pydoc", "recurrent LM, the same text", "bits per character", 1, "blocks", bits,
         bits, ".3f",
     ),
 )  # fmt: skip
 HEAD = (
     "network, data", "measure", "blocks", "in blocks", "end to end",
-    "activations of a step, MiB: in blocks/end to end",
+    "activations, MiB: in blocks/end to end",
 )  # fmt: skip
 
 
