@@ -1,4 +1,4 @@
-"""What a trainer takes its batches from: images or a text. They are functions of (seed, step)."""
+"""Batches of images or text, as functions of (seed, step)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Batch = dict[str, Tensor]
 
 
 class Data(Protocol):
-    """What a network is trained on."""
+    """The training data of a network."""
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`, on the CPU."""
         ...
 
     def texts(self) -> dict[str, str]:
-        """What a network of this data needs beside its weights, by the name of the file."""
+        """Contents of the files that a network needs in addition to its weights, by name."""
         ...
 
     def digest(self) -> str:
-        """A SHA-256 of what is trained on."""
+        """A SHA-256 of the training data."""
         ...
 
 
@@ -34,9 +34,9 @@ class ImageData:
     """Batches of images and their labels.
 
     Args:
-        images: what to train on.
+        images: the training images.
         batch_size: images in a batch.
-        seed: of their order.
+        seed: seed of their order.
 
     Raises:
         ValueError: there are fewer images than a batch has.
@@ -57,11 +57,11 @@ class ImageData:
         return {"images": values(chosen.images), "labels": chosen.labels}
 
     def texts(self) -> dict[str, str]:
-        """Nothing: images need nothing beside the network."""
+        """Nothing: images need no further files."""
         return {}
 
     def digest(self) -> str:
-        """Of the training images and their labels."""
+        """The digest of the training images and their labels."""
         return self.images.digest()
 
 
@@ -69,10 +69,10 @@ class TextData:
     """Batches of windows of a text.
 
     Args:
-        corpus: what to train on and what to evaluate on.
+        corpus: the texts for training and evaluation.
         context: tokens in a window.
         batch_size: windows in a batch.
-        seed: of where they start.
+        seed: seed of their positions.
 
     Raises:
         ValueError: a part of the text is shorter than a window.
@@ -99,5 +99,5 @@ class TextData:
         return {TOKENIZER_FILE: self.corpus.tokenizer.to_json()}
 
     def digest(self) -> str:
-        """Of the tokens of the training text."""
+        """The digest of the tokens of the training text."""
         return sha256_of(self.corpus.training.tokens)
