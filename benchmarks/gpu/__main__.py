@@ -1,4 +1,4 @@
-"""One run on a GPU, most valuable first: what is right, what it reaches, and beside what.
+"""One run on a GPU, most valuable parts first: correctness, speed, and comparison with baselines.
 
     python -m benchmarks.gpu --budget 420 --out build/gpu       at most seven minutes
     python -m benchmarks.gpu --dry --out build/gpu              every call, small, on a CPU

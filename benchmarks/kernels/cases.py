@@ -1,4 +1,4 @@
-"""The launches that the compile check looks at: every kernel, as a large model calls it.
+"""The launches of `make kernels-check`: every kernel, as a large model calls it.
 
 Tensors are on the meta device, so nothing is allocated; a data pointer of 0 counts as aligned.
 """

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for several GPUs, without one, and reads what the compiler made.
+"""Compiles every Triton kernel for several GPU architectures, without a GPU, and inspects the code.
 
 Each public launch is made on tensors without memory; the launch is caught and its kernel compiled
 with exactly the settings and argument specialisation that a real launch has. The check fails where

@@ -1,4 +1,4 @@
-"""What can be said of the Triton kernels without a GPU, as a table: `benchmarks/static.md`.
+"""Writes `benchmarks/static.md`: what is known of the Triton kernels without a GPU.
 
 Every launch of the compile check's cases is compiled for one target; beside registers, stack and
 shared memory stand the instructions of the whole kernel. They are counted as they lie in the code,

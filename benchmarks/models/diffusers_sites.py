@@ -1,4 +1,4 @@
-"""What `torch.compile(model, backend="dblocks")` does to each transformer of diffusers.
+"""Checks `torch.compile(model, backend="dblocks")` on each transformer of diffusers.
 
     python -m benchmarks.models.diffusers_sites               the classes that have no row yet
     python -m benchmarks.models.diffusers_sites Flux Wan      those whose names begin so, again

@@ -1,4 +1,4 @@
-"""Outputs and gradients of an implementation against float64, before it is timed."""
+"""Checks outputs and gradients of an implementation against float64, before it is timed."""
 
 from __future__ import annotations
 

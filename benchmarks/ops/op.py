@@ -1,4 +1,4 @@
-"""What an op of the benchmark is: inputs, baselines, shapes, and the work of a call."""
+"""The definition of an op in the benchmark: inputs, baselines, shapes, and the work of a call."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Times every op beside its baselines, each checked against float64 before it is timed.
+"""Times every op and its baselines, each checked against float64 before it is timed.
 
     python -m benchmarks.ops.run                      all shapes of this machine's CPU
     python -m benchmarks.ops.run --device cuda        64M elements in bfloat16 (128 MiB a tensor)

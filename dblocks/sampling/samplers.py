@@ -206,9 +206,5 @@ def _calls(
     return lambda z, call: bound(z, _full(z, steps.sigma(call)), **owners[call])
 
 
-def _computed(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
-
-
 def _full(z: Tensor, sigma: float) -> Tensor:
     return torch.full((z.shape[0],), sigma, dtype=z.dtype, device=z.device)

@@ -1,4 +1,4 @@
-"""Prints the goals of the kernels beside what a cycle model says of them; or the host's time.
+"""Prints the targets of the kernels and their times in a cycle model; or the host's time.
 
     python -m benchmarks.kernels.model                   every row, about three minutes on 2 cores
     python -m benchmarks.kernels.model --only "adaln fwd" --widths 1152

@@ -1,4 +1,4 @@
-"""The kernels that move rows: what share of a copy's bandwidth the model lets them have.
+"""The memory-bound kernels: the fraction of a copy's bandwidth that they reach in the cycle model.
 
 Shapes are [8, 2^26 / (8 D), D], of cross-entropy [2^27 / V, V]; modulations are chunks of
 bfloat16 [8, 6 D]. A call's bytes are those of benchmarks/ops/registry.py.

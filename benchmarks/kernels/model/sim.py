@@ -1,4 +1,4 @@
-"""What an instruction costs on Hopper, and runs of smsim.cpp on the code of a kernel."""
+"""The cost of an instruction on Hopper, and runs of smsim.cpp on the code of a kernel."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""The goals of the kernels on an H200, each beside what the model says of it today."""
+"""The targets of the kernels on an H200, with the times of the cycle model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ways to fine-tune that the benchmark compares, and a run of one."""
+"""The ways to fine-tune that the benchmark compares, and their runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small model that the fine-tuning benchmark begins with, trained here once and kept."""
+"""The small pretrained model of the fine-tuning benchmark, trained once and cached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fine-tuned network scores on held-out text."""
+"""Scores of a fine-tuned network on held-out text."""
 
 from __future__ import annotations
 

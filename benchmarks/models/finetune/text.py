@@ -1,4 +1,4 @@
-"""What the fine-tuning benchmark reads: prose to pretrain on, source code to adapt to."""
+"""The texts of the fine-tuning benchmark: prose for pretraining, source code for fine-tuning."""
 
 from __future__ import annotations
 

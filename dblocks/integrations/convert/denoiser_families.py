@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,9 +143,3 @@ def family_of(model: Any) -> DenoiserFamily | None:
             own = getattr(kind, "forward", None) is getattr(type(model), "forward", None)
             return FAMILIES[kind.__name__] if own else None
     return None
-
-
-def default_lists(model: Any) -> Iterable[str]:
-    """The lists of layers of a known denoiser; none of another model."""
-    family = family_of(model)
-    return () if family is None else family.lists

@@ -1,1 +1,1 @@
-"""What runs train on: images, text and their batches."""
+"""The data of runs: images, text and their batches."""

@@ -1,4 +1,4 @@
-"""What a trainer takes its batches from: images or a text. They are functions of (seed, step)."""
+"""Batches of images or text, as functions of (seed, step)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Batch = dict[str, Tensor]
 
 
 class Data(Protocol):
-    """What a network is trained on."""
+    """The training data of a network."""
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`, on the CPU or where it is trained on."""
         ...
 
     def texts(self) -> dict[str, str]:
-        """What a network of this data needs beside its weights, by the name of the file."""
+        """Contents of the files that a network needs in addition to its weights, by name."""
         ...
 
     def digest(self) -> str:
-        """A SHA-256 of what is trained on."""
+        """A SHA-256 of the training data."""
         ...
 
 
@@ -35,7 +35,7 @@ class ImageData:
     """Batches of images and their labels.
 
     Args:
-        images: what to train on.
+        images: the training images.
         batch_size: images in a batch.
         seed: of their order, and of the augmentation.
         augment: what is done to them.
@@ -71,11 +71,11 @@ class ImageData:
         return {"images": images, "labels": chosen.labels}
 
     def texts(self) -> dict[str, str]:
-        """Nothing: images need nothing beside the network."""
+        """Nothing: images need no further files."""
         return {}
 
     def digest(self) -> str:
-        """Of the training images and their labels."""
+        """The digest of the training images and their labels."""
         return self.images.digest()
 
 
@@ -83,10 +83,10 @@ class TextData:
     """Batches of windows of a text.
 
     Args:
-        corpus: what to train on and what to evaluate on.
+        corpus: the texts for training and evaluation.
         context: tokens in a window.
         batch_size: windows in a batch.
-        seed: of where they start.
+        seed: seed of their positions.
 
     Raises:
         ValueError: a part of the text is shorter than a window.
@@ -113,5 +113,5 @@ class TextData:
         return {TOKENIZER_FILE: self.corpus.tokenizer.to_json()}
 
     def digest(self) -> str:
-        """Of the tokens of the training text."""
+        """The digest of the tokens of the training text."""
         return sha256_of(self.corpus.training.tokens)

@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 as their authors offer them: the binary version and the Python version.
+"""CIFAR-10 and CIFAR-100 in their authors' formats: the binary version and the Python version.
 
-The Python version is pickles, as torchvision keeps it. They are read without running anything of
-them, see `pickles.read_pickle`.
+The Python version, which torchvision stores, consists of pickles. They are parsed without executing
+any of their content; see `pickles.read_pickle`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ VERSIONS = (
 def read_cifar(folder: Path) -> tuple[ByteImages, ByteImages] | None:
     """The training and the test images of a folder of CIFAR files; None if it is none.
 
-    Of CIFAR-100 the fine classes are taken.
+    For CIFAR-100 the fine classes are used.
 
     Raises:
         ValueError: some of the files are not there, or one is damaged.

@@ -15,7 +15,7 @@ Parts = tuple[Images, Images]
 
 
 def read_class_folders(folder: Path, size: Size | None, channels: int) -> Parts | None:
-    """Images to train on and held-out ones; None if the folder is not in parts.
+    """Images for training and held-out ones; None if the folder is not in parts.
 
     It holds `train/CLASS/...`, and either Tiny-ImageNet's `val/images` with `val_annotations.txt`,
     or `test/CLASS/...`, `val/CLASS/...` or the like. Classes are in the order of their names in

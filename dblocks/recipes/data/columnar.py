@@ -18,7 +18,7 @@ CACHED = "cache-"
 ROWS = 1024  # of a parquet file that are read at a time
 FILE_FORMAT = b"ARROW1"  # an arrow file that begins otherwise is a stream
 END = bytes(4)  # of a stream
-# Words in the path of a file, of parts that are not trained on; the first part there is held out.
+# Words in the path of a file that mark parts other than training; the first one found is held out.
 HELD_OUT = (
     ("test", "heldout"),
     ("validation", "valid", "val", "dev"),
@@ -27,7 +27,7 @@ Parts = tuple[list[Path], list[list[Path]]]
 
 
 def in_parts(files: Sequence[Path], folder: Path) -> Parts:
-    """The files to train on, and those of each part that may be held out, the first one first.
+    """The training files, and those of each part that may be held out, in order of preference.
 
     A file belongs to a part if a word of its path in the folder names it, such as
     `data/test-00000-of-00001.parquet` or `lm1b-test.arrow`.

@@ -31,7 +31,7 @@ def load_digits() -> Images:
 
 
 def digits(part: Part = "final") -> tuple[Images, Images]:
-    """What to train on and what to evaluate on: two sets of digits without a common image.
+    """The digits for training and for evaluation, without a common image.
 
     Args:
         part: "final" trains on the whole training part (70 %) and evaluates on the held-out part

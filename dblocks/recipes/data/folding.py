@@ -1,4 +1,4 @@
-"""English made letters and spaces, as text8 is."""
+"""Reduces English to letters and spaces, as in text8."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DIGITS = b"zero one two three four five six seven eight nine".split()
 
 
 def letters_and_spaces(text: bytes) -> str:
-    """English as text8 has it: lower-case a to z, and single spaces between words.
+    """English in the form of text8: lower-case a to z, and single spaces between words.
 
     Digits are spelled out one by one; any other byte is a space. There is none at the ends.
 

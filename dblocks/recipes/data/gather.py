@@ -1,4 +1,4 @@
-"""Pictures one by one as one tensor: in memory, or large ones in a file that is mapped."""
+"""Gathers images into one tensor: in memory, or for large sets in a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gather(
 
     Args:
         pictures: begins anew to read the pictures, uint8 [H, W, C] of one size.
-        count: how many there are.
+        count: number of images.
         files: what they are read from, and with `settings` what makes them what they are.
         settings: JSON values.
 

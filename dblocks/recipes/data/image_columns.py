@@ -23,7 +23,7 @@ UNLABELLED = -1  # the class of test images that are not told
 def read_image_columns(
     folder: Path, size: Size | None, channels: int
 ) -> tuple[Images, Images | None] | None:
-    """Images to train on and those of the data's own test part; None if there are no such files.
+    """Images for training and those of the data's own test part; None if there are no such files.
 
     Parts are those of `columnar.in_parts`; one without classes (-1) is no test part.
 

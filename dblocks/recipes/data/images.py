@@ -1,4 +1,4 @@
-"""Images and latents by name, from files and from packages that offer data sets.
+"""Loads images and latents by name, from files and from packages.
 
 Images have pixel values in [-1, 1]. Latents are multiplied by a factor that the caller states, such
 as .18215 for those of Stable Diffusion's autoencoder, so that their standard deviation is about 1.
@@ -21,11 +21,11 @@ from dblocks.recipes.data.latents import read_latents
 from dblocks.recipes.data.pictures import Size
 from dblocks.recipes.data.splits import Images, Part, choose_part, split
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian puts it
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
 
 
 class Known(NamedTuple):
-    """What a data set of this name must hold; files may be in any format."""
+    """The required contents of a named data set; files may be in any format."""
 
     num_classes: int
     shape: tuple[int, int, int] | None = None
@@ -52,9 +52,9 @@ def load_images(
     size: Size | None = None,
     scale: float = 1.0,
 ) -> tuple[Images, Images]:
-    """What to train on and what to evaluate on, from what a name or a path stands for.
+    """Loads the images for training and evaluation, from a name or a path.
 
-    The data's own test part is held out where it has one, or else 30 % of each class.
+    The held-out part is the data's own test part, if there is one, or else 30 % of each class.
 
     Args:
         source: "digits"; "fashion-mnist", which Debian's package dataset-fashion-mnist installs;

@@ -1,6 +1,6 @@
-"""Arrays that are made once, kept in a file and mapped into memory: large texts and images.
+"""A cache of large texts and images: arrays in memory-mapped files.
 
-They are kept in the folder of the environment variable DBLOCKS_CACHE, by default ~/.cache/dblocks,
+The files are in the folder of the environment variable DBLOCKS_CACHE, by default ~/.cache/dblocks,
 and may be deleted at any time.
 """
 
@@ -24,13 +24,13 @@ Make = Callable[[IO[bytes]], dict[str, Any]]
 
 
 def cache_folder() -> Path:
-    """Where they are kept."""
+    """The folder of the cache."""
     named = os.environ.get(CACHE)
     return Path(named) if named else Path.home() / ".cache" / "dblocks"
 
 
 def key_of(files: Sequence[Path], **settings: Any) -> str:
-    """A name for what is made of files with these settings.
+    """A key for data made from files with these settings.
 
     Files count as the same while path, size and time of change are: large ones are not read again.
     """
@@ -39,9 +39,9 @@ def key_of(files: Sequence[Path], **settings: Any) -> str:
 
 
 def kept(key: str, make: Make) -> tuple[Path, dict[str, Any]]:
-    """The file of this name and what is told about it; made where it is not there.
+    """The cached file of a key and its JSON values; created if it does not exist.
 
-    A file is put in its place when it is whole, so that a run that is killed leaves none behind
+    A file is renamed to its place when it is complete, so that a killed run leaves no partial file
     that another would use.
 
     Args:
@@ -64,7 +64,7 @@ def kept(key: str, make: Make) -> tuple[Path, dict[str, Any]]:
 
 
 def mapped(path: Path, dtype: torch.dtype) -> Tensor:
-    """A file's numbers [n], read when they are used; writing to them leaves the file as it is."""
+    """A file's numbers [n], memory-mapped; writing to them does not change the file."""
     size = path.stat().st_size // dtype.itemsize
     return torch.from_file(str(path), shared=False, size=size, dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""Latents of images: folders of arrays with their classes, such as ImageNet's by an autoencoder."""
+"""Latents of images: folders of arrays with their classes, such as an autoencoder's of ImageNet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HELD_OUT = ("test", "val", "validation")
 
 
 def read_latents(folder: Path, scale: float) -> tuple[Images, Images | None] | None:
-    """Latents to train on and those held out; None if the folder holds no arrays.
+    """Latents for training and held-out ones; None if the folder holds no arrays.
 
     A folder holds `*.npz` or `*.safetensors`, each with `latents` (or `images`) [n, C, H, W] and
     `labels` [n]; or `NAME.npy` [n, C, H, W] with `NAME-labels.npy` [n] beside it, or `latents.npy`

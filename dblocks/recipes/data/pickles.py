@@ -1,7 +1,7 @@
-"""Pickles of byte arrays, such as CIFAR's Python version, read without running anything of them.
+"""Reads pickles of byte arrays, such as CIFAR's Python version, without executing their content.
 
-A pickle names functions and classes to call. Here all names but the few that arrays of bytes need
-are refused, and these stand for inert classes of this file.
+A pickle names functions and classes to call. All names are refused except the few that arrays of
+bytes need, which are replaced by inert classes of this file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BYTES = ("u1", "|u1", "uint8")
 
 
 class _Inert:
-    """Keeps what a pickle would call or set, and does nothing with it."""
+    """Stores the arguments of a call or an attribute in a pickle, and does nothing else."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args

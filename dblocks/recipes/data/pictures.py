@@ -1,4 +1,4 @@
-"""One picture of a file as bytes: what a viewer shows, however the file stores it.
+"""Reads one image of a file as bytes, as a viewer shows it.
 
 Pillow is imported when a picture is read.
 """
