@@ -140,7 +140,7 @@ class RecurrentLM(LanguageModel):
             num_recurrences: how often the core is applied; `mean_recurrence` by default.
             noise: normals [N, T, D] that the initial state is made of, of a text's first token
                 on.
-            generator: a CPU generator, of which one number is drawn in their place.
+            generator: a CPU generator, of which one number is drawn for them otherwise.
         """
         given = {"tokens": tokens, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
         batch, starts = moved_to_front(TokenBatch.of(given, self.config, padding=True))

@@ -94,7 +94,7 @@ class Recipe:
             out: where to write; for a single block, a folder in it.
             overwrite: whether to replace existing files.
             checkpoint_every: steps between two checkpoints.
-            keep: how many of the last ones stay.
+            keep: number of the last checkpoints to keep.
             resume: whether to continue from the newest checkpoint.
             tensorboard: folder for TensorBoard files of the curve; for a single block, a folder in
                 it.

@@ -21,7 +21,7 @@ from dblocks.recipes.run import check_seed
 from dblocks.sampling import sampling_cost
 
 OUT = Path("runs/dit")  # of training
-ACROSS = 10  # pictures in a row of a model without classes
+ACROSS = 10  # images in a row for a model without classes
 SHOWN = 10  # classes of a picture
 ARRAYS = (".npy", ".npz")
 

@@ -87,7 +87,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
-        """JSON values about the trained network, whose last measurement is `last`."""
+        """Results of the trained network as JSON values; `last` is its last measurement."""
 
     def counted(self) -> list[nn.Module]:
         """The modules whose calls in training count as layer evaluations."""
@@ -135,7 +135,7 @@ class Trainer(ABC):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that are trained; 1 end to end."""
+        """Number of blocks; 1 end to end."""
         return 1 if self.config is None else self.config.num_blocks
 
     def batch(self, step: int) -> Batch:

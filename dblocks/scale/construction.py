@@ -38,7 +38,7 @@ def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int
     Args:
         make: makes the network. It is called twice and must do the same each time; in the first
             call tensors are without memory and nothing is drawn.
-        config: how it is cut.
+        config: the number of blocks and the options of their training.
         block: which of its blocks.
 
     Raises:

@@ -113,7 +113,7 @@ class Sizes:
 
 
 class Context(NamedTuple):
-    """What noisy rows are predicted from."""
+    """The context from which noisy rows are predicted."""
 
     clean: Tensor | None
     """Clean rows [N, T, D], as they enter the layers; None in a single stream."""

@@ -31,7 +31,7 @@ class MaskedFamily(Protocol):
     """What of a batch it reads beside tokens."""
 
     def sizes(self, model: nn.Module) -> Sizes:
-        """Of the vocabulary and of the longest text."""
+        """Sizes of the vocabulary and of the longest text."""
         ...
 
     def enter(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -56,7 +56,7 @@ class MaskedFamily(Protocol):
 
 
 class Context(NamedTuple):
-    """What is known of texts beside their state."""
+    """What is known about texts, in addition to their state."""
 
     known: Tensor | None
     """The tokens that are given; see `MaskedTokenTarget.known`."""
@@ -110,7 +110,7 @@ class ConvertedMaskedLM(Converted):
 
     @property
     def target(self) -> MaskedTokenTarget:
-        """The tokens that are masked."""
+        """The masked tokens."""
         head = FunctionHead(partial(_logits, self.family, self.model, self.mask_token_id))
         return MaskedTokenTarget(head, self.sizes, mask_token=self.mask_token_id, padding=True)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dblocks.ops._attention import backends
 from dblocks.ops._attention.pieces import Options, Piece, Saved, wide
 
-# What a row attends to beside a causal attention over clean rows: itself, or a part of its block.
+# Attention of a row to itself or to a part of its block, in addition to a causal attention.
 # A term has the scores of its keys. `merge` combines it with the output `part` and log-sum-exp
 # `part_lse` of the causal attention, which the last rows have; given the `lse` of the whole
 # softmax, `backward` computes the gradients of the term. Tensors are float32 or float64.
