@@ -86,16 +86,19 @@ def under(choices, call):
 def test_bfloat16_with_few_experts(kind, monkeypatch):
     # Where a model is tried, nothing is held: HunYuan's small one would be refused for rounding.
     monkeypatch.setattr(whole, "LARGEST", 1.0)
-    model = causal_model(kind).bfloat16()
+    # PhiMoE also leaves out logits below a threshold, which this puts out of reach.
+    options = {"router_jitter_noise": 10.0} if kind == "phimoe" else {}
+    model = causal_model(kind, **options).bfloat16()
     chosen = Choices()
     with torch.no_grad(), chosen:
         eager = own_logits(model)
     assert chosen.made
-    # Experts are multiplied in float32 at most; float64 in their place would be no more exact.
+    # The product of experts takes no float64; what float32 rounds is 2^-16 of this.
     wide = copy.deepcopy(model).float()
     exact, _ = under(chosen.made, lambda: own_logits(wide))
     again, changed = under(chosen.made, lambda: own_logits(model))
     assert again.equal(eager)
+    assert (eager.float() - exact).abs().max() < 0.1 * exact.abs().max()  # a budget that says much
     assert changed == 0
     for rows in ("single", "doubled"):
         ours = copy.deepcopy(model)
