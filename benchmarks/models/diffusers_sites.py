@@ -101,7 +101,8 @@ def row(name: str) -> dict[str, Any]:
     replaced, reports = Replaced(), []
     torch._dynamo.config.recompile_limit = 64
     options = {"inner": replaced, "report": reports.append}
-    got = _outcome(torch.compile(model, backend=compiler, options=options), model, inputs)
+    compiled = torch.compile(model, backend=compiler, options=options)
+    got = _outcome(compiled, model, inputs, gradients=bool(want[1]))
     left = sites - replaced.sites
     errors = [_error(a, b) for a, b in zip(want[0], got[0], strict=True)]
     gradient_error = _gradient_error(want[1], got[1])
@@ -150,9 +151,16 @@ def _call(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
 
 
 def _outcome(
-    run: Any, model: nn.Module, inputs: dict[str, Any]
+    run: Any, model: nn.Module, inputs: dict[str, Any], *, gradients: bool = True
 ) -> tuple[list[Tensor], list[Tensor | None], str]:
-    """Outputs, gradients of the parameters, and why there are none."""
+    """Outputs, gradients of the parameters, and why there are none.
+
+    Where the plain model has none, a compiled one is not asked for them either: Dynamo compiles no
+    frame again in which tracing failed once.
+    """
+    if not gradients:
+        with torch.no_grad():
+            return _call(run, inputs), [], ""
     try:
         outputs = _call(run, inputs)
     except NotImplementedError as error:  # such as flex_attention, which has no backward on a CPU
