@@ -33,8 +33,8 @@ img, svg { max-width: 100%; height: auto; }
 INTRODUCTION = (
     "Networks trained in blocks, end to end, and by other methods, on the same data with the same "
     "optimizer and evaluation. All sentences and intervals are computed from the records; figures "
-    "that others published stand in a table of their own. A difference is a row's quality minus that "
-    "of end-to-end training, paired by seed, with the 95 % interval of Student's t."
+    "that others published stand in a table of their own. A difference is a row's quality minus "
+    "that of end-to-end training, paired by seed, with the 95 % interval of Student's t."
 )
 
 
