@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
+MOST_INSIDE = 4  # curves whose legend fits inside the panel
 LINE_STYLES = ("-", "--", ":")  # the next one where the colours start again
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 BLOCK_COLORS = ("#D55E00", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7")
@@ -82,6 +83,10 @@ def measure_panel(ax: Axes, curves: Sequence[Curve], measure: Measure) -> None:
     ax.set_title(measure.title)
     ax.set_xlim(left=0)
     ax.grid(alpha=0.25)
+    if len(curves) > MOST_INSIDE:
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+        ax.legend(**below, frameon=False, fontsize=TEXT_SIZE - 1)
+        return
     rising = measure.best > _first(curves)
     corner = "lower right" if rising else "upper right"
     # A light ground: the beginning of a falling curve passes behind it.

@@ -14,7 +14,7 @@ from benchmarks.study.report.findings import Finding, findings, sentences
 from benchmarks.study.report.finished import Finished
 from dblocks.checkpoint import replacing
 from dblocks.recipes.paper import EXPERIMENTS
-from dblocks.recipes.tables import absent, text_table
+from dblocks.recipes.tables import absent
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto;
@@ -32,9 +32,9 @@ img, svg { max-width: 100%; height: auto; }
 """
 INTRODUCTION = (
     "Networks trained in blocks, end to end, and by other methods, on the same data with the same "
-    "optimizer and evaluation. All sentences and intervals are computed from the records; "
-    "published figures stand in a table of their own. A difference is a row's quality minus that "
-    "of end-to-end training, paired by seed, with the 95 % interval of Student's t."
+    "optimizer and evaluation. All sentences and intervals are computed from the records; figures "
+    "that others published stand in a table of their own. A difference is a row's quality minus "
+    "that of end-to-end training, paired by seed, with the 95 % interval of Student's t."
 )
 
 
@@ -131,8 +131,9 @@ def _picture(found: Finished) -> str:
 def _costs(found: Finished) -> str:
     if not found.costs:
         return ""
-    table = html.escape(text_table(found.costs, COST_COLUMNS))
-    return f"<h3>Memory with checkpointing, offload and residency</h3><pre>{table}</pre>"
+    tables = text_tables(found.costs, COST_COLUMNS)
+    parts = "".join(f"<pre>{html.escape(table)}</pre>" for table in tables)
+    return f"<h3>Memory with checkpointing, offload and residency</h3>{parts}"
 
 
 def _published() -> str:
