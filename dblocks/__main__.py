@@ -14,7 +14,7 @@ from dataclasses import dataclass, make_dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_type_hints
 
 from dblocks.scale import Interrupted
 from dblocks.scale.signals import Terminated, terminable
@@ -140,27 +140,10 @@ class Merge:
 
 
 COMMANDS = {"info": Info, "bench": Bench}
-RECIPE_HELP = {
-    "small": "small, for minutes on a CPU",
-    "gpu": "gpu, for one large GPU",
-    "paper": "paper, of the paper's experiment on --data NAME",
-}
 PATH_FLAGS = ("--out", "--checkpoint", "--compare", "--data", "--tokenizer", "--model")
 PATH_FLAGS += ("--json", "--chart", "--tensorboard")
 INTERRUPTED = 130  # the shell's exit code of a program ended by Ctrl-C
 BROKEN_PIPE = 141
-OVERWRITE_HELP = "Replace the network that --out holds."
-OUT_HELP = "Folder to write to; it is made if it is not there."
-EVERY_HELP = (
-    "Write a checkpoint every so many steps, in the folder checkpoints of --out, and where Ctrl-C "
-    "or SIGTERM ends the run."
-)
-BOARD_HELP = "Folder for the curve as files of TensorBoard, which must be installed."
-KEEP_HELP = "How many of the last checkpoints stay."
-RESUME_HELP = (
-    "Go on from the newest valid checkpoint, with the same bits as without an interruption; where "
-    "there is none yet, start."
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -286,70 +269,19 @@ def _chosen(argv: Sequence[str]) -> Any:
     return chosen.parse_known_args(list(argv))[0]
 
 
-def _recipe_help(kinds: Sequence[str]) -> str:
-    said = "; ".join(RECIPE_HELP[kind] for kind in kinds)
-    return f"Defaults of the other flags: {said}. `--recipe {kinds[-1]} --help` shows them."
-
-
 def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> Any:
     """The command that trains by a recipe, with the defaults of its flags.
 
-    The flags are the fields of the run, and a few more. `--recipe`, the paper's `--data` and
-    `--published` choose the defaults of the others, so they are read beforehand.
+    `--recipe`, the paper's `--data` and `--published` choose the defaults of the other flags, so
+    they are read beforehand.
     """
-    found = _chosen(argv)
-    here = list(argv[:2]) == ["train", network]
-    run = (
-        recipe.defaults(found.recipe, data=found.data, published=found.published)
-        if here
-        else (recipe.run)
-    )
-    # Only studies choose the held-out part of the data.
-    from dblocks.recipes.command import KEEP
-    from dblocks.recipes.flags import naming_flags
+    from dblocks.recipes.train_command import train_command
 
-    more: list[Any] = [("part", tyro.conf.Suppress[str], run.part)]
-    more.append(("out", Annotated[Path, tyro.conf.arg(help=OUT_HELP)], recipe.out))
-    more.append(("overwrite", Annotated[bool, tyro.conf.arg(help=OVERWRITE_HELP)], False))
-    every = Annotated[Optional[int], tyro.conf.arg(help=EVERY_HELP)]  # noqa: UP045
-    more.append(("checkpoint_every", every, None))
-    more.append(("keep", Annotated[int, tyro.conf.arg(help=KEEP_HELP)], KEEP))
-    more.append(("resume", Annotated[bool, tyro.conf.arg(help=RESUME_HELP)], False))
-    board = Annotated[Optional[Path], tyro.conf.arg(help=BOARD_HELP)]  # noqa: UP045
-    more.append(("tensorboard", board, None))
-    if len(recipe.kinds) > 1:
-        kind = Annotated[Literal[recipe.kinds], tyro.conf.arg(help=_recipe_help(recipe.kinds))]
-        more.append(("recipe", kind, "small"))
-    if recipe.published:
-        kind = Annotated[bool, tyro.conf.arg(help=recipe.published_help)]
-        more.append(("published", kind, False))
-    fields = dataclasses.fields(run)
-
-    def train(flags: Any) -> None:
-        # Made here, not by the parser, so that the run's own checks report errors in one line.
-        with naming_flags([f.name for f in fields]):
-            made = type(run)(**{f.name: getattr(flags, f.name) for f in fields})
-            recipe.train(
-                made,
-                flags.out,
-                overwrite=flags.overwrite,
-                checkpoint_every=flags.checkpoint_every,
-                keep=flags.keep,
-                resume=flags.resume,
-                kind=getattr(flags, "recipe", "small"),
-                tensorboard=flags.tensorboard,
-            )
-
-    made: Any = make_dataclass(
-        type(run).__name__,
-        more,
-        bases=(type(run),),
-        namespace={"__post_init__": lambda flags: None, "__call__": train},
-        frozen=True,
-        kw_only=True,
-    )
-    made.__doc__ = type(run).__doc__
-    return made(**vars(run))
+    run = recipe.run
+    if list(argv[:2]) == ["train", network]:
+        found = _chosen(argv)
+        run = recipe.defaults(found.recipe, data=found.data, published=found.published)
+    return train_command(tyro, recipe, run)
 
 
 def _verb(tyro: Any, name: str, description: str, networks: Mapping[str, Any]) -> type:
