@@ -157,6 +157,6 @@ def test_a_job_alone_and_flags_that_do_not_fit_are_refused(tmp_path, capsys, mon
     assert main([*VIT, *out, "--block", "1"]) == 2
     assert "set RANK=1 WORLD_SIZE=3, and MASTER_ADDR" in capsys.readouterr().err
     assert main(["train", "vit", *out, "--reduce-every", "5"]) == 2
-    assert "reduce_every must be left out without shared='reduce'" in capsys.readouterr().err
+    assert "--reduce-every must be left out without --shared reduce" in capsys.readouterr().err
     assert main([*VIT, *out, "--reduce-every", "0"]) == 2
-    assert "reduce_every must be a positive integer, got 0" in capsys.readouterr().err
+    assert "--reduce-every must be a positive integer, got 0" in capsys.readouterr().err
