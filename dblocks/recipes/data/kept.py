@@ -71,7 +71,7 @@ def mapped(path: Path, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that becomes `path` at the end; after an error there is none.
+    """A temporary file that becomes `path` at the end; removed after an error.
 
     Of processes that write the same one at the same time each writes its own, and the last stays.
 
