@@ -118,4 +118,5 @@ def cross_entropy(
             grad is not None or in_place,
             in_place,
             num_warps=min(max(BLOCK_V // 256, 1), 8),
+            enable_fp_fusion=True,
         )

@@ -120,6 +120,7 @@ def noise_inject_fwd(
             *runs.sizes,
             **runs.blocks,
             **runs.noise(offset),
+            enable_fp_fusion=True,
         )
     return z, z_in
 
@@ -145,5 +146,6 @@ def noise_inject_bwd(
             *sigma.stride(),
             *runs.sizes,
             **runs.blocks,
+            enable_fp_fusion=True,
         )
     return dy

@@ -120,7 +120,9 @@ class Launch:
     """
 
     def __init__(self, fn: Any, programs: int, numbers: tuple, **options: Any) -> None:
-        self.fn, self.grid, self.numbers, self.options = fn, (programs, 1, 1), numbers, options
+        self.fn, self.grid, self.numbers = fn, (programs, 1, 1), numbers
+        # Named, since Triton 3.10 changes the default, and with it the bits of results.
+        self.options = {"enable_fp_fusion": True, **options}
         self.run = None
 
     def __call__(self, *tensors: Tensor | None) -> None:

@@ -187,7 +187,7 @@ def doubled_attention_bwd(
             *layout.halves(T, options), T, rows, H, H // k.shape[1], options.block_size,
             N * H, count, options.scale, layout.window_of(T, options), options.softcap,
             *layout.widths(D, DV), tile.BLOCK_M, tile.BLOCK_K, *layout.forms(options),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         if dk is not None and dv is not None:
             key_value_grads(do, q, k, v, lse, delta, dk, dv, options, tiles.dkv)

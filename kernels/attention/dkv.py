@@ -213,7 +213,7 @@ def key_value_grads(
             half(dk, start), half(dv, start), *strides, slopes_sn, clean, noisy, *sizes,
             options.block_size, N * Hkv, options.scale, window, options.softcap, *widths,
             tile.BLOCK_M, tile.BLOCK_K, PACKED, NOISY, token, whole and not NOISY,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
     launch([do, q, lse, delta], clean, packed, False)
@@ -225,4 +225,5 @@ def key_value_grads(
     doubled_attention_bwd_self_kernel[(triton.cdiv(T, BLOCK_R) * N * Hkv,)](
         do, q, half(k, noisy), half(v, noisy), lse, delta, valid, half(dk, noisy), half(dv, noisy),
         *strides, *sizes, N * Hkv, options.scale, options.softcap, *widths, BLOCK_R, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip

@@ -176,6 +176,6 @@ def doubled_attention_fwd(
             *layout.halves(T, options), T, rows, H, H // k.shape[1], options.block_size,
             N * H, count, options.scale, layout.window_of(T, options), options.softcap,
             *layout.widths(D, DV), tile.BLOCK_M, tile.BLOCK_K, *layout.forms(options),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return o, lse

@@ -77,6 +77,14 @@ def tiles_of(T: int, ROWS: int, options: Options) -> tuple[int, Tensor | None]:
     tiles += documents - 1
     table = torch.empty(tiles, 3, dtype=torch.int32, device=cu_seqlens.device)
     segments_kernel[(triton.cdiv(tiles, BLOCK_T),)](
-        cu_seqlens.contiguous(), table, documents, tiles, ROWS, BLOCK_T, BLOCK_S, num_warps=4
+        cu_seqlens.contiguous(),
+        table,
+        documents,
+        tiles,
+        ROWS,
+        BLOCK_T,
+        BLOCK_S,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return tiles, table

@@ -138,6 +138,7 @@ def edm_loss_fwd(
             x_f, x, sigma, seed_tensor, row_weight, partial, rest, seed, offset, sigma_data,
             N / y.numel(), *runs.strides(x_f), *runs.strides(x), *_weight_strides(row_weight),
             *sigma.stride(), *runs.sizes, **runs.blocks, **runs.noise(offset),
+            enable_fp_fusion=True,
         )  # fmt: skip
     return partial.sum(1) if partial.shape[1] > 1 else partial.view(-1)
 
@@ -152,6 +153,6 @@ def edm_loss_bwd(
     with device_guard(rest):
         edm_loss_bwd_kernel[runs.grid](
             x, row_weight, grad, df, 2.0 * len(rest) / rest.numel(), grad.stride(0),
-            *_weight_strides(row_weight), *runs.sizes, **runs.blocks,
+            *_weight_strides(row_weight), *runs.sizes, **runs.blocks, enable_fp_fusion=True,
         )  # fmt: skip
     return df

@@ -127,7 +127,7 @@ def mix(
             x, w, out, sigma, after, first, second, *runs.strides(x), *runs.strides(w),
             *(sigma.stride() if sigma is not None else (0, 0)),
             *(after.stride() if after is not None else (0, 0)),
-            *runs.sizes, **runs.blocks, KIND=kind.value,
+            *runs.sizes, **runs.blocks, KIND=kind.value, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -150,6 +150,6 @@ def mix_bwd(
             *(sigma.stride() if sigma is not None else (0, 0)),
             *(after.stride() if after is not None else (0, 0)),
             *runs.sizes, **runs.blocks, KIND=kind.value,
-            HAS_DX=z_dtype is not None, HAS_DW=f_dtype is not None,
+            HAS_DX=z_dtype is not None, HAS_DW=f_dtype is not None, enable_fp_fusion=True,
         )  # fmt: skip
     return dz, df

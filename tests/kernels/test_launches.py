@@ -1,7 +1,10 @@
+import ast
+
 import pytest
 import torch
 
 from dblocks.kernels._common import launches
+from tools import ROOT
 
 
 @pytest.mark.parametrize("parts", [launches.FORWARD_PARTS, launches.BACKWARD_PARTS])
@@ -36,3 +39,21 @@ def test_a_layout_tells_apart_what_a_launch_depends_on():
     kinds = [x, x.half(), x[:2], x.transpose(0, 1), x.flatten()[1:449].view(4, 7, 16), None]
     assert len({launches.layout(a) for a in kinds}) == len(kinds)
     assert launches.layout(x) == launches.layout(torch.empty(4, 8, 16))
+
+
+def test_every_launch_says_whether_to_fuse():
+    # Triton 3.10 changes the default of contracting a product and a sum, and so the bits of results.
+    calls = [
+        node
+        for path in (ROOT / "kernels").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    ]
+    direct = [c for c in calls if ast.unparse(c.func.value).endswith("_kernel")]
+    assert len(direct) >= 12
+    for call in direct:
+        assert "enable_fp_fusion" in [k.arg for k in call.keywords], ast.unparse(call.func)
+    assert launches.Launch(None, 1, ()).options == {"enable_fp_fusion": True}
+    assert launches.Launch(None, 1, (), enable_fp_fusion=False).options == {
+        "enable_fp_fusion": False
+    }
