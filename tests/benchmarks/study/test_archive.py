@@ -7,7 +7,6 @@ import pytest
 
 from benchmarks.study import __main__ as study
 from benchmarks.study.archive import Archive
-from benchmarks.study.methods.run import MethodRun
 from dblocks.recipes.records import read_record, write_record
 
 ROOT = Path(__file__).resolve().parents[3]
