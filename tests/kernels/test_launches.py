@@ -42,7 +42,7 @@ def test_a_layout_tells_apart_what_a_launch_depends_on():
 
 
 def test_every_launch_says_whether_to_fuse():
-    # Triton 3.10 changes the default of contracting a product and a sum, and so the bits of results.
+    # Triton 3.10 changes the default, and so the bits of results.
     calls = [
         node
         for path in (ROOT / "kernels").rglob("*.py")
