@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import load_model, save_model
 from dblocks.models import DiT, DiTConfig
+from dblocks.scale import load_block
 from lm_tools import PUBLISHED, lm_of, recurrent_of, tokens_of
 from tools import DEVICE, batch, normal, randomized, vit
 
@@ -92,3 +94,29 @@ def test_a_config_that_is_not_understood_is_an_error(tmp_path, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=rf"config\.json .*{message}"):
         load_model(tmp_path)
+
+
+def with_old_names(path, old, new):
+    """Writes a file of tensors with modules named as before."""
+    tensors = safetensors.load_file(path)
+    assert any(f"{new}." in name for name in tensors)
+    tensors = {name.replace(f"{new}.", f"{old}."): tensor for name, tensor in tensors.items()}
+    safetensors.save_file(tensors, path)
+
+
+@pytest.mark.parametrize("name", ["causal_lm without conditioning", "dit"])
+@pytest.mark.parametrize("shared", ["train", "private"])
+def test_output_heads_of_0_1_had_another_name(tmp_path, name, shared):
+    network, *_ = networks()[name]
+    model = randomized(DiffusionBlocks(network, BlocksConfig(2, shared=shared)))
+    save_model(tmp_path, model)
+    with_old_names(tmp_path / "model.safetensors", "readout", "output_head")
+    loaded = load_model(tmp_path)
+    assert_equal_state(loaded, model)
+    assert_equal_state(load_block(tmp_path, 1), model.block(1))
+
+
+def assert_equal_state(one, other):
+    first, second = one.state_dict(), other.state_dict()
+    assert list(first) == list(second)
+    assert all(tensor.equal(second[name].cpu()) for name, tensor in first.items())

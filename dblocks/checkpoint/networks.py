@@ -46,6 +46,7 @@ KEYS = {"format", "dblocks", "model", "model_config", "blocks_config"}
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 BLOCK_FILE = "block.json"  # instead of config.json, for the weights of one block
+RENAMED = {"readout": "output_head"}  # modules, in files of 0.1
 COPIES = "copies."  # prefix of private copies, as in DiffusionBlocks.copies
 
 
@@ -129,12 +130,18 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
     with naming(folder / CONFIG_FILE):
         model = rebuilt(config)
     with naming(folder / WEIGHTS_FILE):
-        tensors = load_safetensors(current(folder, WEIGHTS_FILE))
+        found = load_safetensors(current(folder, WEIGHTS_FILE))
+        tensors = {renamed(name): tensor for name, tensor in found.items()}
         if isinstance(model, DiffusionBlocks):
             copies = [name for name in tensors if name.startswith(COPIES)]
             model.copies.load_state_dict({n.removeprefix(COPIES): tensors.pop(n) for n in copies})
         _network(model).load_state_dict(tensors)
     return model
+
+
+def renamed(name: str) -> str:
+    """The name of a tensor of a file, which an earlier version may have written."""
+    return ".".join(RENAMED.get(part, part) for part in name.split("."))
 
 
 def rebuilt(config: Mapping[str, Any]) -> Any:

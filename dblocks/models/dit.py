@@ -116,7 +116,7 @@ class DiT(nn.Module):
         blocks.I.attn.qkv, .proj     layers.I.attention.qkv, .out
         blocks.I.mlp.fc1, .fc2       layers.I.mlp.fc1, .fc2
         blocks.I.adaLN_modulation.1  layers.I.modulation.linear
-        final_layer.adaLN_modulation.1, final_layer.linear    norm.modulation.linear, readout
+        final_layer.adaLN_modulation.1, final_layer.linear    norm.modulation.linear, output_head
         pos_embed                    none: computed
 
     Args:
@@ -153,7 +153,7 @@ class DiT(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = AdaLayerNorm(D, kind)
-        self.readout = nn.Linear(D, patch * patch * config.channels)
+        self.output_head = nn.Linear(D, patch * patch * config.channels)
         grid = self._grid(*config.height_width)
         self.register_buffer("positions", sincos_positions(grid, D, native=grid), persistent=False)
         self.target = ImageTarget(config.channels, patch, config.num_classes)
@@ -201,8 +201,8 @@ class DiT(nn.Module):
         """F [N, C, H, W], float32 also under autocast (float64)."""
         x = hidden.x
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, self.readout.weight.dtype))
-            tokens = self.readout(self.norm(x, hidden.cond.to(x.dtype)))
+            x = x.to(torch.promote_types(x.dtype, self.output_head.weight.dtype))
+            tokens = self.output_head(self.norm(x, hidden.cond.to(x.dtype)))
         return unpatchify(tokens, hidden.grid, self.config.patch_size)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
@@ -218,7 +218,7 @@ class DiT(nn.Module):
 
     def _init_weights(self) -> None:
         nn.init.xavier_uniform_(self.patches.weight.view(self.patches.weight.shape[0], -1))
-        for tensor in (self.patches.bias, self.readout.weight, self.readout.bias):
+        for tensor in (self.patches.bias, self.output_head.weight, self.output_head.bias):
             nn.init.zeros_(cast(Tensor, tensor))
         if self.label_embedding is not None:
             nn.init.normal_(self.label_embedding.weight, std=EMBEDDING_STD)
@@ -284,7 +284,7 @@ def generate_images(
     grid = grid_of(model, num_steps, sigmas)
     if guidance_scale is None:
         guidance_scale = GUIDANCE_SCALE if config.drops_labels else 1.0
-    device = network.readout.weight.device
+    device = network.output_head.weight.device
     cond = {name: value.to(device) for name, value in cond.items()}
     z = initial_noise(
         (count, config.channels, height, width),

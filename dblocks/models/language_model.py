@@ -96,7 +96,7 @@ class LanguageModel(nn.Module, ABC):
         self.norm = Norm(D, "none", norm="rms")
         learned = config.head == "learned"
         self.modulation = Modulation(D, 2, kind) if conditioned and learned else None
-        self.readout = None if config.tied else nn.Linear(D, config.vocab_size, bias=False)
+        self.output_head = None if config.tied else nn.Linear(D, config.vocab_size, bias=False)
         # The logarithm, so that steps change it by a factor.
         self.noisy_row = nn.Parameter(torch.empty(D))
         self.noise_scale = number(NOISE_SCALE)
@@ -128,7 +128,7 @@ class LanguageModel(nn.Module, ABC):
         """The embedding of each token."""
         config = self.config
         return TokenTarget(
-            self.target_embedding, self.readout, config,
+            self.target_embedding, self.output_head, config,
             kind=config.head, modulation=self.modulation, log_scale=self.log_logit_scale,
             tokens_per_sigma=config.tokens_per_sigma, tokens_per_block=self.block_size,
             padding=True,

@@ -133,13 +133,13 @@ class MaskedLM(nn.Module):
         )  # fmt: skip
         self.norm = Norm(D, "none", norm="rms")
         self.modulation = Modulation(D, 2, kind) if conditioned else None
-        self.readout = None if config.tied else nn.Linear(D, config.vocab_size, bias=False)
+        self.output_head = None if config.tied else nn.Linear(D, config.vocab_size, bias=False)
         self._init_weights()
 
     @property
     def target(self) -> MaskedTokenTarget:
         """The masked tokens."""
-        head = FirstRows(self.embedding) if self.readout is None else self.readout
+        head = FirstRows(self.embedding) if self.output_head is None else self.output_head
         return MaskedTokenTarget(head, self.config, padding=True)
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
@@ -209,8 +209,8 @@ class MaskedLM(nn.Module):
             ):
                 nn.init.normal_(linear.weight, std=std)
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
-        if self.readout is not None:
-            nn.init.normal_(self.readout.weight, std=s)
+        if self.output_head is not None:
+            nn.init.normal_(self.output_head.weight, std=s)
 
 
 def _attend_to(shown: Tensor) -> Attend:

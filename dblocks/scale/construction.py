@@ -20,6 +20,7 @@ from dblocks.checkpoint.networks import (
     named_tensors,
     network_of,
     read_config,
+    renamed,
 )
 from dblocks.config import check_block
 from dblocks.scale.merge import check_shapes, check_weights, read_block
@@ -105,10 +106,11 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
         if alone:
             check_weights(folder, about)
         with opened(current(folder, WEIGHTS_FILE)) as file:
-            names = set(file.keys()) if alone else set(file.keys()) & set(here)
-            check_shapes({name: file.get_slice(name).get_shape() for name in names}, here)
+            names = {renamed(name): name for name in sorted(file.keys())}
+            found = names if alone else {name: names[name] for name in names if name in here}
+            check_shapes({n: file.get_slice(name).get_shape() for n, name in found.items()}, here)
             for name, tensor in named_tensors(mine).items():
-                tensor.copy_(file.get_tensor(name))
+                tensor.copy_(file.get_tensor(names[name]))
     return mine
 
 

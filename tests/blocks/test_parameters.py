@@ -76,7 +76,7 @@ def test_a_frozen_denoiser_of_zeros():
     torch.manual_seed(0)
     network = DiT(DiTConfig(**SIZES, channels=3))
     model = DiffusionBlocks(network, FROZEN)
-    with pytest.warns(UserWarning, match="all zero: readout;"):
+    with pytest.warns(UserWarning, match="all zero: output_head;"):
         model.loss(batch(), 0, generator=seeded())
 
 

@@ -292,7 +292,7 @@ def test_a_head_that_computes_something_else_is_refused(tied):
         return
     network = lm_of(tied=False)
     model = DiffusionBlocks(network, BlocksConfig(3))
-    network.readout = Adapted(*reversed(network.readout.weight.shape), bias=False)
+    network.output_head = Adapted(*reversed(network.output_head.weight.shape), bias=False)
     with pytest.raises(TypeError, match="merge its adapter"):
         model.loss({"tokens": tokens_of()}, 0)
 
@@ -350,7 +350,7 @@ def test_features_of_a_learned_head_are_as_wide_as_the_embedding():
 @pytest.mark.parametrize("size", [K - 1, K + 1])
 def test_heads_of_tokens_have_a_row_a_token(size):
     model = lm_of(tied=False)
-    model.readout = nn.Linear(model.config.width, size, device=DEVICE)
+    model.output_head = nn.Linear(model.config.width, size, device=DEVICE)
     with pytest.raises(
         ValueError, match=rf"a row for each embedding, got a weight of \[{size}, 16"
     ):

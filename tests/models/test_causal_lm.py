@@ -266,7 +266,7 @@ def test_the_plain_model_without_conditioning_is_llama():
     lm = lm_of(conditioning="none", tied=False, kv_heads=None)
     names = {name.partition(".0.")[2] or name for name in lm.state_dict() if ".1." not in name}
     assert {
-        "target_embedding.weight", "readout.weight", "norm.weight", "log_logit_scale",
+        "target_embedding.weight", "output_head.weight", "norm.weight", "log_logit_scale",
         "norm1.weight", "norm2.weight", "attention.qkv.weight", "attention.out.weight",
         "mlp.fc1.weight", "mlp.fc2.weight",
     } <= names  # fmt: skip
@@ -277,7 +277,7 @@ def test_the_plain_model_without_conditioning_is_llama():
 def test_the_output_head(tied):
     lm = randomized(lm_of(tied=tied, embed_scale=3.0, logit_scale=2.0))
     lm.log_logit_scale.data.fill_(math.log(2.0))
-    weight = lm.target_embedding.rows() / 3 if tied else lm.readout.weight
+    weight = lm.target_embedding.rows() / 3 if tied else lm.output_head.weight
     torch.testing.assert_close(lm.target.matrices().weight, weight)
     model, z = DiffusionBlocks(lm, BlocksConfig(3)), normal(2, 8, 16)
     logits = model.logits(z, 0.3, tokens=tokens_of())
@@ -293,14 +293,14 @@ def test_the_output_head(tied):
 def test_the_bias_of_a_replaced_output_head_counts_end_to_end(make):
     torch.manual_seed(0)
     model, batch = make(tied=False), {"tokens": tokens_of()}
-    V, D = model.readout.weight.shape
-    model.readout = torch.nn.Linear(D, V, device=DEVICE)
-    torch.nn.init.zeros_(model.readout.weight)
+    V, D = model.output_head.weight.shape
+    model.output_head = torch.nn.Linear(D, V, device=DEVICE)
+    torch.nn.init.zeros_(model.output_head.weight)
     options = {"num_recurrences": 2} if make is recurrent_of else {}
     loss = model.next_token_loss(batch, **options)
-    expected = model.readout.bias.log_softmax(0)
+    expected = model.output_head.bias.log_softmax(0)
     logits = model.next_token_logits(batch["tokens"], num_steps=options.get("num_recurrences", 1))
     torch.testing.assert_close(logits.log_softmax(-1), expected.expand_as(logits))
     torch.testing.assert_close(loss, -expected[batch["tokens"][:, 1:]].mean())
     loss.backward()
-    assert model.readout.bias.grad.any()
+    assert model.output_head.bias.grad.any()

@@ -122,7 +122,7 @@ NAMES = {
     "t_embedder.mlp.2": "noise_embedding.fc2",
     "y_embedder.embedding_table": "label_embedding",
     "final_layer.adaLN_modulation.1": "norm.modulation.linear",
-    "final_layer.linear": "readout",
+    "final_layer.linear": "output_head",
 }
 LAYER_NAMES = {
     "attn.qkv": "attention.qkv",
@@ -178,7 +178,7 @@ def test_the_layer_and_the_final_layer_are_the_published_ones():
     assert not unexpected
     assert len(missing) == len(ours.state_dict()) - 4
     named = {our_name(f"final_layer.{k}"): p for k, p in final.named_parameters()}
-    same_gradients(ours, named, (ours.readout(ours.norm(x, c)), final(x, c)))
+    same_gradients(ours, named, (ours.output_head(ours.norm(x, c)), final(x, c)))
 
 
 def test_a_published_state_dict_is_the_same_network():

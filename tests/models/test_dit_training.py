@@ -39,7 +39,7 @@ def test_blocks_learn_to_draw_classes():
 
 def test_starts_as_published():
     dit = dit_of()
-    assert not dit.readout.weight.any()
+    assert not dit.output_head.weight.any()
     assert not any(layer.modulation.linear.weight.any() for layer in dit.layers)
     assert 0.015 < dit.label_embedding.weight.std() < 0.025
     model, data = DiffusionBlocks(dit, BlocksConfig(3)), batch_of()

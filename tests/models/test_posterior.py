@@ -79,7 +79,7 @@ def test_language_models(sigma, kind, tied, rows, each):
     torch.testing.assert_close(got.log_softmax(-1), expected, rtol=1e-9, atol=1e-8)
     # And the prior is the output head's, whatever the level.
     f = torch.nn.functional.rms_norm(hidden.x, (WIDTH,), lm.norm.weight, lm.norm.eps)
-    matrix = lm.target_embedding.rows().double() / SCALE if tied else lm.readout.weight
+    matrix = lm.target_embedding.rows().double() / SCALE if tied else lm.output_head.weight
     head = lm.log_logit_scale.exp() * f @ matrix.T
     torch.testing.assert_close(prior, head, rtol=1e-9, atol=1e-9)
     denoised = lm.target.denoise(got, z, level)

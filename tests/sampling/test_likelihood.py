@@ -130,7 +130,7 @@ def fixed_at(prior, k):
         tokens_per_block=k, tokens_per_sigma=k,
     )  # fmt: skip
     lm = Fixed(config).to(DEVICE)
-    lm.readout.weight.data = prior[:, None].expand(11, 32) / 32
+    lm.output_head.weight.data = prior[:, None].expand(11, 32) / 32
     return DiffusionBlocks(lm, BlocksConfig(3))
 
 

@@ -203,9 +203,9 @@ class ConvertedCausalLM(Converted):
         self.head_kind: Head = head_kind
         start = 0.0 if rows_kind == "single" else NOISE_SCALE * element_size(embedding.weight)
         self.noise_scale = number(start)
-        self.readout_modulation = self.log_scale = None
+        self.head_modulation = self.log_scale = None
         if head_kind == "learned":
-            self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
+            self.head_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
             self.log_scale = number(-math.log(sigma_data))
         self.added_to_()
 
@@ -220,7 +220,7 @@ class ConvertedCausalLM(Converted):
         embedding = ScaledRows(self.family.embedding(self.model), self.embed_scale)
         return TokenTarget(
             embedding, self.family.head(self.model), self.sizes,
-            kind=self.head_kind, modulation=self.readout_modulation, log_scale=self.log_scale,
+            kind=self.head_kind, modulation=self.head_modulation, log_scale=self.log_scale,
             tokens_per_sigma=self.tokens_per_sigma, softcap=self.family.softcap(self.model),
             padding=True,
         )  # fmt: skip

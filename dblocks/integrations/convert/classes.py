@@ -128,9 +128,9 @@ class ConvertedClassifier(Converted):
         self.target_embedding = LabelEmbedding(num_classes, width, embed_scale)
         self.head_kind: Head = head_kind
         self.noise_scale = number(NOISE_SCALE)
-        self.readout_modulation = self.log_scale = None
+        self.head_modulation = self.log_scale = None
         if head_kind == "learned":
-            self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
+            self.head_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
             self.log_scale = number(-math.log(sigma_data))
         self.added_to_()
 
@@ -139,7 +139,7 @@ class ConvertedClassifier(Converted):
         """The embedding of the class."""
         head = FunctionHead(
             partial(self.family.head, self.model),
-            modulation=self.readout_modulation, log_scale=self.log_scale,
+            modulation=self.head_modulation, log_scale=self.log_scale,
         )  # fmt: skip
         return ClassTarget(self.target_embedding, head, self.head_kind, given=self.family.input)
 

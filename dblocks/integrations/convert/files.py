@@ -172,7 +172,7 @@ def _inside(name: str) -> str:
     """The name in the state_dict."""
     if not name.startswith(ADDED):
         return MODEL + name
-    name = name.removeprefix(ADDED)
+    name = name.removeprefix(ADDED).replace("readout_modulation.", "head_modulation.")  # of 0.1
     return name if name.startswith(COPIES) else NETWORK + name
 
 

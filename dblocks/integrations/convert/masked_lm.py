@@ -105,7 +105,7 @@ class ConvertedMaskedLM(Converted):
         self.reads = self.call_reads = family.reads
         self.sizes = family.sizes(model)
         self.mask_token_id = mask_token_id
-        self.readout_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
+        self.head_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
         self.added_to_()
 
     @property
@@ -157,7 +157,7 @@ class ConvertedMaskedLM(Converted):
 
     def features(self, hidden: Hidden) -> Tensor:
         """Rows for the head, told of the masks' level, [N, T, D]."""
-        shift, scale = self.readout_modulation(hidden.cond, len(hidden.x))
+        shift, scale = self.head_modulation(hidden.cond, len(hidden.x))
         return (hidden.x * (1 + scale[:, None]) + shift[:, None]).to(hidden.x.dtype)
 
     def compare(self) -> tuple[Tensor, Tensor]:

@@ -198,3 +198,19 @@ def test_the_card_names_the_blocks(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "# LlamaForCausalLM in 2 blocks" in card
     assert "| 0 | 0 to 1 | 80 to 0.3012 |" in card
+
+
+@pytest.mark.parametrize("shared", ["train", "private"])
+def test_modulations_of_output_heads_of_0_1_had_another_name(shared, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    blocks = shaken(blocks_of("llama", config={"shared": shared}, **PUBLISHED))
+    blocks.save_pretrained(tmp_path)
+    renamed = 0
+    for path in tmp_path.glob("*.safetensors"):
+        tensors = load_file(path)
+        old = {n.replace("head_modulation.", "readout_modulation."): t for n, t in tensors.items()}
+        renamed += len(set(old) - set(tensors))
+        save_file(old, path)
+    assert renamed
+    assert same(ConvertedBlocks.from_pretrained(tmp_path, model_of("llama")), blocks)

@@ -80,7 +80,7 @@ def test_the_parameters_of_a_learned_head_are_not_there():
     names = {n for n, _ in blocks_of("llama").named_parameters()}
     learned = {n for n, _ in blocks_of("llama", head="learned").named_parameters()}
     added = {n.split(".")[1] for n in learned - names}
-    assert added == {"readout_modulation", "log_scale"}
+    assert added == {"head_modulation", "log_scale"}
     assert names < learned
 
 
