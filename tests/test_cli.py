@@ -157,20 +157,20 @@ def test_a_language_model_is_trained_evaluated_and_sampled(tmp_path, capsys, sto
     out = tmp_path / "lm"
     sizes = ("--steps", "2", "--batch-size", "2", "--context", "20")
     args = ("train", "causal-lm", "--data", str(story), *sizes, *flags, "--out", str(out))
-    assert "Bits a character" in stdout(capsys, *args)
+    assert "Bits per character" in stdout(capsys, *args)
     files = {p.name for p in out.iterdir()}
     assert files == {"model.safetensors", "config.json", "tokenizer.json", "run.json"}
     record = json.loads((out / "run.json").read_text())
     there = ("--checkpoint", str(out))
     evaluate = ("eval", "causal-lm", "--data", str(story), *there)
     text = stdout(capsys, *evaluate)
-    assert text.startswith(f"{record['bits']:.3f} bits a character on ")
+    assert text.startswith(f"{record['bits']:.3f} bits per character on ")
     in_blocks = "--end-to-end" not in flags
     assert (", trained end to end\n" in text) != in_blocks
     assert ("bound of denoising" in text) == in_blocks
     assert ("product of all blocks" in text) == (in_blocks and "--published" not in flags)
     if "product_bits" in record:
-        assert f"{record['product_bits']:.3f} bits a character, the product" in text
+        assert f"{record['product_bits']:.3f} bits per character, the product" in text
     assert text != stdout(capsys, *evaluate, "--windows", "2")
     sample = ("sample", "causal-lm", *there, "--prompt", "12 is", "--tokens", "10")
     first, again = stdout(capsys, *sample), stdout(capsys, *sample)

@@ -143,7 +143,7 @@ def experiment_of(name: str, run: CausalLMRun, what: str) -> Experiment:
         selection_shorter=SHORTER,
         rates_of=RATES_OF,
         quality=BITS,
-        headline=lambda record: f"{bits(record):.3f} bits a character",
+        headline=lambda record: f"{bits(record):.3f} bits per character",
         columns=COLUMNS,
         caption=caption,
         draw=draw,

@@ -29,7 +29,7 @@ COLUMNS = (
     Column("  of all blocks", lambda r: f"{r[0]['process_mib']:.1f}"),
     Column("all on the device (MiB)", lambda r: f"{r[0]['device_mib']:.1f}"),
     Column("on the host (MiB)", lambda r: f"{r[0]['host_mib']:.1f}"),
-    Column("seconds a step", lambda r: f"{r[0]['seconds_per_step']:.3f}"),
+    Column("seconds per step", lambda r: f"{r[0]['seconds_per_step']:.3f}"),
     Column("  over those without", lambda r: f"{r[0]['slowdown']:.2f}"),
 )
 

@@ -68,6 +68,6 @@ TEXT = Study(
     title="a 12-layer language model of width 192 in blocks of unequal layers",
     rows=text_rows(),
     quality=BITS,
-    headline=lambda record: f"{bits(record):.3f} bits a character",
+    headline=lambda record: f"{bits(record):.3f} bits per character",
     columns=(*CAUSAL_LM, *COSTS),
 )

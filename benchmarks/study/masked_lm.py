@@ -23,7 +23,7 @@ from dblocks.recipes.tables import COSTS, Rows
 from dblocks.recipes.text_run import PROMPT
 
 BITS = Measure(
-    label=f"bits a character (bound), {POINT_WINDOWS} held-out windows",
+    label=f"bits per character (bound), {POINT_WINDOWS} held-out windows",
     title="The bound against the layers run in training",
     form="{:.2f} bits",
     best=1.5,
@@ -88,7 +88,7 @@ EXPERIMENT = Experiment(
     selection_shorter={"blocks": 1, "end_to_end": 1},
     rates_of={"end_to_end_long": "end_to_end"},
     quality=quality.BITS,
-    headline=lambda record: f"{bits(record):.3f} bits a character",
+    headline=lambda record: f"{bits(record):.3f} bits per character",
     columns=COLUMNS,
     caption=caption,
     draw=draw,

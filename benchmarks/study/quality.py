@@ -41,6 +41,6 @@ ACCURACY = Quality(
     higher_is_better=True,
 )
 BITS = Quality(
-    name="bits a character", unit=" bits", form=".3f", value=bits, higher_is_better=False
+    name="bits per character", unit=" bits", form=".3f", value=bits, higher_is_better=False
 )
 L2 = Quality(name="held-out L2 loss", unit="", form=".4f", value=l2_loss, higher_is_better=False)

@@ -105,7 +105,7 @@ COLUMNS = (
     ),
     *quality_columns(main_samples),
     *by_steps(
-        "Samples: bits a character, by Euler steps or recurrences",
+        "Samples: bits per character, by Euler steps or recurrences",
         lambda r, n: r["scores"][n]["bits"] if n in r["scores"] else None,
     ),
     *COST_COLUMNS,
@@ -207,7 +207,7 @@ def _of_draws(record: Record) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """The figure of finished runs: bits a character against layer evaluations, and the noise."""
+    """The figure of finished runs: bits per character against layer evaluations, and the noise."""
     draw_comparison(
         rows,
         path,
@@ -224,7 +224,7 @@ EXPERIMENT = Experiment(
     selection_shorter=SHORTER,
     rates_of=RATES_OF,
     quality=BITS,
-    headline=lambda record: f"{bits(record):.3f} bits a character",
+    headline=lambda record: f"{bits(record):.3f} bits per character",
     columns=COLUMNS,
     caption=caption,
     draw=draw,

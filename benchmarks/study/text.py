@@ -38,7 +38,7 @@ NO_MAUVE = "MAUVE is not shown: these samples were scored without the packages o
 
 # Name, head, form, and why a table may lack it.
 QUALITY: tuple[tuple[str, str, str, str | None], ...] = (
-    ("bits", "Samples: bits a character under another model", ".2f", None),
+    ("bits", "Samples: bits per character under another model", ".2f", None),
     ("divergence", f"Samples: divergence of {NGRAM}-grams from the held-out text", ".3f", None),
     ("known", f"Samples: share of {NGRAM}-grams that occur in it", ".3f", None),
     ("repetition", f"Samples: share of {REPEATED}-grams that repeat", ".3f", None),
@@ -76,7 +76,7 @@ def next_token_measure(rows: Rows) -> Measure:
     """How curves of next-token bits are shown, and what part of the held-out text they are of."""
     points = (p for records in rows.values() for record in records for p in record["curve"])
     return Measure(
-        label=f"bits a character, {' or '.join(sorted({_part(point) for point in points}))}",
+        label=f"bits per character, {' or '.join(sorted({_part(point) for point in points}))}",
         title="Next-token bits against the layers run in training",
         form="{:.2f} bits",
         best=1.0,
@@ -242,6 +242,6 @@ def _tokens(texts: Sequence[str], corpus: Corpus) -> Tensor:
 
 @torch.no_grad()
 def _bits_under(model: Any, prompts: Tensor, written: Tensor) -> float:
-    """Bits a character of what follows the prompts."""
+    """Bits per character of what follows the prompts."""
     nats = next_token_nll(model, torch.cat([prompts, written], dim=1))
     return nats[:, PROMPT - 1 :].double().mean().item() / math.log(2)

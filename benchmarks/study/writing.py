@@ -144,7 +144,7 @@ def measure(names: Sequence[str], steps: Sequence[int], out: Path) -> list[dict[
             "by_temperature": scores,
         }
         rows.append(row)
-        print(key, f"{row['tokens_per_second']:.0f} tokens a second", row["scores"], flush=True)
+        print(key, f"{row['tokens_per_second']:.0f} tokens per second", row["scores"], flush=True)
     found = {"format": 1, "environment": environment(cpu), "rows": rows, "reference": own}
     write_record(out / "writing-cpu.json", found)
     return rows
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| model | steps | calls a token | tokens a second | T | bits | divergence | repeats |"
+        "| model | steps | calls per token | tokens per second | T | bits | divergence | repeats |"
     ]
     lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
     for row in rows:

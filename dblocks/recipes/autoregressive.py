@@ -127,7 +127,7 @@ class AutoregressiveTrainer(Trainer):
 
     def progress(self, point: dict[str, Any]) -> str:
         """The bits per character."""
-        return f"{point['bits']:.3f} bits a character"
+        return f"{point['bits']:.3f} bits per character"
 
     def bits(self, **options: Any) -> float:
         """Bits per character of the held-out text; options as of `bits_per_character`."""

@@ -82,15 +82,15 @@ DIT_QUALITY = (
         "Precision, guided samples", lambda r: spread(r, _judged("precision"), ".2f"), _UNCOUNTED
     ),
     Column("Recall, guided samples", lambda r: spread(r, _judged("recall"), ".2f"), _UNCOUNTED),
-    Column("Layer evaluations an image", lambda r: f"{r[0]['layer_evaluations_per_image']:,}"),
+    Column("Layer evaluations per image", lambda r: f"{r[0]['layer_evaluations_per_image']:,}"),
 )
 DIT = (
     *DIT_QUALITY,
     _accuracy_column("Guided samples of the right class", _judged("accuracy")),
     _accuracy_column("Unguided samples of the right class", _judged("accuracy_unguided")),
     Column("Held-out L2 loss", lambda r: spread(r, l2_loss, ".4f")),
-    Column("Calls of each block an image", _calls),
-    Column("Milliseconds an image", lambda r: f"{1000 * mean(r, 'seconds_per_image'):.1f}"),
+    Column("Calls of each block per image", _calls),
+    Column("Milliseconds per image", lambda r: f"{1000 * mean(r, 'seconds_per_image'):.1f}"),
 )
 
 
@@ -106,12 +106,12 @@ def bound_bits(record: Record) -> float | None:
 
 
 CAUSAL_LM = (
-    Column("Bits a character, next token", lambda r: spread(r, bits, ".3f")),
+    Column("Bits per character, next token", lambda r: spread(r, bits, ".3f")),
     Column(
-        "Bits a character, product of all blocks",
+        "Bits per character, product of all blocks",
         lambda r: spread(r, lambda record: record.get("product_bits"), ".3f"),
     ),
-    Column("Bits a character, bound of all blocks", lambda r: spread(r, bound_bits, ".3f")),
+    Column("Bits per character, bound of all blocks", lambda r: spread(r, bound_bits, ".3f")),
 )
 
 
@@ -123,7 +123,7 @@ def layers_per_sample(record: Record) -> float:
 
 
 MASKED_LM = (
-    Column("Bits a character (bound)", lambda r: spread(r, bits, ".3f")),
+    Column("Bits per character (bound)", lambda r: spread(r, bits, ".3f")),
     Column("Its standard error over the text", lambda r: f"{r[0]['bits_error']:.3f}"),
     Column("Layer evaluations to write a sample", lambda r: spread(r, layers_per_sample, ".0f")),
 )
@@ -136,7 +136,7 @@ def _bits_of_windows(record: Record) -> float:
 
 
 RECURRENT = (
-    Column("Bits a character, next token", lambda r: spread(r, bits, ".3f")),
+    Column("Bits per character, next token", lambda r: spread(r, bits, ".3f")),
     Column(
         f"Bits of {STEPS_WINDOWS} windows of the text, next token",
         lambda r: spread(r, _bits_of_windows, ".3f"),

@@ -103,7 +103,7 @@ class Sample:
         cost = sampling_cost(model, sigmas, guidance_scale=scale)
         calls = ", ".join(f"block {b}: {n}" for b, n in enumerate(cost.calls))
         print(f"calls of each block's layers: {calls}")
-        print(f"{cost.layer_evaluations:,} layer evaluations an image; wrote {self.out}")
+        print(f"{cost.layer_evaluations:,} layer evaluations per image; wrote {self.out}")
 
     def _drawn(self, model: Any, labels: Tensor, sigmas: Any, scale: float) -> Iterator[Tensor]:
         """The images, float32 on the CPU, some at a time."""

@@ -150,7 +150,7 @@ class MaskedLMTrainer(Trainer):
 
     def progress(self, point: dict[str, Any]) -> str:
         """The bits per character."""
-        return f"{point['bits']:.3f} bits a character"
+        return f"{point['bits']:.3f} bits per character"
 
     def bits(self, *, windows: int | None = None) -> Bits:
         """The bound for the held-out text: all of it, or this number of windows."""
@@ -215,7 +215,7 @@ class Eval:
             model, text, network.config.context, points=points, seed=self.seed
         )
         print(
-            f"{found.bits:.3f} bits a character (bound, standard error {found.error:.3f}) on "
+            f"{found.bits:.3f} bits per character (bound, standard error {found.error:.3f}) on "
             f"{text.characters:,} held-out characters"
         )
 

@@ -217,7 +217,7 @@ class Eval:
         steps = self.steps or network.config.mean_recurrence
         bits = bits_per_character(model, text, context, num_steps=steps, windows=self.windows)
         how = f"{steps} recurrence{'s' * (steps > 1)}"
-        print(f"{bits:.3f} bits a character on {scored_part(text, self.windows)}, {how}")
+        print(f"{bits:.3f} bits per character on {scored_part(text, self.windows)}, {how}")
 
 
 @dataclass(frozen=True, kw_only=True)

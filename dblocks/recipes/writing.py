@@ -87,15 +87,15 @@ def print_bits(model: Any, text: Any, context: int, windows: int) -> None:
     bits = bits_per_character(model, text, context, windows=windows)
     in_blocks = isinstance(model, DiffusionBlocks)
     how = "the first block alone" if in_blocks else "trained end to end"
-    print(f"{bits:.3f} bits a character on {scored_part(text, windows)}, {how}")
+    print(f"{bits:.3f} bits per character on {scored_part(text, windows)}, {how}")
     if not isinstance(model, DiffusionBlocks):
         return
     if trained_at_top(model):
         bits = bits_per_character(model, text, context, product=True, windows=windows)
-        print(f"{bits:.3f} bits a character, the product of all blocks")
+        print(f"{bits:.3f} bits per character, the product of all blocks")
     bound = bound_of(model, text, context, windows=windows)
     print(
-        f"{bound['bits']:.3f} bits a character, a bound of denoising by all blocks "
+        f"{bound['bits']:.3f} bits per character, a bound of denoising by all blocks "
         f"(standard error {bound['std_error']:.3f})"
     )
 

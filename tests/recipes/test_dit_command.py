@@ -77,7 +77,7 @@ def test_sample_draws_what_was_asked_for(tmp_path, capsys):
     sample = ("sample", "dit", "--checkpoint", str(folder), "--out", str(png), "--count", "2")
     sample = (*sample, "--overwrite")
     text = stdout(capsys, *sample, "--steps", "9", "--guidance", "1", "--classes", "3", "1")
-    assert "block 0: 3, block 1: 3, block 2: 3\n9 layer evaluations an image; wrote" in text
+    assert "block 0: 3, block 1: 3, block 2: 3\n9 layer evaluations per image; wrote" in text
     first = png.read_bytes()
     stdout(capsys, *sample, "--steps", "9", "--guidance", "1", "--classes", "3", "1")
     assert png.read_bytes() == first

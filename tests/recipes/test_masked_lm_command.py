@@ -32,7 +32,7 @@ def test_a_masked_model_is_trained_evaluated_and_sampled(tmp_path, capsys, story
     sizes = ("--steps", "2", "--batch-size", "2", "--context", "20")
     args = ("train", "masked-lm", "--data", str(story), *sizes, *flags, "--out", str(out))
     text = stdout(capsys, *args)
-    assert "Bits a character (bound)" in text
+    assert "Bits per character (bound)" in text
     assert "--infill" in text
     files = {p.name for p in out.iterdir()}
     assert files == {"model.safetensors", "config.json", "tokenizer.json", "run.json"}
@@ -41,9 +41,10 @@ def test_a_masked_model_is_trained_evaluated_and_sampled(tmp_path, capsys, story
     there = ("--checkpoint", str(out))
     evaluate = ("eval", "masked-lm", "--data", str(story), *there, "--seed", "7")
     assert stdout(capsys, *evaluate).startswith(
-        f"{record['bits']:.3f} bits a character (bound, standard error {record['bits_error']:.3f})"
+        f"{record['bits']:.3f} bits per character "
+        f"(bound, standard error {record['bits_error']:.3f})"
     )
-    assert "bits a character" in stdout(capsys, *evaluate, "--points", "6")
+    assert "bits per character" in stdout(capsys, *evaluate, "--points", "6")
     sample = ("sample", "masked-lm", *there, "--prompt", "12 is", "--tokens", "10")
     first, again = stdout(capsys, *sample), stdout(capsys, *sample)
     assert first == again

@@ -34,14 +34,14 @@ def test_a_recurrent_model_is_trained_evaluated_and_sampled(tmp_path, capsys, st
     out = tmp_path / "recurrent"
     sizes = ("--steps", "2", "--batch-size", "2", "--context", "20")
     args = ("train", "recurrent", "--data", str(story), *sizes, *flags, "--out", str(out))
-    assert "Bits a character" in stdout(capsys, *args)
+    assert "Bits per character" in stdout(capsys, *args)
     files = {p.name for p in out.iterdir()}
     assert files == {"model.safetensors", "config.json", "tokenizer.json", "run.json"}
     record = json.loads((out / "run.json").read_text())
     there = ("--checkpoint", str(out))
     evaluate = ("eval", "recurrent", "--data", str(story), *there)
     text = stdout(capsys, *evaluate)
-    assert text.startswith(f"{record['bits']:.3f} bits a character on ")
+    assert text.startswith(f"{record['bits']:.3f} bits per character on ")
     assert (", 32 recurrences\n" in text) == bool(flags)
     assert ("the first block alone" in text) == ("bound of denoising" in text) == (not flags)
     if flags:

@@ -3,7 +3,7 @@
     python -m benchmarks.models.finetune --out benchmarks/results/finetune
 
 A small Llama learns the documentation that ships with Python, once; every arm then takes the same
-number of steps on the source of its standard library. The bits a character on held-out code and
+number of steps on the source of its standard library. The bits per character on held-out code and
 documentation are those of the plain model after training and those of the blocks; memory and time
 are measured. Each arm's learning rate is the best of four on other modules than those held out: by
 the plain model's bits where its loss is trained, otherwise by the blocks' bits.

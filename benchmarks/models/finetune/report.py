@@ -61,7 +61,7 @@ def page(record: dict[str, Any]) -> str:
         f"transformers {where['transformers']}, Python {where['python']}, "
         f"commit {where['commit']} (runs: {commits}).",
         table(record),
-        f"Held-out bits a character, mean ± standard deviation of seeds {settings['seeds']}; "
+        f"Held-out bits per character, mean ± standard deviation of seeds {settings['seeds']}; "
         "“plain” is the model's own forward, “first block” one call of it from sigma_max, "
         "“product” the product of one call of every block there, “bound” that of all blocks "
         "(of fewer windows), “denoising” the mean cross-entropy "

@@ -20,7 +20,7 @@ BOUND_WINDOWS = 16  # of a text, whose bound takes two calls of every block
 
 
 def scores(network: Any, settings: Settings, text: Text) -> dict[str, float]:
-    """Bits a character of a text: of the plain model, of the first block's one call, of the
+    """Bits per character of a text: of the plain model, of the first block's one call, of the
     product of all blocks, the bound of all blocks, and the denoising loss, a mean over blocks and
     over the levels of each."""
     context, windows = settings.pretraining.context, settings.windows

@@ -11,7 +11,7 @@ from benchmarks.study.report.finished import Finished, Missing
 from benchmarks.study.report.planned import Compared
 from dblocks.recipes.tables import COSTS, Column, Rows, absent, mean, spread
 
-LEFT_OUT = ("seconds a step",)  # of the memory techniques: the ratio tells more
+LEFT_OUT = ("seconds per step",)  # of the memory techniques: the ratio tells more
 PUBLISHED = "Figures that others published are on [another page](paper.md), never in these tables."
 
 

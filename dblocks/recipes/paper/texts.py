@@ -67,7 +67,7 @@ TEXT8 = Experiment(
         "There is no dropout; MD4's code has .05 beside the weight decay of .03, and whether the "
         "paper does is not checked.",
     ),
-    metric="bits a character of the test text, a bound",
+    metric="bits per character of the test text, a bound",
     rows=(
         Published("DiffusionBlocks", "1.45", "Table 3"),
         Published("MD4, end to end", "1.56", "Table 3"),

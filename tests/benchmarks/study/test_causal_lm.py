@@ -90,7 +90,7 @@ def test_curves_say_what_part_of_the_text_they_are_of():
         ([old, new], f"{spread} or {first}"),
     ):
         label = scoring.next_token_measure({"row": records}).label
-        assert label == f"bits a character, {part}"
+        assert label == f"bits per character, {part}"
 
 
 def test_results_writes_table_and_figure_and_keeps_the_scores(

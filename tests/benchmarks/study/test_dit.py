@@ -74,7 +74,7 @@ def test_results_writes_tables_and_a_grid_from_the_records(tmp_path, tiny, page,
     tiny.results(folder, tmp_path / "figure.png", report)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     text = report.read_text()
-    evaluations = next(line for line in text.splitlines() if "Layer evaluations an image" in line)
+    evaluations = next(line for line in text.splitlines() if "Layer evaluations per image" in line)
     assert evaluations.split()[4] == "72"  # 6 steps of 6 layers, twice for guidance
     calls = next(line for line in text.splitlines() if "Calls of each block" in line)
     assert calls.split()[-6:] == ["12", "6/6", "4/4/4", "4/2/2/4", "2/2/2/2/2/2", "12"]
