@@ -103,7 +103,7 @@ def test_help_breaks_lines_where_the_terminal_ends_only(capsys, monkeypatch, arg
 def test_eval_help(capsys, network):
     text = run_help(capsys, "eval", network)
     assert "--checkpoint" in text
-    assert ("Denoising steps" if network == "vit" else "Windows") in text
+    assert ("Denoising steps" if network == "vit" else "Number of windows") in text
 
 
 def test_sample_help(capsys):

@@ -66,5 +66,9 @@ def test_help_tells_a_newcomer_what_the_steps_are(capsys, verb):
         main((verb, "recurrent", "--help"))
     assert exit_info.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    words = ("learns to denoise", "applied about 32 times") if verb == "train" else ("core", "step")
+    words = (
+        ("learns to denoise", "applied about 32 times")
+        if verb == "train"
+        else ("recurrences", "step")
+    )
     assert all(word in text for word in words)

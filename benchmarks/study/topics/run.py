@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -113,14 +114,15 @@ class TopicsTrainer(Trainer):
         plain = list(self.network.bert.encoder.layer)
         return plain if self.model is None else [*plain, *self.model.base_model.layers]
 
-    def _in_blocks(self, config: BlocksConfig) -> Any:
+    def _made(self, make: Callable[[], Any]) -> tuple[Any, Any]:
+        network, config = make(), self.config
+        if config is None:
+            return network, None
         if self.run.block is not None:
             raise ValueError("block must be None here: all blocks are trained in one process")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.run.seed)
-            return convert(
-                self.network, config, task="classes", clean_loss_weight=self._run.clean_loss
-            )
+        torch.manual_seed(self.run.seed)
+        weight = self._run.clean_loss
+        return network, convert(network, config, task="classes", clean_loss_weight=weight)
 
     @property
     def _run(self) -> TopicsRun:
