@@ -40,6 +40,7 @@ def test_a_save_is_overwritten_only_if_asked(trained, story, capsys):
     before = (trained / "model.safetensors").read_bytes()
     again = (*TEXT, "--data", story, "--steps", "1", "--seed", "1", "--out", str(trained))
     assert "--out must name what is not there yet" in mistake(capsys, *again)
+    assert "--resume must have a checkpoint" in mistake(capsys, *again, "--resume")
     assert (trained / "model.safetensors").read_bytes() == before
     assert main([*again, "--overwrite"]) == 0
     assert (trained / "model.safetensors").read_bytes() != before

@@ -92,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     scored = commands.add_parser("score", help="judge the samples of the records of text")
     scored.add_argument("names", nargs="+", choices=[*EXPERIMENTS])
     report = commands.add_parser(
-        "report", help="from the records a page, docs/results.md and README's table; runs nothing"
+        "report",
+        help="from the records a page, docs/results.md, README's table and the pictures in "
+        "docs/images; runs nothing",
     )
     report.add_argument("--out", type=Path, default=PAGE, help="the HTML page to write")
     report.add_argument("--results", type=Path, default=REPORT, help="the page of all tables")
@@ -132,7 +134,7 @@ def _report(args: argparse.Namespace) -> None:
         if rows:
             experiment.draw(rows, experiment.figure)
     write_documents(by_name, EXPERIMENTS, STUDIES, args.results, args.readme)
-    print(f"wrote {args.out}, {args.results} and {args.readme}")
+    print(f"wrote {args.out}, {args.results}, {args.readme} and the pictures in docs/images")
 
 
 def _study(args: argparse.Namespace) -> None:

@@ -185,7 +185,13 @@ class Recipe:
                 f"--out must be a folder without checkpoints, got {out}; go on from the newest "
                 "with --resume, name another folder, or start anew with --overwrite"
             )
-        check_free(out, saved_files(out), overwrite=overwrite or (resume and kept))
+        if resume and not kept and not overwrite and any(f.exists() for f in saved_files(out)):
+            raise ValueError(
+                f"--resume must have a checkpoint to go on from, got none in {folder}, and {out} "
+                "holds a network; name another folder, or start anew with --overwrite and "
+                "--checkpoint-every"
+            )
+        check_free(out, saved_files(out), overwrite=overwrite or resume)
         on_point = None
         if tensorboard is not None and layout.first:
             on_point = Board(tensorboard).add  # first: it may not be installed
@@ -251,9 +257,10 @@ def check_free(out: Path, files: Sequence[Path], *, overwrite: bool, name: str =
     """
     found = [path.name for path in files if path.exists()]
     if found and not overwrite:
+        there = "" if out in files else f" with {', '.join(found)}"
         raise ValueError(
-            f"{name} must name what is not there yet, got {out} with {', '.join(found)}; name "
-            "something else, or give --overwrite"
+            f"{name} must name what is not there yet, got {out}{there}; name something else, or "
+            "give --overwrite"
         )
 
 

@@ -21,6 +21,7 @@ from dblocks.recipes.run import check_seed
 from dblocks.sampling import sampling_cost
 
 OUT = Path("runs/dit")  # of training
+SUFFIXES = (".png", ".npz", ".npy")
 ACROSS = 10  # images in a row for a model without classes
 SHOWN = 10  # classes of a picture
 ARRAYS = (".npy", ".npz")
@@ -72,6 +73,8 @@ class Sample:
             if (value := getattr(self, name)) is not None and value < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be positive, got {value}")
+        if self.out.suffix not in SUFFIXES:
+            raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {self.out}")
         check_free(self.out, [self.out], overwrite=self.overwrite)
         checkpoint.make_folder(self.out.parent)
         model, network = load_network(self.checkpoint, DiT, "dit")

@@ -35,10 +35,10 @@ class RecurrentRun(AutoregressiveOptions, Run):
 
     Its 4 middle layers, the core, are applied many times between 2 layers before and 2 after them.
     As a block, the core learns to denoise the next token's embedding at all noise levels: a
-    training step runs it once, and generation any number of times. End to end it is applied about
-    32 times in every training step, of which the last 8 are stored for the backward. Prints the
-    bits per character of held-out text and the cost; writes model.safetensors, config.json,
-    tokenizer.json and run.json to --out.
+    training step runs it once, and generation any number of times. End to end every training step
+    applies it about 32 times, of which the last 8 are stored for the backward. Prints the bits per
+    character of held-out text and the cost; writes model.safetensors, config.json, tokenizer.json
+    and run.json to --out.
     """
 
     blocks: int = 1

@@ -43,13 +43,18 @@ def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int
         block: which of its blocks.
 
     Raises:
-        TypeError: as of `DiffusionBlocks`; or the network is a converted one, whose weights come
-            from files.
+        TypeError: as of `DiffusionBlocks`; or `make` is not a function that makes a network; or
+            the network is a converted one, whose weights come from files.
         ValueError: as of `DiffusionBlocks`; or `block` is out of range.
         RuntimeError: the network cannot be made so: `make` reads values of weights, or did
             something else when it was called again, or makes weights of the block out of those of
             another one.
     """
+    if isinstance(make, nn.Module) or not callable(make):
+        raise TypeError(
+            "make must be a function without arguments that makes the network, such as lambda: "
+            f"ViT(config), got {type(make).__name__}"
+        )
     outline, whole = _outlined(make, config)
     check_block(block, config.num_blocks)
     with Sharing(_absent(whole, outline, block)) as making:
@@ -91,10 +96,14 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
         raise ValueError(f"{folder} must hold a network in blocks, got one trained end to end")
     held = about["block"] if alone else block
     if held is None or block not in (None, held):
-        has = f"block {held} alone" if alone else "all blocks"
+        has = f"block {held} alone" if alone else "all blocks, counted from 0"
         raise ValueError(f"block must name one that {folder} holds, which is {has}, got {block}")
-    with naming(folder / (BLOCK_FILE if alone else CONFIG_FILE)):
+    written = folder / (BLOCK_FILE if alone else CONFIG_FILE)
+    with naming(written):
         config = BlocksConfig.from_dict(about["blocks_config"])
+    if not alone:  # the caller's number, not the file's
+        check_block(held, config.num_blocks)
+    with naming(written):
         _, whole = _outlined(lambda: network_of(about), config)
         mine = Block(whole, held)
     here, filled = named_tensors(mine), {}

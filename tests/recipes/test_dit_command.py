@@ -100,7 +100,7 @@ def test_a_model_without_classes(tmp_path, capsys):
     folder = saved(tmp_path / "saved", num_classes=0)
     sample = ("sample", "dit", "--checkpoint", str(folder), "--out", str(tmp_path / "a.png"))
     assert "\n3 layer evaluations" in stdout(capsys, *sample, "--steps", "3", "--count", "1")
-    assert "with a.png; name something else" in mistake(capsys, *sample)
+    assert "a.png; name something else" in mistake(capsys, *sample)
     sample = (*sample, "--overwrite")
     assert "--classes needs a model with classes, got [3]" in mistake(
         capsys, *sample, "--classes", "3"
@@ -116,6 +116,9 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "labels must be in 0..3, got 7..7" in mistake(capsys, *sample, "--classes", "7")
     assert "multiples of patch_size=2" in mistake(capsys, *sample, "--size", "5", "4")
     assert "seed must be at least 0" in mistake(capsys, *sample, "--seed", "-1")
+    jpg = ("--out", str(tmp_path / "a.jpg"))
+    assert "--out must end in .png, .npz, .npy, got" in mistake(capsys, *sample, *jpg)
+    assert not (tmp_path / "a.jpg").exists()
     assert "data must be digits, fashion-mnist" in mistake(
         capsys, "train", "dit", "--data", "mnist", "--out", str(tmp_path / "c")
     )

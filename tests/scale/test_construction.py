@@ -221,6 +221,11 @@ def test_what_cannot_be_made_alone_is_refused_by_name():
         build_block(lambda: Own(lambda: map(Layer, range(next(calls)))), config, 1)
     with pytest.raises(ValueError, match="block must be in"):
         build_block(Own, config, 2)
+    for made in (Own(), config):
+        with pytest.raises(
+            TypeError, match=f"make must be a function .* got {type(made).__name__}"
+        ):
+            build_block(made, config, 1)
 
 
 @pytest.mark.parametrize("network", ["vit", "recurrent"])
@@ -243,11 +248,13 @@ def test_what_cannot_be_loaded_is_refused_by_name(tmp_path):
     whole = whole_of("vit", config_of("vit", "private"))
     save_model(tmp_path / "whole", whole)
     save_block(tmp_path / "1", whole.block(1))
-    with pytest.raises(ValueError, match=r"block must name one .* all blocks, got None"):
+    with pytest.raises(
+        ValueError, match=r"block must name one .* all blocks, counted from 0, got None"
+    ):
         load_block(tmp_path / "whole")
     with pytest.raises(ValueError, match=r"block must name one .* block 1 alone, got 2"):
         load_block(tmp_path / "1", 2)
-    with pytest.raises(ValueError, match="block must be in"):
+    with pytest.raises(ValueError, match=r"^block must be in 0\.\.2, got 3"):
         load_block(tmp_path / "whole", 3)
     save_model(tmp_path / "plain", whole.base_model)
     with pytest.raises(ValueError, match="must hold a network in blocks"):
