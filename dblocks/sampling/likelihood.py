@@ -12,7 +12,14 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dblocks.blocks import DiffusionBlocks, unwrapped
-from dblocks.blocks.targets.padding import check_attention_mask, from_front, starts_of, to_front
+from dblocks.blocks.targets.padding import (
+    check_attention_mask,
+    check_ids,
+    from_front,
+    starts_of,
+    to_front,
+)
+from dblocks.blocks.targets.token_batch import TokenBatch, padded_documents
 from dblocks.config import check_count
 from dblocks.sampling.interface import CausalNetwork, NextTokenNetwork
 from dblocks.sampling.samplers import initial_noise, product_logits
@@ -28,18 +35,29 @@ class Texts(NamedTuple):
     """bool [N, T], false at padding; None without any."""
     starts: Tensor | None
     """The original index of each text's first token, int64 [N]."""
+    cond: dict[str, Any]
+    """What else the network's calls read, with ids of tokens moved like these."""
+
+    @property
+    def counted(self) -> Tensor | None:
+        """Which tokens after the first column are scored, bool [N, T - 1]; None: all."""
+        if self.cond.get("cu_seqlens") is not None:
+            # The first token of each document is given.
+            given = TokenBatch(tokens=self.tokens, cu_seqlens=self.cond["cu_seqlens"])
+            return given.positions()[None, 1:] > 0
+        return None if self.shown is None else self.shown[:, 1:]
 
     @property
     def scored(self) -> Tensor:
-        """Which tokens after the first column are scored, as they were placed, bool [N, T - 1]."""
-        shown = torch.ones_like(self.tokens, dtype=torch.bool) if self.shown is None else self.shown
-        return self.back(shown[:, 1:])
+        """As `counted`, at the original places."""
+        return self.back(torch.ones_like(self.tokens[:, 1:], dtype=torch.bool))
 
     def back(self, values: Tensor) -> Tensor:
         """Values [N, T - 1] moved back to the original places; 0 where no token is scored."""
-        if self.shown is None:
+        counted = self.counted
+        if counted is None:
             return values
-        values = nnf.pad(values.masked_fill(~self.shown[:, 1:], 0), (1, 0))
+        values = nnf.pad(values.masked_fill(~counted, 0), (1, 0))
         return from_front(values, self.starts)[:, 1:]
 
 
@@ -103,7 +121,8 @@ def next_token_nll(
         attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
             the text alone; 0 at padding and at the first token of each, which is given. The mean
             is then that over the tokens that are scored.
-        cond: what else the network's calls read, such as the encoder_tokens of a T5.
+        cond: what else the network's calls read, such as the encoder_tokens of a T5; 0 at the
+            first token of each document of `cu_seqlens`.
 
     Returns:
         float32 [N, T - 1]: the first token of a sequence is given.
@@ -116,7 +135,7 @@ def next_token_nll(
     check_generator(generator)
     if isinstance(model, DiffusionBlocks):
         _of_tokens(model)
-        texts = _texts(tokens, attention_mask, _block_size(model))
+        texts = _texts(tokens, attention_mask, cond, _block_size(model))
         tokens = texts.tokens
         if num_steps not in (None, 1):
             raise ValueError(
@@ -125,11 +144,11 @@ def next_token_nll(
             )
         z = _noise_at_top(model, tokens, generator)
         top = z.new_full(z.shape[:1], model.config.noise_schedule.sigma_max)
-        logits = model.logits(z, top, block=0, tokens=tokens, **cond)[:, 1:]
+        logits = model.logits(z, top, block=0, tokens=tokens, **texts.cond)[:, 1:]
     elif isinstance(model, NextTokenNetwork):
         if cond:
             raise ValueError(f"a plain model takes tokens alone, got {sorted(cond)} too")
-        steps, texts = model.plain_steps(num_steps), _texts(tokens, attention_mask)
+        steps, texts = model.plain_steps(num_steps), _texts(tokens, attention_mask, cond)
         tokens = texts.tokens
         logits = model.next_token_logits(tokens, num_steps=steps, generator=generator)[:, :-1]
     else:
@@ -163,7 +182,8 @@ def product_nll(
         attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
             the text alone; 0 at padding and at the first token of each, which is given. The mean
             is then that over the tokens that are scored.
-        cond: what else the network's calls read, such as the encoder_tokens of a T5.
+        cond: what else the network's calls read, such as the encoder_tokens of a T5; 0 at the
+            first token of each document of `cu_seqlens`.
 
     Returns:
         float32 [N, T - 1].
@@ -173,10 +193,10 @@ def product_nll(
         ValueError: blocks after the first one never saw sigma_max in training.
     """
     model = _blocks(model)
-    texts = _texts(tokens, attention_mask, _block_size(model))
+    texts = _texts(tokens, attention_mask, cond, _block_size(model))
     tokens = texts.tokens
     z = _noise_at_top(model, tokens, generator)
-    logits = product_logits(model, z, tokens=tokens, **cond)[:, 1:]
+    logits = product_logits(model, z, tokens=tokens, **texts.cond)[:, 1:]
     return texts.back(_costs(logits, tokens))
 
 
@@ -212,7 +232,8 @@ def denoising_bound(
         attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
             the text alone; 0 at padding and at the first token of each, which is given. The mean
             is then that over the tokens that are scored.
-        cond: what else the network's calls read, such as the encoder_tokens of a T5.
+        cond: what else the network's calls read, such as the encoder_tokens of a T5; 0 at the
+            first token of each document of `cu_seqlens`.
 
     Raises:
         TypeError: `model` is no `DiffusionBlocks` of a language model.
@@ -224,15 +245,15 @@ def denoising_bound(
     network = cast(Any, model.base_model)
     schedule, num_blocks = model.config.noise_schedule, model.config.num_blocks
     target, k = network.target, _block_size(model)
-    texts = _texts(tokens, attention_mask, k)
-    tokens = texts.tokens
-    y = target.embed(target.check({"tokens": tokens}))
+    texts = _texts(tokens, attention_mask, cond, k)
+    tokens, cond = texts.tokens, texts.cond
+    y = target.embed(target.check({"tokens": tokens, "cu_seqlens": cond.get("cu_seqlens")}))
     ends = schedule.boundaries(num_blocks).tolist()
     parts, variances = [], []
     for block, (high, low) in enumerate(pairwise(ends)):
         errors = _scaled_errors(model, tokens, y, block, (low, high), draws, generator, cond)
         parts.append(errors.sum(0))
-        variances.append(_variance(errors, k))
+        variances.append(_variance(errors, k, texts.counted))
     by_block = torch.stack(parts)
     prior = y.square().sum(-1)[:, 1:] / (2 * schedule.sigma_max**2)
     z = y + schedule.sigma_min * _normal(y.shape, tokens, generator)
@@ -249,9 +270,13 @@ def _costs(logits: Tensor, tokens: Tensor) -> Tensor:
     return nnf.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
 
-def _texts(tokens: Tensor, attention_mask: Tensor | None, block_size: int = 1) -> Texts:
+def _texts(
+    tokens: Tensor, attention_mask: Tensor | None, cond: dict[str, Any], block_size: int = 1
+) -> Texts:
     if attention_mask is None:
-        return Texts(tokens, None, None)
+        return Texts(tokens, None, None, cond)
+    if cond.get("cu_seqlens") is not None:
+        raise padded_documents()
     shown = check_attention_mask(attention_mask, tuple(tokens.shape)).to(tokens.device)
     if block_size > 1 and (shown.sum(1) % block_size).any():
         raise ValueError(
@@ -259,7 +284,11 @@ def _texts(tokens: Tensor, attention_mask: Tensor | None, block_size: int = 1) -
             f"other, got {shown.sum(1).tolist()} in the attention_mask; cut them"
         )
     starts = starts_of(shown)
-    return Texts(to_front(tokens, starts), to_front(shown, starts), starts)
+    if cond.get("position_ids") is not None:
+        # The network checks how large they are.
+        ids = check_ids("position_ids", cond["position_ids"], tuple(tokens.shape), 2**63)
+        cond = {**cond, "position_ids": to_front(ids, starts)}
+    return Texts(to_front(tokens, starts), to_front(shown, starts), starts, cond)
 
 
 def _scaled_errors(
@@ -287,7 +316,7 @@ def _scaled_errors(
     return torch.stack(errors)[:, :, 1:]
 
 
-def _variance(errors: Tensor, k: int) -> Tensor:
+def _variance(errors: Tensor, k: int, counted: Tensor | None = None) -> Tensor:
     """The variance of the sum over strata of errors [draws, N, T - 1], distributed over tokens.
 
     Tokens of a block of k share their levels, so the variance is that of their sum.
@@ -295,8 +324,9 @@ def _variance(errors: Tensor, k: int) -> Tensor:
     draws, N, rows = errors.shape
     # From neighbouring strata, as if a pair were two draws from both. The first token has no row.
     ends = (1, -(rows + 1) % k)
-    pairs = nnf.pad(errors[1:] - errors[:-1], ends).view(draws - 1, N, -1, k).sum(-1)
-    counts = nnf.pad(errors.new_ones(rows), ends).view(-1, k).sum(-1).clamp(min=1)
+    ones = errors.new_ones(1, rows) if counted is None else counted.to(errors.dtype)
+    pairs = nnf.pad((errors[1:] - errors[:-1]) * ones, ends).view(draws - 1, N, -1, k).sum(-1)
+    counts = nnf.pad(ones, ends).view(len(ones), -1, k).sum(-1).clamp(min=1)
     shares = pairs.square().sum(0) * (draws / (2 * (draws - 1))) / counts
     return shares.repeat_interleave(k, 1)[:, 1 : rows + 1]
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dblocks.ops._checks import values_known
+
 
 def check_attention_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The mask as bool [N, T], true at the tokens of each text, which must be contiguous.
@@ -38,15 +40,16 @@ def check_attention_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     shown = mask != 0
     before = torch.nn.functional.pad(shown[:, :-1], (1, 0))
     runs = (shown & ~before).sum(1)
-    fits = (runs == 1).all() & ((mask == 0) | (mask == 1)).all()
+    valid = (runs == 1) & ((mask == 0) | (mask == 1)).all(1)
+    fits = valid.all()
     message = (
         "attention_mask must be 0 or 1, with ones at one token or more of each row that follow one "
         "another: no holes and no row of padding alone"
     )
-    if torch.compiler.is_compiling() or not mask.is_cpu:
+    if not values_known(mask):
         torch.ops.aten._assert_async.msg(fits, message)
     elif not fits:
-        raise ValueError(f"{message}, got {_wrong(mask, runs)}")
+        raise ValueError(f"{message}, got {_wrong(mask, valid)}")
     return shown
 
 
@@ -66,7 +69,7 @@ def check_text_blocks(shown: Tensor, block_size: int) -> None:
     ends = starts + shown.sum(1)
     fits = (starts % block_size == 0).all() & (ends % block_size == 0).all()
     message = f"texts must begin and end at multiples of tokens_per_block={block_size}"
-    if torch.compiler.is_compiling() or not shown.is_cpu:
+    if not values_known(shown):
         torch.ops.aten._assert_async.msg(fits, message)
     elif not fits:
         raise ValueError(
@@ -101,7 +104,7 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], count: int) -> Ten
             f"all texts alike, got {list(ids.shape)}; give a number for each token"
         )
     ids = ids.long().expand(shape)
-    if ids.is_cpu and not torch.compiler.is_compiling() and ids.numel():
+    if values_known(ids) and ids.numel():
         low, high = (int(value) for value in ids.aminmax())
         if low < 0 or high >= count:
             raise ValueError(f"{name} must be in 0..{count - 1}, got {low}..{high}")
@@ -153,6 +156,6 @@ def _turned(x: Tensor, by: Tensor) -> Tensor:
     return x.gather(1, index)
 
 
-def _wrong(mask: Tensor, runs: Tensor) -> str:
-    row = int((runs != 1).int().argmax())
+def _wrong(mask: Tensor, valid: Tensor) -> str:
+    row = int(valid.int().argmin())
     return f"{mask[row].tolist()} in row {row}"

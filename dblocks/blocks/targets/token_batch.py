@@ -76,10 +76,7 @@ class TokenBatch(CheckedBatch):
 
     def _leave_out_padding(self, attention_mask: Tensor) -> None:
         if self.cu_seqlens is not None:
-            raise ValueError(
-                "attention_mask must be None with cu_seqlens: packed documents have no padding; "
-                "leave one of them out"
-            )
+            raise padded_documents()
         shown = check_attention_mask(attention_mask, tuple(self.tokens.shape))
         self["attention_mask"] = shown
         self["loss_mask"] = shown if self.loss_mask is None else self.loss_mask & shown
@@ -169,6 +166,14 @@ def moved_to_front(given: TokenBatch) -> tuple[TokenBatch, Tensor | None]:
     names = ("tokens", "loss_mask", "attention_mask", "position_ids")
     moved = {n: to_front(given[n], starts) for n in names if given.get(n) is not None}
     return TokenBatch({**given, **moved}), starts
+
+
+def padded_documents() -> ValueError:
+    """The error for an attention_mask of packed documents."""
+    return ValueError(
+        "attention_mask must be None with cu_seqlens: packed documents have no padding; "
+        "leave one of them out"
+    )
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
