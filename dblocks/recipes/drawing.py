@@ -23,7 +23,7 @@ from dblocks.sampling import sampling_cost
 OUT = Path("runs/dit")  # of training
 ACROSS = 10  # images in a row for a model without classes
 SHOWN = 10  # classes of a picture
-ARRAYS = (".npy", ".npz")
+WRITTEN = (".png", ".npz", ".npy")  # kinds of files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,8 @@ class Sample:
             if (value := getattr(self, name)) is not None and value < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be positive, got {value}")
+        if self.out.suffix not in WRITTEN:
+            raise ValueError(f"--out must name a file of {', '.join(WRITTEN)}, got {self.out}")
         check_free(self.out, [self.out], overwrite=self.overwrite)
         checkpoint.make_folder(self.out.parent)
         model, network = load_network(self.checkpoint, DiT, "dit")
