@@ -6,7 +6,8 @@ the host with `--resident`, in parts with `--sharding fsdp`, and with its block 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -74,3 +75,19 @@ def exchange(model: Any, optimizers: Iterable[Optimizer]) -> None:
                 weights = parameter.clone(memory_format=torch.preserve_format)
                 parameter.copy_(average)
                 average.copy_(weights)
+
+
+@contextmanager
+def without_average_kept(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Parameters that have no average yet are after the `with` block as they were before it."""
+    kept = [
+        (parameter, parameter.detach().clone(memory_format=torch.preserve_format))
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if AVERAGE not in optimizer.state.get(parameter, {})
+    ]
+    yield
+    with torch.no_grad():
+        for parameter, weights in kept:
+            parameter.copy_(weights)

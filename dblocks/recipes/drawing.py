@@ -24,7 +24,6 @@ OUT = Path("runs/dit")  # of training
 SUFFIXES = (".png", ".npz", ".npy")
 ACROSS = 10  # images in a row for a model without classes
 SHOWN = 10  # classes of a picture
-ARRAYS = (".npy", ".npz")
 
 
 @dataclass(frozen=True, kw_only=True)

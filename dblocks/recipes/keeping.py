@@ -231,6 +231,8 @@ class Keeper:
                 f"has taken, got {run.steps}; to start anew, give --overwrite without --resume"
             )
         self.progress.continued.append([step, before])
+        if step == run.steps:
+            trainer.average_copies(step)  # as the last step of such a run does
         rate, other = run.lr_at(step), dataclasses.replace(run, steps=before).lr_at(step)
         if self.first and step < run.steps and not (run.decay == "constant" and rate == other):
             warnings.warn(

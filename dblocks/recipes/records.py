@@ -126,6 +126,11 @@ def _fit(
             if keeper:
                 received = None if stop is None else stop.received
                 keeper.after_step(received, own=loss is not None)
+        # A run that is to end with the step of its checkpoint may have no point there.
+        if not done.curve or done.curve[-1]["step"] != done.step:
+            _add_point(trainer, counter, done)
+            if keeper:
+                keeper.write_log()
     bar.close()
     return done
 

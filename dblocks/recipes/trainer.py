@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.blocks.training import not_finite
-from dblocks.recipes.averages import exchange, keep_average
+from dblocks.recipes.averages import exchange, keep_average, without_average_kept
 from dblocks.recipes.data.batches import Batch, Data
 from dblocks.recipes.run import Run
 from dblocks.scale import Residency, build_block, data_parallel, resident
@@ -165,15 +165,29 @@ class Trainer(ABC):
             taken = self._step(step)
             every = self.run.averaged_every
             if every and ((step + 1) % every == 0 or step + 1 == self.run.steps):
-                average_shared(self.trained, step=step + 1)
-                if self.run.ema is not None:
-                    with self.averaged():
-                        average_shared(self.trained, step=step + 1)
+                self.average_copies(step + 1)
             return taken
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"training stopped at step {step + 1} of {self.run.steps}: {error}"
             ) from error
+
+    def average_copies(self, steps: int) -> None:
+        """With `--shared reduce`, averages the blocks' copies of what they share.
+
+        Args:
+            steps: number of steps taken.
+        """
+        if self.run.averaged_every is None:
+            return
+        average_shared(self.trained, step=steps)
+        if self.run.ema is None:
+            return
+        with self.averaged():
+            # At the end a block that took no step has the average of the others in its copy.
+            last = steps == self.run.steps
+            with nullcontext() if last else without_average_kept(self.optimizers):
+                average_shared(self.trained, step=steps)
 
     def take_average(self) -> None:
         """Makes the average of the weights, where the run keeps one, the network's weights.

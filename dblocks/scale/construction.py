@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dblocks.blocks import Block, BlocksConfig, DiffusionBlocks
 from dblocks.blocks.model import BlockModel, Divisible
@@ -66,14 +67,10 @@ def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int
         )
     with Uncopied():  # of all copies of what blocks share this block needs one: what there is
         mine = Block(DiffusionBlocks(cast(BlockModel, network), config), block)
+    _check_sound(mine, network, making)
     for at in _places(mine):
-        found = at.of(network)
-        if making.is_unsound(found):
-            raise RuntimeError(
-                "weights of a block must not be made of those of another block's layers, got "
-                f"{at.path}; {WHOLE}"
-            )
-        at.put(found)
+        if storage_of(found := at.of(network)) != storage_of(at.tensor):
+            at.put(found)
     _check_complete(mine)
     return mine
 
@@ -154,15 +151,28 @@ class _Place(NamedTuple):
 
 def _places(block: Block) -> Iterator[_Place]:
     """All places of a block, by the names of the whole network."""
+    for path, module in _named_modules(block):
+        yield from (_Place(path, module, name) for name, _ in _own(module))
+
+
+def _named_modules(block: Block) -> Iterator[tuple[str, nn.Module]]:
     for view in (cast(nn.Module, block.base_model), *block.copies.children()):
-        for path, module in view.named_modules(remove_duplicate=False):
-            yield from (_Place(path, module, name) for name, _ in _own(module))
+        yield from view.named_modules(remove_duplicate=False)
+
+
+def _check_sound(block: Block, network: nn.Module, making: Sharing) -> None:
+    for path, _ in _named_modules(block):
+        for name, tensor in _reached(network.get_submodule(path)):
+            if making.is_unsound(tensor):
+                raise RuntimeError(
+                    "weights of a block must not be made of those of another block's layers, got "
+                    f"{f'{path}.{name}'.removeprefix('.')}; {WHOLE}"
+                )
 
 
 def _check_complete(block: Block) -> None:
     for path, module in block.named_modules():
-        held = (*_own(module), *vars(module).items())
-        bare = [name for name, value in held if isinstance(value, Tensor) and value.is_meta]
+        bare = [name for name, tensor in _reached(module) if tensor.is_meta]
         if bare:
             raise RuntimeError(
                 f"tensors of a network must be parameters, or buffers, got {path}.{bare[0]} of "
@@ -207,3 +217,11 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers of a module, without those of its children."""
     held = (*module._parameters.items(), *module._buffers.items())
     yield from ((name, tensor) for name, tensor in held if tensor is not None)
+
+
+def _reached(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """As `_own`, with the tensors in other attributes, which may be in lists and dictionaries."""
+    yield from _own(module)
+    for name, value in vars(module).items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            yield from ((name, leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

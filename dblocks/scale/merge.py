@@ -148,8 +148,8 @@ def _check_alike(first: Path, config: Any, folder: Path, other: Any) -> None:
             name = next(k for k in {**mine, **its} if mine.get(k) != its.get(k))
             key, mine, its = f"{key}.{name}", mine.get(name), its.get(name)
         raise ValueError(
-            f"blocks must be of one configuration, got {key} of {mine!r} in {first} and {its!r} "
-            f"in {folder}"
+            f"all blocks must be of one configuration, got {key} of {mine!r} in {first} and "
+            f"{its!r} in {folder}"
         )
 
 

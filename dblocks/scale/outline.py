@@ -74,11 +74,12 @@ class Sharing(TorchDispatchMode):
             self.count += 1
             if (like := self.absent.get(self.count - 1)) is not None:
                 return self._shared(func, args, kwargs, like)
-        # What is made of values that are not there is not what it should be either.
-        unsound = any(self.is_unsound(t) for t in _tensors((args, kwargs)))
         result = func(*args, **kwargs)
-        for tensor in _tensors(result):
-            (self._unsound.add if unsound else self._unsound.discard)(storage_of(tensor))
+        # What is made of values that are not there is not what it should be either.
+        for made, of in _made_of(func, args, kwargs, result):
+            unsound = any(self.is_unsound(t) for t in _tensors(of))
+            for tensor in _tensors(made):
+                (self._unsound.add if unsound else self._unsound.discard)(storage_of(tensor))
         return result
 
     def is_unsound(self, tensor: Tensor) -> bool:
@@ -97,17 +98,28 @@ class Sharing(TorchDispatchMode):
 
 
 class Uncopied(TorchDispatchMode):
-    """Copies of tensors inside the `with` block are on the meta device, without memory."""
+    """Copies of parameters inside the `with` block lie in the memory of what they are copies of."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name == "aten::clone":
-            return torch.empty_like(args[0], device=META)
+            return torch.ops.aten.alias.default(args[0])
         return func(*args, **(kwargs or {}))
 
 
 def storage_of(tensor: Tensor) -> int:
     """A number that tensors in the same memory have in common, so long as one of them lives."""
     return tensor.untyped_storage()._cdata
+
+
+def _made_of(func: Any, args: Any, kwargs: Any, result: Any) -> Iterator[tuple[Any, Any]]:
+    """What an op makes or writes, and of what: of lists element by element."""
+    if not func._schema.name.startswith("aten::_foreach_"):
+        yield result, (args, kwargs)
+        return
+    lists = [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple))]
+    others = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    for made, *of in zip(args[0] if result is None else result, *lists, strict=False):
+        yield made, (of, others)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

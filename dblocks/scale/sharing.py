@@ -141,9 +141,11 @@ def _check_owners(block: Block, elements: int, group: Any, step: int) -> None:
             f"ranks, in order, got blocks {owners}"
         )
     if len({*sizes}) > 1:
-        raise ValueError(f"blocks must share as many parameters, got {sizes} of blocks 0, 1, ...")
+        raise ValueError(
+            f"all blocks must share as many parameters, got {sizes} of blocks 0, 1, ..."
+        )
     if len({*steps}) > 1:
         raise ValueError(
-            f"blocks must be at the same step to be averaged, got {steps} of blocks 0, 1, ...; "
+            f"all blocks must be at the same step to be averaged, got {steps} of blocks 0, 1, ...; "
             f"remove the checkpoints after step {min(steps)}, and resume all jobs"
         )

@@ -191,7 +191,10 @@ class EDMSchedule(JsonConfig, ABC):
             float32 sigma of the given shape.
         """
         B = num_blocks if type(num_blocks) is int else check_count("num_blocks", num_blocks)
-        ranges = _ranges(self, B, overlap, top_share)
+        try:
+            ranges = _ranges(self, B, overlap, top_share)
+        except TypeError:  # of something without a hash: the check of the number says what it is
+            ranges = _ranges.__wrapped__(self, B, overlap, top_share)
         known = type(block) is int and 0 <= block < B
         lo, hi, mass, tail, upper = ranges[block if known else check_block(block, B)]
         drawn_on = draw_device(generator)

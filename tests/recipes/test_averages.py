@@ -1,5 +1,6 @@
 """`--ema`: the average of the weights against its formula, and wherever blocks are trained."""
 
+import dataclasses
 import json
 import shutil
 
@@ -87,6 +88,17 @@ def test_averages_of_what_blocks_share_are_averaged_too(tmp_path):
     assert len(copied) > 5
     for name in copied:
         assert torch.equal(held[name], held[name.removeprefix("copies.0.")]), name
+
+
+def test_averages_do_not_change_what_is_trained_where_blocks_took_no_step_yet():
+    sizes = {"batch_size": 8, "width": 12, "depth": 4, "heads": 2, "blocks": 4}
+    run = ViTRun(steps=8, shared="reduce", reduce_every=1, ema=0.6, **sizes)
+    plain, averaged = dataclasses.replace(run, ema=None).trainer(), run.trainer()
+    for step in range(4):
+        assert averaged.step(step) == plain.step(step)
+        weights = averaged.trained.state_dict()
+        for name, wanted in plain.trained.state_dict().items():
+            assert torch.equal(weights[name], wanted), (step, name)
 
 
 def test_end_to_end(tmp_path):

@@ -84,3 +84,10 @@ def test_what_cannot_be_is_refused(tmp_path, capsys, flags, words):
     assert sample(folder, tmp_path / "a.npz", *flags) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "a.npz").exists()
+
+
+@pytest.mark.parametrize("name", ["x.NPZ", "x.jpg", "x"])
+def test_a_picture_has_no_name_of_another_kind_of_file(tmp_path, capsys, name):
+    assert main(["sample", "dit", "--out", str(tmp_path / name)]) == 2
+    assert "--out must end in .png, .npz, .npy, got" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

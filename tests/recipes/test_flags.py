@@ -1,7 +1,11 @@
 """Errors on the command line name its flags."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
+import dblocks.scale
 from dblocks.__main__ import main
 from dblocks.recipes.flags import with_flags
 
@@ -41,3 +45,11 @@ def test_fields_become_flags(message, wanted):
 def test_the_command_names_flags(tmp_path, capsys, flags, words):
     assert main(["train", "vit", *flags, "--out", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_errors_about_several_blocks_do_not_begin_as_those_about_their_number():
+    # The command would write --blocks in the place of the word.
+    for path in Path(dblocks.scale.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith("blocks must "), (path.name, node.value)

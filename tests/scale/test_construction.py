@@ -263,3 +263,56 @@ def test_what_cannot_be_loaded_is_refused_by_name(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: it is not what was"):
         load_block(tmp_path / "1")
+
+
+class Listed(nn.Module):
+    """Parameters that are in lists too, as those of an LSTM are."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(4, 4)
+        self.own = nn.Parameter(torch.randn(3))
+        self.all = [self.own]
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_lists_of_parameters_hold_those_of_the_block(block):
+    config = BlocksConfig(num_blocks=2, shared="private")
+    found = build_block(lambda: Own(more=Listed), config, block).parts(block)[0].more
+    assert found.all[0] is found.own
+    held = zip(found.rnn._flat_weights, found.rnn.parameters(), strict=True)
+    assert all(one is other for one, other in held)
+    assert found.rnn(torch.ones(2, 4))[0].isfinite().all()
+
+
+def scaled_together():
+    layers = [nn.Linear(9, 9) for _ in range(4)]
+    with torch.no_grad():
+        torch._foreach_mul_([layer.weight for layer in layers], 0.5)
+    return layers
+
+
+def copied_together():
+    layers = [nn.Linear(9, 9) for _ in range(4)]
+    with torch.no_grad():
+        torch._foreach_copy_([*layers[3].parameters()], [*layers[0].parameters()])
+    return layers
+
+
+def attributed():
+    layers = [nn.Linear(9, 9) for _ in range(4)]
+    layers[3].other = [2 * layers[0].weight.detach()]
+    return layers
+
+
+@pytest.mark.parametrize("layers", [copied_together, attributed])
+def test_no_values_of_other_blocks_come_in_by_lists(layers):
+    config = BlocksConfig(num_blocks=2)
+    torch.manual_seed(0)
+    whole = DiffusionBlocks(Own(scaled_together), config)
+    for b in range(2):
+        torch.manual_seed(0)
+        assert_same(build_block(lambda: Own(scaled_together), config, b), whole.block(b))
+    assert build_block(lambda: Own(layers), config, 0)
+    with pytest.raises(RuntimeError, match=r"not be made of those of another .* got layers\.3\."):
+        build_block(lambda: Own(layers), config, 1)

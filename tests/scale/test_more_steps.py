@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -66,3 +67,18 @@ def test_a_constant_rate_goes_on_as_it_is_in_every_job(tmp_path, capsys):
     assert files[0] == files[1]
     runs = [part["run"] for part in record(tmp_path / "merged")["merged"]]
     assert [run["continued"] for run in runs] == [[[4, 4]], [[4, 4]]]
+
+
+@pytest.mark.filterwarnings("ignore:this run was to take")
+@pytest.mark.parametrize("shared", ["train", "reduce"])
+def test_a_run_may_end_with_the_step_of_its_checkpoint(tmp_path, shared):
+    flags = ("--shared", shared, "--decay", "constant", "--warmup", "0")
+    assert train(tmp_path / "six", 6, *flags, "--keep", "9") == 0
+    assert train(tmp_path / "four", 4, *flags) == 0
+    shutil.rmtree(tmp_path / "six/checkpoints/step-00000006")
+    assert train(tmp_path / "six", 4, *flags, "--resume") == 0
+    records = [record(tmp_path / name) for name in ("six", "four")]
+    for key in ("curve", "accuracy", "layers_per_step"):
+        assert records[0][key] == records[1][key]
+    files = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("six", "four")]
+    assert files[0] == files[1]

@@ -248,3 +248,8 @@ def test_a_registered_class_is_a_frozen_dataclass(schedule):
     ):
         register(schedule)
     assert "Own" not in SCHEDULES
+
+
+def test_numbers_without_a_hash_are_refused_by_name():
+    with pytest.raises(TypeError, match="overlap"):
+        LogUniformNoiseSchedule().sample(0, 2, (3,), overlap=[0.1])

@@ -119,6 +119,8 @@ def _mean_grey(x: Tensor) -> Tensor:
 
 def _smooth(x: Tensor) -> Tensor:
     """A blur of 3x3 pixels, whose middle counts five times; the edges stay as they are."""
+    if min(x.shape[2:]) < 3:
+        return x
     kernel = x.new_ones(3, 3)
     kernel[1, 1] = SMOOTHED - 8
     channels = x.shape[1]

@@ -156,3 +156,12 @@ def test_latents_are_refused(channels, high):
     with pytest.raises(ValueError, match=r"rand_augment must have pictures of 1 or 3 channels"):
         ImageData(data, 2, 0, Augment(rand_augment=True))
     ImageData(data, 2, 0, Augment(flip=True))
+
+
+@pytest.mark.parametrize(("h", "w"), [(1, 6), (2, 2), (5, 2)])
+def test_an_image_without_inner_pixels_is_sharp_as_it_is(h, w):
+    pixels = pictures(h=h, w=w)
+    image = Image.fromarray(pixels[1].byte().permute(1, 2, 0).contiguous().numpy())
+    wanted = np.asarray(ImageEnhance.Sharpness(image).enhance(1 + COLOUR))
+    found = OPERATIONS["sharpness"](pixels, torch.ones(len(pixels)))
+    assert (found[1].permute(1, 2, 0).byte().numpy() == wanted).all()
