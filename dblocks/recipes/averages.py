@@ -1,7 +1,7 @@
-"""Averages of trained weights: what a run with `--ema` measures and saves.
+"""Moving averages of the weights, which a run with `--ema` evaluates and saves.
 
-An average lies in its parameter's optimizer state, and so it is where that is: in checkpoints, on
-the host with `--resident`, in parts with `--sharding fsdp`, and with its block in `--block`.
+An average is stored in its parameter's optimizer state, so it moves with that state: into
+checkpoints, to the host with `--resident`, sharded with `--sharding fsdp`, per block with `--block`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UPDATES = "updates"  # in an optimizer's first group, which its state_dict holds
 
 
 def keep_average(optimizer: Optimizer, decay: float) -> None:
-    """Averages what an optimizer trains, after each of its steps.
+    """Averages the parameters of an optimizer after each of its steps.
 
         average <- d*average + (1 - d)*parameter,   d = min(decay, (1 + n)/(10 + n))
 
@@ -60,10 +60,10 @@ def _update(decay: float, optimizer: Optimizer, *_: Any) -> None:
 
 @torch.no_grad()
 def exchange(model: Any, optimizers: Iterable[Optimizer]) -> None:
-    """Parameters and their averages change places, bit for bit: a second call undoes the first.
+    """Swaps parameters and their averages, bit for bit; a second call undoes the first.
 
     Args:
-        model: what the optimizers train; a resident one is brought to the host first.
+        model: the trained model; a resident one is moved to the host first.
         optimizers: of `keep_average`.
     """
     residency = getattr(model, "residency", None)
@@ -79,7 +79,7 @@ def exchange(model: Any, optimizers: Iterable[Optimizer]) -> None:
 
 @contextmanager
 def without_average_kept(optimizers: Iterable[Optimizer]) -> Iterator[None]:
-    """Parameters that have no average yet are after the `with` block as they were before it."""
+    """Restores the parameters without an average after the `with` block."""
     kept = [
         (parameter, parameter.detach().clone(memory_format=torch.preserve_format))
         for optimizer in optimizers

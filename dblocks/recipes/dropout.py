@@ -1,4 +1,4 @@
-"""Dropout in the training steps of a transformer, which itself knows nothing of it: `--dropout`."""
+"""Dropout in the training steps of a transformer that has none of its own: `--dropout`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SEED = 733_000  # added to a run's
 
 
 class Dropout:
-    """Dropout where the classical ViT has it: of the tokens that enter the first layer, of what
-    attention and MLP add, and of the attention's probabilities; only inside `at`.
+    """Dropout as in the original ViT: of the tokens that enter the first layer, of the outputs of
+    attention and MLP, and of the attention probabilities; active only inside `at`.
 
     Args:
         rate: probability of dropping an element.
         blocks: the layers of each block, `TransformerLayer`s.
-        seed: of what is dropped, with the step and the process.
+        seed: seed of the masks, together with the step and the process.
     """
 
     def __init__(self, rate: float, blocks: Sequence[Sequence[Any]], seed: int) -> None:
@@ -37,12 +37,12 @@ class Dropout:
 
     @contextmanager
     def at(self, step: int, device: str, mesh: Any = None) -> Iterator[None]:
-        """Drops inside the `with` block; PyTorch's generators are afterwards as before.
+        """Activates dropout in the `with` block; PyTorch's generators are restored afterwards.
 
         Args:
             step: number of the step.
             device: where it runs.
-            mesh: the processes that share the batch, each of which drops of its own samples.
+            mesh: the processes that share the batch; each draws masks for its own samples.
         """
         if not self.rate:
             yield

@@ -1,4 +1,4 @@
-"""A network whose blocks were trained apart: what it reaches, and how to measure it."""
+"""Evaluates a network merged from blocks that were trained separately."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dblocks.info import environment
 from dblocks.recipes.records import begun
 from dblocks.recipes.run import Run
 
-# What `dblocks eval` must be told as in training.
+# Options that `dblocks eval` needs as in training.
 OF_DATA = ("data", "data_path", "image_size", "scale", "fold")
 
 
 def measured(run: Run, out: Path) -> dict[str, Any]:
-    """The record of a merged network: that of one process, without what training cost.
+    """The record of a merged network, as of one process, without the cost of training.
 
     Args:
         run: of one of its blocks.
@@ -41,7 +41,7 @@ def measured(run: Run, out: Path) -> dict[str, Any]:
 
 
 def eval_command(out: Path, settings: Run | dict[str, Any], defaults: Run) -> str:
-    """The command that measures a network.
+    """The command that evaluates a network.
 
     Args:
         out: where it is saved.

@@ -1,8 +1,7 @@
-"""What a function makes, tensor by tensor: first without memory, then some of it in one place.
+"""Records the tensors that a constructor creates, and creates some of them in shared memory.
 
-Initialisers draw in the order in which tensors are made, so to have the weights of some layers,
-those of all must be drawn. `Sharing` has what is not wanted lie in the same memory, where each is
-drawn over the one before.
+Initialisers draw in the order in which tensors are created, so the weights of some layers need the
+draws of all. `Sharing` puts the unwanted tensors into the same memory, one over the other.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
-# What makes tensors of any values. Those of arange, linspace or torch.tensor are small, and a
-# constructor may read them.
+# Tensors of arange, linspace or torch.tensor are small, and a constructor may read their values.
 FACTORIES = {
     f"aten::{name}"
     for name in ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "randint")
@@ -25,9 +23,9 @@ FACTORIES = {
 
 
 class Outline(TorchDispatchMode):
-    """Tensors that are made inside the `with` block are on the meta device, without memory.
+    """Tensors created inside the `with` block are on the meta device, without memory.
 
-    Generators that are given to an op inside are at the end as they were before.
+    Generators passed to an op inside get their state back at the end.
     """
 
     def __init__(self) -> None:
@@ -54,10 +52,10 @@ class Outline(TorchDispatchMode):
 
 
 class Sharing(TorchDispatchMode):
-    """Some of the tensors that are made inside the `with` block lie in the same memory.
+    """Some of the tensors created inside the `with` block share the same memory.
 
     Args:
-        absent: those, by their number in the order of making, as an `Outline` found them.
+        absent: these tensors, by their index in the order of creation, as in an `Outline`.
     """
 
     def __init__(self, absent: Mapping[int, Tensor]) -> None:
@@ -75,7 +73,7 @@ class Sharing(TorchDispatchMode):
             if (like := self.absent.get(self.count - 1)) is not None:
                 return self._shared(func, args, kwargs, like)
         result = func(*args, **kwargs)
-        # What is made of values that are not there is not what it should be either.
+        # Values computed from absent ones are wrong too.
         for made, of in _made_of(func, args, kwargs, result):
             unsound = any(self.is_unsound(t) for t in _tensors(of))
             for tensor in _tensors(made):
@@ -83,7 +81,7 @@ class Sharing(TorchDispatchMode):
         return result
 
     def is_unsound(self, tensor: Tensor) -> bool:
-        """Whether a tensor is absent, or was made of values of one that is."""
+        """Whether a tensor is absent, or was computed from values of an absent one."""
         return storage_of(tensor) in self._unsound
 
     def _shared(self, func: Any, args: Any, kwargs: Any, like: Tensor) -> Tensor:
@@ -98,7 +96,7 @@ class Sharing(TorchDispatchMode):
 
 
 class Uncopied(TorchDispatchMode):
-    """Copies of parameters inside the `with` block lie in the memory of what they are copies of."""
+    """Copies of tensors inside the `with` block share the memory of the original."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name == "aten::clone":
@@ -107,12 +105,12 @@ class Uncopied(TorchDispatchMode):
 
 
 def storage_of(tensor: Tensor) -> int:
-    """A number that tensors in the same memory have in common, so long as one of them lives."""
+    """An identifier of a tensor's memory, valid while a tensor in it lives."""
     return tensor.untyped_storage()._cdata
 
 
 def _made_of(func: Any, args: Any, kwargs: Any, result: Any) -> Iterator[tuple[Any, Any]]:
-    """What an op makes or writes, and of what: of lists element by element."""
+    """The outputs of an op with their inputs; for ops on lists, element by element."""
     if not func._schema.name.startswith("aten::_foreach_"):
         yield result, (args, kwargs)
         return

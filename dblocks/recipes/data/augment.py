@@ -1,7 +1,7 @@
 """Augmentation of images: random crops, flips and RandAugment.
 
-What happens to an image follows from the seed, the step and its place in the batch, so that a run
-that goes on, or that several processes share, sees the same images.
+The augmentation of an image depends on the seed, the step and its index in the batch only, so a
+resumed run, or one of several processes, sees the same images.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ TRIES = 10
 
 
 class Augment(NamedTuple):
-    """What is done to the images of a batch, in this order."""
+    """Augmentations of the images of a batch, in this order."""
 
     crop: Crop = "none"
-    """"pad": moved by up to 4 pixels, with black around; "resize": a part of 8 % to all of the
-    area, of a ratio of 3/4 to 4/3, scaled to the size of the image."""
+    """"pad": shifted by up to 4 pixels, with black borders; "resize": 8 % to all of the area, with
+    an aspect ratio of 3/4 to 4/3, scaled to the size of the image."""
     flip: bool = False
-    """Half of the images, left to right."""
+    """Mirrors half of the images left to right."""
     rand_augment: bool = False
-    """Two operations each; see `rand_augment`."""
+    """Two operations per image; see `rand_augment`."""
 
     def check(self, images: Images) -> None:
         """Raises ValueError for images that are no pictures, where pictures are needed."""
