@@ -1,7 +1,8 @@
 """Moving averages of the weights, which a run with `--ema` evaluates and saves.
 
 An average is stored in its parameter's optimizer state, so it moves with that state: into
-checkpoints, to the host with `--resident`, sharded with `--sharding fsdp`, per block with `--block`.
+checkpoints, to the host with `--resident`, in shards with `--sharding fsdp`, per block with
+`--block`.
 """
 
 from __future__ import annotations
