@@ -67,7 +67,7 @@ def test_help_tells_a_newcomer_what_the_steps_are(capsys, verb):
     assert exit_info.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     words = (
-        ("learns to denoise", "applied about 32 times")
+        ("learns to denoise", "applies it about 32 times")
         if verb == "train"
         else ("recurrences", "step")
     )
