@@ -75,7 +75,8 @@ def finished(experiment: Experiment) -> Finished:
     records, missing = _rows(experiment, there)
     if experiment.stored is not None:
         scored = experiment.stored(experiment.records, records)
-        missing |= {row: [] for row in records if row not in scored}
+        for row in records.keys() - scored.keys():  # samples without scores are in no table yet
+            missing[row] = experiment.final_runs(row, 1.0)[len(records[row]) :]
         records = scored
     check_versions(experiment.name, [r for many in records.values() for r in many])
     titles = {row: title for row, (title, _) in experiment.rows.items()}
