@@ -75,27 +75,41 @@ def test_one_seed_gives_no_verdict(experiment):
     assert "worse by 20.0 points in its only seed" in sentences(found, [blocks])[0]
 
 
-def test_a_method_that_loses_is_said_to_lose_and_so_is_depth(experiment):
-    write(experiment, "end_to_end", [0.80, 0.81, 0.82])
-    write(experiment, "blocks", [0.70, 0.71, 0.72])
-    write(experiment, "small", [0.90, 0.91, 0.92])
+@pytest.fixture
+def with_ensemble(experiment):
+    rows = {**experiment.rows, "ensemble": vit.CLOTHES["ensemble"]}
+    return dataclasses.replace(experiment, rows=rows, selection_shorter=dict.fromkeys(rows, 2))
+
+
+def said_of(experiment, **accuracies):
+    """The sentences about records with these accuracies, by row."""
+    for row, values in accuracies.items():
+        write(experiment, row, values)
     found = finished(experiment)
-    said = " ".join(sentences(found, findings(found)))
+    return sentences(found, findings(found))
+
+
+def test_a_method_that_loses_is_said_to_lose_and_so_is_depth(experiment):
+    said = " ".join(
+        said_of(
+            experiment,
+            end_to_end=[0.80, 0.81, 0.82],
+            blocks=[0.70, 0.71, 0.72],
+            small=[0.90, 0.91, 0.92],
+        )
+    )
     assert "held-out accuracy worse by 10.0 points" in said
     assert "Depth does not pay" in said
 
 
-def test_blocks_that_lose_to_a_plain_network_and_to_an_ensemble_are_said_to(experiment):
-    rows = {**experiment.rows, "ensemble": vit.CLOTHES["ensemble"]}
-    experiment = dataclasses.replace(
-        experiment, rows=rows, selection_shorter=dict.fromkeys(rows, 2)
+def test_blocks_that_lose_to_a_plain_network_and_to_an_ensemble_are_said_to(with_ensemble):
+    said = said_of(
+        with_ensemble,
+        end_to_end=[0.80, 0.81, 0.82],
+        small=[0.70, 0.71, 0.72],
+        blocks=[0.60, 0.61, 0.62],
+        ensemble=[0.65, 0.66, 0.67],
     )
-    write(experiment, "end_to_end", [0.80, 0.81, 0.82])
-    write(experiment, "small", [0.70, 0.71, 0.72])
-    write(experiment, "blocks", [0.60, 0.61, 0.62])
-    write(experiment, "ensemble", [0.65, 0.66, 0.67])
-    found = finished(experiment)
-    said = sentences(found, findings(found))
     assert any(s.startswith("Depth pays at this budget") for s in said)
     beside = "3 blocks, beside a plain ViT of 4 layers: held-out accuracy worse by 10.0 points"
     assert any(s.startswith(beside) for s in said)
@@ -103,21 +117,20 @@ def test_blocks_that_lose_to_a_plain_network_and_to_an_ensemble_are_said_to(expe
     assert all("Blocks" not in s or "helps" not in s for s in said)
 
 
-def test_words_follow_the_interval_not_the_mean(experiment):
-    rows = {**experiment.rows, "ensemble": vit.CLOTHES["ensemble"]}
-    experiment = dataclasses.replace(
-        experiment, rows=rows, selection_shorter=dict.fromkeys(rows, 2)
+def test_words_follow_the_interval_not_the_mean(with_ensemble):
+    said = " ".join(
+        said_of(
+            with_ensemble,
+            end_to_end=[0.80, 0.80, 0.80],
+            small=[0.79, 0.82, 0.80],
+            blocks=[0.80, 0.83, 0.78],
+            ensemble=[0.81, 0.80, 0.81],
+        )
     )
-    write(experiment, "end_to_end", [0.80, 0.80, 0.80])
-    write(experiment, "small", [0.79, 0.82, 0.80])
-    write(experiment, "blocks", [0.80, 0.83, 0.78])
-    write(experiment, "ensemble", [0.81, 0.80, 0.81])
-    found = finished(experiment)
-    said = " ".join(sentences(found, findings(found)))
     assert "Whether depth pays at this budget is not shown" in said
     assert "whether the noise brings anything is not shown" in said
-    write(experiment, "ensemble", [0.70, 0.73, 0.68], selection=False)
-    found = finished(experiment)
+    write(with_ensemble, "ensemble", [0.70, 0.73, 0.68], selection=False)
+    found = finished(with_ensemble)
     assert "the noise helps" in " ".join(sentences(found, findings(found)))
 
 
