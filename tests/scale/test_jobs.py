@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +47,11 @@ def interruptible():
 
 
 def forked(out, *flags, seconds=0.0):
-    """The same in a process of its own, which takes its time for a step; and where it writes."""
+    """The same in a process of its own, which takes its time for a step; and where it writes.
+
+    A file `{out}.step` says that training is under way: a signal that comes while Python still
+    forks is lost or ends the child where no command runs yet.
+    """
     process = os.fork()
     if process:
         return process
@@ -57,6 +62,7 @@ def forked(out, *flags, seconds=0.0):
             step = Trainer.step
 
             def slow(self, number):
+                Path(f"{out}.step").touch()
                 time.sleep(seconds)
                 return step(self, number)
 
@@ -74,11 +80,15 @@ def steps_kept(folder):
     return sorted(int(path.name[5:]) for path in folder.glob("checkpoints/step-*"))
 
 
-def wait_for(folder, step):
+def wait_until(true):
     until = time.monotonic() + 60
-    while not [s for s in steps_kept(folder) if s >= step]:
+    while not true():
         assert time.monotonic() < until
         time.sleep(0.002)
+
+
+def wait_for(folder, step):
+    wait_until(lambda: any(kept >= step for kept in steps_kept(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +174,7 @@ def test_a_signal_leaves_a_checkpoint_and_one_line(tmp_path, whole, number, code
 )
 def test_without_checkpoints_a_signal_leaves_one_line_and_no_file(tmp_path, number, code, line):
     job = forked(tmp_path / "run", seconds=0.05)
-    time.sleep(0.5)
+    wait_until((tmp_path / "run.step").exists)
     os.kill(job, number)
     assert ended(job) == code
     assert (tmp_path / "run.err").read_text() == f"dblocks: {line}\n"
