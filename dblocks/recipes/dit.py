@@ -28,7 +28,7 @@ from dblocks.recipes.data.splits import Images, values
 from dblocks.recipes.drawing import OUT
 from dblocks.recipes.drawing import Sample as Sample
 from dblocks.recipes.metrics import NOISE_SEED
-from dblocks.recipes.metrics.denoising import held_out_loss
+from dblocks.recipes.metrics.denoising import held_out_loss, measured
 from dblocks.recipes.metrics.images import standard_deviation
 from dblocks.recipes.metrics.judge import judge_of
 from dblocks.recipes.metrics.judged import judged
@@ -249,7 +249,7 @@ class Eval:
     """Measure the loss of a saved diffusion transformer on held-out images.
 
     The squared error of the network's output at noise levels of equal probability, which training
-    minimises. `dblocks train dit` also evaluates generated images.
+    minimises, on at most 2,000 images. `dblocks train dit` also evaluates generated images.
     """
 
     data: str = "digits"
@@ -270,4 +270,4 @@ class Eval:
             self.data, path=self.data_path, size=self.image_size, scale=self.scale
         )
         value = held_out_loss(model, held_out)
-        print(f"held-out L2 loss {value:.4f} on {len(held_out):,} images")
+        print(f"held-out L2 loss {value:.4f} on {len(measured(held_out)):,} images")

@@ -11,6 +11,7 @@ from dblocks.recipes import image_grid
 from dblocks.recipes.data.digits import digits
 from dblocks.recipes.data.splits import Images
 from dblocks.recipes.dit import GPU, DiTRun, DiTTrainer, held_out_loss
+from dblocks.recipes.metrics import denoising
 from dblocks.recipes.metrics.images import standard_deviation
 from dblocks.recipes.metrics.judge import ImageClassifier, train_judge
 from dblocks.recipes.records import train
@@ -183,3 +184,11 @@ def test_the_judge_repeats_itself_and_learns():
     norms = judge.features(images).norm(dim=-1)
     torch.testing.assert_close(norms, torch.full_like(norms, 32**0.5), rtol=1e-2, atol=0)
     assert ImageClassifier(3, 4)(torch.zeros(2, 3, 5, 9)).shape == (2, 4)
+
+
+def test_the_loss_of_many_images_is_that_of_some_of_them(monkeypatch):
+    monkeypatch.setattr(denoising, "MOST", 5)
+    data = Images(torch.randn(13, 1, 8, 8), torch.arange(13))
+    assert denoising.measured(data).labels.tolist() == [0, 2, 5, 7, 10]
+    few = data[torch.arange(5)]
+    assert denoising.measured(few) is few
