@@ -28,7 +28,7 @@ TOP_SHARES = (0.0, 0.1, 0.3)
 WEIGHTINGS = ("edm", "clamped", "none", "batch_mean")
 GRID = (2e-3, 4e-3, 8e-3)
 METHOD = "DiffusionBlocks"
-FASHION = AblationRun(data="fashion-mnist", patch_size=4, samples=1000, steps=1, points=3)
+FASHION = AblationRun(data="fashion-mnist", patch_size=4, samples=2000, steps=1, points=3)
 DIGITS = AblationRun(samples=500, steps=1, points=3)
 
 
@@ -156,7 +156,7 @@ FASHION_FINAL = study_of(
 FASHION_STUDY = study_of(
     name="dit-fashion-ablations",
     title="a 12-layer DiT of width 64 in blocks, patches of 4, on Fashion-MNIST",
-    rows=rows_of(FASHION, hours=0.1),
+    rows=rows_of(FASHION, hours=0.12),
 )
 DIGITS_STUDY = study_of(
     name="dit-digits-ablations",
