@@ -99,17 +99,19 @@ def noise_inject_fwd(
     sigma_data: float,
     dtype: torch.dtype,
     need_z: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """z, if needed, and z_in of a non-empty y."""
+) -> tuple[Tensor, Tensor]:
+    """z, without elements where it is not needed, and z_in."""
+    z = empty_like_runs(y, torch.float32) if need_z else y.new_empty(0, dtype=torch.float32)
+    z_in = empty_like_runs(y, dtype)
+    if y.numel() == 0:
+        return z, z_in
     x, sigma = as_tokens(y), sigma_table(sigma, y.shape[0])
     runs = plan_runs([x], sigma.shape[1], offset=offset)
-    z = empty_like_runs(y, torch.float32) if need_z else None
-    z_in = empty_like_runs(y, dtype)
     with device_guard(y):
         noise_inject_fwd_kernel[runs.grid](
             x,
             sigma,
-            z,
+            z if need_z else None,
             z_in,
             seed_tensor,
             seed,
@@ -129,11 +131,13 @@ def noise_inject_bwd(
     dz: Tensor | None, dz_in: Tensor, sigma: Tensor, sigma_data: float, dtype: torch.dtype
 ) -> Tensor:
     """The gradient to y from those to z and z_in, all of one shape."""
+    dy = empty_like_runs(dz_in, dtype)
+    if dz_in.numel() == 0:
+        return dy
     sigma = sigma_table(sigma, dz_in.shape[0])
     g_in = as_tokens(dz_in)
     g = None if dz is None else as_tokens(dz)
     runs = plan_runs([g_in] if g is None else [g, g_in], sigma.shape[1])
-    dy = empty_like_runs(dz_in, dtype)
     with device_guard(dz_in):
         noise_inject_bwd_kernel[runs.grid](
             g,

@@ -171,17 +171,17 @@ def diffusion(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], ob
         "edm_denoise backward",
         lambda: denoise.edm_denoise_bwd(z, sample, 0.5, dtype, torch.float32),
     )
-    yield "edm_loss", lambda: loss.edm_loss_fwd(f, y, sample, None, 1, 0, 0.5, None)
+    yield "edm_loss", lambda: loss.edm_loss_fwd(f, y, sample, None, 1, 0, 0.5, None, False)
     yield (
         "edm_loss for backward",
-        lambda: loss.edm_loss_fwd(f, y, token, seed, 0, 0, 0.5, token, f),
+        lambda: loss.edm_loss_fwd(f, y, token, seed, 0, 0, 0.5, token, True),
     )
     yield "edm_loss backward", lambda: loss.edm_loss_bwd(sample, f, None, dtype)
     yield "edm_loss backward per token", lambda: loss.edm_loss_bwd(sample, f, token, dtype)
-    yield "euler_step", lambda: euler.euler_step_fwd(z, z, [None, None], [1.0, 0.5])
-    yield "euler_step per token", lambda: euler.euler_step_fwd(z, z, [token, token], [1.0, 0.5])
-    yield "euler_step to a number", lambda: euler.euler_step_fwd(z, z, [sample, None], [1.0, 0.5])
+    yield "euler_step", lambda: euler.euler_step_fwd(z, z, None, None, 1.0, 0.5)
+    yield "euler_step per token", lambda: euler.euler_step_fwd(z, z, token, token, 1.0, 0.5)
+    yield "euler_step to a number", lambda: euler.euler_step_fwd(z, z, sample, None, 1.0, 0.5)
     yield (
         "euler_step backward",
-        lambda: euler.euler_step_bwd(z, [None, None], [1.0, 0.5], torch.float32, torch.float32),
+        lambda: euler.euler_step_bwd(z, None, None, 1.0, 0.5, torch.float32, torch.float32),
     )

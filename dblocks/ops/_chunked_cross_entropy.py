@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dblocks.ops._library import library, triton_kernel
-
 SHARES = 4  # the logits are never held in fewer parts, unless a part had fewer
 MIN_LOGITS = 2**20  # logits (4 MiB), where each call would cost more than its work,
 MIN_ROWS = 128  # or rows, which would make the matrix products slow.
@@ -184,18 +182,14 @@ def plain_rows(
     return total.reciprocal_()
 
 
-@torch.library.impl(library, "linear_cross_entropy_chunked", "CompositeExplicitAutograd")
-@torch.library.impl(library, "linear_cross_entropy_again_chunked", "CompositeExplicitAutograd")
-def _chunked(h, weight, target, bias, row_weight, ignore_index, needs):
+def plain(h, weight, target, bias, row_weight, ignore_index, needs):
     return forward(
         h, weight, target, bias, row_weight, ignore_index, needs,
         rows=plain_rows, dtype=_wide(h),
     )  # fmt: skip
 
 
-@triton_kernel("linear_cross_entropy")
-@triton_kernel("linear_cross_entropy_again")
-def _triton(h, weight, target, bias, row_weight, ignore_index, needs):
+def triton(h, weight, target, bias, row_weight, ignore_index, needs):
     from dblocks.kernels.cross_entropy import cross_entropy
 
     def rows(logits, bias, target, losses, grad):

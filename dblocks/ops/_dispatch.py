@@ -5,7 +5,7 @@ fraction of their time; the checks run for new layouts and raise the errors. Not
 values of a tensor on an accelerator, so no call synchronises.
 """
 
-import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack, unwrap_if_dead
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -324,47 +324,47 @@ def widest(*tensors: Tensor) -> Tensor:
     return next((t for t in tensors if t.dtype == torch.float64), tensors[0])
 
 
-def picker(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Callable[[], Any]]:
-    """From arguments to a call of `op`, or, where nobody watches, of its `kernel` directly."""
+def caller(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
+    """`op`, with its flop formula where one counts; in plain eager mode its `kernel` directly."""
 
-    def pick(*args: Any) -> Callable[[], Any]:
-        if torch.compiler.is_compiling():
-            return lambda: op(*args)
-        if is_traced():
+    def call(*args: Any) -> Any:
+        traced = is_traced()
+        if traced and not torch.compiler.is_compiling():
             _flops.watch()
-            return functools.partial(op, *args)
+        if traced or kernel is None:
+            return op(*args)
         plain = KNOWN.issuperset(map(type, args)) or not any(
             isinstance(a, Tensor) and type(a) not in PLAIN for a in args
         )
-        return functools.partial(kernel if kernel is not None and plain else op, *args)
+        return kernel(*args) if plain else op(*args)
 
-    return pick
+    return call
 
 
-def recorded(function: type[torch.autograd.Function], *args: Any) -> Callable[[], Any]:
-    """`function.apply(*args)`, to be called by the op's own file.
+def launcher(module: str, name: str) -> Callable[..., Any]:
+    """A function of dblocks.kernels, imported when it is called: only that needs triton."""
+    found = None
+
+    def launch(*args: Any) -> Any:
+        nonlocal found
+        if found is None:
+            found = getattr(importlib.import_module(f"dblocks.kernels.{module}"), name)
+        return found(*args)
+
+    return launch
+
+
+def distinct(*args: Any) -> tuple[Any, ...]:
+    """The arguments for the `apply` of an autograd function.
 
     torch.compile does not accept the same argument twice; a view counts as another tensor, and the
     gradients of all views add up.
     """
-    if torch.compiler.is_compiling():
-        distinct = _distinct(args)
-        return lambda: function.apply(*distinct)
-    if torch._C._are_functorch_transforms_active():
-        return functools.partial(function.apply, *args)
-    # As Function.apply, without some microseconds that only transforms need: tensors left over from
-    # a transform are unwrapped, or their gradients would be lost.
-    args = tuple([unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])
-    apply: Any = super(torch.autograd.Function, function).apply  # pyright: ignore
-    return functools.partial(apply, *args)
-
-
-def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    result = []
-    for arg in args:
-        again = isinstance(arg, Tensor) and any(arg is other for other in result)
-        result.append(arg.view_as(arg) if again else arg)
-    return tuple(result)
+    if not torch.compiler.is_compiling():
+        return args
+    again = [any(arg is other for other in args[:i]) for i, arg in enumerate(args)]
+    pairs = zip(args, again, strict=True)
+    return tuple(a.view_as(a) if r and isinstance(a, Tensor) else a for a, r in pairs)
 
 
 def check_first_order(op: str, way_out: str = 'use impl="reference"') -> None:

@@ -56,11 +56,11 @@ def doubled_pairs(T: int, block_size: int, window: int | None, *, token: bool, b
 
 
 def doubled_attention(
-    *, q: Shape, k: Shape, v: Shape, block_size: int, window: int | None = None, **options: Any
-) -> int:
+    *, q: Shape, k: Shape, v: Shape, block_size: int, token: bool, window: int | None = None,
+    **_: Any,
+) -> int:  # fmt: skip
     """Two products of a query with a key and a probability with a value, for each pair."""
     T = k[2] // 2
-    token = options["token"] if "token" in options else not options["see_block"]
     pairs = doubled_pairs(T, block_size, window, token=token, both=q[2] != T)
     return 2 * q[0] * q[1] * pairs * (k[3] + v[3])
 

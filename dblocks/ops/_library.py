@@ -4,41 +4,39 @@ A CPU key cannot serve both the C++ op and the interpreted Triton kernel, so eac
 the public function chooses.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dblocks.ops import _flops
-from dblocks.ops._dispatch import FUSED, picker
+from dblocks.ops._dispatch import caller, launcher
 
 library = torch.library.Library("dblocks", "FRAGMENT")
 
-_kernels: dict[str, Callable[..., Any]] = {}
-
 
 def define(
-    name: str, schema: str, fake: Callable[..., Any], impls: Sequence[str] = FUSED
-) -> dict[str, Callable[..., Callable[[], Any]]]:
-    """Defines `dblocks::<name>_<impl>` for each fused implementation.
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    **implementations: Callable[..., Any] | str | None,
+) -> dict[str, Callable[..., Any]]:
+    """Defines `dblocks::<name>_<impl>` for each implementation, and returns what to call for each.
 
-    Returns for each a function from arguments to the call, which the op's own file makes: calls go
-    one way.
-
-    The C++ ops get their kernels from csrc/library.cpp. In plain eager mode, a Triton kernel is
-    launched without PyTorch's dispatcher; an absent result is then None, and a tensor without
-    elements from the op.
+    In plain eager mode, a Triton kernel is launched without PyTorch's dispatcher; an absent result
+    is then None, and from the op a tensor without elements.
 
     Args:
         name: such as "adaln_fwd".
         schema: arguments and results, "(Tensor x) -> Tensor".
         fake: computes shapes and dtypes of the results.
-        impls: the implementations of the op.
+        implementations: by name, a function of the op's arguments; or a module of dblocks.kernels
+            with a function `name`, imported when it is first called; or None for C++, whose
+            function csrc/library.cpp registers.
     """
     calls, flops = {}, _flops.FORMULAS.get(name)
-    for impl in impls:
+    for impl, given in implementations.items():
         library.define(f"{name}_{impl}{schema}")
         torch.library.register_fake(f"dblocks::{name}_{impl}", fake, lib=library)
         # autograd.Function takes care of gradients; PyTorch's check of ops without any costs 3 us.
@@ -46,33 +44,31 @@ def define(
         op = getattr(torch.ops.dblocks, f"{name}_{impl}").default
         if flops is not None:
             _flops.register(op, flops)
-        kernel = _kernels.get(f"{name}_{impl}")
-        bare = kernel is None and flops is None
-        calls[impl] = partial(partial, op) if bare else picker(op, kernel)
+        function = launcher(given, name) if isinstance(given, str) else given
+        if function is not None:
+            key = "CompositeExplicitAutograd"  # on GPUs and, interpreted, on CPUs
+            library.impl(f"{name}_{impl}", _whole(op, function), key)
+        kernel = function if impl == "triton" else None
+        calls[impl] = op if kernel is None and flops is None else caller(op, kernel)
     return calls
 
 
-def triton_kernel(name: str, like: int = 0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a function the Triton implementation of the op `name`, on GPUs and, interpreted, CPUs.
+def _whole(op: torch._ops.OpOverload, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, with a tensor without elements in the place of an absent result.
 
-    It must import its kernels when it is called, so that `import dblocks` does not need triton. The
-    op returns a tensor without elements for a result of None, with the dtype of argument number
-    `like`.
+    It has the dtype of the first argument that is always a tensor.
     """
+    kinds = [str(argument.type) for argument in op._schema.arguments]
+    like = kinds.index("Tensor")
 
-    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        def whole(*args: Any) -> Any:
-            results = kernel(*args)
-            if isinstance(results, Tensor):
-                return results
-            # A separate tensor for each absent result: an op may not return one tensor twice.
-            return tuple(args[like].new_empty(0) if r is None else r for r in results)
+    def whole(*args: Any) -> Any:
+        results = function(*args)
+        if isinstance(results, Tensor):
+            return results
+        # A separate tensor for each absent result: an op may not return one tensor twice.
+        return tuple(args[like].new_empty(0) if r is None else r for r in results)
 
-        torch.library.impl(library, f"{name}_triton", "CompositeExplicitAutograd")(whole)
-        _kernels[f"{name}_triton"] = kernel
-        return kernel
-
-    return register
+    return whole
 
 
 # A copy that Inductor does not optimise away, as it does a clone.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
-from dblocks.ops._dispatch import Impl, Norm, check_first_order, recorded
-from dblocks.ops._library import define, triton_kernel
+from dblocks.ops._dispatch import Impl, Norm, check_first_order, distinct
+from dblocks.ops._library import define
 
 _INPUTS = (
     "Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, "
@@ -26,22 +26,6 @@ _BACKWARD = (
     " -> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale, Tensor dweight,"
     " Tensor dbias)"
 )
-
-
-@triton_kernel("adaln_fwd")
-def _fwd_triton(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype):
-    from dblocks.kernels.adaln.forward import adaln_fwd
-
-    return adaln_fwd(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype)
-
-
-@triton_kernel("adaln_bwd", like=2)
-def _bwd_triton(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, needs):
-    from dblocks.kernels.adaln.backward import adaln_bwd
-
-    return adaln_bwd(
-        dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, needs
-    )
 
 
 def _fwd_fake(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype):
@@ -64,8 +48,8 @@ def _bwd_fake(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rst
     )
 
 
-FORWARD = define("adaln_fwd", _FORWARD, _fwd_fake)
-BACKWARD = define("adaln_bwd", _BACKWARD, _bwd_fake)
+FORWARD = define("adaln_fwd", _FORWARD, _fwd_fake, cpp=None, triton="adaln.forward")
+BACKWARD = define("adaln_bwd", _BACKWARD, _bwd_fake, cpp=None, triton="adaln.backward")
 
 
 class _AdaLN(torch.autograd.Function):
@@ -73,7 +57,7 @@ class _AdaLN(torch.autograd.Function):
     def forward(ctx, x, shift, scale, weight, bias, rms, eps, out_dtype, impl):
         _, y, mean, rstd = FORWARD[impl](
             x, None, None, shift, scale, weight, bias, True, rms, eps, out_dtype
-        )()
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, shift, scale, weight, bias, mean, rstd)
         ctx.rms, ctx.impl = rms, impl
@@ -89,7 +73,7 @@ class _AdaLN(torch.autograd.Function):
         dx, _, _, *others = BACKWARD[ctx.impl](
             dy, None, x, None, None, shift, scale, weight, bias, mean, rstd, ctx.rms,
             [need_x, False, False, *need_others],
-        )()  # fmt: skip
+        )  # fmt: skip
         others = [g if n else None for g, n in zip(others, need_others, strict=True)]
         return (dx if need_x else None, *others, None, None, None, None)
 
@@ -153,8 +137,8 @@ def adaln(
         call = (shift, scale, weight, bias)
         options = (norm == "rms", eps, out_dtype or x.dtype)
         if _dispatch.needs_autograd(x, *call):
-            return recorded(_AdaLN, x, *call, *options, impl)()
-        return FORWARD[impl](x, None, None, *call, True, *options)()[1]
+            return _AdaLN.apply(*distinct(x, *call, *options, impl))
+        return FORWARD[impl](x, None, None, *call, True, *options)[1]
     return reference.adaln(
         x, shift, scale, weight=weight, bias=bias, norm=norm, eps=eps, out_dtype=out_dtype
     )

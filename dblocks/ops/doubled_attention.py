@@ -24,8 +24,10 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._attention import backends, fused
+from dblocks.ops._attention import backends, composed, fused
 from dblocks.ops._attention.checks import CleanCausal, Order, Query, check
+from dblocks.ops._dispatch import check_first_order, distinct
+from dblocks.ops._library import define
 
 AttentionImpl = Literal["auto", "reference", "triton", "composed"]
 Backend = Literal["sdpa", "cudnn", "flash_attn_3", "flash_attn", "xformers"]
@@ -36,6 +38,73 @@ MIN_COMPOSED_TOKENS = 32  # on a CPU
 # T from which on, by the widest head: a measurement replaces these numbers.
 COMPOSED_TOKENS = {64: 4096, 128: 2048, 256: 2048}
 BACKENDS = tuple(backends.BACKENDS)
+
+_OPTIONS = (
+    "int block_size, bool token, float scale, Tensor? cu_seqlens, bool noisy_only, "
+    "bool noisy_first, Tensor? valid, int? window, float? softcap, Tensor? alibi_slopes, "
+    "str? backend"
+)
+_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor o, Tensor lse)"
+_BACKWARD = (
+    f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS}, bool[] needs)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+def _by_rows(x: Tensor, like: Tensor) -> Tensor:
+    """A result for the rows of `x` as wide as `like`: [N, rows, heads, width], transposed."""
+    (N, heads, rows, _), width = x.shape, like.shape[3]
+    return x.new_empty((N, rows, heads, width)).transpose(1, 2)
+
+
+def _fwd_fake(q, k, v, *options):
+    return _by_rows(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _bwd_fake(do, q, k, v, o, lse, *options_and_needs):
+    *_, (needs_q, needs_kv) = options_and_needs
+    needs = (needs_q, needs_kv, needs_kv)
+    return tuple(
+        _by_rows(x, x) if n else q.new_empty(0) for x, n in zip((q, k, v), needs, strict=True)
+    )
+
+
+_FWD = {
+    **define("doubled_attention_fwd", _FORWARD, _fwd_fake, triton=fused.forward),
+    **define("doubled_attention_fwd", _FORWARD, composed.forward_fake, composed=composed.forward),
+}
+_BWD = define(
+    "doubled_attention_bwd", _BACKWARD, _bwd_fake,
+    triton=fused.backward, composed=composed.backward,
+)  # fmt: skip
+
+
+class _DoubledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, impl, q, k, v, *options):
+        o, lse = _FWD[impl](q, k, v, *options)
+        ctx.set_materialize_grads(False)
+        ctx.tensors = [isinstance(x, Tensor) for x in options]
+        given = (x for x in options if isinstance(x, Tensor))
+        ctx.save_for_backward(q, k, v, o, lse, *given)
+        ctx.options = [None if isinstance(x, Tensor) else x for x in options]
+        ctx.impl = impl
+        return o.to(q.dtype)
+
+    @staticmethod
+    def backward(ctx, do):
+        check_first_order(OP)
+        none = len(ctx.options) * [None]
+        needs_q, *needs_kv = needs = ctx.needs_input_grad[1:4]
+        if do is None or not any(needs):
+            return (None, None, None, None, *none)
+        q, k, v, o, lse, *given = ctx.saved_tensors
+        options = list(ctx.options)
+        for i in (i for i, tensor in enumerate(ctx.tensors) if tensor):
+            options[i] = given.pop(0)
+        grads = _BWD[ctx.impl](do.to(q.dtype), q, k, v, o, lse, *options, [needs_q, any(needs_kv)])
+        grads = [g if n else None for g, n in zip(grads, needs, strict=True)]
+        return (None, *grads, *none)
 
 
 def doubled_attention(
@@ -154,11 +223,33 @@ def doubled_attention(
     chosen = resolve(impl, backend, q, k, v, options)
     if chosen == "reference":
         return reference.doubled_attention(q, k, v, **options)[0]
+    made_of = None
     if chosen == "triton":
-        return fused.fused(q, k, v, **options)
-    from dblocks.ops._attention.composed import composed
+        fused.check_sizes(q, k, v, block_size)
+    else:
+        made_of = backends.choose(backend, q, v, **_hindering(options))
+        q, options["scale"] = _of_positive_scale(q, options["scale"])
+    given = (
+        block_size, clean_causal == "token", options["scale"], cu_seqlens, query == "noisy",
+        order == "noisy_clean", valid, window, softcap, alibi_slopes, made_of,
+    )  # fmt: skip
+    if _dispatch.needs_autograd(q, k, v):
+        return _DoubledAttention.apply(*distinct(chosen, q, k, v, *given))
+    return _FWD[chosen](q, k, v, *given)[0].to(q.dtype)
 
-    return composed(q, k, v, **options, backend=backend)
+
+def _of_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """q and a scale > 0 of the same scores.
+
+    Flash attention takes no other: its maxima are those of the unscaled scores.
+    """
+    return (q, scale) if scale > 0 else (q * (-1.0 if scale else 0.0), -scale or 1.0)
+
+
+def _hindering(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that some backend does not take."""
+    names = ("cu_seqlens", "valid", "window", "softcap", "alibi_slopes")
+    return {name: options.get(name) for name in names}
 
 
 def resolve(
@@ -186,17 +277,7 @@ def resolve(
 
 
 def explained(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block_size: int = 1,
-    cu_seqlens: Tensor | None = None,
-    valid: Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    **_: Any,
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int = 1, **options: Any
 ) -> tuple[str, str]:
     """The choice of impl="auto" and the reason; options are those of doubled_attention."""
     if q.dtype == torch.float64:
@@ -208,14 +289,8 @@ def explained(
             return "reference", f"plain PyTorch: a CPU, and T < {MIN_COMPOSED_TOKENS}"
         return "composed", "the tensors are on a CPU: PyTorch's flash attention, twice, merged"
     if q.device.type in _dispatch.GPUS:
-        able = [
-            name
-            for name in BACKENDS
-            if backends.obstacle(
-                name, q, v, cu_seqlens=cu_seqlens, valid=valid, window=window, softcap=softcap,
-                alibi_slopes=alibi_slopes,
-            ) is None
-        ]  # fmt: skip
+        hindering = _hindering(options)
+        able = [name for name in BACKENDS if backends.obstacle(name, q, v, **hindering) is None]
         fast = [name for name in able if backends.is_fast(name, q)]
         if fast and block_size == 1 and k.shape[2] // 2 >= _composed_tokens(q, v):
             return "composed", f"a GPU with fast attention, and many tokens: {fast[0]}, merged"

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._dispatch import Impl, check_first_order, constant, kept, recorded, widest
+from dblocks.ops._dispatch import Impl, check_first_order, constant, distinct, kept, widest
 from dblocks.ops._levels import check_noised
-from dblocks.ops._library import define, triton_kernel
+from dblocks.ops._library import define
 
 _FORWARD = "(Tensor f, Tensor z, Tensor sigma, float sigma_data) -> Tensor"
 _BACKWARD = (
@@ -24,24 +24,6 @@ def empty_grads(grad: Tensor, *dtypes: torch.dtype | None) -> tuple[Tensor, ...]
     )
 
 
-@triton_kernel("edm_denoise_fwd")
-def _fwd_triton(f, z, sigma, sigma_data):
-    if z.numel() == 0:
-        return torch.empty(z.shape, dtype=torch.float32, device=z.device)
-    from dblocks.kernels.edm.denoise import edm_denoise_fwd
-
-    return edm_denoise_fwd(f, z, sigma, sigma_data)
-
-
-@triton_kernel("edm_denoise_bwd")
-def _bwd_triton(grad, sigma, sigma_data, f_dtype, z_dtype):
-    if grad.numel() == 0:
-        return empty_grads(grad, f_dtype, z_dtype)
-    from dblocks.kernels.edm.denoise import edm_denoise_bwd
-
-    return edm_denoise_bwd(grad, sigma, sigma_data, f_dtype, z_dtype)
-
-
 def _fwd_fake(f, z, sigma, sigma_data):
     return torch.empty(z.shape, dtype=torch.float32, device=z.device)
 
@@ -50,8 +32,8 @@ def _bwd_fake(grad, sigma, sigma_data, f_dtype, z_dtype):
     return empty_grads(grad, f_dtype, z_dtype)
 
 
-_FWD = define("edm_denoise_fwd", _FORWARD, _fwd_fake)
-_BWD = define("edm_denoise_bwd", _BACKWARD, _bwd_fake)
+_FWD = define("edm_denoise_fwd", _FORWARD, _fwd_fake, cpp=None, triton="edm.denoise")
+_BWD = define("edm_denoise_bwd", _BACKWARD, _bwd_fake, cpp=None, triton="edm.denoise")
 
 
 class _Denoise(torch.autograd.Function):
@@ -60,7 +42,7 @@ class _Denoise(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept(sigma))
         ctx.sigma_data, ctx.f_dtype, ctx.z_dtype, ctx.impl = sigma_data, f.dtype, z.dtype, impl
-        return _FWD[impl](f, z, sigma, sigma_data)()
+        return _FWD[impl](f, z, sigma, sigma_data)
 
     @staticmethod
     def backward(ctx, grad):
@@ -72,7 +54,7 @@ class _Denoise(torch.autograd.Function):
         df, dz = _BWD[ctx.impl](
             grad, sigma, ctx.sigma_data,
             ctx.f_dtype if need_f else None, ctx.z_dtype if need_z else None,
-        )()  # fmt: skip
+        )  # fmt: skip
         return df if need_f else None, dz if need_z else None, None, None, None
 
 
@@ -111,6 +93,6 @@ def edm_denoise(
     if impl != "reference":
         call = (f, z, sigma, float(sigma_data))
         if _dispatch.needs_autograd(f, z):
-            return recorded(_Denoise, *call, impl)()
-        return _FWD[impl](*call)()
+            return _Denoise.apply(*distinct(*call, impl))
+        return _FWD[impl](*call)
     return reference.edm_denoise(f, z, sigma, sigma_data=sigma_data)

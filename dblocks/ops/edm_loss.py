@@ -5,9 +5,9 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
-from dblocks.ops._dispatch import Impl, check_first_order, constant, kept, recorded, widest
+from dblocks.ops._dispatch import Impl, check_first_order, constant, distinct, kept, widest
 from dblocks.ops._levels import OffsetSeed, check_noised, located, split_seed
-from dblocks.ops._library import define, triton_kernel
+from dblocks.ops._library import define
 
 _INPUTS = (
     "Tensor f, Tensor y, Tensor sigma, Tensor? seed_tensor, SymInt seed, SymInt offset, "
@@ -24,26 +24,6 @@ def _empty_rest(f: Tensor, need_rest: bool) -> Tensor:
     return torch.empty(f.shape if need_rest else 0, dtype=dtype, device=f.device)
 
 
-@triton_kernel("edm_loss_fwd")
-def _fwd_triton(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, need_rest):
-    rest = _empty_rest(f, need_rest)
-    if y.numel() == 0:
-        return torch.zeros(y.shape[0], dtype=torch.float32, device=y.device), rest
-    from dblocks.kernels.edm.loss import edm_loss_fwd
-
-    levels = (sigma, seed_tensor, seed, offset, sigma_data)
-    return edm_loss_fwd(f, y, *levels, row_weight, rest if need_rest else None), rest
-
-
-@triton_kernel("edm_loss_bwd")
-def _bwd_triton(grad, rest, row_weight, dtype):
-    if rest.numel() == 0:
-        return torch.empty(rest.shape, dtype=dtype, device=rest.device)
-    from dblocks.kernels.edm.loss import edm_loss_bwd
-
-    return edm_loss_bwd(grad, rest, row_weight, dtype)
-
-
 def _fwd_fake(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, need_rest):
     loss = torch.empty(y.shape[0], dtype=torch.float32, device=y.device)
     return loss, _empty_rest(f, need_rest)
@@ -53,8 +33,8 @@ def _bwd_fake(grad, rest, row_weight, dtype):
     return torch.empty(rest.shape, dtype=dtype, device=rest.device)
 
 
-_FWD = define("edm_loss_fwd", _FORWARD, _fwd_fake)
-_BWD = define("edm_loss_bwd", _BACKWARD, _bwd_fake)
+_FWD = define("edm_loss_fwd", _FORWARD, _fwd_fake, cpp=None, triton="edm.loss")
+_BWD = define("edm_loss_bwd", _BACKWARD, _bwd_fake, cpp=None, triton="edm.loss")
 
 
 class _Loss(torch.autograd.Function):
@@ -63,7 +43,7 @@ class _Loss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         loss, rest = _FWD[impl](
             f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, True
-        )()
+        )
         ctx.save_for_backward(rest, *kept(row_weight))
         ctx.dtype, ctx.impl = f.dtype, impl
         return loss
@@ -73,7 +53,7 @@ class _Loss(torch.autograd.Function):
         check_first_order("edm_loss")
         if grad is None or not ctx.needs_input_grad[0]:
             return (None,) * 9
-        df = _BWD[ctx.impl](grad, *ctx.saved_tensors, ctx.dtype)()
+        df = _BWD[ctx.impl](grad, *ctx.saved_tensors, ctx.dtype)
         return (df, *(None,) * 8)
 
 
@@ -149,8 +129,8 @@ def edm_loss(
     if impl != "reference":
         call = (f, y, sigma, seed_tensor, number, offset, float(sigma_data), row_weight)
         if _dispatch.needs_autograd(f):
-            return recorded(_Loss, *call, impl)()
-        return _FWD[impl](*call, False)()[0]
+            return _Loss.apply(*distinct(*call, impl))
+        return _FWD[impl](*call, False)[0]
     return reference.edm_loss(
         f, y, sigma, number if seed_tensor is None else seed_tensor,
         offset=offset, sigma_data=sigma_data, row_weight=row_weight,

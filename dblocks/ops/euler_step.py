@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._dispatch import Impl, check_first_order, constant, kept, recorded, widest
+from dblocks.ops._dispatch import Impl, check_first_order, constant, distinct, kept, widest
 from dblocks.ops._levels import check_pair, check_sigma, check_sigma_value
-from dblocks.ops._library import define, triton_kernel
+from dblocks.ops._library import define
 from dblocks.ops.edm_denoise import empty_grads
 
 _LEVELS = "Tensor? sigma, Tensor? sigma_next, float sigma_value, float sigma_next_value"
@@ -20,25 +20,6 @@ _BACKWARD = (
 )
 
 
-@triton_kernel("euler_step_fwd")
-def _fwd_triton(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
-    if z.numel() == 0:
-        return torch.empty(z.shape, dtype=torch.float32, device=z.device)
-    from dblocks.kernels.edm.euler import euler_step_fwd
-
-    return euler_step_fwd(z, denoised, [sigma, sigma_next], [sigma_value, sigma_next_value])
-
-
-@triton_kernel("euler_step_bwd")
-def _bwd_triton(grad, sigma, sigma_next, sigma_value, sigma_next_value, z_dtype, denoised_dtype):
-    if grad.numel() == 0:
-        return empty_grads(grad, z_dtype, denoised_dtype)
-    from dblocks.kernels.edm.euler import euler_step_bwd
-
-    sigmas, values = [sigma, sigma_next], [sigma_value, sigma_next_value]
-    return euler_step_bwd(grad, sigmas, values, z_dtype, denoised_dtype)
-
-
 def _fwd_fake(z, denoised, sigma, sigma_next, sigma_value, sigma_next_value):
     return torch.empty(z.shape, dtype=torch.float32, device=z.device)
 
@@ -47,8 +28,8 @@ def _bwd_fake(grad, sigma, sigma_next, sigma_value, sigma_next_value, z_dtype, d
     return empty_grads(grad, z_dtype, denoised_dtype)
 
 
-_FWD = define("euler_step_fwd", _FORWARD, _fwd_fake)
-_BWD = define("euler_step_bwd", _BACKWARD, _bwd_fake)
+_FWD = define("euler_step_fwd", _FORWARD, _fwd_fake, cpp=None, triton="edm.euler")
+_BWD = define("euler_step_bwd", _BACKWARD, _bwd_fake, cpp=None, triton="edm.euler")
 
 
 class _EulerStep(torch.autograd.Function):
@@ -58,7 +39,7 @@ class _EulerStep(torch.autograd.Function):
         ctx.save_for_backward(*kept(sigma, sigma_next))
         ctx.values, ctx.impl = (sigma_value, sigma_next_value), impl
         ctx.dtypes = z.dtype, denoised.dtype
-        return _FWD[impl](z, denoised, sigma, sigma_next, sigma_value, sigma_next_value)()
+        return _FWD[impl](z, denoised, sigma, sigma_next, sigma_value, sigma_next_value)
 
     @staticmethod
     def backward(ctx, grad):
@@ -67,7 +48,7 @@ class _EulerStep(torch.autograd.Function):
         if grad is None or not any(needs):
             return (None,) * 7
         dtypes = [d if n else None for d, n in zip(ctx.dtypes, needs, strict=True)]
-        grads = _BWD[ctx.impl](grad, *ctx.saved_tensors, *ctx.values, *dtypes)()
+        grads = _BWD[ctx.impl](grad, *ctx.saved_tensors, *ctx.values, *dtypes)
         return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 5)
 
 
@@ -151,6 +132,6 @@ def euler_step(
         (level, value), (level_next, value_next) = _level(sigma, z), _level(sigma_next, z)
         call = (z, denoised, level, level_next, value, value_next)
         if _dispatch.needs_autograd(z, denoised):
-            return recorded(_EulerStep, *call, impl)()
-        return _FWD[impl](*call)()
+            return _EulerStep.apply(*distinct(*call, impl))
+        return _FWD[impl](*call)
     return reference.euler_step(z, denoised, sigma, sigma_next)

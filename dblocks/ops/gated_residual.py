@@ -5,13 +5,13 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
-from dblocks.ops._dispatch import Impl, check_first_order, recorded
+from dblocks.ops._dispatch import Impl, check_first_order, distinct
 from dblocks.ops.adaln import BACKWARD, FORWARD
 
 
 def _x_new(x: Tensor, branch: Tensor, gate: Tensor | None, impl: str) -> Tensor:
     absent = (None,) * 4  # shift, scale, weight, bias
-    return FORWARD[impl](x, branch, gate, *absent, False, False, 0.0, x.dtype)()[0]
+    return FORWARD[impl](x, branch, gate, *absent, False, False, 0.0, x.dtype)[0]
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _GatedResidual(torch.autograd.Function):
             _, dbranch, dgate, *_ = BACKWARD[ctx.impl](
                 None, dx_new, dx_new, branch, gate, *absent, False,
                 [False, need_branch, need_gate, False, False, False, False],
-            )()  # fmt: skip
+            )  # fmt: skip
         dx = dx_new if need_x else None  # x passes its gradient on unchanged
         return dx, dbranch if need_branch else None, dgate if need_gate else None, None
 
@@ -73,6 +73,6 @@ def gated_residual(
         _dispatch.check_triton_rows(x, "gated_residual")
     if impl != "reference":
         if _dispatch.needs_autograd(x, branch, gate):
-            return recorded(_GatedResidual, x, branch, gate, impl)()
+            return _GatedResidual.apply(*distinct(x, branch, gate, impl))
         return _x_new(x, branch, gate, impl)
     return reference.gated_residual(x, branch, gate)

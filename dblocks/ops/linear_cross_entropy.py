@@ -9,7 +9,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
 from dblocks.ops import _chunked_cross_entropy as chunked
-from dblocks.ops._dispatch import check_first_order, constant, kept, recorded
+from dblocks.ops._dispatch import check_first_order, constant, distinct, kept
 from dblocks.ops._library import define
 
 CrossEntropyImpl = Literal["auto", "reference", "chunked", "triton"]
@@ -36,16 +36,17 @@ def _fake(h, weight, target, bias, row_weight, ignore_index, needs):
     )
 
 
-_OPS = define("linear_cross_entropy", _SCHEMA, _fake, ("chunked", "triton"))
+_IMPLEMENTED = {"chunked": chunked.plain, "triton": chunked.triton}
+_OPS = define("linear_cross_entropy", _SCHEMA, _fake, **_IMPLEMENTED)
 # The same for the gradients in a second pass, whose flops are counted separately.
-_AGAIN = define("linear_cross_entropy_again", _SCHEMA, _fake, ("chunked", "triton"))
+_AGAIN = define("linear_cross_entropy_again", _SCHEMA, _fake, **_IMPLEMENTED)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, bias, target, row_weight, ignore_index, needs, impl):
         ctx.set_materialize_grads(False)
-        out = _OPS[impl](h, weight, target, bias, row_weight, ignore_index, needs)()
+        out = _OPS[impl](h, weight, target, bias, row_weight, ignore_index, needs)
         loss, scale, *sums, _ = out
         ctx.save_for_backward(scale, *sums)
         ctx.dtypes = [h.dtype, weight.dtype, None if bias is None else bias.dtype]
@@ -73,7 +74,7 @@ class _RowLosses(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, weight, bias, *kept(target))
         ctx.ignore_index, ctx.impl = ignore_index, impl
-        return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)()[-1]
+        return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
 
     @staticmethod
     def backward(ctx, grad):
@@ -82,7 +83,7 @@ class _RowLosses(torch.autograd.Function):
             return (None,) * 6
         h, weight, bias, target = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        out = _AGAIN[ctx.impl](h, weight, target, bias, grad, ctx.ignore_index, needs)()
+        out = _AGAIN[ctx.impl](h, weight, target, bias, grad, ctx.ignore_index, needs)
         _, scale, *sums, _ = out
         # The op divides by the number of rows that count.
         factor = scale * (target != ctx.ignore_index).sum().clamp(min=1)
@@ -179,17 +180,17 @@ def linear_cross_entropy(
     row_weight = None if row_weight is None else row_weight.reshape(-1)
     if not _dispatch.needs_autograd(h, weight, bias):
         needs = [False] * 3
-        return _OPS[used](h, weight, target, bias, row_weight, ignore_index, needs)()[0]
+        return _OPS[used](h, weight, target, bias, row_weight, ignore_index, needs)[0]
     needs = [h.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
-    return recorded(_Loss, h, weight, bias, target, row_weight, ignore_index, needs, used)()
+    return _Loss.apply(*distinct(h, weight, bias, target, row_weight, ignore_index, needs, used))
 
 
 def _row_losses(
     impl: str, h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
 ) -> Tensor:
     if _dispatch.needs_autograd(h, weight, bias):
-        return recorded(_RowLosses, h, weight, bias, target, ignore_index, impl)()
-    return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)()[-1]
+        return _RowLosses.apply(*distinct(h, weight, bias, target, ignore_index, impl))
+    return _OPS[impl](h, weight, target, bias, None, ignore_index, [False] * 3)[-1]
 
 
 def _weighted(losses: Tensor, row_weight: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._dispatch import Impl, check_first_order, constant, kept, recorded
+from dblocks.ops._dispatch import Impl, check_first_order, constant, distinct, kept
 from dblocks.ops._levels import OffsetSeed, check_noised, located, split_seed
-from dblocks.ops._library import define, triton_kernel
+from dblocks.ops._library import define
 
 _FORWARD = (
     "(Tensor y, Tensor sigma, Tensor? seed_tensor, SymInt seed, SymInt offset, float sigma_data, "
@@ -30,25 +30,6 @@ def _empty_outputs(y: Tensor, dtype: torch.dtype, need_z: bool) -> tuple[Tensor,
     return z, torch.empty(y.shape, dtype=dtype, device=y.device)
 
 
-@triton_kernel("noise_inject_fwd")
-def _fwd_triton(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z):
-    if y.numel() == 0:
-        return _empty_outputs(y, dtype, need_z)
-    from dblocks.kernels.noise import noise_inject_fwd
-
-    z, z_in = noise_inject_fwd(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)
-    return y.new_empty(0, dtype=torch.float32) if z is None else z, z_in
-
-
-@triton_kernel("noise_inject_bwd")
-def _bwd_triton(dz, dz_in, sigma, sigma_data, dtype):
-    if dz_in.numel() == 0:
-        return torch.empty(dz_in.shape, dtype=dtype, device=dz_in.device)
-    from dblocks.kernels.noise import noise_inject_bwd
-
-    return noise_inject_bwd(dz, dz_in, sigma, sigma_data, dtype)
-
-
 def _fwd_fake(y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z):
     return _empty_outputs(y, dtype, need_z)
 
@@ -57,8 +38,8 @@ def _bwd_fake(dz, dz_in, sigma, sigma_data, dtype):
     return torch.empty(dz_in.shape, dtype=dtype, device=dz_in.device)
 
 
-_FWD = define("noise_inject_fwd", _FORWARD, _fwd_fake)
-_BWD = define("noise_inject_bwd", _BACKWARD, _bwd_fake)
+_FWD = define("noise_inject_fwd", _FORWARD, _fwd_fake, cpp=None, triton="noise")
+_BWD = define("noise_inject_bwd", _BACKWARD, _bwd_fake, cpp=None, triton="noise")
 
 
 class _NoiseInject(torch.autograd.Function):
@@ -67,7 +48,7 @@ class _NoiseInject(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept(sigma))
         ctx.sigma_data, ctx.dtype, ctx.need_z, ctx.impl = sigma_data, y.dtype, need_z, impl
-        z, z_in = _FWD[impl](y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)()
+        z, z_in = _FWD[impl](y, sigma, seed_tensor, seed, offset, sigma_data, dtype, need_z)
         if not need_z:
             ctx.mark_non_differentiable(z)
         return z, z_in
@@ -79,7 +60,7 @@ class _NoiseInject(torch.autograd.Function):
         if dz_in is None:
             return (None if dz is None else dz.to(ctx.dtype), *(None,) * 8)
         (sigma,) = ctx.saved_tensors
-        return (_BWD[ctx.impl](dz, dz_in, sigma, ctx.sigma_data, ctx.dtype)(), *(None,) * 8)
+        return (_BWD[ctx.impl](dz, dz_in, sigma, ctx.sigma_data, ctx.dtype), *(None,) * 8)
 
 
 def noise_inject(
@@ -146,7 +127,7 @@ def noise_inject(
     if impl != "reference":
         call = (y, sigma, seed_tensor, number, offset, float(sigma_data), dtype or y.dtype, need_z)
         watched = _dispatch.needs_autograd(y)
-        z, z_in = recorded(_NoiseInject, *call, impl)() if watched else _FWD[impl](*call)()
+        z, z_in = _NoiseInject.apply(*distinct(*call, impl)) if watched else _FWD[impl](*call)
         return Noised(z if need_z else None, z_in)
     return Noised(
         *reference.noise_inject(

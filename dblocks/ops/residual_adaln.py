@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
-from dblocks.ops._dispatch import Impl, Norm, check_first_order, recorded
+from dblocks.ops._dispatch import Impl, Norm, check_first_order, distinct
 from dblocks.ops.adaln import BACKWARD, FORWARD
 
 
@@ -23,7 +23,7 @@ class _ResidualAdaLN(torch.autograd.Function):
     def forward(ctx, x, branch, gate, shift, scale, weight, bias, rms, eps, out_dtype, impl):
         x_new, y, mean, rstd = FORWARD[impl](
             x, branch, gate, shift, scale, weight, bias, True, rms, eps, out_dtype
-        )()
+        )
         ctx.set_materialize_grads(False)
         # The values of the branch are needed for dgate only, its dtype is x's or must be kept.
         keeps_branch = ctx.needs_input_grad[2] or branch.dtype != x.dtype
@@ -49,7 +49,7 @@ class _ResidualAdaLN(torch.autograd.Function):
             needs[3:] = [False] * 4
         grads = [None] * 7
         if any(needs):
-            outputs = BACKWARD[ctx.impl](dy, dx_new, x_new, branch, *others, ctx.rms, needs)()
+            outputs = BACKWARD[ctx.impl](dy, dx_new, x_new, branch, *others, ctx.rms, needs)
             grads = [g if n else None for g, n in zip(outputs, needs, strict=True)]
         if dy is None and ctx.needs_input_grad[0]:
             grads[0] = dx_new
@@ -116,8 +116,8 @@ def residual_adaln(
         call = (x, branch, gate, shift, scale, weight, bias)
         options = (norm == "rms", eps, out_dtype or x.dtype)
         if _dispatch.needs_autograd(*call):
-            return Residual(*recorded(_ResidualAdaLN, *call, *options, impl)())
-        return Residual(*FORWARD[impl](*call, True, *options)()[:2])
+            return Residual(*_ResidualAdaLN.apply(*distinct(*call, *options, impl)))
+        return Residual(*FORWARD[impl](*call, True, *options)[:2])
     return Residual(
         *reference.residual_adaln(
             x, branch, gate, shift, scale,

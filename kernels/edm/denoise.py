@@ -7,7 +7,7 @@ from dblocks.kernels.edm.mix import DENOISE, mix, mix_bwd
 
 
 def edm_denoise_fwd(f: Tensor, z: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    """c_skip z + c_out f of non-empty tensors."""
+    """c_skip z + c_out f in float32."""
     return mix(z, f, [sigma, None], 1.0, sigma_data, DENOISE)
 
 

@@ -122,34 +122,42 @@ def _weight_strides(row_weight: Tensor | None) -> tuple[int, int]:
 
 def edm_loss_fwd(
     f: Tensor, y: Tensor, sigma: Tensor, seed_tensor: Tensor | None, seed: int, offset: int,
-    sigma_data: float, row_weight: Tensor | None, rest: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The loss [N] of non-empty tensors: partial sums, then their sum in a fixed order.
+    sigma_data: float, row_weight: Tensor | None, need_rest: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss [N] and f - target, which has no elements where it is not needed.
 
-    f - target is written to `rest`, a contiguous tensor of the shape of `f`, where there is one.
+    The loss is made of partial sums, which are added in a fixed order.
     """
     N = y.shape[0]
+    # The range of float16 is too small for f - target.
+    dtype = torch.bfloat16 if f.dtype == torch.bfloat16 else torch.float32
+    rest = torch.empty(f.shape if need_rest else 0, dtype=dtype, device=f.device)
+    if y.numel() == 0:
+        return torch.zeros(N, dtype=torch.float32, device=y.device), rest
     x, x_f, sigma = as_tokens(y), as_tokens(f), sigma_table(sigma, N)
     by_token = row_weight is not None and row_weight.ndim == 2
     runs = plan_runs([x_f, x], sigma.shape[1], by_token=by_token, offset=offset)
     partial = torch.empty((N, runs.R * runs.chunks), dtype=torch.float32, device=y.device)
     with device_guard(y):
         edm_loss_kernel[runs.grid](
-            x_f, x, sigma, seed_tensor, row_weight, partial, rest, seed, offset, sigma_data,
+            x_f, x, sigma, seed_tensor, row_weight, partial, rest if need_rest else None,
+            seed, offset, sigma_data,
             N / y.numel(), *runs.strides(x_f), *runs.strides(x), *_weight_strides(row_weight),
             *sigma.stride(), *runs.sizes, **runs.blocks, **runs.noise(offset),
             enable_fp_fusion=True,
         )  # fmt: skip
-    return partial.sum(1) if partial.shape[1] > 1 else partial.view(-1)
+    return partial.sum(1) if partial.shape[1] > 1 else partial.view(-1), rest
 
 
 def edm_loss_bwd(
     grad: Tensor, rest: Tensor, row_weight: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """The gradient to f from that of the loss [N] and from f - target."""
+    df = empty_like_runs(rest, dtype)
+    if rest.numel() == 0:
+        return df
     x = as_tokens(rest)
     runs = plan_runs([x], 1, by_token=row_weight is not None and row_weight.ndim == 2)
-    df = empty_like_runs(rest, dtype)
     with device_guard(rest):
         edm_loss_bwd_kernel[runs.grid](
             x, row_weight, grad, df, 2.0 * len(rest) / rest.numel(), grad.stride(0),

@@ -118,10 +118,12 @@ def mix(
 
     That is two tensors or, where one is absent, the number in its place.
     """
+    out = empty_like_runs(z, torch.float32)
+    if z.numel() == 0:
+        return out
     x, w = as_tokens(z), as_tokens(f)
     (sigma, after), S = _tables(sigmas, z.shape[0])
     runs = plan_runs([x, w], S)
-    out = empty_like_runs(z, torch.float32)
     with device_guard(z):
         mix_fwd_kernel[runs.grid](
             x, w, out, sigma, after, first, second, *runs.strides(x), *runs.strides(w),
@@ -137,13 +139,15 @@ def mix_bwd(
     z_dtype: torch.dtype | None, f_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients to z and f, empty where no dtype is given."""
-    g = as_tokens(grad)
-    (sigma, after), S = _tables(sigmas, grad.shape[0])
-    runs = plan_runs([g], S)
     dz, df = (
         empty_like_runs(grad, dtype) if dtype is not None else grad.new_empty(0)
         for dtype in (z_dtype, f_dtype)
     )
+    if grad.numel() == 0:
+        return dz, df
+    g = as_tokens(grad)
+    (sigma, after), S = _tables(sigmas, grad.shape[0])
+    runs = plan_runs([g], S)
     with device_guard(grad):
         mix_bwd_kernel[runs.grid](
             g, dz, df, sigma, after, first, second, *runs.strides(g),

@@ -263,11 +263,11 @@ def test_what_is_saved_is_linear_in_T(impl):
 def test_no_tensor_of_the_composition_is_quadratic_in_T(size, query):
     T, width = 512, 16
     q, k, v = tensors(H=1, heads=1, T=T, width=width, rows=T if query == "noisy" else None)
-    options = (size, True, 0.25, None, False, None, None, None, None, "sdpa")
+    options = (size, False, 0.25, None, False, False, None, None, None, None, "sdpa")
     # The operations inside of a registered one are not seen from outside of it.
     with Largest() as largest:
-        o, lse = composed._forward(q, k, v, *options)
-        composed._backward(q, q, k, v, o, lse, *options)
+        o, lse = composed.forward(q, k, v, *options)
+        composed.backward(q, q, k, v, o, lse, *options, [True, True])
     chunk = chunks.CHUNK
     limit = 2 * T * width if size == 1 else 2 * chunk * (T + chunk)
     assert 0 < largest.elements <= limit

@@ -75,10 +75,10 @@ def diffusion(D: int) -> Iterator[tuple[str, Call]]:
         "noise_inject": (2 * e + 4, lambda: inject(y, sigma, *drawn, DTYPE, True)),
         "noise_inject z_in": (2 * e, lambda: inject(y, sigma, *drawn, DTYPE, False)),
         "edm_denoise": (e + 8, lambda: denoise.edm_denoise_fwd(f, z, sigma, 0.5)),
-        "edm_loss fwd": (2 * e, lambda: loss_fwd(f, y, sigma, *drawn, None)),
-        "edm_loss fwd in training": (3 * e, lambda: loss_fwd(f, y, sigma, *drawn, None, f)),
+        "edm_loss fwd": (2 * e, lambda: loss_fwd(f, y, sigma, *drawn, None, False)),
+        "edm_loss fwd in training": (3 * e, lambda: loss_fwd(f, y, sigma, *drawn, None, True)),
         "edm_loss bwd": (2 * e, lambda: loss.edm_loss_bwd(sigma, f, None, DTYPE)),
-        "euler_step": (12, lambda: euler.euler_step_fwd(z, z, [None, None], [1.0, 0.5])),
+        "euler_step": (12, lambda: euler.euler_step_fwd(z, z, None, None, 1.0, 0.5)),
     }
     for name, (bytes_each, launch) in launches.items():
         yield name, Call(launch, bytes_each, N * T * D, "")

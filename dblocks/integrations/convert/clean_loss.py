@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dblocks.blocks import Batch
 from dblocks.integrations.convert.network import Converted
-from dblocks.ops._dispatch import check_first_order, recorded
+from dblocks.ops._dispatch import check_first_order, distinct
 
 
 def clean_loss(
@@ -59,7 +59,7 @@ def _with_gradients(
 ) -> Tensor:
     """`value`, 0-d, as a function of the parameters with these gradients."""
     pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-    return recorded(_Known, value, *(p for p, _ in pairs), *(g for _, g in pairs))()
+    return _Known.apply(*distinct(value, *(p for p, _ in pairs), *(g for _, g in pairs)))
 
 
 class _Known(torch.autograd.Function):

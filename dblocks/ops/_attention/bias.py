@@ -48,7 +48,7 @@ def bias(
     pairs = (1 + both) * length * (back + 2 * length)
     make = _mask if pairs <= KEPT_PAIRS else _mask.__wrapped__
     mask, distance = make(
-        length, back, both, piece.block_size, options.see_block, options.noisy_first,
+        length, back, both, piece.block_size, options.token, options.noisy_first,
         options.window, options.alibi_slopes is not None, dtype,
     )  # fmt: skip
     if options.alibi_slopes is None:
@@ -64,7 +64,7 @@ def _mask(
     back: int,
     both: bool,
     block_size: int,
-    see_block: bool,
+    token: bool,
     noisy_first: bool,
     window: int | None,
     with_distance: bool,
@@ -78,7 +78,7 @@ def _mask(
     block = rows // block_size * block_size
     block_end = block + block_size
     first = rows - (back + length if window is None else window - 1)
-    end = torch.where(is_noisy, block, block_end if see_block else rows + 1)
+    end = torch.where(is_noisy, block, rows + 1 if token else block_end)
     of_clean = _within(clean, first, end)
     of_noisy = _within(noisy, torch.maximum(first, block), block_end.where(is_noisy, -1))
     seen = torch.cat([of_clean, of_noisy], 1)

@@ -12,10 +12,11 @@ class Options(NamedTuple):
     """Those of the op, in its order."""
 
     block_size: int
-    see_block: bool  # whether clean rows see all of their block
+    token: bool  # clean_causal="token"
     scale: float
     cu_seqlens: Tensor | None
-    noisy_first: bool
+    noisy_only: bool  # query="noisy"
+    noisy_first: bool  # order="noisy_clean"
     valid: Tensor | None
     window: int | None
     softcap: float | None

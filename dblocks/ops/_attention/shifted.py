@@ -181,7 +181,7 @@ class _Half(NamedTuple):
 def _halves(piece: Piece, options: Options) -> Iterator[_Half]:
     size = piece.block_size
     if piece.q_clean is not None:
-        yield _Half(piece.q_clean, piece.clean, None, size, options.see_block and size > 1)
+        yield _Half(piece.q_clean, piece.clean, None, size, not options.token and size > 1)
     yield _Half(piece.q_noisy, piece.clean, piece.noisy, size, True)
 
 

@@ -15,8 +15,8 @@ from attention_kernel_tools import (
     ranges,
 )
 
+from dblocks.functional import doubled_attention
 from dblocks.kernels.attention import layout
-from dblocks.ops._attention import fused
 from dblocks.testing import assert_within_budget
 from tools import DEVICE, ROOT, normal, op
 
@@ -69,7 +69,7 @@ def test_large_logits_stay_finite(dtype, block_size):
 
 INTERPRETED_BFLOAT16 = """
 import torch
-from dblocks.ops._attention.fused import fused
+from dblocks.functional import doubled_attention
 from dblocks.kernels import reference
 from dblocks.testing import assert_within_budget
 torch.manual_seed(0)
@@ -83,7 +83,7 @@ for size, count in ((1, "both"), (3, "both"), (3, "noisy")):
         o = f(*leaves)
         return [o, *torch.autograd.grad(o, leaves, do.detach())]
     plain = lambda *x: reference.doubled_attention(*x, **options)[0]
-    got = results(lambda *x: fused(*x, **options), torch.bfloat16)
+    got = results(lambda *x: doubled_attention(*x, **options, impl="triton"), torch.bfloat16)
     ref64, eager = results(plain, torch.float64), results(plain, torch.bfloat16)
     for name, *x in zip(("o", "dq", "dk", "dv"), got, ref64, eager):
         print(name, float((x[0] - x[1]).abs().max()), float((x[2] - x[1]).abs().max()))
@@ -121,7 +121,7 @@ def test_opcheck(packed):
     cu_seqlens = documents(4, 10) if packed else None
     valid = None if packed else ranges((0, 7), (2, 10))
     q, k, v = (normal(1 if packed else 2, h, 20, 16, seed=h) for h in (4, 2, 2))
-    options = (2, True, 0.25, cu_seqlens, False, True, valid, 5, 9.0, normal(4).abs())
+    options = (2, True, 0.25, cu_seqlens, False, True, valid, 5, 9.0, normal(4).abs(), None)
     forward_op, backward_op = (op(f"doubled_attention_{d}", "triton") for d in ("fwd", "bwd"))
     torch.library.opcheck(forward_op, (q, k, v, *options))
     o, lse = forward_op(q, k, v, *options)
@@ -135,7 +135,7 @@ def call(q, k, v, **options):
         "query": "both", "order": "clean_noisy", "valid": None, "window": None, "softcap": None,
         "alibi_slopes": None,
     }  # fmt: skip
-    return fused.fused(q, k, v, **given | options)
+    return doubled_attention(q, k, v, **given | options, impl="triton")
 
 
 def test_each_input_may_need_a_gradient_alone():

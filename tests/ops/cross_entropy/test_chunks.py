@@ -54,7 +54,7 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch, impl, dtype):
     R, V = 64, 96
     h, weight, target, bias = problem(R, V, 8, dtype)
     # The ops in another op are seen only where that is called itself.
-    forward = {"chunked": chunked._chunked, "triton": chunked._triton}[impl]
+    forward = {"chunked": chunked.plain, "triton": chunked.triton}[impl]
     with Largest() as largest:
         forward(h, weight, target, bias, None, IGNORE, [True] * 3)
     assert largest.elements == R * V // 4
@@ -67,7 +67,7 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch, impl, dtype):
 def test_what_needs_no_gradient_costs_none(impl):
     h, weight, target, bias = problem()
     for needs in itertools.product([False, True], repeat=3):
-        _, _, *sums, _ = op._OPS[impl](h, weight, target, bias, None, IGNORE, needs)()
+        _, _, *sums, _ = op._OPS[impl](h, weight, target, bias, None, IGNORE, needs)
         for total, like, needed in zip(sums, (h, weight, bias), needs, strict=True):
             assert total.shape == (like.shape if needed else (0,))
     leaf = h.requires_grad_()
