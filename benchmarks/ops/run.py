@@ -57,21 +57,16 @@ def measure(
     good: dict[str, Baseline] = {}
     for name, given in found.items():
         once[name] = _examine(op, given, inputs, device)
-        if not once[name].get("absent") and not once[name]["wrong"]:
-            assert not isinstance(given, str)
-            good[name] = as_baseline(given)
-            if device.type == "cuda":
-                forward = call_of(op, good[name].call, inputs, "forward")
-                once[name]["host_us"] = timing.host_us(forward, device)
-            elif memory:
-                arguments = [
-                    "benchmarks.ops.memory",
-                    op.name,
-                    name,
-                    head["dtype"],
-                    *map(str, shape),
-                ]
-                once[name]["peak_bytes"] = timing.fresh_process(arguments)
+        if once[name].get("absent") or once[name]["wrong"]:
+            continue
+        assert not isinstance(given, str)
+        good[name] = as_baseline(given)
+        if device.type == "cuda":
+            forward = call_of(op, good[name].call, inputs, "forward")
+            once[name]["host_us"] = timing.host_us(forward, device)
+        elif memory:
+            arguments = ["benchmarks.ops.memory", op.name, name, head["dtype"], *map(str, shape)]
+            once[name]["peak_bytes"] = timing.fresh_process(arguments)
     source = torch.randn_like(next(iter(inputs.values())), dtype=dtype)
     target = torch.empty_like(source)
     work = op.work(shape, source.element_size())
@@ -99,16 +94,23 @@ def measure(
             if name in full:
                 row["absent"] = NO_MEMORY
             if name in times:
-                figures = timing.summary(times[name])
-                ms = figures["ms"]
-                row |= figures
-                row["gb_per_s"] = moved / ms / 1e6
-                row["of_copy"] = moved / ms / copy
-                row["gflops"] = operations / ms / 1e6
+                row |= _figures(times[name], moved, operations, copy)
                 if device.type == "cuda":
                     row["peak_bytes"] = timing.cuda_peak_bytes((runs | last)[name])
             rows.append(row)
     return rows
+
+
+def _figures(times: list[float], moved: float, operations: float, copy: float) -> dict[str, Any]:
+    """Times of a call and its rates; `copy` is the rate of a copy, in bytes per ms."""
+    figures = timing.summary(times)
+    ms = figures["ms"]
+    rates = {
+        "gb_per_s": moved / ms / 1e6,
+        "of_copy": moved / ms / copy,
+        "gflops": operations / ms / 1e6,
+    }
+    return figures | rates
 
 
 def _without_memory(runs: dict[str, timing.Run]) -> list[str]:

@@ -57,8 +57,7 @@ def comparison(name: str) -> Finished:
     return finished(EXPERIMENTS[name])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """One command; a mistake is one line on stderr and the exit code 2."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("demo", help="minutes: digits, one seed, a third of the steps")
@@ -99,29 +98,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("--out", type=Path, default=PAGE, help="the HTML page to write")
     report.add_argument("--results", type=Path, default=REPORT, help="the page of all tables")
     report.add_argument("--readme", type=Path, default=README, help="the page of five rows")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One command; a mistake is one line on stderr and the exit code 2."""
+    args = _parser().parse_args(argv)
     try:
-        if args.command == "demo":
-            vit.demo(args.out)
-            return 0
-        if args.command == "study":
-            _study(args)
-            return 0
-        if args.command == "report":
-            _report(args)
-            return 0
-        for name in args.names or EXPERIMENTS:
-            if args.command in ("pack", "unpack"):
-                getattr(Archive(EXPERIMENTS[name].records), args.command)()
-                continue
-            if args.command == "score":
-                score(EXPERIMENTS[name])
-                continue
-            EXPERIMENTS[name].results(args.records, args.figure, args.report, args.workers)
+        _run(args)
     except (ImportError, ValueError, OSError) as error:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.command == "demo":
+        vit.demo(args.out)
+        return
+    if args.command == "study":
+        _study(args)
+        return
+    if args.command == "report":
+        _report(args)
+        return
+    for name in args.names or EXPERIMENTS:
+        experiment = EXPERIMENTS[name]
+        if args.command in ("pack", "unpack"):
+            getattr(Archive(experiment.records), args.command)()
+        elif args.command == "score":
+            score(experiment)
+        else:
+            experiment.results(args.records, args.figure, args.report, args.workers)
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -168,23 +168,13 @@ def train_step(
             f"optimizers must be BlockOptimizers, got {type(optimizers).__name__}; "
             "call make_optimizers(model, factory)"
         )
-    num_blocks = model.config.num_blocks
     replicas = None
     if parallel is not None:
         check_parallel(parallel, len(model.held))
         replicas = replicas_of(parallel)
     elif model.sharded:
         replicas = replicas_of(model)
-    if block is None:
-        block = model.index
-    drawn = block is None
-    if block is None:
-        block = int(torch.randint(num_blocks, (), generator=generator, device="cpu"))
-        if replicas is not None:
-            block = agreed(block, replicas, next(model.parameters()).device)
-    block = model.held_block(block)
-    if model.residency is not None:
-        block = model.residency.visit(block, optimizers, generator, drawn=drawn)
+    block = _chosen(model, block, optimizers, generator, replicas)
     moved = optimizers.of_block(block)
     if not moved:
         raise ValueError(
@@ -207,13 +197,7 @@ def train_step(
         wrong = not_finite(result.loss if replicas is None else None, parameters, replicas)
     if wrong is not None and nonfinite != "skip":
         model.zero_grad(set_to_none=True)
-        # A caller that passed "raise" explicitly, such as a command without that option, needs no
-        # hint.
-        other = ', or give nonfinite="skip"' if nonfinite is None else ""
-        raise FloatingPointError(
-            f"loss and gradients of block {block} must be finite, got {wrong}; its parameters are "
-            f"as before the step. Lower the learning rate{other}"
-        )
+        raise _not_finite_error(block, wrong, nonfinite)
     grad_norm = None
     if clip_grad_norm is not None:
         grad_norm = whole(nn.utils.clip_grad_norm_(parameters, clip_grad_norm))
@@ -223,6 +207,37 @@ def train_step(
     model.zero_grad(set_to_none=True)
     details = Loss(*(value.detach() for value in result))
     return StepResult(block, details.loss, details, grad_norm, wrong is not None)
+
+
+def _chosen(
+    model: DiffusionBlocks | Block,
+    block: int | None,
+    optimizers: BlockOptimizers,
+    generator: torch.Generator | None,
+    replicas: Replicas | None,
+) -> int:
+    """The block to train: the given one, or a single block's own, or a drawn one."""
+    if block is None:
+        block = model.index
+    drawn = block is None
+    if block is None:
+        num_blocks = model.config.num_blocks
+        block = int(torch.randint(num_blocks, (), generator=generator, device="cpu"))
+        if replicas is not None:
+            block = agreed(block, replicas, next(model.parameters()).device)
+    block = model.held_block(block)
+    if model.residency is not None:
+        block = model.residency.visit(block, optimizers, generator, drawn=drawn)
+    return block
+
+
+def _not_finite_error(block: int, wrong: str, nonfinite: NonFinite | None) -> FloatingPointError:
+    # A caller that passed "raise" explicitly, such as a command without that option, needs no hint.
+    other = ', or give nonfinite="skip"' if nonfinite is None else ""
+    return FloatingPointError(
+        f"loss and gradients of block {block} must be finite, got {wrong}; its parameters are "
+        f"as before the step. Lower the learning rate{other}"
+    )
 
 
 def _check_own(optimizers: Iterable[Optimizer], model: nn.Module) -> None:

@@ -188,11 +188,13 @@ def test_compiles_to_one_graph(impl, size):
 @pytest.mark.skipif(ON_GPU, reason="float32 and documents are composed on the CPU only")
 def test_opcheck(dtype, ends):
     q, k, v = tensors(H=4, dtype=dtype)
-    options = (3, True, 0.25, ends, False, None, None, None, None, "sdpa")
+    options = (3, False, 0.25, ends, False, False, None, None, None, None, "sdpa")
     forward, backward = (op(f"doubled_attention_{d}", "composed") for d in ("fwd", "bwd"))
     torch.library.opcheck(forward, (q, k, v, *options))
     o, lse = forward(q, k, v, *options)
-    torch.library.opcheck(backward, (torch.ones_like(q), q, k, v, o, lse, *options))
+    for needs in ([True, True], [False, True]):
+        args = (torch.ones_like(q), q, k, v, o, lse, *options, needs)
+        torch.library.opcheck(backward, args)
     _, expected = reference.doubled_attention(q, k, v, block_size=3, scale=0.25, cu_seqlens=ends)
     torch.testing.assert_close(lse, expected)
 

@@ -146,20 +146,8 @@ def of_model(
             model.to(dtype=dtype)
         return convert(model, cut, task=task, mask_token_id=0 if masked else None)
 
-    build(source)  # what is wrong with it is said once
-    ways: list[tuple[Task, Schedule]] = [(task, NoiseSchedule()) for task in get_args(Task)]
-    ways.append(("tokens", MaskSchedule()))
-
-    refusals = []
-    for task, schedule in ways:
-        try:
-            with torch.device("meta"):
-                dm = made(task, BlocksConfig(1, schedule=schedule))
-            break
-        except ValueError as error:
-            refusals.append(f"{task}: {str(error).partition(';')[0]}")
-    else:
-        raise ValueError(f"{source} must be a model that can be converted; {'; '.join(refusals)}")
+    build(source)  # an error of the config is raised once, not for each task
+    task, schedule, dm = _first_converted(source, made, get_args(Task))
     network = dm.base_model
     call = example_inputs(network.model)
     given = list(call[0]) + list(call[1].values()) if call else []
@@ -195,6 +183,22 @@ def of_model(
         schedule=schedule,
         pretrained=True,
     )
+
+
+def _first_converted(
+    source: str, made: Callable[[Any, BlocksConfig], Any], tasks: tuple[Any, ...]
+) -> tuple[Any, Schedule, Any]:
+    """The first task and schedule that the model can be converted for, and the model in a block."""
+    ways: list[tuple[Any, Schedule]] = [(task, NoiseSchedule()) for task in tasks]
+    ways.append(("tokens", MaskSchedule()))
+    refusals = []
+    for task, schedule in ways:
+        try:
+            with torch.device("meta"):
+                return task, schedule, made(task, BlocksConfig(1, schedule=schedule))
+        except ValueError as error:
+            refusals.append(f"{task}: {str(error).partition(';')[0]}")
+    raise ValueError(f"{source} must be a model that can be converted; {'; '.join(refusals)}")
 
 
 @contextmanager
