@@ -1,4 +1,4 @@
-// Registers the ops for CPU tensors. Their schemas are defined in dblocks/ops, beside those of the
+// Registers the ops for CPU tensors. Their schemas are defined in dblocks/ops, with those of the
 // Triton ops; importing dblocks._C loads this library.
 #include <torch/csrc/stable/library.h>
 
@@ -7,7 +7,7 @@
 
 namespace {
 
-// Of the schemas and their meaning; dblocks/ops/_extension.py wants the same number.
+// Version of the schemas and their meaning; dblocks/ops/_extension.py must have the same number.
 constexpr int64_t kVersion = 2;
 
 int64_t cpp_version() { return kVersion; }

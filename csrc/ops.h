@@ -1,4 +1,4 @@
-// The ops as the library registers them; schemas and docstrings stand in dblocks/ops.
+// The ops that the library registers; schemas and docstrings are in dblocks/ops.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// Backward of adaln, residual_adaln and gated_residual: gradients of rows, and the sums over the rows
+// Backward of adaln, residual_adaln and gated_residual: gradients of rows, and sums over the rows
 // that share a modulation.
 #include "adaln/groups.h"
 #include "ops.h"
@@ -7,10 +7,10 @@ namespace dblocks {
 namespace {
 
 constexpr int64_t kColumns = 512;    // of the second pass
-constexpr int64_t kPage = 4096;      // bytes; addresses so far apart compete for a line of the cache
+constexpr int64_t kPage = 4096;      // bytes; addresses at this distance compete for a cache line
 
-// Where the rows of a backward pass come from and go to, in one dtype: the operands' own where
-// they agree, else float32 by way of scratch rows.
+// Inputs and outputs of a backward pass over rows, in one dtype: that of the operands if they
+// agree, else float32 in scratch rows.
 class BackwardRows {
  public:
   BackwardRows(
@@ -70,11 +70,11 @@ class BackwardRows {
   const Groups& g_;
   const Rows &dy_, &x_, &dx_new_, &branch_, &dx_, &dbranch_;
   Dtype dtype_;
-  int step_;  // rows at once; the order of the sums, and so every bit, is the same for any
+  int step_;  // rows at once; the order of the sums, and so every bit, does not depend on it
 };
 
 // From the sums A, B and G of a group's rows, for `n` columns from `column` on:
-//   dscale = weight*A + bias*B, dshift = B, dgate = G; and, where `affine` [2, D] is there,
+//   dscale = weight*A + bias*B, dshift = B, dgate = G; and, if there is an `affine` [2, D],
 //   its first row += (1 + scale)*A and its second += (1 + scale)*B
 struct GroupGrads {
   const Rows &dgate, &dshift, &dscale;
@@ -110,7 +110,7 @@ std::optional<Tensor> grad_of(const std::optional<Tensor>& a, bool needed) {
   return new_like(*a);
 }
 
-// out[d] = sum over `parts` of from[part * stride + d], in their order, in the dtype of out.
+// out[d] = sum over `parts` of from[part * stride + d], in order, in the dtype of out.
 void sum_parts(const float* from, int64_t parts, int64_t stride, const Rows& out, int64_t D) {
   const Kernels& k = kernels();
   const int64_t blocks = (D + kColumns - 1) / kColumns;
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_backwar
   const float* rstd = dy ? (const float*)rstd_->data_ptr() : nullptr;
   const BackwardRows rows(g, dy, x, dx_new, branch, dx, dbranch);
   const bool affine = dweight || dbias, partial = g.chunks > 1;
-  // Not a vector: tasks clear their own part, side by side.
+  // Not a vector: tasks clear their own parts in parallel.
   const std::unique_ptr<float[]> sums(partial ? new float[g.tasks * 3 * D] : nullptr);
   std::vector<float> affine_sums(affine ? (partial ? g.count : g.tasks) * 2 * D : 0);
   Scratch shared(2, D);

@@ -1,4 +1,4 @@
-// Forward of adaln, residual_adaln and gated_residual: rows shared out among threads.
+// Forward of adaln, residual_adaln and gated_residual: rows in parallel.
 #include "adaln/groups.h"
 #include "ops.h"
 

@@ -1,15 +1,15 @@
-// Rows that share a row of the modulation, and how they are shared out in tasks.
+// Groups of rows that share a row of the modulation, and their division into tasks.
 //
 // A task is some whole groups (a group shares a row of the modulation), or a chunk of one. The tasks
-// follow from the shape alone. Where a group has several chunks, each leaves partial sums, which a
-// second pass adds in their order: results do not depend on threads.
+// depend on the shape only. If a group has several chunks, each writes partial sums, which a
+// second pass adds in order: results do not depend on threads.
 #pragma once
 
 #include "common/tensors.h"
 
 namespace dblocks {
 
-constexpr int64_t kTasks = 32;       // that the rows make at least, where there are enough
+constexpr int64_t kTasks = 32;       // at least, if there are enough rows
 constexpr int64_t kMinChunk = 8;     // rows; multiples of kRows
 constexpr int64_t kMaxChunk = 64;
 
@@ -40,10 +40,10 @@ struct Groups {
   int64_t elements_per_task() const { return std::min(chunk, L * per_task) * D; }
   int64_t sample(int64_t group) const { return modulated ? group / S : 0; }
   int64_t segment(int64_t group) const { return modulated ? group % S : 0; }
-  // The number among all rows of row r of a group.
+  // The index in all rows of row r of a group.
   int64_t row(int64_t group, int64_t r) const { return group * L + r; }
 
-  // visit(group, first row, end row) for what a task covers.
+  // Calls visit(group, first row, end row) for the rows of a task.
   template <class F>
   void each_group(int64_t task, F visit) const {
     if (chunks > 1) {
@@ -56,7 +56,7 @@ struct Groups {
   }
 };
 
-// A row as sample and token, to walk from one to the next without a division.
+// A row as sample and token, to step to the next without a division.
 struct Place {
   int64_t T, n, t;
 

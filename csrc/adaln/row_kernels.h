@@ -22,7 +22,7 @@ void gated_sum(const void* px, const void* pb, const float* gate, void* out, int
   });
 }
 
-// The first pass over a row, which leaves it in float32: body(k, lanes, value).
+// The first pass over a row, which converts it to float32: body(k, lanes, value).
 template <class T, class Body>
 DBLOCKS_INLINE const float* read_row(const NormRow& r, Body body) {
   const T* x = (const T*)r.x;
@@ -47,7 +47,7 @@ DBLOCKS_INLINE const float* layer_stats(const NormRow& r, float& mean, float& va
     rest[k] += c;
     square[k] = fma(c, c, square[k]);
   });
-  // The mean is off by a rounding, which a variance of nearly nothing would scale up.
+  // The mean has a rounding error, which a variance near zero would amplify.
   const float correction = sum(rest) * per_element;
   mean += correction;
   variance = sum(square) * per_element - correction * correction;

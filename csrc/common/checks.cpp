@@ -1,4 +1,4 @@
-// The checks of the ops' tensors; what public functions find first, with a hint what to do.
+// Checks of the ops' tensors. The public functions check first, with better messages.
 #include "common/checks.h"
 
 #include <torch/csrc/stable/library.h>

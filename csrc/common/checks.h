@@ -1,5 +1,5 @@
-// What every op checks of its tensors before it reads them: an op may be called by its name, past
-// the checks of the public function.
+// Checks of an op's tensors before it reads them: an op may be called by name, without the checks
+// of the public function.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,7 +9,7 @@
 
 namespace dblocks {
 
-// A tensor argument as a message calls it; absent where `tensor` is null.
+// A tensor argument and its name in messages; absent if `tensor` is null.
 struct Argument {
   const char* name;
   const torch::stable::Tensor* tensor;
@@ -25,17 +25,17 @@ using Arguments = std::initializer_list<Argument>;
 void check_rows(const char* op, const torch::stable::Tensor& x, const Arguments& rows,
                 const Arguments& modulation, const Arguments& channels);
 
-// Contiguous float32 [N, T], of x [N, T, D].
+// Contiguous float32 [N, T], for x [N, T, D].
 void check_statistics(const char* op, const torch::stable::Tensor& x, const Argument& statistics);
 
 // The samples are floating tensors [N, ...] of one shape, the levels [], [N], or, for [N, T, D],
 // [N, S] of one S that divides T.
 void check_noised(const char* op, const Arguments& samples, const Arguments& levels);
 
-// The weights are [N], or [N, T] of y [N, T, D]; or absent.
+// The weights are [N], [N, T] for y [N, T, D], or absent.
 void check_weight(const char* op, const torch::stable::Tensor& y, const Argument& weight);
 
-// [N] of x [N, ...].
+// [N] for x [N, ...].
 void check_per_sample(const char* op, const torch::stable::Tensor& x, const Argument& values);
 
 // One int64 number on the CPU.

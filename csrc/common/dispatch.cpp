@@ -1,4 +1,4 @@
-// The choice of an instruction set, made once.
+// Chooses the instruction set, once.
 #include <torch/csrc/stable/library.h>
 
 #include <cctype>

@@ -1,6 +1,6 @@
-// What the row and block kernels compute, as a table of functions for each instruction set.
+// The row and block kernels, as a table of functions per instruction set.
 //
-// Kernels see plain pointers: no tensors, no threads. Arithmetic is float32; a row is float32,
+// Kernels take plain pointers: no tensors, no threads. Arithmetic is float32; a row is float32,
 // bfloat16 or float16 in memory.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace dblocks {
 
-// Rows are of the first three; float64 is converted from and to only.
+// Rows have one of the first three dtypes; float64 is only converted.
 enum Dtype { kFloat32, kBFloat16, kFloat16, kRowDtypes, kFloat64 = kRowDtypes, kDtypes };
 
 struct bf16 {
@@ -30,16 +30,16 @@ struct NormRow {
   float* scratch;      // [D], for a row that is not float32
 };
 
-constexpr int kRows = 4;     // rows that one call of the backward walks together
-constexpr int kFewRows = 2;  // where more would share the same few lines of the cache
+constexpr int kRows = 4;     // rows per call of the backward
+constexpr int kFewRows = 2;  // if more would compete for the same cache lines
 
 // Up to kRows rows of one modulation. With dh = d(x_new):
 //   A += dy*xhat, B += dy, G += dh*branch
 struct NormBackward {
   int rows;
   const void* dy[kRows];      // null: the norm has no gradient
-  const void* x[kRows];       // what was normalised
-  const void* dx_new[kRows];  // null: x_new has no gradient of its own
+  const void* x[kRows];       // input of the norm
+  const void* dx_new[kRows];  // null: no gradient of x_new from upstream
   const void* branch[kRows];  // null: there is no branch
   void* dx[kRows];
   void* dbranch[kRows];
@@ -72,7 +72,7 @@ struct Kernels {
   void (*normals)(float* out, int64_t n, uint64_t seed, uint64_t first);
   // out = a*x + b*y; y may be null (0). out may be x or y.
   void (*blend)(float a, const float* x, float b, const float* y, float* out, int64_t n);
-  // Sum over n of rest^2, rest = f - (p*y - q*eps), which is written where it is not null.
+  // Sum over n of rest^2, with rest = f - (p*y - q*eps), written if not null.
   float (*squared_error)(
       const float* f, const float* y, const float* eps, float p, float q, float* rest,
       int64_t n);
@@ -80,7 +80,7 @@ struct Kernels {
 
 extern const Kernels kBase, kAvx2, kAvx512;
 
-// The widest set that this processor has, chosen once; DBLOCKS_CPU=base|avx2 asks for less.
+// The widest set of this processor, chosen once; DBLOCKS_CPU=base|avx2 limits it.
 const Kernels& kernels();
 
 }  // namespace dblocks

@@ -1,15 +1,15 @@
 // Runs of elements, and the blocks of a run that fit the cache, for elementwise ops.
 //
-// A run is a stretch of elements that is contiguous in every operand and lies in one segment of
-// sigma: the whole sample where memory allows it, else one token. So a coefficient is computed once
-// a run, and an element's number in the noise is run * L + its place.
+// A run is a range of elements that is contiguous in every operand and inside one segment of sigma:
+// the whole sample if strides allow it, else one token. A coefficient is computed once per run, and
+// an element's number in the noise is run * L + its index.
 #pragma once
 
 #include "common/tensors.h"
 
 namespace dblocks {
 
-constexpr int64_t kBlock = 1024;      // elements: a few blocks in float32 fit the first cache
+constexpr int64_t kBlock = 1024;      // elements: a few float32 blocks fit the L1 cache
 constexpr int64_t kPerTask = 4 * kBlock;
 
 // A tensor [N, ...] as [N, T, D]; T = 1 unless it has three dimensions.
@@ -78,7 +78,7 @@ struct Table {
   }
 };
 
-// How the operands fall into runs: R of them a sample, of L elements each, in S segments.
+// The division of operands into runs: R per sample, of L elements each, in S segments.
 struct Runs {
   int64_t N, R, L, S, tokens;  // tokens in a run
 
@@ -99,10 +99,10 @@ struct Runs {
 struct Block {
   int64_t n, segment, token;  // of the run's first element
   int64_t run, start, size;   // elements start .. start + size - 1 of the run
-  int64_t number;             // of the block among all
+  int64_t number;             // of the block, in all runs
 };
 
-// visit(block, scratch) for every block of every run.
+// Calls visit(block, scratch) for every block of every run.
 template <class F>
 void each_block(const Runs& runs, int64_t scratch_rows, int64_t cost, const F& visit) {
   const int64_t blocks = runs.blocks(), total = runs.count() * blocks;
@@ -130,7 +130,7 @@ inline const float* read(const Samples& a, const Block& b, float* scratch) {
   return as_float(a.at(b.n, b.token, b.start), a.dtype, scratch, b.size);
 }
 
-// Where a block of a contiguous result is computed: in place for float32, else in scratch.
+// Memory to compute a block of a contiguous result in: the result for float32, else scratch.
 inline float* place(const Samples& out, const Runs& runs, const Block& b, float* scratch) {
   if (out.dtype != kFloat32) return scratch;
   return (float*)out.data + b.run * runs.L + b.start;

@@ -1,8 +1,8 @@
 // A vector of LANES floats for the instruction set that the including file is compiled for.
 //
 // The arithmetic is that of GCC's and Clang's vector extensions, the same source for every set;
-// intrinsics stand where those have no word for it. Nothing is fused into a multiply-add except by
-// fma(), so what cancels exactly in one place also does in another.
+// intrinsics are used where extensions have no equivalent. Only fma() makes a fused multiply-add, so
+// terms that cancel exactly do so everywhere.
 #pragma once
 
 #if DBLOCKS_LANES > 4
@@ -60,7 +60,7 @@ DBLOCKS_INLINE vf root(vf a) {
 #endif
 }
 
-// 32-bit numbers in LANES/2 lanes of 64 bits; what stands in the upper halves is ignored.
+// 32-bit numbers in LANES/2 lanes of 64 bits; the upper halves are ignored.
 typedef uint64_t vw __attribute__((vector_size(4 * DBLOCKS_LANES)));
 
 DBLOCKS_INLINE vw multiply(vw a, uint32_t factor) {
@@ -73,7 +73,7 @@ DBLOCKS_INLINE vw multiply(vw a, uint32_t factor) {
 #endif
 }
 
-// The lower halves of even and odd, in turns.
+// The lower halves of even and odd, interleaved.
 DBLOCKS_INLINE vu merge(vw even, vw odd) {
 #if DBLOCKS_LANES == 16
   const __m512i upper = _mm512_slli_epi64((__m512i)odd, 32);
@@ -85,7 +85,7 @@ DBLOCKS_INLINE vu merge(vw even, vw odd) {
 #endif
 }
 
-// Neighbours a[0] b[0] a[1] b[1] ..: the lower and the upper half.
+// Interleaves a[0] b[0] a[1] b[1] ..: the lower and the upper half.
 DBLOCKS_INLINE void interleave(vf a, vf b, vf& low, vf& high) {
 #if DBLOCKS_LANES == 16
   low = __builtin_shufflevector(
@@ -177,7 +177,7 @@ DBLOCKS_INLINE void store(f16* p, vf v) {
 #endif
 }
 
-// All lanes, or the first n: what loops hand to their body for whole vectors and for the rest.
+// All lanes, or the first n: loops pass this to their body for whole vectors and for the rest.
 struct All {
   template <class T>
   DBLOCKS_INLINE vf load(const T* p) const {

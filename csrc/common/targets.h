@@ -1,4 +1,4 @@
-// Compiling a part of a file for an instruction set that the rest of the program does not assume.
+// Compiles a part of a file for an instruction set that the rest of the program does not assume.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What the ops share: operands as pointers and strides, outputs, and the threads.
+// Shared by all ops: operands as pointers and strides, outputs, and threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -19,7 +19,7 @@ namespace dblocks {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kElementsPerThread = 32768;  // fewer, and waking a thread costs more
+constexpr int64_t kElementsPerThread = 32768;  // below this, waking a thread costs more
 
 inline Dtype dtype_of(ScalarType type) {
   switch (type) {
@@ -60,17 +60,17 @@ inline Tensor new_like(const Tensor& a, ScalarType type) {
 
 inline Tensor new_like(const Tensor& a) { return new_like(a, a.scalar_type()); }
 
-// A tensor without elements: stands for a result that was not asked for.
+// A tensor without elements, for a result that is not needed.
 inline Tensor nothing(ScalarType type) { return empty({0}, type); }
 
-// A tensor that must have adjacent neighbours in its last dimension; a copy where it has not.
+// The tensor with a last stride of 1; a copy if it has another.
 inline Tensor unit_last(const Tensor& a) {
   const int64_t last = a.dim() - 1;
   if (last < 0 || a.stride(last) == 1 || a.size(last) <= 1) return a;
   return torch::stable::contiguous(a);
 }
 
-// The rows of a tensor [N, T, D], or [N, D] as T = 1; absent where there is no tensor.
+// The rows of a tensor [N, T, D], or of [N, D] with T = 1; absent without a tensor.
 struct Rows {
   std::optional<Tensor> owner;
   char* data = nullptr;
@@ -91,20 +91,20 @@ struct Rows {
 
   explicit operator bool() const { return owner.has_value(); }
   char* row(int64_t n, int64_t t) const { return data + n * stride_n + t * stride_t; }
-  // Row number i of all, of a contiguous result.
+  // Row i of a contiguous result.
   char* result_row(int64_t i, int64_t D) const { return data + i * D * size_of(dtype); }
 };
 
-// A row in float32: itself, or converted into `scratch`.
+// A row in float32: the row itself, or converted into `scratch`.
 inline const float* as_float(const void* row, Dtype dtype, float* scratch, int64_t n) {
   if (dtype == kFloat32) return (const float*)row;
   kernels().to_float[dtype](row, scratch, n);
   return scratch;
 }
 
-// Shares out `tasks`, f(begin, end) at a time, each worth the time of copying about `elements`
-// elements. What a task does must not depend on which others run with it, so that results do not
-// depend on the threads.
+// Runs f(begin, end) over `tasks` in parallel; each task takes as long as copying about `elements`
+// elements. A task must not depend on those it shares a call with, so that results do not depend on
+// the number of threads.
 template <class F>
 void parallel(int64_t tasks, int64_t elements, const F& f) {
   const int64_t grain = std::max<int64_t>(kElementsPerThread / std::max<int64_t>(elements, 1), 1);
@@ -115,7 +115,7 @@ void parallel(int64_t tasks, int64_t elements, const F& f) {
   torch::stable::parallel_for(0, tasks, grain, f);
 }
 
-// Float rows for a thread to work in, aligned to a cache line.
+// Scratch rows of floats for a thread, aligned to a cache line.
 class Scratch {
  public:
   Scratch(int64_t rows, int64_t n) : stride_((n + 15) / 16 * 16), data_(new float[rows * stride_ + 16]) {

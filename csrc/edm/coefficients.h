@@ -1,4 +1,4 @@
-// The preconditioning of a noise level.
+// The preconditioning at a noise level.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// Blocks of the loss.
+// Kernels for blocks of the loss.
 #pragma once
 
 #include "common/simd.h"

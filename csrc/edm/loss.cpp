@@ -1,4 +1,4 @@
-// edm_loss: the noise is drawn again block by block, and the sums of blocks added in their order.
+// edm_loss: the noise is regenerated block by block, and the sums of blocks are added in order.
 #include "common/runs.h"
 #include "edm/coefficients.h"
 #include "noise/seed.h"
@@ -7,7 +7,7 @@
 namespace dblocks {
 namespace {
 
-// Factors [N] or [N, T] of the loss, or 1.
+// The weights [N] or [N, T] of the loss, or 1.
 struct RowWeight {
   Table table;
   bool by_token;
@@ -17,7 +17,7 @@ struct RowWeight {
   double at(int64_t n, int64_t token) const { return table.at(n, by_token ? token : 0); }
 };
 
-// The loss: operands, weights, and what f - target is made of in blocks.
+// The loss: operands, weights, and the blocks of f - target.
 struct LossProblem {
   Samples f, y;
   Table levels;
@@ -34,7 +34,7 @@ struct LossProblem {
         runs({&f, &y}, levels.S, weight.by_token), key(seed_of(seed, number)), offset(offset_),
         sigma_data(sigma_data_) {}
 
-  // What a block's kernel reads, and its coefficients p and q.
+  // The inputs of a block's kernel, and its coefficients p and q.
   std::tuple<const float*, const float*, const float*, float, float> block(
       const Block& b, Scratch& scratch) const {
     const Coefficients c(levels.at(b.n, b.segment), sigma_data);

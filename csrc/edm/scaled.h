@@ -1,4 +1,4 @@
-// The backward of a linear combination: two gradients, each a factor of the one from upstream.
+// The backward of a linear combination: two gradients, each a multiple of the upstream gradient.
 #pragma once
 
 #include "common/runs.h"
@@ -6,7 +6,7 @@
 
 namespace dblocks {
 
-// out = factor(n, segment) * grad, for each of two gradients that is wanted.
+// out = factor(n, segment) * grad, for each of the two gradients that is needed.
 template <class F>
 std::tuple<Tensor, Tensor> scaled(
     const Tensor& grad, int64_t S, const MaybeType& type_a, const MaybeType& type_b,

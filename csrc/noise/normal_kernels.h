@@ -1,6 +1,6 @@
 // Counter-based normals: Philox 4x32-10 and Box-Muller.
 //
-// The same numbers as those of the reference and of the Triton kernels (kernels/_common/philox.py):
+// The same numbers as in the reference and the Triton kernels (kernels/_common/philox.py):
 // bits and uniforms equal, normals to 1e-6. Logarithm, sine and cosine are polynomials, so they do
 // not depend on a library.
 #pragma once
@@ -66,7 +66,7 @@ DBLOCKS_INLINE void normal_pair(vu a, vu b, vf& even, vf& odd) {
 struct Words {
   vw c0, c1, c2, c3;
 
-  // Those of quads quad, quad + 2, .. before the first round.
+  // The words of quads quad, quad + 2, .. before the first round.
   DBLOCKS_INLINE explicit Words(uint64_t quad) : c2{}, c3{} {
     for (int i = 0; i < LANES / 2; ++i) c0[i] = 2 * i;
     c0 += quad;
@@ -83,7 +83,7 @@ struct Words {
 
 constexpr int64_t STEP = 4 * LANES;  // normals of LANES quads
 
-// The words of LANES quads from number `quad` on, one vector for each lane of a quad.
+// The words of LANES quads from number `quad`, one vector per lane of a quad.
 DBLOCKS_INLINE void quad_words(float* out, uint64_t seed, uint64_t quad) {
   Words even(quad), odd(quad + 1);
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
@@ -99,7 +99,7 @@ DBLOCKS_INLINE void quad_words(float* out, uint64_t seed, uint64_t quad) {
   store(out + 3 * LANES, floats(merge(even.c3, odd.c3)));
 }
 
-// Those words to normals, in place and in the order of the elements.
+// Converts these words to normals, in place and in the order of the elements.
 DBLOCKS_INLINE void quad_normals(float* out) {
   vf n0, n1, n2, n3, even_low, even_high, odd_low, odd_high, result[4];
   normal_pair(bits(load(out)), bits(load(out + LANES)), n0, n1);
@@ -124,8 +124,8 @@ void normals(float* out, int64_t n, uint64_t seed, uint64_t first) {
   };
   const int64_t skip = (int64_t)(first & 3);
   if (skip) part(skip, n < STEP - skip ? n : STEP - skip);
-  // Two loops, not one: the rounds of the words wait for each other, and need the whole window of
-  // instructions that a processor looks ahead in.
+  // Two loops: the rounds of the words depend on each other, and need the whole out-of-order window
+  // of the processor.
   const int64_t whole = n / STEP * STEP;
   for (int64_t i = 0; i < whole; i += STEP, quad += LANES) quad_words(out + i, seed, quad);
   for (int64_t i = 0; i < whole; i += STEP) quad_normals(out + i);

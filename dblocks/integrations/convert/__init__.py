@@ -1,4 +1,4 @@
-"""`convert`: a model of another library as a network in blocks."""
+"""`convert`: wraps a model of another library for training in blocks."""
 
 from dblocks.integrations.convert.apply import convert as convert
 from dblocks.integrations.convert.blocks import ConvertedBlocks as ConvertedBlocks

@@ -1,4 +1,4 @@
-"""Language models of transformers whose positions are a bias of the attention's scores (ALiBi)."""
+"""Language models of transformers with ALiBi: positions enter as a bias of attention scores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNBOUNDED = 2**20
 
 @dataclass(frozen=True)
 class OwnAttentionFamily(RotaryFamily):
-    """A model whose attention calls no function by its name."""
+    """A model whose attention does not look its function up by name."""
 
     projected: ClassVar[type[Projected]]
 
@@ -40,13 +40,13 @@ class OwnAttentionFamily(RotaryFamily):
 
 @dataclass(frozen=True)
 class AlibiFamily(OwnAttentionFamily):
-    """A bias of each head that is linear in the key's position.
+    """A bias per head, linear in the position of the key.
 
-    That of the query adds a number to all scores of a row, which changes no weight.
+    The query's position would add a constant to all scores of a row, which changes no weight.
     """
 
     def reads(self, model: Any) -> tuple[str, ...]:
-        """See `RotaryFamily`; the model counts positions by itself."""
+        """See `RotaryFamily`; the model counts positions itself."""
         return ()
 
     def context(
@@ -54,14 +54,14 @@ class AlibiFamily(OwnAttentionFamily):
     ) -> dict[str, Any]:
         """See `CausalFamily`."""
         keys = positions if keys is None else keys
-        # No position is beyond the number of keys, since a batch must not hold any.
+        # A batch may not give positions, so none exceeds the number of keys.
         table = self.table(model, rows, keys.shape[-1])[:, keys]
         bias = table.transpose(0, 1) if keys.ndim == 2 else table[None]
         return {"attention_mask": None, "position_bias": bias[:, :, None]}
 
     @abstractmethod
     def table(self, model: Any, rows: Tensor, length: int) -> Tensor:
-        """The bias of keys at 0 to length - 1, [H, length], by the model's own function."""
+        """The bias of keys at 0 to length - 1, [H, length], from the model's own function."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class MptFamily(AlibiFamily):
 
 @dataclass(frozen=True)
 class FalconFamily(AlibiFamily):
-    """Falcon, with rotary positions or with ALiBi."""
+    """Falcon, with rotary positions or ALiBi."""
 
     projected = FalconAttention
     final_norm: str = "ln_f"
@@ -169,7 +169,7 @@ class FalconFamily(AlibiFamily):
 
 
 def hidden_from_later(rows: Tensor) -> Tensor:
-    """A mask [1, 1, T, T] to be added to scores: 0 where a row sees another, and far below."""
+    """A causal mask [1, 1, T, T] to add to scores: 0, or a large negative number."""
     T = rows.shape[1]
     mask = rows.new_full((T, T), torch.finfo(rows.dtype).min).triu(1)
     return mask[None, None]

@@ -1,4 +1,4 @@
-"""A converted model in blocks, and its files."""
+"""A converted model in blocks, and how it is saved and loaded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ConvertedBlocks(DiffusionBlocks):
         self.clean_loss_weight: float = options.clean_loss_weight
 
     def before_use(self) -> None:
-        """Compares a model that had no data when it was converted; see `check_whole`."""
+        """Runs `check_whole` if the model had no data when it was converted."""
         if not self.base_model.whole_checked and not torch.compiler.is_compiling():
             self.base_model.whole_checked = check_whole(self.base_model)
 
@@ -55,7 +55,7 @@ class ConvertedBlocks(DiffusionBlocks):
     def clean_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor:
         """The model's own loss, with gradients for the layers of one block only.
 
-        For masked tokens, it is the loss of those that `draw` masks.
+        With masked tokens, the loss of the tokens that `draw` masks.
         """
         schedule, z = self.config.schedule, None
         if schedule.corruption == "masks":
@@ -70,7 +70,7 @@ class ConvertedBlocks(DiffusionBlocks):
         """The view of one block.
 
         Raises:
-            ValueError: there is a clean loss, which needs the whole model.
+            ValueError: `clean_loss_weight` is not 0; a clean loss needs the whole model.
         """
         if self.clean_loss_weight:
             raise ValueError(
@@ -85,7 +85,7 @@ class ConvertedBlocks(DiffusionBlocks):
 
         Args:
             folder: created if it does not exist.
-            block: writes only this block's file and dblocks.json, for the worker of that block.
+            block: writes only this block's file and dblocks.json, for the worker that trains it.
 
         Raises:
             ImportError: safetensors is not installed.

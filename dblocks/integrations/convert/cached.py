@@ -1,4 +1,4 @@
-"""Keys and values of the rows of a converted model of the next token, for writing text."""
+"""Cached keys and values of a converted causal model, for generating text."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class RowCache(KVCache):
     is known, the clean one that holds it. In a single stream the first slot has none.
 
     Args:
-        slots: where tokens stand.
+        slots: the positions of the tokens.
         num_layers: number of layers.
         start: the first slot that has a row, 1 in a single stream.
-        limit: how many tokens a text may have before all of its rows change; see `rotation_limit`.
+        limit: number of tokens beyond which all rows change; see `rotation_limit`.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class RowCache(KVCache):
 
     @property
     def first(self) -> int:
-        """See `KVCache.first`; not one without a row."""
+        """See `KVCache.first`; a slot without a row is skipped."""
         return max(self.committed, self.start)
 
     def keeps(self, last: int) -> list[Keep]:
-        """For each layer, what keeps keys and values of the rows from the next to last - 1."""
+        """Per layer, the function that caches keys and values of rows from the next to last - 1."""
         masks: dict[int | None, Tensor | None] = {}
 
         def keep_of(layer: int) -> Keep:
@@ -64,7 +64,7 @@ class RowCache(KVCache):
         return [keep_of(layer) for layer in range(len(self._kv))]
 
     def kept_positions(self, last: int) -> Tensor:
-        """Positions of the rows that are kept up to the slot last - 1, int64 [K] or [N, K].
+        """Positions of the cached rows up to slot last - 1, int64 [K] or [N, K].
 
         Noisy rows, which all are in a single stream and the last one is in doubled rows, stand at
         the token before.
@@ -74,11 +74,11 @@ class RowCache(KVCache):
         return self.slots.positions(self.start, last) - noisy.long()
 
     def mask(self, last: int, window: int | None) -> Tensor | None:
-        """Which rows those from the next to last - 1 see, of the rows that are kept; see `Keep`.
+        """The cached rows that each row from the next to last - 1 sees; see `Keep`.
 
         Args:
             last: the slot after the rows.
-            window: how many positions back a row sees, its own included.
+            window: number of positions that a row sees, its own included.
         """
         slots, first, start = self.slots, self.first, self.start
         far = window if window is not None and window < last - start else None
@@ -93,19 +93,19 @@ class RowCache(KVCache):
         if slots.lengths is not None:
             used = (slot < slots.lengths[:, None]) | (slot >= slots.prompt)
             seen = seen & used[:, None, start:]
-        # Rows between a short prompt and the next token, which nothing sees, see themselves: a row
-        # that sees nothing is NaN.
+        # Rows between a short prompt and the next token see themselves: a row that sees nothing
+        # would be NaN. No other row sees them.
         seen = seen | (row == column)
         return seen if seen.ndim == 2 else seen[:, None]
 
 
 def rotation_limit(rotary: Any) -> int | None:
-    """The longest text whose rows are rotated as those of any shorter one; None without a limit.
+    """The longest text whose rotary positions equal those of shorter texts; None if unlimited.
 
-    LongRoPE's rotations are others for all rows as soon as a text is longer than in pretraining.
+    With LongRoPE, all rotations change when a text is longer than those of pretraining.
 
     Args:
-        rotary: of a model of transformers.
+        rotary: the rotary embedding of a model of transformers.
     """
     kinds = getattr(rotary, "rope_type", None)
     kinds = list(kinds.values()) if isinstance(kinds, Mapping) else [kinds]

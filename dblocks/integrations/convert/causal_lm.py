@@ -1,4 +1,4 @@
-"""A converted model of the next token: a single stream, or doubled rows, as in `CausalLM`."""
+"""A converted causal language model: a single stream of rows, or doubled rows as in `CausalLM`."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ Rows = Literal["single", "doubled"]
 
 
 class CausalFamily(Protocol):
-    """What differs between models that predict the next token."""
+    """The differences between models that predict the next token."""
 
     def reads(self, model: nn.Module) -> tuple[str, ...]:
-        """What of a batch it reads beside tokens."""
+        """Entries of a batch that are read in addition to tokens."""
         ...
 
     def embedding(self, model: nn.Module) -> nn.Embedding:
-        """Of the tokens."""
+        """The embedding of tokens."""
         ...
 
     def head(self, model: nn.Module) -> nn.Linear:
-        """What makes logits."""
+        """The output head."""
         ...
 
     def softcap(self, model: nn.Module) -> float | None:
-        """Bound of the head's logits."""
+        """Bound of the logits."""
         ...
 
     def context_length(self, model: nn.Module) -> int:
-        """Longest sequence."""
+        """The longest sequence that the model takes."""
         ...
 
     def enter(self, model: nn.Module, rows: Tensor, positions: Tensor) -> Tensor:
@@ -70,20 +70,20 @@ class CausalFamily(Protocol):
     ) -> dict[str, Any]:
         """Keyword arguments of the layers' attention, for rows at positions [T] or [N, T].
 
-        `keys`, [K] or [N, K], are the positions of the rows that they may see; the same by default.
+        `keys`, [K] or [N, K], are the positions of the rows that may be seen, by default the same.
         """
         ...
 
     def cache_limit(self, model: nn.Module) -> int | None:
-        """How many tokens a text may have before keys and values of all its rows change, if ever.
+        """Number of tokens beyond which all keys and values of a text change; None: never.
 
         Raises:
-            ValueError: they cannot be kept.
+            ValueError: they cannot be cached.
         """
         ...
 
     def leave(self, model: nn.Module, x: Tensor) -> Tensor:
-        """What the layers leave, normed for the head."""
+        """The output of the layers, normalised for the head."""
         ...
 
     def plain_logits(
@@ -106,7 +106,7 @@ class CausalFamily(Protocol):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the checks of a batch need."""
+    """The sizes that a batch is checked against."""
 
     vocab_size: int
     context: int
@@ -118,18 +118,18 @@ class Context(NamedTuple):
     clean: Tensor | None
     """Clean rows [N, T, D], as they enter the layers; None in a single stream."""
     noisy: Tensor
-    """What a noisy row adds its noise to, [N, T, D]; [N, T - 1, D] in a single stream."""
+    """The rows that noisy embeddings are added to, [N, T, D]; [N, T - 1, D] in a single stream."""
     attention: Mapping[str, Any]
-    """Of the rows' attention."""
+    """Keyword arguments of the attention."""
     starts: Tensor | None = None
-    """Where texts begin whose rows were moved to the front, int64 [N]; None without padding."""
+    """Start of each text before its rows were moved to the front, int64 [N]; None: no padding."""
 
 
 class Hidden(NamedTuple):
-    """What the layers leave."""
+    """The output of the layers."""
 
     x: Tensor
-    """Noisy rows [N, T, D]; in a single stream that of the first token is zero."""
+    """Noisy rows [N, T, D]; in a single stream the row of the first token is zero."""
     cond: Tensor
     """Their conditioning vectors."""
 
@@ -140,7 +140,7 @@ class ConvertedCausalLM(Converted):
     The target of a position is its token's embedding at norm `embed_scale`. The noisy row of a
     position enters as the embedding of the token before it, plus a learned number times the scaled
     noisy embedding, at that token's position: it is where the model predicts this token, so that a
-    pretrained one begins with what it knows.
+    pretrained model starts from its own predictions.
 
     `rows="single"`: there are no other rows, and attention is causal. That learned number is 0 at
     the start, so that, with modulations of zero, rows are exactly those of the plain model.
@@ -165,14 +165,15 @@ class ConvertedCausalLM(Converted):
     the model has them.
 
     Args:
-        model: the user's.
-        layers: `ConditionedLayer`s by name, whose attention is that of these rows.
-        family: what is special of the model.
-        sigma_data: of the schedule.
-        embed_scale: norm of a token's embedding as target.
-        tokens_per_sigma: how many consecutive tokens share a noise level; None: all of a sequence.
+        model: the user's model.
+        layers: `ConditionedLayer`s by name, with the attention for these rows.
+        family: the model's family.
+        sigma_data: standard deviation of the data, from the schedule.
+        embed_scale: norm of the target embedding of a token.
+        tokens_per_sigma: number of consecutive tokens that share a noise level; None: all of a
+            sequence.
         rows_kind: how noisy embeddings enter.
-        head_kind: what logits are.
+        head_kind: form of the logits, as `head` of `convert`.
     """
 
     block_size = 1  # tokens that are predicted at once
@@ -210,7 +211,7 @@ class ConvertedCausalLM(Converted):
         self.added_to_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The layers name the function that attends; a pickle may be read where none is registered.
+        # Layers refer to attention functions by name; unpickling must register them.
         import_module("dblocks.integrations.convert.row_attention")
         super().__setstate__(state)
 
@@ -226,7 +227,7 @@ class ConvertedCausalLM(Converted):
         )  # fmt: skip
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
-        """What is known before each token, and in doubled rows the clean ones."""
+        """The rows before each token, and with doubled rows the clean rows."""
         if drop is not None:
             raise ValueError(
                 "a language model is not trained without its condition, so guidance_scale must be 1"
@@ -271,19 +272,19 @@ class ConvertedCausalLM(Converted):
         return self.family.context(self.model, rows, positions)
 
     def example(self) -> Batch:
-        """A small batch to try the model with."""
+        """A small batch for a trial run."""
         weight = self.family.embedding(self.model).weight
         tokens = example_tokens(self.sizes.vocab_size, (), weight.device)
         return {"tokens": tokens[:, : self.sizes.context]}
 
     def plain_entries(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of the model itself beside the tokens and their positions."""
+        """Keyword arguments of the model's own forward in addition to tokens and positions."""
         return {}
 
     def run_layers(
         self, layers: Sequence[nn.Module], z_in: Tensor, level: NoiseLevel, condition: Context
     ) -> Hidden:
-        """Runs `layers` on the noisy embeddings [N, T, D], beside clean rows or without."""
+        """Runs `layers` on the noisy embeddings [N, T, D], with clean rows if rows are doubled."""
         cond = inner = cast(Tensor, self._cond(level))
         starts = condition.starts
         if inner.ndim == 3 and starts is not None:
@@ -297,7 +298,7 @@ class ConvertedCausalLM(Converted):
             for layer in layers:
                 x = layer(x, inner, condition.attention, checkpointing=self.checkpointing)
             return Hidden(from_front(nnf.pad(x, (0, 0, 1, 0)), starts), cond)
-        # A level for each segment, also where there is one only, as clean rows are a segment too.
+        # One level per segment, also for a single one: clean rows are a segment too.
         segments = inner if inner.ndim == 3 else inner[:, None]
         noisy = condition.noisy + (self.noise_scale * z_in).to(condition.noisy.dtype)
         x = torch.cat([condition.clean, noisy], dim=1)
@@ -312,7 +313,7 @@ class ConvertedCausalLM(Converted):
         """A cache for `run_cached` with these layers.
 
         Raises:
-            ValueError: keys and values of this model cannot be kept.
+            ValueError: keys and values of this model cannot be cached.
         """
         limit, start = self.family.cache_limit(self.model), int(self.rows_kind == "single")
         return RowCache(slots, len(layers), start=start, limit=limit)
@@ -333,7 +334,7 @@ class ConvertedCausalLM(Converted):
         R = at.shape[-1]
         rows = cast(Tensor, self.family.embedding(self.model)(tokens))
         before = cache.before(rows)
-        # Noisy rows are where the token before them is.
+        # A noisy row has the position of the token before it.
         if self.rows_kind == "single":
             rows, at, cond, z_in, clean = before[:, -R:], at - 1, cond[:, -R:], z_in[:, -R:], 0
             inner = cond
@@ -350,11 +351,11 @@ class ConvertedCausalLM(Converted):
         return Hidden(x[:, -1:], cond[:, -1:] if cond.ndim == 3 else cond)
 
     def features(self, hidden: Hidden) -> Features:
-        """The noisy rows, normed for the head, [N, T, D]."""
+        """The noisy rows, normalised for the head, [N, T, D]."""
         return Features(self.family.leave(self.model, hidden.x), hidden.cond)
 
     def compare(self) -> tuple[Tensor, Tensor]:
-        """See `Converted.compare`; of the clean rows, which are all where noise is left out."""
+        """See `Converted.compare`; compares the clean rows, the only ones without noise."""
         batch = self.example()
         tokens = batch["tokens"]
         own = self.family.plain_logits(self.model, tokens, **self.plain_entries(batch))

@@ -23,18 +23,18 @@ from dblocks.nn import LabelEmbedding, Modulation
 from dblocks.nn.scalars import number
 from dblocks.schedules import NoiseLevel
 
-NOISE_SCALE = 0.1  # of a row's numbers, whose size the model's class token tells
+NOISE_SCALE = 0.1  # of the noisy embedding, relative to the elements of the class token
 
 
 class ClassFamily(Protocol):
-    """What differs between classifiers."""
+    """The differences between classifiers."""
 
     input: str
-    """The batch's key of what is classified: images or tokens."""
+    """The entry of a batch to classify: images or tokens."""
     reads: tuple[str, ...]
-    """What else of a batch it reads."""
+    """Further entries of a batch that are read."""
     class_row: bool
-    """The first row stands for the class; else all rows together do."""
+    """Whether the first row is the class token; else all rows are pooled."""
 
     def enter(self, model: nn.Module, batch: Batch) -> Tensor:
         """Rows [N, P, D], as they enter the first layer."""
@@ -45,7 +45,7 @@ class ClassFamily(Protocol):
         ...
 
     def pool(self, model: nn.Module, x: Tensor) -> Tensor:
-        """What the layers leave, as one row a sample, [N, D]."""
+        """The output of the layers as one row per sample, [N, D]."""
         ...
 
     def head(self, model: nn.Module, pooled: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class ClassFamily(Protocol):
         ...
 
     def example(self, model: nn.Module) -> Batch:
-        """A small batch to try the model with."""
+        """A small batch for a trial run."""
         ...
 
     def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -62,16 +62,16 @@ class ClassFamily(Protocol):
 
 
 class Context(NamedTuple):
-    """What the noisy label is predicted from."""
+    """The context from which the noisy label is predicted."""
 
     rows: Tensor
     """Rows [N, P, D], as they enter the layers."""
     attention: Mapping[str, Any]
-    """Of the layers' attention."""
+    """Keyword arguments of the attention."""
 
 
 class Hidden(NamedTuple):
-    """What the layers leave."""
+    """The output of the layers."""
 
     x: Tensor
     """Rows [N, P, D]."""
@@ -98,14 +98,14 @@ class ConvertedClassifier(Converted):
     and "token_type_ids" where the model has them, each [N, T].
 
     Args:
-        model: the user's.
+        model: the user's model.
         layers: `ConditionedLayer`s by name.
-        family: what is special of the model.
-        num_classes: of its head.
+        family: the model's family.
+        num_classes: number of classes of its head.
         width: D of its rows.
-        sigma_data: of the schedule.
-        embed_scale: norm of a class' embedding.
-        head_kind: what logits are.
+        sigma_data: standard deviation of the data, from the schedule.
+        embed_scale: norm of the target embedding of a class.
+        head_kind: form of the logits, as `head` of `convert`.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class ConvertedClassifier(Converted):
         return ClassTarget(self.target_embedding, head, self.head_kind, given=self.family.input)
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
-        """The rows of what is classified."""
+        """The embedded images or tokens."""
         if drop is not None:
             raise ValueError(
                 "a converted classifier is not trained without its condition, "
@@ -178,11 +178,11 @@ class ConvertedClassifier(Converted):
         return Hidden(x, cond)
 
     def features(self, hidden: Hidden) -> Features:
-        """What the model pools of the rows, [N, D]."""
+        """The pooled rows, [N, D]."""
         return Features(self.family.pool(self.model, hidden.x), hidden.cond)
 
     def compare(self) -> tuple[Tensor, Tensor]:
-        """See `Converted.compare`; the logits."""
+        """See `Converted.compare`; compares logits."""
         batch = self.family.example(self.model)
         own = self.family.plain_logits(self.model, batch)
         condition = self.embed_condition(batch)

@@ -22,14 +22,14 @@ def clean_loss(
     The layers before them run without a graph; those after them, and the head, pass gradients on
     and get none.
 
-    Its gradients are computed here, while the other parameters need none: layers that checkpointing
-    runs again must find them so. The graph is freed before that of denoising is built.
+    Its gradients are computed here, while the other parameters require none: layers that are
+    checkpointed run again in this state. The graph is freed before that of denoising is built.
 
     Args:
         network: the converted model.
         layers: some of the model's own layers.
-        batch: what the model is given.
-        z: where tokens are masked, which ones are.
+        batch: the inputs of the model.
+        z: the masked tokens, if tokens are masked.
     """
     trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     with _only_gradients_of(network.model, trained):
@@ -42,7 +42,7 @@ def clean_loss(
 
 @contextmanager
 def _only_gradients_of(model: nn.Module, trained: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, no other parameter of the model requires gradients."""
+    """A context in which no other parameter of the model requires gradients."""
     kept = {id(p) for p in trained}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
     for parameter in others:

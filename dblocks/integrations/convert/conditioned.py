@@ -1,4 +1,4 @@
-"""Puts a modulation beside each layer of a model, and checks that it is run as the model does."""
+"""Adds a modulation to each layer of a model, and checks that layers still compute the same."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def conditioned(
         layers: its layers by name.
         width: D of their rows.
         context: keyword arguments of the layers for some rows [N, T, D].
-        attention: what runs in place of an attention; its own by default.
-        probed: what runs in place of an attention when a layer is tried; None for its own.
-        rows_context: keyword arguments of what runs in its place, where they are others.
+        attention: replacement of an attention; its own by default.
+        probed: replacement of an attention in the trial run of a layer; None for its own.
+        rows_context: keyword arguments of the replacement, if they differ.
 
     Raises:
-        ValueError: the form of a layer is not known, or the first of its class is computed
-            otherwise.
+        ValueError: the form of a layer is not known, or the first layer of a class computes
+            something else.
     """
     check_layers_alone(layers)
     forms = {name: require_form(name, layer) for name, layer in layers.items()}
@@ -54,7 +54,7 @@ def conditioned(
 
 
 def probe(layer: nn.Module, width: int) -> Tensor:
-    """Rows [1, 4, D] to try a layer with, like its parameters."""
+    """Rows [1, 4, D] for the trial run of a layer, with the dtype and device of its parameters."""
     like = next(layer.parameters())
     rows = torch.linspace(0, 4 * width, 4 * width, device=like.device).sin()
     return rows.view(1, 4, width).to(like.dtype)
@@ -70,11 +70,11 @@ def check_form(
 ) -> None:
     """Raises unless the form computes the layer's own function of the rows x [N, T, D].
 
-    `ours` is what runs in place of the attention, if anything, and the attention's arguments; they
-    are the layer's by default.
+    `ours` is the replacement of the attention, if any, and its arguments; by default those of the
+    layer.
 
     Raises:
-        ValueError: it does not, so that the layer is of a kind that is not known.
+        ValueError: it does not; layers of this kind are not supported.
     """
     if x.is_meta:
         return

@@ -1,4 +1,4 @@
-"""The denoisers of diffusers that `convert` knows: how each is called, a few lines a class."""
+"""The denoisers of diffusers that `convert` supports, and how each is called."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ TWO_STREAMS = ("transformer_blocks", "single_transformer_blocks")
 
 @dataclass(frozen=True)
 class DenoiserFamily:
-    """How a class of models is called; its forward is its own.
+    """How a class of models is called; its own forward runs.
 
-    Its layers must be a chain: each is given what the one before it returned, and other arguments
-    that do not depend on which layers are run. A test of each family holds that.
+    Its layers must form a chain: each takes the output of the one before it, and other arguments
+    that do not depend on which layers run. Each family has a test of this.
     """
 
     needs: tuple[str, ...]
     """Arguments of its forward that a batch must hold."""
     takes: tuple[str, ...] = ()
-    """Others that a batch may hold."""
+    """Further arguments that a batch may hold."""
     depends: Mapping[str, str] = field(default_factory=dict)
     """Arguments that it needs where this attribute or number of its config is true, and else does
     not take."""
     whole: tuple[str, ...] = ()
-    """Those of them that are for all samples, with no first dimension N."""
+    """Those arguments that all samples share: without a first dimension N."""
     lists: tuple[str, ...] = ("transformer_blocks",)
-    """The lists of its layers, in the order in which they run."""
+    """Paths of the lists of layers, in the order in which they run."""
     layout: str = "CHW"
-    """Of a sample: C channels, F frames, H rows and W columns; or T patches."""
+    """The layout of a sample: C channels, F frames, H rows and W columns; or T patches."""
     prediction: Prediction = FLOW
-    """What it predicts."""
+    """The kind of its prediction."""
     time: float | str = 1000.0
-    """Its timestep where all is noise, or the number of its config that is a 1000th of it."""
+    """The timestep of pure noise, or the name of the config entry that is a thousandth of it."""
     reversed: bool = False
-    """Its time runs from noise to data, and its velocity with it: 1 - t, and y - eps."""
+    """Whether time runs from noise to data: time 1 - t, velocity y - eps."""
 
     def arguments(self, model: Any) -> tuple[set[str], set[str]]:
-        """Those that a batch for this model must hold, and all that it may hold."""
+        """The arguments that a batch for this model must hold, and all that it may hold."""
         given = vars(model)
         needs = {n for n, flag in self.depends.items() if given.get(flag, model.config.get(flag))}
         needs |= set(self.needs)
@@ -137,7 +137,7 @@ FAMILIES = {
 
 
 def family_of(model: Any) -> DenoiserFamily | None:
-    """The family of a model of diffusers whose forward is its class'; None for others."""
+    """The family of a model of diffusers with the forward of its class; None for others."""
     for kind in type(model).__mro__:
         if kind.__module__.startswith("diffusers.") and kind.__name__ in FAMILIES:
             own = getattr(kind, "forward", None) is getattr(type(model), "forward", None)

@@ -1,4 +1,4 @@
-"""A denoiser of diffusers as a network of blocks: its own forward, with some of its layers."""
+"""A denoiser of diffusers as a network of blocks: its own forward with some of its layers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from dblocks.schedules import NoiseLevel
 
 
 class PlacedLayer(nn.Module):
-    """A layer and its place in the model, whose list it is put into when a block runs.
+    """A layer and its path in the model; it is put into the list there when its block runs.
 
     Args:
-        layer: the model's own.
+        layer: the model's own layer.
         path: its name in the model.
     """
 
@@ -33,7 +33,7 @@ class PlacedLayer(nn.Module):
 
 
 class Denoised(NamedTuple):
-    """What the model says."""
+    """The prediction of the model."""
 
     output: Tensor
     """Of the shape of z, in the dtype of `z_in`."""
@@ -54,13 +54,13 @@ class ConvertedDenoiser(Converted):
     its forward by name.
 
     Args:
-        model: the user's.
+        model: the user's model.
         layers: its layers by name.
-        family: how it is called.
+        family: the model's family.
 
     Raises:
         ValueError: these are not all layers of the family's lists in the order in which they run,
-            or a forward was put in place of the model's own.
+            or the model's forward was replaced.
     """
 
     def __init__(
@@ -138,24 +138,24 @@ class ConvertedDenoiser(Converted):
         return _over(rates.skip, z_in) * z_in - _over(rates.out, z_in) * output
 
     def compare(self) -> tuple[Tensor, Tensor]:
-        """Nothing to compare: the parts are never run but by the model's own forward."""
+        """Nothing to compare: the parts run only in the model's own forward."""
         return torch.ones(1), torch.ones(1)
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
-        """None: the model itself has no loss but that of denoising."""
+        """None: the model has no loss other than denoising."""
         raise ValueError(
             "a denoiser has no loss of its own beside that of denoising; set clean_loss_weight to 0"
         )
 
     def follow_(self, other: Converted) -> None:
-        """Checkpoints as `other` does, of which this is a copy."""
+        """Sets checkpointing as in `other`, the original of this copy."""
         super().follow_(other)
         function = vars(_own(other.model)).get("_gradient_checkpointing_func")
         if function is not None:
             _own(self.model)._gradient_checkpointing_func = function
 
     def _running(self, layers: Iterable[nn.Module]) -> nn.Module:
-        """A view of the model, whose lists hold these layers alone."""
+        """A view of the model whose lists hold only these layers."""
         places: dict[str, dict[str, nn.Module]] = {n.rpartition(".")[0]: {} for n in self.names}
         for placed in layers:
             assert isinstance(placed, PlacedLayer)
@@ -169,7 +169,7 @@ class ConvertedDenoiser(Converted):
     def _with_list(
         self, module: nn.Module, left: list[str], path: str, members: dict[str, nn.Module]
     ) -> nn.Module:
-        """A copy of the modules above a list, which gives way to one of `members`."""
+        """A copy of the modules above a list, with a list of `members` in its place."""
         if not left:
             return nn.ModuleList(members[key] for key in sorted(members, key=int))
         if "forward" in vars(module):
@@ -192,19 +192,19 @@ def _run(
     layers: Sequence[nn.Module],
     arguments: Mapping[str, Any],
 ) -> Tensor:
-    """What the model's own forward returns, with these layers alone in its lists.
+    """The result of the model's own forward with only these layers in its lists.
 
-    A view is made at each call, since modules of the model may be replaced in between; a compiler
-    would take each for another model. Layers that are compiled by themselves are run so.
+    The view is made at each call, since modules of the model may be replaced in between. A compiler
+    would take each view for another model; layers that are compiled themselves stay compiled.
     """
     return running(layers)(**arguments, return_dict=False)[0]
 
 
 def denoiser(model: nn.Module, layers: Mapping[str, nn.Module]) -> ConvertedDenoiser:
-    """A denoiser of diffusers, also inside peft's wrapper.
+    """A denoiser of diffusers, possibly inside peft's wrapper.
 
     Raises:
-        ValueError: its class is not known, or has a forward of its own.
+        ValueError: its class is not supported, or its forward was replaced.
     """
     own = _own(model)
     family = family_of(own)
@@ -219,7 +219,7 @@ def denoiser(model: nn.Module, layers: Mapping[str, nn.Module]) -> ConvertedDeno
 
 
 def default_layers(model: nn.Module) -> list[str] | None:
-    """The paths of the lists of layers of a known denoiser; None of another model."""
+    """The paths of the lists of layers of a supported denoiser; None for other models."""
     own = _own(model)
     family = family_of(own)
     if family is None:
@@ -246,7 +246,7 @@ def _check_order(model: nn.Module, names: tuple[str, ...], family: DenoiserFamil
 
 
 def _own(model: nn.Module) -> Any:
-    """The model, also inside peft's wrapper."""
+    """The model without peft's wrapper."""
     own: Any = model
     return own.get_base_model() if hasattr(own, "get_base_model") else own
 
@@ -256,5 +256,5 @@ def _prefix(model: nn.Module, own: nn.Module) -> str:
 
 
 def _over(value: Tensor, z: Tensor) -> Tensor:
-    """[N] as what multiplies z [N, ...]."""
+    """[N] reshaped to multiply z [N, ...]."""
     return value.view(-1, *[1] * (z.ndim - 1))

@@ -1,4 +1,4 @@
-"""diffusers' DiT as a network of blocks: it is a denoiser already, and keeps its own modulation."""
+"""diffusers' DiT as a network of blocks: a denoiser already, it keeps its own modulation."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ LABEL_DROP = 0.1  # Peebles and Xie 2023
 
 
 class Hidden(NamedTuple):
-    """What the layers leave."""
+    """The output of the layers."""
 
     x: Tensor
     """Tokens [N, P, D]."""
     timestep: Tensor
-    """float [N]."""
+    """Timesteps, float [N]."""
     labels: Tensor
-    """int64 [N], dropped ones the null class."""
+    """Labels, int64 [N]; the null class where dropped."""
     grid: tuple[int, int]
-    """Rows and columns of patches."""
+    """Numbers of rows and columns of patches."""
     dtype: torch.dtype
-    """Of the noisy image."""
+    """The dtype of the noisy image."""
 
 
 class ConvertedDiT(Converted):
@@ -48,16 +48,16 @@ class ConvertedDiT(Converted):
         1000 * (ln sigma - ln sigma_min) / (ln sigma_max - ln sigma_min) ;
 
     its first C channels are F of the preconditioning, and a second half for variances, if there is
-    one, is not used. Its layers hold their own embeddings of timestep and label. The final layer
+    one, is not used. Its layers have their own embeddings of timestep and label. The final layer
     reads those of the first layer, which other blocks do not train: here it has a copy.
 
     A batch holds "images" and "labels"; labels are dropped with probability .1 where the model has
     a null class.
 
     Args:
-        model: the user's.
+        model: the user's model.
         layers: its layers by name.
-        schedule: of the noise.
+        schedule: the noise schedule.
     """
 
     reads = ()
@@ -125,7 +125,7 @@ class ConvertedDiT(Converted):
         return image[:, : self.channels].to(hidden.dtype)
 
     def compare(self) -> tuple[Tensor, Tensor]:
-        """See `Converted.compare`; the image, at two timesteps."""
+        """See `Converted.compare`; compares images at two timesteps."""
         model: Any = self.model
         side, like = model.config.sample_size, model.proj_out_2.weight
         numbers = torch.arange(2 * self.channels * side**2, device=like.device)
@@ -138,22 +138,22 @@ class ConvertedDiT(Converted):
         patches = side // model.config.patch_size
         hidden = Hidden(x, timestep, labels, (patches, patches), z.dtype)
         own = model(z, timestep=timestep, class_labels=labels).sample
-        # The model reads the first layer's, of which ours was a copy before it was trained.
+        # The model reads that of the first layer; ours was a copy of it before training.
         first: Any = next(iter(self.layers))
         return own[:, : self.channels], self._features(hidden, first.norm1.emb)
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
-        """None: the model itself has no loss but that of denoising."""
+        """None: the model has no loss other than denoising."""
         raise ValueError(
             "a DiT has no loss of its own beside that of denoising; set clean_loss_weight to 0"
         )
 
 
 def image_model(model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> Converted:
-    """A DiT, or another denoiser, of diffusers.
+    """A DiT or another denoiser of diffusers.
 
     Raises:
-        ValueError: the model is of no known class.
+        ValueError: the model's class is not supported.
     """
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
@@ -170,7 +170,7 @@ def _run_layer(layer: nn.Module, x: Tensor, timestep: Tensor, labels: Tensor) ->
 
 @contextmanager
 def _all_labels(embedding: Any) -> Iterator[None]:
-    """Without the label dropout of the embedding itself: labels are dropped once for all layers."""
+    """Turns off label dropout in the embedding: labels are dropped once for all layers."""
     embedder = embedding.class_embedder
     training, embedder.training = embedder.training, False
     try:

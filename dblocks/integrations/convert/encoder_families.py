@@ -1,4 +1,4 @@
-"""What differs between encoders of transformers beside ViT, BERT and RoBERTa."""
+"""Families of encoders of transformers other than ViT, BERT and RoBERTa."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dblocks.integrations.convert.families import (
 from dblocks.integrations.convert.layers import ByLayerType
 from dblocks.integrations.convert.text_entries import ids_of
 
-PLACED = ("attention_mask", "position_ids")  # what is read where tokens have no types
+PLACED = ("attention_mask", "position_ids")  # the entries of models without token types
 
 # Images
 
 
 class DINOv2Family(ViTFamily):
-    """DINOv2, whose head sees the class token beside the mean of the patches after registers."""
+    """DINOv2: its head takes the class token and the mean of the patches after the registers."""
 
     def pool(self, model: Any, x: Tensor) -> Tensor:
         x, first = backbone(model).layernorm(x), 1 + getattr(model.config, "num_register_tokens", 0)
@@ -32,7 +32,7 @@ class DINOv2Family(ViTFamily):
 
 
 class CLIPFamily(ViTFamily):
-    """CLIP's vision model, whose head sees the mean of the patches."""
+    """CLIP's vision model: its head takes the mean of the patches."""
 
     class_row = False
 
@@ -68,7 +68,7 @@ def electra_rows(model: Any, batch: Batch) -> Tensor:
 
 
 class ElectraClassFamily(BertClassFamily):
-    """ELECTRA, whose head pools the rows itself, as RoBERTa's."""
+    """ELECTRA: its head pools the rows itself, as in RoBERTa."""
 
     def enter(self, model: Any, batch: Batch) -> Tensor:
         return electra_rows(model, batch)
@@ -110,7 +110,7 @@ class DistilBertMaskedFamily(BertMaskedFamily):
 
 
 def modern_context(model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
-    """What ModernBERT makes once for its layers of each type: masks and rotary positions."""
+    """Masks and rotary positions that ModernBERT computes once per type of layer."""
     from transformers.masking_utils import (
         create_bidirectional_mask,
         create_bidirectional_sliding_window_mask,

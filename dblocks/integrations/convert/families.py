@@ -1,6 +1,6 @@
-"""What differs between families of models: how rows enter and leave the layers, and the head.
+"""Families of models: how rows enter and leave the layers, and the head.
 
-A family gets the model with every call and keeps none, so it also serves copies of the model.
+A family gets the model in every call and does not store it, so it also serves copies.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dblocks.integrations.convert.text_entries import TEXT, entries_of, ids_of
 # Language models of transformers that predict the next token
 
 
-# Options of a config that no family computes, and why.
+# Options of a config that no family supports, and why.
 UNSUPPORTED = {
     "use_bidirectional_attention": "rows that see later ones",
     "add_cross_attention": "another text",
@@ -35,23 +35,23 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class RotaryFamily:
-    """Llama and those like it: rotary positions, which the backbone makes for all layers."""
+    """Llama and similar models: rotary positions, which the backbone computes for all layers."""
 
     final_norm: str = "norm"
-    """The backbone's last norm."""
+    """Name of the backbone's last norm."""
     embedding_factor: str = ""
-    """The config's number that embeddings are multiplied with."""
+    """Name of the config entry that multiplies embeddings."""
     logit_factor: str = ""
-    """The config's number that logits are multiplied with."""
+    """Name of the config entry that multiplies logits."""
     logit_divisor: str = ""
-    """The config's number that logits are divided by."""
+    """Name of the config entry that divides logits."""
     dropout: str = ""
-    """The backbone's dropout of rows that enter."""
+    """Name of the backbone's dropout of its input rows."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Options of the config that must not be set, and why."""
+    """Options of the config that are not supported, and why."""
 
     def unsupported(self, model: Any) -> str | None:
-        """Which option of the model's config is not computed here; None where there is none."""
+        """The unsupported option of the model's config, if there is one."""
         config = model.config
         for name, why in (UNSUPPORTED | dict(self.refused)).items():
             if getattr(config, name, None):
@@ -60,17 +60,17 @@ class RotaryFamily:
         return f"layers of the types {sorted(others)}" if others else None
 
     def reads(self, model: Any) -> tuple[str, ...]:
-        """What of a batch it reads beside tokens."""
+        """Entries of a batch that are read in addition to tokens."""
         return ("position_ids",)
 
     def attention(self, attention: nn.Module, name: str) -> nn.Module:
-        """What runs in place of an attention, with the named function of converted rows."""
+        """Replacement of an attention, which calls the named function."""
         from dblocks.integrations.convert.row_attention import with_attention
 
         return with_attention(attention, name)
 
     def probed(self, attention: nn.Module) -> nn.Module | None:
-        """What runs in place of an attention when a layer is tried; None for its own."""
+        """Replacement of an attention in the trial run of a layer; None for its own."""
         return None
 
     def layer_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class RotaryFamily:
         return context_from_start(self, model, rows)
 
     def probe_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
-        """Those of the attention of converted layers, for the same rows."""
+        """Keyword arguments of the converted layers' attention for the same rows."""
         return context_from_start(self, model, rows)
 
     def embedding(self, model: Any) -> nn.Embedding:
@@ -124,7 +124,7 @@ class RotaryFamily:
         self, model: Any, tokens: Tensor, position_ids: Tensor | None = None, **more: Any
     ) -> Tensor:
         if position_ids is not None:
-            # Without a mask, places that do not follow one another would mean packed documents.
+            # Without a mask, positions that are not consecutive would mean packed documents.
             more |= {"position_ids": position_ids, "attention_mask": torch.ones_like(tokens)}
         return model(input_ids=tokens, use_cache=False, **more).logits
 
@@ -136,7 +136,7 @@ class RotaryFamily:
         position_ids: Tensor | None = None,
         **more: Any,
     ) -> Tensor:
-        # Padding is behind the texts, where none of their rows sees it.
+        # Padding is after the texts, where no row of a text sees it.
         logits = self.plain_logits(model, tokens, position_ids, **more)[:, :-1]
         return nnf.cross_entropy(
             at_least_float32(logits).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
@@ -184,7 +184,7 @@ class OPTFamily(RotaryFamily):
 
 
 def positions_of_samples(positions: Tensor) -> Tensor:
-    """Positions [T] of all samples, or [N, T], as [1 or N, T]."""
+    """Positions [T] or [N, T], as [1 or N, T]."""
     return positions if positions.ndim == 2 else positions[None]
 
 
@@ -197,7 +197,7 @@ def context_from_start(family: RotaryFamily, model: Any, rows: Tensor) -> dict[s
 
 
 def bert_context(model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
-    """The attention's mask, where a batch has padding, as the model itself makes it."""
+    """The attention mask for padding, as the model itself makes it."""
     mask = batch.get("attention_mask")
     if mask is None:
         return {}
@@ -217,7 +217,7 @@ def bert_context(model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
 
 
 class ViTFamily:
-    """ViT: the first row is the class token's."""
+    """ViT: the first row is the class token."""
 
     input = "images"
     reads: tuple[str, ...] = ()
@@ -282,7 +282,7 @@ class BertClassFamily(ViTFamily):
 
 
 class RobertaClassFamily(BertClassFamily):
-    """RoBERTa, whose head pools the rows itself."""
+    """RoBERTa: its head pools the rows itself."""
 
     def pool(self, model: Any, x: Tensor) -> Tensor:
         return x[:, 0]
@@ -331,14 +331,14 @@ class BertMaskedFamily:
 
 
 class RobertaMaskedFamily(BertMaskedFamily):
-    """RoBERTa, whose positions begin after that of the padding."""
+    """RoBERTa: positions begin after the padding index."""
 
     head_name = "lm_head"
     special_positions = 2
 
 
 def waves(model: nn.Module, shape: Sequence[int]) -> Tensor:
-    """An image that is the same each time, like the model's parameters."""
+    """A fixed image in the dtype and on the device of the model's parameters."""
     like = next(model.parameters())
     numbers = torch.arange(math.prod(shape), device=like.device, dtype=torch.float32)
     return numbers.sin().view(*shape).to(like.dtype)
@@ -352,6 +352,6 @@ def _example_text(model: Any) -> Tensor:
 
 
 def backbone(model: Any) -> Any:
-    """The model without its head, also inside peft's wrapper."""
+    """The model without its head and without peft's wrapper."""
     own = model.get_base_model() if hasattr(model, "get_base_model") else model
     return getattr(own, own.base_model_prefix, own)

@@ -1,10 +1,10 @@
-"""The files of a converted model: one for each block and one for what the blocks share.
+"""The files of a converted model: one per block and one for shared tensors.
 
     dblocks.json  block_00.safetensors  block_01.safetensors  ...  shared.safetensors  README.md
 
 A worker that trains one block writes that block's file only. Tensors of the user's model keep the
 names that they have in it, so that its `load_state_dict(..., strict=False)` takes them; names of
-what `convert` added begin with `dblocks.`.
+tensors that `convert` added begin with `dblocks.`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dblocks.integrations.convert.blocks import ConvertedBlocks
 
 FORMAT = 2
-# Options that format 1 did not write, as its models had them.
+# Options that format 1 did not store, and the values that it implied.
 FORMAT_1_OPTIONS = {"rows": "doubled", "head": "learned"}
 FORMAT_1_BLOCKS = {"top_share": 0.0}
 CONFIG_FILE = "dblocks.json"
@@ -41,11 +41,11 @@ def block_file(block: int) -> str:
 
 
 def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) -> None:
-    """Writes the files of all blocks and of what they share, or of one block alone.
+    """Writes the files of all blocks and of shared tensors, or the file of one block.
 
     Args:
         blocks: the converted model.
-        folder: made if it is not there; files of an earlier save are replaced.
+        folder: created if it does not exist; files of an earlier save are replaced.
         block: writes the file of this block, and dblocks.json.
     """
     folder = Path(folder)
@@ -76,10 +76,10 @@ def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) 
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """What dblocks.json says.
+    """The contents of dblocks.json.
 
     Raises:
-        ValueError: it is not there, or is no such file.
+        ValueError: it does not exist, or is not valid.
     """
     path = current(Path(folder), CONFIG_FILE)
     if not path.exists():
@@ -94,7 +94,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             blocks = config["blocks_config"] = FORMAT_1_BLOCKS | config["blocks_config"]
             of_noise = blocks["schedule"]["type"] == "NoiseSchedule"
             if blocks["weighting"] == "auto" and of_noise and config["task"] != "images":
-                blocks["weighting"] = "batch_mean"  # what "auto" meant for a cross-entropy
+                blocks["weighting"] = "batch_mean"  # the meaning of "auto" for a cross-entropy
     return config
 
 
@@ -124,7 +124,7 @@ def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> N
 
 
 def _named(blocks: ConvertedBlocks) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, each under its first name, and the other names of tied ones."""
+    """The tensors by their first names, and further names of tied ones."""
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -139,7 +139,7 @@ def _named(blocks: ConvertedBlocks) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _owners(blocks: ConvertedBlocks) -> Callable[[str], int | None]:
-    """Tells the block that a tensor of the state_dict belongs to; None for what is shared."""
+    """A function from a name in the state_dict to the tensor's block; None if it is shared."""
     names = blocks.base_model.names
     layers = {
         prefix: block

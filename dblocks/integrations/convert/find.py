@@ -19,7 +19,7 @@ LISTED = 12
 def find_layers(model: nn.Module, layers: Layers | None = None) -> dict[str, nn.Module]:
     """The residual layers of a model, first to last, by their fully qualified names.
 
-    Without `layers`, the first of these signals that gives a list of layers counts:
+    Without `layers`, the first of these signals that gives a list of layers is used:
 
     1. transformers: the layers subclass its `GradientCheckpointingLayer`;
     2. diffusers, transformers: `_repeated_blocks`, then `_no_split_modules`, name their classes;
@@ -33,11 +33,11 @@ def find_layers(model: nn.Module, layers: Layers | None = None) -> dict[str, nn.
         model: any module; it is not changed.
         layers: the path of an `nn.ModuleList` or `nn.Sequential`, such as "transformer.h"; or the
             paths of the layers, or of several such lists, one after the other; or a function from
-            the model to those of its modules. It wins over every signal.
+            the model to those of its modules. It overrides all signals.
 
     Raises:
-        ValueError: no list is found, or several, or one whose shapes change (the error names what
-            there is); or `layers` are not distinct modules of the model.
+        ValueError: no list is found, or several, or one whose shapes change (the error lists the
+            candidates); or `layers` are not distinct modules of the model.
         TypeError: `layers` is something else.
     """
     if layers is None:
@@ -87,7 +87,7 @@ def _at(model: nn.Module, layers: str | Sequence[str]) -> Iterable[tuple[str, nn
                 + (f"near names: {near}" if near else "see model.named_modules()")
             )
     if not isinstance(layers, str):
-        # A list of modules is no layer, as it cannot be called: its members are.
+        # A list of modules cannot be called, so its members are the layers.
         return [pair for path in paths for pair in _layers_at(modules[path], path)]
     if not isinstance(modules[layers], LISTS):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where the parts of a transformer layer are, by the names that libraries give them."""
+"""The parts of a transformer layer, by the names that libraries give them."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from torch import nn
 
 @dataclass(frozen=True)
 class LayerForm:
-    """Where the parts of a layer are: paths of its submodules."""
+    """The parts of a layer: paths of its submodules."""
 
     norm1: str
-    """The attention's norm; empty where the attention sees the rows as they are."""
+    """The norm before the attention; empty if there is none."""
     attention: str
     """The attention."""
     norm2: str
-    """The MLP's norm; empty where there is none, or a parallel MLP shares that of the attention."""
+    """The norm before the MLP; empty if there is none or a parallel MLP shares the other."""
     mlp: str
     """The MLP."""
     after_attention: tuple[str, ...] = ()
-    """What the attention's result goes through before it is added."""
+    """Modules between the attention and the residual sum."""
     after_mlp: tuple[str, ...] = ()
-    """What the MLP's result goes through before it is added."""
+    """Modules between the MLP and the residual sum."""
     post_norm: bool = False
-    """Norms come after the sums."""
+    """Whether norms follow the residual sums."""
     parallel: bool = False
-    """Attention and MLP see the same rows, and are added together."""
+    """Whether attention and MLP take the same rows, and are added together."""
     multiplier: str = ""
-    """The layer's attribute with what is multiplied with what is added; it may be None."""
+    """The layer's attribute that scales a branch; its value may be None."""
     mlp_multiplier: str = ""
-    """That of the MLP, where it is another."""
+    """The attribute that scales the MLP, if it is another."""
     dropout: str = ""
-    """The layer's attribute with the rate of a dropout of what is added, where it is no module."""
+    """The layer's attribute with the dropout rate of a branch, if dropout is not a module."""
     cross: str = ""
-    """What adds the attention to another text, between both branches, with a norm of its own."""
+    """The cross-attention between both branches, with its own norm."""
     adds_rows: bool = False
-    """The MLP takes the rows that its result is added to, and adds them."""
+    """Whether the MLP takes the residual rows and adds them itself."""
     when: Mapping[str, Any] = field(default_factory=dict)
-    """Attributes of the layer and their values, where the same parts are run in several ways."""
+    """Required values of the layer's attributes, if layers with these parts run differently."""
 
     def paths(self) -> tuple[str, ...]:
-        """All of them."""
+        """All paths."""
         named = (self.norm1, self.attention, self.cross, self.norm2, self.mlp)
         return (*filter(None, named), *self.after_attention, *self.after_mlp)
 
@@ -64,8 +64,8 @@ class LayerForm:
 ATTENTION = ("input_layernorm", "self_attn")
 SECOND = "post_attention_layernorm"
 
-# Tried in this order: what has more parts comes before what has some of them. `check_form` runs a
-# layer to see that its form is right.
+# Tried in this order: a form with more parts comes before one with some of them. `check_form` runs
+# a layer to verify its form.
 FORMS = (
     LayerForm(  # Gemma 2 and 3: norms before and after
         *ATTENTION, "pre_feedforward_layernorm", "mlp", (SECOND,), ("post_feedforward_layernorm",)
@@ -212,7 +212,7 @@ FORMS = (
 
 
 def form_of(layer: nn.Module) -> LayerForm | None:
-    """The first of `FORMS` whose parts the layer has."""
+    """The first of `FORMS` that fits the layer."""
     for form in FORMS:
         if form.fits(layer):
             return form
@@ -220,7 +220,7 @@ def form_of(layer: nn.Module) -> LayerForm | None:
 
 
 def require_form(name: str, layer: nn.Module) -> LayerForm:
-    """As `form_of`, but with an error that says which layer has none."""
+    """As `form_of`, but raises an error that names a layer without a form."""
     form = form_of(layer)
     if form is None:
         raise ValueError(

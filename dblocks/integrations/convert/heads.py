@@ -1,4 +1,4 @@
-"""Output heads of other libraries: their own functions of features."""
+"""Output heads of other libraries, as functions of features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class FunctionHead(OutputHead):
 
     Args:
         function: from features, in their own dtype, to logits.
-        modulation: as in `OutputHead`. log_scale: as of `OutputHead`.
+        modulation: as in `OutputHead`.
+        log_scale: as in `OutputHead`.
     """
 
     def __init__(

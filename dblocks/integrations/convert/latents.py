@@ -1,4 +1,4 @@
-"""Images, latents and videos as targets, and what they are denoised under."""
+"""Images, latents and videos as targets, and their conditions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class LatentTarget(L2Target):
     """Images, latents or videos `batch["images"]` under the L2 loss, in a model's own layout.
 
     Args:
-        layout: of a sample, such as "CHW"; see `AXES`.
-        channels: C.
+        layout: the layout of a sample, such as "CHW"; see `AXES`.
+        channels: number of channels C.
         arguments: the other entries that a batch may hold.
     """
 
@@ -54,7 +54,7 @@ class LatentTarget(L2Target):
 
 
 def check_samples(condition: Mapping[str, Any], count: int, whole: Collection[str]) -> None:
-    """Raises unless each tensor that is not for all samples has one entry a sample."""
+    """Raises unless each tensor that samples do not share has one entry per sample."""
     for name, value in condition.items():
         for key, tensor in value.items() if isinstance(value, Mapping) else [(name, value)]:
             if name not in whole and isinstance(tensor, Tensor) and len(tensor) != count:
@@ -68,7 +68,7 @@ def null_of(given: Mapping[str, Any], negative: Mapping[str, Any], drop: Tensor)
     """The condition, with the negative one where `drop` [N] is true.
 
     Raises:
-        ValueError: there is no negative condition, or one of another shape.
+        ValueError: there is no negative condition, or its shape differs.
     """
     if not negative:
         raise ValueError(

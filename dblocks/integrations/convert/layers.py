@@ -13,7 +13,7 @@ or, where both branches see the same rows as in GPT-J,
     h1 = norm1(x)*(1 + scale1) + shift1 ;  h2 = norm2(x)*(1 + scale2) + shift2
     x = x + (1 + gate1)*attention(h1) + (1 + gate2)*mlp(h2),
 
-in which norm2 may be norm1. A layer without a norm before a branch has the rows in its place.
+in which norm2 may be norm1. Without a norm before a branch, the branch takes the rows.
 
 Without a modulation, or with zeros, this is the layer's own function. Norms, sums and modulations
 run as fused ops; attention and MLP are the model's own modules.
@@ -44,11 +44,11 @@ COND_DIM = 256
 
 
 class ByLayerType(dict[str, Any]):
-    """What the attention is given, by the type of its layer, as its model's config has it."""
+    """Keyword arguments of the attention by type of layer, as in the model's config."""
 
 
 class OfLayer:
-    """What the attention is given, made by a module of its layer, such as a bias of its scores.
+    """Keyword arguments of the attention that a module of its layer computes, such as a bias.
 
     Args:
         make: a function of the layer.
@@ -59,7 +59,7 @@ class OfLayer:
 
 
 def context_of(layer: nn.Module, attention: Any, context: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of one layer's attention, of those for all layers."""
+    """The keyword arguments of one layer's attention, out of those of all layers."""
 
     def own(value: Any) -> Any:
         if isinstance(value, ByLayerType):
@@ -77,13 +77,13 @@ def cond_dim(width: int) -> int:
 class ConditionedLayer(nn.Module):
     """A layer of a model with a modulation that starts at zero.
 
-    Hooks on the layer itself do not run here; those on its parts do.
+    Hooks on the layer itself do not run; those on its parts do.
 
     Args:
-        layer: the model's own; its modules are used, not copied.
+        layer: the model's own layer; its modules are used, not copied.
         dim: width D of its rows.
-        form: where its parts are.
-        attention: what runs in place of its attention, with the same parameters.
+        form: the paths of its parts.
+        attention: replacement of its attention, with the same parameters.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ConditionedLayer(nn.Module):
         self.layer = layer
         self.modulation = Modulation(dim, CHUNKS, cond_dim=cond_dim(dim))
         self.form = form
-        # In a tuple, where it is not registered: its parameters are the layer's.
+        # In a tuple, so that it is not registered: its parameters are the layer's.
         self.instead = () if attention is None else (attention,)
 
     def forward(
@@ -105,7 +105,7 @@ class ConditionedLayer(nn.Module):
         clean: int = 0,
         checkpointing: bool = False,
     ) -> Tensor:
-        """One layer.
+        """Runs the layer.
 
         Args:
             x: rows [N, T, D].
@@ -114,7 +114,7 @@ class ConditionedLayer(nn.Module):
                 to another text.
             clean: how many segments of rows, as long as one of `cond` [N, S, D], stand before
                 those that are modulated.
-            checkpointing: keep the layer's input only, and compute the rest again for gradients.
+            checkpointing: store only the layer's input, and recompute the rest in the backward.
         """
         own = getattr(self.layer, "gradient_checkpointing", False) and torch.is_grad_enabled()
         if checkpointing or own:
@@ -122,7 +122,7 @@ class ConditionedLayer(nn.Module):
         return self._within(x, cond, context or {}, clean)
 
     def norms(self) -> list[nn.Module]:
-        """The layer's norms, of its attention and of its MLP."""
+        """The norms of the attention and of the MLP."""
         paths = filter(None, (self.form.norm1, self.form.norm2))
         return [self.layer.get_submodule(path) for path in paths]
 
@@ -189,7 +189,7 @@ class ConditionedLayer(nn.Module):
     def _transform(self, h: Tensor) -> Tensor:
         zero = (h.new_zeros(()),) if self.form.adds_rows else ()
         out = self.layer.get_submodule(self.form.mlp)(h, *zero)
-        # Some mixtures of experts also return what chose them.
+        # Some mixtures of experts also return the router's output.
         form, branch = self.form, out if isinstance(out, Tensor) else out[0]
         return self._after(branch, form.after_mlp, form.mlp_multiplier or form.multiplier)
 
@@ -212,7 +212,7 @@ def _chunks(chunks: Sequence[Tensor], *, clean: int) -> tuple[Tensor, ...]:
 
 
 def _spec(norm: nn.Module, dtype: torch.dtype) -> NormSpec | None:
-    """None where the norm itself has to be called."""
+    """None if the norm itself must be called."""
     return None if runs_more(norm) else norm_spec(norm, dtype)
 
 

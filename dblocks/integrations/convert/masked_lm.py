@@ -25,10 +25,10 @@ from dblocks.schedules import MASKED, MaskLevel
 
 
 class MaskedFamily(Protocol):
-    """What differs between masked language models."""
+    """The differences between masked language models."""
 
     reads: tuple[str, ...]
-    """What of a batch it reads beside tokens."""
+    """Entries of a batch that are read in addition to tokens."""
 
     def sizes(self, model: nn.Module) -> Sizes:
         """Sizes of the vocabulary and of the longest text."""
@@ -43,11 +43,11 @@ class MaskedFamily(Protocol):
         ...
 
     def head(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Logits [N, T, V] of what the layers leave."""
+        """Logits [N, T, V] of the layers' output."""
         ...
 
     def example(self, model: nn.Module) -> Tensor:
-        """Tokens [N, T] to try the model with."""
+        """Tokens [N, T] for a trial run."""
         ...
 
     def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -56,18 +56,18 @@ class MaskedFamily(Protocol):
 
 
 class Context(NamedTuple):
-    """What is known about texts, in addition to their state."""
+    """The condition of texts, in addition to their state."""
 
     known: Tensor | None
-    """The tokens that are given; see `MaskedTokenTarget.known`."""
+    """The known tokens; see `MaskedTokenTarget.known`."""
     entries: Mapping[str, Tensor]
     """See `text_entries`."""
     starts: Tensor | None
-    """Where texts begin, int64 [N]; None without padding."""
+    """The first token of each text, int64 [N]; None without padding."""
 
 
 class Hidden(NamedTuple):
-    """What the layers leave."""
+    """The output of the layers."""
 
     x: Tensor
     """Rows [N, T, D]."""
@@ -78,17 +78,17 @@ class Hidden(NamedTuple):
 class ConvertedMaskedLM(Converted):
     """A masked language model, for `DiffusionBlocks` with a `MaskSchedule`.
 
-    Masked tokens enter as the model's own mask; rows are modulated by t, and so is what the head
-    sees. The mask itself is never predicted. The loss and the batch are those of `MaskedLM`; the
+    Masked tokens enter as the model's own mask; rows are modulated by t, as is the input of the
+    head. The mask itself is never predicted. The loss and the batch are those of `MaskedLM`; the
     batch may also hold "attention_mask", 0 at padding before or after each text, which is never
     masked or scored, and "position_ids" and "token_type_ids" where the model has them, each [N, T].
 
     Args:
-        model: the user's.
+        model: the user's model.
         layers: `ConditionedLayer`s by name.
-        family: what is special of the model.
+        family: the model's family.
         width: D of its rows.
-        mask_token_id: number of the mask.
+        mask_token_id: index of the mask token.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class ConvertedMaskedLM(Converted):
         return MaskedTokenTarget(head, self.sizes, mask_token=self.mask_token_id, padding=True)
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
-        """The tokens that are given, and what else the batch holds."""
+        """The known tokens and the further entries of the batch."""
         if drop is not None:
             raise ValueError(
                 "a masked language model is not trained without its condition, "
@@ -134,7 +134,7 @@ class ConvertedMaskedLM(Converted):
         level: MaskLevel,
         condition: Context,
     ) -> Hidden:
-        """Runs `layers` on tokens `z_in` [N, T], masked or given."""
+        """Runs `layers` on tokens `z_in` [N, T], some of them masked."""
         known, entries, starts = condition
         for name, value in entries.items():
             alike = name != "attention_mask" and len(value) == 1
@@ -156,12 +156,12 @@ class ConvertedMaskedLM(Converted):
         return Hidden(from_front(x, starts), cond)
 
     def features(self, hidden: Hidden) -> Tensor:
-        """Rows for the head, told of the masks' level, [N, T, D]."""
+        """Rows for the head, modulated by the level, [N, T, D]."""
         shift, scale = self.head_modulation(hidden.cond, len(hidden.x))
         return (hidden.x * (1 + scale[:, None]) + shift[:, None]).to(hidden.x.dtype)
 
     def compare(self) -> tuple[Tensor, Tensor]:
-        """See `Converted.compare`; the logits."""
+        """See `Converted.compare`; compares logits."""
         batch = {"tokens": self.family.example(self.model)}
         x = self.family.enter(self.model, batch)
         context = self.family.context(self.model, x, batch)

@@ -1,4 +1,4 @@
-"""What converted models have in common: the user's model, its layers, and what is added to them."""
+"""The base class of converted models: the user's model, its layers and their additions."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ SWITCHES = ("gradient_checkpointing", "grad_checkpointing")  # of diffusers, and
 
 
 class Converted(nn.Module, ABC):
-    """Somebody's model with what `DiffusionBlocks` asks for; see `BlockModel`.
+    """The user's model with the methods that `DiffusionBlocks` needs; see `BlockModel`.
 
     It is called as the model is, and has its attributes: `converted(...)` is the model itself,
     whose modules it runs and does not change. Its names in the state_dict follow `model.`.
 
-    Subclasses say what the target is and how it enters and leaves the layers. The target refers to
-    the user's own embedding and head, as they are when it is asked for.
+    Subclasses define the target and how it enters and leaves the layers. The target refers to the
+    user's own embedding and head at the time of the call.
 
     Args:
-        model: the user's; its modules are used, not copied.
-        layers: its residual layers by name, and what runs in their place; they may be the same.
+        model: the user's model; its modules are used, not copied.
+        layers: its residual layers by name, with their replacements, which may be the layers.
         width: D of the rows.
     """
 
@@ -50,11 +50,11 @@ class Converted(nn.Module, ABC):
         )
 
     whole_checked = True
-    """Whether the whole model was compared with its parts, or need not be."""
+    """Whether the comparison of the model with its parts is done or not needed."""
 
     @property
     def _frozen_by_blocks(self) -> bool:
-        # Of the model, which may be converted again.
+        # Stored on the model, which may be converted again.
         return getattr(self.model, "_frozen_by_blocks", False)
 
     @_frozen_by_blocks.setter
@@ -86,7 +86,7 @@ class Converted(nn.Module, ABC):
 
     @abstractmethod
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
-        """The loss of the model itself on a batch, 0-d; z, where masks say what is predicted.
+        """The model's own loss on a batch, 0-d; `z` holds the masked tokens, if tokens are masked.
 
         Raises:
             ValueError: the model has none.
@@ -94,21 +94,21 @@ class Converted(nn.Module, ABC):
 
     @abstractmethod
     def compare(self) -> tuple[Tensor, Tensor]:
-        """What the model itself makes of a small batch, and what its parts make of it.
+        """The results of the model itself and of its parts on a small batch.
 
-        The parts run as here, with all layers, but without noise and modulations.
+        The parts run with all layers, but without noise and modulations.
         """
 
     @property
     def checkpointing(self) -> bool:
-        """Whether all layers keep their input only, as the model's own switch says.
+        """Whether all layers are checkpointed, by the model's own switch.
 
-        diffusers and timm have it on the model; transformers has one on each layer.
+        diffusers and timm have one switch on the model; transformers has one on each layer.
         """
         return torch.is_grad_enabled() and any(getattr(self.model, s, False) for s in SWITCHES)
 
     def added_to_(self) -> None:
-        """Moves what is added to the device of the layers; float32, or float64 where they are."""
+        """Moves the added modules to the layers' device, as float32 (float64 if the layers are)."""
         first = next(self.layers.parameters())
         dtype = torch.promote_types(first.dtype, torch.float32)
         for child in self._added():
@@ -121,12 +121,12 @@ class Converted(nn.Module, ABC):
     # How `DiffusionBlocks` takes it apart
 
     def with_layers(self, layers: dict[str, nn.Module], *, shared: bool = True) -> nn.Module:
-        """A view of some of the layers, by their number, beside all that is shared, or without it.
+        """A view of some layers by number, with or without the shared parameters.
 
         It holds the same tensors under the same names.
         """
         view = copy.copy(self)
-        # Lists: parameters must have one order in all processes, which that of a set is not.
+        # Lists, not sets: parameters must have the same order in all processes.
         others = [name for i, name in enumerate(self.names) if str(i) not in layers]
         kept = [name for name in self.names if name not in others]
         modulations = nn.ModuleDict(
@@ -140,7 +140,7 @@ class Converted(nn.Module, ABC):
         return view
 
     def without_layers(self) -> nn.Module:
-        """A deep copy of what is shared."""
+        """A deep copy of the shared part."""
         memo: dict[int, Any] = {}
         for name in self.names:
             memo[id(self.model.get_submodule(name))] = nn.Module()
@@ -149,7 +149,7 @@ class Converted(nn.Module, ABC):
         return copy.deepcopy(self, memo)
 
     def follow_(self, other: Converted) -> None:
-        """Checkpoints as `other` does, of which this is a copy."""
+        """Sets checkpointing as in `other`, the original of this copy."""
         for switch in SWITCHES:
             if hasattr(other.model, switch):
                 setattr(self.model, switch, getattr(other.model, switch))
@@ -164,14 +164,14 @@ class Converted(nn.Module, ABC):
 def example_tokens(
     vocab_size: int, without: Iterable[int | None], device: torch.device, length: int = 6
 ) -> Tensor:
-    """Two texts [2, T] that hold none of some tokens."""
+    """Two texts [2, T] without the excluded tokens."""
     left = sorted(set(range(min(vocab_size, 64))) - set(without))
     places = torch.arange(2 * length, device=device) * 5 % len(left)
     return torch.tensor(left, device=device)[places].view(2, length)
 
 
 def check_some(samples: Tensor) -> None:
-    """Raises for a batch of no samples, which the modules of other libraries do not take."""
+    """Raises for an empty batch, which modules of other libraries do not take."""
     if len(samples) == 0:
         raise ValueError(
             "a batch for a converted model must hold at least one sample, got none; leave it out"
@@ -190,7 +190,7 @@ def _without(module: nn.Module, paths: Iterable[str]) -> nn.Module:
 
 
 def _only(module: nn.Module, paths: Iterable[str]) -> nn.Module:
-    """A tree of modules that holds some of those of `module`, under their names, and no other."""
+    """A tree with only some of the modules of `module`, under their names."""
     view = nn.Module()
     for name, inside in _by_child(paths).items():
         child = cast(nn.Module, module._modules[name])
@@ -205,7 +205,7 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 def _by_child(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Paths below each child, in their order; the empty one is the child itself."""
+    """Paths below each child, in order; an empty path is the child itself."""
     found: dict[str, list[str]] = {}
     for path in paths:
         name, _, rest = path.partition(".")

@@ -1,4 +1,4 @@
-"""The options of `convert`, which a checkpoint keeps."""
+"""The options of `convert`, which a checkpoint stores."""
 
 from __future__ import annotations
 

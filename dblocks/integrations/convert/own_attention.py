@@ -1,6 +1,6 @@
-"""Attentions of transformers run by their projections.
+"""Attention modules of transformers, run by their projections.
 
-They call no function by its name, or do not take what converted rows give them.
+These modules do not look their function up by name, or do not take the arguments of converted rows.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Heads: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class Projected(nn.Module, ABC):
-    """An attention's own projections, with one of the attentions of converted rows between them.
+    """An attention's own projections around one of the functions for converted rows.
 
-    It has no parameters beside those of the attention, whose forward does not run.
+    It has the parameters of the attention only, whose forward does not run.
 
     Args:
-        attention: the model's own.
+        attention: the model's own attention.
         name: `CAUSAL` or `DOUBLED`.
 
     Raises:
-        ValueError: the attention has hooks, which would not run.
+        ValueError: the attention has hooks; they would not run.
     """
 
     def __init__(self, attention: nn.Module, name: str) -> None:
@@ -65,13 +65,13 @@ class Projected(nn.Module, ABC):
 
     @abstractmethod
     def project(self, own: Any, h: Tensor) -> Heads:
-        """Of rows [N, R, D]."""
+        """Queries, keys and values of rows [N, R, D]."""
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys at their positions, where the attention rotates them.
+        """Rotated queries and keys, in attentions with rotary positions.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the attention has none.
         """
         raise ValueError(
             f"position_embeddings must be None for a {type(self.attention).__name__}, which "
@@ -79,16 +79,16 @@ class Projected(nn.Module, ABC):
         )
 
     def scaling(self, own: Any) -> float | None:
-        """Of the products of queries and keys; that of their width by default."""
+        """Factor of the products of queries and keys; by default that of their width."""
         return None
 
     @abstractmethod
     def dropout(self, own: Any) -> float:
-        """Of the attention's weights, while training."""
+        """Dropout rate of the attention's weights in training."""
 
     @abstractmethod
     def leave(self, own: Any, rows: Tensor) -> Tensor:
-        """What is added to the rows, of all heads' results [N, R, H*D]."""
+        """The attention's output from the results of all heads [N, R, H*D]."""
 
 
 class BloomAttention(Projected):
@@ -103,7 +103,7 @@ class BloomAttention(Projected):
         return own.attention_dropout.p
 
     def leave(self, own: Any, rows: Tensor) -> Tensor:
-        """See `Projected`; the attention adds the rows that enter itself."""
+        """See `Projected`; the attention adds the residual itself."""
         return nnf.dropout(own.dense(rows), own.hidden_dropout, own.training)
 
 
@@ -135,7 +135,7 @@ class MptAttention(Projected):
 
 
 class UMT5Attention(Projected):
-    """UMT5's, which makes the bias of its scores itself; here it is given."""
+    """UMT5's; its bias of the scores is an argument here."""
 
     def project(self, own: Any, h: Tensor) -> Heads:
         """See `Projected`."""
@@ -173,7 +173,7 @@ class FalconAttention(Projected):
         return apply_rotary_pos_emb(query, key, cos, sin)
 
     def dropout(self, own: Any) -> float:
-        """See `Projected`; without ALiBi the model has none, and with it, a layer has more."""
+        """See `Projected`; 0, as `FalconFamily` refuses attention dropout."""
         return 0.0
 
     def leave(self, own: Any, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the rows of a batch of texts stand."""
+"""Positions of the rows of a batch of texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dblocks.blocks.targets.token_batch import TokenBatch
 
 
 def placed(given: TokenBatch, context: int) -> TokenBatch:
-    """The batch with "position_ids" checked and [N, T], where there are any."""
+    """The batch with its "position_ids", if any, checked and expanded to [N, T]."""
     ids = given.get("position_ids")
     if ids is None:
         return given
@@ -24,26 +24,26 @@ def placed(given: TokenBatch, context: int) -> TokenBatch:
 
 
 def places_of(given: TokenBatch) -> Tensor:
-    """The places at which tokens enter, int64 [T], or [N, T] where the batch says them."""
+    """The positions of tokens, int64 [T]; [N, T] if the batch gives them."""
     ids = given.get("position_ids")
     return given.positions() if ids is None else ids
 
 
 def before_each(places: Tensor, first: Tensor) -> Tensor:
-    """The place of the token before each; its own where it is the first, `first` [T]."""
+    """The position of the token before each; its own if it is the first, `first` [T]."""
     return torch.where(first, places, places.roll(1, -1))
 
 
 def element_size(weight: Tensor) -> float:
-    """The size of an element of an embedding."""
+    """The root mean square of an embedding's elements."""
     return 1.0 if weight.is_meta else weight.detach().float().square().mean().sqrt().item()
 
 
 def document_mask(first: Tensor) -> Tensor:
-    """Which rows of packed documents see which, bool [R, R], `first` [R] where a document begins.
+    """The attention mask of packed documents, bool [R, R]; `first` [R] marks their first rows.
 
-    A row sees the earlier ones of its document, but not that of its first token, which no plain
-    model has.
+    A row sees the earlier rows of its document, but not the row of the first token, which the plain
+    model does not have.
     """
     row, document = torch.arange(len(first), device=first.device), first.cumsum(0)
     seen = (row[:, None] >= row) & (document[:, None] == document)

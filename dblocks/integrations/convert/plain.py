@@ -1,4 +1,4 @@
-"""Refuses what converted models would pass over: adapters, hooks and heads of another kind."""
+"""Refuses what converted models would ignore: adapters, hooks and heads of other kinds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ OTHER_HEADS = {
 
 
 def runs_more(module: nn.Module) -> bool:
-    """Whether a call of a module runs more than its class' forward: hooks, or one put in place.
+    """Whether a call of a module runs more than its class' forward: hooks, or a replacement.
 
-    Hooks of transformers record outputs and change none.
+    Hooks of transformers only record outputs, and do not count.
     """
     hooks = (hook for name in HOOKS for hook in getattr(module, name).values())
     return "forward" in vars(module) or any(
@@ -29,7 +29,7 @@ def runs_more(module: nn.Module) -> bool:
 
 
 def check_layers_alone(layers: Mapping[str, nn.Module]) -> None:
-    """Raises for layers with hooks or a forward put in place, since only their parts are called."""
+    """Raises for layers with hooks or a replaced forward, since only their parts are called."""
     for name, layer in layers.items():
         if runs_more(layer):
             raise ValueError(
@@ -40,13 +40,13 @@ def check_layers_alone(layers: Mapping[str, nn.Module]) -> None:
 
 
 def check_read(model: nn.Module, module: Any, kind: type[nn.Module], what: str) -> None:
-    """Raises unless a module whose weights are read computes what they say.
+    """Raises unless a module whose weights are read has the forward of its kind.
 
     Args:
-        model: holds the module.
+        model: the model that holds the module.
         module: an embedding or output head.
         kind: the class whose forward it must have.
-        what: it is for the model.
+        what: its role in the model, for the message.
     """
     name = next((n for n, m in model.named_modules() if m is module), what)
     own = type(module).__module__.startswith("transformers.")  # Such as an embedding times sqrt(D).
@@ -56,7 +56,7 @@ def check_read(model: nn.Module, module: Any, kind: type[nn.Module], what: str) 
             f"a {type(module).__module__.partition('.')[0]} {type(module).__name__}; merge its "
             "adapter (merge_and_unload), or leave it out of target_modules and modules_to_save"
         )
-    # An embedding is called too, and hooks that ask for gradients are usual there.
+    # An embedding is called too, and hooks that require gradients are common there.
     if "forward" in vars(module) or (kind is nn.Linear and runs_more(module)):
         raise ValueError(
             f"{name} must have no hooks and no forward put in place of its own, since the {what} "
@@ -65,7 +65,7 @@ def check_read(model: nn.Module, module: Any, kind: type[nn.Module], what: str) 
 
 
 def check_no_virtual_tokens(model: Any) -> None:
-    """Raises for prompt and prefix tuning of peft, whose virtual tokens are in no layer."""
+    """Raises for prompt and prefix tuning of peft: virtual tokens are not in the layers."""
     configs = getattr(model, "peft_config", None)
     for adapter in configs.values() if isinstance(configs, Mapping) else ():
         if getattr(adapter, "is_prompt_learning", False):
@@ -76,7 +76,7 @@ def check_no_virtual_tokens(model: Any) -> None:
 
 
 def check_target(model: Any) -> None:
-    """Raises for a model of transformers whose head has another target than one class or token."""
+    """Raises for a head of transformers whose target is not one class or token."""
     own = model.get_base_model() if hasattr(model, "get_base_model") else model
     for kind in type(own).__mro__:
         for ending, content in OTHER_HEADS.items():
@@ -89,7 +89,7 @@ def check_target(model: Any) -> None:
 
 
 def check_classes(count: int, problem: str | None = None) -> None:
-    """Raises unless exactly one of several classes is right."""
+    """Raises unless exactly one of several classes is correct."""
     if count < 2 or problem not in (None, "single_label_classification"):
         raise ValueError(
             "the head must choose one of at least two classes, got "

@@ -1,4 +1,4 @@
-"""What a denoiser predicts at a noise level, as F of the EDM preconditioning."""
+"""Predictions of denoisers, converted to F of the EDM preconditioning."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ DDPM_BETAS = (1e-4, 0.02)  # Ho et al. 2020: linear
 
 
 class Rates(NamedTuple):
-    """How a model is called at a level, and how F is made of its output; each of its shape.
+    """How a model is called at a level, and how its output is converted to F.
 
-    x = rate*z is what it is given, and `F = skip*c_in*z - out*output`.
+    Its input is x = rate*z, and `F = skip*c_in*z - out*output`.
     """
 
     time: Tensor
-    """From 0, the clean target, to 1."""
+    """The time, from 0 (clean target) to 1."""
     rate: Tensor
     skip: Tensor
     out: Tensor
 
 
 class Prediction(ABC):
-    """What a family of models is trained to predict from a noisy target z = y + sigma*eps."""
+    """The prediction of a family of models from a noisy target z = y + sigma*eps."""
 
     name: str
 
@@ -56,9 +56,9 @@ class Flow(Prediction):
 
 
 class Epsilon(Prediction):
-    """The noise eps at `x = z/sqrt(1 + sigma^2)`, and the step of DDPM with this noise.
+    """The noise eps at `x = z/sqrt(1 + sigma^2)` and at DDPM's timestep with this noise level.
 
-    Between two of its 1000 steps the time is linear in the logarithm of sigma, as in k-diffusion.
+    Between two of the 1000 timesteps, time is linear in ln sigma, as in k-diffusion.
 
     Source: Ho et al. 2020, arXiv 2006.11239.
     """
@@ -72,7 +72,7 @@ class Epsilon(Prediction):
 
 
 def _ddpm_time(sigma: Tensor) -> Tensor:
-    """The step of DDPM over 1000, between steps too; the first or last beyond its noise."""
+    """DDPM's timestep / 1000, interpolated; clamped to the first and the last."""
     betas = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64, device=sigma.device)
     kept = (1 - betas).cumprod(0)
     known = ((1 - kept) / kept).log().div(2).to(sigma.dtype)

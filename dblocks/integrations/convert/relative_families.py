@@ -1,4 +1,4 @@
-"""Encoders of transformers whose attention has relative positions: BEiT and DeBERTa."""
+"""Encoders of transformers with relative positions in the attention: BEiT and DeBERTa."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from dblocks.integrations.convert.text_entries import ids_of
 
 
 class BeitFamily(ViTFamily):
-    """BEiT: a bias of the scores of each layer, or one that all layers share."""
+    """BEiT: a bias of the scores per layer, or one that all layers share."""
 
-    class_row = False  # its head sees the mean of the patches
+    class_row = False  # its head takes the mean of the patches
 
     def context(self, model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
         """See `ClassFamily`."""
@@ -47,7 +47,7 @@ class BeitFamily(ViTFamily):
 
 
 def _grid(model: Any, rows: Tensor, batch: Batch) -> tuple[int, int]:
-    """Rows and columns of patches; one row of them where there are no images."""
+    """Rows and columns of patches; one row without images."""
     if "images" not in batch:
         return 1, rows.shape[1] - 1
     height, width = batch["images"].shape[2:]
@@ -66,14 +66,14 @@ def _bias_of(layer: Any, *, grid: tuple[int, int], shared: Tensor | None) -> Ten
 
 
 def deberta_rows(model: Any, batch: Batch) -> Tensor:
-    """Rows as they enter DeBERTa's layers; those of padding are zero."""
+    """Rows as they enter DeBERTa's layers; padding is zero."""
     check_places(model, batch)
     mask = batch.get("attention_mask")
     return backbone(model).embeddings(input_ids=batch["tokens"], mask=mask, **ids_of(batch))
 
 
 def check_places(model: Any, batch: Batch) -> None:
-    """Raises for places in a batch, where a model adds none to its embeddings."""
+    """Raises for positions in a batch if the model adds none to its embeddings."""
     if batch.get("position_ids") is not None and not model.config.position_biased_input:
         raise ValueError(
             f"position_ids must be None for a {type(model).__name__} with "
@@ -82,7 +82,7 @@ def check_places(model: Any, batch: Batch) -> None:
 
 
 def deberta_context(model: Any, rows: Tensor, batch: Batch) -> dict[str, Any]:
-    """What DeBERTa makes once for all layers: a mask of pairs, and relative positions."""
+    """The mask of pairs and the relative positions that DeBERTa computes once for all layers."""
     encoder, mask = backbone(model).encoder, batch.get("attention_mask")
     mask = rows.new_ones(rows.shape[:2]) if mask is None else mask
     return {
@@ -99,7 +99,7 @@ def deberta_unsupported(model: Any) -> str | None:
 
 
 class Deberta:
-    """What DeBERTa's classifiers and masked language models have in common."""
+    """The base of DeBERTa's classifiers and masked language models."""
 
     def unsupported(self, model: Any) -> str | None:
         """See `ViTFamily`."""

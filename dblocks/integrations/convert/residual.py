@@ -18,7 +18,7 @@ Call: TypeAlias = tuple[torch.Size, list[torch.Size]]
 def check_residual(
     model: nn.Module, layers: Mapping[str, nn.Module], *args: Any, **kwargs: Any
 ) -> str:
-    """Raises unless every layer returns a tensor of the shape of the hidden state that it gets.
+    """Raises unless every layer returns a tensor of the shape of its hidden state.
 
     The hidden state is a layer's first argument, or its keyword argument `hidden_states`; all
     layers must get the same shape. A copy of the model runs once, in eval mode and on the meta
@@ -26,12 +26,12 @@ def check_residual(
 
     Args:
         model: the model that calls the layers.
-        layers: modules of it by name, as `find_layers` returns them.
-        args: what to call the model with; `example_inputs(model)` if there is nothing.
-        kwargs: likewise.
+        layers: its layers by name, as `find_layers` returns them.
+        args: positional arguments of the model; `example_inputs(model)` by default.
+        kwargs: keyword arguments of the model.
 
     Returns:
-        Empty, or why the shapes are not known: there are no example inputs for such a model, its
+        An empty string, or why the shapes are not known: the model has no example inputs, its
         forward does not run on the meta device (as where control flow depends on data), or it does
         not call a layer with a tensor.
 

@@ -1,4 +1,4 @@
-"""Attention of converted language models, registered with transformers by name."""
+"""Attention functions of converted language models, registered with transformers."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def with_attention(attention: nn.Module, name: str) -> nn.Module:
 
 
 def _window(attention: Any) -> int | None:
-    """How many positions back the rows of this attention's layer see, by its model's config.
+    """The window of this attention's layer in its model's config, in positions.
 
-    Most models pass it to the function that attends, but some have it in their masks only.
+    Most models pass it to the attention function; some have it in their masks only.
     """
     types = getattr(attention.config, "layer_types", None)
     number = getattr(attention, "layer_idx", None)
@@ -77,22 +77,22 @@ def doubled(
         key: [N, Hkv, 2T, Dk].
         value: [N, Hkv, 2T, Dv].
         attention_mask: None; padding at the end is not attended to in any case.
-        scaling: of the products of queries and keys.
-        dropout: of the attention's weights.
-        is_causal: that of the module by default; must be true.
-        sliding_window: how many positions back a row sees, its own included.
+        scaling: factor of the products of queries and keys.
+        dropout: dropout rate of the attention's weights.
+        is_causal: by default that of the module; must be true.
+        sliding_window: number of positions that a row sees, its own included.
         softcap: bound of the scores.
-        position_bias: what is added to the scores, [1 or N, H, 1 or 2T, 2T].
+        position_bias: bias of the scores, [1 or N, H, 1 or 2T, 2T].
         s_aux: sinks, see `causal`.
         dblocks_cu_seqlens: ends of packed documents.
-        dblocks_keep: keeps keys and values of R rows, which are any, beside those of earlier ones.
+        dblocks_keep: caches keys and values of the R rows, of any kind.
         **others: refused unless they are `None` or change nothing.
 
     Returns:
         [N, 2T, H, Dv], and no weights.
 
     Raises:
-        ValueError: an argument asks for what it does not do.
+        ValueError: an argument is not supported.
     """
     _refuse(module, others | {"attention_mask": attention_mask}, is_causal)
     sliding_window = sliding_window or getattr(module, "dblocks_window", None)
@@ -140,22 +140,22 @@ def causal(
         query: [N, H, R, Dk].
         key: [N, Hkv, R, Dk].
         value: [N, Hkv, R, Dv].
-        attention_mask: bool [R, R], what a row sees; all earlier ones and itself by default.
-        scaling: of the products of queries and keys.
-        dropout: of the attention's weights.
-        is_causal: that of the module by default; must be true.
-        sliding_window: how many positions back a row sees, its own included.
+        attention_mask: bool [R, R], true where a row sees a key; causal by default.
+        scaling: factor of the products of queries and keys.
+        dropout: dropout rate of the attention's weights.
+        is_causal: by default that of the module; must be true.
+        sliding_window: number of positions that a row sees, its own included.
         softcap: bound of the scores.
-        position_bias: what is added to the scores, [1 or N, H, 1 or R, K], K keys with those kept.
+        position_bias: bias of the scores, [1 or N, H, 1 or R, K], where K counts cached keys.
         s_aux: sinks [H], scores of one more key, whose value is zero, for all rows of a head.
-        dblocks_keep: keeps keys and values beside those of earlier rows.
+        dblocks_keep: caches keys and values.
         **others: refused unless they are `None` or change nothing.
 
     Returns:
         [N, R, H, Dv], and no weights.
 
     Raises:
-        ValueError: an argument asks for what it does not do.
+        ValueError: an argument is not supported.
     """
     _refuse(module, others, is_causal)
     sliding_window = sliding_window or getattr(module, "dblocks_window", None)
@@ -173,15 +173,15 @@ def causal(
 
 
 class Added(NamedTuple):
-    """What a model adds to the scores of its attention."""
+    """Additions to the attention scores of a model."""
 
     bias: Tensor | None
-    """[1 or N, H, 1 or R, K]."""
+    """Bias of the scores, [1 or N, H, 1 or R, K]."""
     sinks: Tensor | None
     """Scores [H] of one more key, whose value is zero."""
 
     def to_mask(self, mask: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum as a mask of scores, with keys and values, of which sinks need one more each."""
+        """The sum as a mask of scores, with keys and values; sinks need one more of each."""
         bias = mask.new_zeros(1, 1, 1, 1, dtype=value.dtype) if self.bias is None else self.bias
         mask = torch.where(mask, bias, float("-inf"))
         if self.sinks is None:
@@ -197,9 +197,9 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
     softcap: float | None, dropout: float, added: Added | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of rows that see what the mask says: [N, R, H, Dv].
+    """Attention under a mask: [N, R, H, Dv].
 
-    Without a mask a single row sees all, and others the earlier ones and themselves.
+    Without a mask, a single row sees all keys, and several rows are causal.
     """
     R = query.shape[2]
     if mask is None and (softcap is not None or added is not None):
@@ -221,7 +221,7 @@ def _capped(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None,
     softcap: float, dropout: float,
 ) -> Tensor:  # fmt: skip
-    """Attention with bounded scores, which PyTorch's own has not."""
+    """Attention with bounded scores, which PyTorch does not offer."""
     each = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(each, 1), value.repeat_interleave(each, 1)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -1,4 +1,4 @@
-"""The embeddings of somebody's model, as targets of one norm."""
+"""Embeddings of the user's model, scaled to one norm, as targets."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dblocks.blocks.targets.classes import at_least_float32
 
 
 class ScaledRows:
-    """Embeddings of somebody's model as targets, each of one norm.
+    """Embeddings of the user's model as targets, scaled to one norm.
 
     Args:
-        embedding: of the tokens.
-        embed_scale: the norm.
+        embedding: the embedding of tokens.
+        embed_scale: the norm of a target.
     """
 
     def __init__(self, embedding: nn.Embedding, embed_scale: float) -> None:
@@ -32,5 +32,5 @@ class ScaledRows:
         return self.embed_scale * nnf.normalize(at_least_float32(self.weight), dim=-1)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the embedding."""
+        """The parameters of the embedding."""
         return self.embedding.parameters()

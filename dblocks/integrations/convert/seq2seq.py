@@ -1,4 +1,4 @@
-"""T5s: a decoder in blocks, with what its encoder makes of another text as condition."""
+"""T5 models: a decoder in blocks, conditioned on the encoder's output for another text."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ READS = ("encoder_tokens", "encoder_attention_mask")
 
 @dataclass(frozen=True)
 class T5Family(RotaryFamily):
-    """T5 and mT5: the bias of the first layer's scores is that of all layers."""
+    """T5 and mT5: all layers share the bias of the first layer's scores."""
 
     scaled: bool = True
-    """Rows may be scaled before the head, as the config says."""
+    """Whether rows may be scaled before the head, depending on the config."""
 
     def reads(self, model: Any) -> tuple[str, ...]:
         """See `RotaryFamily`."""
@@ -75,13 +75,13 @@ class T5Family(RotaryFamily):
         return {"position_bias": bias, "encoder_hidden_states": rows.flip(1)}
 
     def probe_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
-        """`layer_context` as `ConvertedSeq2Seq` hands it over."""
+        """`layer_context` in the form that `ConvertedSeq2Seq` passes it."""
         own = self.layer_context(model, rows)
         cross = {"key_value_states": own["encoder_hidden_states"]}
         return {"position_bias": own["position_bias"], "dblocks_cross": cross}
 
     def table(self, model: Any) -> nn.Embedding | None:
-        """The bias of each distance that all layers share, in the first layer of the decoder."""
+        """The bias of each distance, which all layers share, from the decoder's first layer."""
         return model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias
 
     def bias(self, table: nn.Module | None, positions: Tensor, config: Any) -> Any:
@@ -98,11 +98,11 @@ class T5Family(RotaryFamily):
         return table(bucket).movedim(-1, 1)
 
     def cross(self, states: Tensor) -> dict[str, Any]:
-        """What the decoder's attention to the encoder's rows is given of them."""
+        """Keyword arguments of the decoder's cross-attention."""
         return {"key_value_states": states}
 
     def encode(self, model: Any, tokens: Tensor, mask: Tensor | None) -> dict[str, Any]:
-        """What the layers of the decoder are given of the encoder's text."""
+        """The encoder's output for the decoder's layers."""
         more = {} if mask is None else {"attention_mask": mask.long()}
         states = model.encoder(input_ids=tokens, **more).last_hidden_state
         if mask is not None:
@@ -119,7 +119,7 @@ class T5Family(RotaryFamily):
 
 @dataclass(frozen=True)
 class UMT5Family(T5Family):
-    """UMT5: each layer has a bias of its own."""
+    """UMT5: each layer has its own bias."""
 
     def attention(self, attention: nn.Module, name: str) -> nn.Module:
         """See `RotaryFamily`."""
@@ -141,11 +141,11 @@ class UMT5Family(T5Family):
         return {"position_bias": self.bias(None, places, model.config), "dblocks_cross": cross}
 
     def table(self, model: Any) -> nn.Embedding | None:
-        """See `T5Family`: there is none."""
+        """See `T5Family`: None."""
         return None
 
     def bias(self, table: nn.Module | None, positions: Tensor, config: Any) -> Any:
-        """See `T5Family`: made in each layer, of its own table."""
+        """See `T5Family`: each layer computes it from its own table."""
         return OfLayer(partial(self._of_layer, positions=positions, config=config))
 
     def cross(self, states: Tensor) -> dict[str, Any]:
@@ -158,15 +158,15 @@ class UMT5Family(T5Family):
 
 
 class ConvertedSeq2Seq(ConvertedCausalLM):
-    """An encoder and a decoder, of which the decoder's layers are divided into blocks.
+    """An encoder-decoder model; the decoder's layers are divided into blocks.
 
     A batch holds "tokens" [N, T], the decoder's, of which the first is the model's
     `decoder_start_token_id`; "encoder_tokens" [N, S]; and may hold "encoder_attention_mask" [N, S],
     0 at padding before or after each text, and what that of a `ConvertedCausalLM` may hold, but for
     "cu_seqlens". Every block runs the encoder, which all share.
 
-    Where the bias of the scores stands in the decoder's first layer, for all layers, it has a copy
-    here, since another block must not depend on the first one's weights.
+    If all layers share the bias in the decoder's first layer, this class has a copy of it, since
+    other blocks must not depend on the weights of the first one.
     """
 
     family: T5Family  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -190,7 +190,7 @@ class ConvertedSeq2Seq(ConvertedCausalLM):
         }
 
     def example(self) -> Batch:
-        """See `ConvertedCausalLM.example`; an encoder's text with padding."""
+        """See `ConvertedCausalLM.example`; the encoder's text has padding."""
         batch = dict(super().example())
         device = batch["tokens"].device
         if (first := self._first_token()) is not None:
@@ -207,7 +207,7 @@ class ConvertedSeq2Seq(ConvertedCausalLM):
         return {"input_ids": tokens, "attention_mask": None if mask is None else mask.long()}
 
     def compare(self) -> tuple[Tensor, Tensor]:
-        """See `Converted.compare`; by the model's own bias, from which the copy is trained away."""
+        """See `Converted.compare`; uses the model's own bias, as the copy may have been trained."""
         ours, self.relative_bias = self.relative_bias, self.family.table(self.model)
         try:
             return super().compare()
@@ -232,7 +232,7 @@ class ConvertedSeq2Seq(ConvertedCausalLM):
         return cast(Any, self.model).config.decoder_start_token_id
 
     def _check_first(self, tokens: Tensor) -> None:
-        """Labels in place of the decoder's input would train a model that is one token behind."""
+        """Raises for labels as the decoder's input: the model would be one token behind."""
         first = self._first_token()
         if first is None or not tokens.numel() or not values_known(tokens):
             return

@@ -1,4 +1,4 @@
-"""Finds the lists of a model that may hold its residual layers, by each library's own signals."""
+"""Finds the lists of modules that may hold a model's residual layers, by library."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Stack(NamedTuple):
 
 
 def candidates(model: nn.Module) -> list[Stack]:
-    """The stacks by the first signal that gives any; see `find_layers`."""
+    """The stacks by the first signal that finds any; see `find_layers`."""
     signals = (_checkpointed, _named_by_class, _grouped, _homogeneous)
     return next(filter(None, (signal(model) for signal in signals)), [])
 
 
 def stages(stack: Stack) -> list[Stack]:
-    """The stacks inside a stack's members; the members themselves where there are none."""
+    """The stacks inside a stack's members; the members themselves if there are none."""
     return [s for path, m in stack.layers.items() for s in _stacks(m, _is_alone, path)] or [
         Stack(path, {path: member}) for path, member in stack.layers.items()
     ]
@@ -51,17 +51,17 @@ def alike(one: nn.Module, other: nn.Module) -> bool:
 
 
 def join(*names: str) -> str:
-    """The path made of these names, of which some may be empty."""
+    """The path of these names; empty ones are skipped."""
     return ".".join(filter(None, names))
 
 
 def members(stack: nn.Module, path: str) -> dict[str, nn.Module]:
-    """The members of a list by their paths; a module that it repeats is there as often."""
+    """The members of a list by path, with repetitions."""
     return {join(path, name): m for name, m in stack._modules.items() if m is not None}
 
 
 def _checkpointed(model: nn.Module) -> list[Stack]:
-    # Only a model of transformers has such layers, and the module is loaded with it.
+    # Only models of transformers have such layers, and they load this module.
     module = sys.modules.get("transformers.modeling_layers")
     kind = getattr(module, "GradientCheckpointingLayer", ())
     return list(_stacks(model, lambda _, layers: all(isinstance(m, kind) for m in layers)))
@@ -83,7 +83,7 @@ def _grouped(model: nn.Module) -> list[Stack]:
     for prefix, module in model.named_modules():
         matcher = getattr(module, "group_matcher", None)
         groups = matcher(coarse=False) if callable(matcher) else None
-        # A few models have a function here, which does not tell stems and heads from layers.
+        # In a few models this is a function, which does not tell stems and heads from layers.
         if isinstance(groups, dict) and (
             found := list(_stacks(module, _all_match(groups), prefix))
         ):
@@ -92,7 +92,7 @@ def _grouped(model: nn.Module) -> list[Stack]:
 
 
 def _all_match(groups: dict[str, Any]) -> IsStack:
-    """Whether every member is the whole of a layer by the patterns of a `group_matcher`."""
+    """Whether every member is a whole layer by the patterns of a `group_matcher`."""
     patterns: list[str] = []
     for name, spec in groups.items():
         if name != "stem":
@@ -110,7 +110,7 @@ def _homogeneous(model: nn.Module) -> list[Stack]:
 
 
 def _is_alone(_: str, layers: Sequence[nn.Module]) -> bool:
-    """Whether the members are of one class, with parameters, and no plain layers of torch."""
+    """Whether the members have one class and parameters, and are not plain layers of torch."""
     kind = type(layers[0])
     if any(type(m) is not kind or next(m.parameters(), None) is None for m in layers):
         return False
@@ -118,7 +118,7 @@ def _is_alone(_: str, layers: Sequence[nn.Module]) -> bool:
 
 
 def _stacks(module: nn.Module, is_stack: IsStack, prefix: str = "") -> Iterator[Stack]:
-    """The outermost lists that `is_stack` takes; it is told their paths within `module`."""
+    """The outermost lists that `is_stack` accepts, which gets their paths within `module`."""
     pending = [("", module)]
     while pending:
         path, here = pending.pop()

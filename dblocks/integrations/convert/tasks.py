@@ -1,4 +1,4 @@
-"""Which models can be converted: the network of each library and task, in one table."""
+"""The networks for converted models, by library and task."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def network_of(
     """The model as a network for `DiffusionBlocks`; arguments are those of `convert`.
 
     Raises:
-        ValueError: the layers are not found or are no transformer layers, the head is missing, or
-            the model's family, the task and the schedule do not fit.
+        ValueError: the layers are not found or are not transformer layers, the head is missing,
+            or the model's family, the task and the schedule do not match.
 
     Warns:
-        UserWarning: norms of its layers are subclasses of known ones; see
+        UserWarning: norms of the layers are subclasses of known ones; see
             `dblocks.integrations.norms`.
     """
     if task not in get_args(Task):
@@ -66,9 +66,9 @@ def network_of(
 
 
 def library_of(model: nn.Module) -> str | None:
-    """The library that a model, or a class it derives from, is of; None for others.
+    """The library of a model's class or of a base class; None for others.
 
-    Of a model inside peft's wrapper, that of the model.
+    For a model in peft's wrapper, that of the model.
     """
     own = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     roots = [kind.__module__.partition(".")[0] for kind in type(own).__mro__]

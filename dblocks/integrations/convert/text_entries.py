@@ -1,4 +1,4 @@
-"""What a batch holds beside its tokens, for encoders of text."""
+"""Entries of a batch in addition to tokens, for text encoders."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TEXT = ("attention_mask", *IDS)
 def text_entries(
     model: Any, batch: Batch, shape: tuple[int, ...] | None = None
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Those of `TEXT` in a batch, checked, with padding behind the texts; and where these began.
+    """The entries of `TEXT` in a batch, checked, with padding after the texts; and former starts.
 
     Args:
-        model: of transformers, whose config says which ids there are.
-        batch: holds tokens, or not where these are a state.
-        shape: of the tokens; by default that of the entries, of which ids may be [1, T].
+        model: a model of transformers, whose config has the ranges of ids.
+        batch: the batch; it has no tokens if these are a state.
+        shape: the shape of the tokens; by default that of the entries (ids may be [1, T]).
 
     Raises:
         TypeError: for an entry of another dtype.
@@ -36,7 +36,7 @@ def text_entries(
     if not given:
         return {}, None
     if shape is None:
-        # Of a call, whose tokens come later; ids for all texts alike have no N of their own.
+        # In a call, tokens come later; ids that all texts share have no dimension N.
         tensors = [value for value in given.values() if isinstance(value, Tensor) and value.ndim]
         shapes = [(1, *value.shape) if value.ndim == 1 else tuple(value.shape) for value in tensors]
         shape = max(shapes, default=(1, 0))
@@ -54,17 +54,17 @@ def text_entries(
 
 
 def whole_text(model: Any, batch: Batch) -> dict[str, Any]:
-    """A batch with its text entries checked, and all of them with padding behind the texts."""
+    """A batch with its text entries checked and padding moved behind the texts."""
     tokens = batch["tokens"]
     entries, starts = text_entries(model, batch, tuple(tokens.shape))
     return {**batch, **entries, "tokens": to_front(tokens, starts)}
 
 
 def ids_of(batch: Batch) -> dict[str, Tensor]:
-    """Those of `IDS` that are there, as keyword arguments."""
+    """The entries of `IDS` in a batch, as keyword arguments."""
     return {name: batch[name] for name in IDS if batch.get(name) is not None}
 
 
 def entries_of(batch: Batch) -> dict[str, Tensor]:
-    """Those of `TEXT` that are there, as keyword arguments."""
+    """The entries of `TEXT` in a batch, as keyword arguments."""
     return {name: batch[name] for name in TEXT if batch.get(name) is not None}

@@ -1,4 +1,4 @@
-"""Vision transformers of timm: which can be converted, and as what."""
+"""Vision transformers of timm that can be converted."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TimmFamily:
 
 
 class EvaFamily(TimmFamily):
-    """timm's `Eva`, such as DINOv3: patches are rotated in the attention, other rows are not."""
+    """timm's `Eva`, such as DINOv3: the attention rotates patches only."""
 
     def enter(self, model: Any, batch: Batch) -> Tensor:
         """See `ClassFamily`."""
@@ -72,15 +72,15 @@ class EvaFamily(TimmFamily):
 
 
 def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedClassifier:
-    """A vision transformer of timm that classifies.
+    """Converts a classifier of timm.
 
     Args:
         model: a `VisionTransformer` or an `Eva`, with its blocks as layers.
         layers: its layers by name.
-        **options: of `ConvertedClassifier`.
+        **options: further arguments of `ConvertedClassifier`.
 
     Raises:
-        ValueError: it is no such model, or has no head.
+        ValueError: the model is of another class, or has no head.
     """
     parts = ("_pos_embed", "patch_embed", "patch_drop", "norm_pre", "norm", "forward_head", "head")
     missing = [part for part in parts if not hasattr(model, part)]

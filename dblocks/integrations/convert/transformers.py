@@ -1,4 +1,4 @@
-"""Models of transformers: which can be converted, and as what."""
+"""Models of transformers that can be converted."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ MASKED_FAMILIES: dict[str, BertMaskedFamily] = {
     "roberta": RobertaMaskedFamily(),
     "xlm-roberta": RobertaMaskedFamily(),
 }
-# Others, and why.
+# Unsupported families, and why.
 REFUSED = {
     "data2vec-vision": "its attention makes its own bias of the scores from the size of the images",
     "dinov3_vit": "transformers has no DINOv3 with a classifier; timm has (vit_*_dinov3)",
@@ -123,15 +123,15 @@ REFUSED = {
 
 
 def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedCausalLM:
-    """A causal language model of transformers, with the attention of its rows in its layers.
+    """Converts a causal language model of transformers.
 
     Args:
         model: such as a `LlamaForCausalLM`.
         layers: its layers by name.
-        **options: of `ConvertedCausalLM`.
+        **options: further arguments of `ConvertedCausalLM`.
 
     Raises:
-        ValueError: it has no head, or is of a family that is not known here.
+        ValueError: the model has no head, or its family is not supported.
     """
     family = _family(model, CAUSAL_FAMILIES, "'tokens' with a NoiseSchedule")
     check_no_virtual_tokens(model)
@@ -155,15 +155,15 @@ def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> Co
 
 
 def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> ConvertedClassifier:
-    """A classifier of transformers.
+    """Converts a classifier of transformers.
 
     Args:
         model: such as a `ViTForImageClassification`.
         layers: its layers by name.
-        **options: of `ConvertedClassifier`.
+        **options: further arguments of `ConvertedClassifier`.
 
     Raises:
-        ValueError: it has no head, or is of a family that is not known here.
+        ValueError: the model has no head, or its family is not supported.
     """
     family = _family(model, CLASS_FAMILIES, "'classes'")
     check_no_virtual_tokens(model)
@@ -193,15 +193,15 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
 def masked_lm(
     model: Any, layers: Mapping[str, nn.Module], *, mask_token_id: int | None
 ) -> ConvertedMaskedLM:
-    """A masked language model of transformers.
+    """Converts a masked language model of transformers.
 
     Args:
         model: such as a `BertForMaskedLM`.
         layers: its layers by name.
-        mask_token_id: number of the mask, as the tokenizer has it.
+        mask_token_id: index of the mask token, as in the tokenizer.
 
     Raises:
-        ValueError: it has no head, is of a family that is not known here, or the mask is none of
+        ValueError: the model has no head, its family is not supported, or the mask is not one of
             its tokens.
     """
     family = _family(model, MASKED_FAMILIES, "'tokens' with a MaskSchedule")
@@ -222,7 +222,7 @@ def masked_lm(
 
 
 def default_list(model: Any) -> str | None:
-    """The path of the list that is divided, where a model has several."""
+    """The path of the list of layers to divide, for models with several lists."""
     family = CAUSAL_FAMILIES.get(model.config.model_type)
     return "decoder.block" if isinstance(family, T5Family) else None
 
@@ -255,7 +255,7 @@ def _check_options(model: Any, family: RotaryFamily | ViTFamily | BertMaskedFami
 def _conditioned(
     layers: Mapping[str, nn.Module], width: int, family: ViTFamily | BertMaskedFamily, model: Any
 ) -> dict[str, ConditionedLayer]:
-    """Layers that attend as they do in the model."""
+    """Conditioned layers with the model's own attention."""
     rows_context = partial(_context_of_batch, family, model)
     own = partial(family.layer_context, model)
     return conditioned(layers, width, own, rows_context=rows_context)

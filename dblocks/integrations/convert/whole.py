@@ -1,4 +1,4 @@
-"""Runs the whole model once beside its converted form, and refuses one that computes more."""
+"""Compares the whole model with its converted form, and refuses models that compute more."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ LARGEST = 0.1
 
 
 def check_whole(network: Converted) -> bool:
-    """Raises unless the model's own forward gives what its parts give without noise.
+    """Raises unless the model's own forward equals that of its parts without noise.
 
     All layers run as in one block, with modulations and noise left out; see `Converted.compare`.
-    Nothing random is drawn, and the model is as it was.
+    Nothing random is drawn, and the model is not changed.
 
     Args:
         network: the converted model.
 
     Returns:
-        Whether the model ran: not without data, on the meta device or as fake tensors.
+        Whether the model ran; it does not on the meta device or with fake tensors.
 
     Raises:
-        ValueError: its output differs, so that something of it would be left out.
+        ValueError: the outputs differ: the conversion would lose a part of the model.
     """
     tensors = chain(network.model.parameters(), network.model.buffers())
     if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors) or detect_fake_mode():

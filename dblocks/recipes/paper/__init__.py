@@ -1,8 +1,8 @@
 """The experiments of the paper as recipes: `dblocks train NETWORK --recipe paper --data NAME`.
 
 DiffusionBlocks: Block-wise Neural Network Training via Diffusion Interpretation (Shing, Koyama,
-Akiba; ICLR 2026; arXiv 2506.14202, version 4). Every value that the paper gives stands beside the
-place it is from, every choice of ours where it gives none beside a reason, in `images` and `texts`.
+Akiba; ICLR 2026; arXiv 2506.14202, version 4). In `images` and `texts`, every value of the
+paper has its source, and every value that the paper does not give has a reason.
 """
 
 from dblocks.recipes.paper.experiment import Experiment as Experiment

@@ -1,4 +1,4 @@
-"""Which experiment of the paper the command line means, and whether its data are there."""
+"""Looks up an experiment of the paper for the command line, and checks for its files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dblocks.recipes.run import Run
 
 
 def experiment_of(experiments: Sequence[Experiment], data: str | None) -> Experiment:
-    """The experiment on this data set; the first one where none is named.
+    """The experiment on this data set; the first one by default.
 
     Raises:
-        ValueError: the paper has none on it.
+        ValueError: the paper has no experiment on it.
     """
     found = [e for e in experiments if data in (None, e.data)]
     if not found:
@@ -33,7 +33,7 @@ def run_of(experiment: Experiment, run: Run) -> Run:
 
 
 def check_files(experiment: Experiment, run: Run) -> None:
-    """Raises ValueError where the run names no files, which nobody but the user can bring."""
+    """Raises ValueError if the run names no files of data, which the user must provide."""
     if getattr(run, "data_path", None) is None:
         raise ValueError(
             f"--recipe paper trains on {experiment.data}, whose files must be given by "

@@ -1,4 +1,4 @@
-"""What an experiment of the paper is: the settings, where each is from, and what it reached."""
+"""Experiments of the paper: settings with their sources, and published results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Value(NamedTuple):
 
     value: Any
     source: str
-    """Where it is from or, of a choice of ours, why it is so."""
+    """The source or, for a choice of ours, the reason."""
 
 
 class Published(NamedTuple):
@@ -20,46 +20,46 @@ class Published(NamedTuple):
 
     method: str
     value: str
-    """As it is printed there."""
+    """The number as printed."""
     table: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """An experiment of the paper: how to train a network on a data set, and what that reached."""
+    """An experiment of the paper: a network, a data set, settings, and published results."""
 
     network: str
-    """As the command line names it."""
+    """The name of the network on the command line."""
     data: str
     """The data set, a name that `--data` takes."""
     files: str
-    """What its files are, for whoever has to bring them."""
+    """A description of the files that the user must provide."""
     epochs: int
-    """How often a block sees the data."""
+    """Number of epochs of each block."""
     samples: int
-    """Of the training part: images, or tokens of a text."""
+    """Size of the training part: images, or tokens of a text."""
     shape: tuple[int, ...] = ()
-    """Channels, height and width of an image; none of a text."""
+    """Channels, height and width of an image; empty for a text."""
     labels: int
     """Classes of images, or tokens of the vocabulary."""
     published: Mapping[str, Value]
-    """Fields of the run that the paper or its released code gives, and those that follow."""
+    """Fields of the run that the paper or its code gives, and those that follow from them."""
     ours: Mapping[str, Value]
-    """Fields that neither gives."""
+    """Fields of the run that neither gives."""
     differs: tuple[str, ...]
-    """What is not as in the paper, in sentences."""
+    """Differences from the paper, as sentences."""
     metric: str
-    """What the rows say."""
+    """The quantity in the rows."""
     rows: tuple[Published, ...]
     measured: Callable[[Mapping[str, Any]], float | None]
-    """Reads the same quantity of a record here; None where it is not measured here."""
+    """Reads the same quantity from a record; None if it is not measured here."""
     unmeasured: str = ""
-    """How to measure it elsewhere, where it is not measured here."""
+    """How to measure it elsewhere, if it is not measured here."""
     tokenizer: str = ""
-    """The tokenizer that the text needs by `--tokenizer`; none: characters."""
+    """The tokenizer to pass as `--tokenizer`; empty: characters."""
 
     def settings(self) -> dict[str, Any]:
-        """The fields of the run, but for the data."""
+        """The fields of the run except those of the data."""
         return {name: value.value for name, value in {**self.published, **self.ours}.items()}
 
 
@@ -67,11 +67,11 @@ CUDA = {"device": Value("cuda", "nobody trains these on a CPU")}
 
 
 def not_measured(record: Mapping[str, Any]) -> None:
-    """Nothing: what the paper measures needs the features of a large pretrained network."""
+    """None: the paper's measure needs features of a large pretrained network."""
 
 
 def steps(*, epochs: int, samples: int, batch_size: int, blocks: int) -> int:
-    """Steps in which each of the blocks sees the data so often, without incomplete batches.
+    """Number of steps for this number of epochs per block, without incomplete batches.
 
     A step trains one block. Source: App. H, "training all B blocks for K iterations each".
     """

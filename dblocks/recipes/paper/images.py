@@ -27,12 +27,12 @@ STEPS_4 = "4"  # denoising steps of the paper's accuracy
 
 
 def _accuracy(record: Mapping[str, Any]) -> float | None:
-    """In percent: by 4 Euler steps from noise, or of the network trained end to end."""
+    """Accuracy in percent: after 4 Euler steps from noise, or of the network trained end to end."""
     from_noise = record["accuracy_from_noise"]
     return 100 * (record["accuracy"] if from_noise is None else from_noise[STEPS_4])
 
 
-# What both ViTs have from the released code.
+# The settings of both ViTs from the released code.
 VIT_CODE = {
     "clip": CLIP,
     "weight_decay": Value(0.01, "code: default of --weight_decay"),
@@ -170,7 +170,7 @@ def _dit(
     differs: tuple[str, ...] = (),
     **rest: Any,
 ) -> Experiment:
-    """What both DiTs have in common."""
+    """The common settings of both DiTs."""
     taken = steps(epochs=100, samples=samples, batch_size=512, blocks=3)
     return Experiment(
         network="dit",

@@ -1,4 +1,4 @@
-"""The networks of the paper's experiments, known without their data, and what a plan needs."""
+"""The networks of the paper's experiments without their data, and the flags of a plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ H200 = "141GB"  # of memory; source: NVIDIA's data sheet
 
 
 def network_config(experiment: Experiment, run: Run) -> Any:
-    """The config of the network of a run on the data set of an experiment."""
+    """The config of a run's network on the data set of an experiment."""
     maker = cast(Any, run)
     if not experiment.shape:
         return maker.model_config(experiment.labels)
@@ -26,7 +26,7 @@ def network_config(experiment: Experiment, run: Run) -> Any:
 
 
 def plan_of(experiment: Experiment, run: Run) -> dict[str, Any]:
-    """The flags of `dblocks plan` that an experiment sets, on one H200."""
+    """The flags of `dblocks plan` for an experiment on one H200."""
     return {
         **vars(network_config(experiment, run)),
         "memory": H200,

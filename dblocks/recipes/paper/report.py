@@ -1,4 +1,4 @@
-"""What was reached here beside what the paper reports: two kinds of rows, never one."""
+"""Results measured here and results of the paper, in separate rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOT_A_SETTING = ("seed", "device", "data", "data_path", "tokenizer", "points", "
 
 
 def changed(run: Run, recipe: Run) -> list[str]:
-    """What a run sets other than its recipe, such as "steps 3 (585,000)"."""
+    """Settings of a run that differ from its recipe, such as "steps 3 (585,000)"."""
     own, planned = vars(run), vars(recipe)
     return [
         f"{name} {own[name]} ({planned[name]})"
@@ -26,10 +26,10 @@ def beside(experiment: Experiment, run: Run, recipe: Run, record: Mapping[str, A
     """The result of a run and the rows of the paper, each with its source.
 
     Args:
-        experiment: of the paper.
-        run: what was trained.
+        experiment: the experiment of the paper.
+        run: the run that was trained.
         recipe: the experiment as a run, with nothing changed.
-        record: of the run.
+        record: the record of the run.
     """
     value = experiment.measured(record)
     here = "not measured here" if value is None else f"{value:.2f}"

@@ -21,7 +21,7 @@ from dblocks.recipes.paper.experiment import (
 
 
 def _bits(record: Mapping[str, Any]) -> float | None:
-    """Bits per character, a bound, of the held-out text."""
+    """Bits per character of the held-out text, an upper bound."""
     return record["bits"]
 
 
@@ -76,7 +76,7 @@ TEXT8 = Experiment(
 )
 
 
-# What the two autoregressive models have in common.
+# The common settings of both autoregressive models.
 LLAMA = {
     "depth": Value(12, "App. E.4"),
     "width": Value(768, "App. E.4"),
@@ -87,7 +87,7 @@ LLAMA = {
     "conditioning": Value("dit", "App. E.4: time conditioning as in DiT"),
     "gate_init": Value(0.0, "App. E.4: as in DiT, adaLN-Zero"),
 }
-# What all of these denoise by.
+# The common schedule.
 DENOISING = {
     "overlap": Value(0.1, "App. C, E.4"),
     "rows": Value("doubled", "App. E.4: clean and noisy rows side by side"),
@@ -99,7 +99,7 @@ DENOISING = {
     "embed_scale": Value(1.0, "App. C: normalised embeddings"),
     "weighting": Value("batch_mean", "App. C: EDM's weights; in the code their mean over a batch"),
 }
-# MDLM's code has the rate and the warm-up of App. E.4.
+# MDLM's code has the learning rate and the warm-up of App. E.4.
 LM_OURS = {
     "weight_decay": Value(0.0, "not in the paper; as MDLM's code"),
     "decay": Value("constant", "not in the paper; as MDLM's code"),
@@ -120,7 +120,7 @@ MAUVE = (
 LM1B_TOKENS = 1_100_000_000
 OPENWEBTEXT_TOKENS = 9_400_000_000
 HUGINN_STEPS = steps(epochs=15, samples=LM1B_TOKENS // 256, batch_size=256, blocks=1)
-# What all of these are measured by.
+# The common measure.
 JUDGED: dict[str, Any] = {
     "metric": "MAUVE / perplexity under Llama-2-7B / under GPT2-XL",
     "measured": not_measured,
@@ -129,7 +129,7 @@ JUDGED: dict[str, Any] = {
 
 
 def _llama(*, tokens: int, context: int, estimate: str, **rest: Any) -> Experiment:
-    """What both autoregressive experiments have in common."""
+    """The common settings of both autoregressive experiments."""
     taken = steps(epochs=10, samples=tokens // context, batch_size=256, blocks=4)
     return Experiment(
         network="causal-lm",
