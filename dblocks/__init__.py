@@ -12,10 +12,13 @@ from dblocks._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from dblocks import blocks as blocks
+    from dblocks import checkpoint as checkpoint
     from dblocks import functional as functional
+    from dblocks import integrations as integrations
     from dblocks import models as models
     from dblocks import nn as nn
     from dblocks import sampling as sampling
+    from dblocks import scale as scale
     from dblocks import schedules as schedules
     from dblocks.blocks import BlockOptimizers as BlockOptimizers
     from dblocks.blocks import BlocksConfig as BlocksConfig
@@ -66,7 +69,17 @@ _MODULE_OF = {
         "dblocks.schedules",
     ),
 }
-_MODULES = ("blocks", "functional", "models", "nn", "sampling", "schedules")
+_MODULES = (
+    "blocks",
+    "checkpoint",
+    "functional",
+    "integrations",
+    "models",
+    "nn",
+    "sampling",
+    "scale",
+    "schedules",
+)
 
 __all__ = ["__version__", *_MODULE_OF, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 

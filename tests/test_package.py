@@ -63,6 +63,7 @@ def test_what_the_package_holds_is_there_at_once():
         """
 import dblocks
 dblocks.schedules, dblocks.sampling, dblocks.blocks, dblocks.models
+dblocks.scale.resident, dblocks.integrations, dblocks.checkpoint
 from dblocks import *
 BlocksConfig, generate, convert, fuse_, functional
 print("import_module" in globals(), sorted(set(dir(dblocks)) - set(dblocks.__all__))[:1] != [])

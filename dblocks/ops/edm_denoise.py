@@ -67,11 +67,11 @@ def edm_denoise(
         c_out  = sigma * sigma_data / sqrt(sigma^2 + sigma_data^2)
 
     Args:
-        f: Network output `[N, ...]`, strides as `y` of `noise_inject`.
-        z: Noised target of the shape of `f`; may differ in dtype.
-        sigma: Noise levels > 0, 0-d, `[N]` or `[N, S]`. No gradient, but a
+        f: network output `[N, ...]`, strides as `y` of `noise_inject`.
+        z: noised target of the shape of `f`; may differ in dtype.
+        sigma: noise levels > 0, 0-d, `[N]` or `[N, S]`. No gradient, but a
             tangent in forward mode.
-        sigma_data: Standard deviation of the data.
+        sigma_data: standard deviation of the data.
         impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`.
 
     Returns:

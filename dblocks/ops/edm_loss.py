@@ -94,14 +94,14 @@ def edm_loss(
     float32.
 
     Args:
-        f: Network output `[N, ...]`, strides as `y` of `noise_inject`. The only input with a
+        f: network output `[N, ...]`, strides as `y` of `noise_inject`. The only input with a
             gradient.
-        y: Clean target of the shape of `f`; may differ in dtype.
-        sigma: Noise levels > 0, 0-d, `[N]` or `[N, S]`.
-        seed: As in `noise_inject`. A tensor may be changed before backward.
-        offset: As in `noise_inject`.
-        sigma_data: Standard deviation of the data.
-        row_weight: Factors `[N]`, or `[N, T]` for y `[N, T, D]`: for other weightings, or 0 for
+        y: clean target of the shape of `f`; may differ in dtype.
+        sigma: noise levels > 0, 0-d, `[N]` or `[N, S]`.
+        seed: as in `noise_inject`. A tensor may be changed before backward.
+        offset: as in `noise_inject`.
+        sigma_data: standard deviation of the data.
+        row_weight: factors `[N]`, or `[N, T]` for y `[N, T, D]`: for other weightings, or 0 for
             padding (the mean still divides by all elements).
         impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`.
 

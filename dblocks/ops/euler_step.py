@@ -98,11 +98,11 @@ def euler_step(
     A perfect denoiser lands on `y + sigma_next * eps`; sigma_next = 0 gives `denoised`.
 
     Args:
-        z: State at `sigma`, `[N, ...]`, strides as `y` of `noise_inject`.
-        denoised: Estimate of the clean target, of the shape of `z`; may differ in dtype.
-        sigma: Noise level > 0: a float, or a tensor, 0-d, `[N]` or `[N, S]`. No
+        z: state at `sigma`, `[N, ...]`, strides as `y` of `noise_inject`.
+        denoised: estimate of the clean target, of the shape of `z`; may differ in dtype.
+        sigma: noise level > 0: a float, or a tensor, 0-d, `[N]` or `[N, S]`. No
             gradient, but a tangent in forward mode.
-        sigma_next: Noise level >= 0, likewise; if both are `[N, S]`, S must be the same.
+        sigma_next: noise level >= 0, likewise; if both are `[N, S]`, S must be the same.
         impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`. Two floats
             are divided on the host in float64; in a compiled graph in float32, except by the
             reference.

@@ -127,13 +127,13 @@ def linear_cross_entropy(
     kept in float32 until the upstream gradient is known.
 
     Args:
-        h: Rows `[..., D]`, such as `[N, T, D]`.
+        h: rows `[..., D]`, such as `[N, T, D]`.
         weight: `[V, D]`; rounded to the dtype of `h` if it has another.
-        target: Classes in [0, V) or `ignore_index`, int64 of the leading shape of `h`. On a GPU the
+        target: classes in [0, V) or `ignore_index`, int64 of the leading shape of `h`. On a GPU the
             values are checked there, without waiting for them.
         bias: `[V]`, added in float32.
-        row_weight: Factors of the leading shape of `h`. Gets no gradient.
-        ignore_index: The target of rows that do not count.
+        row_weight: factors of the leading shape of `h`. Gets no gradient.
+        ignore_index: the target of rows that do not count.
         reduction: "mean", or "none" for the loss of each row, 0 for rows that do not count. The
             backward of the latter recomputes the logits, since the weights come from upstream.
         impl: "reference" (logits of all rows at once, in plain PyTorch: any transform), "chunked"

@@ -83,19 +83,19 @@ def noise_inject(
     (Philox 4x32-10 and Box-Muller, |eps| <= 5.678). The gradient reaches `y` from both outputs.
 
     Args:
-        y: Clean target `[N, ...]`, `[N, T, D]` where `sigma` is `[N, S]`. `[N, T, D]` may have any
+        y: clean target `[N, ...]`, `[N, T, D]` where `sigma` is `[N, S]`. `[N, T, D]` may have any
             strides of samples and tokens, zero and chunk views included; a last stride other than
             1, and other shapes whose samples are not contiguous, cost a copy.
-        sigma: Noise levels > 0 and finite, 0-d, `[N]` or `[N, S]`: segment s covers T/S consecutive
+        sigma: noise levels > 0 and finite, 0-d, `[N]` or `[N, S]`: segment s covers T/S consecutive
             tokens. No gradient, but a tangent in forward mode. On the CPU its values are checked.
             In a compiled graph the reference alone does not allow a change in place before
             backward.
-        seed: An int of 64 bits (two's complement), or a 0-d int64 tensor on the device; or an
+        seed: an int of 64 bits (two's complement), or a 0-d int64 tensor on the device; or an
             `OffsetSeed` of either, whose offset is added.
-        offset: The number of the first element, >= 0; that of the last is < 2**63.
-        sigma_data: Standard deviation of the data.
-        dtype: Of `z_in`; that of `y` by default.
-        need_z: Whether `z` is written.
+        offset: the number of the first element, >= 0; that of the last is < 2**63.
+        sigma_data: standard deviation of the data.
+        dtype: dtype of `z_in`; that of `y` by default.
+        need_z: whether `z` is written.
         impl: "reference" (plain PyTorch: any device and dtype, any transform), "triton" (GPU; on
             the CPU under TRITON_INTERPRET=1), "cpp" (CPU), or "auto": Triton on a GPU, C++ on a CPU
             where it is built, else the reference; the reference too for float64 and inside

@@ -108,10 +108,6 @@ class MaskSchedule(JsonConfig):
             return -torch.ones_like(t)
         return -2 * t if self.kind == "poly2" else -math.pi / 2 * torch.cos(math.pi / 2 * t)
 
-    def time_of(self, alpha: Tensor) -> Tensor:
-        """The inverse of `alpha`: t in [0, 1], for alpha in [0, 1]."""
-        return self.time_at(1 - computed(alpha))
-
     def time_at(self, masked: Tensor) -> Tensor:
         """The inverse of `masked`: t in [0, 1], for a mask ratio in [0, 1]."""
         masked = computed(masked)

@@ -45,7 +45,6 @@ def test_machine_code_is_taken_apart(model):
     assert (code[2].predicate, code[3].operands) == ("@!P1", "R4, R4, R9")
     assert loops == [(1, 5)]
     assert model.sass.count(code) == {"OTHER": 1, "LDG": 2, "FP": 1, "STG": 1, "CTL": 3, "ALL": 8}
-    assert model.sass.in_flight(code) == 20
     assert model.sass.moved(code, warps=4) == 4 * 32 * (16 + 16)
 
 

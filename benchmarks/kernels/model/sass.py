@@ -134,23 +134,6 @@ def moved(code: Sequence[Instruction], warps: int) -> int:
     return sum(32 * size for size in wide or accesses) * warps
 
 
-def in_flight(code: Sequence[Instruction]) -> int:
-    """The most bytes a thread asks for before it uses any; async copies are not counted."""
-    most, asked = 0, 0
-    pending: set[int] = set()
-    for _, op, operands in code:
-        first, _, rest = operands.partition(",")
-        sources = operands if op.startswith(("ST", "RED", "BAR")) else rest
-        if pending & {int(r) for r in re.findall(r"\bR(\d+)\b", sources)}:
-            most, pending, asked = max(most, asked), set(), 0
-        if kind(op) == "LDG":
-            asked += width(op)
-            if target := re.match(r"R(\d+)", first):
-                begin = int(target[1])
-                pending |= set(range(begin, begin + max(1, width(op) // 4)))
-    return max(most, asked)
-
-
 def occupancy(registers: int, warps: int, shared: int) -> int:
     """CTAs that fit on an SM; each of its four partitions has a quarter of the registers."""
     of_a_warp = -(-registers * 32 // 256) * 256
