@@ -27,6 +27,7 @@ from torch import Tensor
 SAVING, SAVED = ".saving-", ".saved"
 DEAD_AFTER = 24 * 3600  # seconds, for folders left by a writer on another machine
 LONGEST_REASON = 300  # characters of an error message; PyTorch lists every tensor
+METADATA = {"format": "pt"}  # of every file of tensors
 TRIES = 100  # of a rename, while other writers' saves are put in place
 
 
@@ -138,7 +139,7 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     written = {name: t.detach().contiguous() for name, t in tensors.items()}
     save_file = safetensors().save_file
     try:
-        save_file(written, path, metadata={"format": "pt"})
+        save_file(written, path, metadata=METADATA)
     except _write_errors() as error:
         raise OSError(f"{path.name}: {error}") from error  # it does not name the file
 

@@ -129,6 +129,16 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
     config = read_config(folder)
     with naming(folder / CONFIG_FILE):
         model = rebuilt(config)
+    load_weights_(model, folder)
+    return model
+
+
+def load_weights_(model: Network | DiffusionBlocks, folder: Path) -> None:
+    """Fills a network that is built as the one of a folder; its file is mapped, not read whole.
+
+    Raises:
+        ValueError: the file of weights is broken, or is of another network.
+    """
     with naming(folder / WEIGHTS_FILE):
         found = load_safetensors(current(folder, WEIGHTS_FILE))
         tensors = {renamed(name): tensor for name, tensor in found.items()}
@@ -136,7 +146,6 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
             copies = [name for name in tensors if name.startswith(COPIES)]
             model.copies.load_state_dict({n.removeprefix(COPIES): tensors.pop(n) for n in copies})
         _network(model).load_state_dict(tensors)
-    return model
 
 
 def renamed(name: str) -> str:

@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dblocks.checkpoint import current, load_model
-from dblocks.checkpoint.networks import read_config
+from dblocks.checkpoint import current
+from dblocks.checkpoint.networks import load_weights_, read_config
 from dblocks.config import read_json
 from dblocks.info import environment
 from dblocks.recipes.records import begun
@@ -33,7 +33,7 @@ def measured(run: Run, out: Path) -> dict[str, Any]:
         host=None, sharding=None,
     )  # fmt: skip
     where, trainer = environment(), whole.trainer()
-    trainer.trained.load_state_dict(load_model(out).state_dict())
+    load_weights_(trainer.trained, out)
     trainer.place()
     results = trainer.results(trainer.measure())
     merged = read_json(current(out, "run.json"))["merged"]

@@ -8,6 +8,7 @@ from dblocks.scale.merge import merge_blocks as merge_blocks
 from dblocks.scale.merge import save_block as save_block
 from dblocks.scale.mesh import data_parallel as data_parallel
 from dblocks.scale.mesh import joined as joined
+from dblocks.scale.pretrained import convert_block as convert_block
 from dblocks.scale.residency import Residency as Residency
 from dblocks.scale.residency import resident as resident
 from dblocks.scale.sharing import average_shared as average_shared

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from dblocks.blocks import Block, BlocksConfig, DiffusionBlocks
 from dblocks.blocks.model import BlockModel, Divisible
@@ -26,6 +25,7 @@ from dblocks.checkpoint.networks import (
 from dblocks.config import check_block
 from dblocks.scale.merge import check_shapes, check_weights, read_block
 from dblocks.scale.outline import Outline, Sharing, Uncopied, storage_of
+from dblocks.scale.places import Place, check_complete, own_tensors, reached_tensors
 
 WHOLE = "make the whole network, DiffusionBlocks(make(), config).block(...)"
 
@@ -71,7 +71,7 @@ def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int
     for at in _places(mine):
         if storage_of(found := at.of(network)) != storage_of(at.tensor):
             at.put(found)
-    _check_complete(mine)
+    check_complete(mine, WHOLE)
     return mine
 
 
@@ -107,7 +107,7 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
     for at in _places(mine):
         if at.tensor.is_meta and at.saved:  # one for what is tied
             at.put(filled.setdefault(id(at.tensor), torch.empty_like(at.tensor, device="cpu")))
-    _check_complete(mine)
+    check_complete(mine, WHOLE)
     with naming(folder / WEIGHTS_FILE):
         if alone:
             check_weights(folder, about)
@@ -120,39 +120,10 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
     return mine
 
 
-class _Place(NamedTuple):
-    """Where a parameter or buffer is."""
-
-    path: str
-    module: nn.Module
-    name: str
-
-    @property
-    def tensor(self) -> Tensor:
-        return getattr(self.module, self.name)
-
-    @property
-    def saved(self) -> bool:
-        return self.name not in self.module._non_persistent_buffers_set
-
-    def of(self, network: nn.Module) -> Tensor:
-        """The tensor at this place in the whole network."""
-        return getattr(network.get_submodule(self.path) if self.path else network, self.name)
-
-    def put(self, tensor: Tensor) -> None:
-        """Puts another tensor there, which trains if the one before did."""
-        own = self.module._parameters
-        trains = self.tensor.requires_grad
-        if self.name in own and not isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=trains)
-        held: Any = own if self.name in own else self.module._buffers
-        held[self.name] = tensor.requires_grad_(trains)
-
-
-def _places(block: Block) -> Iterator[_Place]:
+def _places(block: Block) -> Iterator[Place]:
     """All places of a block, by the names of the whole network."""
     for path, module in _named_modules(block):
-        yield from (_Place(path, module, name) for name, _ in _own(module))
+        yield from (Place(path, module, name) for name, _ in own_tensors(module))
 
 
 def _named_modules(block: Block) -> Iterator[tuple[str, nn.Module]]:
@@ -162,22 +133,12 @@ def _named_modules(block: Block) -> Iterator[tuple[str, nn.Module]]:
 
 def _check_sound(block: Block, network: nn.Module, making: Sharing) -> None:
     for path, _ in _named_modules(block):
-        for name, tensor in _reached(network.get_submodule(path)):
+        for name, tensor in reached_tensors(network.get_submodule(path)):
             if making.is_unsound(tensor):
                 raise RuntimeError(
                     "weights of a block must not be made of those of another block's layers, got "
                     f"{f'{path}.{name}'.removeprefix('.')}; {WHOLE}"
                 )
-
-
-def _check_complete(block: Block) -> None:
-    for path, module in block.named_modules():
-        bare = [name for name, tensor in _reached(module) if tensor.is_meta]
-        if bare:
-            raise RuntimeError(
-                f"tensors of a network must be parameters, or buffers, got {path}.{bare[0]} of "
-                f"{type(module).__name__}; use register_buffer, or: {WHOLE}"
-            )
 
 
 def _outlined(
@@ -195,7 +156,7 @@ def _outlined(
     if isinstance(network, Divisible):
         raise TypeError(
             "make must make a network whose layers are in `layers`, got a converted one, whose "
-            f"weights come from files; {WHOLE}"
+            "weights come from files; use dblocks.scale.convert_block"
         )
     return outline, DiffusionBlocks(network, config)
 
@@ -207,21 +168,7 @@ def _absent(whole: DiffusionBlocks, outline: Outline, block: int) -> dict[int, T
     inside = {id(module): module for layer in others for module in layer.modules()}
     network = cast(nn.Module, whole.base_model)
     outside = [module for module in network.modules() if id(module) not in inside]
-    kept = {storage_of(tensor) for module in outside for _, tensor in _own(module)}
-    gone = {storage_of(tensor) for module in inside.values() for _, tensor in _own(module)}
+    kept = {storage_of(tensor) for module in outside for _, tensor in own_tensors(module)}
+    gone = {storage_of(tensor) for module in inside.values() for _, tensor in own_tensors(module)}
     numbered = enumerate(outline.made)
     return {number: made for number, made in numbered if storage_of(made) in gone - kept}
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers of a module, without those of its children."""
-    held = (*module._parameters.items(), *module._buffers.items())
-    yield from ((name, tensor) for name, tensor in held if tensor is not None)
-
-
-def _reached(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """As `_own`, with the tensors in other attributes, which may be in lists and dictionaries."""
-    yield from _own(module)
-    for name, value in vars(module).items():
-        if name not in ("_parameters", "_buffers", "_modules"):
-            yield from ((name, leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

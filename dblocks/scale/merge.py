@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dblocks.blocks import Block, DiffusionBlocks
 from dblocks.blocks.sharding import replicas_of
-from dblocks.checkpoint import current, load_safetensors, naming, save_safetensors, saving
+from dblocks.checkpoint import current, naming, save_safetensors, saving
 from dblocks.checkpoint.networks import (
     BLOCK_FILE,
     CONFIG_FILE,
@@ -22,6 +22,7 @@ from dblocks.checkpoint.networks import (
     named_tensors,
     rebuilt,
 )
+from dblocks.checkpoint.stored import Stored, copy_stored, stored_in
 from dblocks.config import json_text, read_json, read_text
 from dblocks.scale.checkpoints import sha256_of
 from dblocks.scale.gathered import gathered
@@ -74,6 +75,9 @@ def save_block(
 def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
     """Merge all blocks of a network into one, for `load_model`.
 
+    Everything is checked before anything is written. Weights are copied from file to file, so that
+    the network may be larger than the host's memory.
+
     Args:
         out: where to write.
         folders: the folders written by `save_block` for each block, in any order; or folders that
@@ -107,7 +111,7 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
         "run.json": json_text({"merged": about}) + "\n",
     }
     with saving(Path(out)) as part:
-        save_safetensors(part / WEIGHTS_FILE, tensors)
+        copy_stored(part / WEIGHTS_FILE, tensors)
         for name, text in texts.items():
             (part / name).write_text(text, encoding="utf-8")
 
@@ -187,21 +191,21 @@ def _warn_of_other_settings(places: Sequence[Path], found: Mapping[Path, Any]) -
 
 def _merged(
     places: Sequence[Path], found: Mapping[Path, Any], whole: DiffusionBlocks
-) -> dict[str, Tensor]:
+) -> dict[str, Stored]:
     """The tensors of all blocks, which must be those of the network; shared ones must agree."""
-    merged: dict[str, Tensor] = {}
+    merged: dict[str, Stored] = {}
     owners: dict[str, Path] = {}
     for block, folder in enumerate(places):
         path = folder / WEIGHTS_FILE
         expected = named_tensors(whole.block(block))
         with naming(path):
             check_weights(folder, found[folder])
-            held = load_safetensors(current(folder, WEIGHTS_FILE))
-            check_shapes({name: tensor.shape for name, tensor in held.items()}, expected)
-        for name, tensor in held.items():
-            if name in merged and not torch.equal(merged[name], tensor):
+            held = stored_in(current(folder, WEIGHTS_FILE))
+            check_shapes({name: stored.shape for name, stored in held.items()}, expected)
+        for name, stored in held.items():
+            if name in merged and not merged[name].equal(stored):
                 raise ValueError(_differs("what all blocks share", name, owners[name], folder))
-            merged[name], owners[name] = tensor, folder
+            merged[name], owners[name] = stored, folder
     _check_copies(merged, owners, whole)
     return merged
 
@@ -223,7 +227,7 @@ def check_shapes(held: Mapping[str, Sequence[int]], expected: Mapping[str, Tenso
 
 
 def _check_copies(
-    merged: Mapping[str, Tensor], owners: Mapping[str, Path], whole: DiffusionBlocks
+    merged: Mapping[str, Stored], owners: Mapping[str, Path], whole: DiffusionBlocks
 ) -> None:
     """Checks that the target embedding is the same in all copies, and with averages everything."""
     target = {id(p) for p in whole.base_model.target.parameters()}
@@ -237,7 +241,7 @@ def _check_copies(
         what = "the target embedding" if common else "the average of what blocks share"
         for copy in range(len(whole.copies)):
             other = f"{COPIES}{copy}.{name}"
-            if not torch.equal(merged[name], merged[other]):
+            if not merged[name].equal(merged[other]):
                 raise ValueError(_differs(what, name, owners[name], owners[other]))
 
 

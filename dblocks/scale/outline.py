@@ -26,10 +26,14 @@ class Outline(TorchDispatchMode):
     """Tensors created inside the `with` block are on the meta device, without memory.
 
     Generators passed to an op inside get their state back at the end.
+
+    Args:
+        floats: only tensors of floating-point numbers are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, floats: bool = False) -> None:
         super().__init__()
+        self.floats = floats
         self.made: list[Tensor] = []
         """The tensors, in order."""
         self._before: dict[torch.Generator, Tensor] = {}
@@ -41,9 +45,12 @@ class Outline(TorchDispatchMode):
                 self._before.setdefault(value, value.get_state())
         if func._schema.name not in FACTORIES:
             return func(*args, **kwargs)
-        kwargs = {k: None if k == "generator" else v for k, v in kwargs.items()}
-        self.made.append(func(*args, **kwargs | {"device": META}))
-        return self.made[-1]
+        drawn = {k: None if k == "generator" else v for k, v in kwargs.items()}
+        made = func(*args, **drawn | {"device": META})
+        if self.floats and not made.is_floating_point():
+            return func(*args, **kwargs)
+        self.made.append(made)
+        return made
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
+from live_bytes import Live
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, L2Target
 from dblocks.checkpoint import save_model
@@ -38,29 +37,6 @@ NETWORKS = {
     "masked-lm": lambda: MaskedLM(MaskedLMConfig(**TEXT, depth=5)),
     "recurrent": lambda: RecurrentLM(RecurrentConfig(**TEXT, core=5)),
 }
-
-
-class Live(TorchDispatchMode):
-    """The bytes of all tensors with memory that are alive, and the most that ever were."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.most = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                self.sizes[key] = (storage._weak_ref(), storage.nbytes())
-        self.most = max(self.most, self.bytes())
-        return made
-
-    def bytes(self):
-        alive = torch.UntypedStorage._expired
-        self.sizes = {k: (w, n) for k, (w, n) in self.sizes.items() if not alive(w)}
-        return sum(n for _, n in self.sizes.values())
 
 
 def config_of(network, shared, blocks=3):

@@ -41,6 +41,15 @@ class ConvertedBlocks(DiffusionBlocks):
         self.task: Task = task
         self.options = options
         self.clean_loss_weight: float = options.clean_loss_weight
+        self.loaded: int | None = None
+        """The only block whose weights are here; None if all are. See `scale.convert_block`."""
+
+    def held_block(self, block: int) -> int:
+        """As of `Denoiser`; a block whose weights are elsewhere is refused too."""
+        held = super().held_block(block)
+        if self.loaded not in (None, held):
+            raise ValueError(f"block must be {self.loaded}, the only one loaded here, got {held}")
+        return held
 
     def before_use(self) -> None:
         """Runs `check_whole` if the model had no data when it was converted."""
@@ -82,6 +91,8 @@ class ConvertedBlocks(DiffusionBlocks):
 
     def save_pretrained(self, folder: str | Path, block: int | None = None) -> None:
         """Writes a file for each block, one for shared tensors, and dblocks.json.
+
+        What was not loaded, after `scale.convert_block`, is not written.
 
         Args:
             folder: created if it does not exist.

@@ -68,7 +68,7 @@ def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) 
     }
     with saving(folder) as place:
         for file, part in parts.items():
-            if block is None or file == block_file(block):
+            if file in _held(blocks) and (block is None or file == block_file(block)):
                 save_safetensors(place / file, part)
         (place / CONFIG_FILE).write_text(json_text(written, indent=2) + "\n", encoding="utf-8")
         if block is None:
@@ -123,13 +123,23 @@ def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> N
         blocks.load_state_dict({_inside(name): tensor for name, tensor in tensors.items()})
 
 
+def _held(blocks: ConvertedBlocks) -> set[str]:
+    """The files whose tensors are here."""
+    if blocks.loaded is None:
+        return {SHARED_FILE, *map(block_file, range(blocks.config.num_blocks))}
+    own = block_file(blocks.loaded)
+    # With private parameters, the shared ones are those of the model itself.
+    return {own} if blocks.config.copied and blocks.loaded else {SHARED_FILE, own}
+
+
 def _named(blocks: ConvertedBlocks) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors by their first names, and further names of tied ones."""
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in blocks.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        memory = tensor.untyped_storage()._cdata if tensor.is_meta else tensor.data_ptr()
+        key = (memory, tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and key in first:
             ties[name] = first[key]
         else:

@@ -1,0 +1,63 @@
+"""Where the tensors of a network are, and what stands in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+class Place(NamedTuple):
+    """Where a parameter or buffer is."""
+
+    path: str
+    module: nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        return getattr(self.module, self.name)
+
+    @property
+    def saved(self) -> bool:
+        return self.name not in self.module._non_persistent_buffers_set
+
+    def of(self, network: nn.Module) -> Tensor:
+        """The tensor at this place in the whole network."""
+        return getattr(network.get_submodule(self.path) if self.path else network, self.name)
+
+    def put(self, tensor: Tensor) -> None:
+        """Puts another tensor there, which trains if the one before did."""
+        own = self.module._parameters
+        trains = self.tensor.requires_grad
+        if self.name in own and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=trains)
+        held: Any = own if self.name in own else self.module._buffers
+        held[self.name] = tensor.requires_grad_(trains)
+
+
+def check_complete(block: nn.Module, whole: str) -> None:
+    """Raises RuntimeError if a tensor of a block has no memory; `whole` says what to do."""
+    for path, module in block.named_modules():
+        bare = [name for name, tensor in reached_tensors(module) if tensor.is_meta]
+        if bare:
+            raise RuntimeError(
+                f"tensors of a network must be parameters, or buffers, got {path}.{bare[0]} of "
+                f"{type(module).__name__}; use register_buffer, or: {whole}"
+            )
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a module, without those of its children."""
+    held = (*module._parameters.items(), *module._buffers.items())
+    yield from ((name, tensor) for name, tensor in held if tensor is not None)
+
+
+def reached_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """As `own_tensors`, with those in other attributes, which may be in lists or dictionaries."""
+    yield from own_tensors(module)
+    for name, value in vars(module).items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            yield from ((name, leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

@@ -1,0 +1,229 @@
+"""One block of a pretrained model of another library, without the memory of the others."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dblocks.blocks import BlocksConfig
+from dblocks.blocks.config import check_config
+from dblocks.checkpoint import naming
+from dblocks.checkpoint.files import opened
+from dblocks.config import check_block, read_json
+from dblocks.integrations.convert import ConvertedBlocks, Task
+from dblocks.integrations.convert.find import Layers
+from dblocks.integrations.convert.network import Converted
+from dblocks.integrations.convert.options import ConvertOptions
+from dblocks.integrations.convert.tasks import library_of, network_of
+from dblocks.scale.outline import META, Outline, Uncopied
+from dblocks.scale.places import Place, check_complete, own_tensors
+
+INDEX = ".safetensors.index.json"
+WHOLE = "load the whole model, and convert it"
+
+
+def convert_block(
+    make: Callable[[], nn.Module],
+    folder: str | Path,
+    config: BlocksConfig,
+    block: int,
+    *,
+    task: Task,
+    layers: Layers | None = None,
+    **options: Any,
+) -> ConvertedBlocks:
+    """`convert` of a pretrained model, with the weights of one block only.
+
+    Its `block(block)` has the bits of that of the whole, and as many random numbers are drawn; the
+    other layers are on the meta device. While it is made, the host also holds the first layer, to
+    which what `convert` adds is fitted. The first layer is compared with its parts, but the whole
+    model is not compared: to do that, `convert` a model of the same family with fewer layers.
+
+    Args:
+        make: makes the plain model, with any weights, such as
+            `lambda: LlamaForCausalLM(LlamaConfig.from_pretrained(folder))`. Its parameters are
+            without memory, and it draws no random numbers. Weights get the dtype that it says.
+        folder: with the model's weights, as the model's `save_pretrained` writes them: one file
+            of safetensors, or several with their index.
+        config: the number of blocks and the options of their training.
+        block: which of its blocks.
+        task: as of `convert`.
+        layers: as of `convert`.
+        **options: as of `convert`, but `check`.
+
+    Returns:
+        The model in blocks: train its `block(block)`, and write it by
+        `save_pretrained(folder, block=block)`.
+
+    Raises:
+        TypeError: as of `convert`; or `make` is not a function.
+        ValueError: as of `convert`; `block` is out of range; there is a clean loss, which needs
+            the whole model; or the folder does not hold the weights of the model.
+        RuntimeError: the model cannot be made without memory.
+
+    Warns:
+        UserWarning: the folder holds tensors that are not of the model.
+    """
+    if isinstance(make, nn.Module) or not callable(make):
+        raise TypeError(
+            "make must be a function without arguments that makes the plain model, got "
+            f"{type(make).__name__}"
+        )
+    check_config(config)
+    check_block(block, config.num_blocks)
+    chosen = ConvertOptions(**options)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come once more below
+        model = _outlined(make)
+        outline = ConvertedBlocks(
+            network_of(model, config, task, layers, chosen), config, task, chosen
+        )
+        outline.block(block)  # whether it can be alone
+    names = outline.base_model.names
+    here = range(*outline.layer_ranges[block])
+    _fill(model, [name for i, name in enumerate(names) if i and i not in here], Path(folder))
+    network = network_of(model, config, task, layers, chosen)
+    with Uncopied():
+        converted = ConvertedBlocks(network, config, task, chosen)
+    _let_go(converted, block, here)
+    check_complete(converted.block(block), WHOLE)
+    return converted
+
+
+def _outlined(make: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        with Outline(floats=True):
+            return make()
+    except RuntimeError as error:  # NotImplementedError is one
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"the model cannot be made without memory: {reason}; {WHOLE}") from error
+
+
+def _fill(model: nn.Module, without: Sequence[str], folder: Path) -> None:
+    """Reads all tensors of a model, but those below some paths, into its places."""
+    gone = {id(module) for path in without for module in model.get_submodule(path).modules()}
+    groups: dict[int, list[Place]] = {}  # tied ones are together
+    places: dict[str, list[Place]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in () if id(module) in gone else own_tensors(module):
+            if (place := Place(path, module, name)).saved:
+                places[f"{path}.{name}".removeprefix(".")] = groups.setdefault(id(tensor), [])
+                groups[id(tensor)].append(place)
+    known, unknown, inside = set(model.state_dict()), list[str](), _renaming(model)
+    filled: dict[int, Tensor] = {}
+    for file in _files(folder):
+        with naming(file), opened(file) as held:
+            for stored in sorted(held.keys()):
+                if (name := inside(stored)) in places:
+                    _take(filled, places[name], name, held.get_tensor(stored))
+                elif name not in known:
+                    unknown.append(stored)
+    kind = type(model).__name__
+    if missing := [name for name, group in places.items() if id(group) not in filled]:
+        raise ValueError(
+            f"{folder} must hold all weights of a {kind} by the names of its state_dict, got none "
+            f"of {missing[0]} ({len(missing)} are missing); write it with the save_pretrained of "
+            f"a {kind}"
+        )
+    if unknown:
+        warnings.warn(
+            f"{folder} holds {len(unknown)} tensors that a {kind} does not have, such as "
+            f"{unknown[0]}; they are left out",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _take(filled: dict[int, Tensor], group: list[Place], name: str, given: Tensor) -> None:
+    """Puts a tensor of a file into the places of its group, which are tied."""
+    like = group[0].tensor
+    if given.shape != like.shape:
+        raise ValueError(f"{name} must have shape {list(like.shape)}, got {list(given.shape)}")
+    fresh: Any = torch.empty_like(like, device="cpu", requires_grad=False).copy_(given)
+    if id(group) in filled:
+        if not filled[id(group)].equal(fresh):
+            raise ValueError(f"{name} must be the tensor to which the model ties it, got another")
+        return
+    if isinstance(like, nn.Parameter):
+        fresh = nn.Parameter(fresh, requires_grad=like.requires_grad)
+    filled[id(group)] = fresh
+    for place in group:
+        place.put(fresh)
+
+
+def _renaming(model: nn.Module) -> Callable[[str], str]:
+    """The names in a model of those in its files, which transformers may have changed since."""
+    if library_of(model) != "transformers":
+        return str
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # before transformers 5
+        return str
+    known = model.state_dict()
+    rules = get_model_conversion_mapping(cast(Any, model))
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    others = cast(Any, [rule for rule in rules if not isinstance(rule, WeightRenaming)])
+    prefix = getattr(model, "base_model_prefix", None)
+
+    def renamed(stored: str) -> str:
+        name, converted = rename_source_key(stored, renamings, others, prefix, known)
+        if converted is not None:
+            raise ValueError(
+                f"{stored} must be stored as a {type(model).__name__} holds it, not in a form that "
+                "transformers converts; write the model with save_original_format=False"
+            )
+        return name
+
+    return renamed
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a model's weights in a folder."""
+    index, files = sorted(folder.glob(f"*{INDEX}")), sorted(folder.glob("*.safetensors"))
+    if len(index) == 1:
+        with naming(index[0]):
+            found = read_json(index[0])
+            named = found.get("weight_map") if isinstance(found, dict) else None
+            if not isinstance(named, dict) or not all(isinstance(n, str) for n in named.values()):
+                raise ValueError("it must have a weight_map from names to files")
+            files = [folder / name for name in sorted(set(named.values()))]
+            if outside := [file for file in files if file.parent != folder or not file.is_file()]:
+                raise ValueError(f"it must name files beside it, got {outside[0].name}")
+    elif index or len(files) != 1:
+        listed = ", ".join(path.name for path in index or files) or "none"
+        raise ValueError(
+            f"{folder} must hold one file of weights *.safetensors, or several with one *{INDEX}, "
+            f"got {listed}"
+        )
+    return files
+
+
+def _let_go(converted: ConvertedBlocks, block: int, here: range) -> None:
+    """Lets go of the memory of all but one block and what it shares."""
+    network: Converted = converted.base_model
+    modules = {
+        id(module): module
+        for i, layer in enumerate(network.layers)
+        if i not in here
+        for module in layer.modules()
+    }
+    if converted.config.copied:
+        inside = {id(module) for layer in network.layers for module in layer.modules()}
+        views = (network, *converted.copies.children())
+        for own, view in enumerate(views):
+            if own != block:
+                modules |= {id(m): m for m in view.modules() if id(m) not in inside}
+    empty: dict[int, Tensor] = {}  # what was tied stays so
+    for module in modules.values():
+        for name, tensor in list(own_tensors(module)):
+            made = torch.empty_like(tensor, device=META)
+            if isinstance(tensor, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+            Place("", module, name).put(empty.setdefault(id(tensor), made))
+    converted.loaded = block
