@@ -18,6 +18,7 @@ from dblocks.blocks.targets.entries import checked
 from dblocks.blocks.targets.padding import from_front, starts_of, to_front
 from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
 from dblocks.integrations.convert.cached import RowCache
+from dblocks.integrations.convert.choices import choosing_alike
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some, example_tokens
 from dblocks.integrations.convert.places import (
@@ -358,7 +359,15 @@ class ConvertedCausalLM(Converted):
         """See `Converted.compare`; compares the clean rows, the only ones without noise."""
         batch = self.example()
         tokens = batch["tokens"]
-        own = self.family.plain_logits(self.model, tokens, **self.plain_entries(batch))
+        more = self.plain_entries(batch)
+        own, ours = choosing_alike(
+            lambda: self.family.plain_logits(self.model, tokens, **more),
+            lambda: self._clean_logits(batch),
+            len(tokens),
+        )
+        return own[:, : ours.shape[1]], ours
+
+    def _clean_logits(self, batch: Batch) -> Tensor:
         condition = self.embed_condition(batch)
         x = condition.noisy
         if condition.clean is not None:
@@ -366,12 +375,10 @@ class ConvertedCausalLM(Converted):
         for layer in self.layers:
             x = layer(x, None, condition.attention)
         if condition.clean is not None:
-            x = x[:, : tokens.shape[1]]
+            x = x[:, : condition.clean.shape[1]]
         rows = self.family.leave(self.model, x)
         logits, cap = self.family.head(self.model)(rows), self.family.softcap(self.model)
-        if cap is not None:
-            logits = cap * (logits / cap).tanh()
-        return own[:, : rows.shape[1]], logits
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """The model's own mean cross-entropy over the tokens that are scored, in nats."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dblocks.integrations.convert.choices import choosing_alike
 from dblocks.integrations.convert.forms import LayerForm, require_form
 from dblocks.integrations.convert.layers import ConditionedLayer, context_of
 from dblocks.integrations.convert.plain import check_layers_alone
@@ -83,10 +84,13 @@ def check_form(
     try:
         with torch.no_grad():
             attention = layer.get_submodule(form.attention)
-            own = layer(x, **context_of(layer, attention, context))
-            own = own if isinstance(own, Tensor) else own[0]
             instead, given = ours or (None, context)
-            found = ConditionedLayer(layer, x.shape[-1], form, instead)(x, None, given)
+            parts = ConditionedLayer(layer, x.shape[-1], form, instead)
+            own, found = choosing_alike(
+                lambda: _rows(layer(x, **context_of(layer, attention, context))),
+                lambda: parts(x, None, given),
+                len(x),
+            )
     finally:
         for module in training:
             module.training = True
@@ -100,3 +104,7 @@ def check_form(
             f"{type(layer).__name__} computes something else from its parts; "
             "write a network with the members of dblocks.blocks.BlockModel instead"
         )
+
+
+def _rows(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out[0]

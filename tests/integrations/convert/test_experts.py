@@ -11,7 +11,8 @@ import torch
 from family_models import CAUSAL, T, V, causal_model, clean_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dblocks.integrations.convert import whole
+from dblocks import BlocksConfig
+from dblocks.integrations.convert import convert
 from dblocks.testing import assert_within_budget
 from tools import seeded
 
@@ -83,9 +84,7 @@ def under(choices, call):
 @pytest.mark.parametrize(
     "kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.long) for k in KINDS]
 )
-def test_bfloat16_with_few_experts(kind, monkeypatch):
-    # Where a model is tried, nothing is held: HunYuan's small one would be refused for rounding.
-    monkeypatch.setattr(whole, "LARGEST", 1.0)
+def test_bfloat16_with_few_experts(kind):
     # PhiMoE also leaves out logits below a threshold, which this puts out of reach.
     options = {"router_jitter_noise": 10.0} if kind == "phimoe" else {}
     model = causal_model(kind, **options).bfloat16()
@@ -107,3 +106,52 @@ def test_bfloat16_with_few_experts(kind, monkeypatch):
         assert_within_budget(
             found.bfloat16(), exact[:, :last].double(), eager[:, :last].contiguous(), rows
         )
+
+
+# The comparison at conversion
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "seed"),
+    [("deepseek_v3", "single", 100), ("gpt_oss", "doubled", 101), ("hunyuan_v1_moe", "single", 103),
+     ("phimoe", "doubled", 101)],
+)  # fmt: skip
+def test_none_is_refused_for_another_choice(kind, rows, seed):
+    model, generator = causal_model(kind), seeded(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    assert converted(model.bfloat16(), rows).base_model.whole_checked
+
+
+@pytest.mark.parametrize("rows", ["single", "doubled"])
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("fault", ["scaled expert", "no gate", "other gate"])
+def test_another_mixture_is_refused(kind, rows, fault):
+    model = causal_model(kind).bfloat16()
+    changed = (
+        [m.experts.down_proj for m in model.modules() if hasattr(m, "experts")]
+        if fault == "scaled expert"
+        else [p for n, p in model.named_parameters() if n.endswith("gate.weight")]
+    )
+    assert changed
+
+    class Other(type(model)):
+        def forward(self, *args, **kwargs):
+            kept = [p.detach().clone() for p in changed]
+            for p in changed:
+                p.data.mul_({"scaled expert": 2, "no gate": 0, "other gate": -1}[fault])
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                for p, own in zip(changed, kept, strict=True):
+                    p.data.copy_(own)
+
+    converted(model, rows)
+    model.__class__ = Other
+    with pytest.raises(ValueError, match="Other must compute what its embedding"):
+        converted(model, rows)
+
+
+def converted(model, rows):
+    return convert(model, BlocksConfig(2), task="tokens", rows=rows)
