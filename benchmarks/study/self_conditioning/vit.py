@@ -97,9 +97,12 @@ class SelfViTTrainer(ViTTrainer):
 
 
 def rows_of(rows: Sequence[Row], budget: int) -> list[Row]:
-    """Self-conditioned blocks of as much work as others, and of as many calls of layers."""
+    """Self-conditioned blocks of as much work as others, and of as many calls of layers.
+
+    At the rate of the blocks without the condition.
+    """
     (row,) = (row for row in rows if row.name == "blocks")
-    row = replace(row, part="conditions", seeds=(0,), planned=False)
+    row = replace(row, part="conditions", lrs=(), rate_of=row.name, seeds=(0,), planned=False)
     run = cast(ViTRun, row.run)
     return [
         replace(
@@ -113,8 +116,6 @@ def rows_of(rows: Sequence[Row], budget: int) -> list[Row]:
             name="blocks_self_calls",
             title="3 blocks that see the one before, forward calls counted in full",
             run=run_of(run, budget, 1.0),
-            lrs=(),
-            rate_of="blocks_self",
         ),
     ]
 

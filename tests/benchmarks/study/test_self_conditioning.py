@@ -1,9 +1,12 @@
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from benchmarks.study import vit_study
+from benchmarks.study import layers, running, vit_study
+from benchmarks.study.causal_lm import EVALUATIONS
+from benchmarks.study.self_conditioning.causal_lm import SelfCausalLMRun
 from benchmarks.study.self_conditioning.networks import (
     BEFORE,
     ConditionedBlocks,
@@ -13,10 +16,11 @@ from benchmarks.study.self_conditioning.networks import (
     product,
 )
 from benchmarks.study.self_conditioning.runs import FORWARD, layers_per_step
-from benchmarks.study.self_conditioning.vit import SelfViTRun
+from benchmarks.study.self_conditioning.vit import SelfViTRun, SelfViTTrainer
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.models import CausalLM, CausalLMConfig, ViT, ViTConfig
 from dblocks.models.vit import classify
+from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.records import train
 from dblocks.sampling import initial_noise, next_token_nll
 
@@ -223,6 +227,59 @@ def test_a_vit_learns_digits_by_its_chain():
     assert record["work"] == pytest.approx(expected, rel=0.1)
 
 
+TEXT = {"width": 32, "depth": 3, "heads": 2, "context": 32, "windows": 8, "points": 1}
+
+
+def test_a_language_model_learns_by_its_chain():
+    run = SelfCausalLMRun(steps=80, lr=8e-3, part="selection", **TEXT)
+    record = train(run).record
+    vocabulary = record["model"]["vocab_size"]
+    assert max(record["chain_bits"]) < math.log2(vocabulary) - 1
+    assert record["bits"] == record["chain_bits"][-1]
+    assert record["product_bits"] < math.log2(vocabulary) - 1
+    # The first block has no condition: two ways to the same number.
+    assert record["chain_bits"][0] == pytest.approx(record["first_bits"], rel=1e-6)
+    assert record["forward_only"] == record["layer_evaluations"] - run.steps
+
+
+def test_bits_are_the_cross_entropy_of_the_last_block():
+    run = SelfCausalLMRun(steps=1, **TEXT)
+    trainer = run.trainer()
+    torch.nn.init.normal_(trainer.network.before.weight)
+    text = trainer.corpus.evaluated
+    window = type(text)(text.tokens[: run.context], run.context)
+    trainer.corpus = dataclasses.replace(trainer.corpus, evaluated=window)
+    found = trainer.chain_bits(None)
+    tokens = text.tokens[None, : run.context].long()
+    generator = torch.Generator().manual_seed(NOISE_SEED)
+    shape = (*tokens.shape, run.width)
+    z = initial_noise(shape, trainer.model.config.noise_schedule, generator=generator)
+    p = chain(trainer.model, z, tokens=tokens)[-1].exp()
+    picked = p[0, torch.arange(1, run.context), tokens[0, 1:]]
+    assert found["chain_bits"][-1] == pytest.approx(-picked.log2().mean().item(), rel=1e-5)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    run = SelfViTRun(steps=9, **{**TINY, "batch_size": 8})
+    monkeypatch.setattr(running, "EVERY", 4)
+    expected = running.train_kept(run, tmp_path / "whole.json", tmp_path / "kept")
+    step = SelfViTTrainer.step
+    killed = []
+
+    def once(self, number):
+        if number == 6 and not killed:
+            killed.append(number)
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(SelfViTTrainer, "step", once)
+    with pytest.raises(KeyboardInterrupt):
+        running.train_kept(run, tmp_path / "a.json", tmp_path / "kept")
+    record = running.train_kept(run, tmp_path / "a.json", tmp_path / "kept")
+    for key in ("accuracy", "blocks_alone", "curve", "layer_evaluations", "forward_only"):
+        assert record[key] == expected[key]
+
+
 def test_weights_begin_as_those_of_the_blocks_without_the_condition():
     run = SelfViTRun(steps=1, **TINY)
     plain = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if f.name != "share"}
@@ -255,3 +312,6 @@ def test_rows_do_as_much_work_as_the_others():
         assert run.steps * per_step == pytest.approx(budget, rel=1e-3)
         steps = {"steps": run.steps, "share": 0.5}
         assert dataclasses.asdict(run) == dataclasses.asdict(blocks) | steps
+    run = layers.TEXT.row("blocks_self").run
+    per_step = layers_per_step(run.depth, run.blocks, run.share)
+    assert run.steps * per_step == pytest.approx(EVALUATIONS, rel=1e-3)
