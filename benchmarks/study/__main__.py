@@ -7,7 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.study import causal_lm, dit, dit_study, layers, masked_lm, recurrent, vit, vit_study
+from benchmarks.study import (
+    budget,
+    causal_lm,
+    dit,
+    dit_study,
+    layers,
+    masked_lm,
+    recurrent,
+    vit,
+    vit_study,
+)
 from benchmarks.study.archive import Archive
 from benchmarks.study.costing import COSTS_PART, run_costs
 from benchmarks.study.experiment import REPORT, Experiment
@@ -41,6 +51,7 @@ STUDIES: dict[str, Study] = {
         dit_study.FASHION_STUDY,
         dit_study.DIGITS_STUDY,
         layers.TEXT,
+        budget.STUDY,
     )
 }
 
@@ -157,7 +168,8 @@ def _study(args: argparse.Namespace) -> None:
             continue
         if rows:
             (run_quick if args.quick else run_study)(study, rows, folder, workers=args.workers)
-        if not args.rows and args.part in (None, COSTS_PART):
+        # Costs are of runs that train in the usual way.
+        if not args.rows and args.part in (None, COSTS_PART) and study.train is None:
             run_costs(study, folder)
 
 

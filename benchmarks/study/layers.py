@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from benchmarks.study.causal_lm import EXPERIMENT
 from benchmarks.study.quality import BITS
 from benchmarks.study.rows import Row, Study
+from benchmarks.study.self_conditioning import causal_lm as self_conditioned
 from dblocks.blocks import BlocksConfig
 from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.recipes.columns import CAUSAL_LM, bits
@@ -47,25 +48,33 @@ class CausalLMLayersRun(CausalLMRun):
 def text_rows() -> list[Row]:
     """The language model's blocks, whose steps run 4 layers on the average whatever the split."""
     run = EXPERIMENT.rows["blocks"][1]
-    return [
-        Row(
+    row = Row(
+        name="blocks",
+        title="3 blocks",
+        method="DiffusionBlocks",
+        run=run,
+        lrs=EXPERIMENT.lrs[1:],
+        shorter=3,
+        seeds=EXPERIMENT.seeds,
+        hours=HOURS,
+        planned=False,
+    )
+    unequal = [
+        replace(
+            row,
             name=f"blocks_{''.join(map(str, layers))}",
             title=f"3 blocks of {', '.join(map(str, layers))} layers",
-            method="DiffusionBlocks",
             run=CausalLMLayersRun(**vars(run), layers=layers),
-            lrs=EXPERIMENT.lrs[1:],
-            shorter=3,
-            seeds=EXPERIMENT.seeds,
-            hours=HOURS,
-            planned=False,
         )
         for layers in SPLITS
     ]
+    return [*unequal, *self_conditioned.rows_of(row)]
 
 
 TEXT = Study(
     name="causal-lm-layers",
-    title="a 12-layer language model of width 192 in blocks of unequal layers",
+    title="a 12-layer language model of width 192 in blocks of unequal layers, and in blocks that "
+    "see the prediction of the one before",
     rows=text_rows(),
     quality=BITS,
     headline=lambda record: f"{bits(record):.3f} bits per character",

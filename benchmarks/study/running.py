@@ -32,7 +32,7 @@ def run_study(study: Study, rows: Sequence[Row], folder: Path, *, workers: int =
         folder: of the records.
         workers: processes at a time.
     """
-    train_one = partial(train_kept, kept=KEPT)
+    train_one = partial(study.train or train_kept, kept=KEPT)
     found = Found(study, folder)
     sources = [study.row(row.rate_of) if row.rate_of else row for row in rows]
     jobs: dict[Path, Run] = {}

@@ -12,6 +12,7 @@ from benchmarks.study.layers import SPLITS, ViTLayersRun
 from benchmarks.study.methods.run import Method, MethodRun, steps_of
 from benchmarks.study.quality import ACCURACY
 from benchmarks.study.rows import Row, Study
+from benchmarks.study.self_conditioning import vit as self_conditioned
 from dblocks.recipes.columns import accuracy
 from dblocks.recipes.tables import COSTS, Column, percent
 
@@ -146,7 +147,12 @@ _FASHION = rows_of("vit-fashion", vit.CLOTHES, GRID, flip=True, shorter=2)
 FASHION = study_of(
     name="vit-fashion",
     title="a 12-layer ViT of width 64 on Fashion-MNIST",
-    rows=[*_FASHION, *curve_of(_FASHION), *layers_of(_FASHION)],
+    rows=[
+        *_FASHION,
+        *curve_of(_FASHION),
+        *layers_of(_FASHION),
+        *self_conditioned.rows_of(_FASHION, 12_000),
+    ],
 )
 DIGITS = study_of(
     name="vit-digits",

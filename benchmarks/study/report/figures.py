@@ -57,6 +57,13 @@ def budget_picture(found: Finished) -> str:
             [quality.value(records[0]) for records in line.values()],
             f"{MARKERS[number]}-", color=COLORS[number], label=found.titles[row],
         )  # fmt: skip
+        products = [records[0].get("product_bits") for records in line.values()]
+        if None not in products:
+            ax.plot(
+                [records[0]["layer_evaluations"] for records in line.values()], products,
+                f"{MARKERS[number]}--", color=COLORS[number],
+                label=f"{found.titles[row]}, their product",
+            )  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_xlabel("layer evaluations in training (one seed)", fontsize=TEXT_SIZE)
     ax.set_ylabel(quality.axis, fontsize=TEXT_SIZE)

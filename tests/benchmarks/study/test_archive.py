@@ -124,7 +124,7 @@ def test_the_records_that_are_there_are_of_runs_that_are_known(name):
     for key, record in records.items():
         if key != "scores":
             made = record["run"]
-            own = {"method", "layers"}  # by which kinds of runs differ
+            own = {"method", "layers", "share"}  # by which kinds of runs differ
             (kind,) = (k for k in kinds if {*made} & own == own & {*k.__dataclass_fields__})
             assert kind.from_dict(made).to_dict().keys() >= made.keys()
 
