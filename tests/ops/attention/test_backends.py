@@ -190,7 +190,7 @@ def test_a_backend_is_causal_attention(backend, heads):
 @pytest.mark.parametrize("query", ["both", "noisy"])
 @pytest.mark.parametrize("v_width", [8, 16, 4])
 def test_the_composition_of_each_backend(backend, monkeypatch, size, query, v_width):
-    monkeypatch.setattr(composed, "choose", lambda name, q, v, **options: name)
+    monkeypatch.setattr(backends, "choose", lambda name, q, v, **options: name)
     # As on a GPU, where blocks are not computed in chunks.
     monkeypatch.setattr(composed, "_way", lambda *_: shifted)
     q = normal(2, 4, 7 if query == "noisy" else 14, 8)
