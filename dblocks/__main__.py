@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import os
 import subprocess
@@ -123,23 +124,27 @@ class Merge:
 
     def __call__(self) -> None:
         """Check that the blocks belong to one network, and write it."""
-        from dblocks.recipes.command import check_free, saved_files
+        from dblocks.recipes.command import check_free, name_of, saved_files
         from dblocks.scale import merge_blocks
 
         check_free(self.out, saved_files(self.out), overwrite=self.overwrite, name="OUT")
         merge_blocks(self.out, self.folders)
         print(f"Saved model.safetensors, config.json and run.json in {self.out}")
-        from dblocks.checkpoint import read_config
         from dblocks.config import read_json
         from dblocks.recipes.merged import eval_command
 
-        name = read_config(self.out)["model"].replace("_", "-")
+        name = name_of(self.out)
         settings = read_json(self.out / "run.json")["merged"][0].get("run", {})
         defaults = _networks()[name].RECIPE.run
         print(f"Measure it: {eval_command(self.out, settings, defaults)}")
 
 
 COMMANDS = {"info": Info, "bench": Bench}
+VERBS = {
+    "train": "Train a network.",
+    "eval": "Measure a trained network.",
+    "sample": "Let a trained network generate.",
+}
 PATH_FLAGS = ("--out", "--checkpoint", "--compare", "--data", "--tokenizer", "--model")
 PATH_FLAGS += ("--json", "--chart", "--tensorboard")
 INTERRUPTED = 130  # the shell's exit code of a program ended by Ctrl-C
@@ -205,8 +210,13 @@ def _parse(argv: Sequence[str]) -> Callable[[], None]:
         "plan": plan.command(tyro, argv, _planned(argv)),
         **COMMANDS,
     }
+    verbs = _verbs(tyro, argv)
+    _check_flags(argv, {**alone, **verbs})
     parsed = tyro.extras.subcommand_cli_from_dict(
-        {**_verbs(tyro, argv), **{name: _flowing(command) for name, command in alone.items()}},
+        {
+            **{verb: _verb(tyro, verb, VERBS[verb], networks) for verb, networks in verbs.items()},
+            **{name: _flowing(command) for name, command in alone.items()},
+        },
         prog="dblocks",
         description=DESCRIPTION,
         args=list(argv),
@@ -247,17 +257,38 @@ def _planned(argv: Sequence[str]) -> dict[str, Any]:
     return plan_of(experiment, run_of(experiment, recipe.run))
 
 
-def _verbs(tyro: Any, argv: Sequence[str]) -> dict[str, type]:
-    """The commands of the networks."""
+def _check_flags(argv: Sequence[str], commands: Mapping[str, Any]) -> None:
+    """Raises ValueError for a flag that the chosen command does not have.
+
+    Of such a flag the parser shows what it finds in the commands of all networks.
+    """
+    if not argv or argv[0] not in commands:
+        return
+    words, command = [argv[0]], commands[argv[0]]
+    if isinstance(command, dict):
+        if len(argv) < 2 or argv[1] not in command:
+            return
+        words, command = list(argv[:2]), command[argv[1]]
+    known = ["--help", *(f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(command))]
+    for word in argv[len(words) :]:
+        flag = word.partition("=")[0].replace("_", "-")
+        if not flag.startswith("--") or flag in ("--", *known):
+            continue
+        near = difflib.get_close_matches(flag, known, n=4)
+        text = f"; nearest are {', '.join(near)}" if near else ""
+        path = " ".join(["dblocks", *words])
+        raise ValueError(
+            f"{word.partition('=')[0]} must be a flag of `{path}`{text}; `{path} --help` shows all"
+        )
+
+
+def _verbs(tyro: Any, argv: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The commands of the networks, by verb and network."""
     networks = _networks()
     train = {name: _training(tyro, name, module.RECIPE, argv) for name, module in networks.items()}
     evaluate = {name: module.Eval for name, module in networks.items()}
     sample = {name: module.Sample for name, module in networks.items() if hasattr(module, "Sample")}
-    return {
-        "train": _verb(tyro, "train", "Train a network.", train),
-        "eval": _verb(tyro, "eval", "Measure a trained network.", evaluate),
-        "sample": _verb(tyro, "sample", "Let a trained network generate.", sample),
-    }
+    return {"train": train, "eval": evaluate, "sample": sample}
 
 
 def _chosen(argv: Sequence[str]) -> Any:

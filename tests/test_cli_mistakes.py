@@ -1,13 +1,15 @@
 """Mistakes of the command line that would cost a network, or end in a traceback."""
 
+import re
 import subprocess
 
 import pytest
 
 from dblocks import __main__ as cli
 from dblocks.__main__ import main
-from dblocks.checkpoint import load_model
+from dblocks.checkpoint import load_model, save_model
 from dblocks.recipes.data.tokenizers import Characters
+from tools import vit as tiny_vit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,3 +107,41 @@ def test_an_interrupt_ends_a_command_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_parse", interrupted)
     assert main(["info"]) == 130
     assert capsys.readouterr().err == "dblocks: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "near"),
+    [
+        (("train", "vit", "--bacth-size", "4"), "train vit`; nearest are --batch-size, --p"),
+        (("train", "dit", "--bacth_size=4"), "train dit`; nearest are --batch-size"),
+        (("eval", "causal-lm", "--chekpoint", "x"), "eval causal-lm`; nearest are --checkpoint"),
+        (("plan", "vit", "--memmory", "4GiB"), "plan`; nearest are --memory"),
+        (("info", "--modle", "x"), "info`; nearest are --model"),
+        (("train", "vit", "--context", "4"), "train vit`; "),
+    ],
+)
+def test_an_unknown_flag_is_told_those_of_the_network(argv, near, capsys):
+    error = mistake(capsys, *argv)
+    assert f"{argv[2].partition('=')[0] if argv[0] != 'info' else '--modle'} must be" in error
+    assert f"must be a flag of `dblocks {near}" in error
+    assert "--help` shows all\n" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [("train", "vit"), ("eval", "dit"), ("merge",), ("plan", "vit")])
+def test_every_flag_of_the_help_is_known(words, capsys):
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    flags = re.findall(r"^[ │]*(--[a-z][a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(flags) >= 2 or words == ("merge",)
+    with pytest.raises(SystemExit):
+        main([*words, *flags, "--help"])  # refused neither with _ nor with -
+    with pytest.raises(SystemExit):
+        main([*words, *(f"--{flag[2:].replace('-', '_')}" for flag in flags), "--help"])
+
+
+def test_a_network_of_another_command_is_told_its_own(tmp_path, capsys):
+    save_model(tmp_path, tiny_vit())
+    for words in (("eval", "dit"), ("sample", "dit"), ("eval", "causal-lm")):
+        error = mistake(capsys, *words, "--checkpoint", str(tmp_path))
+        assert f"got a ViT: use `dblocks eval vit --checkpoint {tmp_path}`" in error

@@ -29,6 +29,7 @@ from benchmarks.study.running import QUICK, run_quick, run_study, status
 from benchmarks.study.topics.experiment import EXPERIMENT as TOPICS
 
 PAGE = Path("build/study.html")
+PICTURES = Path("docs/images")
 EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
     for e in (
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="from the records a page, docs/results.md, README's table and the pictures in "
-        "docs/images; runs nothing",
+        "docs/images, or with --out beside that page; runs nothing",
     )
     report.add_argument("--out", type=Path, default=PAGE, help="the HTML page to write")
     report.add_argument("--results", type=Path, default=REPORT, help="the page of all tables")
@@ -146,14 +147,15 @@ def _run(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     """Writes the page and the documents."""
     found = comparisons()
+    pictures = PICTURES if args.out == PAGE else args.out.parent
     write_page(found, args.out)
     by_name = {f.name: f for f in found}
     for name, experiment in EXPERIMENTS.items():
         rows = of_experiment(by_name[name], experiment).rows
         if rows:
-            experiment.draw(rows, experiment.figure)
+            experiment.draw(rows, pictures / experiment.figure.name)
     write_documents(by_name, EXPERIMENTS, STUDIES, args.results, args.readme)
-    print(f"wrote {args.out}, {args.results}, {args.readme} and the pictures in docs/images")
+    print(f"wrote {args.out}, {args.results}, {args.readme} and the pictures in {pictures}")
 
 
 def _study(args: argparse.Namespace) -> None:

@@ -91,6 +91,10 @@ class StepResult(NamedTuple):
     skipped: bool = False
     """Whether the step was skipped because its loss or a gradient was not finite."""
 
+    def __repr__(self) -> str:
+        """Short: a tensor of one number is that number, of others shape and dtype are told."""
+        return _short(self)
+
 
 def make_optimizers(
     model: nn.Module, factory: Callable[[list[nn.Parameter]], Optimizers]
@@ -315,6 +319,17 @@ def not_finite(
     if replicas is not None and divided and any(map(is_part, grads)):
         wrong = reduced(wrong.to(parts[0].device), replicas, "max")
     return f"a gradient with {norm.item()} in it" if wrong else None
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        if value.ndim == 0 and type(value) is Tensor and not value.is_meta:
+            return f"{value.item():.6g}"
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, tuple) and (names := getattr(value, "_fields", ())):
+        fields = ", ".join(f"{n}={_short(v)}" for n, v in zip(names, value, strict=True))
+        return f"{type(value).__name__}({fields})"
+    return repr(value)
 
 
 def _several(held: Optimizers) -> tuple[Optimizer, ...]:

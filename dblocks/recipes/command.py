@@ -21,7 +21,7 @@ from dblocks.recipes.paper.choice import check_files, experiment_of, run_of
 from dblocks.recipes.paper.experiment import Experiment
 from dblocks.recipes.paper.report import beside
 from dblocks.recipes.run import Run
-from dblocks.recipes.tables import COSTS, Column, text_table
+from dblocks.recipes.tables import OF_LAYERS, Column, text_table
 from dblocks.recipes.trainer import Trainer
 from dblocks.scale.mesh import ALONE, Layout, joined, wait_for_all, world_size
 
@@ -145,7 +145,7 @@ class Recipe:
             print(f"Measure it where there is room: {eval_command(out, run, self.run)}")
             return
         records.write_record(out / RECORD_FILE, record)
-        columns = [column for column in self.columns if column not in COSTS]
+        columns = [column for column in self.columns if column not in OF_LAYERS]
         print(text_table({run.name: [record]}, columns))
         self._say_more(run, out, experiment, record)
 
@@ -264,13 +264,12 @@ def check_free(out: Path, files: Sequence[Path], *, overwrite: bool, name: str =
         )
 
 
-def load_network(folder: Path, kind: type, command: str) -> tuple[Any, Any]:
+def load_network(folder: Path, kind: type) -> tuple[Any, Any]:
     """The model of a folder, in blocks or not, and its network, which must be a `kind`.
 
     Args:
         folder: the folder written by `dblocks train`.
         kind: the class of the network.
-        command: as the command line names it, such as causal-lm.
 
     Raises:
         ValueError: the folder holds no model, or another one.
@@ -279,10 +278,15 @@ def load_network(folder: Path, kind: type, command: str) -> tuple[Any, Any]:
     network = model.base_model if isinstance(model, blocks.DiffusionBlocks) else model
     if not isinstance(network, kind):
         raise ValueError(
-            f"{folder} must hold a {kind.__name__}, got a {type(network).__name__}; "
-            f"see `dblocks train {command} --help`"
+            f"{folder} must hold a {kind.__name__}, got a {type(network).__name__}: "
+            f"use `dblocks eval {name_of(folder)} --checkpoint {folder}`"
         )
     return model, network
+
+
+def name_of(folder: Path) -> str:
+    """The name by which the command line calls the network of a folder, such as causal-lm."""
+    return checkpoint.read_config(folder)["model"].replace("_", "-")
 
 
 def check_positive(steps: int | None) -> None:

@@ -265,7 +265,7 @@ class Eval:
 
     def __call__(self) -> None:
         """Load, and print the loss on the held-out part."""
-        model, _ = load_network(self.checkpoint, DiT, "dit")
+        model, _ = load_network(self.checkpoint, DiT)
         _, held_out = load_images(
             self.data, path=self.data_path, size=self.image_size, scale=self.scale
         )

@@ -76,7 +76,7 @@ class Sample:
             raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {self.out}")
         check_free(self.out, [self.out], overwrite=self.overwrite)
         checkpoint.make_folder(self.out.parent)
-        model, network = load_network(self.checkpoint, DiT, "dit")
+        model, network = load_network(self.checkpoint, DiT)
         config = network.config
         decode = None if self.vae is None else _Decoder(self.vae, self.checkpoint, self.device)
         pictured = decode is not None or config.channels in image_grid.SHOWN_CHANNELS

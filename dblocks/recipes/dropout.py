@@ -50,7 +50,7 @@ class Dropout:
         place = torch.device(device)
         others, rank = (1, 0) if mesh is None else (mesh.size(), mesh.get_local_rank())
         with torch.random.fork_rng([] if place.type == "cpu" else [place], device_type=place.type):
-            torch.manual_seed(((SEED + self.seed) * 1_000_003 + step * others + rank) % 2**32)
+            _seed(((SEED + self.seed) * 1_000_003 + step * others + rank) % 2**32, place)
             self.active = True
             try:
                 yield
@@ -72,3 +72,13 @@ class Dropout:
             q, k, v, dropout_p=self.rate if self.active else 0.0, is_causal=attention.causal,
             enable_gqa=attention.num_kv_heads != attention.num_heads,
         )  # fmt: skip
+
+
+def _seed(seed: int, place: torch.device) -> None:
+    """Seeds the generators of the CPU and of one device; `torch.manual_seed` seeds all devices."""
+    torch.default_generator.manual_seed(seed)
+    if place.type == "cpu":
+        return
+    module = torch.get_device_module(place)
+    with module.device(place):
+        module.manual_seed(seed)

@@ -233,13 +233,19 @@ class Keeper:
         self.progress.continued.append([step, before])
         if step == run.steps:
             trainer.average_copies(step)  # as the last step of such a run does
-        rate, other = run.lr_at(step), dataclasses.replace(run, steps=before).lr_at(step)
-        if self.first and step < run.steps and not (run.decay == "constant" and rate == other):
+        earlier = dataclasses.replace(run, steps=before)
+        same = run.decay == "constant" and all(
+            run.lr_at(i) == earlier.lr_at(i) for i in range(step + 1)
+        )
+        if self.first and step < run.steps and not same:
+            rate, other = run.lr_at(step), earlier.lr_at(step)
+            how = f"begins with {rate:.3g} where it would have been {other:.3g}"
+            if rate == other:
+                how = "has another warm-up, a fraction of its steps"
             warnings.warn(
                 f"this run was to take {before} steps and goes on after step {step} to {run.steps}:"
                 f" the learning rate is from here on that of a run of {run.steps} steps, which "
-                f"begins with {rate:.3g} where it would have been {other:.3g}; the result is not "
-                "that of one run",
+                f"{how}; the result is not that of one run",
                 stacklevel=3,
             )
 

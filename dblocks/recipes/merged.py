@@ -19,7 +19,7 @@ OF_DATA = ("data", "data_path", "image_size", "scale", "fold")
 
 
 def measured(run: Run, out: Path) -> dict[str, Any]:
-    """The record of a merged network, as of one process, without the cost of training.
+    """The record of a merged network, as of one process; its costs are those of the blocks.
 
     Args:
         run: of one of its blocks.
@@ -37,7 +37,19 @@ def measured(run: Run, out: Path) -> dict[str, Any]:
     trainer.place()
     results = trainer.results(trainer.measure())
     merged = read_json(current(out, "run.json"))["merged"]
-    return {**begun(trainer), "environment": where, **results, "merged": merged}
+    costs = _costs(whole, out)
+    return {**begun(trainer), "environment": where, **results, **costs, "merged": merged}
+
+
+def _costs(run: Run, out: Path) -> dict[str, Any]:
+    """Memory of the largest of the blocks' processes, and the seconds of all together."""
+    found = [read_json(current(out / f"block-{b}", "run.json")) for b in range(run.blocks)]
+    memory = ("activations_mib", "state_mib", "process_mib")
+    return {
+        "samples": run.steps * run.batch_size,
+        **{name: max(record[name] for record in found) for name in memory},
+        "seconds": round(sum(record["seconds"] for record in found), 3),
+    }
 
 
 def eval_command(out: Path, settings: Run | dict[str, Any], defaults: Run) -> str:

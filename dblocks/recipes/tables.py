@@ -113,6 +113,8 @@ COSTS = (
     Column("  of all that one process holds", lambda r: f"{r[0]['process_mib']:.1f}"),
     Column("seconds", lambda r: f"{mean(r, 'seconds'):.0f}"),
 )
+# Of a run of all blocks in one process; jobs of one block do not count layers.
+OF_LAYERS = COSTS[1:3]
 
 
 def absent(rows: Rows, columns: Sequence[Column]) -> list[str]:

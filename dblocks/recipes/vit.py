@@ -271,7 +271,7 @@ class Eval:
     def __call__(self) -> None:
         """Load, classify the held-out part, and print the accuracy."""
         check_seed(self.seed)
-        model, network = load_network(self.checkpoint, ViT, "vit")
+        model, network = load_network(self.checkpoint, ViT)
         if check_steps(self.steps, self.checkpoint, model):
             classifier = Classifier(network, model)
             how = f"{self.steps or model.config.num_blocks} denoising steps of one block each"

@@ -68,7 +68,7 @@ def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, A
         ValueError: the folder does not hold them.
     """
 
-    model, network = load_network(folder, kind, command)
+    model, network = load_network(folder, kind)
     path = current(folder, TOKENIZER_FILE)
     if not path.exists():
         raise ValueError(f"{folder} must hold a {TOKENIZER_FILE} written by `dblocks train`")

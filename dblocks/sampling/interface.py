@@ -123,3 +123,12 @@ class NextTokenNetwork(Protocol):
     ) -> Tensor:
         """Logits [N, T, V] of the tokens that follow `tokens` [N, T]."""
         ...
+
+
+def check_some_texts(tokens: Tensor) -> None:
+    """Raises ValueError for a batch without any token, of which there is no likelihood."""
+    if isinstance(tokens, Tensor) and tokens.numel() == 0:
+        raise ValueError(
+            f"tokens must be [N, T] of at least one text, got shape {list(tokens.shape)}; leave an "
+            "empty batch out"
+        )

@@ -21,7 +21,7 @@ from dblocks.blocks.targets.padding import (
 )
 from dblocks.blocks.targets.token_batch import TokenBatch, padded_documents
 from dblocks.config import check_count
-from dblocks.sampling.interface import CausalNetwork, NextTokenNetwork
+from dblocks.sampling.interface import CausalNetwork, NextTokenNetwork, check_some_texts
 from dblocks.sampling.samplers import initial_noise, product_logits
 from dblocks.schedules.random import check_generator, draw_device
 
@@ -129,7 +129,8 @@ def next_token_nll(
 
     Raises:
         TypeError: `model` is not one of these.
-        ValueError: `num_steps` is above 1 for blocks or for a plain `CausalLM`.
+        ValueError: `num_steps` is above 1 for blocks or for a plain `CausalLM`; or there is no
+            text.
     """
     model = unwrapped(model)
     check_generator(generator)
@@ -190,7 +191,8 @@ def product_nll(
 
     Raises:
         TypeError: `model` is no `DiffusionBlocks` of a language model.
-        ValueError: blocks after the first one never saw sigma_max in training.
+        ValueError: blocks after the first one never saw sigma_max in training; or there is no
+            text.
     """
     model = _blocks(model)
     texts = _texts(tokens, attention_mask, cond, _block_size(model))
@@ -237,7 +239,7 @@ def denoising_bound(
 
     Raises:
         TypeError: `model` is no `DiffusionBlocks` of a language model.
-        ValueError: `draws` is less than 2.
+        ValueError: `draws` is less than 2, or there is no text.
     """
     model = _blocks(model)
     if check_count("draws", draws) < 2:
@@ -273,6 +275,7 @@ def _costs(logits: Tensor, tokens: Tensor) -> Tensor:
 def _texts(
     tokens: Tensor, attention_mask: Tensor | None, cond: dict[str, Any], block_size: int = 1
 ) -> Texts:
+    check_some_texts(tokens)
     if attention_mask is None:
         return Texts(tokens, None, None, cond)
     if cond.get("cu_seqlens") is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dblocks.blocks import Denoiser, unwrapped
 from dblocks.blocks.targets.padding import check_attention_mask
 from dblocks.config import check_count
+from dblocks.sampling.interface import check_some_texts
 from dblocks.schedules import MASKED
 from dblocks.schedules.random import uniforms
 
@@ -69,8 +70,9 @@ def bound_terms(
 
     Raises:
         TypeError: the blocks have no `MaskSchedule`.
-        ValueError: `points` is not a multiple of the number of blocks.
+        ValueError: `points` is not a multiple of the number of blocks, or there is no text.
     """
+    check_some_texts(tokens)
     model = unwrapped(model)
     schedule, num_blocks = model.config.mask_schedule, model.config.num_blocks
     if check_count("points", points) % num_blocks:

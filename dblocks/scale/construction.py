@@ -23,7 +23,7 @@ from dblocks.checkpoint.networks import (
     renamed,
 )
 from dblocks.config import check_block
-from dblocks.scale.merge import check_shapes, check_weights, read_block
+from dblocks.scale.merge import blocks_inside, check_shapes, check_weights, read_block
 from dblocks.scale.outline import Outline, Sharing, Uncopied, storage_of
 from dblocks.scale.places import Place, check_complete, own_tensors, reached_tensors
 
@@ -88,6 +88,15 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
     """
     folder = Path(folder)
     alone = current(folder, BLOCK_FILE).exists() and not current(folder, CONFIG_FILE).exists()
+    if (
+        not alone
+        and not current(folder, CONFIG_FILE).exists()
+        and (inside := blocks_inside(folder))
+    ):
+        raise ValueError(
+            f"{folder} must be the folder of one block, got one that holds those of blocks: "
+            f"give one of {', '.join(map(str, inside))}"
+        )
     about: Mapping[str, Any] = read_block(folder) if alone else read_config(folder)
     if about["blocks_config"] is None:
         raise ValueError(f"{folder} must hold a network in blocks, got one trained end to end")

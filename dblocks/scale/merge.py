@@ -120,14 +120,18 @@ def _blocks_in(folder: Path) -> list[Path]:
     """The folder itself, or its subfolders that hold a block."""
     if current(folder, BLOCK_FILE).exists():
         return [folder]
-    inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    blocks = [path for path in inside if path.is_dir() and current(path, BLOCK_FILE).exists()]
-    if not blocks:
+    if not (blocks := blocks_inside(folder)):
         raise ValueError(
             f"{folder} must hold a {BLOCK_FILE}, or folders that do; `dblocks train ... --block N` "
             "writes one at the end of its training"
         )
     return blocks
+
+
+def blocks_inside(folder: Path) -> list[Path]:
+    """The subfolders that hold a block."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in inside if path.is_dir() and current(path, BLOCK_FILE).exists()]
 
 
 def read_block(folder: Path) -> dict[str, Any]:

@@ -267,3 +267,21 @@ def test_optimizer_states_round_trip():
         ValueError, match=r"as many optimizers .* \[1, 1, 1, 0\], got \[1, 1, 1, 1\]"
     ):
         frozen.load_state_dict(state)
+
+
+def test_the_result_prints_in_a_line():
+    model = model_of()
+    result = train_step(
+        model, batch(), make_optimizers(model, FACTORIES["sgd"]), block=1, generator=seeded(),
+        clip_grad_norm=1.0,
+    )  # fmt: skip
+    loss, sizes = f"{result.loss.item():.6g}", f"float32 {list(result.details.losses.shape)}"
+    assert repr(result) == (
+        f"StepResult(block=1, loss={loss}, details=Loss(loss={loss}, losses={sizes}, "
+        f"weight={sizes}, sigma={sizes}), grad_norm={result.grad_norm.item():.6g}, skipped=False)"
+    )
+    block, *_, skipped = result
+    assert (block, skipped) == (result.block, result.skipped)
+    meta = result._replace(loss=torch.empty((), device="meta"), grad_norm=None)
+    assert "loss=float32 [], " in repr(meta)
+    assert "grad_norm=None" in repr(meta)

@@ -1,6 +1,8 @@
 """`--dropout`, and all options of the paper's ViT together: the same bits however it is trained."""
 
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,3 +90,31 @@ def test_a_rate_that_is_none_is_refused_and_records_say_what_is_new():
     run = ViTRun(dropout=0.1, crop="pad", flip=True, rand_augment=True)
     assert new <= run.to_dict().keys()
     assert ViTRun.from_dict(run.to_dict()) == run
+
+
+def test_only_the_generators_of_the_cpu_and_of_its_device_are_touched(monkeypatch):
+    """`torch.manual_seed` seeds those of all devices, of which one only would be restored."""
+    seen = []
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("it seeds all devices"))
+
+    class Device:
+        def __init__(self, place):
+            seen.append(str(place))
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            pass
+
+    module = SimpleNamespace(device=Device, manual_seed=seen.append)
+    monkeypatch.setattr(torch, "get_device_module", lambda place: module)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda *args, **kwargs: nullcontext())
+    state = torch.get_rng_state()
+    try:
+        for device in ("cpu", "cuda:1"):
+            with Dropout(0.25, [[TransformerLayer(8, 2, 8, kind="none")]], seed=1).at(3, device):
+                seed = torch.initial_seed()
+    finally:
+        torch.set_rng_state(state)
+    assert seen == ["cuda:1", seed]

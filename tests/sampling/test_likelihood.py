@@ -285,3 +285,14 @@ def test_the_product_needs_blocks_that_were_trained_at_the_top():
 def test_draws_are_checked(draws, message):
     with pytest.raises(ValueError, match=message):
         denoising_bound(model_of(), tokens_of(), draws=draws)
+
+
+@pytest.mark.parametrize("name", ["single", "plain", "recurrent", "plain recurrent"])
+@pytest.mark.parametrize("price", [next_token_nll, product_nll, denoising_bound])
+def test_a_batch_of_no_text_is_refused(name, price):
+    if "plain" in name and price is not next_token_nll:
+        return
+    model = MODELS[name]()
+    for shape in ((0, 5), (2, 0)):
+        with pytest.raises(ValueError, match=r"tokens must be .* of at least one text, got shape"):
+            price(model, tokens_of(3, 8).new_zeros(shape))

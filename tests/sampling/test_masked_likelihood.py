@@ -156,3 +156,9 @@ def test_arguments_are_checked():
         DiffusionBlocks(lm_of(), BlocksConfig(2))
     with pytest.raises(ValueError, match="got 'cross_entropy'; tokens that are masked need a Mask"):
         DiffusionBlocks(vit(), BlocksConfig(2, schedule=MaskSchedule()))
+
+
+def test_a_batch_of_no_text_is_refused():
+    model = blocks_of()
+    with pytest.raises(ValueError, match=r"of at least one text, got shape \[0, 5\]"):
+        bound_terms(model, torch.zeros(0, 5, dtype=torch.int64, device=DEVICE))

@@ -292,3 +292,13 @@ def test_no_values_of_other_blocks_come_in_by_lists(layers):
     assert build_block(lambda: Own(layers), config, 0)
     with pytest.raises(RuntimeError, match=r"not be made of those of another .* got layers\.3\."):
         build_block(lambda: Own(layers), config, 1)
+
+
+def test_the_folder_of_folders_is_told_which_to_give(tmp_path):
+    whole = whole_of("vit", config_of("vit", "private"))
+    for b in range(3):
+        save_block(tmp_path / f"block-{b}", whole.block(b))
+    with pytest.raises(ValueError, match=r"folder of one block, .* give one of .*block-0, .*k-2"):
+        load_block(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"must hold a config\.json"):
+        load_block(tmp_path / "none", 1)

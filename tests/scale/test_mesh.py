@@ -151,6 +151,13 @@ def test_a_process_for_each_of_four_blocks_is_one_run_bit_for_bit(tmp_path):
     results = ("accuracy", "blocks_alone", "accuracy_by_denoising_steps", "model", "blocks")
     assert [found[name] for name in results] == [wanted[name] for name in results]
     assert [part["block"] for part in found["merged"]] == [0, 1, 2, 3]
+    parts = [json.loads((tmp_path / f"out/block-{b}/run.json").read_text()) for b in range(4)]
+    for name in ("activations_mib", "state_mib", "process_mib"):
+        assert found[name] == max(part[name] for part in parts)
+    assert found["seconds"] == pytest.approx(sum(part["seconds"] for part in parts), abs=0.01)
+    assert found["samples"] == wanted["samples"]
+    assert f"{found['state_mib']:.1f}" in words(first)
+    assert "peak saved activations (MiB)" in words(first)
     assert f"held-out accuracy {100 * wanted['accuracy']:.1f} %" in words(first)
 
 

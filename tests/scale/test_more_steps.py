@@ -69,6 +69,16 @@ def test_a_constant_rate_goes_on_as_it_is_in_every_job(tmp_path, capsys):
     assert [run["continued"] for run in runs] == [[[4, 4]], [[4, 4]]]
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
+@pytest.mark.parametrize(("warmup", "steps", "warns"), [("0.2", 8, True), ("0.1", 8, False)])
+def test_a_warm_up_that_would_have_been_longer_is_told(tmp_path, capsys, warmup, steps, warns):
+    """Of 4 steps both warm up in 1; of 8 steps a fifth is 2."""
+    constant = ("--decay", "constant", "--warmup", warmup)
+    assert train(tmp_path, 4, *constant) == 0
+    assert train(tmp_path, steps, *constant, "--resume") == 0
+    assert ("has another warm-up" in capsys.readouterr().err) == warns
+
+
 @pytest.mark.filterwarnings("ignore:this run was to take")
 @pytest.mark.parametrize("shared", ["train", "reduce"])
 def test_a_run_may_end_with_the_step_of_its_checkpoint(tmp_path, shared):

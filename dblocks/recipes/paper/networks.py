@@ -33,5 +33,6 @@ def plan_of(experiment: Experiment, run: Run) -> dict[str, Any]:
         "batch_size": run.batch_size,
         "blocks": run.num_blocks,
         "bf16": run.bf16,
+        "ema": run.ema,
         "train_tokens": str(experiment.epochs * experiment.samples),
     }

@@ -51,6 +51,9 @@ class Plan(ABC):
     """adamw is fused; adamw-foreach copies the parameters in a step; sgd has momentum; adafactor
     updates one parameter at a time (foreach=False); muon is for all matrices, with adamw for the
     rest."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, as of `dblocks train --ema`; its value changes no
+    figure."""
     bf16: bool = False
     """Compute the layers in bfloat16 (autocast)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -91,6 +94,8 @@ class Plan(ABC):
         check_file("--json", self.json)
         check_file("--chart", self.chart, chart_endings() if self.chart else ())
         check_count("batch_size", self.batch_size)
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"--ema must be at least 0 and less than 1, got {self.ema}")
         trained = None
         if self.train_tokens is not None:
             trained = parse_count("--train-tokens", self.train_tokens)
@@ -101,6 +106,7 @@ class Plan(ABC):
             shared=self.shared_by(subject),
             optimizer=self.optimizer,
             bf16=self.bf16,
+            average=self.ema is not None,
         )
         planner = Planner(costs, machine, self.split)
         if self.blocks is not None and not 1 <= self.blocks <= costs.num_layers:

@@ -28,12 +28,14 @@ class Bytes(NamedTuple):
     by_optimizer: Use = Use()
 
     @classmethod
-    def of(cls, parameters: Iterable[Tensor], optimizer: Optimizer) -> Bytes:
+    def of(
+        cls, parameters: Iterable[Tensor], optimizer: Optimizer, *, average: bool = False
+    ) -> Bytes:
         """Of these; the optimizer's state is that of those that train."""
         held = list({id(p): p for p in parameters}.values())
         trained = [p for p in held if p.requires_grad]
         sizes = (sum(p.nbytes for p in held), sum(p.nbytes for p in trained))
-        return cls(*sizes, use(trained, optimizer))
+        return cls(*sizes, use(trained, optimizer, average=average))
 
     @property
     def optimizer(self) -> int:
@@ -70,6 +72,7 @@ class Costs:
         shared: how the parameters outside the layers are trained.
         optimizer: which one.
         bf16: whether layers compute in bfloat16 (autocast).
+        average: whether a moving average of the trained weights is kept.
     """
 
     def __init__(
@@ -80,9 +83,11 @@ class Costs:
         shared: Shared = "train",
         optimizer: Optimizer = "adamw",
         bf16: bool = False,
+        average: bool = False,
     ) -> None:
         self.subject, self.samples, self.bf16 = subject, samples, bf16
         self.optimizer: Optimizer = optimizer
+        self.average = average
         with torch.device("meta"):
             dm = subject.blocks(subject.config(1, shared))
         layers = list(dm.base_model.layers)
@@ -91,14 +96,14 @@ class Costs:
             batch = subject.batch(samples)
             with self._autocast():
                 self.trace = trace(lambda: block_loss(dm, batch), dm, layers, once=True)
-        self.by_layer = [Bytes.of(layer.parameters(), optimizer) for layer in layers]
+        self.by_layer = [self._bytes(layer.parameters()) for layer in layers]
         inside = {id(p) for layer in layers for p in layer.parameters()}
         outside = [p for p in dm.parameters() if id(p) not in inside]
-        self.outside = Bytes.of(outside, optimizer)
+        self.outside = self._bytes(outside)
         # A block's own copies move with it; shared parameters stay.
         common = {id(p) for p in dm.shared_parameters()}
         own = (p for p in outside if id(p) not in common)
-        self.outside_own = Bytes.of(own, optimizer)
+        self.outside_own = self._bytes(own)
         self.num_layers = len(layers)
         self._blocks: dict[tuple[int, int], Cost] = {}
 
@@ -144,7 +149,7 @@ class Costs:
                 batch = subject.batch(self.samples)
                 with self._autocast():
                     found = trace(lambda: loss(batch), model, layers, once=True)
-            held = Bytes.of(model.parameters(), self.optimizer)
+            held = self._bytes(model.parameters())
         count = len(found.layers)
         names = ["the embedding", *(f"layer {i}" for i in range(count)), "the output head"]
         return held, names, found
@@ -156,6 +161,9 @@ class Costs:
         found = held.by_optimizer
         along = Held(held.parameters, held.trained, found.state, found.temporaries)
         return Cost(held, saved, step_peak(along, named), flops)
+
+    def _bytes(self, parameters: Iterable[Tensor]) -> Bytes:
+        return Bytes.of(parameters, self.optimizer, average=self.average)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext()

@@ -33,11 +33,19 @@ class Use(NamedTuple):
         return self.together + self.largest
 
 
-def use(parameters: Iterable[Tensor], optimizer: Optimizer) -> Use:
-    """The state that an optimizer holds for trained parameters, and its temporaries in a step."""
+def use(parameters: Iterable[Tensor], optimizer: Optimizer, *, average: bool = False) -> Use:
+    """The state that an optimizer holds for trained parameters, and its temporaries in a step.
+
+    Args:
+        parameters: those that train.
+        optimizer: which one.
+        average: whether the state holds a moving average of the weights too.
+    """
     found = Use()
     for parameter in parameters:
         found = found.plus(USES[optimizer](parameter))
+        if average:  # updated in place
+            found = found.plus(Use(parameter.nbytes))
     return found
 
 

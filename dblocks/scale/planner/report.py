@@ -69,6 +69,7 @@ def as_json(planner: Planner, ways: Sequence[Way]) -> str:
         "units_per_sample": costs.subject.tokens,
         "sample": costs.subject.size,
         "optimizer": costs.optimizer,
+        "average": costs.average,
         "bf16": costs.bf16,
         "split": planner.split,
         "machine": dataclasses.asdict(planner.machine),

@@ -3,9 +3,11 @@
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.study import __main__ as command
 from benchmarks.study import vit
 from benchmarks.study.__main__ import comparisons, main
 from benchmarks.study.experiment import Experiment, record_path
@@ -174,3 +176,21 @@ def test_the_command_writes_where_it_is_told(tmp_path, monkeypatch, capsys):
     assert main(["report", "--out", "page.html"]) == 2
     assert "needs records" in capsys.readouterr().err
     assert not Path("page.html").exists()
+
+
+@pytest.mark.parametrize(("out", "beside"), [("else/page.html", "else"), (None, "docs/images")])
+def test_pictures_are_beside_the_page(out, beside, tmp_path, monkeypatch, capsys):
+    """With --out; else in docs/images."""
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    own = SimpleNamespace(figure=Path("docs/images/vit.png"))
+    own.draw = lambda rows, path: drawn.append(path)
+    found = [SimpleNamespace(name="vit")]
+    monkeypatch.setattr(command, "EXPERIMENTS", {"vit": own})
+    monkeypatch.setattr(command, "comparisons", lambda: found)
+    monkeypatch.setattr(command, "of_experiment", lambda *_: SimpleNamespace(rows=[1]))
+    for name in ("write_page", "write_documents"):
+        monkeypatch.setattr(command, name, lambda *_: None)
+    assert main(["report", *(["--out", out] if out else [])]) == 0
+    assert drawn == [Path(beside) / "vit.png"]
+    assert f"the pictures in {beside}" in capsys.readouterr().out

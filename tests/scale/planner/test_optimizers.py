@@ -1,8 +1,11 @@
 """What is planned for each optimizer, beside its own bytes and what PyTorch's tracker counts."""
 
+import json
+
 import pytest
 import torch
 
+from dblocks.__main__ import main
 from dblocks.blocks import DiffusionBlocks, make_optimizers
 from dblocks.models import CausalLM, CausalLMConfig
 from dblocks.scale.planner.costs import Costs
@@ -47,6 +50,9 @@ def test_states_are_as_large_as_those_of_the_optimizer(name, dtype):
     states = [s for o in stepped(parameters, name) for s in o.state.values()]
     counted = sum(x.nbytes for s in states for x in s.values() if isinstance(x, torch.Tensor))
     assert use(parameters, name).state == counted
+    weights = sum(p.nbytes for p in parameters)
+    assert use(parameters, name, average=True).state == counted + weights
+    assert use(parameters, name, average=True).temporaries == use(parameters, name).temporaries
 
 
 def tracked_peak(dm, batch, name):
@@ -93,3 +99,19 @@ def test_peaks_are_close_to_those_of_the_memory_tracker(name, length, moment):
     print(planned, counted / planned.bytes)
     assert planned.moment == moment
     assert 0.95 <= counted / planned.bytes <= 1.07
+
+
+def test_the_plan_has_the_bytes_of_an_average(tmp_path, capsys):
+    sizes = ("plan", "vit", "--memory", "1GiB", "--width", "16", "--heads", "2", "--depth", "2")
+    found = []
+    for flags in ((), ("--ema", "0.99")):
+        path = tmp_path / f"{len(found)}.json"
+        assert main([*sizes, *flags, "--json", str(path)]) == 0
+        found.append(json.loads(path.read_text()))
+    assert [plan["average"] for plan in found] == [False, True]
+    for without, kept in zip(found[0]["ways"], found[1]["ways"], strict=True):
+        trained = without["gradients"]
+        assert kept["optimizer"] == without["optimizer"] + trained
+        assert kept["peak"] >= without["peak"] + trained
+    assert main([*sizes, "--ema", "1"]) == 2
+    assert "--ema must be at least 0 and less than 1" in capsys.readouterr().err
