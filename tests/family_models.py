@@ -155,6 +155,8 @@ def skip_unless_known(kind):
         pytest.skip(f"this transformers has no {kind}")
     if transformers.__version__.startswith("4.") and kind in NEEDS_5:
         pytest.skip(f"{kind} is refused with transformers 4; see test_replaced.py")
+    if transformers.__version__.startswith("4.") and kind == "stablelm":
+        pytest.skip("this transformers makes no StableLM with qk_layernorm")
 
 
 def encoder_model(kind, task, **options):
@@ -192,6 +194,8 @@ def causal_model(kind, **options):
     config = transformers.AutoConfig.for_model(kind, **{**sizes, **given, **options})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if transformers.__version__.startswith("4.") and "attn_logit_softcapping" in given:
+        model.set_attn_implementation("eager")  # its SDPA leaves the bound out
     return randomised(model)
 
 
