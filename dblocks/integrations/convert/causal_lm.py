@@ -360,11 +360,13 @@ class ConvertedCausalLM(Converted):
         batch = self.example()
         tokens = batch["tokens"]
         more = self.plain_entries(batch)
-        own, ours = choosing_alike(
-            lambda: self.family.plain_logits(self.model, tokens, **more),
-            lambda: self._clean_logits(batch),
-            len(tokens),
-        )
+        rows = import_module("dblocks.integrations.convert.row_attention")
+        with rows.attending(dict(zip(self.names, self.layers, strict=True))):
+            own, ours = choosing_alike(
+                lambda: self.family.plain_logits(self.model, tokens, **more),
+                lambda: self._clean_logits(batch),
+                len(tokens),
+            )
         return own[:, : ours.shape[1]], ours
 
     def _clean_logits(self, batch: Batch) -> Tensor:

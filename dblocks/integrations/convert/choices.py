@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
-TOPK, MAX, ABOVE = torch.ops.aten.topk.default, torch.ops.aten.max.dim, torch.ops.aten.gt.Scalar
-"""How models choose: the places of the largest scores, and which are above a number."""
+PLACES = {"topk": 2, "max": 1}
+"""Functions that return values and their places, and which argument is the dimension."""
+ABOVE = ("gt", "__gt__")
+"""Those that say which scores are above a number."""
 
 
 def choosing_alike(
@@ -37,44 +39,57 @@ def choosing_alike(
         return first, ours()
 
 
-class _Choices(TorchDispatchMode):
-    """Appends each choice to `made` as [N, rows, K]; or, `held`, chooses what stands there."""
+class _Choices(TorchFunctionMode):
+    """Appends each choice to `made` as [N, rows, K]; or, `held`, chooses what stands there.
+
+    A mode of dispatch would see more, but keeps compiled parts, as of flex_attention, from running.
+    """
 
     def __init__(self, samples: int, made: list[Tensor], *, held: bool) -> None:
         super().__init__()
         self.samples, self.made, self.held = samples, made, held
         self.calls = 0
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func not in (TOPK, MAX, ABOVE) or not self._of_rows(func, args):
+        name = getattr(func, "__name__", "")
+        if not (name in ABOVE or name in PLACES) or not self._of_rows(
+            name, args, kwargs or {}, out
+        ):
             return out
-        own = out if func is ABOVE else out[1]
-        by_row = own.reshape(self.samples, -1, _width(func, own, args[0]))
+        scores, own = args[0], out if name in ABOVE else out[1]
+        width = own.numel() * scores.shape[-1] // scores.numel()
+        by_row = own.reshape(self.samples, -1, width)
         if not self.held:
             self.made.append(by_row)
             return out
         earlier = self.made[self.calls : self.calls + 1]
         self.calls += 1
-        if not earlier or earlier[0].shape[2] != by_row.shape[2]:
+        if not earlier or earlier[0].shape[2] != width:
             return out
         rows = min(earlier[0].shape[1], by_row.shape[1])
         chosen = torch.cat([earlier[0][:, :rows], by_row[:, rows:]], dim=1).reshape(own.shape)
-        if func is ABOVE:
+        if name in ABOVE:
             return chosen
-        of_scores = chosen.reshape(*args[0].shape[:-1], -1)
-        return args[0].gather(-1, of_scores).reshape(out[0].shape), chosen
+        values = scores.gather(-1, chosen.reshape(*scores.shape[:-1], width))
+        return type(out)((values.reshape(own.shape), chosen))
 
-    def _of_rows(self, func: Any, args: tuple[Any, ...]) -> bool:
+    def _of_rows(self, name: str, args: tuple[Any, ...], kwargs: Any, out: Any) -> bool:
         """Whether a choice is made for each row, among scores that are its last dimension."""
-        scores, place = args[0], {TOPK: 2, MAX: 1, ABOVE: 3}[func]
-        last = (args[place] if len(args) > place else -1) in (-1, scores.ndim - 1)
-        rows = scores.numel() // scores.shape[-1] if scores.ndim > 1 and scores.numel() else 1
+        scores = args[0] if args else None
+        if not isinstance(scores, Tensor) or not scores.is_floating_point():
+            return False
         # The largest scores of an attention are of pairs of rows.
-        return last and scores.ndim < 4 and scores.is_floating_point() and not rows % self.samples
-
-
-def _width(func: Any, chosen: Tensor, scores: Tensor) -> int:
-    return chosen.numel() * scores.shape[-1] // scores.numel()
+        if (
+            not 1 < scores.ndim < 4
+            or not scores.numel()
+            or scores.shape[:-1].numel() % self.samples
+        ):
+            return False
+        if name in ABOVE:
+            return isinstance(out, Tensor) and out.shape == scores.shape
+        place = PLACES[name]
+        dim = kwargs.get("dim", args[place] if len(args) > place else -1)
+        return isinstance(out, tuple) and dim in (-1, scores.ndim - 1)

@@ -29,6 +29,7 @@ from dblocks.integrations.convert.text_entries import TEXT, entries_of, ids_of
 UNSUPPORTED = {
     "use_bidirectional_attention": "rows that see later ones",
     "add_cross_attention": "another text",
+    "layerdrop": "layers left out at random, where a block of them is trained",
 }
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -141,6 +142,16 @@ class RotaryFamily:
         return nnf.cross_entropy(
             at_least_float32(logits).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
         )
+
+
+@dataclass(frozen=True)
+class GemmaFamily(RotaryFamily):
+    """Gemma: rows times sqrt(D), by the embedding in transformers 5 and outside of it in 4."""
+
+    def enter(self, model: Any, rows: Tensor, positions: Tensor) -> Tensor:
+        if type(self.embedding(model)) is nn.Embedding:
+            rows = rows * torch.tensor(rows.shape[-1] ** 0.5, dtype=rows.dtype)
+        return super().enter(model, rows, positions)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ FORMS = (
     ),
     LayerForm(*ATTENTION, SECOND, "mlp", (), ("dropout",)),
     LayerForm(*ATTENTION, SECOND, "mlp"),  # Llama
+    LayerForm(*ATTENTION, SECOND, "block_sparse_moe"),  # Mixtral of transformers 4
     LayerForm(*ATTENTION, "", "mlp", ("resid_dropout",), ("resid_dropout",), parallel=True),  # Phi
     LayerForm(*ATTENTION, "", "mlp", parallel=True),  # Cohere
     LayerForm(  # OLMo 2: norms after only

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,6 +14,7 @@ from transformers import AttentionInterface
 
 from dblocks import functional as F
 from dblocks.integrations.convert.cached import Keep
+from dblocks.integrations.convert.layers import ConditionedLayer
 from dblocks.kernels.reference import doubled_mask
 
 DOUBLED, CAUSAL = "dblocks_doubled", "dblocks_causal"
@@ -24,6 +26,12 @@ def with_attention(attention: nn.Module, name: str) -> nn.Module:
     transformers reads the name from the module's config, which all modules of a model share; the
     view has its own copy of the config.
     """
+    if getattr(attention, "config", None) is None:
+        raise ValueError(
+            "an attention must be one of transformers whose config names the function that "
+            f"attends, got a {type(attention).__module__.partition('.')[0]} "
+            f"{type(attention).__name__} without a config; remove what took its place"
+        )
     view = copy.copy(attention)
     config = copy.copy(cast(Any, attention).config)
     config._attn_implementation = name
@@ -42,6 +50,33 @@ def _window(attention: Any) -> int | None:
     if not types or number is None or types[number] != "sliding_attention":
         return None
     return attention.config.sliding_window
+
+
+_OPEN: list[list[nn.Module]] = []  # of `attending`, the modules that attended so far
+
+
+@contextmanager
+def attending(layers: Mapping[str, ConditionedLayer]) -> Iterator[None]:
+    """Raises at the end for layers whose attention did not call a function of this file.
+
+    The forward of an attention may attend by itself. Then its noisy rows would see later clean
+    ones, documents each other, and no keys would be kept, while clean rows are right.
+    """
+    seen: list[nn.Module] = []
+    _OPEN.append(seen)
+    try:
+        yield
+    finally:
+        _OPEN.pop()
+    called = {id(module) for module in seen}
+    for name, layer in layers.items():
+        own = layer.layer.get_submodule(layer.form.attention)
+        if not called & {id(own), *map(id, layer.instead)}:
+            raise ValueError(
+                f"the attention of {name} must attend by the function that its config names, as "
+                f"transformers' own do, but {type(own).__name__} attends by itself, so that its "
+                "rows would see others than a converted model's; use the class of transformers"
+            )
 
 
 # Arguments that transformers passes to every attention, and their values without an effect.
@@ -233,6 +268,8 @@ def _capped(
 
 
 def _refuse(module: nn.Module, others: Mapping[str, Any], is_causal: bool | None) -> None:
+    for seen in _OPEN:
+        seen.append(module)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     unread = [
         name

@@ -45,6 +45,7 @@ def network_of(
             "clean_loss_weight must be finite, not negative, and 0 for images, whose only loss is "
             f"that of denoising, got {options.clean_loss_weight}"
         )
+    _check_unwrapped(model)
     library = library_of(model)
     if layers is None and (library, task) == ("diffusers", "images"):
         layers = default_layers(model)
@@ -73,6 +74,16 @@ def library_of(model: nn.Module) -> str | None:
     own = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     roots = [kind.__module__.partition(".")[0] for kind in type(own).__mro__]
     return next((root for root in roots if root in LIBRARIES), None)
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    """Raises for a model inside a wrapper of torch, whose names and calls are others."""
+    inner = next((name for name in ("_orig_mod", "module") if name in model._modules), None)
+    if inner is not None and type(model).__module__.startswith("torch."):
+        raise ValueError(
+            f"model must not be inside a wrapper of torch, got a {type(model).__name__}; convert "
+            f"model.{inner}, and wrap or compile the converted model"
+        )
 
 
 # Each imports its library's file when it is called.

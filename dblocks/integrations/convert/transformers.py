@@ -26,6 +26,7 @@ from dblocks.integrations.convert.encoder_families import (
 from dblocks.integrations.convert.families import (
     BertClassFamily,
     BertMaskedFamily,
+    GemmaFamily,
     GPT2Family,
     OPTFamily,
     RobertaClassFamily,
@@ -52,14 +53,15 @@ from dblocks.integrations.convert.seq2seq import ConvertedSeq2Seq, T5Family, UMT
 GRANITE = RotaryFamily(embedding_factor="embedding_multiplier", logit_divisor="logits_scaling")
 LLAMA_LIKE = (
     "apertus", "arcee", "bitnet", "cwm", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5",
-    "ernie4_5_moe", "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "ernie4_5_moe", "exaone4", "flex_olmo", "gemma3_text", "glm", "glm4",
     "glm4_moe", "gpt_oss", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jais2", "llama",
     "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3",
     "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
-    "starcoder2", "vaultgemma", "youtu",
+    "starcoder2", "youtu",
 )  # fmt: skip
 CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
     **dict.fromkeys(LLAMA_LIKE, RotaryFamily()),
+    **dict.fromkeys(("gemma", "gemma2", "vaultgemma"), GemmaFamily()),
     "cohere": RotaryFamily(logit_factor="logit_scale"),
     "cohere2": RotaryFamily(logit_factor="logit_scale"),
     "cohere2_moe": RotaryFamily(logit_factor="logit_scale"),
@@ -115,6 +117,11 @@ MASKED_FAMILIES: dict[str, BertMaskedFamily] = {
     "roberta": RobertaMaskedFamily(),
     "xlm-roberta": RobertaMaskedFamily(),
 }
+# What transformers 4 computes otherwise: most make masks or rotations inside their layers.
+NEEDS_5 = (
+    "clip", "codegen", "distilbert", "gemma3_text", "gptj", "granitemoe", "modernbert", "olmo3",
+    "phimoe", "qwen2_moe",
+)  # fmt: skip
 # Unsupported families, and why.
 REFUSED = {
     "data2vec-vision": "its attention makes its own bias of the scores from the size of the images",
@@ -238,6 +245,13 @@ def _family(model: Any, families: Mapping[str, Family], task: str) -> Family:
             f"task {task} needs one of {sorted(families)}, got {kind!r} "
             f"({type(model).__name__}){why}; write a network with the members of "
             "dblocks.blocks.BlockModel instead"
+        )
+    import transformers
+
+    if kind in NEEDS_5 and transformers.__version__.startswith("4."):
+        raise ValueError(
+            f"{kind!r} must be of transformers 5, whose parts are known here, got transformers "
+            f"{transformers.__version__}; install a newer one"
         )
     return families[kind]
 
