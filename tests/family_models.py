@@ -167,6 +167,8 @@ def encoder_model(kind, task, **options):
         pytest.skip("this transformers has other layers of BEiT")
     given = (TEXT | VISION)[kind] | options
     config = transformers.AutoConfig.for_model(kind, **given, num_labels=CLASSES)
+    if transformers.__version__.startswith("4.") and options.get("legacy", True) is False:
+        pytest.skip("this transformers' own model with legacy=False does not run")
     auto = "ForMaskedLM" if task == "masks" else "ForSequenceClassification"
     auto = "ForImageClassification" if kind in VISION else auto
     if kind == "deit":  # which has two classes for this
