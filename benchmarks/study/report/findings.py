@@ -88,9 +88,10 @@ def sentences(found: Finished, all_findings: Sequence[Finding]) -> list[str]:
     ]
     few = {len(records) for records in found.records.values()}
     if few:
+        seeds = f"{' or '.join(str(n) for n in sorted(few))} {'seed' if few == {1} else 'seeds'}"
         lines.append(
-            f"It does not show what happens with other data, larger networks or longer training; "
-            f"rows have {' or '.join(str(n) for n in sorted(few))} seeds."
+            "It does not show what happens with other data, larger networks or longer training; "
+            f"rows have {seeds}."
         )
     return lines
 
