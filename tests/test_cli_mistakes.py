@@ -132,7 +132,7 @@ def test_an_unknown_flag_is_told_those_of_the_network(argv, near, capsys):
 def test_every_flag_of_the_help_is_known(words, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--help"])
-    flags = re.findall(r"^[ │]*(--[a-z][a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    flags = re.findall(r"^[ │]*(--[a-z][a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE)
     assert len(flags) >= 2 or words == ("merge",)
     with pytest.raises(SystemExit):
         main([*words, *flags, "--help"])  # refused neither with _ nor with -
