@@ -269,7 +269,10 @@ def _check_flags(argv: Sequence[str], commands: Mapping[str, Any]) -> None:
         if len(argv) < 2 or argv[1] not in command:
             return
         words, command = list(argv[:2]), command[argv[1]]
-    known = ["--help", *(f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(command))]
+    names = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(command)}
+    # A switch that is on by default is switched off by --no-...
+    off = [f"--no-{flag}" for name, flag in names.items() if getattr(command, name, None) is True]
+    known = ["--help", *(f"--{flag}" for flag in names.values()), *off]
     for word in argv[len(words) :]:
         flag = word.partition("=")[0].replace("_", "-")
         if not flag.startswith("--") or flag in ("--", *known):

@@ -284,13 +284,6 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     )
 
 
-def test_an_unknown_flag_suggests_the_near_one(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        main(["train", "vit", "--bloks", "3"])
-    assert exit_info.value.code == 2
-    assert "--blocks" in capsys.readouterr().err
-
-
 def test_without_tyro_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert "dblocks[train]" in mistake(capsys, "info")

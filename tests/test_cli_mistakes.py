@@ -128,12 +128,23 @@ def test_an_unknown_flag_is_told_those_of_the_network(argv, near, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [("train", "vit"), ("eval", "dit"), ("merge",), ("plan", "vit")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "vit"),
+        ("train", "vit", "--recipe", "paper"),  # where a switch is on, and its flag is --no-bf16
+        ("eval", "dit"),
+        ("merge",),
+        ("plan", "vit"),
+    ],
+)
 def test_every_flag_of_the_help_is_known(words, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--help"])
     flags = re.findall(r"^[ │]*(--[a-z][a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE)
+    flags = [flag for flag in flags if flag not in words]
     assert len(flags) >= 2 or words == ("merge",)
+    assert ("--no-bf16" in flags) == ("paper" in words)
     with pytest.raises(SystemExit):
         main([*words, *flags, "--help"])  # refused neither with _ nor with -
     with pytest.raises(SystemExit):
