@@ -18,7 +18,7 @@ from dblocks.blocks.targets.entries import checked
 from dblocks.blocks.targets.padding import from_front, starts_of, to_front
 from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
 from dblocks.integrations.convert.cached import RowCache
-from dblocks.integrations.convert.choices import choosing_alike
+from dblocks.integrations.convert.choices import choosing_alike, largest_rounding
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.integrations.convert.network import Converted, check_some, example_tokens
 from dblocks.integrations.convert.places import (
@@ -366,6 +366,7 @@ class ConvertedCausalLM(Converted):
                 lambda: self.family.plain_logits(self.model, tokens, **more),
                 lambda: self._clean_logits(batch),
                 len(tokens),
+                largest_rounding(next(self.layers.parameters()).dtype, layers=len(self.names)),
             )
         return own[:, : ours.shape[1]], ours
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dblocks.integrations.convert.choices import choosing_alike
+from dblocks.integrations.convert.choices import choosing_alike, largest_rounding
 from dblocks.integrations.convert.forms import LayerForm, require_form
 from dblocks.integrations.convert.layers import ConditionedLayer, context_of
 from dblocks.integrations.convert.plain import check_layers_alone
@@ -90,6 +90,7 @@ def check_form(
                 lambda: _rows(layer(x, **context_of(layer, attention, context))),
                 lambda: parts(x, None, given),
                 len(x),
+                largest_rounding(x.dtype),
             )
     finally:
         for module in training:

@@ -11,12 +11,8 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor
 
+from dblocks.integrations.convert.choices import largest_rounding
 from dblocks.integrations.convert.network import Converted
-
-ROUNDINGS = 64
-"""Roundings of one layer that may add up; those of layers add as random numbers do."""
-LARGEST = 0.1
-"""Of bfloat16: what is left out of a model changes more, or is found by name."""
 
 
 def check_whole(network: Converted) -> bool:
@@ -47,11 +43,8 @@ def check_whole(network: Converted) -> bool:
             "its head has another target, or rows are added outside of its layers"
         )
     difference = _difference(own, ours)
-    eps = max(torch.finfo(own.dtype).eps, torch.finfo(torch.float32).eps)
     dtype = next(network.layers.parameters()).dtype
-    if dtype.is_floating_point:
-        eps = max(eps, torch.finfo(dtype).eps)
-    if not difference <= min(ROUNDINGS * eps * len(network.names) ** 0.5, LARGEST):
+    if not difference <= largest_rounding(own.dtype, dtype, layers=len(network.names)):
         raise ValueError(
             f"{name} must compute what its embedding, layers and head compute, but on a small "
             f"batch its output differs from theirs by {difference:.2g} of its size: something "

@@ -153,5 +153,87 @@ def test_another_mixture_is_refused(kind, rows, fault):
         converted(model, rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", ["single", "doubled"])
+def test_another_choice_alone_is_refused(rows, dtype):
+    """A bias of the choice has no part in the weights of the experts."""
+    model = causal_model("deepseek_v3").to(dtype)
+    biases = [b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    assert biases
+
+    class Other(type(model)):
+        def forward(self, *args, **kwargs):
+            kept = [b.clone() for b in biases]
+            for bias in biases:
+                bias += 5 * torch.arange(len(bias)).flip(0)
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                for bias, own in zip(biases, kept, strict=True):
+                    bias.copy_(own)
+
+    model.__class__ = Other
+    with pytest.raises(ValueError, match="Other must compute what its embedding"):
+        converted(model, rows)
+
+
+def test_one_expert_of_another_router_is_refused():
+    model = causal_model("mixtral", num_experts_per_tok=1)
+    gates = [p for n, p in model.named_parameters() if n.endswith("gate.weight")]
+
+    class Other(type(model)):
+        def forward(self, *args, **kwargs):
+            for gate in gates:
+                gate.data.neg_()
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                for gate in gates:
+                    gate.data.neg_()
+
+    model.__class__ = Other
+    with pytest.raises(ValueError, match="Other must compute what its embedding"):
+        converted(model, "single")
+
+
+CHOSEN = {
+    "above": lambda h, other: (h > (0.05 if other else 0.0)).to(h.dtype),
+    "where above": lambda h, other: torch.where(h > (0.05 if other else 0.0), h, 0 * h),
+    "largest": lambda h, other: torch.zeros_like(h).scatter(
+        -1, h.topk(8, largest=not other).indices, 1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("choose", CHOSEN)
+def test_other_choices_of_other_layers_are_refused(choose):
+    model = causal_model("llama")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=seeded(3)))
+    mlp = type(model.model.layers[0].mlp)
+
+    class Sparse(mlp):
+        other = False
+
+        def forward(self, x):
+            h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+            return self.down_proj(CHOSEN[choose](h, Sparse.other))
+
+    class Other(type(model)):
+        def forward(self, *args, **kwargs):
+            Sparse.other = True
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                Sparse.other = False
+
+    for layer in model.model.layers:
+        layer.mlp.__class__ = Sparse
+    model.__class__ = Other
+    with pytest.raises(ValueError, match="Other must compute what its embedding"):
+        converted(model, "single")
+
+
 def converted(model, rows):
     return convert(model, BlocksConfig(2), task="tokens", rows=rows)
