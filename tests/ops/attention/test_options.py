@@ -186,13 +186,14 @@ def test_opcheck(name):
     given = OPTIONS[name]
     get = given.get
     options = (
-        2, False, 0.25, None, get("order") == "noisy_clean", get("valid"), get("window"),
+        2, True, 0.25, None, False, get("order") == "noisy_clean", get("valid"), get("window"),
         get("softcap"), get("alibi_slopes"), "sdpa",
     )  # fmt: skip
     forward, backward = (op(f"doubled_attention_{d}", "composed") for d in ("fwd", "bwd"))
     torch.library.opcheck(forward, (q, k, v, *options))
     o, lse = forward(q, k, v, *options)
-    torch.library.opcheck(backward, (torch.ones_like(o), q, k, v, o, lse, *options))
+    needs = [True, True]  # of q, and of k and v
+    torch.library.opcheck(backward, (torch.ones_like(o), q, k, v, o, lse, *options, needs))
     _, expected = reference.doubled_attention(
         q, k, v, **given | {"block_size": 2, "clean_causal": "token", "scale": 0.25}
     )
