@@ -154,11 +154,13 @@ FASHION_FINAL = study_of(
     rows=final_rows(DiTRun(data="fashion-mnist", patch_size=4, samples=2000, steps=1), hours=0.2),
 )
 FASHION_STUDY = study_of(
+    reference="base",
     name="dit-fashion-ablations",
     title="a 12-layer DiT of width 64 in blocks, patches of 4, on Fashion-MNIST",
     rows=rows_of(FASHION, hours=0.12),
 )
 DIGITS_STUDY = study_of(
+    reference="base",
     name="dit-digits-ablations",
     title="a 12-layer DiT of width 64 in blocks, patches of 2, on handwritten digits",
     rows=[dataclasses.replace(row, planned=False) for row in rows_of(DIGITS, hours=0.04)],

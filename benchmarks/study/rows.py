@@ -65,6 +65,8 @@ class Study:
     """What a record reached, in a few words."""
     columns: Sequence[Column]
     """Of the table."""
+    reference: str = "end_to_end"
+    """The row that others are compared with."""
     train: Callable[[Any, Path, Path], dict[str, Any]] | None = None
     """Trains a run and writes its record to the path, with checkpoints in the folder; by default
     `running.train_kept`."""

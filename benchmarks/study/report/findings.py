@@ -1,4 +1,4 @@
-"""What the records say: differences from end-to-end training, and sentences about them."""
+"""What the records say: differences from a reference, and sentences about them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from benchmarks.study.quality import Quality
 from benchmarks.study.report.finished import Finished
 from dblocks.recipes.metrics.differences import Difference, paired_difference
 
-REFERENCE = "end_to_end"
+END_TO_END = "end_to_end"
 SAME = 0.02  # what layer evaluations that are called equal may differ by
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How a row differs from end-to-end training at equal layer evaluations."""
+    """How a row differs from the reference, such as end-to-end training."""
 
     row: str
     title: str
     difference: Difference
-    """Of the quality, row minus end to end, paired by seed."""
+    """Of the quality, row minus reference, paired by seed."""
     activations: float
-    """Saved activations over those of end to end."""
+    """Saved activations over those of the reference."""
     state: float
-    """Parameters, gradients and optimizer state that a step trains, over those of end to end."""
+    """Parameters, gradients and optimizer state that a step trains, over the reference's."""
     evaluations: float
-    """Layer evaluations over those of end to end."""
+    """Layer evaluations over those of the reference."""
 
     def verdict(self, quality: Quality) -> str:
         """Better, worse, or not told apart: whether the 95 % interval holds 0."""
@@ -45,14 +45,14 @@ def verdict(difference: Difference, quality: Quality) -> str:
 
 
 def findings(found: Finished) -> list[Finding]:
-    """A finding for each row but end to end; none where that was not run."""
-    reference = found.records.get(REFERENCE)
+    """A finding for each row but the reference; none where that was not run."""
+    reference = found.records.get(found.reference)
     if reference is None:
         return []
     return [
         _finding(found, row, records, reference)
         for row, records in found.records.items()
-        if row != REFERENCE and _seeds(records) & _seeds(reference)
+        if row != found.reference and _seeds(records) & _seeds(reference)
     ]
 
 
@@ -61,7 +61,7 @@ def _seeds(records: Records) -> set[int]:
 
 
 def _finding(found: Finished, row: str, records: Records, reference: Records) -> Finding:
-    difference = difference_between(found, row, REFERENCE)
+    difference = difference_between(found, row, found.reference)
     assert difference is not None, "a finding is of common seeds"
 
     def ratio(key: str) -> float:
@@ -80,7 +80,7 @@ def _finding(found: Finished, row: str, records: Records, reference: Records) ->
 def sentences(found: Finished, all_findings: Sequence[Finding]) -> list[str]:
     """What a comparison shows, a sentence a row, and what it does not."""
     quality = found.quality
-    lines = [_sentence(f, quality) for f in all_findings]
+    lines = [_sentence(f, quality, found.titles[found.reference]) for f in all_findings]
     lines += [
         line
         for line in (_depth(found), _between(found, "blocks", "small"), _noise(found))
@@ -111,7 +111,7 @@ def difference_between(found: Finished, row: str, other: str) -> Difference | No
 
 def _depth(found: Finished) -> str | None:
     """Whether all layers are better than a third of them with as many evaluations."""
-    d = difference_between(found, "small", REFERENCE)
+    d = difference_between(found, "small", END_TO_END)
     said = None if d is None else verdict(d, found.quality)
     return {
         "better": "Depth does not pay at this budget: a plain network of fewer layers is better "
@@ -147,12 +147,12 @@ def _noise(found: Finished) -> str | None:
     )
 
 
-def _sentence(finding: Finding, quality: Quality) -> str:
+def _sentence(finding: Finding, quality: Quality, reference: str) -> str:
     evaluations = f"{finding.evaluations:.2g} times the layer evaluations"
     if abs(finding.evaluations - 1) < SAME:
         evaluations = "as many layer evaluations"
     return (
-        f"{_capital(finding.title)}, beside end to end: {quality.name} "
+        f"{_capital(finding.title)}, beside {reference}: {quality.name} "
         f"{_how(finding.difference, quality)}; {finding.activations:.2f} of the saved activations, "
         f"{finding.state:.2f} of the state of a step, {evaluations}."
     )

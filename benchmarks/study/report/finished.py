@@ -57,6 +57,8 @@ class Finished:
     """Records by the share of the budget that they took, of some rows; see `Study`."""
     costs: Rows = field(default_factory=dict)
     """What memory techniques cost, by title."""
+    reference: str = "end_to_end"
+    """The row that others are compared with."""
 
     @property
     def rows(self) -> Rows:
@@ -153,6 +155,7 @@ def finished_study(study: Study, like: Experiment | None = None) -> Finished:
         draw=like.draw if like else None,
         curve=_curve(study.rows, there),
         costs=_costs(study, found.there),
+        reference=study.reference,
     )
 
 
@@ -177,8 +180,18 @@ def _caption(study: Study) -> str:
     return (
         f"{title}: mean ± sample standard deviation of the seeds; every row runs as many layer "
         "evaluations, unless its title says otherwise. Learning rates are the best of a grid by "
-        "runs of another seed on a validation split."
+        f"runs of another seed on a validation split{_taken_over(study)}."
     )
+
+
+def _taken_over(study: Study) -> str:
+    """Whose rate rows without a grid of their own take over."""
+    sources = {row.rate_of for row in study.rows if row.rate_of is not None}
+    own = [row.title for row in study.rows if row.lrs]
+    if not sources:
+        return ""
+    others = " or ".join(study.row(source).title for source in sorted(sources))
+    return f", for {' and '.join(own)}; the others take over that of {others}"
 
 
 def _missing(found: Found, row: Row) -> Missing:

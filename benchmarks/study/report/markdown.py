@@ -32,7 +32,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def study_block(found: Finished) -> str:
-    """A study: its rows beside end to end, other measures, memory, what is missing, and words."""
+    """A study: rows beside the reference, other measures, memory, what is missing, and words."""
     parts = [
         _methods(found) if found.records else "",
         _others(found),
@@ -49,8 +49,9 @@ def study_block(found: Finished) -> str:
 
 def _methods(found: Finished) -> str:
     quality = found.quality
+    reference = found.titles.get(found.reference, "end to end")
     head = (
-        "", quality.axis, "minus end to end [95 %]", "layer evaluations",
+        "", quality.axis, f"minus {reference} [95 %]", "layer evaluations",
         "saved activations, MiB", "state of a step, MiB", "seconds", "seeds",
     )  # fmt: skip
     beside = {finding.row: finding for finding in findings(found)}

@@ -76,7 +76,7 @@ def _contents(found: Sequence[Finished]) -> str:
 
 def _summary(found: Sequence[Finished]) -> str:
     head = (
-        "comparison", "row", "quality", "difference from end to end", "95 % interval", "verdict",
+        "comparison", "row", "quality", "difference", "95 % interval", "verdict",
         "activations", "state",
     )  # fmt: skip
     rows = [_summary_row(f, finding) for f in found for finding in findings(f)]
