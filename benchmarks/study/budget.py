@@ -100,7 +100,14 @@ def train_from_branch(run: BudgetRun, path: Path, kept: Path) -> dict[str, Any]:
     branches = kept / path.parent.name / f"branches-{_line(run)}"
     if not any(folder.glob("step-*")):
         _copy_branch(branches, folder, run.branch)
-    keeping = Keeping(folder=folder, every=_every(run.branch), keep=2 * CHECKPOINTS, resume=True)
+    # So many are kept that none is removed between the branch and the end, a quarter later.
+    keeping = Keeping(
+        folder=folder,
+        every=max(1, run.branch // CHECKPOINTS),
+        keep=2 * CHECKPOINTS,
+        resume=True,
+        also=run.branch,
+    )
     record = train(run, keeping=keeping).record
     write_record(path, record)
     at = folder / f"step-{run.branch:08d}"
@@ -110,12 +117,6 @@ def train_from_branch(run: BudgetRun, path: Path, kept: Path) -> dict[str, Any]:
         at.rename(branches / at.name)
     shutil.rmtree(folder.parent, ignore_errors=True)
     return record
-
-
-def _every(branch: int) -> int:
-    """Steps between checkpoints, of which one is at the branch."""
-    most = max(1, branch // CHECKPOINTS)
-    return next(n for n in range(most, 0, -1) if branch % n == 0)
 
 
 def _line(run: BudgetRun) -> str:

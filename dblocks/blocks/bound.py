@@ -32,7 +32,7 @@ class Bound:
     """
 
     def __init__(self, denoiser: Denoiser, cond: Batch, guidance_scale: float = 1.0) -> None:
-        model, _ = denoiser.parts(next(iter(denoiser.held)))
+        model, _ = denoiser.parts(denoiser.any_block())
         check_call(model, cond, model.target)
         self.denoiser = denoiser
         self.cond = cond

@@ -106,6 +106,10 @@ class Denoiser(nn.Module):
             model.follow_(self.base_model)
         return cast(BlockModel, model), cast(list[nn.Module], layers)
 
+    def any_block(self) -> int:
+        """A block that is here, to read what all have in common."""
+        return next(iter(self.held))
+
     def held_block(self, block: int) -> int:
         """`block` as an int, which must be one that is held here.
 

@@ -17,5 +17,5 @@ def check_trained_at_top(model: Denoiser) -> None:
 
 def trained_at_top(model: Denoiser) -> bool:
     """Whether blocks after the first one were trained at the highest level too."""
-    network, _ = model.parts(next(iter(model.held)))
+    network, _ = model.parts(model.any_block())
     return top_share_of(model.config, network.target) > 0

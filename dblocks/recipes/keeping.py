@@ -39,6 +39,8 @@ class Keeping:
     """Number of the last checkpoints to keep."""
     resume: bool
     """Whether to resume from the newest; else existing ones are removed."""
+    also: int | None = None
+    """A further step after which one is written, as where other runs begin."""
 
 
 class Progress:
@@ -203,7 +205,8 @@ class Keeper:
         if self.mesh is not None:
             received = (largest(received or 0, self.mesh) or None) if own else None
         step, every = self.progress.step, self.keeping.every
-        due = step == self.steps or (every is not None and step % every == 0)
+        due = step == self.steps or step == self.keeping.also
+        due = due or (every is not None and step % every == 0)
         if due or received is not None:
             objects = self.objects
             if self.sharded:  # a collective, before anything that may fail

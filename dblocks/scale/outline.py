@@ -36,6 +36,7 @@ class Outline(TorchDispatchMode):
         self.floats = floats
         self.made: list[Tensor] = []
         """The tensors, in order."""
+        self._memories: set[int] = set()
         self._before: dict[torch.Generator, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,13 +45,24 @@ class Outline(TorchDispatchMode):
             if isinstance(value, torch.Generator):
                 self._before.setdefault(value, value.get_state())
         if func._schema.name not in FACTORIES:
-            return func(*args, **kwargs)
+            return self._noted(func, (args, kwargs), func(*args, **kwargs))
         drawn = {k: None if k == "generator" else v for k, v in kwargs.items()}
         made = func(*args, **drawn | {"device": META})
         if self.floats and not made.is_floating_point():
-            return func(*args, **kwargs)
+            return self._noted(func, (), func(*args, **kwargs))
         self.made.append(made)
         return made
+
+    def is_made(self, tensor: Tensor) -> bool:
+        """Whether a tensor came to be inside the block: has no memory, or memory from there."""
+        return tensor.is_meta or storage_of(tensor) in self._memories
+
+    def _noted(self, func: Any, given: Any, result: Any) -> Any:
+        # torch.tensor and from_numpy make their memory before lift_fresh, the op that is seen.
+        lifted = func._schema.name == "aten::lift_fresh"
+        known = set() if lifted else {storage_of(t) for t in _tensors(given)}
+        self._memories |= {storage_of(t) for t in _tensors(result)} - known
+        return result
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

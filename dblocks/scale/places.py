@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -36,6 +37,37 @@ class Place(NamedTuple):
             tensor = nn.Parameter(tensor, requires_grad=trains)
         held: Any = own if self.name in own else self.module._buffers
         held[self.name] = tensor.requires_grad_(trains)
+
+
+def fitted(name: str, given: Tensor, like: Tensor) -> Tensor:
+    """The values of a file's tensor, in the dtype of the place `like`.
+
+    Raises:
+        ValueError: its numbers are not those of the weight, as in quantised files, where a scale
+            is apart; it has another shape; or a finite number is not finite in that dtype.
+    """
+    if given.dtype != like.dtype and not (_plain(given.dtype) and _plain(like.dtype)):
+        accepted = "a floating dtype of 16 bits or more" if _plain(like.dtype) else like.dtype
+        raise ValueError(
+            f"{name} must be stored in {accepted}, got {given.dtype}, as quantised weights are; "
+            "dequantise them: load the model with from_pretrained in a floating dtype, and write "
+            "it with save_pretrained"
+        )
+    if given.shape != like.shape:
+        raise ValueError(f"{name} must have shape {list(like.shape)}, got {list(given.shape)}")
+    fresh = torch.empty_like(like, device="cpu", requires_grad=False).copy_(given)
+    if given.dtype != like.dtype and torch.finfo(given.dtype).max > torch.finfo(like.dtype).max:
+        lost = fresh.isfinite().logical_not_().logical_and_(given.isfinite())
+        if lost.any():
+            raise ValueError(
+                f"{name} must fit into {like.dtype}, got {given[lost][0].item():.3g}, which does "
+                f"not; make the model in {given.dtype}"
+            )
+    return fresh
+
+
+def _plain(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def check_complete(block: nn.Module, whole: str) -> None:

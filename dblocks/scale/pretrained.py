@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from dblocks.integrations.convert.network import Converted
 from dblocks.integrations.convert.options import ConvertOptions
 from dblocks.integrations.convert.tasks import library_of, network_of
 from dblocks.scale.outline import META, Outline, Uncopied
-from dblocks.scale.places import Place, check_complete, own_tensors
+from dblocks.scale.places import Place, check_complete, fitted, own_tensors
 
 INDEX = ".safetensors.index.json"
 WHOLE = "load the whole model, and convert it"
@@ -61,9 +61,11 @@ def convert_block(
         `save_pretrained(folder, block=block)`.
 
     Raises:
-        TypeError: as of `convert`; or `make` is not a function.
+        TypeError: as of `convert`; `make` is not a function; or `check` is given.
         ValueError: as of `convert`; `block` is out of range; there is a clean loss, which needs
-            the whole model; or the folder does not hold the weights of the model.
+            the whole model; `make` returns a model that it did not make, or one that `convert`
+            cannot read without its values; or the folder does not hold the weights of the model,
+            as numbers of 16 bits or more.
         RuntimeError: the model cannot be made without memory.
 
     Warns:
@@ -74,15 +76,25 @@ def convert_block(
             "make must be a function without arguments that makes the plain model, got "
             f"{type(make).__name__}"
         )
+    if "check" in options:
+        raise TypeError(
+            "check must be left out: only convert has it, as a comparison needs the whole model, "
+            f"got check={options['check']!r}; {WHOLE} with check"
+        )
     check_config(config)
     check_block(block, config.num_blocks)
     chosen = ConvertOptions(**options)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come once more below
         model = _outlined(make)
-        outline = ConvertedBlocks(
-            network_of(model, config, task, layers, chosen), config, task, chosen
-        )
+        try:
+            network = network_of(model, config, task, layers, chosen)
+        except RuntimeError as error:  # as where code of the model asks for a value
+            raise ValueError(
+                "the code of the model must run on tensors without values, as a block is made "
+                f"from the outline of all, got: {_first_line(error)}; {WHOLE}"
+            ) from error
+        outline = ConvertedBlocks(network, config, task, chosen)
         outline.block(block)  # whether it can be alone
     names = outline.base_model.names
     here = range(*outline.layer_ranges[block])
@@ -97,11 +109,23 @@ def convert_block(
 
 def _outlined(make: Callable[[], nn.Module]) -> nn.Module:
     try:
-        with Outline(floats=True):
-            return make()
+        with Outline(floats=True) as outline:
+            model = make()
     except RuntimeError as error:  # NotImplementedError is one
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise RuntimeError(f"the model cannot be made without memory: {reason}; {WHOLE}") from error
+    if isinstance(model, nn.Module):
+        for name, parameter in model.named_parameters():
+            if not outline.is_made(parameter):  # the weights of a model of the user's, to be kept
+                raise ValueError(
+                    f"make must make the model, got one whose {name} was there before, or was "
+                    "loaded; make it from its config inside the function"
+                )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _fill(model: nn.Module, without: Sequence[str], folder: Path) -> None:
@@ -115,12 +139,13 @@ def _fill(model: nn.Module, without: Sequence[str], folder: Path) -> None:
                 places[f"{path}.{name}".removeprefix(".")] = groups.setdefault(id(tensor), [])
                 groups[id(tensor)].append(place)
     known, unknown, inside = set(model.state_dict()), list[str](), _renaming(model)
-    filled: dict[int, Tensor] = {}
+    filled: dict[int, _Filled] = {}
     for file in _files(folder):
         with naming(file), opened(file) as held:
             for stored in sorted(held.keys()):
                 if (name := inside(stored)) in places:
-                    _take(filled, places[name], name, held.get_tensor(stored))
+                    found = _Filled(name, f"{stored} in {file.name}", held.get_tensor(stored))
+                    _take(filled, places[name], found)
                 elif name not in known:
                     unknown.append(stored)
     kind = type(model).__name__
@@ -139,19 +164,32 @@ def _fill(model: nn.Module, without: Sequence[str], folder: Path) -> None:
         )
 
 
-def _take(filled: dict[int, Tensor], group: list[Place], name: str, given: Tensor) -> None:
+class _Filled(NamedTuple):
+    """A tensor of a file."""
+
+    name: str
+    """In the model."""
+    stored: str
+    """Its name in the file, and that of the file."""
+    tensor: Tensor
+
+
+def _take(filled: dict[int, _Filled], group: list[Place], found: _Filled) -> None:
     """Puts a tensor of a file into the places of its group, which are tied."""
-    like = group[0].tensor
-    if given.shape != like.shape:
-        raise ValueError(f"{name} must have shape {list(like.shape)}, got {list(given.shape)}")
-    fresh: Any = torch.empty_like(like, device="cpu", requires_grad=False).copy_(given)
-    if id(group) in filled:
-        if not filled[id(group)].equal(fresh):
-            raise ValueError(f"{name} must be the tensor to which the model ties it, got another")
-        return
+    name, like = found.name, group[0].tensor
+    fresh: Any = fitted(name, found.tensor, like)
+    if (before := filled.get(id(group))) is not None:
+        if before.tensor.equal(fresh):
+            return
+        if before.name == name:
+            raise ValueError(
+                f"{name} must be stored once, or each time with the same values, got others in "
+                f"{before.stored} than in {found.stored}; remove the one that is out of date"
+            )
+        raise ValueError(f"{name} must be the tensor to which the model ties it, got another")
     if isinstance(like, nn.Parameter):
         fresh = nn.Parameter(fresh, requires_grad=like.requires_grad)
-    filled[id(group)] = fresh
+    filled[id(group)] = found._replace(tensor=fresh)
     for place in group:
         place.put(fresh)
 
@@ -192,9 +230,20 @@ def _files(folder: Path) -> list[Path]:
             named = found.get("weight_map") if isinstance(found, dict) else None
             if not isinstance(named, dict) or not all(isinstance(n, str) for n in named.values()):
                 raise ValueError("it must have a weight_map from names to files")
+            if not named:
+                raise ValueError(
+                    "its weight_map must name the files of the weights, got an empty one; write "
+                    "the model with its save_pretrained"
+                )
             files = [folder / name for name in sorted(set(named.values()))]
-            if outside := [file for file in files if file.parent != folder or not file.is_file()]:
-                raise ValueError(f"it must name files beside it, got {outside[0].name}")
+            if outside := [file for file in files if file.parent != folder]:
+                raise ValueError(f"it must name files beside it, got {outside[0]}")
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise ValueError(
+                    f"all of the {len(files)} files that it names must be beside it, but "
+                    f"{missing[0]} is missing ({len(missing)} are); get it, or write the model "
+                    "with its save_pretrained"
+                )
     elif index or len(files) != 1:
         listed = ", ".join(path.name for path in index or files) or "none"
         raise ValueError(

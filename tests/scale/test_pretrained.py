@@ -225,3 +225,140 @@ def test_weights_that_transformers_converts_are_refused(tmp_path):
     wanted = model.model.layers[1].state_dict()
     got = found.base_model.model.model.layers[1].state_dict()
     assert all(got[name].equal(tensor) for name, tensor in wanted.items())
+
+
+CONFIG = BlocksConfig(num_blocks=2, shared="frozen")
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def changed(folder, **tensors):
+    """Changes tensors of a folder's file, by name."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | tensors, file)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.bool, torch.complex64]
+)
+def test_quantised_weights_are_refused(tmp_path, dtype):
+    model, make = saved("llama", tmp_path)
+    weight = model.state_dict()[UP]
+    changed(tmp_path, **{UP: weight.to(dtype), f"{UP}_scale_inv": torch.ones(1, 1)})
+    with pytest.raises(ValueError, match=rf"{UP} must be stored in .* got {dtype}.*dequantise"):
+        convert_block(make, tmp_path, CONFIG, 0, task="tokens")
+
+
+def test_floating_weights_of_16_bits_or_more_are_read_and_must_fit(tmp_path):
+    model, make = saved("llama", tmp_path)
+    weight = model.state_dict()[UP]
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        changed(tmp_path, **{UP: weight.to(dtype)})
+        found = convert_block(make, tmp_path, CONFIG, 0, task="tokens")
+        got = found.base_model.model.get_parameter(UP)
+        assert got.dtype == torch.float32
+        assert got.equal(weight.to(dtype).float())
+    large = weight.double()
+    large[0, 0] = torch.inf  # as it is in the file
+    changed(tmp_path, **{UP: large})
+    convert_block(make, tmp_path, CONFIG, 0, task="tokens")
+    large[0, 0] = 1e300
+    changed(tmp_path, **{UP: large})
+    with pytest.raises(ValueError, match=r"must fit into torch\.float32, got 1e\+300"):
+        convert_block(make, tmp_path, CONFIG, 0, task="tokens")
+
+
+def test_integers_must_have_their_dtype(tmp_path):
+    _, make = saved("llama", tmp_path)
+
+    def counting():
+        made = make()
+        made.model.norm.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+        return made
+
+    changed(tmp_path, **{"model.norm.count": torch.tensor([3, 4])})
+    found = convert_block(counting, tmp_path, CONFIG, 1, task="tokens")
+    assert found.base_model.model.model.norm.count.tolist() == [3, 4]
+    changed(tmp_path, **{"model.norm.count": torch.tensor([3.0, 4.0])})
+    with pytest.raises(ValueError, match=r"must be stored in torch\.int64, got torch\.float32"):
+        convert_block(counting, tmp_path, CONFIG, 1, task="tokens")
+
+
+def test_a_model_that_was_there_before_is_left_as_it_is(tmp_path):
+    model, make = saved("llama", tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def with_old_embedding():
+        made = make()
+        made.set_input_embeddings(model.get_input_embeddings())
+        return made
+
+    for given in (lambda: model, with_old_embedding):
+        with pytest.raises(ValueError, match=r"make must make the model, got one whose .* was"):
+            convert_block(given, tmp_path, CONFIG, 1, task="tokens")
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [lambda: torch.arange(16.0).log1p(), lambda: torch.tensor(2.5)])
+def test_a_parameter_that_is_made_with_values_is_one_that_make_made(tmp_path, value):
+    _, make = saved("llama", tmp_path)
+
+    def with_parameter():
+        made = make()
+        made.model.norm.further = nn.Parameter(value())
+        return made
+
+    changed(tmp_path, **{"model.norm.further": torch.zeros_like(value())})
+    found = convert_block(with_parameter, tmp_path, CONFIG, 1, task="tokens")
+    assert not found.base_model.model.model.norm.further.any()
+
+
+def test_code_that_needs_values_is_refused(tmp_path):
+    model, _ = saved("llama", tmp_path)
+    about = model.config.to_dict()
+    about["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    config = type(model.config)(**about)
+    with pytest.raises(ValueError, match=r"must run on tensors without values.*load the whole mod"):
+        convert_block(lambda: type(model)(config), tmp_path, CONFIG, 1, task="tokens")
+
+
+def test_the_block_predicts_in_the_whole_too(tmp_path):
+    model, make = saved("llama", tmp_path)
+    whole, found = both("llama", tmp_path, CONFIG, 1, model, make)
+    z, sigma = torch.randn(2, 6, 16, generator=seeded()), torch.ones(2)
+    tokens = torch.arange(12).view(2, 6)
+    want, got = (m.logits(z, sigma, block=1, tokens=tokens) for m in (whole, found))
+    assert got.equal(want)
+    with pytest.raises(ValueError, match="block must be 1, the only one loaded here, got 0"):
+        found.logits(z, sigma, block=0, tokens=tokens)
+
+
+def test_a_tensor_that_is_stored_twice_must_be_the_same(tmp_path):
+    model, make = saved("gpt2", tmp_path)
+    name = "transformer.h.1.ln_1.weight"
+    short, weight = name.removeprefix("transformer."), model.state_dict()[name]
+    changed(tmp_path, **{short: weight.clone()})
+    convert_block(make, tmp_path, CONFIG, 0, task="tokens")
+    changed(tmp_path, **{short: weight + 1})
+    where = rf"others in {short} in model\.safetensors than in {name} in model\.safetensors"
+    with pytest.raises(ValueError, match=f"{name} must be stored once, or .* {where}"):
+        convert_block(make, tmp_path, CONFIG, 0, task="tokens")
+
+
+def test_an_index_must_name_files_that_are_there(tmp_path):
+    model, make = saved("llama", tmp_path / "one")
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"but {shard.name} is missing \(1 are\); get it"):
+        convert_block(make, tmp_path, CONFIG, 1, task="tokens")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match=r"its weight_map must name the files .* got an empty"):
+        convert_block(make, tmp_path, CONFIG, 1, task="tokens")
+
+
+def test_check_is_no_option(tmp_path):
+    _, make = saved("llama", tmp_path)
+    with pytest.raises(TypeError, match=r"check must be left out: only convert has it, .* whole"):
+        convert_block(make, tmp_path, CONFIG, 1, task="tokens", check=False)

@@ -110,6 +110,11 @@ class ConditionedBlocks(DiffusionBlocks):
         **options: Any,
     ) -> Loss:
         """As of `DiffusionBlocks`; two more numbers are drawn from the generator."""
+        if "attention_mask" in batch:  # in every step, not only in those that see the block before
+            raise ValueError(
+                "a batch of blocks that see the block before must have no padding, got an "
+                "attention_mask; give texts of equal length without one"
+            )
         given = torch.rand((), generator=generator).item() < self.share
         seed = draw_seed(generator)
         if block and given:

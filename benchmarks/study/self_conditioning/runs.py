@@ -23,6 +23,13 @@ def check_run(run: Run, share: float) -> None:
     """Raises ValueError for what such blocks cannot be."""
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, got {share}")
+    if run.blocks == 1:
+        raise ValueError("blocks must be 2 or more, as a block sees the one before it, got 1")
+    if run.shared == "frozen":
+        raise ValueError(
+            "shared must not be 'frozen', as W, which adds the prediction of the block before, is "
+            "shared and begins at zero, where it would stay; use 'train' or 'private'"
+        )
     for name in ("end_to_end", "block", "resident"):
         if (value := getattr(run, name)) not in (None, False):
             raise ValueError(

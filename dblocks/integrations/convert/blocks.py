@@ -44,6 +44,10 @@ class ConvertedBlocks(DiffusionBlocks):
         self.loaded: int | None = None
         """The only block whose weights are here; None if all are. See `scale.convert_block`."""
 
+    def any_block(self) -> int:
+        """As of `Denoiser`; the only one loaded here, if one was loaded alone."""
+        return super().any_block() if self.loaded is None else self.loaded
+
     def held_block(self, block: int) -> int:
         """As of `Denoiser`; a block whose weights are elsewhere is refused too."""
         held = super().held_block(block)

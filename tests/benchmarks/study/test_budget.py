@@ -12,6 +12,7 @@ from benchmarks.study.report.figures import budget_picture
 from benchmarks.study.rows import Found
 from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.recipes.records import read_record
+from dblocks.scale import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {
@@ -80,6 +81,24 @@ def test_a_point_goes_on_from_the_branch_and_ends_as_if_it_ran_alone(
     ]  # fmt: skip
 
 
+def test_a_branch_at_a_prime_step_is_kept_without_a_checkpoint_of_every_step(
+    run, tmp_path, monkeypatch
+):
+    saved, save = [], Checkpoints.save
+
+    def noted(self, step, objects):
+        saved.append(step)
+        save(self, step, objects)
+
+    monkeypatch.setattr(Checkpoints, "save", noted)
+    run = dataclasses.replace(run, steps=189)
+    assert run.branch == 151
+    train_from_branch(run, tmp_path / "a" / "189.json", tmp_path / "kept")
+    assert saved == sorted({*range(9, 189, 9), 151, 189})
+    branches = (tmp_path / "kept" / "a").glob("branches-*/step-*")
+    assert [path.name for path in branches] == ["step-00000151"]
+
+
 def test_a_killed_point_goes_on_where_it_was(run, tmp_path, monkeypatch, steps_taken):
     kept = tmp_path / "kept"
     train_from_branch(run, tmp_path / "a" / "10.json", kept)
@@ -117,7 +136,6 @@ def test_points_run_as_many_layers():
         share = int(row.name.partition("_x")[2] or 1)
         run = row.run
         assert run.steps * run.depth // run.num_blocks == budget.EVALUATIONS * share
-        assert run.branch % budget._every(run.branch) == 0
         assert run.width == 96
         assert run.data == "gcide"
         assert run.rise * 20 * run.depth // run.num_blocks == budget.EVALUATIONS

@@ -201,11 +201,21 @@ def test_what_is_wrong_is_refused(kind):
         ({"block": 1}, "block must be left out"),
         ({"end_to_end": True}, "end_to_end must be left out"),
         ({"resident": True}, "resident must be left out"),
+        ({"blocks": 1}, "blocks must be 2 or more"),
+        ({"shared": "frozen"}, "shared must not be 'frozen'"),
     ],
 )
 def test_runs_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SelfViTRun(**options)
+
+
+def test_padding_is_refused_in_every_step():
+    _, conditioned = blocks_of("lm", share=0.0)
+    batch = {**batch_of("lm"), "attention_mask": torch.ones(6, 8, dtype=torch.long)}
+    for block in range(3):
+        with pytest.raises(ValueError, match="must have no padding, got an attention_mask"):
+            conditioned.loss(batch, block, generator=torch.Generator().manual_seed(0))
 
 
 TINY = {"width": 16, "depth": 3, "heads": 2, "batch_size": 64, "points": 2}
