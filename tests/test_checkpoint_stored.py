@@ -1,6 +1,8 @@
 """Tensors are compared and copied from file to file, with the bytes that a save would write."""
 
+import os
 import tracemalloc
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ from hypothesis import strategies as st
 from live_bytes import Live
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.checkpoint import save_model, save_safetensors, stored
-from dblocks.checkpoint.stored import copy_stored, stored_in
+from dblocks.checkpoint import load_model, save_model, save_safetensors, stored
+from dblocks.checkpoint.stored import copy_stored, reading, stored_in
 from dblocks.models import ViT, ViTConfig
-from dblocks.scale import checkpoints, merge_blocks, save_block
+from dblocks.scale import checkpoints, merge, merge_blocks, save_block
 from tools import SIZES, seeded
 
 library("safetensors")
@@ -46,15 +48,15 @@ def test_a_copy_has_the_bytes_of_a_save(tmp_path_factory, kinds, first, piece):
     tensors = {name: random_bits(dtype, shape) for name, (dtype, shape) in kinds.items()}
     save_safetensors(folder / "whole", tensors)
     names = list(tensors)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as files:
         patch.setattr(stored, "PIECE", piece)
         parts = {}
         for number, part in enumerate((names[:first], names[first:])):
             save_safetensors(folder / f"{number}", {name: tensors[name] for name in part})
-            parts |= stored_in(folder / f"{number}")
+            parts |= stored_in(files.enter_context(reading(folder / f"{number}")))
         copy_stored(folder / "copy", parts)
         assert (folder / "copy").read_bytes() == (folder / "whole").read_bytes()
-        whole = stored_in(folder / "whole")
+        whole = stored_in(files.enter_context(reading(folder / "whole")))
         assert all(parts[name].equal(whole[name]) for name in names)
 
 
@@ -70,18 +72,83 @@ def test_equal_means_bits_shape_and_dtype(tmp_path, monkeypatch, piece):
     wrong = torch.full((4, 2), torch.nan)
     save_safetensors(tmp_path / "a", {"zero": zero, "again": zero.clone(), "nan": wrong, **others})
     save_safetensors(tmp_path / "b", {"nan": wrong})
-    found = stored_in(tmp_path / "a")
-    assert found["zero"].equal(found["again"])
-    assert found["nan"].equal(stored_in(tmp_path / "b")["nan"])
-    assert [name for name in others if found["zero"].equal(found[name])] == []
+    with reading(tmp_path / "a") as a, reading(tmp_path / "b") as b:
+        found = stored_in(a)
+        assert found["zero"].equal(found["again"])
+        assert found["nan"].equal(stored_in(b)["nan"])
+        assert [name for name in others if found["zero"].equal(found[name])] == []
 
 
 def test_a_file_that_became_shorter_is_an_error(tmp_path):
     save_safetensors(tmp_path / "a", {"x": torch.ones(100)})
-    found = stored_in(tmp_path / "a")
-    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-8])
-    with pytest.raises(OSError, match="a must not be changed while it is read"):
-        copy_stored(tmp_path / "b", found)
+    with reading(tmp_path / "a") as file:
+        found = stored_in(file)
+        (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-8])
+        with pytest.raises(OSError, match="a must not be changed while it is read"):
+            copy_stored(tmp_path / "b", found)
+
+
+def test_a_file_that_is_replaced_before_its_header_is_checked_is_an_error(tmp_path):
+    for name in "ab":
+        save_safetensors(tmp_path / name, {"x": torch.ones(100)})
+    with reading(tmp_path / "a") as file:
+        os.replace(tmp_path / "b", tmp_path / "a")
+        with pytest.raises(OSError, match="a must not be changed while it is read"):
+            stored_in(file)
+
+
+def saved_blocks(folder):
+    """A network whose two blocks are saved in `folder`, and their files of weights."""
+    whole = DiffusionBlocks(ViT(ViTConfig(**SIZES)), BlocksConfig(num_blocks=2, shared="private"))
+    for b in range(2):
+        save_block(folder / f"{b}", whole.block(b))
+    return whole, [folder / f"{b}/model.safetensors" for b in range(2)]
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_blocks_that_are_saved_again_are_merged_as_they_were_checked(tmp_path, monkeypatch, after):
+    whole, files = saved_blocks(tmp_path / "jobs")
+    _, later = saved_blocks(tmp_path / "later")
+    pieces, copy, copied = stored.Stored.pieces, merge.copy_stored, []
+
+    def saved_again(tensor):
+        if len(copied) == after:
+            for file, replaced in zip(later, files, strict=True):
+                os.replace(file, replaced)
+        copied.append(tensor)
+        return pieces(tensor)
+
+    def copy_of(path, tensors):
+        monkeypatch.setattr(stored.Stored, "pieces", saved_again)
+        copy(path, tensors)
+
+    monkeypatch.setattr(merge, "copy_stored", copy_of)
+    merge_blocks(tmp_path / "merged", [tmp_path / "jobs"])
+    assert len(copied) > after
+    assert not any(file.exists() for file in later)
+    found = load_model(tmp_path / "merged").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in whole.state_dict().items())
+
+
+def test_weights_that_are_changed_in_place_while_they_are_copied_are_not_merged(
+    tmp_path, monkeypatch
+):
+    _, files = saved_blocks(tmp_path / "jobs")
+    _, later = saved_blocks(tmp_path / "later")
+    for file in files:
+        os.utime(file, (1, 1))  # a clock may be coarser than this test
+    copy = merge.copy_stored
+
+    def copy_of(path, tensors):
+        files[1].write_bytes(later[1].read_bytes())
+        copy(path, tensors)
+
+    merge_blocks(tmp_path / "merged", [tmp_path / "later"])
+    kept = (tmp_path / "merged/model.safetensors").read_bytes()
+    monkeypatch.setattr(merge, "copy_stored", copy_of)
+    with pytest.raises(OSError, match=r"1/model\.safetensors must not be changed while"):
+        merge_blocks(tmp_path / "merged", [tmp_path / "jobs"])
+    assert (tmp_path / "merged/model.safetensors").read_bytes() == kept
 
 
 @pytest.mark.parametrize("shared", ["private", "frozen"])

@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
 from dblocks.checkpoint.files import METADATA, opened, safetensors
 
 PIECE = 2**22  # bytes that are in memory at a time
+
+
+class Source(NamedTuple):
+    """A file that stays open from its check to its copy.
+
+    A file that takes its name meanwhile is not read: what is copied is what was checked.
+    """
+
+    path: Path
+    file: BinaryIO
+    state: tuple[int, int]  # when it was opened
+
+    def check_unchanged(self) -> None:
+        """Check that the file was not written to since it was opened.
+
+        Raises:
+            OSError: it was.
+        """
+        if _state(self.file) != self.state:
+            raise OSError(_changed(self.path))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Source]:
+    """A file of tensors, open inside the `with` block; its tensors can be read that long."""
+    with path.open("rb") as file:
+        yield Source(path, file, _state(file))
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    """What a write changes; the time of the inode also changes as the file loses its name."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
+
+
+def _changed(path: Path) -> str:
+    return f"{path} must not be changed while it is read"
 
 
 class Stored(NamedTuple):
@@ -21,7 +60,7 @@ class Stored(NamedTuple):
     tensors one after the other.
     """
 
-    path: Path
+    source: Source
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
@@ -34,14 +73,14 @@ class Stored(NamedTuple):
 
     def pieces(self) -> Iterator[bytes]:
         """Its bytes, in pieces."""
-        with self.path.open("rb") as file:
-            file.seek(self.begin)
-            for at in range(self.begin, self.end, PIECE):
-                size = min(PIECE, self.end - at)
-                piece = file.read(size)
-                if len(piece) < size:
-                    raise OSError(f"{self.path} must not be changed while it is read")
-                yield piece
+        path, file, _ = self.source
+        for at in range(self.begin, self.end, PIECE):
+            size = min(PIECE, self.end - at)
+            file.seek(at)  # each time, as another tensor of the file may be read in between
+            piece = file.read(size)
+            if len(piece) < size:
+                raise OSError(_changed(path))
+            yield piece
 
     def equal(self, other: Stored) -> bool:
         """Whether both are the same bits of the same shape and dtype."""
@@ -50,21 +89,26 @@ class Stored(NamedTuple):
         return all(a == b for a, b in zip(self.pieces(), other.pieces(), strict=True))
 
 
-def stored_in(path: Path) -> dict[str, Stored]:
+def stored_in(source: Source) -> dict[str, Stored]:
     """The tensors of a file by name.
 
     Raises:
+        OSError: the file was replaced before its header was checked.
         ImportError: safetensors is not installed.
     """
-    with opened(path) as file:  # which checks the header
-        dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+    path, file, _ = source
+    with opened(path) as checked:  # which checks the header
+        dtypes = {name: checked.get_tensor(name).dtype for name in checked.keys()}  # noqa: SIM118
+    # The package opens files by name only. A name never returns to a file that is still open.
+    if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        raise OSError(_changed(path))
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
     found = {}
     for name, dtype in dtypes.items():
         first, last = (8 + length + at for at in header[name]["data_offsets"])
-        found[name] = Stored(path, dtype, tuple(header[name]["shape"]), first, last)
+        found[name] = Stored(source, dtype, tuple(header[name]["shape"]), first, last)
     return found
 
 
@@ -72,6 +116,7 @@ def copy_stored(path: Path, tensors: Mapping[str, Stored]) -> None:
     """Write the file that `save_safetensors` would write of these tensors, bit for bit.
 
     Raises:
+        OSError: the file cannot be written, or one that holds the tensors was changed.
         ImportError: safetensors is not installed.
     """
     # The order of the tensors, and the names of their dtypes, are those of the package.
@@ -90,5 +135,7 @@ def copy_stored(path: Path, tensors: Mapping[str, Stored]) -> None:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
                 file.writelines(tensors[name].pieces())
+        for source in {stored.source for stored in tensors.values()}:
+            source.check_unchanged()
     except OSError as error:
         raise OSError(f"{path.name}: {error}") from error

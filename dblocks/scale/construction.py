@@ -119,7 +119,8 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
     check_complete(mine, WHOLE)
     with naming(folder / WEIGHTS_FILE):
         if alone:
-            check_weights(folder, about)
+            with current(folder, WEIGHTS_FILE).open("rb") as weights:
+                check_weights(weights, about)
         with opened(current(folder, WEIGHTS_FILE)) as file:
             names = {renamed(name): name for name in sorted(file.keys())}
             found = names if alone else {name: names[name] for name in names if name in here}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,9 @@ from dblocks.checkpoint.networks import (
     named_tensors,
     rebuilt,
 )
-from dblocks.checkpoint.stored import Stored, copy_stored, stored_in
+from dblocks.checkpoint.stored import Stored, copy_stored, reading, stored_in
 from dblocks.config import json_text, read_json, read_text
-from dblocks.scale.checkpoints import sha256_of
+from dblocks.scale.checkpoints import sha256_from, sha256_of
 from dblocks.scale.gathered import gathered
 
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config", "block", "texts", "about"}
@@ -76,7 +77,8 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
     """Merge all blocks of a network into one, for `load_model`.
 
     Everything is checked before anything is written. Weights are copied from file to file, so that
-    the network may be larger than the host's memory.
+    the network may be larger than the host's memory. Of a block that is saved again meanwhile, the
+    earlier weights are merged, which were checked.
 
     Args:
         out: where to write.
@@ -87,6 +89,8 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
         ValueError: a block is missing or given twice, the blocks do not have the same
             configuration, target embedding and tokenizer, or a file of weights has changed since it
             was saved. The message names the folders.
+        OSError: a file cannot be written, or a file of weights was changed as it was copied; an
+            earlier save in `out` is kept.
 
     Warns:
         UserWarning: blocks were trained with different settings, such as numbers of steps; the
@@ -101,19 +105,20 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
     with naming(first / BLOCK_FILE), torch.device("meta"):
         whole: DiffusionBlocks = rebuilt(config)
     places = _in_order(found, whole.config.num_blocks)
-    tensors = _merged(places, found, whole)
-    texts = _texts(places, config["texts"])
-    _warn_of_other_settings(places, found)
-    about = [{"folder": str(f), "block": b, **found[f]["about"]} for b, f in enumerate(places)]
-    written = {key: config[key] for key in (*COMPARED, "dblocks")}
-    texts |= {
-        CONFIG_FILE: json_text(written, indent=2) + "\n",
-        "run.json": json_text({"merged": about}) + "\n",
-    }
-    with saving(Path(out)) as part:
-        copy_stored(part / WEIGHTS_FILE, tensors)
-        for name, text in texts.items():
-            (part / name).write_text(text, encoding="utf-8")
+    with ExitStack() as files:
+        tensors = _merged(places, found, whole, files)
+        texts = _texts(places, config["texts"])
+        _warn_of_other_settings(places, found)
+        about = [{"folder": str(f), "block": b, **found[f]["about"]} for b, f in enumerate(places)]
+        written = {key: config[key] for key in (*COMPARED, "dblocks")}
+        texts |= {
+            CONFIG_FILE: json_text(written, indent=2) + "\n",
+            "run.json": json_text({"merged": about}) + "\n",
+        }
+        with saving(Path(out)) as part:
+            copy_stored(part / WEIGHTS_FILE, tensors)
+            for name, text in texts.items():
+                (part / name).write_text(text, encoding="utf-8")
 
 
 def _blocks_in(folder: Path) -> list[Path]:
@@ -194,17 +199,21 @@ def _warn_of_other_settings(places: Sequence[Path], found: Mapping[Path, Any]) -
 
 
 def _merged(
-    places: Sequence[Path], found: Mapping[Path, Any], whole: DiffusionBlocks
+    places: Sequence[Path], found: Mapping[Path, Any], whole: DiffusionBlocks, files: ExitStack
 ) -> dict[str, Stored]:
-    """The tensors of all blocks, which must be those of the network; shared ones must agree."""
+    """The tensors of all blocks, which must be those of the network; shared ones must agree.
+
+    Their files stay open as long as `files`.
+    """
     merged: dict[str, Stored] = {}
     owners: dict[str, Path] = {}
     for block, folder in enumerate(places):
         path = folder / WEIGHTS_FILE
         expected = named_tensors(whole.block(block))
         with naming(path):
-            check_weights(folder, found[folder])
-            held = stored_in(current(folder, WEIGHTS_FILE))
+            source = files.enter_context(reading(current(folder, WEIGHTS_FILE)))
+            check_weights(source.file, found[folder])
+            held = stored_in(source)
             check_shapes({name: stored.shape for name, stored in held.items()}, expected)
         for name, stored in held.items():
             if name in merged and not merged[name].equal(stored):
@@ -214,9 +223,9 @@ def _merged(
     return merged
 
 
-def check_weights(folder: Path, about: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the weights of a block are those that were saved."""
-    if sha256_of(current(folder, WEIGHTS_FILE)) != about["sha256"]:
+def check_weights(file: BinaryIO, about: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the weights of a block, just opened, are those that were saved."""
+    if sha256_from(file) != about["sha256"]:
         raise ValueError(f"it is not what was saved, by the sha256 in {BLOCK_FILE}")
 
 
