@@ -80,6 +80,8 @@ class Denoiser(nn.Module):
     """The blocks held here, and the range of each one's layers in `base_model.layers`."""
     index: int | None = None
     """The only block held here; None if all are."""
+    loaded: int | None = None
+    """The only block with weights, of a network that was made without the others."""
     residency: Residency | None = None
     """Keeps one block at a time on a device, if set; see `dblocks.scale.resident`."""
     _zeros_looked_for = False
@@ -108,7 +110,7 @@ class Denoiser(nn.Module):
 
     def any_block(self) -> int:
         """A block that is here, to read what all have in common."""
-        return next(iter(self.held))
+        return next(iter(self.held)) if self.loaded is None else self.loaded
 
     def held_block(self, block: int) -> int:
         """`block` as an int, which must be one that is held here.
@@ -120,10 +122,11 @@ class Denoiser(nn.Module):
         asked = block if type(block) is int else check_block(block, self.config.num_blocks)
         # By comparison, not lookup: in a compiled graph the index may be symbolic, and this
         # specialises it.
-        found = [held for held in self.held if held == asked]
+        found = [b for b in self.held if b == asked and self.loaded in (None, b)]
         if not found:
             check_block(asked, self.config.num_blocks)
-            raise ValueError(f"block must be {self.index}, the only one held here, got {asked}")
+            only = self.index if self.loaded is None else self.loaded
+            raise ValueError(f"block must be {only}, the only one held here, got {asked}")
         return found[0]
 
     @property

@@ -57,7 +57,7 @@ def test_a_block_is_that_of_the_whole_bit_for_bit(tmp_path, kind, shared):
         assert trained[0] == trained[1]
         losses = [m.loss(batch_of(kind), b, generator=seeded()).loss for m in (theirs, ours)]
         assert losses[0].equal(losses[1])
-        with pytest.raises(ValueError, match=f"block must be {b}, the only one loaded here"):
+        with pytest.raises(ValueError, match=f"block must be {b}, the only one held here"):
             found.block(1 - b)
 
 
@@ -330,7 +330,7 @@ def test_the_block_predicts_in_the_whole_too(tmp_path):
     tokens = torch.arange(12).view(2, 6)
     want, got = (m.logits(z, sigma, block=1, tokens=tokens) for m in (whole, found))
     assert got.equal(want)
-    with pytest.raises(ValueError, match="block must be 1, the only one loaded here, got 0"):
+    with pytest.raises(ValueError, match="block must be 1, the only one held here, got 0"):
         found.logits(z, sigma, block=0, tokens=tokens)
 
 

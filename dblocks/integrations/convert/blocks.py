@@ -41,19 +41,6 @@ class ConvertedBlocks(DiffusionBlocks):
         self.task: Task = task
         self.options = options
         self.clean_loss_weight: float = options.clean_loss_weight
-        self.loaded: int | None = None
-        """The only block whose weights are here; None if all are. See `scale.convert_block`."""
-
-    def any_block(self) -> int:
-        """As of `Denoiser`; the only one loaded here, if one was loaded alone."""
-        return super().any_block() if self.loaded is None else self.loaded
-
-    def held_block(self, block: int) -> int:
-        """As of `Denoiser`; a block whose weights are elsewhere is refused too."""
-        held = super().held_block(block)
-        if self.loaded not in (None, held):
-            raise ValueError(f"block must be {self.loaded}, the only one loaded here, got {held}")
-        return held
 
     def before_use(self) -> None:
         """Runs `check_whole` if the model had no data when it was converted."""
