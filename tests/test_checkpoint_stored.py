@@ -105,6 +105,21 @@ def saved_blocks(folder):
     return whole, [folder / f"{b}/model.safetensors" for b in range(2)]
 
 
+def test_a_merge_does_not_replace_a_block(tmp_path):
+    jobs = tmp_path / "jobs"
+    saved_blocks(jobs)
+    (tmp_path / "link").symlink_to(jobs / "1")
+    before = {path: path.read_bytes() for path in jobs.glob("*/*")}
+    for out in (jobs / "0", jobs / "1", tmp_path / "link"):
+        with pytest.raises(ValueError, match=r"not be the folder of a block.* give a new folder"):
+            merge_blocks(out, [jobs])
+    assert {path: path.read_bytes() for path in jobs.glob("*/*")} == before
+    for _ in range(2):  # their own folder may be merged to, and again
+        merge_blocks(jobs, [jobs])
+    load_model(jobs)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize("after", [0, 5])
 def test_blocks_that_are_saved_again_are_merged_as_they_were_checked(tmp_path, monkeypatch, after):
     whole, files = saved_blocks(tmp_path / "jobs")

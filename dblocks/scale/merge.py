@@ -81,14 +81,14 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
     earlier weights are merged, which were checked.
 
     Args:
-        out: where to write.
+        out: where to write; not a block's own folder, but it may be the one that contains them.
         folders: the folders written by `save_block` for each block, in any order; or folders that
             contain them.
 
     Raises:
         ValueError: a block is missing or given twice, the blocks do not have the same
             configuration, target embedding and tokenizer, or a file of weights has changed since it
-            was saved. The message names the folders.
+            was saved. The message names the folders. Or `out` is the folder of a block.
         OSError: a file cannot be written, or a file of weights was changed as it was copied; an
             earlier save in `out` is kept.
 
@@ -96,6 +96,11 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
         UserWarning: blocks were trained with different settings, such as numbers of steps; the
             result then differs from that of one run.
     """
+    if current(Path(out), BLOCK_FILE).exists():  # the network would replace the block's weights
+        raise ValueError(
+            f"out must not be the folder of a block, whose weights it would replace, got {out}; "
+            "give a new folder, or the one that contains the folders of the blocks"
+        )
     found = {folder: read_block(folder) for given in folders for folder in _blocks_in(Path(given))}
     first, config = next(iter(found.items()), (None, {}))
     if first is None:
