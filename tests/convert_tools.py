@@ -47,8 +47,9 @@ def blocks_of(kind, num_blocks=2, *, model=None, config=None, **options):
     if kind in MASKED:
         options.setdefault("mask_token_id", MASK)
     config = BlocksConfig(num_blocks, schedule=schedule, **(config or {}))
-    torch.manual_seed(0)
-    return convert(model or model_of(kind), config, task=task_of(kind), **options)
+    model = model or model_of(kind)
+    torch.manual_seed(0)  # after the model, which is drawn in the first call only
+    return convert(model, config, task=task_of(kind), **options)
 
 
 def shaken(blocks):

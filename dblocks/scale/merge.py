@@ -25,6 +25,7 @@ from dblocks.checkpoint.networks import (
 )
 from dblocks.checkpoint.stored import Stored, copy_stored, reading, stored_in
 from dblocks.config import json_text, read_json, read_text
+from dblocks.integrations.convert.files import CONFIG_FILE as CONVERTED_FILE
 from dblocks.scale.checkpoints import sha256_from, sha256_of
 from dblocks.scale.gathered import gathered
 
@@ -130,6 +131,11 @@ def _blocks_in(folder: Path) -> list[Path]:
     """The folder itself, or its subfolders that hold a block."""
     if current(folder, BLOCK_FILE).exists():
         return [folder]
+    if current(folder, CONVERTED_FILE).exists():
+        raise ValueError(
+            f"{folder} must hold a {BLOCK_FILE}, got a converted model's {CONVERTED_FILE}, whose "
+            "blocks need no merge; load it with ConvertedBlocks.from_pretrained(folder, model)"
+        )
     if not (blocks := blocks_inside(folder)):
         raise ValueError(
             f"{folder} must hold a {BLOCK_FILE}, or folders that do; `dblocks train ... --block N` "

@@ -25,6 +25,7 @@ from dblocks.scale.places import Place, check_complete, fitted, own_tensors
 
 INDEX = ".safetensors.index.json"
 WHOLE = "load the whole model, and convert it"
+ALONE = ("frozen", "private")  # of `shared`: jobs do not exchange what they train
 
 
 def convert_block(
@@ -50,7 +51,8 @@ def convert_block(
             without memory, and it draws no random numbers. Weights get the dtype that it says.
         folder: with the model's weights, as the model's `save_pretrained` writes them: one file
             of safetensors, or several with their index.
-        config: the number of blocks and the options of their training.
+        config: the number of blocks and the options of their training, with `shared` of "frozen"
+            or "private".
         block: which of its blocks.
         task: as of `convert`.
         layers: as of `convert`.
@@ -58,14 +60,15 @@ def convert_block(
 
     Returns:
         The model in blocks: train its `block(block)`, and write it by
-        `save_pretrained(folder, block=block)`.
+        `save_pretrained(folder, block=block)`. All jobs need the same `torch.manual_seed` before
+        this call, as what `convert` adds is drawn.
 
     Raises:
         TypeError: as of `convert`; `make` is not a function; or `check` is given.
-        ValueError: as of `convert`; `block` is out of range; there is a clean loss, which needs
-            the whole model; `make` returns a model that it did not make, or one that `convert`
-            cannot read without its values; or the folder does not hold the weights of the model,
-            as numbers of 16 bits or more.
+        ValueError: as of `convert`; `block` is out of range; `shared` is another; there is a
+            clean loss, which needs the whole model; `make` returns a model that it did not make,
+            or one that `convert` cannot read without its values; or the folder does not hold the
+            weights of the model, as numbers of 16 bits or more.
         RuntimeError: the model cannot be made without memory.
 
     Warns:
@@ -83,6 +86,11 @@ def convert_block(
         )
     check_config(config)
     check_block(block, config.num_blocks)
+    if config.shared not in ALONE:
+        raise ValueError(
+            f"shared must be one of {ALONE} for a block alone, got {config.shared!r}, whose copies "
+            "in the jobs would become different; pass shared= in BlocksConfig"
+        )
     chosen = ConvertOptions(**options)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come once more below

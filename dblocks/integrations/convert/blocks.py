@@ -83,18 +83,28 @@ class ConvertedBlocks(DiffusionBlocks):
     def save_pretrained(self, folder: str | Path, block: int | None = None) -> None:
         """Writes a file for each block, one for shared tensors, and dblocks.json.
 
-        What was not loaded, after `scale.convert_block`, is not written.
+        What was not loaded, after `scale.convert_block`, is not written: that is a save of the
+        loaded block.
 
         Args:
             folder: created if it does not exist.
-            block: writes only this block's file and dblocks.json, for the worker that trains it.
+            block: for the worker that trains this block: writes its file and, where they are
+                missing, the others but those of blocks. With `shared="train"`, shared tensors are
+                not written, as those of workers differ.
 
         Raises:
             ImportError: safetensors is not installed.
-            ValueError: the folder cannot be written to.
+            ValueError: the folder cannot be written to; `block` is out of range, or not the one
+                that is loaded; or it is one block's save, and what other workers wrote in the
+                folder is of other options or has other shared tensors. Nothing is written then.
         """
         if block is not None:
-            check_block(block, self.config.num_blocks)
+            block = check_block(block, self.config.num_blocks)
+            if self.loaded not in (None, block):
+                raise ValueError(
+                    f"block must be {self.loaded}, the only one loaded here, got {block}; save "
+                    "each block in its own job"
+                )
         files.save(self, folder, block)
 
     @classmethod

@@ -2,22 +2,26 @@
 
     dblocks.json  block_00.safetensors  block_01.safetensors  ...  shared.safetensors  README.md
 
-A worker that trains one block writes that block's file only. Tensors of the user's model keep the
-names that they have in it, so that its `load_state_dict(..., strict=False)` takes them; names of
-tensors that `convert` added begin with `dblocks.`.
+A worker that trains one block writes that block's file, and what all blocks share unless it is
+there already: then its bits must be the same, and so must the options in dblocks.json. Tensors of
+the user's model keep the names that they have in it, so that its `load_state_dict(...,
+strict=False)` takes them; names of tensors that `convert` added begin with `dblocks.`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dblocks._version import __version__
 from dblocks.checkpoint import current, load_safetensors, naming, save_safetensors, saving
+from dblocks.checkpoint.files import opened
 from dblocks.config import json_text, read_json
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ CARD_FILE = "README.md"
 MODEL, NETWORK, COPIES = "base_model.model.", "base_model.", "copies."  # of a state_dict's names
 ADDED = "dblocks."
 KEYS = {"format", "dblocks", "model", "layers", "task", "options", "blocks_config", "ties"}
+UNCOMPARED = ("format", "dblocks")  # of jobs of one model
 
 
 def block_file(block: int) -> str:
@@ -41,12 +46,15 @@ def block_file(block: int) -> str:
 
 
 def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) -> None:
-    """Writes the files of all blocks and of shared tensors, or the file of one block.
+    """Writes the files of all blocks and of shared tensors, or what the job of one block has.
 
     Args:
-        blocks: the converted model.
+        blocks: the converted model. If one block only is loaded, that is the job's.
         folder: created if it does not exist; files of an earlier save are replaced.
-        block: writes the file of this block, and dblocks.json.
+        block: the block of the job.
+
+    Raises:
+        ValueError: the folder has files of other jobs that do not fit those of this job.
     """
     folder = Path(folder)
     tensors, ties = _named(blocks)
@@ -56,23 +64,20 @@ def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) 
         owner = owners(name)
         file = SHARED_FILE if owner is None else block_file(owner)
         parts.setdefault(file, {})[_outside(name)] = tensor
-    written = {
-        "format": FORMAT,
-        "dblocks": __version__,
-        "model": type(blocks.base_model.model).__name__,
-        "layers": list(blocks.base_model.names),
-        "task": blocks.task,
-        "options": asdict(blocks.options),
-        "blocks_config": blocks.config.to_dict(),
-        "ties": {_outside(name): _outside(first) for name, first in ties.items()},
-    }
+    config = _described(blocks, ties)
+    job = blocks.loaded if block is None else block
+    if job is not None:
+        parts = _parts_of_job(blocks, parts, job)
+        _check_job(folder, config, parts)
     with saving(folder) as place:
         for file, part in parts.items():
-            if file in _held(blocks) and (block is None or file == block_file(block)):
+            if job is None or file != SHARED_FILE or not current(folder, file).exists():
                 save_safetensors(place / file, part)
-        (place / CONFIG_FILE).write_text(json_text(written, indent=2) + "\n", encoding="utf-8")
-        if block is None:
+        (place / CONFIG_FILE).write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
+        if block is None or not current(folder, CARD_FILE).exists():
             (place / CARD_FILE).write_text(_card(blocks), encoding="utf-8")
+        if job is not None:  # again: another job may have written while this one did
+            _check_job(folder, config, parts)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -111,7 +116,8 @@ def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> N
         if not path.exists():
             raise ValueError(
                 f"{folder} must hold {file}; each block's worker writes its own by "
-                "save_pretrained(folder, block=), and the rest comes with save_pretrained(folder)"
+                "save_pretrained(folder, block=), and with shared='train' the rest comes with "
+                "save_pretrained(folder)"
             )
         with naming(path):
             tensors |= load_safetensors(path)
@@ -123,13 +129,79 @@ def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> N
         blocks.load_state_dict({_inside(name): tensor for name, tensor in tensors.items()})
 
 
-def _held(blocks: ConvertedBlocks) -> set[str]:
-    """The files whose tensors are here."""
-    if blocks.loaded is None:
-        return {SHARED_FILE, *map(block_file, range(blocks.config.num_blocks))}
-    own = block_file(blocks.loaded)
-    # With private parameters, the shared ones are those of the model itself.
-    return {own} if blocks.config.copied and blocks.loaded else {SHARED_FILE, own}
+def _described(blocks: ConvertedBlocks, ties: dict[str, str]) -> dict[str, Any]:
+    """What dblocks.json holds."""
+    return {
+        "format": FORMAT,
+        "dblocks": __version__,
+        "model": type(blocks.base_model.model).__name__,
+        "layers": list(blocks.base_model.names),
+        "task": blocks.task,
+        "options": asdict(blocks.options),
+        "blocks_config": blocks.config.to_dict(),
+        "ties": {_outside(name): _outside(first) for name, first in ties.items()},
+    }
+
+
+def _parts_of_job(
+    blocks: ConvertedBlocks, parts: dict[str, dict[str, Tensor]], job: int
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors by file that the job of one block has."""
+    own = {block_file(job): parts[block_file(job)]}
+    if blocks.config.shared == "train":
+        return own  # no job alone knows what all blocks have trained
+    shared = parts[SHARED_FILE]
+    if blocks.config.copied and job:  # the model's own may be elsewhere, those of a copy are here
+        state, copy = blocks.state_dict(), f"{COPIES}{job - 1}."
+        shared = {name: state[copy + _inside(name).removeprefix(NETWORK)] for name in shared}
+    return own | {SHARED_FILE: shared}
+
+
+def _check_job(folder: Path, config: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
+    """Refuses a folder with files of other jobs that would not make one model with these."""
+    if current(folder, CONFIG_FILE).exists():
+        there, mine = read_config(folder), json.loads(json_text(config))
+        there |= {key: mine[key] for key in UNCOMPARED}
+        if differ := list(_differences(there, mine)):
+            raise ValueError(
+                f"{folder} must be of the same conversion as the block, since all its blocks make "
+                f"one model, got other values of {'; '.join(differ)}; convert with the same "
+                "options in every job, or save in another folder"
+            )
+    path = current(folder, SHARED_FILE)
+    if SHARED_FILE not in parts or not path.exists():
+        return
+    shared = parts[SHARED_FILE]
+    with naming(path), opened(path) as held:
+        names = {_outside(_inside(name)): name for name in held.keys()}  # noqa: SIM118
+        other = sorted(names.keys() ^ shared.keys()) or [
+            name
+            for name, own in shared.items()
+            if not _same_bits(own, held.get_tensor(names[name]))
+        ]
+    if other:
+        raise ValueError(
+            f"{path} must hold, bit for bit, what this block shares with the others, got another "
+            f"{other[0]} ({len(other)} differ); call the same torch.manual_seed before "
+            "convert_block in every job, or save in another folder"
+        )
+
+
+def _differences(there: Any, mine: Any, place: str = "") -> Iterator[str]:
+    """The places where two values of JSON differ, and what is there."""
+    if isinstance(there, dict) and isinstance(mine, dict):
+        for key in sorted({**there, **mine}):
+            inner = f"{place}.{key}".removeprefix(".")
+            yield from _differences(there.get(key), mine.get(key), inner)
+    elif there != mine:
+        yield f"{place}: {there!r} there, {mine!r} here"
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    bits = [t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (one, other)]
+    return bits[0].equal(bits[1])
 
 
 def _named(blocks: ConvertedBlocks) -> tuple[dict[str, Tensor], dict[str, str]]:
