@@ -102,7 +102,7 @@ class ConvertedBlocks(DiffusionBlocks):
             block = check_block(block, self.config.num_blocks)
             if self.loaded not in (None, block):
                 raise ValueError(
-                    f"block must be {self.loaded}, the only one loaded here, got {block}; save "
+                    f"block must be {self.loaded}, the only one held here, got {block}; save "
                     "each block in its own job"
                 )
         files.save(self, folder, block)
