@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         ("unpack", "write the records of archives as files, to look at or delete some"),
     ):
         moved = commands.add_parser(command, help=text)
-        moved.add_argument("names", nargs="*", choices=[[], *EXPERIMENTS], default=[])
+        moved.add_argument("names", nargs="*", choices=[[], *EXPERIMENTS, *STUDIES], default=[])
     scored = commands.add_parser("score", help="judge the samples of the records of text")
     scored.add_argument("names", nargs="+", choices=[*EXPERIMENTS])
     report = commands.add_parser(
@@ -134,11 +134,16 @@ def _run(args: argparse.Namespace) -> None:
     if args.command == "report":
         _report(args)
         return
+    if args.command in ("pack", "unpack"):
+        every: dict[str, Experiment | Study] = {**EXPERIMENTS, **STUDIES}
+        for name in args.names or every:
+            archive = Archive(every[name].records)
+            if archive.load():
+                getattr(archive, args.command)()
+        return
     for name in args.names or EXPERIMENTS:
         experiment = EXPERIMENTS[name]
-        if args.command in ("pack", "unpack"):
-            getattr(Archive(experiment.records), args.command)()
-        elif args.command == "score":
+        if args.command == "score":
             score(experiment)
         else:
             experiment.results(args.records, args.figure, args.report, args.workers)

@@ -77,7 +77,8 @@ def finished(experiment: Experiment) -> Finished:
     records, missing = _rows(experiment, there)
     if experiment.stored is not None:
         scored = experiment.stored(experiment.records, records)
-        for row in records.keys() - scored.keys():  # samples without scores are in no table yet
+        # Samples without scores are in no table yet.
+        for row in [row for row in records if row not in scored]:
             missing[row] = experiment.final_runs(row, 1.0)[len(records[row]) :]
         records = scored
     check_versions(experiment.name, [r for many in records.values() for r in many])
