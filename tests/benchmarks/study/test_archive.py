@@ -97,15 +97,18 @@ def test_those_that_pack_at_once_lose_nothing(archive):
     assert archive.load() == {name: record(name) for many in names for name in many}
 
 
-def test_the_command_packs_and_unpacks_what_it_is_told(archive, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["vit-digits", "dit-fashion-ablations"])
+def test_the_command_packs_and_unpacks_what_it_is_told(archive, monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
-    there = Archive(study.EXPERIMENTS["vit-digits"].records)
+    there = Archive({**study.EXPERIMENTS, **study.STUDIES}[name].records)
     add(there, "a", 1)
+    other = Archive(study.EXPERIMENTS["dit-digits"].records)
     assert study.main(["pack", "dit-digits"]) == 0
+    assert not other.file.exists()  # there is nothing to pack
     assert (there.folder / "a.json").exists()
-    assert study.main(["pack", "vit-digits"]) == 0
+    assert study.main(["pack", name]) == 0
     assert not (there.folder / "a.json").exists()
-    assert study.main(["unpack", "vit-digits"]) == 0
+    assert study.main(["unpack", name]) == 0
     assert there.load() == {"a": record(1)}
     assert (there.folder / "a.json").exists()
 
