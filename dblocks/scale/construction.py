@@ -158,7 +158,7 @@ def _outlined(
     try:
         with torch.random.fork_rng(devices=[]), Outline() as outline:
             network = make()
-    except RuntimeError as error:  # NotImplementedError is one
+    except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(
             f"the network cannot be made without memory first: {reason}; {WHOLE}"

@@ -119,7 +119,7 @@ def _outlined(make: Callable[[], nn.Module]) -> nn.Module:
     try:
         with Outline(floats=True) as outline:
             model = make()
-    except RuntimeError as error:  # NotImplementedError is one
+    except RuntimeError as error:
         reason = _first_line(error)
         raise RuntimeError(f"the model cannot be made without memory: {reason}; {WHOLE}") from error
     if isinstance(model, nn.Module):

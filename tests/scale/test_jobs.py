@@ -181,21 +181,6 @@ def test_without_checkpoints_a_signal_leaves_one_line_and_no_file(tmp_path, numb
     assert not list(tmp_path.glob("run/*"))
 
 
-def test_handlers_of_others_are_left_alone(monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    seen = []
-    monkeypatch.setattr("dblocks.__main__._run", lambda argv: seen.append(handler()) or 0)
-    handler = lambda: signal.getsignal(signal.SIGTERM)
-    try:
-        for own in (signal.SIG_IGN, lambda *_: None, signal.SIG_DFL):
-            signal.signal(signal.SIGTERM, own)
-            main([])
-            assert handler() == own
-            assert (seen[-1] == own) == (own != signal.SIG_DFL)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class Halted(Exception):
     pass
 
