@@ -99,7 +99,9 @@ class StepResult(NamedTuple):
 def make_optimizers(
     model: nn.Module, factory: Callable[[list[nn.Parameter]], Optimizers]
 ) -> BlockOptimizers:
-    """Makes the optimizers of each block and of the shared parameters. Args:
+    """Makes the optimizers of each block and of the shared parameters.
+
+    Args:
         model: the network, possibly in a `DistributedDataParallel`, or one block of it, which then
             alone has optimizers.
         factory: makes an optimizer from a list of parameters, such as `lambda params:

@@ -12,7 +12,9 @@ from dblocks.config import check_count
 
 
 class Choice:
-    """Chooses a token from logits. Args:
+    """Chooses a token from logits.
+
+    Args:
     temperature: divisor of the logits; 0 takes the most likely token.
     top_k: number of most likely tokens to keep.
     top_p: keep the fewest most likely tokens whose probabilities sum to at least this.
