@@ -15,9 +15,9 @@ class Choice:
     """Chooses a token from logits.
 
     Args:
-    temperature: divisor of the logits; 0 takes the most likely token.
-    top_k: number of most likely tokens to keep.
-    top_p: keep the fewest most likely tokens whose probabilities sum to at least this.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_k: number of most likely tokens to keep.
+        top_p: keep the fewest most likely tokens whose probabilities sum to at least this.
     """
 
     def __init__(
