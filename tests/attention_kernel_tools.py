@@ -16,12 +16,12 @@ PLAIN = {"block_size": 1, "token": False, "scale": 0.25}
 
 
 def forward(q, k, v, options, tiles=SMALL):
-    return doubled_attention_fwd(q, k, v, Options(**options), tiles=tiles and tiles.forward)
+    return doubled_attention_fwd(q, k, v, *Options(**options), tiles=tiles and tiles.forward)
 
 
 def backward(do, q, k, v, o, lse, options, tiles=SMALL):
-    inputs = (do, q, k, v, o, lse, Options(**options))
-    return doubled_attention_bwd(*inputs, needs=[True, True], tiles=tiles)
+    inputs = (do, q, k, v, o, lse, *Options(**options), [True, True])
+    return doubled_attention_bwd(*inputs, tiles=tiles)
 
 
 def gradients(do, q, k, v, options, tiles=SMALL):

@@ -89,8 +89,8 @@ def attend(
         alibi_slopes=torch.empty(HEADS, device="meta") if alibi else None,
     )
     tiles = settings(max(D, DV), dtype, target, options.loaded)
-    o, lse = doubled_attention_fwd(q, k, v, options, tiles=tiles.forward)
-    doubled_attention_bwd(o, q, k, v, o, lse, options, [True, True], tiles=tiles)
+    o, lse = doubled_attention_fwd(q, k, v, *options, tiles=tiles.forward)
+    doubled_attention_bwd(o, q, k, v, o, lse, *options, [True, True], tiles=tiles)
 
 
 def cases(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -1,7 +1,8 @@
 """One file per op: schema, fake kernel, implementations, autograd, checks and docstring."""
 
 # The family of each op's kernels: `kernels/<family>`, `csrc/<family>` if it has C++, and
-# `kernels/reference/_<family>.py`. tests/ops/test_families.py checks that the files exist.
+# `kernels/reference/_<family>.py` (for edm `_noise.py`). tests/ops/test_families.py checks that the
+# files exist.
 FAMILIES = {
     "adaln": "adaln",
     "residual_adaln": "adaln",

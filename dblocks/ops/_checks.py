@@ -160,3 +160,17 @@ def values_known(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return not isinstance(tensor, FakeTensor)
+
+
+def check_classes(classes: Tensor, V: int) -> None:
+    """Every class is in [0, V): at once on a CPU, else by the device itself."""
+    if not classes.numel():
+        return
+    message = f"target must be in [0, V) = [0, {V}) or ignore_index"
+    if not classes.is_cpu:
+        valid = ((classes >= 0) & (classes < V)).all()
+        torch._assert_async(valid, message)  # pyright: ignore[reportPrivateImportUsage]
+        return
+    low, high = (value.item() for value in classes.aminmax())
+    if low < 0 or high >= V:
+        raise ValueError(f"{message}, got {low if low < 0 else high}; check the tokens")

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dblocks.ops import _checks
+
 SHARES = 4  # the logits are never held in fewer parts, unless a part had fewer
 MIN_LOGITS = 2**20  # logits (4 MiB), where each call would cost more than its work,
 MIN_ROWS = 128  # or rows, which would make the matrix products slow.
@@ -47,20 +49,6 @@ def chunk_rows(R: int, V: int, device_type: str) -> int:
     return -(-R // -(-R // largest))
 
 
-def check_target(classes: Tensor, V: int) -> None:
-    """Every class is in [0, V): at once on a CPU, else by the device itself."""
-    if not classes.numel():
-        return
-    message = f"target must be in [0, V) = [0, {V}) or ignore_index"
-    if not classes.is_cpu:
-        valid = ((classes >= 0) & (classes < V)).all()
-        torch._assert_async(valid, message)  # pyright: ignore[reportPrivateImportUsage]
-        return
-    low, high = (value.item() for value in classes.aminmax())
-    if low < 0 or high >= V:
-        raise ValueError(f"{message}, got {low if low < 0 else high}; check the tokens")
-
-
 def forward(
     h: Tensor,
     weight: Tensor,
@@ -81,7 +69,7 @@ def forward(
     (R, D), V = h.shape, weight.shape[0]
     counted = target != ignore_index
     target = target.where(counted, 0)
-    check_target(target, V)
+    _checks.check_classes(target, V)
     factors, scale = _factors(counted, row_weight, dtype, total)
     used = factors != 0
     all_used = used.is_cpu and bool(used.all())

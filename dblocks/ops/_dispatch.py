@@ -85,7 +85,7 @@ def in_transform() -> bool:
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-# As in the reference's in_forward_mode, this is evaluated when a graph is traced.
+# As in_forward_mode of kernels/reference/_adaln.py, this is evaluated when a graph is traced.
 in_transform._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 

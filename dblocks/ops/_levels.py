@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,13 +114,6 @@ class OffsetSeed(NamedTuple):
 
     seed: int | Tensor
     offset: int
-
-
-def located(seed: Any, offset: int) -> tuple[int | Tensor, int]:
-    """The seed and the index of the first element."""
-    if isinstance(seed, OffsetSeed):
-        return seed.seed, seed.offset + offset
-    return seed, offset
 
 
 def split_seed(seed: int | Tensor, offset: int, x: Tensor) -> tuple[Tensor | None, int]:

@@ -24,8 +24,8 @@ def define(
 ) -> dict[str, Callable[..., Any]]:
     """Defines `dblocks::<name>_<impl>` for each implementation, and returns what to call for each.
 
-    In plain eager mode, a Triton kernel is launched without PyTorch's dispatcher; an absent result
-    is then None, and from the op a tensor without elements.
+    In plain eager mode, a function is called without PyTorch's dispatcher; an absent result is then
+    None, and from the op a tensor without elements.
 
     Args:
         name: such as "adaln_fwd".
@@ -48,8 +48,7 @@ def define(
         if function is not None:
             key = "CompositeExplicitAutograd"  # on GPUs and, interpreted, on CPUs
             library.impl(f"{name}_{impl}", _whole(op, function), key)
-        kernel = function if impl == "triton" else None
-        calls[impl] = op if kernel is None and flops is None else caller(op, kernel)
+        calls[impl] = op if function is None and flops is None else caller(op, function)
     return calls
 
 

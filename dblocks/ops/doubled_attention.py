@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._attention import backends, composed, fused
+from dblocks.ops._attention import backends, composed
 from dblocks.ops._attention.checks import CleanCausal, Order, Query, check
 from dblocks.ops._dispatch import check_first_order, distinct
 from dblocks.ops._library import define
@@ -38,6 +38,11 @@ MIN_COMPOSED_TOKENS = 32  # on a CPU
 # T from which on, by the widest head: a measurement replaces these numbers.
 COMPOSED_TOKENS = {64: 4096, 128: 2048, 256: 2048}
 BACKENDS = tuple(backends.BACKENDS)
+# What the Triton kernels take.
+MIN_WIDTH, MAX_WIDTH = 16, 256  # of a tile: matrix instructions, registers
+WIDTH_STEP = 8  # 16 bytes of a 16-bit dtype
+MAX_BLOCK_SIZE = 128
+MAX_TOKENS = 2**30 - 2**8  # rows of both halves have int32 numbers, and a tile may pass the last
 
 _OPTIONS = (
     "int block_size, bool token, float scale, Tensor? cu_seqlens, bool noisy_only, "
@@ -70,12 +75,12 @@ def _bwd_fake(do, q, k, v, o, lse, *options_and_needs):
 
 
 _FWD = {
-    **define("doubled_attention_fwd", _FORWARD, _fwd_fake, triton=fused.forward),
+    **define("doubled_attention_fwd", _FORWARD, _fwd_fake, triton="attention.forward"),
     **define("doubled_attention_fwd", _FORWARD, composed.forward_fake, composed=composed.forward),
 }
 _BWD = define(
     "doubled_attention_bwd", _BACKWARD, _bwd_fake,
-    triton=fused.backward, composed=composed.backward,
+    triton="attention.backward", composed=composed.backward,
 )  # fmt: skip
 
 
@@ -225,7 +230,10 @@ def doubled_attention(
         return reference.doubled_attention(q, k, v, **options)[0]
     made_of = None
     if chosen == "triton":
-        fused.check_sizes(q, k, v, block_size)
+        if reason := _obstacle(q, k, v, block_size):
+            raise ValueError(
+                f"{OP}: impl='triton' takes {reason}; use impl='composed' or impl='reference'"
+            )
     else:
         made_of = backends.choose(backend, q, v, **_hindering(options))
         q, options["scale"] = _of_positive_scale(q, options["scale"])
@@ -294,12 +302,24 @@ def explained(
         fast = [name for name in able if backends.is_fast(name, q)]
         if fast and block_size == 1 and k.shape[2] // 2 >= _composed_tokens(q, v):
             return "composed", f"a GPU with fast attention, and many tokens: {fast[0]}, merged"
-        if _dispatch.HAS_TRITON and fused.obstacle(q, k, v, block_size) is None:
+        if _dispatch.HAS_TRITON and _obstacle(q, k, v, block_size) is None:
             return "triton", "the tensors are on a GPU"
         if able:
             name = (fast or able)[0]
             return "composed", f"a GPU, but no Triton or not its sizes: {name}, twice, merged"
     return "reference", "plain PyTorch: no other implementation serves these tensors"
+
+
+def _obstacle(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> str | None:
+    """What the Triton kernels take instead of these sizes; None where they take them."""
+    for name, width in {"Dh": q.shape[-1], "Dv": v.shape[-1]}.items():
+        if not MIN_WIDTH <= width <= MAX_WIDTH or width % WIDTH_STEP:
+            return f"{name} a multiple of {WIDTH_STEP} from {MIN_WIDTH} to {MAX_WIDTH}, got {width}"
+    if block_size > MAX_BLOCK_SIZE:
+        return f"block_size <= {MAX_BLOCK_SIZE}, got {block_size}"
+    if (T := k.shape[2] // 2) > MAX_TOKENS:
+        return f"T <= {MAX_TOKENS}, got {T}"
+    return None
 
 
 def _composed_tokens(q: Tensor, v: Tensor) -> float:

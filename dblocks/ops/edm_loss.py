@@ -6,7 +6,7 @@ from torch import Tensor
 from dblocks.kernels import reference
 from dblocks.ops import _checks, _dispatch
 from dblocks.ops._dispatch import Impl, check_first_order, constant, distinct, kept, widest
-from dblocks.ops._levels import OffsetSeed, check_noised, located, split_seed
+from dblocks.ops._levels import OffsetSeed, check_noised, split_seed
 from dblocks.ops._library import define
 
 _INPUTS = (
@@ -57,9 +57,7 @@ class _Loss(torch.autograd.Function):
         return (df, *(None,) * 8)
 
 
-def _check_row_weight(row_weight: Tensor | None, y: Tensor) -> None:
-    if row_weight is None:
-        return
+def _check_row_weight(row_weight: Tensor, y: Tensor) -> None:
     _checks.check_float(row_weight=row_weight)
     _checks.check_device(y, row_weight=row_weight)
     if row_weight.shape == y.shape[:1]:
@@ -119,8 +117,13 @@ def edm_loss(
     """
     if not _dispatch.noised_fit((f, y), sigma, sigma_data):
         check_noised({"f": f, "y": y}, sigma, sigma_data)
-    _check_row_weight(row_weight, y)
-    seed, offset = located(seed, offset)
+    if row_weight is not None:
+        layout, known = _dispatch.seen("row_weight", (y, row_weight))
+        if not known:
+            _check_row_weight(row_weight, y)
+            _dispatch.remember(layout)
+    if isinstance(seed, OffsetSeed):
+        seed, offset = seed.seed, seed.offset + offset
     split = _dispatch.known_seed(seed, offset, f) or split_seed(seed, offset, f)
     seed_tensor, number = split
     y, sigma = constant(y), constant(sigma)

@@ -27,7 +27,7 @@ _SCHEMA = (
 
 
 def _fake(h, weight, target, bias, row_weight, ignore_index, needs):
-    total = reference.compute_dtype(h)
+    total = torch.promote_types(h.dtype, torch.float32)
     sizes = ((), (), h.shape, weight.shape, weight.shape[:1], target.shape)
     needed = (True, True, *needs, True)
     return tuple(
@@ -167,7 +167,7 @@ def linear_cross_entropy(
     used = _resolve(impl, h, weight)
     if used == "reference":
         if target.is_cpu and not _dispatch.is_traced():
-            chunked.check_target(target.where(target != ignore_index, 0), weight.shape[0])
+            _checks.check_classes(target.where(target != ignore_index, 0), weight.shape[0])
         return reference.linear_cross_entropy(
             h, weight, target, bias=bias, row_weight=row_weight, ignore_index=ignore_index,
             reduction=reduction,

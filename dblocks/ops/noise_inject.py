@@ -8,7 +8,7 @@ from torch import Tensor
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
 from dblocks.ops._dispatch import Impl, check_first_order, constant, distinct, kept
-from dblocks.ops._levels import OffsetSeed, check_noised, located, split_seed
+from dblocks.ops._levels import OffsetSeed, check_noised, split_seed
 from dblocks.ops._library import define
 
 _FORWARD = (
@@ -119,7 +119,8 @@ def noise_inject(
         check_noised({"y": y}, sigma, sigma_data)
     if dtype is not None and dtype not in _dispatch.FLOATS:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
-    seed, offset = located(seed, offset)
+    if isinstance(seed, OffsetSeed):
+        seed, offset = seed.seed, seed.offset + offset
     split = _dispatch.known_seed(seed, offset, y) or split_seed(seed, offset, y)
     seed_tensor, number = split
     sigma = constant(sigma)

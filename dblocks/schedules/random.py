@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dblocks.config import check_seed
 from dblocks.kernels.reference import philox
-from dblocks.ops._levels import OffsetSeed, located
+from dblocks.ops._levels import OffsetSeed
 
 MAX_SEED = 2**63 - 1
 UNIFORM_BITS = 52  # an odd multiple of 2^-53 is a float64, and neither 0 nor 1
@@ -68,7 +68,8 @@ def uniforms(
         device: device of the result.
         offset: index of the first one.
     """
-    seed, offset = located(seed, offset)
+    if isinstance(seed, OffsetSeed):
+        seed, offset = seed.seed, seed.offset + offset
     numbers = torch.arange(offset, offset + math.prod(shape), device=device)
     return uniforms_at(numbers.view(tuple(shape)), seed)
 

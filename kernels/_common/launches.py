@@ -3,7 +3,7 @@
 Every choice depends only on shapes, never on the device, so a result is the same on every target.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -137,17 +137,21 @@ MAX_PLANS = 1024  # when reached, all are dropped: a bound for programs whose sh
 _PLANS: dict[Hashable, Any] = {}
 
 
-def plan(key: Hashable, make: Callable[[], Any]) -> Any:
-    """The cached result of `make` for `key`: the launches for one layout of inputs and options.
+def planned(key: Hashable) -> Any:
+    """The plan that `keep` was given for `key`: the launches for one layout of inputs and options.
 
-    Threads may make the same plan twice; both are equal, and one is kept.
+    None if there is none; make it, and keep it. Threads may make the same plan twice; both are
+    equal, and one is kept.
     """
-    found = _PLANS.get(key)
-    if found is None:
-        if len(_PLANS) >= MAX_PLANS:
-            _PLANS.clear()
-        found = _PLANS[key] = make()
-    return found
+    return _PLANS.get(key)
+
+
+def keep(key: Hashable, plan: Any) -> Any:
+    """`plan`, which the next call with `key` gets from `planned`."""
+    if len(_PLANS) >= MAX_PLANS:
+        _PLANS.clear()
+    _PLANS[key] = plan
+    return plan
 
 
 def layout(x: Tensor | None) -> Hashable:

@@ -4,7 +4,7 @@ The first pass, here, owns tiles of queries as the forward does, and writes dq a
 delta = rowsum(do * o). The second, in dkv.py, owns tiles of keys.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -155,16 +155,17 @@ def doubled_attention_bwd(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    options: layout.Options,
-    needs: Sequence[bool],
-    *,
+    *options_and_needs: Any,
     tiles: layout.Settings | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dq, and dk and dv: `needs` says whether the first is asked for, and whether the other two.
+    """dq, and dk and dv.
 
+    After the options come the needs: whether dq is asked for, and whether the other two are.
     Their layout is [N, rows, heads, width]. `tiles` other than those of the table are for tests and
     `make kernels-check`.
     """
+    *given, needs = options_and_needs
+    options = layout.Options(*given)
     N, H, rows, D = q.shape
     T, DV = k.shape[2] // 2, v.shape[3]
     dq = layout.new_by_rows(q, D, options) if needs[0] else None

@@ -6,6 +6,8 @@ the start of a window) with one. At a block size of 1 a noisy row sees one noisy
 is where its running softmax starts; else the noisy keys are further tiles with a mask.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -149,33 +151,34 @@ def doubled_attention_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    options: layout.Options,
-    *,
+    *options: Any,
     tiles: layout.Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o, lying as [N, rows, H, DV], and the natural log of the softmax sums, float32 [N, H, rows].
 
-    `tiles` other than those of the table are for tests and `make kernels-check`.
+    `options` are those of `layout.Options`. `tiles` other than those of the table are for tests and
+    `make kernels-check`.
     """
+    given = layout.Options(*options)
     N, H, rows, D = q.shape
     T, DV = k.shape[2] // 2, v.shape[3]
-    o = layout.new_by_rows(q, DV, options)
-    lse = layout.new_lse(q, options)
+    o = layout.new_by_rows(q, DV, given)
+    lse = layout.new_lse(q, given)
     if q.numel() == 0:
         return o, lse
     q, k, v = (launches.unit_last(x) for x in (q, k, v))
     target = layout.target(q.device)
-    tile = tiles or layout.settings(max(D, DV), q.dtype, target, options.loaded).forward
-    slopes, slopes_sn = layout.slopes_of(options)
+    tile = tiles or layout.settings(max(D, DV), q.dtype, target, given.loaded).forward
+    slopes, slopes_sn = layout.slopes_of(given)
     with launches.device_guard(q):
-        step = tile.BLOCK_M if options.noisy_only else tile.BLOCK_M // 2
-        count, table = tiles_of(T, step, options)
+        step = tile.BLOCK_M if given.noisy_only else tile.BLOCK_M // 2
+        count, table = tiles_of(T, step, given)
         doubled_attention_fwd_kernel[(count * N * H,)](
-            q, k, v, o, lse, table, layout.valid_of(options), slopes,
+            q, k, v, o, lse, table, layout.valid_of(given), slopes,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], slopes_sn,
-            *layout.halves(T, options), T, rows, H, H // k.shape[1], options.block_size,
-            N * H, count, options.scale, layout.window_of(T, options), options.softcap,
-            *layout.widths(D, DV), tile.BLOCK_M, tile.BLOCK_K, *layout.forms(options),
+            *layout.halves(T, given), T, rows, H, H // k.shape[1], given.block_size,
+            N * H, count, given.scale, layout.window_of(T, given), given.softcap,
+            *layout.widths(D, DV), tile.BLOCK_M, tile.BLOCK_K, *layout.forms(given),
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return o, lse

@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The options of a call, as in the public function."""
+    """The options of a call, in the order of the op's arguments."""
 
     block_size: int
     token: bool  # clean_causal="token"
@@ -33,6 +33,7 @@ class Options(NamedTuple):
     window: int | None = None
     softcap: float | None = None
     alibi_slopes: Tensor | None = None
+    backend: str | None = None  # of the composed attention; unused here
 
     @property
     def loaded(self) -> bool:

@@ -4,16 +4,26 @@ Arithmetic is float32, and float64 for float64 inputs. Formulas, shapes and sour
 docstrings of the public functions (`dblocks.functional`); arguments are taken as already checked.
 """
 
-from dblocks.kernels.reference._adaln import adaln, gated_residual, residual_adaln
-from dblocks.kernels.reference._arithmetic import compute_dtype, in_forward_mode, without_autocast
+from dblocks.kernels.reference._adaln import (
+    adaln,
+    gated_residual,
+    in_forward_mode,
+    residual_adaln,
+)
 from dblocks.kernels.reference._attention import doubled_attention, doubled_mask
 from dblocks.kernels.reference._cross_entropy import linear_cross_entropy
-from dblocks.kernels.reference._edm import edm_denoise, edm_loss, euler_step
-from dblocks.kernels.reference._noise import noise_inject, normals, philox, uniform
+from dblocks.kernels.reference._noise import (
+    edm_denoise,
+    edm_loss,
+    euler_step,
+    noise_inject,
+    normals,
+    philox,
+    uniform,
+)
 
 __all__ = [
     "adaln",
-    "compute_dtype",
     "doubled_attention",
     "doubled_mask",
     "edm_denoise",
@@ -27,5 +37,4 @@ __all__ = [
     "philox",
     "residual_adaln",
     "uniform",
-    "without_autocast",
 ]

@@ -3,8 +3,17 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from dblocks.kernels.reference._arithmetic import compute_dtype, in_forward_mode
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is active, that of torch.func too."""
+    return forward_ad._current_level >= 0
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the compiler: a graph takes
+# the answer of the moment when it is traced, and guards on the level by itself.
+in_forward_mode._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _segments(x: Tensor, modulation: Tensor) -> Tensor:
@@ -40,7 +49,7 @@ def adaln(
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    h = x.to(compute_dtype(x))
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
     weight, bias = (None if p is None else p.to(h.dtype) for p in (weight, bias))
     if norm == "layer":
         h = _layer_norm(h, weight, bias, eps)
@@ -64,7 +73,7 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _stream(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     """x + gate * branch before it is rounded."""
-    h = branch.to(compute_dtype(x))
+    h = branch.to(torch.promote_types(x.dtype, torch.float32))
     if gate is None:
         return x.to(h.dtype) + h
     return torch.addcmul(x.to(h.dtype), _segments(h, gate), h)

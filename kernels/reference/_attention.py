@@ -6,14 +6,13 @@ own rows where the limits can be read, else with zeros in place of the others.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-
-from dblocks.kernels.reference._arithmetic import compute_dtype, without_autocast
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
 
@@ -77,7 +76,7 @@ def doubled_attention(
 
     It is -inf for rows outside of `valid`.
     """
-    dtype, T = compute_dtype(q), k.shape[2] // 2
+    dtype, T = torch.promote_types(q.dtype, torch.float32), k.shape[2] // 2
     first = T if query == "noisy" and order == "clean_noisy" else 0
     rows = slice(first, first + q.shape[2])  # those of q among all 2T
     mask = doubled_mask(
@@ -110,7 +109,9 @@ def doubled_attention(
         return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
     inputs = [x.to(dtype) for x in (q, k, v)]
-    with without_autocast(q.device):
+    can_autocast = torch.amp.is_autocast_available(q.device.type)
+    # Products keep the dtypes of their operands.
+    with torch.autocast(q.device.type, enabled=False) if can_autocast else nullcontext():
         if valid is None and cu_seqlens is None:
             o, lse = attend(*inputs, mask, bias)
         elif cu_seqlens is not None and _is_readable(cu_seqlens):

@@ -1,9 +1,10 @@
 """linear_cross_entropy in plain PyTorch."""
 
+from contextlib import nullcontext
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from dblocks.kernels.reference._arithmetic import compute_dtype, without_autocast
 
 
 def linear_cross_entropy(
@@ -16,7 +17,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    dtype, shape = compute_dtype(h), target.shape
+    dtype, shape = torch.promote_types(h.dtype, torch.float32), target.shape
     h, target = h.reshape(target.numel(), h.shape[-1]), target.flatten()
     counted = target != ignore_index
     factors = counted.to(dtype)
@@ -24,7 +25,10 @@ def linear_cross_entropy(
         factors = row_weight.flatten().to(dtype).where(counted, 0)
     used = factors != 0
     rows = h.to(dtype).masked_fill(~used[:, None], 0)
-    with without_autocast(h.device):
+    device = h.device.type
+    can_autocast = torch.amp.is_autocast_available(device)
+    # The product keeps the dtype of its operands.
+    with torch.autocast(device, enabled=False) if can_autocast else nullcontext():
         logits = F.linear(
             rows, weight.to(h.dtype).to(dtype), None if bias is None else bias.to(dtype)
         )

@@ -1,9 +1,12 @@
-"""Counter-based normals (Philox 4x32-10 and Box-Muller) and noise_inject in plain PyTorch."""
+"""Counter-based normals (Philox 4x32-10 and Box-Muller), noise_inject and the edm ops.
+
+In plain PyTorch. The ops of edm stand here too, since edm_loss draws the same normals again.
+"""
+
+import math
 
 import torch
 from torch import Tensor
-
-from dblocks.kernels.reference._arithmetic import compute_dtype
 
 PHILOX_ROUND_A = 0xD2511F53  # Salmon et al. 2011, table 2 (multipliers and Weyl increments)
 PHILOX_ROUND_B = 0xCD9E8D57
@@ -53,7 +56,7 @@ def normals(count: int, seed: int | Tensor, offset: int = 0, device=None) -> Ten
 
 def broadcast_levels(value: Tensor, x: Tensor) -> Tensor:
     """sigma [N] or [N, S] shaped to broadcast against `x` [N, ...], in `x`'s arithmetic."""
-    value = value.to(compute_dtype(x))
+    value = value.to(torch.promote_types(x.dtype, torch.float32))
     if value.ndim == 0:
         return value
     if value.ndim == 2:
@@ -76,3 +79,50 @@ def noise_inject(
     z = (y.to(s.dtype) + s * eps.to(s.dtype)).contiguous()
     z_in = (z * torch.rsqrt(s.square() + sigma_data**2)).to(dtype or y.dtype)
     return (z if need_z else None), z_in
+
+
+def _wide(a: Tensor, b: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float64 if one of the two is, else float32."""
+    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+
+
+def edm_denoise(f: Tensor, z: Tensor, sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+    z = z.to(_wide(f, z))
+    s = broadcast_levels(sigma, z)
+    total = s.square() + sigma_data**2
+    denoised = sigma_data**2 / total * z + s * sigma_data * torch.rsqrt(total) * f.to(z.dtype)
+    return denoised.contiguous()
+
+
+def edm_loss(
+    f: Tensor,
+    y: Tensor,
+    sigma: Tensor,
+    seed: int | Tensor,
+    *,
+    offset: int = 0,
+    sigma_data: float = 0.5,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    f = f.to(_wide(f, y))
+    s = broadcast_levels(sigma, f)
+    eps = normals(y.numel(), seed, offset, y.device).reshape(y.shape).to(f.dtype)
+    c_in = torch.rsqrt(s.square() + sigma_data**2)
+    target = c_in * (s / sigma_data * y.to(f.dtype) - sigma_data * eps)
+    squared = (f - target).square()
+    if row_weight is not None:
+        w = row_weight.to(f.dtype)
+        squared = squared * w.reshape(w.shape + (1,) * (f.ndim - w.ndim))
+    squared = squared[:, None] if f.ndim == 1 else squared.flatten(1)
+    return squared.sum(1) / max(math.prod(f.shape[1:]), 1)
+
+
+def euler_step(
+    z: Tensor, denoised: Tensor, sigma: Tensor | float, sigma_next: Tensor | float
+) -> Tensor:
+    dtype = _wide(z, denoised)
+    z, denoised = z.to(dtype), denoised.to(dtype)
+    levels = (sigma, sigma_next)
+    sigma, sigma_next = (broadcast_levels(s, z) if isinstance(s, Tensor) else s for s in levels)
+    a = sigma_next / sigma
+    return (a * z + (1 - a) * denoised).contiguous()

@@ -11,7 +11,7 @@ from dblocks.functional import doubled_attention
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
 from dblocks.ops import doubled_attention as op
-from dblocks.ops._attention import backends, composed, shifted
+from dblocks.ops._attention import backends, composed
 from tools import seeded
 
 aten = torch.ops.aten
@@ -192,7 +192,7 @@ def test_a_backend_is_causal_attention(backend, heads):
 def test_the_composition_of_each_backend(backend, monkeypatch, size, query, v_width):
     monkeypatch.setattr(backends, "choose", lambda name, q, v, **options: name)
     # As on a GPU, where blocks are not computed in chunks.
-    monkeypatch.setattr(composed, "_way", lambda *_: shifted)
+    monkeypatch.setattr(composed, "_in_chunks", lambda *_: False)
     q = normal(2, 4, 7 if query == "noisy" else 14, 8)
     k, v = normal(2, 2, 14, 8, seed=1), normal(2, 2, 14, v_width, seed=2)
     options = {"block_size": size, "query": query, "order": "noisy_clean", "scale": -0.3}
