@@ -176,7 +176,7 @@ def test_the_whole_range_of_levels_has_finite_coefficients(sigma_data):
     numbers = [*(getattr(level, name) for name in level._fields[:-1]), schedule.loss_weight(levels)]
     assert all(number.isfinite().all() for number in numbers)
     assert schedule.sample(1, 3, (9,), overlap=1e9).isfinite().all()
-    assert initial_noise((2, 3), schedule, kind="unit_variance").isfinite().all()
+    assert initial_noise((2, 3), schedule, noise="unit_variance").isfinite().all()
 
 
 @pytest.mark.parametrize("schedule", [NoiseSchedule(), NoiseSchedule(partition="uniform_log")])

@@ -73,7 +73,7 @@ def test_plain_networks_of_format_1(tmp_path, name):
     in_format_1(tmp_path, fields)
     loaded = load_model(tmp_path).to(DEVICE)
     assert loaded.config == network.config
-    cond = {**cond, "noise": normal(2, 8, 16)} if name == "recurrent" else cond
+    cond = {**cond, "normals": normal(2, 8, 16)} if name == "recurrent" else cond
     assert torch.equal(loaded(**cond), network(**cond))
 
 

@@ -1,12 +1,11 @@
 """Networks divided into blocks that are trained one at a time: losses and training step."""
 
-from dblocks.blocks.bound import Bound as Bound
+from dblocks.blocks.bound import BoundDenoiser as BoundDenoiser
 from dblocks.blocks.config import BlocksConfig as BlocksConfig
 from dblocks.blocks.config import Weighting as Weighting
 from dblocks.blocks.denoiser import Denoiser as Denoiser
 from dblocks.blocks.denoiser import Draw as Draw
 from dblocks.blocks.denoiser import Loss as Loss
-from dblocks.blocks.denoiser import loss_factors as loss_factors
 from dblocks.blocks.denoiser import unwrapped as unwrapped
 from dblocks.blocks.model import BlockModel as BlockModel
 from dblocks.blocks.network import Block as Block

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dblocks.blocks.denoiser import Denoiser
 
 
-class Bound:
+class BoundDenoiser:
     """A denoiser with a bound condition: `bound(z, sigma) -> denoised`, for k-diffusion samplers.
 
     The condition is embedded at the first call and kept for the following ones. With a

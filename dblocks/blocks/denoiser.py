@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from dblocks import functional as F
-from dblocks.blocks.bound import Bound
+from dblocks.blocks.bound import BoundDenoiser
 from dblocks.blocks.config import BlocksConfig, Weighting
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import GlobalBatch, Replicas, global_batch, replicas_of, within
 from dblocks.blocks.targets.base import Batch, Target
 from dblocks.blocks.targets.entries import checked, scored_shape
-from dblocks.blocks.visits import Residency
+from dblocks.blocks.visits import Visits
 from dblocks.config import check_block
 from dblocks.schedules import Schedule
 from dblocks.schedules.random import draw_seed
@@ -82,7 +82,7 @@ class Denoiser(nn.Module):
     """The only block held here; None if all are."""
     loaded: int | None = None
     """The only block with weights, of a network that was made without the others."""
-    residency: Residency | None = None
+    residency: Visits | None = None
     """Keeps one block at a time on a device, if set; see `dblocks.scale.resident`."""
     _zeros_looked_for = False
 
@@ -196,7 +196,7 @@ class Denoiser(nn.Module):
             block: the block to run; by default the only one held here, or the one that owns sigma,
                 compared in the dtype of sigma; the host looks it up, which synchronises where sigma
                 is on a GPU.
-            guidance_scale: 1 is no guidance; see `Bound`.
+            guidance_scale: 1 is no guidance; see `BoundDenoiser`.
             **cond: what the network's `embed_condition` reads, such as `images=`.
 
         Returns:
@@ -222,10 +222,10 @@ class Denoiser(nn.Module):
         block = self.index if block is None else block
         return self.bind(guidance_scale=guidance_scale, **cond).logits(z, sigma, block=block)
 
-    def bind(self, *, guidance_scale: float = 1.0, **cond: Any) -> Bound:
+    def bind(self, *, guidance_scale: float = 1.0, **cond: Any) -> BoundDenoiser:
         """The denoiser with its condition bound, which is embedded once for all calls."""
         self.before_use()
-        return Bound(self, cond, guidance_scale)
+        return BoundDenoiser(self, cond, guidance_scale)
 
     def draw(
         self,

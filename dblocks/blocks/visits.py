@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 
-class Residency(Protocol):
+class Visits(Protocol):
     """Brings blocks to a device; `dblocks.scale.resident` makes one."""
 
     def acquire(self, block: int) -> None:

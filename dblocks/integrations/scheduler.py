@@ -58,7 +58,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         p_std: standard deviation of ln sigma.
         sigma_data: standard deviation of one element of the clean target.
         partition: partition of the levels into blocks; the steps do not depend on it.
-        kind: the rule of the steps, "equal_mass" or "karras"; see `NoiseSchedule.steps`.
+        spacing: the rule of the steps, "equal_mass" or "karras"; see `NoiseSchedule.steps`.
         rho: exponent of the "karras" rule.
         initial_noise: "paper" starts from `sigma * N(0, I)` at the first level, "unit_variance"
             from `sqrt(1 + sigma^2) * N(0, I)`.
@@ -81,7 +81,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         p_std: float = P_STD,
         sigma_data: float = SIGMA_DATA,
         partition: str | Sequence[float] = "equal_mass",
-        kind: GridKind = "equal_mass",
+        spacing: GridKind = "equal_mass",
         rho: float = RHO,
         initial_noise: InitialNoise = "paper",
         sampler: Sampler = "euler",
@@ -90,7 +90,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         rule: Any = partition if isinstance(partition, str) else tuple(partition)
         values = (sigma_min, sigma_max, p_mean, p_std, sigma_data, rule)
         self.noise_schedule = _schedule(density, dict(zip(FIELDS, values, strict=True)))
-        self.noise_schedule.steps(2, kind, rho=rho)
+        self.noise_schedule.steps(2, spacing, rho=rho)
         self._steps = Steps([], sampler)
         if initial_noise not in ("paper", "unit_variance"):
             raise ValueError(
@@ -102,12 +102,21 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
 
     @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in diffusers. Before 0.2, a saved config called `spacing` `kind`."""
+        if config is not None and "kind" in config:
+            config = {"spacing" if key == "kind" else key: config[key] for key in config}
+        return super().from_config(cast(Any, config), return_unused_kwargs, **kwargs)
+
+    @classmethod
     def from_schedule(cls, schedule: EDMSchedule, **options: Any) -> DiffusionBlocksScheduler:
         """The scheduler of a network's levels, `model.config.noise_schedule`.
 
         Args:
             schedule: the levels; of a registered class.
-            **options: `kind`, `rho`, `initial_noise` and `sampler`.
+            **options: `spacing`, `rho`, `initial_noise` and `sampler`.
 
         Raises:
             TypeError: the schedule masks tokens.
@@ -170,7 +179,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         """Sets the levels of a new sample.
 
         Args:
-            num_inference_steps: number of levels, by the rule `kind`.
+            num_inference_steps: number of levels, by the rule `spacing`.
             device: device of `timesteps`. On the CPU, the default, a model on a GPU finds the block
                 of a level without synchronising.
             sigmas: the levels instead, descending; a final 0 is accepted and is not a step.
@@ -185,7 +194,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
             )
         if num_inference_steps is not None:
             config = cast(Any, self.config)
-            sigmas = self.noise_schedule.steps(num_inference_steps, config.kind, rho=config.rho)
+            sigmas = self.noise_schedule.steps(num_inference_steps, config.spacing, rho=config.rho)
         levels = levels_of(cast(Tensor, sigmas))
         self._steps = Steps(levels.tolist(), cast(Any, self.config).sampler)
         of_calls = levels[self._steps.calls]

@@ -226,7 +226,7 @@ class CausalLM(LanguageModel):
         target: TokenTarget,
         *,
         num_steps: int = 1,
-        noise: Tensor | None = None,
+        normals: Tensor | None = None,
     ) -> Tensor:
         """The plain model's logits [N, V]; see `LanguageModel.next_logits`."""
         C = tokens.shape[1]

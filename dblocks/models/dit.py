@@ -148,7 +148,12 @@ class DiT(nn.Module):
         hidden_dim = int(D * config.mlp_ratio)
         self.layers = nn.ModuleList(
             TransformerLayer(
-                D, config.heads, hidden_dim, kind=kind, gate_init=config.gate_init, mlp="gelu_tanh"
+                D,
+                config.heads,
+                hidden_dim,
+                conditioning=kind,
+                gate_init=config.gate_init,
+                mlp="gelu_tanh",
             )
             for _ in range(config.depth)
         )
@@ -230,7 +235,7 @@ def generate_images(
     *,
     size: int | tuple[int, int] | None = None,
     num_steps: int | None = None,
-    kind: Literal["equal_mass", "karras"] = "equal_mass",
+    spacing: Literal["equal_mass", "karras"] = "equal_mass",
     sigmas: Tensor | Sequence[float] | None = None,
     guidance_scale: float | None = None,
     noise: Literal["paper", "unit_variance"] = "paper",
@@ -247,12 +252,12 @@ def generate_images(
         labels: the classes, int64 [N]; for a model without classes the number of images N.
         size: height and width, one number for a square; the model's own by default.
         num_steps: Euler steps; 50 by default.
-        kind: the rule of their noise levels, see `NoiseSchedule.steps`.
+        spacing: the rule of their noise levels, see `NoiseSchedule.steps`.
         sigmas: noise levels to use instead.
         guidance_scale: g of `uncond + g*(cond - uncond)`: 1 is the conditional and 0 the
             unconditional model, each with one call per step; other values need two. 2 by default,
             but 1 for a model trained without dropping labels.
-        noise: kind of the initial state, see `initial_noise`.
+        noise: the initial state, see `initial_noise`.
         generator: source of the initial state, on any device; by default the default generator of
             the model's device.
         callback: called after each step, see `sample_euler`.
@@ -280,7 +285,7 @@ def generate_images(
     network.target.check_shape((count, config.channels, height, width))
     if sigmas is None:
         steps = NUM_STEPS if num_steps is None else num_steps
-        sigmas, num_steps = model.config.noise_schedule.steps(steps, kind), None
+        sigmas, num_steps = model.config.noise_schedule.steps(steps, spacing), None
     grid = grid_of(model, num_steps, sigmas)
     if guidance_scale is None:
         guidance_scale = GUIDANCE_SCALE if config.drops_labels else 1.0
@@ -289,7 +294,7 @@ def generate_images(
     z = initial_noise(
         (count, config.channels, height, width),
         model.config.noise_schedule,
-        kind=noise,
+        noise=noise,
         generator=generator,
         device=draw_device(generator, device),
     )

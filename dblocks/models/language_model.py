@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dblocks.blocks import Batch, Features, TokenTarget
+from dblocks.blocks import Batch, Features, OutputHead, TokenTarget
 from dblocks.blocks.targets.padding import to_front
 from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
+from dblocks.blocks.targets.tokens import UnitRows
 from dblocks.models.language_config import LanguageModelConfig
 from dblocks.nn import (
     ConditioningKind,
@@ -127,9 +128,12 @@ class LanguageModel(nn.Module, ABC):
     def target(self) -> TokenTarget:
         """The embedding of each token."""
         config = self.config
+        head = OutputHead(
+            UnitRows(self.target_embedding) if self.output_head is None else self.output_head,
+            modulation=self.modulation, log_scale=self.log_logit_scale,
+        )  # fmt: skip
         return TokenTarget(
-            self.target_embedding, self.output_head, config,
-            kind=config.head, modulation=self.modulation, log_scale=self.log_logit_scale,
+            self.target_embedding, head, config, head=config.head,
             tokens_per_sigma=config.tokens_per_sigma, tokens_per_block=self.block_size,
             padding=True,
         )  # fmt: skip
@@ -206,13 +210,13 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def next_logits(
-        self, tokens: Tensor, cache: KVCache, target: TokenTarget, *, num_steps: int, noise: Tensor
-    ) -> Tensor:
+        self, tokens: Tensor, cache: KVCache, target: TokenTarget, *,
+        num_steps: int, normals: Tensor,
+    ) -> Tensor:  # fmt: skip
         """The plain model's logits [N, V] of the token after the cached ones and `tokens` [N, C].
 
         The rows of `tokens` are added to the cache. `target` is that of this model, best `fixed`.
-        `noise` [N, positions, plain_noise_width]
-        holds the normals of the token at each position.
+        `normals` [N, positions, plain_noise_width] holds those of the token at each position.
         """
 
     # The same for all subclasses
@@ -227,7 +231,7 @@ class LanguageModel(nn.Module, ABC):
         config = self.config
         return nn.ModuleList(
             TransformerLayer(
-                config.width, config.heads, config.hidden_dim, kind=kind, causal=True,
+                config.width, config.heads, config.hidden_dim, conditioning=kind, causal=True,
                 gate_init=config.gate_init, norm="rms", mlp="swiglu",
                 num_kv_heads=config.kv_heads, bias=False,
             )

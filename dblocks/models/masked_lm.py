@@ -126,7 +126,7 @@ class MaskedLM(nn.Module):
         )
         self.layers = nn.ModuleList(
             TransformerLayer(
-                D, config.heads, config.hidden_dim, kind=kind, gate_init=config.gate_init,
+                D, config.heads, config.hidden_dim, conditioning=kind, gate_init=config.gate_init,
                 norm="rms", mlp="swiglu", num_kv_heads=config.kv_heads, bias=False,
             )
             for _ in range(config.depth)

@@ -126,7 +126,7 @@ class RecurrentLM(LanguageModel):
         attention_mask: Tensor | None = None,
         *,
         num_recurrences: int | None = None,
-        noise: Tensor | None = None,
+        normals: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The plain model: tokens [N, T] to logits [N, T, V] of the tokens that follow, float32.
@@ -138,8 +138,7 @@ class RecurrentLM(LanguageModel):
             cu_seqlens: boundaries of packed documents; the attention mask then has T*T elements.
             attention_mask: [N, T], 0 at padding before or after each text.
             num_recurrences: how often the core is applied; `mean_recurrence` by default.
-            noise: normals [N, T, D] that the initial state is made of, of a text's first token
-                on.
+            normals: [N, T, D], of which the initial state is made, from a text's first token on.
             generator: a CPU generator, of which one number is drawn for them otherwise.
         """
         given = {"tokens": tokens, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
@@ -147,14 +146,14 @@ class RecurrentLM(LanguageModel):
         target = self.target.fixed()
         r = self.plain_steps(num_recurrences)
         shape = (*tokens.shape, self.config.width)
-        if noise is None:
-            noise = self._drawn(tokens, generator)
-        elif noise.shape != shape:
+        if normals is None:
+            normals = self._drawn(tokens, generator)
+        elif normals.shape != shape:
             raise ValueError(
-                f"noise must have shape [N, T, D] = {list(shape)}, got {list(noise.shape)}; "
+                f"normals must have shape [N, T, D] = {list(shape)}, got {list(normals.shape)}; "
                 "draw a row for each token"
             )
-        logits = target.next_logits(self._plain_features(batch, target, r, noise))
+        logits = target.next_logits(self._plain_features(batch, target, r, normals))
         return from_front(logits, starts)
 
     def next_token_loss(
@@ -175,8 +174,8 @@ class RecurrentLM(LanguageModel):
         check_entries(self, batch, self.target)
         target = self.target.fixed()
         r = self.draw_recurrences(generator) if num_recurrences is None else num_recurrences
-        noise = self._drawn(given.tokens, generator)
-        features = self._plain_features(given, target, self.plain_steps(r), noise)
+        normals = self._drawn(given.tokens, generator)
+        features = self._plain_features(given, target, self.plain_steps(r), normals)
         return target.next_loss(features, given)
 
     def draw_recurrences(self, generator: torch.Generator | None = None) -> int:
@@ -276,19 +275,20 @@ class RecurrentLM(LanguageModel):
         return KVCache(slots, len(self.prelude) + core + len(self.coda))
 
     def next_logits(
-        self, tokens: Tensor, cache: KVCache, target: TokenTarget, *, num_steps: int, noise: Tensor
-    ) -> Tensor:
+        self, tokens: Tensor, cache: KVCache, target: TokenTarget, *,
+        num_steps: int, normals: Tensor,
+    ) -> Tensor:  # fmt: skip
         """The plain model's logits [N, V]; see `LanguageModel.next_logits`."""
         C = tokens.shape[1]
         positions = cache.positions(C)
         if positions.ndim == 1:
-            noise = noise[:, cache.committed : cache.committed + C]
+            normals = normals[:, cache.committed : cache.committed + C]
         else:
-            noise = noise.gather(1, positions[..., None].expand(-1, -1, noise.shape[2]))
+            normals = normals.gather(1, positions[..., None].expand(-1, -1, normals.shape[2]))
         attends = iter(cache.attends(C))
         x = self._recurred(
             self._embed(tokens, target.rows()), self._rotary(positions), lambda: next(attends),
-            num_steps, noise,
+            num_steps, normals,
         )  # fmt: skip
         x = cache.last_row(x)
         cache.commit(C)
@@ -348,12 +348,12 @@ class RecurrentLM(LanguageModel):
         return run_doubled(coda, clean, noisy, cond, rotary, attends[n:], last=last)[1]
 
     def _plain_features(
-        self, batch: TokenBatch, target: TokenTarget, num_recurrences: int, noise: Tensor
+        self, batch: TokenBatch, target: TokenTarget, num_recurrences: int, normals: Tensor
     ) -> Tensor:
         attend = batch.attend_causally()
         x = self._recurred(
             self._embed(batch.tokens, target.rows()), self._rotary(batch.positions()),
-            lambda: attend, num_recurrences, noise,
+            lambda: attend, num_recurrences, normals,
         )  # fmt: skip
         return self._normed(x)
 
@@ -363,11 +363,11 @@ class RecurrentLM(LanguageModel):
         rotary: Rotary,
         next_attend: Callable[[], Attend | None],
         num_recurrences: int,
-        noise: Tensor,
+        normals: Tensor,
     ) -> Tensor:
         """Rows after prelude, recurrences and coda; `next_attend` gives each layer's attention."""
         e = self._read(x, rotary, [next_attend() for _ in self.prelude])
-        state = initial_state(noise)
+        state = initial_state(normals)
         grad = torch.is_grad_enabled()
         for step in range(num_recurrences):
             kept = step >= num_recurrences - self.config.backprop_depth
@@ -389,8 +389,8 @@ class RecurrentLM(LanguageModel):
         return cast(Tensor, z).view(*tokens.shape, self.config.width)
 
 
-def initial_state(noise: Tensor) -> Tensor:
+def initial_state(normals: Tensor) -> Tensor:
     """Normals with variance 2/5, truncated at 3 std, as a function of standard normals."""
     below = math.erfc(STATE_CUT / math.sqrt(2)) / 2
-    uniform = below + (1 - 2 * below) * torch.special.ndtr(noise.double())
+    uniform = below + (1 - 2 * below) * torch.special.ndtr(normals.double())
     return (STATE_STD * torch.special.ndtri(uniform)).float()

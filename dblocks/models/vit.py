@@ -144,7 +144,9 @@ class ViT(nn.Module):
         )
         hidden_dim = int(D * config.mlp_ratio)
         self.layers = nn.ModuleList(
-            TransformerLayer(D, config.heads, hidden_dim, kind=kind, gate_init=config.gate_init)
+            TransformerLayer(
+                D, config.heads, hidden_dim, conditioning=kind, gate_init=config.gate_init
+            )
             for _ in range(config.depth)
         )
         self.norm = Norm(D, "none")
@@ -162,7 +164,7 @@ class ViT(nn.Module):
         x = self._tokens(token, self.embed_condition({"images": images}))
         for layer in self.layers:
             x = layer(x, None)
-        return self.target.head.logits(self.features(Hidden(x, None)).x)
+        return self.target.output_head.logits(self.features(Hidden(x, None)).x)
 
     @property
     def target(self) -> ClassTarget:
@@ -267,7 +269,7 @@ def classify(
         images: [N, C, H, W].
         num_steps: steps of the equal-mass grid; the number of blocks by default.
         sigmas: a grid to use instead.
-        noise: the initial state: "none", or a kind of `initial_noise`.
+        noise: the initial state: "none", or that of `initial_noise`.
         generator: source of the noise, on any device; by default the default generator of the
             images' device.
         guidance_scale: weight of the image against the null image; 1 is no guidance.
@@ -293,7 +295,7 @@ def classify(
     device = draw_device(generator, images.device)
     if noise != "none":
         schedule = model.config.noise_schedule
-        z = initial_noise(shape, schedule, kind=noise, generator=generator, device=device)
+        z = initial_noise(shape, schedule, noise=noise, generator=generator, device=device)
         z = z.to(images.device)
     if num_steps is None and sigmas is None and trained_at_top(model):
         if sampler != "euler":

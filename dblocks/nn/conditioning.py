@@ -52,11 +52,11 @@ CONDITIONINGS = {
 }
 
 
-def conditioning_of(kind: str) -> Conditioning:
-    """The convention called `kind`: "dit", "official" or "none"."""
-    if kind not in CONDITIONINGS:
-        raise ValueError(f"conditioning must be one of {list(CONDITIONINGS)}, got {kind!r}")
-    return CONDITIONINGS[kind]
+def conditioning_of(name: str) -> Conditioning:
+    """The convention called `name`: "dit", "official" or "none"."""
+    if name not in CONDITIONINGS:
+        raise ValueError(f"conditioning must be one of {list(CONDITIONINGS)}, got {name!r}")
+    return CONDITIONINGS[name]
 
 
 def inverse_silu(value: float) -> float:
@@ -146,7 +146,7 @@ class Modulation(nn.Module):
     Args:
         dim: width D of each chunk.
         chunks: number of chunks.
-        kind: the convention.
+        conditioning: the convention.
         cond_dim: width of the conditioning vector; that of the convention by default.
     """
 
@@ -154,12 +154,12 @@ class Modulation(nn.Module):
         self,
         dim: int,
         chunks: int,
-        kind: ConditioningKind = "dit",
+        conditioning: ConditioningKind = "dit",
         *,
         cond_dim: int | None = None,
     ) -> None:
         super().__init__()
-        convention = conditioning_of(kind)
+        convention = conditioning_of(conditioning)
         self.chunks = chunks
         self.silu_output = convention.silu_output
         self.linear = nn.Linear(cond_dim or convention.width(dim), chunks * dim)
@@ -196,15 +196,15 @@ class Norm(nn.Module):
 
     Args:
         dim: width D.
-        kind: the convention.
+        conditioning: the convention.
         norm: "layer", or "rms", which has no bias.
     """
 
     def __init__(
-        self, dim: int, kind: ConditioningKind = "dit", *, norm: NormKind = "layer"
+        self, dim: int, conditioning: ConditioningKind = "dit", *, norm: NormKind = "layer"
     ) -> None:
         super().__init__()
-        convention = conditioning_of(kind)
+        convention = conditioning_of(conditioning)
         if norm not in get_args(NormKind):
             raise ValueError(f"norm must be one of {get_args(NormKind)}, got {norm!r}")
         affine = convention.affine
@@ -239,12 +239,12 @@ class AdaLayerNorm(Norm):
 
     Args:
         dim: width D.
-        kind: the convention; "none" is a plain affine layer norm.
+        conditioning: the convention; "none" is a plain affine layer norm.
     """
 
-    def __init__(self, dim: int, kind: ConditioningKind = "dit") -> None:
-        super().__init__(dim, kind)
-        self.modulation = None if kind == "none" else Modulation(dim, 2, kind)
+    def __init__(self, dim: int, conditioning: ConditioningKind = "dit") -> None:
+        super().__init__(dim, conditioning)
+        self.modulation = None if conditioning == "none" else Modulation(dim, 2, conditioning)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Normalises `x` [N, T, D]; `cond` is [N, cond_dim], [N, S, cond_dim] or None (null)."""

@@ -202,15 +202,15 @@ class TransformerLayer(nn.Module):
         h = norm1(x)*(1 + scale1) + shift1 ;  x = x + gate1*attention(h)
         h = norm2(x)*(1 + scale2) + shift2 ;  x = x + gate2*mlp(h)
 
-    The first sum and the second norm are one op. With kind "none" there is no modulation: the layer
-    is then that of the original ViT, or, with `norm="rms", mlp="swiglu", bias=False` and rotary
-    positions, that of Llama.
+    The first sum and the second norm are one op. With conditioning "none" there is no modulation:
+    the layer is then that of the original ViT, or, with `norm="rms", mlp="swiglu", bias=False` and
+    rotary positions, that of Llama.
 
     Args:
         dim: width D.
         num_heads: number of heads.
         hidden_dim: width inside the MLP.
-        kind: the convention of the conditioning.
+        conditioning: the convention.
         causal: whether attention is causal.
         gate_init: initial value of the gates: with 0, as published, the layer starts as the
             identity; with 1, as the plain layer.
@@ -228,7 +228,7 @@ class TransformerLayer(nn.Module):
         num_heads: int,
         hidden_dim: int,
         *,
-        kind: ConditioningKind = "dit",
+        conditioning: ConditioningKind = "dit",
         causal: bool = False,
         gate_init: float = 0.0,
         norm: NormKind = "layer",
@@ -239,13 +239,13 @@ class TransformerLayer(nn.Module):
         super().__init__()
         if mlp not in MLPS:
             raise ValueError(f"mlp must be one of {list(MLPS)}, got {mlp!r}")
-        self.norm1 = Norm(dim, kind, norm=norm)
+        self.norm1 = Norm(dim, conditioning, norm=norm)
         self.attention = Attention(
             dim, num_heads, num_kv_heads=num_kv_heads, causal=causal, bias=bias
         )
-        self.norm2 = Norm(dim, kind, norm=norm)
+        self.norm2 = Norm(dim, conditioning, norm=norm)
         self.mlp = MLPS[mlp](dim, hidden_dim, bias=bias)
-        self.modulation = None if kind == "none" else Modulation(dim, 6, kind)
+        self.modulation = None if conditioning == "none" else Modulation(dim, 6, conditioning)
         if self.modulation is not None and gate_init:
             self.modulation.start_at_(GATE_CHUNKS, gate_init)
 

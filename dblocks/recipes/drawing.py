@@ -47,7 +47,7 @@ class Sample:
     """Number of images of each class; for a model without classes, of rows of 10."""
     steps: int | None = None
     """Denoising steps, each of one block; 50 by default."""
-    kind: Literal["equal_mass", "karras"] = "equal_mass"
+    spacing: Literal["equal_mass", "karras"] = "equal_mass"
     """Spacing of the steps: equal_mass calls each block about equally often, karras as in EDM."""
     guidance: float | None = None
     """Guidance scale: 1 is the conditional model; 2, the default, amplifies the class and needs two
@@ -90,7 +90,7 @@ class Sample:
         if scale is None:
             scale = GUIDANCE_SCALE if config.drops_labels else 1.0
         model.to(self.device)
-        sigmas = model.config.noise_schedule.steps(self.steps or NUM_STEPS, self.kind)
+        sigmas = model.config.noise_schedule.steps(self.steps or NUM_STEPS, self.spacing)
         drawn = self._drawn(model, labels, sigmas, scale)
         if self.out.suffix == ".npy":
             numpy = importlib.import_module("numpy")

@@ -113,8 +113,9 @@ class NextTokenNetwork(Protocol):
         ...
 
     def next_logits(
-        self, tokens: Tensor, cache: KVCache, target: TokenTarget, *, num_steps: int, noise: Tensor
-    ) -> Tensor:
+        self, tokens: Tensor, cache: KVCache, target: TokenTarget, *,
+        num_steps: int, normals: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Logits [N, V] of the token after the cached ones and `tokens` [N, C]."""
         ...
 

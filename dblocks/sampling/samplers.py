@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dblocks.blocks import Bound, Denoiser, check_trained_at_top, unwrapped
+from dblocks.blocks import BoundDenoiser, Denoiser, check_trained_at_top, unwrapped
 from dblocks.sampling.levels import blocks_of, levels_of
 from dblocks.sampling.steps import Callback, Sampler, Steps, check_sampler
 from dblocks.schedules import EDMSchedule
@@ -20,7 +20,7 @@ def initial_noise(
     shape: Sequence[int],
     schedule: EDMSchedule,
     *,
-    kind: Literal["paper", "unit_variance"] = "paper",
+    noise: Literal["paper", "unit_variance"] = "paper",
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -29,7 +29,7 @@ def initial_noise(
     Args:
         shape: shape of the target, [N, ...].
         schedule: gives sigma_max.
-        kind: "paper" is `sigma_max * N(0, I)`; "unit_variance" is
+        noise: "paper" is `sigma_max * N(0, I)`; "unit_variance" is
             `sqrt(1 + sigma_max^2) * N(0, I)`, as in the published code.
         generator: source of the draw; its device is the default of `device`.
         device: device of the draw.
@@ -37,11 +37,11 @@ def initial_noise(
     Returns:
         float32 of the given shape.
     """
-    if kind not in ("paper", "unit_variance"):
-        raise ValueError(f"kind must be 'paper' or 'unit_variance', got {kind!r}")
+    if noise not in ("paper", "unit_variance"):
+        raise ValueError(f"noise must be 'paper' or 'unit_variance', got {noise!r}")
     drawn_on = draw_device(generator)
     device = drawn_on if device is None else device
-    variance = schedule.sigma_max**2 + (kind == "unit_variance")
+    variance = schedule.sigma_max**2 + (noise == "unit_variance")
     return variance**0.5 * torch.randn(tuple(shape), generator=generator, device=device)
 
 
@@ -150,7 +150,7 @@ def product_logits(
         model: a `DiffusionBlocks` whose blocks were all trained at sigma_max; see
             `BlocksConfig.top_share`.
         z: state at sigma_max, [N, ...].
-        guidance_scale: see `Bound`.
+        guidance_scale: see `BoundDenoiser`.
         **cond: the entries that the model's `embed_condition` reads.
 
     Returns:
@@ -196,7 +196,7 @@ def _bind(
     if not isinstance(model, Denoiser):
         return (lambda z, sigma: model(z, sigma, **cond)), [{} for _ in steps.calls]
     blocks = blocks_of(model, levels, stacklevel=stacklevel)
-    bound: Bound = model.bind(**cond)
+    bound: BoundDenoiser = model.bind(**cond)
     return bound, [{"block": blocks[i]} for i in steps.calls]
 
 

@@ -36,7 +36,7 @@ def unmask(
     tokens: Tensor,
     *,
     num_steps: int | None = None,
-    kind: Literal["equal_mass", "uniform"] = "equal_mass",
+    spacing: Literal["equal_mass", "uniform"] = "equal_mass",
     share_of: Literal["tokens", "gaps"] = "tokens",
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -67,7 +67,7 @@ def unmask(
             `dblocks.convert`, possibly inside the wrapper of torch.compile or AveragedModel.
         tokens: int64 [N, T]: given tokens, and `MASKED` elsewhere.
         num_steps: number of steps; by default T, so that each unmasks about one token.
-        kind: the spacing of the steps, see `MaskSchedule.steps`.
+        spacing: that of the steps, see `MaskSchedule.steps`.
         share_of: the tokens counted in the mask ratio: all "tokens", or the "gaps".
         temperature: divisor of the logits; 0 takes the most likely token.
         top_k: keep only this many most likely tokens.
@@ -111,7 +111,7 @@ def unmask(
     share = _share(gaps, real) if share_of == "tokens" else torch.ones(N, 1, dtype=torch.float64)
     if num_steps is None:
         num_steps = max(int(real.sum(1).max()), 1) if N else T
-    levels = _levels(schedule, share, schedule.steps(num_steps, kind))
+    levels = _levels(schedule, share, schedule.steps(num_steps, spacing))
     owners = schedule.block_of(levels, blocks.config.num_blocks)
     # A gap is masked at t while its uniform number is below the mask ratio, as in training.
     step_of = (u[:, None] < schedule.masked(levels)[:, :, None] / share[..., None]).sum(1) - 1

@@ -48,7 +48,11 @@ class PlainWriter:
         """See `Writer`; noise is per position, since it belongs to a token."""
         cache = self.cache or self._new_cache()
         return self.lm.next_logits(
-            tokens[:, cache.committed :], cache, self.target, num_steps=self.num_steps, noise=noise
+            tokens[:, cache.committed :],
+            cache,
+            self.target,
+            num_steps=self.num_steps,
+            normals=noise,
         )[:, None]
 
     def _new_cache(self) -> KVCache:

@@ -201,7 +201,7 @@ class MaskSchedule(JsonConfig):
         """
         return owner_of(t, self.boundaries(num_blocks), self.symbol)
 
-    def steps(self, n: int, kind: Literal["equal_mass", "uniform"] = "equal_mass") -> Tensor:
+    def steps(self, n: int, spacing: Literal["equal_mass", "uniform"] = "equal_mass") -> Tensor:
         """A sampling grid from t = 1: n times for n steps, of which the last ends at t = 0.
 
         `equal_mass` has equal increments of alpha, so that each step unmasks the same number of
@@ -210,15 +210,15 @@ class MaskSchedule(JsonConfig):
 
         Args:
             n: number of times; 1 gives [1].
-            kind: the rule.
+            spacing: the rule.
 
         Returns:
             Descending float64 [n] on the CPU.
         """
         n = check_count("number of steps", n)
-        if kind not in ("equal_mass", "uniform"):
-            raise ValueError(f"kind must be 'equal_mass' or 'uniform', got {kind!r}")
-        if kind == "equal_mass":
+        if spacing not in ("equal_mass", "uniform"):
+            raise ValueError(f"spacing must be 'equal_mass' or 'uniform', got {spacing!r}")
+        if spacing == "equal_mass":
             return self.boundaries(n)[:-1]
         return 1 - torch.arange(n, dtype=torch.float64, device="cpu") / n
 

@@ -221,7 +221,7 @@ class EDMSchedule(JsonConfig, ABC):
         return owner_of(sigma, self.boundaries(num_blocks), self.symbol)
 
     def steps(
-        self, n: int, kind: Literal["equal_mass", "karras"] = "equal_mass", *, rho: float = RHO
+        self, n: int, spacing: Literal["equal_mass", "karras"] = "equal_mass", *, rho: float = RHO
     ) -> Tensor:
         """A sampling grid from sigma_max to sigma_min: n levels are n model calls.
 
@@ -231,18 +231,18 @@ class EDMSchedule(JsonConfig, ABC):
 
         Args:
             n: number of levels; 1 gives [sigma_max].
-            kind: the rule.
+            spacing: the rule.
             rho: exponent of the `karras` rule.
 
         Returns:
             Descending float64 [n] on the CPU.
         """
         n = check_count("number of steps", n)
-        if kind not in ("equal_mass", "karras"):
-            raise ValueError(f"kind must be 'equal_mass' or 'karras', got {kind!r}")
+        if spacing not in ("equal_mass", "karras"):
+            raise ValueError(f"spacing must be 'equal_mass' or 'karras', got {spacing!r}")
         if n == 1:
             return torch.tensor([self.sigma_max], dtype=torch.float64, device="cpu")
-        if kind == "equal_mass":
+        if spacing == "equal_mass":
             levels = [self._quantile(i, n - 1) for i in range(n)]
         else:
             check_finite("rho", rho)

@@ -7,11 +7,11 @@ from torch import nn
 from dblocks import functional as F
 from dblocks.blocks import (
     BlocksConfig,
-    Bound,
+    BoundDenoiser,
     DiffusionBlocks,
     L2Target,
-    loss_factors,
 )
+from dblocks.blocks.denoiser import loss_factors
 from dblocks.schedules import NoiseSchedule
 from tools import DEVICE, batch, normal, randomized, seeded, vit
 
@@ -299,7 +299,7 @@ def test_bind_embeds_the_condition_once():
     model = DiffusionBlocks(Oracle().to(DEVICE), BlocksConfig(3))
     y = normal(2, 4)
     bound = model.bind(y=y)
-    assert isinstance(bound, Bound)
+    assert isinstance(bound, BoundDenoiser)
     for sigma in (80.0, 0.3, 0.01):
         bound(y, torch.tensor(sigma))
     assert model.base_model.embedded == 1

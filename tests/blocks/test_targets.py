@@ -90,7 +90,7 @@ class Tokens(Small):
     def __init__(self):
         super().__init__()
         self.table, self.head = LabelEmbedding(K, D), nn.Linear(D, K)
-        self.target = TokenTarget(self.table, self.head, Sizes, kind="learned")
+        self.target = TokenTarget(self.table, self.head, Sizes, head="learned")
 
     def before(self, batch):
         return self.table(batch["tokens"]).roll(1, 1)
@@ -207,10 +207,10 @@ def test_private_copies_share_the_target_only():
     assert tables[0] is not tables[1]
     assert torch.equal(*tables)
     assert not any(t.requires_grad for t in tables)
-    heads = {id(model.parts(b)[0].target.head.linear.weight) for b in range(2)}
+    heads = {id(model.parts(b)[0].target.output_head.linear.weight) for b in range(2)}
     assert len(heads) == 2
     copied = model.parts(1)[0]
-    assert copied.target.head.linear is copied.head
+    assert copied.target.output_head.linear is copied.head
 
 
 # What they own

@@ -75,7 +75,7 @@ def loop(scheduler, model, z, **cond):
 def test_steps_are_those_of_sample_euler_bit_for_bit(kind):
     model, z = blocks_of(), noise()
     schedule = NoiseSchedule(sigma_max=20.0, p_mean=-1.0)
-    scheduler = DiffusionBlocksScheduler.from_schedule(schedule, kind=kind)
+    scheduler = DiffusionBlocksScheduler.from_schedule(schedule, spacing=kind)
     scheduler.set_timesteps(7)
     ran = []
     for i, layer in enumerate(model.base_model.layers):
@@ -103,7 +103,7 @@ def test_three_steps_call_three_blocks():
 
 
 def test_timesteps_are_the_levels_in_float32():
-    scheduler = DiffusionBlocksScheduler(kind="karras", rho=5.0)
+    scheduler = DiffusionBlocksScheduler(spacing="karras", rho=5.0)
     scheduler.set_timesteps(9)
     levels = NoiseSchedule().steps(9, "karras", rho=5.0)
     assert torch.equal(scheduler.sigmas, levels)
@@ -162,7 +162,7 @@ def test_a_saved_pipeline_loads_its_scheduler(tmp_path):
             self.register_modules(scheduler=scheduler)
 
     schedule = NoiseSchedule(0.01, 30.0, partition=(2.0, 0.3))
-    scheduler = DiffusionBlocksScheduler.from_schedule(schedule, kind="karras")
+    scheduler = DiffusionBlocksScheduler.from_schedule(schedule, spacing="karras")
     Pipeline(scheduler).save_pretrained(tmp_path)
     loaded = Pipeline.from_pretrained(tmp_path).scheduler
     assert type(loaded) is DiffusionBlocksScheduler
@@ -279,7 +279,7 @@ def test_wrong_timesteps(arguments, message):
     [
         ({"sigma_max": 0.001}, "sigma_max must be greater than sigma_min"),
         ({"partition": "even"}, "partition must be one of"),
-        ({"kind": "uniform"}, "kind must be 'equal_mass' or 'karras'"),
+        ({"spacing": "uniform"}, "spacing must be 'equal_mass' or 'karras'"),
         ({"kind": "karras", "rho": 0.0}, "rho must be positive"),
         ({"initial_noise": "edm"}, "initial_noise must be 'paper' or 'unit_variance'"),
     ],
@@ -368,3 +368,14 @@ def test_schedules_that_a_config_does_not_hold():
             DiffusionBlocksScheduler(density=density)
     with pytest.raises(ValueError, match=r"sampler must be one of .*, got 'dpm'"):
         DiffusionBlocksScheduler(sampler="dpm")
+
+
+def test_an_older_config_loads():
+    new = DiffusionBlocksScheduler(spacing="karras", rho=5.0)
+    config = {"kind" if key == "spacing" else key: value for key, value in new.config.items()}
+    assert "spacing" not in config
+    old = DiffusionBlocksScheduler.from_config(config)
+    assert dict(old.config) == dict(new.config)
+    for scheduler in (old, new):
+        scheduler.set_timesteps(7)
+    assert torch.equal(old.sigmas, new.sigmas)

@@ -75,7 +75,7 @@ def test_a_step_runs_the_block_of_its_level_only(kind, guidance_scale):
         ran.clear()
 
     generate_images(
-        model, some_labels(), num_steps=13, kind=kind, guidance_scale=guidance_scale,
+        model, some_labels(), num_steps=13, spacing=kind, guidance_scale=guidance_scale,
         generator=seeded(), callback=callback,
     )  # fmt: skip
     assert reported == list(range(13))
@@ -286,11 +286,11 @@ def test_arguments_of_generate_images_are_checked():
         generate_images(model, labels, num_steps=0)
     with pytest.raises(ValueError, match=r"one of num_steps and sigmas .* got num_steps=2 and"):
         generate_images(model, labels, num_steps=2, sigmas=[80.0, 0.1])
-    with pytest.raises(ValueError, match="kind must be 'equal_mass' or 'karras', got 'linear'"):
-        generate_images(model, labels, kind="linear")
+    with pytest.raises(ValueError, match="spacing must be 'equal_mass' or 'karras', got 'linear'"):
+        generate_images(model, labels, spacing="linear")
     with pytest.raises(ValueError, match=r"multiples of patch_size=2, got \[4, 3, 5, 5\]"):
         generate_images(model, labels, size=5)
-    with pytest.raises(ValueError, match="kind must be 'paper' or 'unit_variance', got 'none'"):
+    with pytest.raises(ValueError, match="noise must be 'paper' or 'unit_variance', got 'none'"):
         generate_images(model, labels, noise="none")
     with pytest.raises(TypeError, match="the DiffusionBlocks of a DiT, got DiT; end to end"):
         generate_images(model.base_model, labels)

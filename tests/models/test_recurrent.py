@@ -214,7 +214,7 @@ def recurred(lm, tokens, noise, depth):
 def test_backpropagation_is_cut_off_and_the_value_is_not(depth):
     lm = randomized(recurrent_of(conditioning="none", backprop_depth=depth))
     tokens, noise = tokens_of(), normal(2, 8, 16, seed=3)
-    got = lm(tokens, num_recurrences=6, noise=noise)
+    got = lm(tokens, num_recurrences=6, normals=noise)
     expected = recurred(lm, tokens, noise, depth)
     torch.testing.assert_close(got, expected, **CLOSE)
     weights = [p for n, p in lm.named_parameters() if n not in ("noisy_row", "noise_scale")]
@@ -229,12 +229,12 @@ def test_backpropagation_is_cut_off_and_the_value_is_not(depth):
 
 def test_the_plain_model_is_causal():
     lm, tokens, noise = randomized(recurrent_of()), tokens_of(), normal(2, 8, 16)
-    logits = lm(tokens, num_recurrences=3, noise=noise)
+    logits = lm(tokens, num_recurrences=3, normals=noise)
     assert logits.dtype == torch.float32
     for j in range(8):
         other = tokens.clone()
         other[:, j] = (other[:, j] + 1) % 11
-        changed = (lm(other, num_recurrences=3, noise=noise) != logits).any(-1).any(0)
+        changed = (lm(other, num_recurrences=3, normals=noise) != logits).any(-1).any(0)
         assert torch.equal(changed, torch.arange(8, device=DEVICE) >= j)
 
 
@@ -283,12 +283,12 @@ def test_recurrences_converge_where_the_core_contracts():
     with torch.no_grad():
         lm.adapter.weight[:, :16] *= 0.3
     logits = {
-        r: lm(tokens, num_recurrences=r, noise=normal(2, 8, 16)).detach() for r in (2, 4, 8, 16)
+        r: lm(tokens, num_recurrences=r, normals=normal(2, 8, 16)).detach() for r in (2, 4, 8, 16)
     }
     gaps = [(logits[2 * r] - logits[r]).abs().max() for r in (2, 4, 8)]
     assert 0 < gaps[2] < gaps[1] / 8
     assert gaps[1] < gaps[0] / 4
-    other = lm(tokens, num_recurrences=16, noise=normal(2, 8, 16, seed=1))
+    other = lm(tokens, num_recurrences=16, normals=normal(2, 8, 16, seed=1))
     torch.testing.assert_close(other, logits[16], **CLOSE)  # wherever they start
 
 
@@ -337,8 +337,8 @@ def test_arguments_are_checked():
     for r in (0, 2.5):
         with pytest.raises(ValueError, match="number of recurrences must be a positive integer"):
             lm(tokens_of(), num_recurrences=r)
-    with pytest.raises(ValueError, match=r"noise must have shape \[N, T, D\] = \[2, 8, 16\]"):
-        lm(tokens_of(), noise=normal(2, 7, 16))
+    with pytest.raises(ValueError, match=r"normals must have shape \[N, T, D\] = \[2, 8, 16\]"):
+        lm(tokens_of(), normals=normal(2, 7, 16))
     with pytest.raises(ValueError, match="a RecurrentLM is not trained without its condition"):
         model(normal(2, 8, 16), 0.3, guidance_scale=2.0, tokens=tokens_of())
     with pytest.raises(ValueError, match="at most context=24 long, got 25"):

@@ -70,11 +70,13 @@ def test_the_cache_of_the_plain_model_equals_its_forward(lengths, recurrences):
     for j in range(4):
         got = lm.next_logits(
             tokens[:, cache.committed : P + j], cache, lm.target.fixed(),
-            num_steps=recurrences, noise=noise,
+            num_steps=recurrences, normals=noise,
         )  # fmt: skip
         for n, length in enumerate(lengths):
             row = torch.cat([tokens[n, :length], tokens[n, P : P + j]])[None]
-            expected = lm(row, num_recurrences=recurrences, noise=noise[n : n + 1, : row.shape[1]])
+            expected = lm(
+                row, num_recurrences=recurrences, normals=noise[n : n + 1, : row.shape[1]]
+            )
             torch.testing.assert_close(got[n], expected[0, -1], **CLOSE)
 
 
@@ -193,7 +195,7 @@ def test_checkpoints(tmp_path, plain, num_blocks, shared):
 
     def logits(model, block):
         if plain:
-            return model(tokens, num_recurrences=3, noise=z)
+            return model(tokens, num_recurrences=3, normals=z)
         return model.logits(z, 0.5, block=block, tokens=tokens)
 
     for block in range(num_blocks):

@@ -109,13 +109,13 @@ def test_packed_documents_equal_separate_sequences(lengths):
     T = batch["tokens"].shape[1]
     z, sigma = normal(1, T, 16), torch.rand(1, T, generator=seeded()).to(DEVICE) + 0.1
     got = model.logits(z, sigma, **batch)
-    plain = lm(**batch, num_recurrences=2, noise=z)
+    plain = lm(**batch, num_recurrences=2, normals=z)
     start = 0
     for document in documents:
         part = slice(start, start := start + document.shape[1])
         alone = model.logits(z[:, part], sigma[:, part], tokens=document)
         torch.testing.assert_close(got[:, part], alone, **CLOSE)
-        alone = lm(document, num_recurrences=2, noise=z[:, part])
+        alone = lm(document, num_recurrences=2, normals=z[:, part])
         torch.testing.assert_close(plain[:, part], alone, **CLOSE)
 
 
@@ -123,6 +123,6 @@ def test_the_state_dict_does_not_depend_on_the_recurrences():
     lm, tokens, noise = randomized(recurrent_of()), tokens_of(), normal(2, 8, 16)
     fresh = recurrent_of(mean_recurrence=99, backprop_depth=1)
     fresh.load_state_dict(lm.state_dict())
-    same = [m(tokens, num_recurrences=3, noise=noise) for m in (lm, fresh, copy.deepcopy(lm))]
+    same = [m(tokens, num_recurrences=3, normals=noise) for m in (lm, fresh, copy.deepcopy(lm))]
     assert torch.equal(same[0], same[1])
     assert torch.equal(same[0], same[2])

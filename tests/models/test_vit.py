@@ -134,7 +134,7 @@ def test_classify_is_euler(noise, top_share):
     images, schedule = easy_batch(4)["images"], model.config.schedule
     z = torch.zeros(4, 24, device=DEVICE)
     if noise != "none":
-        z = initial_noise((4, 24), schedule, kind=noise, generator=seeded()).to(DEVICE)
+        z = initial_noise((4, 24), schedule, noise=noise, generator=seeded()).to(DEVICE)
     given = {"noise": noise, "generator": seeded(), "guidance_scale": 2.0}
     for options, sigmas in (
         ({"num_steps": 3} if top_share else {}, schedule.steps(3)),

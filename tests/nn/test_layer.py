@@ -13,9 +13,9 @@ from dblocks.nn import (
     Norm,
     SwiGLU,
     TransformerLayer,
-    inverse_silu,
     rotary_of,
 )
+from dblocks.nn.conditioning import inverse_silu
 
 KINDS = ("dit", "official", "none")
 
@@ -102,7 +102,7 @@ def test_arguments_are_checked():
     with pytest.raises(ValueError, match="dim must be a multiple of num_heads, got 12 and 5"):
         Attention(12, 5)
     with pytest.raises(ValueError, match=r"conditioning must be one of \['dit', .*got 'film'"):
-        TransformerLayer(12, 3, 24, kind="film")
+        TransformerLayer(12, 3, 24, conditioning="film")
 
 
 def slow_layer(layer, x, cond):
@@ -119,7 +119,7 @@ def slow_layer(layer, x, cond):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_is_its_formula(kind):
-    layer = randomized(TransformerLayer(12, 3, 24, kind=kind)).double()
+    layer = randomized(TransformerLayer(12, 3, 24, conditioning=kind)).double()
     x = torch.randn(2, 5, 12).double().requires_grad_()
     cond = None
     if kind != "none":
@@ -137,7 +137,7 @@ def test_layer_is_its_formula(kind):
 
 @pytest.mark.parametrize("kind", ["dit", "official"])
 def test_a_new_conditioned_layer_is_the_identity(kind):
-    layer = TransformerLayer(12, 3, 24, kind=kind)
+    layer = TransformerLayer(12, 3, 24, conditioning=kind)
     x = torch.randn(2, 5, 12)
     assert torch.equal(layer(x, torch.randn(2, layer.modulation.linear.in_features)), x)
     assert torch.equal(layer(x), x)
@@ -152,7 +152,7 @@ def test_layer_compiles_as_one_graph():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_batch(kind):
-    layer = TransformerLayer(12, 3, 24, kind=kind)
+    layer = TransformerLayer(12, 3, 24, conditioning=kind)
     x = torch.empty(0, 5, 12, requires_grad=True)
     y = layer(x)
     assert y.shape == (0, 5, 12)
@@ -184,8 +184,8 @@ def test_inverse_silu_is_of_numbers_that_are_not_negative():
 @pytest.mark.parametrize("kind", ["dit", "official"])
 def test_gates_of_one_make_the_plain_layer(kind):
     torch.manual_seed(0)
-    plain = TransformerLayer(12, 3, 24, kind="none")
-    layer = TransformerLayer(12, 3, 24, kind=kind, gate_init=1.0)
+    plain = TransformerLayer(12, 3, 24, conditioning="none")
+    layer = TransformerLayer(12, 3, 24, conditioning=kind, gate_init=1.0)
     missing = layer.load_state_dict(plain.state_dict(), strict=False).missing_keys
     assert all(name.startswith("modulation") for name in missing)
     x = torch.randn(2, 5, 12)
@@ -196,7 +196,7 @@ def test_gates_of_one_make_the_plain_layer(kind):
 
 @pytest.mark.parametrize("kind", ["dit", "official"])
 def test_gates_of_zero_make_the_identity(kind):
-    layer, x = TransformerLayer(12, 3, 24, kind=kind), torch.randn(2, 5, 12)
+    layer, x = TransformerLayer(12, 3, 24, conditioning=kind), torch.randn(2, 5, 12)
     assert torch.equal(layer(x, None), x)
 
 
@@ -270,7 +270,7 @@ def test_rms_norms_have_no_bias():
 @pytest.mark.parametrize("keys_only", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_doubled_layer_is_the_layer_on_both_halves(kind, keys_only):
-    layer = randomized(TransformerLayer(12, 3, 24, kind=kind, norm="rms", mlp="swiglu"))
+    layer = randomized(TransformerLayer(12, 3, 24, conditioning=kind, norm="rms", mlp="swiglu"))
     clean, noisy = torch.randn(2, 4, 12), torch.randn(2, 3, 12)
     cond = c = None
     if kind != "none":

@@ -81,7 +81,7 @@ def test_sample_draws_what_was_asked_for(tmp_path, capsys):
     first = png.read_bytes()
     stdout(capsys, *sample, "--steps", "9", "--guidance", "1", "--classes", "3", "1")
     assert png.read_bytes() == first
-    text = stdout(capsys, *sample, "--steps", "50", "--kind", "karras", "--size", "8", "4")
+    text = stdout(capsys, *sample, "--steps", "50", "--spacing", "karras", "--size", "8", "4")
     assert "block 0: 66, block 1: 8, block 2: 26\n" in text
     assert png.read_bytes() != first
 

@@ -25,7 +25,7 @@ def train(out, *flags):
 
 def test_what_is_dropped_and_when():
     torch.manual_seed(0)
-    layer = TransformerLayer(32, 4, 64, kind="none")
+    layer = TransformerLayer(32, 4, 64, conditioning="none")
     x = torch.randn(50, 10, 32)
     plain = layer(x)
     dropout = Dropout(0.25, [[layer]], seed=1)
@@ -48,7 +48,7 @@ def test_what_is_dropped_and_when():
 
 def test_tokens_and_the_attention_s_probabilities_are_dropped_too():
     torch.manual_seed(0)
-    layers = [TransformerLayer(32, 4, 64, kind="none") for _ in range(2)]
+    layers = [TransformerLayer(32, 4, 64, conditioning="none") for _ in range(2)]
     dropout = Dropout(0.25, [layers], seed=1)
     tokens = []
     for layer in layers:
@@ -113,7 +113,9 @@ def test_only_the_generators_of_the_cpu_and_of_its_device_are_touched(monkeypatc
     state = torch.get_rng_state()
     try:
         for device in ("cpu", "cuda:1"):
-            with Dropout(0.25, [[TransformerLayer(8, 2, 8, kind="none")]], seed=1).at(3, device):
+            with Dropout(0.25, [[TransformerLayer(8, 2, 8, conditioning="none")]], seed=1).at(
+                3, device
+            ):
                 seed = torch.initial_seed()
     finally:
         torch.set_rng_state(state)

@@ -83,7 +83,7 @@ def test_each_step_calls_the_owner_of_its_level():
 
 def test_no_look_up_of_blocks_on_the_device(monkeypatch):
     model = blocks()
-    monkeypatch.setattr("dblocks.blocks.Bound._owner", lambda *_: pytest.fail("looked up"))
+    monkeypatch.setattr("dblocks.blocks.BoundDenoiser._owner", lambda *_: pytest.fail("looked up"))
     z = noise()
     sample_euler(model, z, SCHEDULE.steps(3), images=images())
 
@@ -183,7 +183,7 @@ def test_the_default_device_does_not_matter():
 def test_wrappers_are_looked_through(monkeypatch, wrap):
     model = blocks()
     expected = sample_euler(model, noise(), SCHEDULE.steps(4), images=images())
-    monkeypatch.setattr("dblocks.blocks.Bound._owner", lambda *_: pytest.fail("looked up"))
+    monkeypatch.setattr("dblocks.blocks.BoundDenoiser._owner", lambda *_: pytest.fail("looked up"))
     wrapped = wrap(model)
     assert torch.equal(sample_euler(wrapped, noise(), SCHEDULE.steps(4), images=images()), expected)
     assert sample_logits(wrapped, noise(), SCHEDULE.steps(4), images=images()).shape == (4, 5)
@@ -235,10 +235,10 @@ def test_initial_noise():
     assert paper.dtype == torch.float32
     assert torch.equal(paper, 80 * torch.randn(20_000, generator=seeded()))
     small = NoiseSchedule(sigma_max=1.0)
-    unit = initial_noise((20_000,), small, kind="unit_variance", generator=seeded())
+    unit = initial_noise((20_000,), small, noise="unit_variance", generator=seeded())
     torch.testing.assert_close(unit, 2**0.5 * torch.randn(20_000, generator=seeded()))
-    with pytest.raises(ValueError, match="kind must be 'paper' or 'unit_variance', got 'edm'"):
-        initial_noise((1,), SCHEDULE, kind="edm")
+    with pytest.raises(ValueError, match="noise must be 'paper' or 'unit_variance', got 'edm'"):
+        initial_noise((1,), SCHEDULE, noise="edm")
 
 
 def test_one_euler_step_is_the_op():

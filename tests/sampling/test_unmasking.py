@@ -177,7 +177,11 @@ def test_rows_in_different_blocks_run_apart():
     ("change", "error", "message"),
     [
         ({"num_steps": 0}, ValueError, "number of steps must be a positive integer, got 0"),
-        ({"kind": "karras"}, ValueError, "kind must be 'equal_mass' or 'uniform', got 'karras'"),
+        (
+            {"spacing": "karras"},
+            ValueError,
+            "spacing must be 'equal_mass' or 'uniform', got 'karras'",
+        ),
         ({"temperature": -1}, ValueError, "temperature must be a finite number >= 0, got -1"),
         ({"tokens": tokens_of() - 3}, ValueError, r"tokens must be in 0\.\.10, got -3"),
         ({"tokens": tokens_of() + 5}, ValueError, r"tokens must be in 0\.\.10, got"),

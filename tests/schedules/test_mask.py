@@ -278,7 +278,7 @@ def test_json_keeps_either_schedule():
         (lambda: MaskSchedule().range_of(3, 3), ValueError, r"block must be in 0\.\.2, got 3"),
         (lambda: MaskSchedule().range_of(0, 3, overlap=-1), ValueError, "overlap must not be neg"),
         (lambda: MaskSchedule().steps(0), ValueError, "number of steps must be a positive"),
-        (lambda: MaskSchedule().steps(3, "karras"), ValueError, "kind must be 'equal_mass' or"),
+        (lambda: MaskSchedule().steps(3, "karras"), ValueError, "spacing must be 'equal_mass' or"),
         (lambda: MaskSchedule().block_of(torch.tensor(1), 3), TypeError, "t must be floating"),
         (lambda: MaskSchedule().state(torch.zeros(1, 2)), TypeError, "z must be tokens, int64"),
     ],

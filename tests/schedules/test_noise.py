@@ -260,7 +260,7 @@ def test_values_are_checked(values, message):
         (lambda s: s.sample(-1, 3, (1,)), r"block must be in 0\.\.2, got -1"),
         (lambda s: s.sample(0, 3, (1,), overlap=-0.1), "overlap must not be negative, got -0.1"),
         (lambda s: s.steps(0), "number of steps must be a positive integer, got 0"),
-        (lambda s: s.steps(2, "cosine"), "kind must be 'equal_mass' or 'karras', got 'cosine'"),
+        (lambda s: s.steps(2, "cosine"), "spacing must be 'equal_mass' or 'karras', got 'cosine'"),
         (lambda s: s.steps(2, "karras", rho=0), "rho must be positive, got 0"),
     ],
 )

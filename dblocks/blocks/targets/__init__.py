@@ -1,7 +1,6 @@
 """Targets of prediction: each defines its checks of a batch, shape of the levels, and loss."""
 
 from dblocks.blocks.targets.base import Batch as Batch
-from dblocks.blocks.targets.base import CheckedBatch as CheckedBatch
 from dblocks.blocks.targets.base import Features as Features
 from dblocks.blocks.targets.base import Target as Target
 from dblocks.blocks.targets.classes import ClassTarget as ClassTarget

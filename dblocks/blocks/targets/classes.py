@@ -47,7 +47,7 @@ class OutputHead:
         logits = W (g*(m*(1 + scale) + shift)) + b
 
     Args:
-        linear: W and b, such as an `nn.Linear`.
+        linear: W and b, such as an `nn.Linear`, or `UnitRows`.
         modulation: computes shift and scale from the conditioning vector; none by default.
         log_scale: ln g; g is 1 by default. If it is a parameter, create the target in a property of
             the network, as parameters may be replaced (`load_state_dict(assign=True)`).
@@ -136,23 +136,23 @@ class EmbeddedTarget(Target):
 
     Args:
         embedding: E, such as a `LabelEmbedding`.
-        head: the output head.
-        kind: "posterior" or "learned".
+        output_head: computes the logits of features.
+        head: "posterior" or "learned".
     """
 
     loss_kind: LossKind = "cross_entropy"
     top_share = TOP_SHARE
 
-    def __init__(self, embedding: Table, head: OutputHead, kind: Head = "posterior") -> None:
-        check_head(kind)
+    def __init__(self, embedding: Table, output_head: OutputHead, head: Head = "posterior") -> None:
+        check_head(head)
         if not callable(getattr(embedding, "rows", None)):
             raise TypeError(
                 "the embedding of a target must have rows of one norm, such as a "
                 f"dblocks.nn.LabelEmbedding(num_classes, dim), got a {type(embedding).__name__}"
             )
         self.embedding = embedding
-        self.head = head
-        self.kind: Head = kind
+        self.output_head = output_head
+        self.head: Head = head
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """Those of the embedding."""
@@ -175,21 +175,22 @@ class ClassTarget(EmbeddedTarget):
 
     Args:
         embedding: of the classes, such as a `LabelEmbedding`.
-        head: the output head: an `OutputHead`, or a plain `nn.Linear`.
-        kind: "posterior" or "learned"; see `EmbeddedTarget`.
+        output_head: an `OutputHead`, or a plain `nn.Linear`.
+        head: "posterior" or "learned"; see `EmbeddedTarget`.
         given: the key of the input to classify.
     """
 
     def __init__(
         self,
         embedding: Table,
-        head: OutputHead | nn.Linear,
-        kind: Head = "posterior",
+        output_head: OutputHead | nn.Linear,
+        head: Head = "posterior",
         *,
         given: str = "images",
     ) -> None:
-        head = OutputHead(head) if isinstance(head, nn.Linear) else head
-        super().__init__(embedding, head, kind)
+        if isinstance(output_head, nn.Linear):
+            output_head = OutputHead(output_head)
+        super().__init__(embedding, output_head, head)
         self.given = given
 
     @property
@@ -223,12 +224,12 @@ class ClassTarget(EmbeddedTarget):
     def predict(self, features: Tensor | Features, z: Tensor, level: NoiseLevel) -> Tensor:
         """Logits [N, K], float32 (float64)."""
         f, cond = features if isinstance(features, Features) else Features(features)
-        check_features(f, z, any_width=self.kind == "posterior")
-        if self.kind == "posterior":
-            logits = check_logits(self.head.logits(f), f, self.embedding)
+        check_features(f, z, any_width=self.head == "posterior")
+        if self.head == "posterior":
+            logits = check_logits(self.output_head.logits(f), f, self.embedding)
             return posterior_logits(logits, z, self.rows(), level)
         m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
-        return check_logits(self.head.logits(m, cond, dtype=f.dtype), f, self.embedding)
+        return check_logits(self.output_head.logits(m, cond, dtype=f.dtype), f, self.embedding)
 
     def score(
         self,

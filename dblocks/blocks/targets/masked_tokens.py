@@ -20,7 +20,7 @@ class MaskedTokenTarget(Target):
     they are never masked and not scored. There is one t per sequence. Features are [N, T, D].
 
     Args:
-        head: the output head: an `OutputHead`, or a matrix of V rows, such as an `nn.Linear`.
+        output_head: an `OutputHead`, or a matrix of V rows, such as an `nn.Linear`.
         sizes: vocabulary and longest text, such as a network's config.
         mask_token: the index in the vocabulary that stands for the mask and is never a target.
         padding: whether a batch may hold "attention_mask", which its network honours.
@@ -30,13 +30,15 @@ class MaskedTokenTarget(Target):
 
     def __init__(
         self,
-        head: OutputHead | Linear,
+        output_head: OutputHead | Linear,
         sizes: TokenSizes,
         *,
         mask_token: int | None = None,
         padding: bool = False,
     ) -> None:
-        self.head = head if isinstance(head, OutputHead) else OutputHead(head)
+        if not isinstance(output_head, OutputHead):
+            output_head = OutputHead(output_head)
+        self.output_head = output_head
         self.sizes = sizes
         self.mask_token = mask_token
         self.padding = padding
@@ -94,7 +96,7 @@ class MaskedTokenTarget(Target):
 
     def predict(self, features: Tensor, z: Tensor, level: MaskLevel) -> Tensor:
         """Logits [N, T, V], float32 (float64)."""
-        logits = self.head.logits(features)
+        logits = self.output_head.logits(features)
         if logits.shape[-1] != self.sizes.vocab_size:
             raise ValueError(
                 f"logits must have shape [N, T, V] with V = {self.sizes.vocab_size} tokens, got "
@@ -119,5 +121,5 @@ class MaskedTokenTarget(Target):
         if mask is not None:
             N = max(len(z), 1)
             masked, count = masked & mask, (mask.sum() / N).clamp(min=1 / N)
-        losses = self.head.losses(features, torch.where(masked, y, IGNORED))
+        losses = self.output_head.losses(features, torch.where(masked, y, IGNORED))
         return losses.sum(1) / count

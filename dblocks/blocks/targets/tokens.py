@@ -23,7 +23,6 @@ from dblocks.blocks.targets.classes import (
 )
 from dblocks.blocks.targets.entries import scored_shape
 from dblocks.blocks.targets.token_batch import READS, TokenBatch, TokenSizes
-from dblocks.nn import Modulation
 from dblocks.schedules import NoiseLevel
 
 
@@ -45,12 +44,10 @@ class TokenTarget(EmbeddedTarget):
 
     Args:
         embedding: E, such as a `LabelEmbedding`.
-        linear: W and b of the output head, such as an `nn.Linear`; None ties W to the embeddings:
-            its rows are theirs at unit norm.
+        output_head: an `OutputHead`, or its matrix, such as an `nn.Linear`. `UnitRows(embedding)`
+            as matrix, or None, ties W to the embeddings: its rows are theirs at unit norm.
         sizes: vocabulary and longest text, such as a network's config.
-        kind: "posterior" or "learned".
-        modulation: as of `OutputHead`.
-        log_scale: as of `OutputHead`.
+        head: "posterior" or "learned"; see `EmbeddedTarget`.
         tokens_per_sigma: how many consecutive tokens share a noise level; None: all of a sequence.
         tokens_per_block: how many consecutive tokens are predicted at once.
         softcap: bound c of the output head's logits, c*tanh(logits/c), as in Gemma 2; the term of
@@ -61,31 +58,26 @@ class TokenTarget(EmbeddedTarget):
     def __init__(
         self,
         embedding: Table,
-        linear: Linear | None,
+        output_head: OutputHead | Linear | None,
         sizes: TokenSizes,
         *,
-        kind: Head = "posterior",
-        modulation: Modulation | None = None,
-        log_scale: Tensor | None = None,
+        head: Head = "posterior",
         tokens_per_sigma: int | None = 1,
         tokens_per_block: int = 1,
         softcap: float | None = None,
         padding: bool = False,
     ) -> None:
-        tied = linear is None
-        if linear is not None and len(linear.weight) != len(embedding.weight):
+        if not isinstance(output_head, OutputHead):
+            output_head = OutputHead(UnitRows(embedding) if output_head is None else output_head)
+        linear = output_head.linear
+        self.tied = isinstance(linear, UnitRows) and linear.embedding is embedding
+        if not self.tied and len(linear.weight) != len(embedding.weight):
             raise ValueError(
                 "the output head must have a row for each embedding, got a weight of "
                 f"{list(linear.weight.shape)} for embeddings {list(embedding.weight.shape)}; make "
                 "them of one vocabulary"
             )
-        head = OutputHead(
-            UnitRows(embedding) if linear is None else linear,
-            modulation=modulation,
-            log_scale=log_scale,
-        )
-        super().__init__(embedding, head, kind)
-        self.tied = tied
+        super().__init__(embedding, output_head, head)
         self.sizes = sizes
         self.tokens_per_sigma = tokens_per_sigma
         self.tokens_per_block = tokens_per_block
@@ -134,7 +126,7 @@ class TokenTarget(EmbeddedTarget):
         if self.softcap is not None:
             return self._capped(self.softcap, features, z, level)
         rows, weight = self._factors(features, z, level)
-        return product(rows, weight, self.head.linear.bias)
+        return product(rows, weight, self.output_head.linear.bias)
 
     def score(
         self,
@@ -159,7 +151,7 @@ class TokenTarget(EmbeddedTarget):
         else:
             rows, weight = self._factors(features, z, level)
             losses = F.linear_cross_entropy(
-                rows, weight, labels, bias=self.head.linear.bias,
+                rows, weight, labels, bias=self.output_head.linear.bias,
                 ignore_index=IGNORED, reduction="none",
             )  # fmt: skip
         losses = losses * (labels.numel() / (labels != IGNORED).sum().clamp(min=1))
@@ -179,7 +171,9 @@ class TokenTarget(EmbeddedTarget):
         if self._fixed is not None:
             return self._fixed
         rows = self.embedding.rows()
-        return Matrices(rows, _unit(rows, self.embedding) if self.tied else self.head.linear.weight)
+        return Matrices(
+            rows, _unit(rows, self.embedding) if self.tied else self.output_head.linear.weight
+        )
 
     def rows(self) -> Tensor:
         """E, [V, D]."""
@@ -187,14 +181,16 @@ class TokenTarget(EmbeddedTarget):
 
     def next_logits(self, m: Tensor) -> Tensor:
         """Logits of features [N, T, D] without noise, under the null conditioning: end to end."""
-        return product(self.head.rows(m), self.matrices().weight, self.head.linear.bias)
+        return product(
+            self.output_head.rows(m), self.matrices().weight, self.output_head.linear.bias
+        )
 
     def next_loss(self, m: Tensor, batch: TokenBatch) -> Tensor:
         """The mean cross-entropy of features [N, T, D], each of which predicts the next token."""
         scored_shape(self, batch)
         return F.linear_cross_entropy(
-            self.head.rows(m[:, :-1]), self.matrices().weight, batch.labels()[:, 1:],
-            bias=self.head.linear.bias, ignore_index=IGNORED,
+            self.output_head.rows(m[:, :-1]), self.matrices().weight, batch.labels()[:, 1:],
+            bias=self.output_head.linear.bias, ignore_index=IGNORED,
         )  # fmt: skip
 
     def _factors(
@@ -207,10 +203,10 @@ class TokenTarget(EmbeddedTarget):
         """
         f, cond = features if isinstance(features, Features) else Features(features)
         table, weight = self.matrices()
-        if self.kind == "learned":
+        if self.head == "learned":
             m = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
-            return self.head.rows(m, cond), weight
-        rows, evidence = self.head.rows(f), precision_of(level, z) * z
+            return self.output_head.rows(m, cond), weight
+        rows, evidence = self.output_head.rows(f), precision_of(level, z) * z
         if self.tied:
             return rows + self.embedding.embed_scale * evidence, weight
         return torch.cat([rows, evidence], -1), torch.cat([weight.to(table.dtype), table], -1)
@@ -221,11 +217,11 @@ class TokenTarget(EmbeddedTarget):
         """Logits of a head with a soft cap, which are not a product of rows."""
         f, cond = features if isinstance(features, Features) else Features(features)
         table, weight = self.matrices()
-        if self.kind == "learned":
+        if self.head == "learned":
             f = F.edm_denoise(f, z, level.sigma, sigma_data=level.sigma_data)
-        logits = product(self.head.rows(f, cond), weight, self.head.linear.bias)
+        logits = product(self.output_head.rows(f, cond), weight, self.output_head.linear.bias)
         logits = cap * (logits / cap).tanh()
-        if self.kind == "learned":
+        if self.head == "learned":
             return logits
         return logits + product(precision_of(level, z) * z, table)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from dblocks.blocks import Batch, Features, TokenTarget
+from dblocks.blocks import Batch, Features, OutputHead, TokenTarget
 from dblocks.blocks.targets.classes import Head
 from dblocks.blocks.targets.entries import checked
 from dblocks.blocks.targets.padding import from_front, starts_of, to_front
@@ -220,9 +220,11 @@ class ConvertedCausalLM(Converted):
     def target(self) -> TokenTarget:
         """The model's own embedding of each token, at norm `embed_scale`."""
         embedding = ScaledRows(self.family.embedding(self.model), self.embed_scale)
+        head = OutputHead(
+            self.family.head(self.model), modulation=self.head_modulation, log_scale=self.log_scale
+        )
         return TokenTarget(
-            embedding, self.family.head(self.model), self.sizes,
-            kind=self.head_kind, modulation=self.head_modulation, log_scale=self.log_scale,
+            embedding, head, self.sizes, head=self.head_kind,
             tokens_per_sigma=self.tokens_per_sigma, softcap=self.family.softcap(self.model),
             padding=True,
         )  # fmt: skip

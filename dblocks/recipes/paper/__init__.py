@@ -6,8 +6,6 @@ paper has its source, and every value that the paper does not give has a reason.
 """
 
 from dblocks.recipes.paper.experiment import Experiment as Experiment
-from dblocks.recipes.paper.experiment import Published as Published
-from dblocks.recipes.paper.experiment import Value as Value
 from dblocks.recipes.paper.images import CIFAR10, CIFAR100, IMAGENET, TINY_IMAGENET
 from dblocks.recipes.paper.texts import HUGINN, LM1B, OPENWEBTEXT, TEXT8
 

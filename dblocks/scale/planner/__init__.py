@@ -3,7 +3,4 @@
 from dblocks.scale.planner.costs import Costs as Costs
 from dblocks.scale.planner.plan import Machine as Machine
 from dblocks.scale.planner.plan import Planner as Planner
-from dblocks.scale.planner.plan import Way as Way
-from dblocks.scale.planner.plan import smallest_fitting as smallest_fitting
-from dblocks.scale.planner.subject import of_model as of_model
 from dblocks.scale.planner.subject import of_network as of_network

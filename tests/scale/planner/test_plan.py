@@ -8,7 +8,8 @@ import pytest
 
 from dblocks.__main__ import main
 from dblocks.models import CausalLMConfig
-from dblocks.scale.planner import Costs, Machine, Planner, of_network, smallest_fitting
+from dblocks.scale.planner import Costs, Machine, Planner, of_network
+from dblocks.scale.planner.plan import smallest_fitting
 
 CONFIG = CausalLMConfig(vocab_size=13, context=16, width=16, depth=4, heads=2)
 SIZES = ("--vocab-size", "13", "--context", "16", "--width", "16", "--depth", "4", "--heads", "2")
