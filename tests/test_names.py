@@ -139,4 +139,4 @@ def test_one_option_is_one_word(options):
                 words[value].add(name)
     # Blocks are divided by the rules that levels are spaced by.
     several = {value: names for value, names in words.items() if len(names) > 1}
-    assert several == dict.fromkeys(("equal_mass", "uniform"), {"partition", "spacing"})
+    assert several == {rule: {"partition", "spacing"} for rule in ("equal_mass", "uniform")}

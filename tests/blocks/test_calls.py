@@ -3,11 +3,12 @@
 import pytest
 import torch
 from call_tools import calls_of, circles
-from convert_tools import batch_of, blocks_of
+from convert_tools import batch_of, blocks_of, model_of
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from tools import batch, seeded, vit
 
+INTEGRATIONS = "integrations/"
 APART = ("ops/", "kernels/")  # where an op's own gradients are called back
 
 
@@ -43,3 +44,16 @@ def test_a_step_of_a_converted_model_calls_downwards(shared):
     assert {"blocks/denoiser.py", "integrations/convert/clean_loss.py"} <= files
     assert not circles(calls)
     assert not circles(every)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "vit", "dit"])
+def test_convert_calls_downwards(kind):
+    """But for choices.py: PyTorch calls it in each operation, and it runs what it is given."""
+    model = model_of(kind)
+    calls = {
+        (caller, called)
+        for caller, called in calls_of(lambda: blocks_of(kind, model=model))
+        if caller is not None and caller.startswith(INTEGRATIONS) and "choices.py" not in called
+    }
+    assert ("integrations/convert/apply.py", "integrations/convert/tasks.py") in calls
+    assert not circles(calls)

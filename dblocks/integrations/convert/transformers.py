@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from dblocks.integrations.convert.biased_families import BloomFamily, FalconFamily, MptFamily
 from dblocks.integrations.convert.causal_lm import ConvertedCausalLM
@@ -270,15 +270,9 @@ def _conditioned(
     layers: Mapping[str, nn.Module], width: int, family: ViTFamily | BertMaskedFamily, model: Any
 ) -> dict[str, ConditionedLayer]:
     """Conditioned layers with the model's own attention."""
-    rows_context = partial(_context_of_batch, family, model)
+    rows_context = partial(family.context, model, batch={})
     own = partial(family.layer_context, model)
     return conditioned(layers, width, own, rows_context=rows_context)
-
-
-def _context_of_batch(
-    family: ViTFamily | BertMaskedFamily, model: Any, rows: Tensor
-) -> dict[str, Any]:
-    return family.context(model, rows, {})
 
 
 def _no_head(model: Any, loader: str) -> ValueError:
