@@ -46,7 +46,7 @@ class Draw(NamedTuple):
         return F.OffsetSeed(self.seed, self.whole.first * (y.numel() // max(len(y), 1)))
 
     def part(self, whole: GlobalBatch, N: int) -> Draw:
-        """Of the draw for a global batch what is of the N samples here."""
+        """The part of a draw for the global batch that belongs to the N samples of this process."""
         here = slice(whole.first, whole.first + N)
         drop = None if self.drop is None else self.drop[here]
         return Draw(self.sigma[here], self.seed, drop, whole)
@@ -101,7 +101,7 @@ class Denoiser(nn.Module):
         if len(layers) != (known := max(part.stop for part in self.held.values())):
             raise ValueError(
                 f"layers must stay {known} as they were divided into blocks, got {len(layers)}; "
-                "make the DiffusionBlocks anew"
+                "create the DiffusionBlocks again"
             )
         layers = layers[self.held[block]]
         if model is not self.base_model and isinstance(model, Divisible):

@@ -19,7 +19,7 @@ def check_apart(model: BlockModel, ranges: Sequence[tuple[int, int]]) -> None:
 
     Args:
         model: the network.
-        ranges: the layers of each block, first and last but one.
+        ranges: the layers [first, last) of each block.
 
     Raises:
         ValueError: a parameter is in the layers of two blocks, or both in a layer and outside the

@@ -22,7 +22,7 @@ def within(module: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
     It runs with the hooks of a module's forward after `fully_shard`, see
     `register_fsdp_forward_method`. For any other module it is `function` itself.
     """
-    # Whoever shards has imported it.
+    # Where a module is sharded, FSDP is already imported.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if torch.compiler.is_compiling() or fsdp is None or not isinstance(module, fsdp.FSDPModule):
         return function
@@ -129,7 +129,7 @@ def whole(value: Tensor) -> Tensor:
 
 def _mesh_of(module: Any) -> Any:
     """The mesh of a module after `fully_shard`; all of its axes are data parallel."""
-    # Whoever shards has imported it.
+    # Where a module is sharded, FSDP is already imported.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not isinstance(module, fsdp.FSDPModule):
         return None

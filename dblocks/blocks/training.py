@@ -70,7 +70,7 @@ class BlockOptimizers:
         if found != expected:
             raise ValueError(
                 "state must have as many optimizers for each block, and last for the shared "
-                f"parameters, as there are here, {expected}, got {found}; make them alike"
+                f"parameters, as the model, {expected}, got {found}; make them alike"
             )
         for optimizer, values in zip(self, chain(*groups), strict=True):
             optimizer.load_state_dict(values)
@@ -92,7 +92,7 @@ class StepResult(NamedTuple):
     """Whether the step was skipped because its loss or a gradient was not finite."""
 
     def __repr__(self) -> str:
-        """Short: a tensor of one number is that number, of others shape and dtype are told."""
+        """Short: a tensor of one element as its number, others by their shape and dtype."""
         return _short(self)
 
 
@@ -254,7 +254,7 @@ def _check_own(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
     if others:
         raise ValueError(
             f"optimizers must hold parameters of this model alone, got {others} of {len(held)} "
-            "that it has not: they are of another model, or a layer was replaced meanwhile, or "
+            "that it does not have: they are of another model, or a layer was replaced meanwhile, or "
             "loaded with assign=True; call make_optimizers(model, factory) again"
         )
 

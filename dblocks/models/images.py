@@ -93,7 +93,7 @@ class ImageTarget(L2Target):
         self.check_shape(images.shape)
         if self.num_classes and len(labels := self.labels(batch)) != len(images):
             raise ValueError(
-                "images and labels must be of as many samples, "
+                "images and labels must have the same number of samples, "
                 f"got {len(images)} images and {len(labels)} labels; pair them"
             )
         return checked

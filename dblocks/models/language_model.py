@@ -146,7 +146,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Any:
-        """What noisy rows are predicted from, of `batch["tokens"]` [N, T] and what goes with them.
+        """The context of the noisy rows, from `batch["tokens"]` [N, T] and its optional entries.
 
         Raises:
             ValueError: `drop` is given; a language model has no null condition.

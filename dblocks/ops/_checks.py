@@ -15,13 +15,13 @@ from dblocks.ops._dispatch import FLOATS, NORMS
 
 
 def type_name(value: object) -> str:
-    """The type of `value` as a message calls it."""
+    """The name of the type of `value` in messages."""
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def check_tensor(**tensors: object) -> None:
-    """Every argument is a dense tensor: the first check of an op, of those that it needs."""
+    """Every argument is a dense tensor: the first check of an op."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(
@@ -71,7 +71,7 @@ def check_rows(
     norm: str = "layer",
     eps: float = 0.0,
 ) -> None:
-    """`x` is [N, T, D], `rows` have its shape, the others fit it; names as messages call them."""
+    """`x` is [N, T, D], `rows` have its shape, the others fit it; keys are names in messages."""
     check_norm(norm, eps)
     check_tensor(x=x, **rows)
     check_tokens("x", x)

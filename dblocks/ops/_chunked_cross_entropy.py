@@ -19,7 +19,7 @@ SHARES = 4  # the logits are never held in fewer parts, unless a part had fewer
 MIN_LOGITS = 2**20  # logits (4 MiB), where each call would cost more than its work,
 MIN_ROWS = 128  # or rows, which would make the matrix products slow.
 # Beyond this size a larger chunk makes the products on a CPU hardly faster; on a GPU each chunk
-# reads and writes the sum for dweight once, which wants some thousand rows.
+# reads and writes the sum for dweight once, which pays off from some thousand rows.
 MAX_LOGITS = {"cpu": 2**25, "cuda": 2**27}
 ALIGNMENT = 16  # of rows of logits on a GPU, in elements: it moves 16 bytes at once
 
@@ -95,7 +95,7 @@ def forward(
         of = slice(0, part.stop - start)
         h_part = h[part].to(dtype)
         if not all_used:
-            # A row without a part may hold anything, even what is not finite.
+            # A row that does not count may hold anything, NaN and infinity included.
             h_part = h_part.where(used[part, None], 0)
         _product(h_part, matrix.t(), logits[of])
         if grad is None:
@@ -158,7 +158,7 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 def plain_rows(
     logits: Tensor, bias: Tensor | None, target: Tensor, losses: Tensor, grad: Tensor | None
 ) -> Tensor:
-    """Rows in plain PyTorch, in place: exponentials that still lack their division by the sum."""
+    """Rows in plain PyTorch, in place: exponentials before the division by their sum."""
     if bias is not None:
         logits.add_(bias)
     own, peak = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)

@@ -279,7 +279,7 @@ def noised_fit(tensors: tuple[Tensor, ...], sigma: Tensor, sigma_data: float) ->
 
 
 def known_seed(seed: Any, offset: object, x: Tensor) -> tuple[Tensor | None, int] | None:
-    """The result of `_levels.split_seed`, if known; None: call it, and it may raise."""
+    """The result of `_levels.split_seed`, if known; if None, call it, and it may raise."""
     if type(offset) is not int or torch.compiler.is_compiling():
         return None
     if not 0 <= offset <= COUNT_RANGE - max(x.numel(), 1):

@@ -19,7 +19,7 @@ def check_samples(name: str, x: Tensor) -> None:
 
 
 def check_noised(samples: Mapping[str, Tensor], sigma: Tensor, sigma_data: float) -> None:
-    """One or two samples by their names, with levels of the first and a `sigma_data`."""
+    """One or two samples by name, their levels sigma and `sigma_data`."""
     (name, x), *others = samples.items()
     if others:
         check_pair(name, x, *others[0])

@@ -1,6 +1,6 @@
 """doubled_attention: attention of a clean and a noisy copy of one sequence, side by side.
 
-Which implementation impl="auto" is:
+The implementation that impl="auto" uses:
 
 | tensors | implementation |
 |---|---|
@@ -35,7 +35,7 @@ Backend = Literal["sdpa", "cudnn", "flash_attn_3", "flash_attn", "xformers"]
 OP = "doubled_attention"
 IMPLS = ("auto", "reference", "triton", "composed")
 MIN_COMPOSED_TOKENS = 32  # on a CPU
-# T from which on, by the widest head: a measurement replaces these numbers.
+# From which T on, by the widest head; not measured.
 COMPOSED_TOKENS = {64: 4096, 128: 2048, 256: 2048}
 BACKENDS = tuple(backends.BACKENDS)
 # What the Triton kernels take.

@@ -18,7 +18,7 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, gate, impl):
         ctx.set_materialize_grads(False)
-        # The values of the branch are needed for dgate only, its dtype is x's or must be kept.
+        # Only dgate needs the values of the branch; its dtype is kept where it is not that of x.
         keeps_branch = ctx.needs_input_grad[2] or branch.dtype != x.dtype
         ctx.save_for_backward(branch if keeps_branch else None, gate)
         ctx.impl = impl

@@ -130,7 +130,7 @@ def _from(options: dict[str, Any]) -> Writing:
     asked = {n: options[n] for n in options if n in NEUTRAL and options[n] not in NEUTRAL[n]}
     if asked:
         raise ValueError(
-            f"generation_config must not ask for what is not done here, got {asked}; "
+            f"generation_config must hold supported options only, got {asked}; "
             f"leave them out: options that change what is written are {list(KNOWN)}"
         )
     sampled = options.get("do_sample", False)

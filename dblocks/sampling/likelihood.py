@@ -288,7 +288,7 @@ def _texts(
         )
     starts = starts_of(shown)
     if cond.get("position_ids") is not None:
-        # The network checks how large they are.
+        # The network checks their values.
         ids = check_ids("position_ids", cond["position_ids"], tuple(tokens.shape), 2**63)
         cond = {**cond, "position_ids": to_front(ids, starts)}
     return Texts(to_front(tokens, starts), to_front(shown, starts), starts, cond)

@@ -19,7 +19,7 @@ class Steps:
     Karras et al. 2022, algorithm 1 without churn. With d = (z - denoised)/sigma,
 
         euler   z_next = z + (sigma_next - sigma) d
-        heun    z_next = z + (sigma_next - sigma) (d + d')/2,   d' that of euler's z_next
+        heun    z_next = z + (sigma_next - sigma) (d + d')/2,   d' at Euler's z_next
 
     The step from the last level to level 0 is Euler's in both and ends at denoised, so that n
     levels are n calls of the model with euler and 2n - 1 with heun. Heun's method keeps d from one

@@ -260,7 +260,7 @@ class MaskSchedule(JsonConfig):
     def loss_weight(
         self, t: Tensor, block: int = 0, num_blocks: int = 1, *, overlap: float = 0.0
     ) -> Tensor:
-        """The weight with which the expected loss is the bound over the range of the draw.
+        """The weight that makes the expected loss the bound over the range of the draw.
 
         With `draw="alpha"` it is the range's length in alpha divided by `1 - alpha(t)`; with
         `draw="t"` its length in t times `-alpha'(t)/(1 - alpha(t))`. Float32 (float64 for float64).

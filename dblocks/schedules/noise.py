@@ -329,7 +329,7 @@ def computed(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# Typed, as True is no number and equal to 1.
+# The type is part of the key: True equals 1, but is not a number.
 @lru_cache(maxsize=256, typed=True)
 def _ranges(
     schedule: EDMSchedule, num_blocks: int, overlap: float, top_share: float

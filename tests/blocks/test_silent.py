@@ -68,7 +68,7 @@ def test_layers_stay_as_many_as_they_were(change):
         del layers[-1]
     with pytest.raises(ValueError, match=r"layers must stay 6 as they were divided .* got [57]"):
         model.loss(batch(), 1)
-    with pytest.raises(ValueError, match="make the DiffusionBlocks anew"):
+    with pytest.raises(ValueError, match="create the DiffusionBlocks again"):
         model.logits(torch.zeros(8, 24), 0.01, block=1, images=batch()["images"])
 
 

@@ -101,7 +101,7 @@ def test_several_stop_tokens_and_padding(model):
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        ({"num_beams": 4}, ValueError, r"must not ask for what is not done here, got \{'num_beams"),
+        ({"num_beams": 4}, ValueError, r"must hold supported options only, got \{'num_beams"),
         ({"min_p": 0.1}, ValueError, r"got \{'min_p': 0.1\}; leave them out"),
         ({"stop_strings": ["x"]}, ValueError, r"got \{'stop_strings': \['x'\]\}"),
         ({"num_return_sequences": 2}, ValueError, "num_return_sequences"),

@@ -1,4 +1,4 @@
-"""Targets that are one of K embeddings, told apart by an output head; the class of a sample."""
+"""Targets that are one of K embeddings, classified by an output head; the class of a sample."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class ClassTarget(EmbeddedTarget):
         check_label_values(labels, len(self.embedding.weight))
         if len(given) != len(labels):
             raise ValueError(
-                f"{self.given} and labels must be of as many samples, "
+                f"{self.given} and labels must have the same number of samples, "
                 f"got {len(given)} {self.given} and {len(labels)} labels; pair them"
             )
         return CheckedBatch(batch)

@@ -56,7 +56,7 @@ def check_attention_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 def check_text_blocks(shown: Tensor, block_size: int) -> None:
     """Raises unless texts consist of whole blocks of tokens, which share a level.
 
-    Values are looked at on the device where that is no CPU, without waiting for them.
+    On other devices than a CPU, values are checked on the device, without synchronisation.
 
     Args:
         shown: a checked mask, bool [N, T].

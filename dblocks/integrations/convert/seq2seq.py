@@ -223,7 +223,7 @@ class ConvertedSeq2Seq(ConvertedCausalLM):
         self._check_first(given["tokens"])
         if len(tokens) != len(given["tokens"]):
             raise ValueError(
-                "encoder_tokens must be of as many samples as tokens, "
+                "encoder_tokens must have as many samples as tokens, "
                 f"{len(given['tokens'])}, got {len(tokens)}"
             )
         return tokens, None if mask is None else check_attention_mask(mask, tuple(tokens.shape))

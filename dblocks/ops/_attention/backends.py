@@ -202,7 +202,7 @@ HOPPER = (9, 0)
 def forward(
     name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, **options: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """That of the backend, for values of any width."""
+    """As of the backend; heads of values may have any width."""
     inputs = _of_one_width(q, k, v)
     o, lse = BACKENDS[name].forward(*inputs, scale, **options)
     return o[..., : v.shape[-1]], lse
@@ -219,7 +219,7 @@ def backward(
     scale: float,
     **options: Tensor,
 ) -> Grads:
-    """That of the backend, for values of any width."""
+    """As of the backend; heads of values may have any width."""
     widths = q.shape[-1], k.shape[-1], v.shape[-1]
     grad, q, k, v, o = _of_one_width(grad, q, k, v, o)
     grads = BACKENDS[name].backward(grad, q, k, v, o, lse, scale, **options)
@@ -228,7 +228,7 @@ def backward(
 
 
 def _of_one_width(*tensors: Tensor) -> list[Tensor]:
-    """Filled up with zeros, which add nothing to a product."""
+    """Pads heads with zeros to one width; zeros add nothing to a product."""
     width = max(x.shape[-1] for x in tensors)
     return [F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors]
 
@@ -296,7 +296,7 @@ def is_fast(name: str, q: Tensor) -> bool:
 
 
 def _flash_of_sdpa() -> str | None:
-    """What stands in for PyTorch's own flash attention."""
+    """The implementation that replaces PyTorch's own flash attention, or None."""
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
     return None if current is None else current()
 

@@ -107,6 +107,6 @@ def _is_later(block_size: int, like: Tensor) -> Tensor:
 
 
 def _is_real(rows: int, block_size: int, like: Tensor) -> Tensor:
-    """Whether a key is none of the padding: [blocks, 1, block_size]."""
+    """Whether a key is not padding: [blocks, 1, block_size]."""
     blocks = -(-rows // block_size)
     return torch.arange(blocks * block_size, device=like.device).view(blocks, 1, block_size) < rows

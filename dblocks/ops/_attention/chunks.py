@@ -1,6 +1,6 @@
 """Doubled attention in chunks of positions: a dense mask for each, over the keys it can see.
 
-What impl="composed" does on a CPU where scores have a window, a bias or a bound. The rows of a
+impl="composed" uses it on a CPU where scores have a window, a bias or a bound. The rows of a
 chunk's positions, clean and noisy, attend to the clean keys of as many positions back as the window
 reaches, and to the noisy keys of the chunk, which ends where a block does. Chunks of one size share
 one mask, as positions count from the chunk's first. Time is that of a dense mask over
@@ -39,7 +39,7 @@ def _chunk_size(piece: Piece) -> int:
 
 
 def _chunks(piece: Piece, options: Options, q: Tensor, k: Tensor) -> Iterator[_Chunk]:
-    """From the last to the first, as `_Keys` wants them."""
+    """The chunks from last to first, the order that `_Keys` needs."""
     size = _chunk_size(piece)
     reach = piece.length if options.window is None else -(-(options.window - 1) // STEP) * STEP
     least = _least_bias(piece, options, q, k)
@@ -54,7 +54,7 @@ def _chunks(piece: Piece, options: Options, q: Tensor, k: Tensor) -> Iterator[_C
 
 
 class _Rows:
-    """The rows of a piece in q and what is like it, in the halves it has."""
+    """The rows of a piece in q, or in a tensor with the rows of q; one half or both."""
 
     def __init__(self, x: Tensor, piece: Piece) -> None:
         halves = x.unflatten(2, (1 if piece.q_clean is None else 2, -1))
@@ -71,7 +71,7 @@ class _Rows:
 class _Keys:
     """The rows of k or v that a chunk sees: clean ones, and behind them the noisy ones.
 
-    These take the place of clean rows of later chunks, which have had their turn.
+    These take the place of clean rows of later chunks, which are done.
     """
 
     def __init__(self, x: Tensor, piece: Piece) -> None:
@@ -130,7 +130,7 @@ def _fold(x: Tensor, heads: int) -> Tensor:
 def _scores(
     q: Tensor, k: Tensor, scale: float, bias: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """Those, and tanh of them over their bound; `q` is folded, and so are the results."""
+    """Scores, and tanh(scores / bound); `q` is folded, and so are the results."""
     bounded = (q @ k.mT).mul_(scale / softcap).tanh_()
     heads, rows = k.shape[1], bias.shape[-2]
     bias = bias if bias.ndim == 2 else bias.unflatten(1, (heads, -1))
@@ -224,7 +224,7 @@ def _mask(
     with_distance: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """0 or -inf, and how far apart rows and keys are if wanted; nobody writes to them."""
+    """0 or -inf, and the distances of rows and keys if asked for; cached, so never written to."""
     positions = torch.arange(-back, length, device="cpu")
     clean, noisy = positions, positions[back:]
     rows = noisy.repeat(2) if both else noisy
@@ -243,5 +243,5 @@ def _mask(
 
 
 def _within(keys: Tensor, first: Tensor, end: Tensor) -> Tensor:
-    """Which keys are from each row's first on and before its end."""
+    """Whether each key is in the range first..end-1 of each row."""
     return (keys >= first[:, None]) & (keys < end[:, None])

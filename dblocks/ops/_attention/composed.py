@@ -1,4 +1,4 @@
-"""doubled_attention out of other libraries' attention, or PyTorch's.
+"""doubled_attention made of PyTorch's attention, or another library's.
 
 Rows that do not see each other, the documents of a packed sequence or samples with padding, are
 pieces that are computed apart: of shifted causal attentions, or, where a window, a bias or a bound
@@ -49,7 +49,7 @@ def _rows_layout(like: Tensor, dtype: torch.dtype, width: int | None = None) -> 
 
 
 def _in_chunks(piece: Piece, options: Options, q: Tensor) -> bool:
-    """Whether the piece is more than causal attentions can do, or slower by them."""
+    """Whether causal attentions cannot compute the piece, or are slower."""
     narrow = options.window is not None and options.window < piece.length
     if narrow or options.softcap is not None or options.alibi_slopes is not None:
         return True
@@ -104,7 +104,7 @@ def forward_fake(q, k, v, *options):
 
 
 def _pieces(q: Tensor, k: Tensor, options: Options) -> Iterator[Piece]:
-    """Those that are not empty."""
+    """The pieces that are not empty."""
     N, T = q.shape[0], k.shape[2] // 2
     if q.numel() == 0:
         return
@@ -128,7 +128,7 @@ def _pieces(q: Tensor, k: Tensor, options: Options) -> Iterator[Piece]:
 
 
 def _ranges(N: int, T: int, options: Options) -> Iterator[tuple[slice, int, int]]:
-    # What is left out as negligible with slopes must not depend on another sample.
+    # With slopes, which terms are negligible must not depend on another sample.
     apart = options.alibi_slopes is not None
     if options.valid is not None:
         samples = enumerate(options.valid.tolist())

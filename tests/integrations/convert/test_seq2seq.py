@@ -171,7 +171,7 @@ def test_what_is_refused():
     blocks = blocks_of("t5")
     with pytest.raises(ValueError, match="must hold a tensor 'encoder_tokens'"):
         blocks.loss({"tokens": TOKENS}, 0)
-    with pytest.raises(ValueError, match="encoder_tokens must be of as many samples as tokens, 2"):
+    with pytest.raises(ValueError, match="encoder_tokens must have as many samples as tokens, 2"):
         blocks.loss({"tokens": TOKENS, "encoder_tokens": ENCODER[:1]}, 0)
     with pytest.raises(ValueError, match="'position_ids' too"):
         blocks.loss(BATCH | {"position_ids": torch.arange(T).expand(2, T)}, 0)
