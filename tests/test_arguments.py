@@ -37,7 +37,7 @@ def blocks_of_vit(**options):
 
 SKIPPED = ("kernels", "integrations", "__main__", "_C", "recipes", "testing")
 INTERFACES = {"Schedule.sample", "NextTokenNetwork.next_token_logits"}
-INTERFACES |= {"LanguageModel.next_token_logits", "Residency.visit"}
+INTERFACES |= {"LanguageModel.next_token_logits", "Residency.visit", "Visits.visit"}
 TAKERS = {
     "train_step": lambda g: train_step(
         m := blocks_of_vit(), batch(), make_optimizers(m, lm_tools.adamw), generator=g

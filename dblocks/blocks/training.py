@@ -254,8 +254,8 @@ def _check_own(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
     if others:
         raise ValueError(
             f"optimizers must hold parameters of this model alone, got {others} of {len(held)} "
-            "that it does not have: they are of another model, or a layer was replaced meanwhile, or "
-            "loaded with assign=True; call make_optimizers(model, factory) again"
+            "that it does not have: they are of another model, or a layer was replaced or loaded "
+            "with assign=True; call make_optimizers(model, factory) again"
         )
 
 

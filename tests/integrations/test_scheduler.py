@@ -167,11 +167,11 @@ def test_a_saved_pipeline_loads_its_scheduler(tmp_path):
     loaded = Pipeline.from_pretrained(tmp_path).scheduler
     assert type(loaded) is DiffusionBlocksScheduler
     assert loaded.noise_schedule == schedule
-    assert loaded.config.kind == "karras"
+    assert loaded.config.spacing == "karras"
 
 
 def test_config_round_trip(tmp_path):
-    options = {"kind": "karras", "rho": 5.0, "initial_noise": "unit_variance"}
+    options = {"spacing": "karras", "rho": 5.0, "initial_noise": "unit_variance"}
     schedule = NoiseSchedule(0.01, 30.0, -0.5, 1.5, 0.3, (2.0, 0.3))
     scheduler = DiffusionBlocksScheduler.from_schedule(schedule, **options)
     scheduler.save_pretrained(tmp_path)
@@ -280,7 +280,7 @@ def test_wrong_timesteps(arguments, message):
         ({"sigma_max": 0.001}, "sigma_max must be greater than sigma_min"),
         ({"partition": "even"}, "partition must be one of"),
         ({"spacing": "uniform"}, "spacing must be 'equal_mass' or 'karras'"),
-        ({"kind": "karras", "rho": 0.0}, "rho must be positive"),
+        ({"spacing": "karras", "rho": 0.0}, "rho must be positive"),
         ({"initial_noise": "edm"}, "initial_noise must be 'paper' or 'unit_variance'"),
     ],
 )

@@ -105,7 +105,7 @@ def test_generating_is_euler_from_noise():
     z = initial_noise((4, 3, 4, 6), schedule, generator=seeded()).to(DEVICE)
     for options, sigmas, scale in (
         ({}, schedule.steps(50), 2.0),
-        ({"num_steps": 20, "kind": "karras"}, schedule.steps(20, "karras"), 2.0),
+        ({"num_steps": 20, "spacing": "karras"}, schedule.steps(20, "karras"), 2.0),
         ({"sigmas": [80.0, 0.4, 0.01], "guidance_scale": 1.5}, [80.0, 0.4, 0.01], 1.5),
     ):
         got = generate_images(model, labels, generator=seeded(), **options)
