@@ -1,6 +1,7 @@
 """Names of the public API: exported for a reader, one word for one thing."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import re
@@ -18,6 +19,7 @@ PACKAGES = {
     for path in sorted((ROOT / "dblocks").rglob("__init__.py"))
     if "kernels" not in path.relative_to(ROOT).parts
 }
+COMMANDS = ("vit", "dit", "causal_lm", "masked_lm", "recurrent", "run", "drawing", "autoregressive")
 PAGES = "\n".join(
     path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 )
@@ -88,12 +90,12 @@ def choices(hint):
     return set().union(*map(choices, parts))
 
 
-def hints(function):
-    """Types of the arguments by their names, but for those that only type checkers know."""
-    found = {}
+def hints(function, names=None):
+    """Types of arguments or fields by their names, but for those that only type checkers know."""
+    found, names = {}, function.__globals__ if names is None else names
     for name, hint in function.__annotations__.items():
         with suppress(NameError):
-            found[name] = eval(hint, function.__globals__) if isinstance(hint, str) else hint
+            found[name] = eval(hint, names) if isinstance(hint, str) else hint
     return found
 
 
@@ -117,6 +119,12 @@ def options():
                 for name, hint in hints(function).items():
                     if name != "return" and (values := choices(hint)):
                         found[name][frozenset(values)].add(function.__qualname__)
+    for module in (importlib.import_module(f"dblocks.recipes.{name}") for name in COMMANDS):
+        for value in vars(module).values():  # flags are the fields of dataclasses
+            if isinstance(value, type) and dataclasses.is_dataclass(value):
+                for name, hint in hints(value, vars(module)).items():
+                    if values := choices(hint):
+                        found[name][frozenset(values)].add(f"{module.__name__}.{value.__name__}")
     return found
 
 
@@ -128,7 +136,7 @@ def test_one_word_is_one_option(options):
         if any(a.isdisjoint(b) for a in sets for b in sets)
     }
     assert clashes == {}
-    assert {"MaskSchedule.__init__"} == set().union(*options["kind"].values())
+    assert all("MaskSchedule" in owner for owners in options["kind"].values() for owner in owners)
 
 
 def test_one_option_is_one_word(options):
@@ -137,6 +145,10 @@ def test_one_option_is_one_word(options):
         for values in sets:
             for value in values - {"none", "auto"}:
                 words[value].add(name)
-    # Blocks are divided by the rules that levels are spaced by.
     several = {value: names for value, names in words.items() if len(names) > 1}
-    assert several == {rule: {"partition", "spacing"} for rule in ("equal_mass", "uniform")}
+    # Blocks are divided by the rules that levels are spaced by.
+    shared = {rule: {"partition", "spacing"} for rule in ("equal_mass", "uniform")}
+    # The command names a schedule by what its class calls the kind.
+    shared |= {kind: {"kind", "schedule"} for kind in ("linear", "cosine", "poly2")}
+    shared["cosine"] |= {"decay"}  # of a learning rate
+    assert several == shared
