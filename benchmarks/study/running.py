@@ -97,6 +97,17 @@ def command(study: Study, row: Row) -> str:
     return f"python -m benchmarks.study study {study.name} --rows {row.name}"
 
 
+def part_command(study: Study, row: Row) -> str:
+    """What runs a row and the others of its part that are as planned as it is."""
+    start = f"python -m benchmarks.study study {study.name}"
+    rows = [other for other in study.rows if other.part == row.part]
+    if row.planned:
+        return f"{start} --part {row.part}"
+    if any(other.planned for other in rows):
+        return f"{start} --rows {' '.join(other.name for other in rows if not other.planned)}"
+    return f"{start} --part {row.part} --all"
+
+
 def hours(found: Found, row: Row) -> float:
     """Predicted hours of one core for what a row misses, with the runs that choose its rate."""
     selection = found.selection(row).items()

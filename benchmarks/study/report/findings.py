@@ -162,8 +162,9 @@ def _how(d: Difference, quality: Quality) -> str:
     """Better, worse or not told apart, by how much, and the interval."""
     said = verdict(d, quality)
     if d.low is None or d.high is None:
-        size = f"{abs(d.mean):{quality.form}}{quality.unit}"
-        return f"{_sign(d.mean, quality)} by {size} in its only seed"
+        size = f"{abs(d.mean):{quality.form}}"
+        way = f"{'higher' if d.mean > 0 else 'lower'} by {size}{quality.unit}"
+        return f"{way if float(size) else 'the same'} in its only seed (no interval)"
     interval = f"95 % interval {d.low:+{quality.form}} to {d.high:+{quality.form}}"
     if said == "not told apart":
         size = f"{d.mean:+{quality.form}}{quality.unit}"
@@ -173,7 +174,3 @@ def _how(d: Difference, quality: Quality) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _sign(value: float, quality: Quality) -> str:
-    return "better" if (value > 0) == quality.higher_is_better else "worse"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from benchmarks.study.pages import table
 from benchmarks.study.report.finished import Finished
-from benchmarks.study.report.markdown import table
 from dblocks.recipes.columns import accuracy, bits
 from dblocks.recipes.tables import Record, percent, spread
 

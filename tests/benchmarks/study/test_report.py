@@ -74,7 +74,10 @@ def test_one_seed_gives_no_verdict(experiment):
     found = finished(experiment)
     (blocks,) = findings(found)
     assert blocks.verdict(ACCURACY) == "one seed: no interval"
-    assert "worse by 20.0 points in its only seed" in sentences(found, [blocks])[0]
+    assert (
+        "held-out accuracy lower by 20.0 points in its only seed (no interval)"
+        in sentences(found, [blocks])[0]
+    )
 
 
 @pytest.fixture
@@ -185,7 +188,7 @@ def test_pictures_are_beside_the_page(out, beside, tmp_path, monkeypatch, capsys
     drawn = []
     own = SimpleNamespace(figure=Path("docs/images/vit.png"))
     own.draw = lambda rows, path: drawn.append(path)
-    found = [SimpleNamespace(name="vit")]
+    found = [SimpleNamespace(name="vit", curve={})]
     monkeypatch.setattr(command, "EXPERIMENTS", {"vit": own})
     monkeypatch.setattr(command, "comparisons", lambda: found)
     monkeypatch.setattr(command, "of_experiment", lambda *_: SimpleNamespace(rows=[1]))
