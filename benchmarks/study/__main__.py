@@ -12,6 +12,7 @@ from benchmarks.study import (
     causal_lm,
     dit,
     dit_study,
+    further,
     layers,
     masked_lm,
     recurrent,
@@ -56,6 +57,7 @@ STUDIES: dict[str, Study] = {
         dit_study.DIGITS_STUDY,
         layers.TEXT,
         budget.STUDY,
+        *further.STUDIES,
     )
 }
 

@@ -63,7 +63,7 @@ def main_samples(record: Record) -> str:
 
 def recurrence_bits(record: Record, steps: str) -> float | None:
     """Bits of these windows with so many recurrences; None in blocks, but for one step."""
-    if not run_of(record).end_to_end and steps != "1":
+    if not record["run"]["end_to_end"] and steps != "1":
         return None
     return record["bits_by_steps"].get(steps)
 
@@ -106,7 +106,7 @@ COLUMNS = (
     *quality_columns(main_samples),
     *by_steps(
         "Samples: bits per character, by Euler steps or recurrences",
-        lambda r, n: r["scores"][n]["bits"] if n in r["scores"] else None,
+        lambda r, n: r.get("scores", {}).get(n, {}).get("bits"),
     ),
     *COST_COLUMNS,
     *COSTS,

@@ -69,6 +69,10 @@ class Finished:
     """Records by the share of the budget that they took, of some rows; see `Study`."""
     costs: Rows = field(default_factory=dict)
     """What memory techniques cost, by title."""
+    elsewhere: Set[str] = frozenset()
+    """Heads of columns that the table of an experiment on the same data has."""
+    note: str = ""
+    """What the caption of that table leaves out."""
     edges: Set[str] = frozenset()
     """Rows whose learning rate is the smallest or the largest that was tried."""
     reference: str = "end_to_end"
@@ -166,6 +170,8 @@ def finished_study(study: Study, like: Experiment | None = None) -> Finished:
     """
     found = Found(study)
     there = {row.name: found.records(row) for row in study.rows}
+    if like is not None and like.stored is not None:
+        like.stored(like.records, {row: there[row] for row in like.rows if there.get(row)})
     check_versions(study.name, [r for many in there.values() for r in many])
     compared = [row for row in study.rows if row.part != "budget" and there[row.name]]
     return Finished(
@@ -181,6 +187,8 @@ def finished_study(study: Study, like: Experiment | None = None) -> Finished:
         draw=like.draw if like else None,
         curve=_curve(study.rows, there),
         costs=_costs(study, found.there),
+        elsewhere=frozenset(column.head for column in like.columns) if like else frozenset(),
+        note=_grown(study, like, {row.title: [] for row in compared}) if like else "",
         edges={row.name for row in compared if found.at_edge(row)},
         reference=study.reference,
     )
@@ -206,15 +214,29 @@ def _beside(study: Study, like: Experiment) -> Callable[[Rows], str]:
     """The caption of an experiment, with the rates of the rows that it lacks."""
 
     def caption(rows: Rows) -> str:
-        alone = {row.title for row in study.rows if row.lrs and row.name not in like.rows}
-        if not alone & rows.keys():
-            return like.caption(rows)
-        return (
-            f"{like.caption(rows)} Rates of other methods are the best of three, or of more where "
-            "the best of these was the smallest or the largest."
-        )
+        shared = {title for title, _ in like.rows.values()}
+        known = {
+            title: records
+            for title, records in rows.items()
+            if title in shared and (like.stored is None or "scores" in records[0])
+        }
+        if not known:
+            return _caption(study)
+        return " ".join(filter(None, [like.caption(known), _grown(study, like, rows)]))
 
     return caption
+
+
+def _grown(study: Study, like: Experiment, rows: Rows) -> str:
+    """How the rates of rows were chosen that the experiment lacks."""
+    shared = {title for title, _ in like.rows.values()}
+    alone = {row.title for row in study.rows if row.lrs and row.title not in shared}
+    return (
+        "Rates of the rows that the table of every measure lacks are the best of a grid, which "
+        "grew while its best was the smallest or the largest."
+        if alone & rows.keys()
+        else ""
+    )
 
 
 def _caption(study: Study) -> str:

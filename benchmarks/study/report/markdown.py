@@ -57,6 +57,8 @@ def _methods(found: Finished) -> str:
             )
         )
     said = [found.caption(found.rows)]
+    if found.elsewhere:
+        said = ["Settings are those of the table of every measure.", *filter(None, [found.note])]
     if found.edges & found.records.keys():
         said.append(f"{EDGE.strip().capitalize()}: the smallest or the largest rate of its grid.")
     return f"{table(head, lines)}\n\n{' '.join(said)}"
@@ -77,7 +79,7 @@ def _others(found: Finished) -> str:
     columns = [
         c
         for c in found.columns
-        if c.head not in costs and c.head != found.quality.name and c.absent not in left_out
+        if c.head not in costs | found.elsewhere | {found.quality.name} and c.absent not in left_out
     ]
     lines = _lines(found.rows, columns)
     head = ("", *(c.head for c in columns))
