@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_dead_tensor_wrapper
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 
 def may_need(tensor: Tensor | None) -> bool:
@@ -15,4 +15,4 @@ def may_need(tensor: Tensor | None) -> bool:
         return False
     if tensor.requires_grad or torch.compiler.is_compiling():
         return tensor.requires_grad
-    return is_dead_tensor_wrapper(tensor)
+    return is_functorch_wrapped_tensor(tensor)
