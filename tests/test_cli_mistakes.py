@@ -156,3 +156,15 @@ def test_a_network_of_another_command_is_told_its_own(tmp_path, capsys):
     for words in (("eval", "dit"), ("sample", "dit"), ("eval", "causal-lm")):
         error = mistake(capsys, *words, "--checkpoint", str(tmp_path))
         assert f"got a ViT: use `dblocks eval vit --checkpoint {tmp_path}`" in error
+
+
+@pytest.mark.parametrize(
+    "flags", [("--device", "moon"), ("--device", "cuda:99"), ("--warmup", "2")]
+)
+def test_a_device_that_is_not_here_and_a_long_warm_up_are_named(capsys, story, tmp_path, flags):
+    out = tmp_path / "new"
+    error = mistake(capsys, *TEXT, "--data", story, "--steps", "1", "--out", str(out), *flags)
+    assert f"{flags[0]} must be" in error
+    assert flags[1] in error
+    assert len(error.splitlines()) == 1
+    assert not (out / "model.safetensors").exists()

@@ -12,6 +12,7 @@ from benchmarks.study import (
     causal_lm,
     dit,
     dit_study,
+    further,
     layers,
     masked_lm,
     recurrent,
@@ -21,12 +22,15 @@ from benchmarks.study import (
 from benchmarks.study.archive import Archive
 from benchmarks.study.costing import COSTS_PART, run_costs
 from benchmarks.study.experiment import REPORT, Experiment
+from benchmarks.study.report.curves import picture_name
 from benchmarks.study.report.documents import README, of_experiment, write_documents
+from benchmarks.study.report.figures import budget_figure
 from benchmarks.study.report.finished import Finished, finished, finished_study, score
 from benchmarks.study.report.page import write_page
 from benchmarks.study.rows import Study
 from benchmarks.study.running import QUICK, run_quick, run_study, status
 from benchmarks.study.topics.experiment import EXPERIMENT as TOPICS
+from dblocks.recipes.image_grid import save_png
 
 PAGE = Path("build/study.html")
 PICTURES = Path("docs/images")
@@ -53,6 +57,7 @@ STUDIES: dict[str, Study] = {
         dit_study.DIGITS_STUDY,
         layers.TEXT,
         budget.STUDY,
+        *further.STUDIES,
     )
 }
 
@@ -90,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rows", nargs="*", help="rows of one study, also those that are not planned"
     )
     study.add_argument("--part", help="such as methods, budget or costs; all by default")
+    study.add_argument("--all", action="store_true", help="also rows that are not planned")
     study.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     study.add_argument("--records", type=Path, help="folder of the records of one study")
     study.add_argument("--quick", action="store_true", help="minutes: a hundredth of the steps")
@@ -159,6 +165,9 @@ def _report(args: argparse.Namespace) -> None:
         rows = of_experiment(by_name[name], experiment).rows
         if rows:
             experiment.draw(rows, pictures / experiment.figure.name)
+    for one in found:
+        if one.curve:
+            save_png(budget_figure(one), pictures / picture_name(one))
     write_documents(by_name, EXPERIMENTS, STUDIES, args.results, args.readme)
     print(f"wrote {args.out}, {args.results}, {args.readme} and the pictures in {pictures}")
 
@@ -167,7 +176,7 @@ def _study(args: argparse.Namespace) -> None:
     """Runs, tries or lists the rows that were asked for."""
     for name in args.names or STUDIES:
         study = STUDIES[name]
-        names = args.rows or study.names(args.part, planned=not args.list)
+        names = args.rows or study.names(args.part, planned=not (args.list or args.all))
         rows = [study.row(row) for row in names]
         folder = args.records or (QUICK / name if args.quick else study.records)
         if args.list:

@@ -2,7 +2,7 @@
 
 A line of the curve is one run at a constant rate, with a branch at each point: there the last fifth
 of the steps cools down to 0. So the points of a line share all steps before their branches.
-`python -m benchmarks.study.budget` prints the curve of the records that are there.
+`make study-report` shows the points of the records that are there.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.study.causal_lm import EVALUATIONS
 from benchmarks.study.quality import BITS
-from benchmarks.study.rows import Found, Row, Study
+from benchmarks.study.rows import Row, Study
 from dblocks.config import json_text
 from dblocks.models.causal_lm import CausalLM
 from dblocks.recipes.autoregressive import AutoregressiveTrainer
@@ -194,25 +193,3 @@ STUDY = Study(
     columns=(*CAUSAL_LM[:2], *COSTS),
     train=train_from_branch,
 )
-
-
-def table(found: Found) -> str:
-    """The curve: bits per character of each line, by layer evaluations."""
-    readers: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
-        "end to end": ("end_to_end", bits),
-        "first block": ("blocks", bits),
-        "product": ("blocks", lambda record: record["product_bits"]),
-        "4 layers": ("small", bits),
-    }
-    lines = ["layer evaluations" + "".join(f"{head:>13}" for head in readers)]
-    for share in SHARES:
-        cells = []
-        for row, read in readers.values():
-            records = found.records(found.study.row(row if share == 1 else f"{row}_x{share}"))
-            cells.append(f"{read(records[0]):>13.3f}" if records else f"{'-':>13}")
-        lines.append(f"{EVALUATIONS * share:>17,}" + "".join(cells))
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(table(Found(STUDY)))

@@ -71,7 +71,7 @@ def main_samples(record: Record) -> str:
     Of blocks without a product those with a step for each block.
     """
     kind = "plain" if record["run"]["end_to_end"] else "product"
-    scores = record["scores"]
+    scores = record.get("scores", {})
     found = [name for name in scores if name.startswith(f"{kind}@")]
     if not found:
         return f"{record['run']['blocks']}@1"
@@ -83,9 +83,9 @@ def euler_samples(record: Record) -> str | None:
     return None if record["run"]["end_to_end"] else f"{record['run']['blocks']}@1"
 
 
-def temperature(record: Record) -> float:
-    """That of `main_samples`."""
-    return float(main_samples(record).split("@")[1])
+def temperature(record: Record) -> float | None:
+    """That of `main_samples`; None where samples are not scored."""
+    return float(main_samples(record).split("@")[1]) if "scores" in record else None
 
 
 TEMPERATURE = Column("Samples: temperature", lambda r: spread(r, temperature, ".2f"))

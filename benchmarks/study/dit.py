@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.study.experiment import Experiment
+from benchmarks.study.pages import seeds_of
 from benchmarks.study.quality import L2
 from dblocks.recipes.columns import DIT, l2_loss
 from dblocks.recipes.data.digits import NUM_CLASSES, digits
@@ -41,7 +42,6 @@ def caption(rows: Rows) -> str:
     """How the runs were made and measured, in sentences for the report."""
     first = next(iter(rows.values()))[0]
     run, found = first["run"], first["judged"]
-    seeds = ", ".join(map(str, EXPERIMENT.seeds))
     rates = ", ".join(f"{lr:g}" for lr in LRS)
     return (
         f"A DiT of {run['depth']} layers and width {run['width']}, patches of {run['patch_size']}, "
@@ -49,10 +49,10 @@ def caption(rows: Rows) -> str:
         f"batches of {run['batch_size']}, labels dropped with probability .1, AdamW with a cosine; "
         "sigma_data is the standard deviation of the training images, "
         f"{first['sigma_data']:.3f}. End to end is the same denoiser as one block of all layers. "
-        f"Mean ± sample standard deviation of seeds {seeds}. The learning rate is the best of "
-        f"{{{rates}}} by the L2 loss on a "
-        "validation split, a fifth of the training part that selection runs do not train on; they "
-        "have another seed and as many steps. It was chosen end to end, for both lines, and with "
+        f"Mean ± sample standard deviation of seeds {seeds_of(rows)}. The learning rate is the "
+        f"best of {{{rates}}} by the L2 loss on a validation split, a fifth of the training part "
+        "that selection runs do not train on; they have another seed and as many steps. It was "
+        "chosen end to end, for both lines, and with "
         f"3 blocks, for all numbers of blocks. Samples are {run['samples']} images, "
         f"{run['sampling_steps']} Euler steps on the equal-mass grid, guidance scale "
         f"{run['guidance_scale']:g}, which calls the layers twice a step; the L2 loss is in F "

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar, get_args
 
 from benchmarks.study.ablation import AblationRun
+from benchmarks.study.ensembles.runs import EnsembleDiTRun
 from benchmarks.study.quality import L2
 from benchmarks.study.rows import Row, Study
 from dblocks.recipes.columns import DIT_QUALITY, l2_loss
@@ -85,10 +86,14 @@ def end_to_end(run: Run, budget: int) -> Run:
 def final_rows(run: DiTRun, hours: float) -> list[Row]:
     """End to end, a small network, blocks, and end to end with as many samples, at the budget."""
     small = dataclasses.replace(run, depth=run.depth // 3)
+    members = EnsembleDiTRun(
+        **{**vars(run), "end_to_end": True, "steps": BUDGET * 3 // run.depth}, members=3
+    )
     blocks = dataclasses.replace(run, blocks=3, steps=BUDGET * 3 // run.depth)
     made = (
         ("end_to_end", "end to end", "end to end", end_to_end(run, BUDGET), 1),
         ("small", "a DiT of 4 layers, end to end", "small plain", end_to_end(small, BUDGET), 1),
+        ("small_ensemble", "3 DiTs of 4 layers, averaged", "small plain", members, 1),
         ("blocks", "3 blocks", METHOD, blocks, 1),
         (
             "end_to_end_3x",

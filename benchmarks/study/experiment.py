@@ -155,10 +155,17 @@ def draw_comparison(
         for name, runs in rows.items()
     ]
     every = (record for records in rows.values() for record in records)
-    blocked = next(record for record in every if not record["run"]["end_to_end"])
-    config = BlocksConfig.from_dict(blocked["blocks"])
-    figure = comparison_figure(curves, config, blocked["run"]["depth"], title, measure, panel)
+    blocked = next((record for record in every if _in_blocks(record)), None)
+    config, depth = None, 0
+    if blocked is not None:
+        config, depth = BlocksConfig.from_dict(blocked["blocks"]), blocked["run"]["depth"]
+    figure = comparison_figure(curves, config, depth, title, measure, panel)
     save_png(figure, path)
+
+
+def _in_blocks(record: Mapping[str, Any]) -> bool:
+    """Whether it is of blocks with noise ranges, which other methods have not."""
+    return not record["run"]["end_to_end"] and record["blocks"] is not None
 
 
 def record_path(folder: Path, row: str, run: Run) -> Path:

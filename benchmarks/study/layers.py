@@ -14,6 +14,7 @@ from benchmarks.study.self_conditioning import causal_lm as self_conditioned
 from dblocks.blocks import BlocksConfig
 from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.recipes.columns import CAUSAL_LM, bits
+from dblocks.recipes.masked_lm import MaskedLMRun
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.vit import ViTRun
 
@@ -43,6 +44,18 @@ class CausalLMLayersRun(CausalLMRun):
     def blocks_config(self, num_blocks: int) -> BlocksConfig:
         """How the network is cut and trained."""
         return replace(super().blocks_config(num_blocks), layers_per_block=self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopShareRun(MaskedLMRun):
+    """Train a masked language model with a share of each block's draws of all tokens masked."""
+
+    top_share: float
+    """That share."""
+
+    def blocks_config(self) -> BlocksConfig:
+        """How the network is cut and trained."""
+        return replace(super().blocks_config(), top_share=self.top_share)
 
 
 def text_rows() -> list[Row]:

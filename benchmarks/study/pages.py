@@ -40,6 +40,22 @@ def _listed(seeds: list[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
+def table(head: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table in Markdown, numbers to the right of the columns of words.
+
+    Raises:
+        ValueError: it is too wide.
+    """
+    if len(head) > WIDEST:
+        raise ValueError(f"a table must have at most {WIDEST} columns, got {len(head)}: {head}")
+    rule = "|".join(["---"] * words + ["---:"] * (len(head) - words))
+    return "\n".join([f"| {' | '.join(head)} |", f"|{rule}|", *(_line(cells) for cells in lines)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def text_tables(rows: Rows, columns: Sequence[Column]) -> list[str]:
     """`text_table` of rows, in as many tables as keep each narrow."""
     items, left_out = list(rows.items()), absent(rows, columns)

@@ -199,7 +199,7 @@ Panel = Callable[[Any, Any, int, Sequence[tuple[int, int]]], None]
 
 def comparison_figure(
     curves: Sequence[Curve],
-    config: BlocksConfig,
+    config: BlocksConfig | None,
     depth: int,
     title: str,
     measure: Measure = ACCURACY,
@@ -207,19 +207,22 @@ def comparison_figure(
 ) -> Figure:
     """Both panels side by side, for a network of `depth` layers; `save_png` writes it.
 
-    The right one is `noise_panel`, or `mask_panel` for a masked model.
+    The right one is `noise_panel`, or `mask_panel` for a masked model; without blocks there is
+    none.
     """
     figure = import_matplotlib("matplotlib.figure").Figure(
-        figsize=(12.5, 5.2), layout="constrained"
+        figsize=(6.5 if config is None else 12.5, 5.2), layout="constrained"
     )
     figure.suptitle(title, fontsize=TEXT_SIZE + 2, color=INK)
-    left, right = figure.subplots(1, 2)
-    measure_panel(left, curves, measure)
-    panel(right, config.schedule, config.num_blocks, config.layer_ranges(depth))
-    if config.top_share != "auto" and config.top_share > 0:
-        beside = f"beside {config.top_share:.0%} of its draws, at $\\sigma$ max"
-        right.set_title(f"{right.get_title()}\n{beside}")
-    for ax in (left, right):
+    panels = figure.subplots(1, 1 if config is None else 2, squeeze=False)[0]
+    measure_panel(panels[0], curves, measure)
+    if config is not None:
+        right = panels[1]
+        panel(right, config.schedule, config.num_blocks, config.layer_ranges(depth))
+        if config.top_share != "auto" and config.top_share > 0:
+            beside = f"beside {config.top_share:.0%} of its draws, at $\\sigma$ max"
+            right.set_title(f"{right.get_title()}\n{beside}")
+    for ax in panels:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=TEXT_SIZE)
         for text in (ax.title, ax.xaxis.label, ax.yaxis.label):

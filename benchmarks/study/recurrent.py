@@ -63,7 +63,7 @@ def main_samples(record: Record) -> str:
 
 def recurrence_bits(record: Record, steps: str) -> float | None:
     """Bits of these windows with so many recurrences; None in blocks, but for one step."""
-    if not run_of(record).end_to_end and steps != "1":
+    if not record["run"]["end_to_end"] and steps != "1":
         return None
     return record["bits_by_steps"].get(steps)
 
@@ -106,7 +106,7 @@ COLUMNS = (
     *quality_columns(main_samples),
     *by_steps(
         "Samples: bits per character, by Euler steps or recurrences",
-        lambda r, n: r["scores"][n]["bits"] if n in r["scores"] else None,
+        lambda r, n: r.get("scores", {}).get(n, {}).get("bits"),
     ),
     *COST_COLUMNS,
     *COSTS,
@@ -137,17 +137,21 @@ def finish(folder: Path, records: Mapping[str, Records]) -> None:
 
 def caption(rows: Rows) -> str:
     """How the runs were made and measured, in sentences for the report."""
-    records = dict(zip(ROWS, rows.values(), strict=True))
-    return f"{_training(records)} {_rates()} {_equal(records)} {_measures(records)}"
+    records = {row: rows[title] for row, (title, _) in ROWS.items() if title in rows}
+    every = [many[0] for many in records.values()]
+    parts = [_training(every[0], rows), _rates(), _layers(every[0])]
+    if {"blocks", "blocks_long", "end_to_end"} <= records.keys():
+        parts.append(_equal(records))
+    parts.append(_measures(next((r for r in every if not r["run"]["end_to_end"]), every[0])))
+    return " ".join(parts)
 
 
-def _training(records: Mapping[str, Sequence[Record]]) -> str:
-    first = records["blocks_long"][0]
+def _training(first: Record, rows: Rows) -> str:
     run, model = first["run"], first["model"]
     return (
         f"A recurrent-depth model, {model['prelude']} layers before, {model['core']} in, and "
         f"{model['coda']} after the core, of width {run['width']}, "
-        f"{text_and_training(records)}. End to end, as Huginn, a step applies the "
+        f"{text_and_training(rows)}. End to end, as Huginn, a step applies the "
         f"core about {run['mean_recurrence']} times on the average and backpropagates through the "
         f"last {run['backprop_depth']}; as a block it applies the core once, at a drawn noise "
         "level. The block has more parameters, as its core and coda have AdaLN."
@@ -159,7 +163,17 @@ def _rates() -> str:
     return (
         f"Learning rates are the best of {{{', '.join(f'{lr:g}' for lr in LRS)}}} on the tenth "
         f"before the held-out one: in runs of {', '.join(steps)} steps, in the order of the "
-        "columns; the last one takes over the rate of the column before."
+        "columns; shorter training end to end takes over the rate of end to end."
+    )
+
+
+def _layers(first: Record) -> str:
+    return (
+        "A layer evaluation is one batch of rows through one layer, whether gradients go through "
+        "it or not; in doubled rows clean and noisy ones count each, but in the prelude there are "
+        "clean ones only, and in the last layer they give keys and values only. End to end their "
+        "number is drawn, and that of the first seed. Saved activations are those of "
+        f"{first['run']['mean_recurrence']} recurrences."
     )
 
 
@@ -169,18 +183,13 @@ def _equal(records: Mapping[str, Sequence[Record]]) -> str:
     minutes = steps * seconds_per_step(blocks) / 60
     return (
         f"By the records, a step end to end takes {seconds_ratio(records):.2f} times the seconds "
-        "of a block's. A layer evaluation is one batch of rows through one layer, whether "
-        "gradients go through it or not; as a block clean and noisy rows count each, but in the "
-        "prelude there are clean ones only, and in the last layer they give keys and values only. "
-        "End to end their number is drawn, and that of the first seed. As many as end to end would "
-        f"take a block {steps:,.0f} steps, {minutes:.0f} minutes of training where a run has ten: "
-        "hence the last column, which trains end to end with about as many as the first. Saved "
-        f"activations are those of {whole[0]['run']['mean_recurrence']} recurrences."
+        "of a block's. As many layer evaluations as end to end would take a block "
+        f"{steps:,.0f} steps, {minutes:.0f} minutes of training where a run has ten: hence the row "
+        "that trains end to end with about as many as the longer block."
     )
 
 
-def _measures(records: Mapping[str, Sequence[Record]]) -> str:
-    first = records["blocks_long"][0]
+def _measures(first: Record) -> str:
     run = first["run"]
     one, measures = layers_per_character(first, 1), ", ".join(scored_by(first))
     return (

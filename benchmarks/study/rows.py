@@ -125,10 +125,10 @@ class Found:
         return self._best(source, self.rates(source))
 
     def at_edge(self, row: Row) -> bool:
-        """Whether the best learning rate is still the smallest or the largest that was tried."""
+        """Whether the best learning rate so far is the smallest or the largest that was tried."""
         source = row if row.rate_of is None else self.study.row(row.rate_of)
-        rates, best = self.rates(source), self.lr(source)
-        return best in (rates[0], rates[-1])
+        tried = self._tried(source)
+        return bool(tried) and self._best(source, tried) in (tried[0], tried[-1])
 
     def selection(self, row: Row) -> dict[Path, Run]:
         """The runs that choose the learning rate, by the path of their record."""
@@ -161,8 +161,11 @@ class Found:
         source = row if row.rate_of is None else self.study.row(row.rate_of)
         if self._best(source, source.lrs) is None:
             return None
-        tried = [r for r in self.rates(source) if self._best(source, [r]) is not None]
-        return self._best(source, tried)
+        return self._best(source, self._tried(source))
+
+    def _tried(self, source: Row) -> list[float]:
+        """The rates of the grid, ascending, whose run is there."""
+        return [rate for rate in self.rates(source) if self._best(source, [rate]) is not None]
 
     def _best(self, row: Row, rates: Sequence[float]) -> float | None:
         """The rate of the smallest error, of equal ones the smallest; None where runs miss."""

@@ -20,6 +20,7 @@ from dblocks.recipes.tables import text_table
 KEPT = Path("runs/study")  # checkpoints of runs that are under way
 EVERY = 250  # steps between two checkpoints
 QUICK = Path("runs/quick")  # records of `--quick`
+QUICK_WINDOWS = 8  # of held-out text that are scored
 QUICK_SHARE = 100  # by what its steps are divided
 
 
@@ -61,6 +62,8 @@ def run_quick(study: Study, rows: Sequence[Row], folder: Path, *, workers: int =
         )
         if hasattr(run, "samples"):
             run = dataclasses.replace(run, samples=100, sampling_steps=5)
+        if hasattr(run, "windows"):  # all of the held-out text takes longer than the training
+            run = dataclasses.replace(run, windows=QUICK_WINDOWS)
         short[folder / f"{row.name}.json"] = run
     run_missing(short, study.headline, workers)
     there = Archive(folder).load()
@@ -95,6 +98,17 @@ def status(study: Study, rows: Sequence[Row], folder: Path) -> str:
 def command(study: Study, row: Row) -> str:
     """What runs a row."""
     return f"python -m benchmarks.study study {study.name} --rows {row.name}"
+
+
+def part_command(study: Study, row: Row) -> str:
+    """What runs a row and the others of its part that are as planned as it is."""
+    start = f"python -m benchmarks.study study {study.name}"
+    rows = [other for other in study.rows if other.part == row.part]
+    if row.planned:
+        return f"{start} --part {row.part}"
+    if any(other.planned for other in rows):
+        return f"{start} --rows {' '.join(other.name for other in rows if not other.planned)}"
+    return f"{start} --part {row.part} --all"
 
 
 def hours(found: Found, row: Row) -> float:

@@ -57,7 +57,7 @@ def score(name: str, key: Callable[[Record], str | None]) -> Callable[[Record], 
 
     def of(record: Record) -> float | None:
         of_samples = key(record)
-        found = None if of_samples is None else record["scores"].get(of_samples)
+        found = None if of_samples is None else record.get("scores", {}).get(of_samples)
         return None if found is None else found.get(name)
 
     return of

@@ -44,6 +44,10 @@ class ImageModelConfig(JsonConfig):
         for name in ("channels", "patch_size", "width", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(
+                f"width must be a multiple of heads, got {self.width} and {self.heads}"
+            )
         if not 1 <= self.width * self.mlp_ratio < math.inf:
             raise ValueError(
                 f"mlp_ratio must leave the MLP a finite width of at least 1, got {self.mlp_ratio}"

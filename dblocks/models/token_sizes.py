@@ -54,6 +54,10 @@ class TokenModelConfig(JsonConfig):
                 "width must be an even multiple of heads, which rotary positions need, "
                 f"got {self.width} and {self.heads}"
             )
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}"
+            )
 
     @property
     def hidden_dim(self) -> int:

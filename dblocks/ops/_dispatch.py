@@ -18,7 +18,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from dblocks.ops import _extension, _flops
+from dblocks.ops import _extension, _flops, _gradients
 
 Impl = Literal["auto", "reference", "triton", "cpp"]
 Norm = Literal["layer", "rms"]
@@ -162,7 +162,7 @@ def check_triton_rows(x: Tensor, op: str) -> None:
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether one of the tensors may need a gradient; if not, autograd is skipped."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(_gradients.may_need(t) for t in tensors)
 
 
 _fitting: set[Any] = set()  # layouts of valid arguments; cleared when it grows large

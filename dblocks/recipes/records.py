@@ -16,7 +16,7 @@ from dblocks.info import environment
 from dblocks.recipes.costs import LayerCounter, memory
 from dblocks.recipes.keeping import Keeper, Keeping, Progress
 from dblocks.recipes.progress import progress_bar
-from dblocks.recipes.run import Run
+from dblocks.recipes.run import Run, check_device
 from dblocks.recipes.trainer import Trainer
 from dblocks.scale import Stop
 
@@ -58,6 +58,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM came, and there is a checkpoint.
     """
     where = environment()  # of the code that runs, even if something is committed meanwhile
+    check_device(run.device)
     trainer = run.trainer()
     trainer.place(mesh)
     alone = run.block is not None

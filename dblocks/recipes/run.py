@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from dblocks.blocks import Weighting
 from dblocks.blocks.config import Shared
 from dblocks.config import JsonConfig, check_block, check_count, check_finite
@@ -33,6 +35,17 @@ def check_seed(seed: int) -> None:
     """Raises ValueError unless PyTorch's generators take this seed, also with BLOCK_SEED added."""
     if not 0 <= seed < SEED_END:
         raise ValueError(f"seed must be at least 0 and less than 2**63, got {seed}")
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError unless tensors can be made on the device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be one that PyTorch has here, such as cpu, got {device!r}: {reason}"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +129,8 @@ class Run(JsonConfig, ABC):
                 check_finite(field.name, value)
         if not 0 <= self.lr_end <= self.lr:
             raise ValueError(f"lr_end must be between 0 and lr {self.lr}, got {self.lr_end}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup must be a share of the steps, in [0, 1], got {self.warmup}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema must be at least 0 and less than 1, got {self.ema}")
         if self.clip <= 0:

@@ -130,7 +130,7 @@ def next_token_nll(
     Raises:
         TypeError: `model` is not one of these.
         ValueError: `num_steps` is above 1 for blocks or for a plain `CausalLM`; or there is no
-            text.
+            text, or one token only.
     """
     model = unwrapped(model)
     check_generator(generator)
@@ -192,7 +192,7 @@ def product_nll(
     Raises:
         TypeError: `model` is no `DiffusionBlocks` of a language model.
         ValueError: blocks after the first one never saw sigma_max in training; or there is no
-            text.
+            text, or one token only.
     """
     model = _blocks(model)
     texts = _texts(tokens, attention_mask, cond, _block_size(model))
@@ -239,7 +239,7 @@ def denoising_bound(
 
     Raises:
         TypeError: `model` is no `DiffusionBlocks` of a language model.
-        ValueError: `draws` is less than 2, or there is no text.
+        ValueError: `draws` is less than 2, or there is no text, or one token only.
     """
     model = _blocks(model)
     if check_count("draws", draws) < 2:
@@ -276,6 +276,11 @@ def _texts(
     tokens: Tensor, attention_mask: Tensor | None, cond: dict[str, Any], block_size: int = 1
 ) -> Texts:
     check_some_texts(tokens)
+    if isinstance(tokens, Tensor) and tokens.ndim == 2 and tokens.shape[1] == 1:
+        raise ValueError(
+            "tokens must be at least 2 long, as the first of a text is given and none is scored, "
+            "got 1; leave such texts out"
+        )
     if attention_mask is None:
         return Texts(tokens, None, None, cond)
     if cond.get("cu_seqlens") is not None:

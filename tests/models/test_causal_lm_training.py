@@ -138,7 +138,7 @@ def test_an_empty_batch():
         ({"gate_init": -1.0}, "gate_init must be a finite number >= 0, got -1.0"),
         ({"heads": 5}, "width must be an even multiple of heads, .* got 16 and 5"),
         ({"heads": 16, "kv_heads": 1}, "width must be an even multiple of heads, .* got 16 and 16"),
-        ({"kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ({"kv_heads": 3}, "heads must be a multiple of kv_heads, got 4 and 3"),
         ({"conditioning": "film"}, "conditioning must be one of .*, got 'film'"),
     ],
 )

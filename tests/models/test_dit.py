@@ -242,7 +242,7 @@ def test_the_exact_denoiser_is_the_optimum_of_every_block():
         ({"num_classes": -1}, "num_classes must not be negative, got -1"),
         ({"label_drop": 1.0}, r"label_drop must be in \[0, 1\), got 1.0"),
         ({"gate_init": -1.0}, r"gate_init must be a finite number >= 0, got -1.0"),
-        ({"heads": 5}, "dim must be a multiple of num_heads, got 24 and 5"),
+        ({"heads": 5}, "width must be a multiple of heads, got 24 and 5"),
         ({"conditioning": "none"}, r"one of \('dit', 'official'\), got 'none'; a denoiser must"),
     ],
 )

@@ -210,7 +210,7 @@ def test_the_classical_vit_has_no_modulation():
         ({"mlp_ratio": 0}, "mlp_ratio must leave the MLP a finite width of at least 1, got 0"),
         ({"image_drop": 1.0}, r"image_drop must be in \[0, 1\), got 1.0"),
         ({"gate_init": -1.0}, r"gate_init must be a finite number >= 0, got -1.0"),
-        ({"heads": 5}, "dim must be a multiple of num_heads, got 24 and 5"),
+        ({"heads": 5}, "width must be a multiple of heads, got 24 and 5"),
         ({"conditioning": "film"}, "conditioning must be one of .*, got 'film'"),
     ],
 )

@@ -70,5 +70,7 @@ def _measures(found: Finished, experiment: Experiment) -> str:
 def of_experiment(found: Finished, experiment: Experiment) -> Finished:
     """The rows of an experiment, also where a study on the same data has more."""
     records = {row: found.records[row] for row in experiment.rows if row in found.records}
+    if experiment.stored is not None:
+        records = experiment.stored(experiment.records, records)
     titles = {row: title for row, (title, _) in experiment.rows.items()}
     return dataclasses.replace(found, records=records, titles=titles, columns=experiment.columns)

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.report.curves import lines_of
 from benchmarks.study.report.finished import Finished
 from dblocks.recipes.image_grid import INK, TEXT_SIZE, import_matplotlib
 from dblocks.recipes.tables import mean
@@ -43,38 +44,43 @@ def memory_picture(found: Finished) -> str:
     ax.set_xlabel("saved activations of a step (MiB)", fontsize=TEXT_SIZE)
     ax.set_ylabel(quality.axis, fontsize=TEXT_SIZE)
     ax.set_title("Quality against memory", fontsize=TEXT_SIZE, color=INK)
-    return _svg(figure, ax)
+    _dress(ax)
+    return _svg(figure)
 
 
 def budget_picture(found: Finished) -> str:
-    """Quality against the budget of layer evaluations, a line a row, as SVG."""
+    """`budget_figure` as SVG."""
+    return _svg(budget_figure(found))
+
+
+def budget_figure(found: Finished) -> Any:
+    """Quality against the budget of layer evaluations, a line a row, dashed that of products."""
     quality = found.quality
     figure = import_matplotlib("matplotlib.figure").Figure(figsize=(6.4, 4.2), layout="constrained")
     ax = figure.subplots()
-    for number, (row, line) in enumerate(found.curve.items()):
+    rows = list(found.curve)
+    for line in lines_of(found):
+        number = rows.index(line.row)
+        evaluations, values = zip(*line.points.values(), strict=True)
         ax.plot(
-            [records[0]["layer_evaluations"] for records in line.values()],
-            [quality.value(records[0]) for records in line.values()],
-            f"{MARKERS[number]}-", color=COLORS[number], label=found.titles[row],
+            evaluations, values, f"{MARKERS[number]}{'--' if line.of_product else '-'}",
+            color=COLORS[number], label=line.title,
         )  # fmt: skip
-        products = [records[0].get("product_bits") for records in line.values()]
-        if None not in products:
-            ax.plot(
-                [records[0]["layer_evaluations"] for records in line.values()], products,
-                f"{MARKERS[number]}--", color=COLORS[number],
-                label=f"{found.titles[row]}, their product",
-            )  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_xlabel("layer evaluations in training (one seed)", fontsize=TEXT_SIZE)
     ax.set_ylabel(quality.axis, fontsize=TEXT_SIZE)
     ax.set_title("Quality against compute", fontsize=TEXT_SIZE, color=INK)
-    return _svg(figure, ax)
+    _dress(ax)
+    return figure
 
 
-def _svg(figure: Any, ax: Any) -> str:
+def _dress(ax: Any) -> None:
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=TEXT_SIZE - 4, framealpha=0.8, edgecolor="none")
+
+
+def _svg(figure: Any) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()

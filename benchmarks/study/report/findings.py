@@ -9,6 +9,7 @@ from benchmarks.study.experiment import Records
 from benchmarks.study.quality import Quality
 from benchmarks.study.report.finished import Finished
 from dblocks.recipes.metrics.differences import Difference, paired_difference
+from dblocks.recipes.tables import Record
 
 END_TO_END = "end_to_end"
 SAME = 0.02  # what layer evaluations that are called equal may differ by
@@ -81,6 +82,7 @@ def sentences(found: Finished, all_findings: Sequence[Finding]) -> list[str]:
     """What a comparison shows, a sentence a row, and what it does not."""
     quality = found.quality
     lines = [_sentence(f, quality, found.titles[found.reference]) for f in all_findings]
+    lines += _products(found)
     lines += [
         line
         for line in (_depth(found), _between(found, "blocks", "small"), _noise(found))
@@ -96,9 +98,27 @@ def sentences(found: Finished, all_findings: Sequence[Finding]) -> list[str]:
     return lines
 
 
-def difference_between(found: Finished, row: str, other: str) -> Difference | None:
-    """The quality of a row minus that of another, paired by seed; None where they share none."""
-    value = found.quality.value
+def by_product(record: Record) -> float | None:
+    """Bits by the product of all blocks; None where it was not measured."""
+    return record.get("product_bits")
+
+
+def difference_between(
+    found: Finished, row: str, other: str, *, product: bool = False
+) -> Difference | None:
+    """The quality of a row minus that of another, paired by seed; None where they share none.
+
+    Args:
+        found: the comparison.
+        row: of it.
+        other: the row that is subtracted.
+        product: take the product of blocks where it was measured.
+    """
+
+    def value(record: Record) -> float:
+        of_product = by_product(record) if product else None
+        return found.quality.value(record) if of_product is None else of_product
+
     ours, theirs = (
         {record["run"]["seed"]: value(record) for record in found.records.get(name, [])}
         for name in (row, other)
@@ -107,6 +127,25 @@ def difference_between(found: Finished, row: str, other: str) -> Difference | No
     if not seeds:
         return None
     return paired_difference([ours[s] for s in seeds], [theirs[s] for s in seeds])
+
+
+def _products(found: Finished) -> list[str]:
+    """How products of blocks stand beside the reference, where they are beside the quality."""
+    lines = []
+    for row, records in found.records.items():
+        d = difference_between(found, row, found.reference, product=True)
+        if row != found.reference and d is not None and by_product(records[0]) is not None:
+            lines.append(
+                f"{_capital(found.titles[row])} by their product, beside "
+                f"{found.titles[found.reference]}: {found.quality.name} {_how(d, found.quality)}."
+            )
+    return lines
+
+
+def _named(found: Finished, row: str) -> str:
+    """The title of a row, and whether it is judged by a product."""
+    by = " by their product" if by_product(found.records[row][0]) is not None else ""
+    return f"{found.titles[row]}{by}"
 
 
 def _depth(found: Finished) -> str | None:
@@ -124,16 +163,19 @@ def _depth(found: Finished) -> str | None:
 
 
 def _between(found: Finished, row: str, other: str) -> str | None:
-    d = difference_between(found, row, other)
+    d = difference_between(found, row, other, product=True)
     if d is None:
         return None
-    titles, quality = found.titles, found.quality
-    return f"{_capital(titles[row])}, beside {titles[other]}: {quality.name} {_how(d, quality)}."
+    quality = found.quality
+    return (
+        f"{_capital(_named(found, row))}, beside {found.titles[other]}: {quality.name} "
+        f"{_how(d, quality)}."
+    )
 
 
 def _noise(found: Finished) -> str | None:
     """Whether blocks gain by noisy targets: beside the same blocks without."""
-    d = difference_between(found, "blocks", "ensemble")
+    d = difference_between(found, "blocks", "ensemble", product=True)
     if d is None:
         return None
     words = {
@@ -142,8 +184,8 @@ def _noise(found: Finished) -> str | None:
         "not told apart": "whether the noise brings anything is not shown",
     }.get(verdict(d, found.quality), "one seed does not tell what the noise brings")
     return (
-        "Blocks that see noisy targets, beside the same blocks without them (all draws at "
-        f"sigma_max): {found.quality.name} {_how(d, found.quality)}: {words}."
+        f"{_capital(_named(found, 'blocks'))} with noisy targets, beside the same blocks without "
+        f"them (all draws at sigma_max): {found.quality.name} {_how(d, found.quality)}: {words}."
     )
 
 
@@ -162,8 +204,9 @@ def _how(d: Difference, quality: Quality) -> str:
     """Better, worse or not told apart, by how much, and the interval."""
     said = verdict(d, quality)
     if d.low is None or d.high is None:
-        size = f"{abs(d.mean):{quality.form}}{quality.unit}"
-        return f"{_sign(d.mean, quality)} by {size} in its only seed"
+        size = f"{abs(d.mean):{quality.form}}"
+        way = f"{'higher' if d.mean > 0 else 'lower'} by {size}{quality.unit}"
+        return f"{way if float(size) else 'the same'} in its only seed (no interval)"
     interval = f"95 % interval {d.low:+{quality.form}} to {d.high:+{quality.form}}"
     if said == "not told apart":
         size = f"{d.mean:+{quality.form}}{quality.unit}"
@@ -173,7 +216,3 @@ def _how(d: Difference, quality: Quality) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _sign(value: float, quality: Quality) -> str:
-    return "better" if (value > 0) == quality.higher_is_better else "worse"

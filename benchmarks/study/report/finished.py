@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from benchmarks.study.costing import SPARED, record_name
 from benchmarks.study.experiment import Experiment, Records, record_path
 from benchmarks.study.quality import Quality
 from benchmarks.study.rows import Found, Row, Study
-from benchmarks.study.running import command, hours
+from benchmarks.study.running import hours, part_command
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import Column, Rows
 
@@ -23,15 +23,27 @@ SAME_FIGURES = ({"0.1", "0.2"},)
 
 @dataclass(frozen=True)
 class Missing:
-    """A row without records."""
+    """What a row lacks."""
 
     title: str
+    begun: bool
+    """Whether some of its seeds are there."""
     runs: int
-    """How many: to choose the rate, and of the final seeds."""
+    """How many: to choose its own rate, and of the final seeds."""
     hours: float | None
     """Of one core, predicted by the rows that ran; None where none did."""
     command: str
-    """What runs it."""
+    """What runs it, with the other rows of its part."""
+    part: str = ""
+    """Of a study."""
+
+
+def by_command(missing: Sequence[Missing]) -> list[tuple[str, list[Missing]]]:
+    """What one command runs together."""
+    groups: dict[str, list[Missing]] = {}
+    for one in missing:
+        groups.setdefault(one.command, []).append(one)
+    return [*groups.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +69,12 @@ class Finished:
     """Records by the share of the budget that they took, of some rows; see `Study`."""
     costs: Rows = field(default_factory=dict)
     """What memory techniques cost, by title."""
+    elsewhere: Set[str] = frozenset()
+    """Heads of columns that the table of an experiment on the same data has."""
+    note: str = ""
+    """What the caption of that table leaves out."""
+    edges: Set[str] = frozenset()
+    """Rows whose learning rate is the smallest or the largest that was tried."""
     reference: str = "end_to_end"
     """The row that others are compared with."""
 
@@ -79,7 +97,7 @@ def finished(experiment: Experiment) -> Finished:
         scored = experiment.stored(experiment.records, records)
         # Samples without scores are in no table yet.
         for row in [row for row in records if row not in scored]:
-            missing[row] = experiment.final_runs(row, 1.0)[len(records[row]) :]
+            missing.setdefault(row, [])
         records = scored
     check_versions(experiment.name, [r for many in records.values() for r in many])
     titles = {row: title for row, (title, _) in experiment.rows.items()}
@@ -91,7 +109,10 @@ def finished(experiment: Experiment) -> Finished:
         kinds={row: type(run) for row, (_, run) in experiment.rows.items()},
         seeds=dict.fromkeys(experiment.rows, len(experiment.seeds)),
         records=records,
-        missing=[Missing(titles[r], len(m), _hours(m, pace), how) for r, m in missing.items()],
+        missing=[
+            Missing(titles[row], row in records, len(runs), _hours(runs, pace), how)
+            for row, runs in missing.items()
+        ],
         quality=experiment.quality,
         columns=experiment.columns,
         caption=experiment.caption,
@@ -114,22 +135,30 @@ def score(experiment: Experiment) -> None:
 def _rows(
     experiment: Experiment, there: Mapping[str, Any]
 ) -> tuple[dict[str, Records], dict[str, Sequence[Run]]]:
-    """The final records by row, and the runs of rows that have none."""
+    """The final records by row, and the runs that rows lack, without those that choose a rate
+    they take over."""
     records: dict[str, Records] = {}
     missing: dict[str, Sequence[Run]] = {}
     for row in experiment.rows:
         source = experiment.rates_of.get(row, row)
-        tried = _found(experiment, source, experiment.selection_runs(source), there)
-        if len(tried) < len(experiment.lrs):
-            missing[row] = [*experiment.selection_runs(source), *experiment.final_runs(row, 1.0)]
+        selection = experiment.selection_runs(source)
+        tried = _found(experiment, source, selection, there)
+        if len(tried) < len(selection):
+            own = _not_there(experiment, row, selection, there) if source == row else []
+            missing[row] = [*own, *experiment.final_runs(row, 1.0)]
             continue
         runs = experiment.final_runs(row, experiment.chosen_lr(tried))
-        found = _found(experiment, row, runs, there)
-        if found:
+        if found := _found(experiment, row, runs, there):
             records[row] = found
-        else:
-            missing[row] = runs
+        if lacking := _not_there(experiment, row, runs, there):
+            missing[row] = lacking
     return records, missing
+
+
+def _not_there(
+    experiment: Experiment, row: str, runs: Sequence[Run], there: Mapping[str, Any]
+) -> list[Run]:
+    return [run for run in runs if record_path(experiment.records, row, run).stem not in there]
 
 
 def finished_study(study: Study, like: Experiment | None = None) -> Finished:
@@ -141,6 +170,8 @@ def finished_study(study: Study, like: Experiment | None = None) -> Finished:
     """
     found = Found(study)
     there = {row.name: found.records(row) for row in study.rows}
+    if like is not None and like.stored is not None:
+        like.stored(like.records, {row: there[row] for row in like.rows if there.get(row)})
     check_versions(study.name, [r for many in there.values() for r in many])
     compared = [row for row in study.rows if row.part != "budget" and there[row.name]]
     return Finished(
@@ -149,13 +180,16 @@ def finished_study(study: Study, like: Experiment | None = None) -> Finished:
         kinds={row.name: type(row.run) for row in study.rows},
         seeds={row.name: len(row.seeds) for row in study.rows},
         records={row.name: there[row.name] for row in compared},
-        missing=[_missing(found, row) for row in study.rows if not there[row.name]],
+        missing=[_missing(found, row) for row in study.rows if found.missing(row)],
         quality=study.quality,
         columns=study.columns,
-        caption=like.caption if like else lambda rows: _caption(study),
+        caption=_beside(study, like) if like else lambda rows: _caption(study),
         draw=like.draw if like else None,
         curve=_curve(study.rows, there),
         costs=_costs(study, found.there),
+        elsewhere=frozenset(column.head for column in like.columns) if like else frozenset(),
+        note=_grown(study, like, {row.title: [] for row in compared}) if like else "",
+        edges={row.name for row in compared if found.at_edge(row)},
         reference=study.reference,
     )
 
@@ -174,6 +208,35 @@ def check_versions(name: str, records: Records) -> None:
             f"the records of {name} must be of one version of torch, got "
             f"{', '.join(sorted(torches))}; run the older rows again"
         )
+
+
+def _beside(study: Study, like: Experiment) -> Callable[[Rows], str]:
+    """The caption of an experiment, with the rates of the rows that it lacks."""
+
+    def caption(rows: Rows) -> str:
+        shared = {title for title, _ in like.rows.values()}
+        known = {
+            title: records
+            for title, records in rows.items()
+            if title in shared and (like.stored is None or "scores" in records[0])
+        }
+        if not known:
+            return _caption(study)
+        return " ".join(filter(None, [like.caption(known), _grown(study, like, rows)]))
+
+    return caption
+
+
+def _grown(study: Study, like: Experiment, rows: Rows) -> str:
+    """How the rates of rows were chosen that the experiment lacks."""
+    shared = {title for title, _ in like.rows.values()}
+    alone = {row.title for row in study.rows if row.lrs and row.title not in shared}
+    return (
+        "Rates of the rows that the table of every measure lacks are the best of a grid, which "
+        "grew while its best was the smallest or the largest."
+        if alone & rows.keys()
+        else ""
+    )
 
 
 def _caption(study: Study) -> str:
@@ -196,9 +259,10 @@ def _taken_over(study: Study) -> str:
 
 
 def _missing(found: Found, row: Row) -> Missing:
-    source = found.study.row(row.rate_of) if row.rate_of else row
-    runs = len(row.seeds) + sum(p.stem not in found.there for p in found.selection(source))
-    return Missing(row.title, runs, hours(found, row), command(found.study, row))
+    left = found.missing(row)
+    runs = left + sum(path.stem not in found.there for path in found.selection(row))
+    begun, how = left < len(row.seeds), part_command(found.study, row)
+    return Missing(row.title, begun, runs, hours(found, row), how, row.part)
 
 
 def _curve(rows: Sequence[Row], there: Mapping[str, Records]) -> dict[str, dict[float, Records]]:
@@ -207,8 +271,10 @@ def _curve(rows: Sequence[Row], there: Mapping[str, Records]) -> dict[str, dict[
     for row in rows:
         if row.part != "budget" or row.rate_of is None or not there[row.name]:
             continue
-        # The points are runs of the first seed.
-        line = curve.setdefault(row.rate_of, {1.0: there[row.rate_of][:1]})
+        # The points are runs of one seed.
+        seed = there[row.name][0]["run"]["seed"]
+        whole = [record for record in there[row.rate_of] if record["run"]["seed"] == seed]
+        line = curve.setdefault(row.rate_of, {1.0: whole} if whole else {})
         line[float(row.name.rsplit("_x", 1)[1])] = there[row.name]
     return {row: dict(sorted(line.items())) for row, line in curve.items()}
 

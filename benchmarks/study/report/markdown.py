@@ -5,45 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.study.costing import COLUMNS as COST_COLUMNS
-from benchmarks.study.pages import WIDEST
+from benchmarks.study.pages import table
+from benchmarks.study.report.curves import curve_block
 from benchmarks.study.report.findings import Finding, findings, sentences
-from benchmarks.study.report.finished import Finished, Missing
+from benchmarks.study.report.finished import Finished, Missing, by_command
 from benchmarks.study.report.planned import Compared
 from dblocks.recipes.tables import COSTS, Column, Rows, absent, mean, spread
 
 LEFT_OUT = ("seconds per step",)  # of the memory techniques: the ratio tells more
+EDGE = " (edge)"
 PUBLISHED = "Figures that others published are on [another page](paper.md), never in these tables."
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A table in Markdown, numbers to the right of the columns of words.
-
-    Raises:
-        ValueError: it is too wide.
-    """
-    if len(head) > WIDEST:
-        raise ValueError(f"a table must have at most {WIDEST} columns, got {len(head)}: {head}")
-    rule = "|".join(["---"] * words + ["---:"] * (len(head) - words))
-    return "\n".join([f"| {' | '.join(head)} |", f"|{rule}|", *(_line(cells) for cells in lines)])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def study_block(found: Finished) -> str:
     """A study: rows beside the reference, other measures, memory, what is missing, and words."""
+    said = sentences(found, findings(found)) if found.records else []
+    listed = "\n".join(f"- {sentence}" for sentence in said)
     parts = [
         _methods(found) if found.records else "",
         _others(found),
+        curve_block(found),
         _techniques(found),
+        f"What this shows and what it does not:\n\n{listed}" if said else "",
         not_run(found.missing),
     ]
-    said = sentences(found, findings(found)) if found.records else []
-    if said:
-        parts.append(
-            "What this shows and what it does not:\n\n" + "\n".join(f"- {s}" for s in said)
-        )
     return "\n\n".join(part for part in [*parts, PUBLISHED] if part)
 
 
@@ -51,8 +36,8 @@ def _methods(found: Finished) -> str:
     quality = found.quality
     reference = found.titles.get(found.reference, "end to end")
     head = (
-        "", quality.axis, f"minus {reference} [95 %]", "layer evaluations",
-        "saved activations, MiB", "state of a step, MiB", "seconds", "seeds",
+        "", quality.axis, f"minus {reference} [95 %]", "learning rate", "layer evaluations",
+        "activations + state of a step, MiB", "seconds", "seeds",
     )  # fmt: skip
     beside = {finding.row: finding for finding in findings(found)}
     lines = []
@@ -64,14 +49,19 @@ def _methods(found: Finished) -> str:
                 found.titles[row],
                 spread(records, quality.value, quality.form),
                 _difference(beside.get(row), quality.form),
+                f"{first['run']['lr']:g}{EDGE if row in found.edges else ''}",
                 f"{first['layer_evaluations']:,}",
-                f"{first['activations_mib']:.1f}",
-                f"{first['state_mib']:.1f}",
+                f"{first['activations_mib']:.1f} + {first['state_mib']:.1f}",
                 f"{mean(records, 'seconds'):.0f}",
                 str(seeds) if seeds == wanted else f"{seeds} of {wanted}",
             )
         )
-    return f"{table(head, lines)}\n\n{found.caption(found.rows)}"
+    said = [found.caption(found.rows)]
+    if found.elsewhere:
+        said = ["Settings are those of the table of every measure.", *filter(None, [found.note])]
+    if found.edges & found.records.keys():
+        said.append(f"{EDGE.strip().capitalize()}: the smallest or the largest rate of its grid.")
+    return f"{table(head, lines)}\n\n{' '.join(said)}"
 
 
 def _difference(finding: Finding | None, form: str) -> str:
@@ -89,7 +79,7 @@ def _others(found: Finished) -> str:
     columns = [
         c
         for c in found.columns
-        if c.head not in costs and c.head != found.quality.name and c.absent not in left_out
+        if c.head not in costs | found.elsewhere | {found.quality.name} and c.absent not in left_out
     ]
     lines = _lines(found.rows, columns)
     head = ("", *(c.head for c in columns))
@@ -116,15 +106,20 @@ def _techniques(found: Finished) -> str:
 
 
 def not_run(missing: Sequence[Missing]) -> str:
-    """Rows without records, with what runs them."""
-    if not missing:
-        return ""
-    lines = [
-        (m.title, str(m.runs), "-" if m.hours is None else f"{m.hours:.2f}", f"`{m.command}`")
-        for m in missing
-    ]
-    head = ("defined, not run", "runs", "predicted core-hours", "command")
-    return table(head, lines)
+    """What rows lack, a line for each command that runs some of them."""
+    head = ("not run yet", "runs", "predicted core-hours", "command")
+    lines = [(*not_run_cells(group), f"`{command}`") for command, group in by_command(missing)]
+    return table(head, lines) if lines else ""
+
+
+def not_run_cells(group: Sequence[Missing]) -> tuple[str, str, str]:
+    """What the rows of one command are, their runs and their hours."""
+    begun = sum(one.begun for one in group)
+    more = f"more seeds of {begun} {'row' if begun == 1 else 'rows'}"
+    what = "; ".join([one.title for one in group if not one.begun] + [more] * (begun > 0))
+    part, known = group[0].part, [one.hours for one in group if one.hours is not None]
+    hours = f"{sum(known):.1f}" if len(known) == len(group) else "-"
+    return f"{part}: {what}" if part else what, str(sum(one.runs for one in group)), hours
 
 
 def memory_block(rows: Sequence[tuple[str, Compared]]) -> str:

@@ -11,7 +11,8 @@ from benchmarks.study.experiment import provenance
 from benchmarks.study.pages import text_tables
 from benchmarks.study.report.figures import budget_picture, comparison_picture, memory_picture
 from benchmarks.study.report.findings import Finding, findings, sentences
-from benchmarks.study.report.finished import Finished
+from benchmarks.study.report.finished import Finished, by_command
+from benchmarks.study.report.markdown import not_run_cells
 from dblocks.checkpoint import replacing
 from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.tables import absent
@@ -160,11 +161,10 @@ def _published() -> str:
 def _not_run(found: Sequence[Finished]) -> str:
     rows = []
     for f in found:
-        for missing in f.missing:
-            hours = "-" if missing.hours is None else f"{missing.hours:.1f}"
-            cells = (f.name, missing.title, missing.runs, hours, missing.command)
-            rows.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells))
-    head = ("comparison", "row", "runs", "predicted core-hours", "command")
+        for command, group in by_command(f.missing):
+            cells = (f.name, *not_run_cells(group), command)
+            rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+    head = ("comparison", "rows", "runs", "predicted core-hours", "command")
     cells = "".join(f"<th>{h}</th>" for h in head)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<h2 id='not-run'>Defined, not run</h2><table><tr>{cells}</tr>{body}</table>"
+    return f"<h2 id='not-run'>Not run yet</h2><table><tr>{cells}</tr>{body}</table>"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from benchmarks.study.pages import table
 from benchmarks.study.report.finished import Finished
-from benchmarks.study.report.markdown import table
 from dblocks.recipes.columns import accuracy, bits
 from dblocks.recipes.tables import Record, percent, spread
 
@@ -108,9 +108,18 @@ def _plain(comparisons: Mapping[str, Finished]) -> str:
     pays = "Depth does not pay yet: " if all(better) else ""
     mean_accuracy = 100 * sum(map(accuracy, small[0])) / len(small[0])
     mean_bits = sum(map(bits, small[1])) / len(small[1])
-    return (
+    said = (
         f"{pays}4 plain layers, at as many layer evaluations, reach {mean_accuracy:.1f} % as a "
-        f"ViT and {mean_bits:.3f} bits as a\ncausal LM."
+        f"ViT and {mean_bits:.3f} bits as a\ncausal LM"
+    )
+    alone = [found.records.get("ensemble") for found in (vit, lm)]
+    if alone[0] is None or alone[1] is None:
+        return f"{said}."
+    of_classes = 100 * sum(map(accuracy, alone[0])) / len(alone[0])
+    of_tokens = sum(map(_product, alone[1])) / len(alone[1])
+    return (
+        f"{said}; blocks without noisy targets, an ensemble "
+        f"([why](docs/text.md#when-blocks-pay-off)), {of_classes:.1f} %\nand {of_tokens:.3f} bits."
     )
 
 

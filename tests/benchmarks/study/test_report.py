@@ -9,11 +9,13 @@ import pytest
 
 from benchmarks.study import __main__ as command
 from benchmarks.study import vit
-from benchmarks.study.__main__ import comparisons, main
+from benchmarks.study.__main__ import EXPERIMENTS, STUDIES, comparison, comparisons, main
 from benchmarks.study.experiment import Experiment, record_path
 from benchmarks.study.quality import ACCURACY, BITS
+from benchmarks.study.report.documents import _measures, of_experiment
 from benchmarks.study.report.findings import findings, sentences
 from benchmarks.study.report.finished import check_versions, finished
+from benchmarks.study.report.markdown import study_block
 from benchmarks.study.report.page import write_page
 from dblocks.recipes.records import write_record
 
@@ -74,7 +76,10 @@ def test_one_seed_gives_no_verdict(experiment):
     found = finished(experiment)
     (blocks,) = findings(found)
     assert blocks.verdict(ACCURACY) == "one seed: no interval"
-    assert "worse by 20.0 points in its only seed" in sentences(found, [blocks])[0]
+    assert (
+        "held-out accuracy lower by 20.0 points in its only seed (no interval)"
+        in sentences(found, [blocks])[0]
+    )
 
 
 @pytest.fixture
@@ -185,7 +190,7 @@ def test_pictures_are_beside_the_page(out, beside, tmp_path, monkeypatch, capsys
     drawn = []
     own = SimpleNamespace(figure=Path("docs/images/vit.png"))
     own.draw = lambda rows, path: drawn.append(path)
-    found = [SimpleNamespace(name="vit")]
+    found = [SimpleNamespace(name="vit", curve={})]
     monkeypatch.setattr(command, "EXPERIMENTS", {"vit": own})
     monkeypatch.setattr(command, "comparisons", lambda: found)
     monkeypatch.setattr(command, "of_experiment", lambda *_: SimpleNamespace(rows=[1]))
@@ -194,3 +199,23 @@ def test_pictures_are_beside_the_page(out, beside, tmp_path, monkeypatch, capsys
     assert main(["report", *(["--out", out] if out else [])]) == 0
     assert drawn == [Path(beside) / "vit.png"]
     assert f"the pictures in {beside}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_comparison_of_which_one_row_ran_renders(name):
+    whole = comparison(name)
+    for row, records in whole.records.items():
+        found = dataclasses.replace(whole, records={row: records[:1]})
+        if row in EXPERIMENTS[name].rows:
+            assert whole.titles[row][:9] in _measures(
+                of_experiment(found, EXPERIMENTS[name]), EXPERIMENTS[name]
+            )
+        if name in STUDIES:
+            assert whole.titles[row] in study_block(found)
+
+
+def test_a_figure_without_blocks_has_one_panel(tmp_path):
+    found = comparison("vit-fashion")
+    for row in ("end_to_end", "greedy_3"):
+        EXPERIMENTS["vit-fashion"].draw({"a": found.records[row]}, tmp_path / f"{row}.png")
+        assert (tmp_path / f"{row}.png").exists()

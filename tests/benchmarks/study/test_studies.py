@@ -3,11 +3,13 @@ import dataclasses
 import pytest
 
 from benchmarks.study import quality, running
-from benchmarks.study.__main__ import STUDIES, main
+from benchmarks.study.__main__ import EXPERIMENTS, STUDIES, main
 from benchmarks.study.archive import Archive
 from benchmarks.study.experiment import SELECTION_SEED, record_path
 from benchmarks.study.methods.run import TRAINERS, MethodRun
+from benchmarks.study.recurrent import BLOCK_LAYERS
 from benchmarks.study.rows import MORE_RATES, Found, Row, Study, selection_run
+from dblocks.recipes.costs import LayerCounter
 from dblocks.recipes.records import write_record
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import COSTS
@@ -183,3 +185,43 @@ def test_every_run_is_read_back_from_its_record():
         for row in study.rows:
             run: Run = row.run
             assert type(run).from_dict(run.to_dict()) == run
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES.keys() & EXPERIMENTS.keys()))
+def test_a_study_beside_an_experiment_has_its_runs(name):
+    study, experiment = STUDIES[name], EXPERIMENTS[name]
+    for row, (title, run) in experiment.rows.items():
+        ours = study.row(row)
+        assert (ours.title, ours.run) == (title, run)
+        assert set(ours.seeds) >= set(experiment.seeds)
+        if row in experiment.selection_shorter:
+            tried = [selection_run(ours, lr) for lr in ours.lrs]
+            assert tried
+            assert all(run in experiment.selection_runs(row) for run in tried)
+        else:
+            assert ours.rate_of == experiment.rates_of[row]
+
+
+@pytest.mark.parametrize("name", ["dit-digits", "dit-fashion", "masked-lm-pydoc"])
+def test_small_networks_and_their_ensembles_run_as_many_layers_as_end_to_end(name):
+    study = STUDIES[name]
+    whole, small, members = (
+        study.row(row).run for row in ("end_to_end", "small", "small_ensemble")
+    )
+    budget = whole.steps * whole.depth
+    assert small.steps * small.depth == budget
+    assert members.steps * members.depth // members.members == budget
+    assert small.depth == members.depth // members.members == whole.depth // 3
+
+
+def test_the_plain_network_and_single_rows_run_as_many_layers_as_the_block():
+    study = STUDIES["recurrent-pydoc"]
+    block = study.row("blocks").run
+    for name in ("plain", "single", "single_learned"):
+        run = study.row(name).run
+        assert run.steps * 8 == pytest.approx(block.steps * BLOCK_LAYERS, abs=8)
+    for name in ("plain", "single"):
+        trainer = dataclasses.replace(study.row(name).run, steps=1).trainer()
+        with LayerCounter(trainer.counted()) as counter:
+            trainer.step(0)
+        assert counter.count == 8

@@ -110,3 +110,28 @@ def test_a_tensor_that_a_transform_has_left_behind(op, impl):
     (got,) = torch.autograd.grad(f(left[0], *values[1:], impl=impl), leaf)
     (expected,) = torch.autograd.grad(f(leaf, *values[1:], impl=impl), leaf)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_a_transform_leaves_behind_keeps_its_gradients(op):
+    """A tensor of a finished transform says that it needs no gradient, and has one."""
+    given = arguments(op)
+    leaves = {name: t for name, t in given.items() if t.requires_grad}
+    kept = {}
+
+    def leave(factor):
+        kept.update({name: leaf * factor for name, leaf in leaves.items()})
+        return factor
+
+    torch.func.jvp(leave, (torch.ones(()),), (torch.ones(()),))
+    assert not any(t.requires_grad for t in kept.values())
+    results = []
+    for tensors in (given, {**given, **kept}):
+        loss = total(OPS[op][0](**tensors, impl="auto"))
+        results.append(torch.autograd.grad(loss, list(leaves.values()), retain_graph=True))
+    torch.testing.assert_close(results[1], results[0])
+    for name in leaves:  # each alone, so that no other asks for gradients
+        others = {key: t.detach() for key, t in given.items()}
+        loss = total(OPS[op][0](**{**others, name: kept[name]}, impl="auto"))
+        (got,) = torch.autograd.grad(loss, [leaves[name]], retain_graph=True)
+        torch.testing.assert_close(got, results[0][list(leaves).index(name)])
