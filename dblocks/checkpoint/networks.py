@@ -12,13 +12,12 @@ from dblocks._version import __version__
 from dblocks.blocks import Block, BlocksConfig, DiffusionBlocks, unwrapped
 from dblocks.checkpoint.files import (
     current,
-    load_safetensors,
     make_folder,
     naming,
     safetensors,
-    save_safetensors,
     saving,
 )
+from dblocks.checkpoint.tensors import load_safetensors, save_safetensors
 from dblocks.config import JsonConfig, json_text, read_json
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.models.dit import DiT, DiTConfig

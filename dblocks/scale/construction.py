@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dblocks.blocks import Block, BlocksConfig, DiffusionBlocks
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.checkpoint import current, naming
-from dblocks.checkpoint.files import opened
 from dblocks.checkpoint.networks import (
     BLOCK_FILE,
     CONFIG_FILE,
@@ -22,6 +21,7 @@ from dblocks.checkpoint.networks import (
     read_config,
     renamed,
 )
+from dblocks.checkpoint.tensors import opened
 from dblocks.config import check_block
 from dblocks.scale.merge import blocks_inside, check_shapes, check_weights, read_block
 from dblocks.scale.outline import Outline, Sharing, Uncopied, storage_of
@@ -124,7 +124,7 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
         with opened(current(folder, WEIGHTS_FILE)) as file:
             names = {renamed(name): name for name in sorted(file.keys())}
             found = names if alone else {name: names[name] for name in names if name in here}
-            check_shapes({n: file.get_slice(name).get_shape() for n, name in found.items()}, here)
+            check_shapes({n: file.shape(name) for n, name in found.items()}, here)
             for name, tensor in named_tensors(mine).items():
                 tensor.copy_(file.get_tensor(names[name]))
     return mine

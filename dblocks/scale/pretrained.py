@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dblocks.blocks import BlocksConfig
 from dblocks.blocks.config import check_config
 from dblocks.checkpoint import naming
-from dblocks.checkpoint.files import opened
+from dblocks.checkpoint.tensors import opened
 from dblocks.config import check_block, read_json
 from dblocks.integrations.convert import ConvertedBlocks, Task
 from dblocks.integrations.convert.find import Layers
@@ -149,7 +149,7 @@ def _fill(model: nn.Module, without: Sequence[str], folder: Path) -> None:
     known, unknown, inside = set(model.state_dict()), list[str](), _renaming(model)
     filled: dict[int, _Filled] = {}
     for file in _files(folder):
-        with naming(file), opened(file) as held:
+        with naming(file), opened(file, foreign=True) as held:
             for stored in sorted(held.keys()):
                 if (name := inside(stored)) in places:
                     found = _Filled(name, f"{stored} in {file.name}", held.get_tensor(stored))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dblocks._version import __version__
 from dblocks.checkpoint import current, load_safetensors, naming, save_safetensors, saving
-from dblocks.checkpoint.files import opened
+from dblocks.checkpoint.tensors import opened
 from dblocks.config import json_text, read_json
 
 if TYPE_CHECKING:
