@@ -129,7 +129,14 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
     with naming(folder / CONFIG_FILE):
         model = rebuilt(config)
     load_weights_(model, folder)
+    check_same_config(folder, config)
     return model
+
+
+def check_same_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises ValueError if a save with another config took the place of one that was loaded."""
+    if read_config(folder) != config:
+        raise ValueError(f"{folder} must not be written to while it is loaded; load it again")
 
 
 def load_weights_(model: Network | DiffusionBlocks, folder: Path) -> None:

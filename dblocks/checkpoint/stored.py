@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dblocks.checkpoint.files import safetensors
 from dblocks.checkpoint.tensors import (
@@ -20,6 +21,7 @@ from dblocks.checkpoint.tensors import (
     begun_digest,
     digests_text,
     header_text,
+    load_safetensors,
     safe_open,
 )
 
@@ -44,6 +46,34 @@ class Source(NamedTuple):
         """
         if _state(self.file) != self.state:
             raise OSError(_changed(self.path))
+
+    def check_named(self) -> None:
+        """Check that the name is still that of the file.
+
+        The package safetensors opens files by name only. A name never returns to a file that is
+        still open, so that what it has opened is this file, if this is called after.
+
+        Raises:
+            OSError: it is that of another one.
+        """
+        if not os.path.samestat(self.path.stat(), os.fstat(self.file.fileno())):
+            raise OSError(_changed(self.path))
+
+    def read(self) -> bytes:
+        """All its bytes."""
+        self.file.seek(0)
+        return self.file.read()
+
+    def load(self) -> dict[str, Tensor]:
+        """All its tensors.
+
+        Raises:
+            OSError: the file was replaced or written to since it was opened.
+        """
+        found = load_safetensors(self.path)
+        self.check_named()
+        self.check_unchanged()
+        return found
 
 
 @contextmanager
@@ -109,9 +139,7 @@ def stored_in(source: Source) -> dict[str, Stored]:
     path, file, _ = source
     with safe_open(path) as checked:  # which checks the header
         dtypes = {name: checked.get_tensor(name).dtype for name in checked.keys()}  # noqa: SIM118
-    # The package opens files by name only. A name never returns to a file that is still open.
-    if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-        raise OSError(_changed(path))
+    source.check_named()
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))

@@ -16,11 +16,13 @@ from dblocks.checkpoint.networks import (
     BLOCK_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
+    check_same_config,
     named_tensors,
     network_of,
     read_config,
     renamed,
 )
+from dblocks.checkpoint.stored import reading
 from dblocks.checkpoint.tensors import opened
 from dblocks.config import check_block
 from dblocks.scale.merge import blocks_inside, check_shapes, check_weights, read_block
@@ -117,16 +119,19 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
         if at.tensor.is_meta and at.saved:  # one for what is tied
             at.put(filled.setdefault(id(at.tensor), torch.empty_like(at.tensor, device="cpu")))
     check_complete(mine, WHOLE)
-    with naming(folder / WEIGHTS_FILE):
+    with naming(folder / WEIGHTS_FILE), reading(current(folder, WEIGHTS_FILE)) as source:
         if alone:
-            with current(folder, WEIGHTS_FILE).open("rb") as weights:
-                check_weights(weights, about)
-        with opened(current(folder, WEIGHTS_FILE)) as file:
+            check_weights(source.file, about)
+        with opened(source.path) as file:
+            source.check_named()
             names = {renamed(name): name for name in sorted(file.keys())}
             found = names if alone else {name: names[name] for name in names if name in here}
             check_shapes({n: file.shape(name) for n, name in found.items()}, here)
             for name, tensor in named_tensors(mine).items():
                 tensor.copy_(file.get_tensor(names[name]))
+        source.check_unchanged()
+    if not alone:  # a block's weights are bound to what describes them
+        check_same_config(folder, about)
     return mine
 
 
