@@ -53,24 +53,16 @@ def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int
             something else when it was called again, or makes weights of the block out of those of
             another one.
     """
-    if isinstance(make, nn.Module) or not callable(make):
-        raise TypeError(
-            "make must be a function without arguments that makes the network, such as lambda: "
-            f"ViT(config), got {type(make).__name__}"
-        )
-    outline, whole = _outlined(make, config)
+    check_make(make)
+    outline, whole = outlined(make, config)
     check_block(block, config.num_blocks)
     with Sharing(_absent(whole, outline, block)) as making:
         network = cast(nn.Module, make())
-    if making.count != len(outline.made):
-        raise RuntimeError(
-            "make must do the same each time that it is called, got "
-            f"{len(outline.made)} tensors and then {making.count}; {WHOLE}"
-        )
+    check_alike(outline, making)
     with Uncopied():  # of all copies of what blocks share this block needs one: what there is
         mine = Block(DiffusionBlocks(cast(BlockModel, network), config), block)
     _check_sound(mine, network, making)
-    for at in _places(mine):
+    for at in all_places(mine):
         if storage_of(found := at.of(network)) != storage_of(at.tensor):
             at.put(found)
     check_complete(mine, WHOLE)
@@ -112,10 +104,10 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
     if not alone:  # the caller's number, not the file's
         check_block(held, config.num_blocks)
     with naming(written):
-        _, whole = _outlined(lambda: network_of(about), config)
+        _, whole = outlined(lambda: network_of(about), config)
         mine = Block(whole, held)
     here, filled = named_tensors(mine), {}
-    for at in _places(mine):
+    for at in all_places(mine):
         if at.tensor.is_meta and at.saved:  # one for what is tied
             at.put(filled.setdefault(id(at.tensor), torch.empty_like(at.tensor, device="cpu")))
     check_complete(mine, WHOLE)
@@ -135,7 +127,25 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
     return mine
 
 
-def _places(block: Block) -> Iterator[Place]:
+def check_make(make: Any) -> None:
+    """Raises TypeError unless this is a function that may make a network."""
+    if isinstance(make, nn.Module) or not callable(make):
+        raise TypeError(
+            "make must be a function without arguments that makes the network, such as lambda: "
+            f"ViT(config), got {type(make).__name__}"
+        )
+
+
+def check_alike(outline: Outline, making: Sharing) -> None:
+    """Raises RuntimeError if a network was made of other tensors than in its outline."""
+    if making.count != len(outline.made):
+        raise RuntimeError(
+            "make must do the same each time that it is called, got "
+            f"{len(outline.made)} tensors and then {making.count}; {WHOLE}"
+        )
+
+
+def all_places(block: Block) -> Iterator[Place]:
     """All places of a block, by the names of the whole network."""
     for path, module in _named_modules(block):
         yield from (Place(path, module, name) for name, _ in own_tensors(module))
@@ -156,7 +166,7 @@ def _check_sound(block: Block, network: nn.Module, making: Sharing) -> None:
                 )
 
 
-def _outlined(
+def outlined(
     make: Callable[[], BlockModel], config: BlocksConfig
 ) -> tuple[Outline, DiffusionBlocks]:
     """The network in blocks, all of it without memory."""

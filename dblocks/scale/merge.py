@@ -66,8 +66,10 @@ def save_block(
     texts = dict(texts or {})
     about_block = {"block": index, "texts": sorted(texts), "about": dict(about or {})}
     written = described(cast(nn.Module, network), block.config) | about_block
-    tensors, replicas = gathered(named_tensors(block)), replicas_of(block)
-    if replicas is not None and replicas.rank:
+    replicas = replicas_of(block)
+    writes = replicas is None or not replicas.rank
+    tensors = gathered(named_tensors(block), here=writes)
+    if not writes:
         return
     with saving(Path(folder)) as part:
         save_safetensors(part / WEIGHTS_FILE, tensors)
