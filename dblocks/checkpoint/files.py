@@ -17,7 +17,7 @@ import socket
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,15 @@ def make_folder(folder: str | Path) -> None:
 
 
 @contextmanager
-def saving(folder: Path) -> Iterator[Path]:
+def saving(folder: Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
     """A folder for files that all move to `folder` if the `with` block succeeds.
 
     Files of an earlier save that are not written again stay. Remains of dead writers are removed.
+
+    Args:
+        folder: where the files go.
+        check: called when they are written, before they become valid, with no other writer in
+            between; an error that it raises ends the save.
 
     Raises:
         OSError: a file cannot be written, such as on a full disk; the message names it, and the
@@ -64,7 +69,11 @@ def saving(folder: Path) -> Iterator[Path]:
             raise OSError(
                 f"{folder} cannot be written: {error}; an earlier save there is kept"
             ) from error
-        _commit(own, folder)
+        with _alone(folder):
+            if check is not None:
+                _put_in_place(folder)
+                check()
+            _commit(own, folder)
     finally:
         shutil.rmtree(own, ignore_errors=True)
     _put_in_place(folder)
@@ -160,6 +169,26 @@ def write_errors() -> tuple[type[Exception], ...]:
         return OSError, importlib.import_module("safetensors").SafetensorError
     except ImportError:
         return (OSError,)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other writers from committing inside the `with` block, where the system has locks.
+
+    The lock is on the folder itself, so that none remains of a writer that dies.
+    """
+    handle = None
+    try:
+        fcntl: Any = importlib.import_module("fcntl")
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except (ImportError, OSError):  # another system, or a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _commit(own: Path, folder: Path) -> None:

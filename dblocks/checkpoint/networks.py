@@ -189,6 +189,12 @@ def named_tensors(model: DiffusionBlocks | Block) -> dict[str, Tensor]:
     return tensors
 
 
+def blocks_inside(folder: Path) -> list[Path]:
+    """The subfolders that hold a block."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in inside if path.is_dir() and current(path, BLOCK_FILE).exists()]
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """What `save_model` wrote beside the weights, as its newest format has it.
 
@@ -200,6 +206,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} must hold a whole network, got one block of it; `dblocks merge` makes one "
             "of the folders of all its blocks"
+        )
+    if not path.exists() and (inside := blocks_inside(folder)):
+        raise ValueError(
+            f"{folder} must hold a whole network, got folders of blocks: "
+            f"{', '.join(p.name for p in inside)}; `dblocks merge {folder} {folder}` makes one of "
+            "them, when all are there"
         )
     if not path.exists():
         raise ValueError(f"{folder} must hold a {CONFIG_FILE} written by `dblocks train`")

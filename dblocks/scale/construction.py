@@ -16,6 +16,7 @@ from dblocks.checkpoint.networks import (
     BLOCK_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
+    blocks_inside,
     check_same_config,
     named_tensors,
     network_of,
@@ -25,7 +26,7 @@ from dblocks.checkpoint.networks import (
 from dblocks.checkpoint.stored import reading
 from dblocks.checkpoint.tensors import opened
 from dblocks.config import check_block
-from dblocks.scale.merge import blocks_inside, check_shapes, check_weights, read_block
+from dblocks.scale.merge import check_shapes, check_weights, read_block
 from dblocks.scale.outline import Outline, Sharing, Uncopied, storage_of
 from dblocks.scale.places import Place, check_complete, own_tensors, reached_tensors
 

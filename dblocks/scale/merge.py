@@ -20,6 +20,7 @@ from dblocks.checkpoint.networks import (
     CONFIG_FILE,
     COPIES,
     WEIGHTS_FILE,
+    blocks_inside,
     described,
     named_tensors,
     rebuilt,
@@ -148,12 +149,6 @@ def _blocks_in(folder: Path) -> list[Path]:
             "writes one at the end of its training"
         )
     return blocks
-
-
-def blocks_inside(folder: Path) -> list[Path]:
-    """The subfolders that hold a block."""
-    inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in inside if path.is_dir() and current(path, BLOCK_FILE).exists()]
 
 
 def read_block(folder: Path) -> dict[str, Any]:

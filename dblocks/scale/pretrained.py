@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -96,7 +97,8 @@ def convert_block(
         warnings.simplefilter("ignore")  # they come once more below
         model = _outlined(make)
         try:
-            network = network_of(model, config, task, layers, chosen)
+            with _rotations_fixed(model):
+                network = network_of(model, config, task, layers, chosen)
         except RuntimeError as error:  # as where code of the model asks for a value
             raise ValueError(
                 "the code of the model must run on tensors without values, as a block is made "
@@ -130,6 +132,24 @@ def _outlined(make: Callable[[], nn.Module]) -> nn.Module:
                     "loaded; make it from its config inside the function"
                 )
     return model
+
+
+@contextmanager
+def _rotations_fixed(model: nn.Module) -> Iterator[None]:
+    """Rotary embeddings of transformers do not depend on the length inside the `with` block.
+
+    Dynamic ones ask for the largest position, which has no value in an outline.
+    """
+    inside = model.modules() if isinstance(model, nn.Module) else ()
+    kinds = {m: cast(Any, m.rope_type) for m in inside if hasattr(m, "rope_type")}
+    for module, kind in kinds.items():
+        fixed: Any = dict.fromkeys(kind, "default") if isinstance(kind, Mapping) else "default"
+        cast(Any, module).rope_type = fixed
+    try:
+        yield
+    finally:
+        for module, kind in kinds.items():
+            cast(Any, module).rope_type = kind
 
 
 def _first_line(error: Exception) -> str:
