@@ -59,6 +59,12 @@ def test_moved_bytes_and_time(costs):
     assert hidden.step_seconds == max(way.compute_seconds, way.transfer / 1e6)
     assert hidden.prefetched == own.parameters + own.optimizer
     assert hidden.peak == way.peak + hidden.prefetched
+    # The overhead is the link's time beside the arithmetic's.
+    assert way.overhead == pytest.approx(way.transfer / 1e6 / way.compute_seconds)
+    assert hidden.overhead == pytest.approx(max(0, way.overhead - 1))
+    assert planner.ways()[0].overhead == 0
+    twice = Planner(costs, dataclasses.replace(MACHINE, steps_per_visit=10)).blocks(4)
+    assert twice.overhead == pytest.approx(way.overhead / 2)
 
 
 def test_devices_without_communication(costs):
