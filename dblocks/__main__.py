@@ -145,6 +145,16 @@ VERBS = {
     "eval": "Measure a trained network.",
     "sample": "Let a trained network generate.",
 }
+# What other programs call a flag.
+ALSO_CALLED = {"--learning-rate": "--lr", "--num-blocks": "--blocks", "--num-steps": "--steps"}
+ALSO_CALLED |= {"--max-steps": "--steps", "--iterations": "--steps", "--output-dir": "--out"}
+ALSO_CALLED |= {"--output": "--out", "--model-path": "--checkpoint", "--num-layers": "--depth"}
+ALSO_CALLED |= {
+    "--warmup-steps": "--warmup",
+    "--warmup-ratio": "--warmup",
+    "--wd": "--weight-decay",
+}
+ALSO_CALLED |= {"--batch": "--batch-size", "--ema-decay": "--ema", "--fp16": "--bf16"}
 PATH_FLAGS = ("--out", "--checkpoint", "--compare", "--data", "--tokenizer", "--model")
 PATH_FLAGS += ("--json", "--chart", "--tensorboard")
 INTERRUPTED = 130  # the shell's exit code of a program ended by Ctrl-C
@@ -258,7 +268,7 @@ def _planned(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_flags(argv: Sequence[str], commands: Mapping[str, Any]) -> None:
-    """Raises ValueError for a flag that the chosen command does not have.
+    """Raises ValueError for a flag, or a network, that the chosen command does not have.
 
     Of such a flag the parser shows what it finds in the commands of all networks.
     """
@@ -267,6 +277,11 @@ def _check_flags(argv: Sequence[str], commands: Mapping[str, Any]) -> None:
     words, command = [argv[0]], commands[argv[0]]
     if isinstance(command, dict):
         if len(argv) < 2 or argv[1] not in command:
+            if len(argv) > 1 and argv[1] in _networks():
+                raise ValueError(
+                    f"`dblocks {argv[0]}` must be of {', '.join(command)}, got {argv[1]}, which "
+                    "generates nothing; `dblocks eval` measures it"
+                )
             return
         words, command = list(argv[:2]), command[argv[1]]
     names = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(command)}
@@ -277,7 +292,8 @@ def _check_flags(argv: Sequence[str], commands: Mapping[str, Any]) -> None:
         flag = word.partition("=")[0].replace("_", "-")
         if not flag.startswith("--") or flag in ("--", *known):
             continue
-        near = difflib.get_close_matches(flag, known, n=4)
+        also = ALSO_CALLED.get(flag)
+        near = [also] if also in known else difflib.get_close_matches(flag, known, n=4)
         text = f"; nearest are {', '.join(near)}" if near else ""
         path = " ".join(["dblocks", *words])
         raise ValueError(

@@ -1,7 +1,7 @@
 """Counts the memory of tensors that are alive."""
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
@@ -15,6 +15,9 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
+            # A DTensor is as large as the whole, and has the memory of its part only.
+            if is_traceable_wrapper_subclass(tensor):
+                continue
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 key = storage._cdata

@@ -47,4 +47,5 @@ def in_processes(count, arguments, folder, *, of_rank=lambda rank: ()):
     finally:
         for process in started:
             process.kill()
+            process.wait()
     return codes, [path.read_text() for path in outputs]

@@ -15,7 +15,7 @@ from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import load_model, save_model, save_safetensors, stored
 from dblocks.checkpoint.stored import copy_stored, reading, stored_in
 from dblocks.models import ViT, ViTConfig
-from dblocks.scale import checkpoints, merge, merge_blocks, save_block
+from dblocks.scale import checksums, merge, merge_blocks, save_block
 from tools import SIZES, seeded
 
 library("safetensors")
@@ -169,7 +169,7 @@ def test_weights_that_are_changed_in_place_while_they_are_copied_are_not_merged(
 @pytest.mark.parametrize("shared", ["private", "frozen"])
 def test_a_merge_is_a_save_in_little_memory(tmp_path, monkeypatch, shared):
     monkeypatch.setattr(stored, "PIECE", 2**14)
-    monkeypatch.setattr(checkpoints, "CHUNK", 2**14)
+    monkeypatch.setattr(checksums, "CHUNK", 2**14)
     sizes = {**SIZES, "width": 128, "depth": 4, "channels": 3}
     whole = DiffusionBlocks(ViT(ViTConfig(**sizes)), BlocksConfig(num_blocks=4, shared=shared))
     save_model(tmp_path / "whole", whole)

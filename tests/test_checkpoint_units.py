@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -122,3 +123,43 @@ def test_weights_are_those_that_were_saved(tmp_path):
     save_model(tmp_path, model)
     found = load_model(tmp_path).state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
+
+
+def test_of_two_processes_that_check_and_commit_at_a_time_one_is_refused(tmp_path):
+    """Each looks whether there is a file of another before its own becomes valid."""
+
+    def job(number):
+        def check():
+            found = tmp_path / "shared.txt"
+            time.sleep(0.2)  # both would find none
+            if found.exists() and found.read_text() != str(number):
+                os._exit(3)
+
+        with saving(tmp_path, check) as part:
+            (part / "shared.txt").write_text(str(number))
+            (part / f"{number}.txt").write_text(str(number))
+            (tmp_path / f"ready-{number}").touch()
+            while len(list(tmp_path.glob("ready-*"))) < 2:
+                time.sleep(0.001)
+
+    started = []
+    for number in range(2):
+        process = os.fork()
+        if process == 0:
+            try:
+                job(number)
+            finally:
+                os._exit(0)
+        started.append(process)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
+    assert sorted(codes) == [0, 3]
+    kept = codes.index(0)
+    assert (tmp_path / "shared.txt").read_text() == str(kept)
+    assert (tmp_path / f"{kept}.txt").exists()
+    assert not (tmp_path / f"{1 - kept}.txt").exists()
+
+
+def test_a_writer_that_dies_with_the_lock_leaves_none(tmp_path):
+    assert dying("rename", 1, lambda: save(tmp_path, 8)) == 9
+    save(tmp_path, 12)
+    assert load_model(tmp_path).config.width == 12

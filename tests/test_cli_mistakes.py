@@ -109,6 +109,13 @@ def test_an_interrupt_ends_a_command_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "dblocks: interrupted\n"
 
 
+@pytest.mark.parametrize("more", [(), ("--checkpoint", "runs/vit")])
+def test_a_network_that_does_not_generate_is_told_in_one_line(more, capsys):
+    error = mistake(capsys, "sample", "vit", *more)
+    assert "`dblocks sample` must be of causal-lm, masked-lm, recurrent, dit, got vit" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "near"),
     [
@@ -118,6 +125,9 @@ def test_an_interrupt_ends_a_command_in_one_line(monkeypatch, capsys):
         (("plan", "vit", "--memmory", "4GiB"), "plan`; nearest are --memory"),
         (("info", "--modle", "x"), "info`; nearest are --model"),
         (("train", "vit", "--context", "4"), "train vit`; "),
+        (("train", "vit", "--learning-rate", "1"), "train vit`; nearest are --lr;"),
+        (("train", "dit", "--max_steps=4"), "train dit`; nearest are --steps;"),
+        (("eval", "vit", "--model-path", "x"), "eval vit`; nearest are --checkpoint;"),
     ],
 )
 def test_an_unknown_flag_is_told_those_of_the_network(argv, near, capsys):

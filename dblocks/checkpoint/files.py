@@ -17,17 +17,14 @@ import socket
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 SAVING, SAVED = ".saving-", ".saved"
 DEAD_AFTER = 24 * 3600  # seconds, for folders left by a writer on another machine
 LONGEST_REASON = 300  # characters of an error message; PyTorch lists every tensor
-METADATA = {"format": "pt"}  # of every file of tensors
 TRIES = 100  # of a rename, while other writers' saves are put in place
 
 
@@ -46,10 +43,15 @@ def make_folder(folder: str | Path) -> None:
 
 
 @contextmanager
-def saving(folder: Path) -> Iterator[Path]:
+def saving(folder: Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
     """A folder for files that all move to `folder` if the `with` block succeeds.
 
     Files of an earlier save that are not written again stay. Remains of dead writers are removed.
+
+    Args:
+        folder: where the files go.
+        check: called when they are written, before they become valid, with no other writer in
+            between; an error that it raises ends the save.
 
     Raises:
         OSError: a file cannot be written, such as on a full disk; the message names it, and the
@@ -63,11 +65,15 @@ def saving(folder: Path) -> Iterator[Path]:
         try:
             yield own
             _flush(own)
-        except _write_errors() as error:
+        except write_errors() as error:
             raise OSError(
                 f"{folder} cannot be written: {error}; an earlier save there is kept"
             ) from error
-        _commit(own, folder)
+        with _alone(folder):
+            if check is not None:
+                _put_in_place(folder)
+                check()
+            _commit(own, folder)
     finally:
         shutil.rmtree(own, ignore_errors=True)
     _put_in_place(folder)
@@ -93,7 +99,7 @@ def appearing(folder: Path) -> Iterator[Path]:
         discard(folder)
         os.rename(own, folder)
         _sync(folder.parent)
-    except _write_errors() as error:
+    except write_errors() as error:
         raise OSError(f"{folder} cannot be written: {error}") from error
     finally:
         if own is not None:
@@ -124,43 +130,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         part.chmod(0o666 & ~_umask())
         os.replace(part, path)
-    except _write_errors() as error:
+    except write_errors() as error:
         raise OSError(f"{path} cannot be written: {error}; an earlier one is kept") from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors on any device to a file.
-
-    Raises:
-        ImportError: safetensors is not installed.
-    """
-    written = {name: t.detach().contiguous() for name, t in tensors.items()}
-    save_file = safetensors().save_file
-    try:
-        save_file(written, path, metadata=METADATA)
-    except _write_errors() as error:
-        raise OSError(f"{path.name}: {error}") from error  # it does not name the file
-
-
-def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU.
-
-    Raises:
-        ImportError: safetensors is not installed.
-    """
-    return safetensors().load_file(path)
-
-
-def opened(path: Path) -> Any:
-    """A file of tensors as a context: `keys()`, `get_slice(name)`, and `get_tensor(name)` of it.
-
-    Raises:
-        ImportError: safetensors is not installed.
-    """
-    safetensors()
-    return importlib.import_module("safetensors").safe_open(path, framework="pt")
 
 
 @contextmanager
@@ -188,6 +161,34 @@ def safetensors() -> Any:
             "checkpoints need the package safetensors, which is not installed; "
             "`pip install 'dblocks[train]'`"
         ) from error
+
+
+def write_errors() -> tuple[type[Exception], ...]:
+    """What a file that cannot be written raises."""
+    try:
+        return OSError, importlib.import_module("safetensors").SafetensorError
+    except ImportError:
+        return (OSError,)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other writers from committing inside the `with` block, where the system has locks.
+
+    The lock is on the folder itself, so that none remains of a writer that dies.
+    """
+    handle = None
+    try:
+        fcntl: Any = importlib.import_module("fcntl")
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except (ImportError, OSError):  # another system, or a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _commit(own: Path, folder: Path) -> None:
@@ -264,10 +265,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _write_errors() -> tuple[type[Exception], ...]:
-    try:
-        return OSError, importlib.import_module("safetensors").SafetensorError
-    except ImportError:
-        return (OSError,)

@@ -12,13 +12,12 @@ from dblocks._version import __version__
 from dblocks.blocks import Block, BlocksConfig, DiffusionBlocks, unwrapped
 from dblocks.checkpoint.files import (
     current,
-    load_safetensors,
     make_folder,
     naming,
     safetensors,
-    save_safetensors,
     saving,
 )
+from dblocks.checkpoint.tensors import load_safetensors, save_safetensors
 from dblocks.config import JsonConfig, json_text, read_json
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.models.dit import DiT, DiTConfig
@@ -130,7 +129,14 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
     with naming(folder / CONFIG_FILE):
         model = rebuilt(config)
     load_weights_(model, folder)
+    check_same_config(folder, config)
     return model
+
+
+def check_same_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises ValueError if a save with another config took the place of one that was loaded."""
+    if read_config(folder) != config:
+        raise ValueError(f"{folder} must not be written to while it is loaded; load it again")
 
 
 def load_weights_(model: Network | DiffusionBlocks, folder: Path) -> None:
@@ -183,6 +189,12 @@ def named_tensors(model: DiffusionBlocks | Block) -> dict[str, Tensor]:
     return tensors
 
 
+def blocks_inside(folder: Path) -> list[Path]:
+    """The subfolders that hold a block."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in inside if path.is_dir() and current(path, BLOCK_FILE).exists()]
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """What `save_model` wrote beside the weights, as its newest format has it.
 
@@ -194,6 +206,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} must hold a whole network, got one block of it; `dblocks merge` makes one "
             "of the folders of all its blocks"
+        )
+    if not path.exists() and (inside := blocks_inside(folder)):
+        raise ValueError(
+            f"{folder} must hold a whole network, got folders of blocks: "
+            f"{', '.join(p.name for p in inside)}; `dblocks merge {folder} {folder}` makes one of "
+            "them, when all are there"
         )
     if not path.exists():
         raise ValueError(f"{folder} must hold a {CONFIG_FILE} written by `dblocks train`")

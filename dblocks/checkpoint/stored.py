@@ -10,8 +10,20 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
+from torch import Tensor
 
-from dblocks.checkpoint.files import METADATA, opened, safetensors
+from dblocks.checkpoint.files import safetensors
+from dblocks.checkpoint.tensors import (
+    DIGESTS,
+    METADATA,
+    NO_DIGEST,
+    SPACE,
+    begun_digest,
+    digests_text,
+    header_text,
+    load_safetensors,
+    safe_open,
+)
 
 PIECE = 2**22  # bytes that are in memory at a time
 
@@ -34,6 +46,34 @@ class Source(NamedTuple):
         """
         if _state(self.file) != self.state:
             raise OSError(_changed(self.path))
+
+    def check_named(self) -> None:
+        """Check that the name is still that of the file.
+
+        The package safetensors opens files by name only. A name never returns to a file that is
+        still open, so that what it has opened is this file, if this is called after.
+
+        Raises:
+            OSError: it is that of another one.
+        """
+        if not os.path.samestat(self.path.stat(), os.fstat(self.file.fileno())):
+            raise OSError(_changed(self.path))
+
+    def read(self) -> bytes:
+        """All its bytes."""
+        self.file.seek(0)
+        return self.file.read()
+
+    def load(self) -> dict[str, Tensor]:
+        """All its tensors.
+
+        Raises:
+            OSError: the file was replaced or written to since it was opened.
+        """
+        found = load_safetensors(self.path)
+        self.check_named()
+        self.check_unchanged()
+        return found
 
 
 @contextmanager
@@ -97,11 +137,9 @@ def stored_in(source: Source) -> dict[str, Stored]:
         ImportError: safetensors is not installed.
     """
     path, file, _ = source
-    with opened(path) as checked:  # which checks the header
+    with safe_open(path) as checked:  # which checks the header
         dtypes = {name: checked.get_tensor(name).dtype for name in checked.keys()}  # noqa: SIM118
-    # The package opens files by name only. A name never returns to a file that is still open.
-    if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-        raise OSError(_changed(path))
+    source.check_named()
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
@@ -123,18 +161,25 @@ def copy_stored(path: Path, tensors: Mapping[str, Stored]) -> None:
     empty = {name: torch.empty(0, dtype=stored.dtype) for name, stored in tensors.items()}
     header = json.loads(safetensors().save(empty, metadata=METADATA)[8:])
     order = [name for name in header if name in tensors]
-    at = 0
+    digests, at = dict.fromkeys(order, NO_DIGEST), 0
     for name in order:
         stored = tensors[name]
         header[name] |= {"shape": stored.shape, "data_offsets": [at, at + stored.nbytes]}
         at += stored.nbytes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     try:
         with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            header[SPACE] = METADATA | {DIGESTS: digests_text(digests)}
+            begin = header_text(header)
+            file.write(begin)
             for name in order:
-                file.writelines(tensors[name].pieces())
+                digest = begun_digest(tensors[name].dtype, tensors[name].shape)
+                for piece in tensors[name].pieces():
+                    digest.update(piece)
+                    file.write(piece)
+                digests[name] = digest.hexdigest()
+            header[SPACE] = METADATA | {DIGESTS: digests_text(digests)}
+            file.seek(0)
+            file.write(header_text(header, len(begin) - 8))
         for source in {stored.source for stored in tensors.values()}:
             source.check_unchanged()
     except OSError as error:

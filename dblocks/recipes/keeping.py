@@ -135,8 +135,8 @@ class Keeper:
         self.sharded = self.mesh is not None and trainer.run.sharding == "fsdp"
         optimizers: Any = trainer.block_optimizers or trainer.optimizers[0]
         self.objects: dict[str, Any] = {
-            "model": Gathered(trainer.trained) if self.sharded else trainer.trained,
-            "optimizers": Gathered(optimizers) if self.sharded else optimizers,
+            "model": self._whole(trainer.trained),
+            "optimizers": self._whole(optimizers),
             "generator": trainer.generator,
             "random": RandomState(),
             "progress": progress,
@@ -156,6 +156,10 @@ class Keeper:
             said = f"no checkpoint in {keeping.folder} yet: training starts anew"
         if self.first:
             print(said, file=sys.stderr)
+
+    def _whole(self, holder: Any) -> Any:
+        """With whole states where each process has a shard; the first one holds and writes them."""
+        return Gathered(holder, here=self.first) if self.sharded else holder
 
     def write_log(self) -> None:
         """Writes the whole curve so far, so that a resumed run has each point once."""

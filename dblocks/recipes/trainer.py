@@ -25,6 +25,7 @@ from dblocks.recipes.data.batches import Batch, Data
 from dblocks.recipes.run import Run
 from dblocks.scale import Residency, build_block, data_parallel, resident
 from dblocks.scale.mesh import mean
+from dblocks.scale.shards import OutlinedBlock
 from dblocks.scale.sharing import average_shared, join_owners
 from dblocks.schedules.random import draw_seed
 
@@ -57,6 +58,7 @@ class Trainer(ABC):
         self.config = None
         if config is not None and self.end_to_end_loss is None:
             self.config = self._shared_as_asked(config())
+        self._outlined: OutlinedBlock | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             self.network, self.model = self._made(make)
@@ -69,8 +71,11 @@ class Trainer(ABC):
         """Where the run was resumed with another number of steps; see `Progress`."""
         if not run.resident and run.sharding != "fsdp":
             self.trained.to(run.device)
+        # Those of an outlined block come with its weights.
         self.block_optimizers = (
-            None if self.model is None else make_optimizers(self.model, self._adamw)
+            None
+            if self.model is None or self._outlined is not None
+            else make_optimizers(self.model, self._adamw)
         )
         whole = self._adamw(list(self.network.parameters())) if self.model is None else None
         self.optimizers: list[Optimizer] = [whole] if whole else list(self.block_optimizers or ())
@@ -116,8 +121,16 @@ class Trainer(ABC):
             self.mesh, sharding = mesh, run.sharding or "ddp"
             if sharding == "ddp":
                 model.to(run.device)
-            self.parallel = data_parallel(model, mesh, sharding)
+            if self._outlined is not None:
+                self._fill(self._outlined, mesh)
+                self.parallel = model
+            else:
+                self.parallel = data_parallel(model, mesh, sharding)
             self.block_optimizers = make_optimizers(self.parallel, self._adamw)
+            self.optimizers = list(self.block_optimizers)
+        elif self._outlined is not None:
+            self._fill(self._outlined, None)
+            self.block_optimizers = make_optimizers(cast(Any, model), self._adamw)
             self.optimizers = list(self.block_optimizers)
         elif run.resident and run.block is None and self.block_optimizers is not None:
             self.residency = resident(
@@ -127,6 +140,11 @@ class Trainer(ABC):
             )  # fmt: skip
         else:
             self.trained.to(run.device)
+
+    def _fill(self, outlined: OutlinedBlock, mesh: Any) -> None:
+        """Makes the weights of a block, as shards where there is a mesh."""
+        with torch.random.fork_rng(devices=[]):
+            outlined.fill_(mesh, self.run.device)
 
     @property
     def trained(self) -> Any:
@@ -227,10 +245,21 @@ class Trainer(ABC):
         if alone is None:
             network = make()
             return network, DiffusionBlocks(network, config)
+        if self.run.sharding == "fsdp" and config.shared != "reduce":
+            # No process has memory for all of it: `place` makes the weights, by shards.
+            self._outlined = OutlinedBlock(self._seeded(make), config, alone)
+            return self._outlined.block.parts(alone)[0], self._outlined.block
         block = build_block(make, config, alone)
         if config.shared == "reduce":
             join_owners(alone, self.num_blocks, self.run.device)
         return block.parts(alone)[0], block
+
+    def _seeded(self, make: Callable[[], Any]) -> Callable[[], Any]:
+        def made() -> Any:
+            torch.manual_seed(self.run.seed)
+            return make()
+
+        return made
 
     def _step(self, step: int) -> tuple[int, float | None]:
         alone = self.run.block

@@ -11,6 +11,7 @@ from dblocks.scale.mesh import joined as joined
 from dblocks.scale.pretrained import convert_block as convert_block
 from dblocks.scale.residency import Residency as Residency
 from dblocks.scale.residency import resident as resident
+from dblocks.scale.shards import build_shards as build_shards
 from dblocks.scale.sharing import average_shared as average_shared
 from dblocks.scale.signals import Interrupted as Interrupted
 from dblocks.scale.signals import Stop as Stop

@@ -7,13 +7,13 @@ Only these formats are read: nothing in a checkpoint is executed.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +22,19 @@ from dblocks._version import __version__
 from dblocks.checkpoint import (
     appearing,
     discard,
-    load_safetensors,
     make_folder,
     naming,
     save_safetensors,
 )
-from dblocks.config import check_count, json_text, parse_json, read_json
+from dblocks.checkpoint.stored import Source
+from dblocks.config import check_count, json_text, parse_json
+from dblocks.scale.checksums import STATE_FILE, valid_files, write_checksums
 from dblocks.scale.state import load_state_, pack, state_of, unpack
 
 FORMAT = 1
-STATE_FILE, CHECKSUMS_FILE, SUFFIX = "state.json", "checksums.txt", ".safetensors"
-LONGEST_STATE = 2**30  # bytes
+SUFFIX = ".safetensors"
 FOLDER_NAME = re.compile(r"step-(\d{8,})")
 OBJECT_NAME = re.compile(r"[a-z][a-z0-9_]*")
-CHECKSUM_LINE = re.compile(r"[0-9a-f]{64}  ([a-z0-9_.]+)")
-CHUNK = 2**22  # bytes hashed at a time
 MOST_NAMED = 5  # differences listed in a message
 
 
@@ -177,8 +175,7 @@ class Checkpoints:
                 if held:
                     save_safetensors(part / (name + SUFFIX), _apart(held))
             (part / STATE_FILE).write_text(json_text(state, indent=None), encoding="utf-8")
-            names = sorted(path.name for path in part.iterdir())
-            (part / CHECKSUMS_FILE).write_text(_checksums(part, names), encoding="utf-8")
+            write_checksums(part)
         self.last = step
         self._remove_old(step)
 
@@ -199,10 +196,14 @@ class Checkpoints:
         self.wait()
         found = self.found()
         for path in found:
-            wrong = what_is_broken(path)
-            if wrong is None:
-                self._load(path, objects)
-                return self.last
+            with ExitStack() as files:
+                try:
+                    valid = valid_files(path, files)
+                except ValueError as error:
+                    wrong = str(error)
+                else:
+                    self._load(path, valid, objects)
+                    return self.last
             self._refused.append(path)
             warnings.warn(
                 f"checkpoint {path} is refused: {wrong}; the one before it is looked for",
@@ -229,20 +230,24 @@ class Checkpoints:
             discard(path)
         self.last = None
 
-    def _load(self, path: Path, objects: Mapping[str, Any]) -> None:
+    def _load(self, path: Path, files: Mapping[str, Source], objects: Mapping[str, Any]) -> None:
+        """Loads a checkpoint from its open files; everything is read before anything is loaded."""
         with naming(path / STATE_FILE):
-            state = read_json(path / STATE_FILE, longest=LONGEST_STATE)
+            state = parse_json(files[STATE_FILE].read().decode())
             if not isinstance(state, dict) or state.get("format") != FORMAT:
                 raise ValueError(f"it must be of format {FORMAT}")
         self._check_configuration(path, state["configuration"])
         names = sorted(state["objects"])
         if names != sorted(objects):
             raise ValueError(f"{path} must hold {sorted(objects)}, got {names}")
+        found = {}
+        for name in names:
+            file = files.get(name + SUFFIX)
+            with naming(path / (name + SUFFIX)):
+                found[name] = unpack(state["objects"][name], {} if file is None else file.load())
         for name, holder in objects.items():
-            file = path / (name + SUFFIX)
-            with naming(file):
-                tensors = load_safetensors(file) if file.exists() else {}
-                load_state_(holder, unpack(state["objects"][name], tensors))
+            with naming(path / (name + SUFFIX)):
+                load_state_(holder, found[name])
         self.last = state["step"]
 
     def _check_configuration(self, path: Path, found: Any) -> None:
@@ -272,62 +277,6 @@ class Checkpoints:
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def what_is_broken(path: Path) -> str | None:
-    """The file of a checkpoint that is missing or changed; None if it is valid."""
-    try:
-        written = (path / CHECKSUMS_FILE).read_bytes()
-        names = _names_in(written)
-        if names is None:
-            return f"{CHECKSUMS_FILE} is not what was written"
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            return f"{', '.join(missing)} is missing"
-        expected = written.decode().splitlines()
-        found = _checksums(path, names).splitlines()
-    except FileNotFoundError:
-        return f"{CHECKSUMS_FILE} is missing"
-    except OSError as error:
-        return f"it cannot be read: {error}"
-    wrong = [f.split("  ")[1] for e, f in zip(expected, found, strict=True) if e != f]
-    return f"{', '.join(wrong)} is not what was written, by its checksum" if wrong else None
-
-
-def _names_in(written: bytes) -> list[str] | None:
-    """The files in the list of checksums; None if the list itself is damaged."""
-    try:
-        head, *lines = written.decode("ascii").split("\n")
-    except UnicodeDecodeError:
-        return None
-    if not lines or lines.pop() or head != _head(len(lines)):
-        return None
-    matches = [CHECKSUM_LINE.fullmatch(line) for line in lines]
-    names = [match[1] for match in matches if match]
-    known = STATE_FILE in names and len(names) == len(lines) and names == sorted(set(names))
-    return names if known else None
-
-
-def _checksums(folder: Path, names: list[str]) -> str:
-    return "\n".join([_head(len(names)), *(f"{sha256_of(folder / n)}  {n}" for n in names), ""])
-
-
-def _head(count: int) -> str:
-    return f"# sha256 of {count} files"
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return sha256_from(file)
-
-
-def sha256_from(file: BinaryIO) -> str:
-    """The SHA-256 of an open file, from where it is to its end, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

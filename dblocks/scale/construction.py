@@ -12,18 +12,21 @@ from torch import Tensor, nn
 from dblocks.blocks import Block, BlocksConfig, DiffusionBlocks
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.checkpoint import current, naming
-from dblocks.checkpoint.files import opened
 from dblocks.checkpoint.networks import (
     BLOCK_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
+    blocks_inside,
+    check_same_config,
     named_tensors,
     network_of,
     read_config,
     renamed,
 )
+from dblocks.checkpoint.stored import reading
+from dblocks.checkpoint.tensors import opened
 from dblocks.config import check_block
-from dblocks.scale.merge import blocks_inside, check_shapes, check_weights, read_block
+from dblocks.scale.merge import check_shapes, check_weights, read_block
 from dblocks.scale.outline import Outline, Sharing, Uncopied, storage_of
 from dblocks.scale.places import Place, check_complete, own_tensors, reached_tensors
 
@@ -51,24 +54,16 @@ def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int
             something else when it was called again, or makes weights of the block out of those of
             another one.
     """
-    if isinstance(make, nn.Module) or not callable(make):
-        raise TypeError(
-            "make must be a function without arguments that makes the network, such as lambda: "
-            f"ViT(config), got {type(make).__name__}"
-        )
-    outline, whole = _outlined(make, config)
+    check_make(make)
+    outline, whole = outlined(make, config)
     check_block(block, config.num_blocks)
     with Sharing(_absent(whole, outline, block)) as making:
         network = cast(nn.Module, make())
-    if making.count != len(outline.made):
-        raise RuntimeError(
-            "make must do the same each time that it is called, got "
-            f"{len(outline.made)} tensors and then {making.count}; {WHOLE}"
-        )
+    check_alike(outline, making)
     with Uncopied():  # of all copies of what blocks share this block needs one: what there is
         mine = Block(DiffusionBlocks(cast(BlockModel, network), config), block)
     _check_sound(mine, network, making)
-    for at in _places(mine):
+    for at in all_places(mine):
         if storage_of(found := at.of(network)) != storage_of(at.tensor):
             at.put(found)
     check_complete(mine, WHOLE)
@@ -110,27 +105,48 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
     if not alone:  # the caller's number, not the file's
         check_block(held, config.num_blocks)
     with naming(written):
-        _, whole = _outlined(lambda: network_of(about), config)
+        _, whole = outlined(lambda: network_of(about), config)
         mine = Block(whole, held)
     here, filled = named_tensors(mine), {}
-    for at in _places(mine):
+    for at in all_places(mine):
         if at.tensor.is_meta and at.saved:  # one for what is tied
             at.put(filled.setdefault(id(at.tensor), torch.empty_like(at.tensor, device="cpu")))
     check_complete(mine, WHOLE)
-    with naming(folder / WEIGHTS_FILE):
+    with naming(folder / WEIGHTS_FILE), reading(current(folder, WEIGHTS_FILE)) as source:
         if alone:
-            with current(folder, WEIGHTS_FILE).open("rb") as weights:
-                check_weights(weights, about)
-        with opened(current(folder, WEIGHTS_FILE)) as file:
+            check_weights(source.file, about)
+        with opened(source.path) as file:
+            source.check_named()
             names = {renamed(name): name for name in sorted(file.keys())}
             found = names if alone else {name: names[name] for name in names if name in here}
-            check_shapes({n: file.get_slice(name).get_shape() for n, name in found.items()}, here)
+            check_shapes({n: file.shape(name) for n, name in found.items()}, here)
             for name, tensor in named_tensors(mine).items():
                 tensor.copy_(file.get_tensor(names[name]))
+        source.check_unchanged()
+    if not alone:  # a block's weights are bound to what describes them
+        check_same_config(folder, about)
     return mine
 
 
-def _places(block: Block) -> Iterator[Place]:
+def check_make(make: Any) -> None:
+    """Raises TypeError unless this is a function that may make a network."""
+    if isinstance(make, nn.Module) or not callable(make):
+        raise TypeError(
+            "make must be a function without arguments that makes the network, such as lambda: "
+            f"ViT(config), got {type(make).__name__}"
+        )
+
+
+def check_alike(outline: Outline, making: Sharing) -> None:
+    """Raises RuntimeError if a network was made of other tensors than in its outline."""
+    if making.count != len(outline.made):
+        raise RuntimeError(
+            "make must do the same each time that it is called, got "
+            f"{len(outline.made)} tensors and then {making.count}; {WHOLE}"
+        )
+
+
+def all_places(block: Block) -> Iterator[Place]:
     """All places of a block, by the names of the whole network."""
     for path, module in _named_modules(block):
         yield from (Place(path, module, name) for name, _ in own_tensors(module))
@@ -151,7 +167,7 @@ def _check_sound(block: Block, network: nn.Module, making: Sharing) -> None:
                 )
 
 
-def _outlined(
+def outlined(
     make: Callable[[], BlockModel], config: BlocksConfig
 ) -> tuple[Outline, DiffusionBlocks]:
     """The network in blocks, all of it without memory."""

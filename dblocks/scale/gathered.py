@@ -20,20 +20,21 @@ class Gathered:
 
     Args:
         holder: the module, or the optimizers.
+        here: whether this process keeps what it gathers; the others keep None for each tensor.
     """
 
-    def __init__(self, holder: nn.Module | BlockOptimizers) -> None:
-        self.holder = holder
+    def __init__(self, holder: nn.Module | BlockOptimizers, *, here: bool = True) -> None:
+        self.holder, self.here = holder, here
 
     def state_dict(self) -> dict[str, Any]:
         """The state, its tensors whole and on the CPU."""
-        return gathered(self.holder.state_dict())
+        return gathered(self.holder.state_dict(), here=self.here)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned, also from another number of processes."""
         if isinstance(self.holder, nn.Module):
             own = self.holder.state_dict()
-            load_state_(self.holder, {k: _part(v, own.get(k)) for k, v in state.items()})
+            load_state_(self.holder, {k: part_of(v, own.get(k)) for k, v in state.items()})
             return
         groups = [*state["blocks"], state["shared"]]
         flat = [values for group in groups for values in group]
@@ -61,25 +62,33 @@ class Snapshot:
         raise TypeError("a snapshot takes no state; give resume() what is trained")
 
 
-def gathered(state: Any) -> Any:
-    """A state with its sharded tensors whole, on the CPU; all processes call this together."""
+def gathered(state: Any, *, here: bool = True) -> Any:
+    """A state with its sharded tensors whole, on the CPU; all processes call this together.
+
+    Args:
+        state: a tensor, or several in dictionaries and lists.
+        here: whether this process keeps them; else they are None, and take memory one at a time.
+    """
     if isinstance(state, Mapping):
-        return {key: gathered(value) for key, value in state.items()}
+        return {key: gathered(value, here=here) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return [gathered(value) for value in state]
-    return whole(state).cpu() if is_part(state) else state
+        return [gathered(value, here=here) for value in state]
+    if not is_part(state):
+        return state
+    found = whole(state)
+    return found.cpu() if here else None
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     found = {
-        number: {name: _part(value, parameters[number]) for name, value in values.items()}
+        number: {name: part_of(value, parameters[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
     return {**state, "state": found}
 
 
-def _part(value: Any, like: Any) -> Any:
+def part_of(value: Any, like: Any) -> Any:
     """This process's part of a whole tensor of the shape of a sharded one; all else as it is."""
     fits = isinstance(value, torch.Tensor) and is_part(like) and value.shape == like.shape
     if not fits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from dblocks.checkpoint.networks import (
     CONFIG_FILE,
     COPIES,
     WEIGHTS_FILE,
+    blocks_inside,
     described,
     named_tensors,
     rebuilt,
@@ -26,13 +28,14 @@ from dblocks.checkpoint.networks import (
 from dblocks.checkpoint.stored import Stored, copy_stored, reading, stored_in
 from dblocks.config import json_text, read_json, read_text
 from dblocks.integrations.convert.files import CONFIG_FILE as CONVERTED_FILE
-from dblocks.scale.checkpoints import sha256_from, sha256_of
+from dblocks.scale.checksums import sha256_from, sha256_of
 from dblocks.scale.gathered import gathered
 
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config", "block", "texts", "about"}
-KEYS |= {"sha256"}  # of the weights
+KEYS |= {"sha256"}  # of the files beside it, by name
 COMPARED = ("format", "model", "model_config", "blocks_config")
 LONGEST_TEXT = 256 * 2**20  # bytes
+NOT_SAVED = f"it is not what was saved, by the sha256 in {BLOCK_FILE}"
 
 
 def save_block(
@@ -64,14 +67,18 @@ def save_block(
     texts = dict(texts or {})
     about_block = {"block": index, "texts": sorted(texts), "about": dict(about or {})}
     written = described(cast(nn.Module, network), block.config) | about_block
-    tensors, replicas = gathered(named_tensors(block)), replicas_of(block)
-    if replicas is not None and replicas.rank:
+    replicas = replicas_of(block)
+    writes = replicas is None or not replicas.rank
+    tensors = gathered(named_tensors(block), here=writes)
+    if not writes:
         return
     with saving(Path(folder)) as part:
         save_safetensors(part / WEIGHTS_FILE, tensors)
-        written["sha256"] = sha256_of(part / WEIGHTS_FILE)
-        for name, text in {**texts, BLOCK_FILE: json_text(written, indent=2) + "\n"}.items():
+        for name, text in texts.items():
             (part / name).write_text(text, encoding="utf-8")
+        digests = {name: _text_digest(text) for name, text in texts.items()}
+        written["sha256"] = {WEIGHTS_FILE: sha256_of(part / WEIGHTS_FILE), **digests}
+        (part / BLOCK_FILE).write_text(json_text(written, indent=2) + "\n", encoding="utf-8")
 
 
 def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
@@ -113,7 +120,7 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
     places = _in_order(found, whole.config.num_blocks)
     with ExitStack() as files:
         tensors = _merged(places, found, whole, files)
-        texts = _texts(places, config["texts"])
+        texts = _texts(places, found)
         _warn_of_other_settings(places, found)
         about = [{"folder": str(f), "block": b, **found[f]["about"]} for b, f in enumerate(places)]
         written = {key: config[key] for key in (*COMPARED, "dblocks")}
@@ -144,12 +151,6 @@ def _blocks_in(folder: Path) -> list[Path]:
     return blocks
 
 
-def blocks_inside(folder: Path) -> list[Path]:
-    """The subfolders that hold a block."""
-    inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in inside if path.is_dir() and current(path, BLOCK_FILE).exists()]
-
-
 def read_block(folder: Path) -> dict[str, Any]:
     """What `save_block` wrote beside the weights.
 
@@ -160,6 +161,12 @@ def read_block(folder: Path) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict) or set(found) != KEYS:
         raise ValueError(f"{path} must be a JSON object with the keys {sorted(KEYS)}")
+    if isinstance(found["sha256"], str):  # before texts had one
+        found["sha256"] = {WEIGHTS_FILE: found["sha256"]}
+    elif not isinstance(found["sha256"], dict):
+        raise ValueError(f"{path} must hold the sha256 of files by name, got {found['sha256']!r}")
+    elif missing := {WEIGHTS_FILE, *found["texts"]} - set(found["sha256"]):
+        raise ValueError(f"{path} must hold the sha256 of {', '.join(sorted(missing))}")
     return found
 
 
@@ -236,8 +243,8 @@ def _merged(
 
 def check_weights(file: BinaryIO, about: Mapping[str, Any]) -> None:
     """Raises ValueError unless the weights of a block, just opened, are those that were saved."""
-    if sha256_from(file) != about["sha256"]:
-        raise ValueError(f"it is not what was saved, by the sha256 in {BLOCK_FILE}")
+    if sha256_from(file) != about["sha256"][WEIGHTS_FILE]:
+        raise ValueError(NOT_SAVED)
 
 
 def check_shapes(held: Mapping[str, Sequence[int]], expected: Mapping[str, Tensor]) -> None:
@@ -276,17 +283,33 @@ def _differs(what: str, name: str, first: Path, second: Path) -> str:
     )
 
 
-def _texts(places: Sequence[Path], names: Sequence[str]) -> dict[str, str]:
+def _texts(places: Sequence[Path], found: Mapping[Path, Any]) -> dict[str, str]:
     """The text files next to the weights, which must be the same in all folders."""
     texts: dict[str, str] = {}
+    first = places[0]
     for folder in places:
-        for name in names:
+        about = found[folder]
+        if about["texts"] != found[first]["texts"]:
+            raise ValueError(
+                f"all blocks must have the same files of text, got {about['texts']} in {folder} "
+                f"and {found[first]['texts']} in {first}"
+            )
+        for name in about["texts"]:
             if Path(name).name != name:
                 raise ValueError(f"{folder / BLOCK_FILE} must name files beside it, got {name!r}")
-            text = read_text(current(folder, name), longest=LONGEST_TEXT)
+            path = current(folder, name)
+            text = read_text(path, longest=LONGEST_TEXT)
+            digest = _text_digest(text)
+            if about["sha256"].get(name, digest) != digest:
+                raise ValueError(f"{path} cannot be used: {NOT_SAVED}")
             if texts.setdefault(name, text) != text:
                 raise ValueError(
                     f"{name} must be the same for all blocks, got another one in {folder} than in "
-                    f"{places[0]}; train all blocks on one text with one tokenizer"
+                    f"{first}; train all blocks on one text with one tokenizer"
                 )
     return texts
+
+
+def _text_digest(text: str) -> str:
+    """The SHA-256 of a text as `read_text` returns it."""
+    return hashlib.sha256(text.removeprefix("\ufeff").encode()).hexdigest()

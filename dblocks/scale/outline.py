@@ -53,6 +53,11 @@ class Outline(TorchDispatchMode):
         self.made.append(made)
         return made
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The generators that were passed to an op inside."""
+        return list(self._before)
+
     def is_made(self, tensor: Tensor) -> bool:
         """Whether a tensor came to be inside the block: has no memory, or memory from there."""
         return tensor.is_meta or storage_of(tensor) in self._memories

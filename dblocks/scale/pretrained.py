@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from dblocks.blocks import BlocksConfig
 from dblocks.blocks.config import check_config
 from dblocks.checkpoint import naming
-from dblocks.checkpoint.files import opened
+from dblocks.checkpoint.tensors import opened
 from dblocks.config import check_block, read_json
 from dblocks.integrations.convert import ConvertedBlocks, Task
 from dblocks.integrations.convert.find import Layers
@@ -96,7 +97,8 @@ def convert_block(
         warnings.simplefilter("ignore")  # they come once more below
         model = _outlined(make)
         try:
-            network = network_of(model, config, task, layers, chosen)
+            with _rotations_fixed(model):
+                network = network_of(model, config, task, layers, chosen)
         except RuntimeError as error:  # as where code of the model asks for a value
             raise ValueError(
                 "the code of the model must run on tensors without values, as a block is made "
@@ -132,6 +134,24 @@ def _outlined(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
+@contextmanager
+def _rotations_fixed(model: nn.Module) -> Iterator[None]:
+    """Rotary embeddings of transformers do not depend on the length inside the `with` block.
+
+    Dynamic ones ask for the largest position, which has no value in an outline.
+    """
+    inside = model.modules() if isinstance(model, nn.Module) else ()
+    kinds = {m: cast(Any, m.rope_type) for m in inside if hasattr(m, "rope_type")}
+    for module, kind in kinds.items():
+        fixed: Any = dict.fromkeys(kind, "default") if isinstance(kind, Mapping) else "default"
+        cast(Any, module).rope_type = fixed
+    try:
+        yield
+    finally:
+        for module, kind in kinds.items():
+            cast(Any, module).rope_type = kind
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -149,7 +169,7 @@ def _fill(model: nn.Module, without: Sequence[str], folder: Path) -> None:
     known, unknown, inside = set(model.state_dict()), list[str](), _renaming(model)
     filled: dict[int, _Filled] = {}
     for file in _files(folder):
-        with naming(file), opened(file) as held:
+        with naming(file), opened(file, foreign=True) as held:
             for stored in sorted(held.keys()):
                 if (name := inside(stored)) in places:
                     found = _Filled(name, f"{stored} in {file.name}", held.get_tensor(stored))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dblocks.scale import Checkpoints, checkpoints
+from dblocks.scale import Checkpoints
 from dblocks.scale.state import pack, unpack
 
 CONFIGURATION = {"run": {"lr": 0.1, "sizes": (1, 2)}, "blocks": 3}
@@ -294,7 +294,7 @@ def test_the_checksums_are_those_of_sha256sum(saved):
     import hashlib
 
     _, newest = saved
-    head, *lines = (newest / checkpoints.CHECKSUMS_FILE).read_text().splitlines()
+    head, *lines = (newest / "checksums.txt").read_text().splitlines()
     assert head == f"# sha256 of {len(FILES)} files"
     for line, name in zip(lines, FILES, strict=True):
         assert line == f"{hashlib.sha256((newest / name).read_bytes()).hexdigest()}  {name}"

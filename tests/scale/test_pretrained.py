@@ -315,12 +315,48 @@ def test_a_parameter_that_is_made_with_values_is_one_that_make_made(tmp_path, va
 
 
 def test_code_that_needs_values_is_refused(tmp_path):
-    model, _ = saved("llama", tmp_path)
-    about = model.config.to_dict()
-    about["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    config = type(model.config)(**about)
+    make = saved("llama", tmp_path)[1]
+
+    def asking():
+        made = make()
+        made.model.rotary_emb.register_forward_pre_hook(lambda _, given: given[0].max().item())
+        return made
+
     with pytest.raises(ValueError, match=r"must run on tensors without values.*load the whole mod"):
-        convert_block(lambda: type(model)(config), tmp_path, CONFIG, 1, task="tokens")
+        convert_block(asking, tmp_path, CONFIG, 1, task="tokens")
+
+
+FACTORS = {"short_factor": [1.0] * 2, "long_factor": [3.0] * 2}
+ROTATIONS = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 8, **FACTORS,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 2.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", ["frozen", "private"])
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_rotations_that_depend_on_the_length(tmp_path, kind, shared):
+    about = model_of("llama").config.to_dict() | {"max_position_embeddings": 16}
+    about["rope_parameters"] = {"rope_theta": 1e4, **ROTATIONS[kind]}
+    plain = type(model_of("llama"))
+    model = shaken(plain(type(model_of("llama").config)(**about)).eval())
+    model.save_pretrained(tmp_path)
+
+    def make():
+        return plain(model.config).eval()
+
+    config, tokens = BlocksConfig(num_blocks=2, shared=shared), batch_of("llama")["tokens"]
+    tokens = tokens.repeat(1, -(-16 // tokens.shape[1]))
+    for b in range(2):
+        whole, found = both("llama", tmp_path, config, b, model, make)
+        for length in (6, 16, 6, 12):
+            batch = {"tokens": tokens[:, :length]}
+            want, got = (m.loss(batch, b, generator=seeded()).loss for m in (whole, found))
+            assert got.equal(want), (b, length)
+    assert found.base_model.model.model.rotary_emb.rope_type == kind
 
 
 def test_the_block_predicts_in_the_whole_too(tmp_path):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dblocks._version import __version__
 from dblocks.checkpoint import current, load_safetensors, naming, save_safetensors, saving
-from dblocks.checkpoint.files import opened
+from dblocks.checkpoint.tensors import opened
 from dblocks.config import json_text, read_json
 
 if TYPE_CHECKING:
@@ -69,15 +69,18 @@ def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) 
     if job is not None:
         parts = _parts_of_job(blocks, parts, job)
         _check_job(folder, config, parts)
-    with saving(folder) as place:
+
+    def check_again() -> None:  # another job may have written while this one did
+        if job is not None:
+            _check_job(folder, config, parts)
+
+    with saving(folder, check_again) as place:
         for file, part in parts.items():
             if job is None or file != SHARED_FILE or not current(folder, file).exists():
                 save_safetensors(place / file, part)
         (place / CONFIG_FILE).write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
         if block is None or not current(folder, CARD_FILE).exists():
             (place / CARD_FILE).write_text(_card(blocks), encoding="utf-8")
-        if job is not None:  # again: another job may have written while this one did
-            _check_job(folder, config, parts)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

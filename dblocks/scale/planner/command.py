@@ -13,13 +13,15 @@ from typing import Annotated, Any, Literal, Optional, get_type_hints
 import torch
 
 from dblocks.blocks.config import Shared
-from dblocks.config import check_count
+from dblocks.checkpoint import current, naming, read_config
+from dblocks.checkpoint.networks import BLOCK_FILE, CONFIG_FILE, blocks_inside
+from dblocks.config import check_count, read_json
 from dblocks.integrations.build import UnknownModel
 from dblocks.scale.planner.costs import Costs
 from dblocks.scale.planner.optimizers import Optimizer
 from dblocks.scale.planner.plan import Machine, Planner, Prefetch, Split
 from dblocks.scale.planner.report import as_json, chart, chart_endings, table
-from dblocks.scale.planner.subject import CONFIGS, Subject, of_model, of_network
+from dblocks.scale.planner.subject import CONFIGS, Subject, of_model, of_network, of_saved
 from dblocks.scale.planner.units import parse_bytes, parse_count, parse_flops, parse_rate
 
 
@@ -28,8 +30,9 @@ class Plan(ABC):
     """Plan the memory and time of training a network end to end and in any number of blocks.
 
     NETWORK is vit, causal-lm, masked-lm, recurrent or dit, whose sizes are flags (shown by
-    `dblocks plan vit --help`), or another library's model, as for `dblocks info --model`. Nothing
-    is downloaded, and no weights are allocated. Prints a table; all figures are modelled.
+    `dblocks plan vit --help`), a folder of `dblocks train`, or another library's model, as for
+    `dblocks info --model`. Nothing is downloaded, and no weights are allocated. Prints a table; all
+    figures are modelled.
     """
 
     memory: str
@@ -146,11 +149,16 @@ class PlanModel(Plan):
     """A plan of another library's model."""
 
     source: str
-    """A model as in `dblocks info --model`, or a network: vit, causal-lm, masked-lm, recurrent,
-    dit."""
+    """A model as in `dblocks info --model`; a folder of `dblocks train`, or its config.json; or a
+    network: vit, causal-lm, masked-lm, recurrent, dit."""
 
     def subject(self) -> Subject:
         """The model."""
+        if (folder := own_folder(Path(self.source))) is not None:
+            about = read_config(folder)
+            _check_float32(self.dtype, about["model"].replace("_", "-"))
+            with naming(folder / CONFIG_FILE):
+                return of_saved(about, length=self.tokens)
         dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
         try:
             return of_model(self.source, length=self.tokens, dtype=dtype)
@@ -200,11 +208,7 @@ def command(tyro: Any, argv: Sequence[str], defaults: Mapping[str, Any] | None =
     kind = CONFIGS[chosen]
 
     def subject(plan: Any) -> Subject:
-        if plan.dtype != "float32":
-            raise ValueError(
-                f"--dtype must be float32 for {chosen}, whose parameters are, got {plan.dtype}; "
-                "--bf16 computes in bfloat16"
-            )
+        _check_float32(plan.dtype, chosen)
         # Made here, not by the parser, so that the config's own checks report errors in one line.
         config = kind(**{f.name: getattr(plan, f.name) for f in dataclasses.fields(kind)})
         return of_network(config, length=plan.tokens)
@@ -216,6 +220,28 @@ def command(tyro: Any, argv: Sequence[str], defaults: Mapping[str, Any] | None =
     hints = get_type_hints(Plan) | get_type_hints(kind)
     fields += [(name, hints[name], value) for name, value in (defaults or {}).items()]
     return _made(fields, (Plan, kind), {"subject": subject})
+
+
+def own_folder(path: Path) -> Path | None:
+    """The folder of a network of this library that a path names, by itself or by its config.json.
+
+    A block's folder, or one of blocks, counts as one, so that the error says what to do with it.
+    """
+    folder = path.parent if path.name == CONFIG_FILE else path
+    file = current(folder, CONFIG_FILE)
+    if not file.is_file():
+        of_blocks = current(folder, BLOCK_FILE).exists() or blocks_inside(folder)
+        return folder if of_blocks else None
+    found = read_json(file, infinite=True)
+    return folder if isinstance(found, dict) and "model_config" in found else None
+
+
+def _check_float32(dtype: str, name: str) -> None:
+    if dtype != "float32":
+        raise ValueError(
+            f"--dtype must be float32 for {name}, whose parameters are, got {dtype}; "
+            "--bf16 computes in bfloat16"
+        )
 
 
 def _positional(tyro: Any, kind: Any) -> tuple[str, Any]:

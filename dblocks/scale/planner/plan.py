@@ -59,6 +59,8 @@ class Way:
     """Bytes per step between device and host."""
     compute_seconds: float
     step_seconds: float
+    overhead: float
+    """What transfers add to the seconds of a step's arithmetic, as a fraction of them."""
     devices: int
     """Devices in use, without communication between them."""
     tokens_per_second: float
@@ -125,6 +127,7 @@ class Planner:
             transfer=slowest.transfer,
             compute_seconds=slowest.compute,
             step_seconds=slowest.seconds,
+            overhead=max(time.seconds / time.compute - 1 for time in times),
             devices=devices,
             tokens_per_second=self._tokens / busiest,
         )
@@ -190,6 +193,7 @@ class Planner:
             transfer=0.0,
             compute_seconds=seconds,
             step_seconds=seconds,
+            overhead=0.0,
             devices=1,
             tokens_per_second=self._tokens / seconds,
         )

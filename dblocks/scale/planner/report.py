@@ -5,24 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dblocks.config import json_text
 from dblocks.info import aligned
-from dblocks.scale.planner.plan import Planner, Way, smallest_fitting
+from dblocks.scale.planner.plan import Planner, Prefetch, Way, smallest_fitting
 from dblocks.scale.planner.units import format_bytes, format_seconds
 
 DAY = 86400
 HEAD = (
     "way", "layers", "parameters", "gradients", "optimizer", "activations", "peak", "fits",
-    "moved a step", "step", "{unit} a second", "peak is at",
+    "moved a step", "step", "overhead", "{unit} a second", "peak is at",
 )  # fmt: skip
 NOTES = """\
 All figures are modelled: bytes are those of the largest block, which alone is on the device with
 what blocks share; temporaries of single operations and rounding by the allocator are not in them.
-Times are a roofline of the arithmetic and of the link. {unit_} a second are those that all blocks
-have trained on. Numbers of blocks that are left out have as many layers in their largest block as
-the row above."""
+Times are a roofline of the arithmetic and of the link; the overhead is what transfers add to the
+arithmetic of a step. {unit_} a second are those that all blocks have trained on. Numbers of blocks
+that are left out have as many layers in their largest block as the row above."""
 CHART = ("parameters", "gradients", "optimizer", "activations", "prefetched")
 
 
@@ -48,7 +48,7 @@ def table(
     fitting = smallest_fitting(ways)
     chosen = ways[1 + blocks] if blocks is not None else fitting
     if chosen is not None:
-        lines += _balanced(planner, chosen.blocks)
+        lines += [*_balanced(planner, chosen.blocks), *_overhead(planner, chosen)]
     if train_tokens is not None:
         chosen = chosen or ways[-1]
         days = train_tokens / chosen.tokens_per_second / DAY
@@ -160,6 +160,7 @@ def _row(way: Way) -> tuple[str, ...]:
         "yes" if way.fits else "no",
         format_bytes(way.transfer) if way.transfer else "-",
         format_seconds(way.step_seconds),
+        _percent(way.overhead) if way.transfer else "-",
         f"{way.tokens_per_second:,.4g}",
         way.moment,
     )
@@ -198,3 +199,23 @@ def _balanced(planner: Planner, blocks: int) -> list[str]:
             f"{format_bytes(way.peak)}, step {format_seconds(way.step_seconds)}"
         )
     return lines
+
+
+def _overhead(planner: Planner, way: Way) -> list[str]:
+    """What residency adds to a step, with each prefetch; nothing where no block moves."""
+    if not way.transfer:
+        return []
+    added = []
+    for prefetch in get_args(Prefetch):
+        machine = dataclasses.replace(planner.machine, prefetch=prefetch)
+        found = Planner(planner.costs, machine, planner.split).blocks(way.blocks)
+        added.append(f"{_percent(found.overhead)} with --prefetch {prefetch}")
+    steps = planner.machine.steps_per_visit
+    return [
+        f"{way.name} at {steps} step{'s' if steps > 1 else ''} a visit: transfers add to a step "
+        f"{', '.join(added)} (modelled)"
+    ]
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:,.1f} %"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dblocks.blocks import Batch, BlocksConfig, DiffusionBlocks, Draw
 from dblocks.blocks.config import Shared
+from dblocks.checkpoint import NETWORKS
 from dblocks.models import (
     CausalLM,
     CausalLMConfig,
@@ -118,6 +119,24 @@ def of_network(config: Any, *, length: int | None = None) -> Subject:
         schedule=schedule,
         pretrained=False,
     )
+
+
+def of_saved(about: Mapping[str, Any], *, length: int | None = None) -> Subject:
+    """A network that was saved.
+
+    Args:
+        about: what `read_config` finds.
+        length: as of `of_network`.
+
+    Raises:
+        ValueError: it is not the config of a network.
+    """
+    subject = of_network(
+        NETWORKS[about["model"]][1].from_dict(about["model_config"]), length=length
+    )
+    if about["blocks_config"] is None:
+        return subject
+    return replace(subject, schedule=BlocksConfig.from_dict(about["blocks_config"]).schedule)
 
 
 def of_model(

@@ -7,9 +7,13 @@ import sys
 import pytest
 
 from dblocks.__main__ import main
-from dblocks.models import CausalLMConfig
+from dblocks.blocks import BlocksConfig, DiffusionBlocks
+from dblocks.checkpoint import load_model, save_model
+from dblocks.models import CausalLMConfig, ViT, ViTConfig
+from dblocks.scale import save_block
 from dblocks.scale.planner import Costs, Machine, Planner, of_network
 from dblocks.scale.planner.plan import smallest_fitting
+from tools import SIZES as OF_VIT
 
 CONFIG = CausalLMConfig(vocab_size=13, context=16, width=16, depth=4, heads=2)
 SIZES = ("--vocab-size", "13", "--context", "16", "--width", "16", "--depth", "4", "--heads", "2")
@@ -56,6 +60,12 @@ def test_moved_bytes_and_time(costs):
     assert hidden.step_seconds == max(way.compute_seconds, way.transfer / 1e6)
     assert hidden.prefetched == own.parameters + own.optimizer
     assert hidden.peak == way.peak + hidden.prefetched
+    # The overhead is the link's time beside the arithmetic's.
+    assert way.overhead == pytest.approx(way.transfer / 1e6 / way.compute_seconds)
+    assert hidden.overhead == pytest.approx(max(0, way.overhead - 1))
+    assert planner.ways()[0].overhead == 0
+    twice = Planner(costs, dataclasses.replace(MACHINE, steps_per_visit=10)).blocks(4)
+    assert twice.overhead == pytest.approx(way.overhead / 2)
 
 
 def test_devices_without_communication(costs):
@@ -180,3 +190,28 @@ def test_without_matplotlib_the_extra_is_named(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     flags = ("--memory", "1GiB", "--chart", str(tmp_path / "plan.svg"))
     assert "dblocks[bench]" in mistake(capsys, "causal-lm", *SIZES, *flags)
+
+
+def test_a_network_that_was_saved(capsys, tmp_path):
+    """By its folder or its file; a folder of blocks says what to do with it."""
+    network = ViT(ViTConfig(**OF_VIT))
+    whole = DiffusionBlocks(network, BlocksConfig(num_blocks=2, shared="private"))
+    save_model(tmp_path / "whole", whole)
+    for b in range(2):
+        save_block(tmp_path / f"blocks/{b}", whole.block(b))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in OF_VIT.items()]
+    said = []
+    for source in (["vit", *flags], [tmp_path / "whole"], [tmp_path / "whole/config.json"]):
+        assert main(["plan", *map(str, source), "--memory", "1GiB"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]
+    for source, words in (
+        ("blocks", f"got folders of blocks: 0, 1; `dblocks merge {tmp_path / 'blocks'} {tmp_path}"),
+        ("blocks/0", "got one block of it; `dblocks merge` makes one"),
+    ):
+        for verb in (["plan"], ["eval", "vit", "--checkpoint"]):
+            more = ["--memory", "1GiB"] if verb == ["plan"] else []
+            assert main([*verb, str(tmp_path / source), *more]) == 2
+            assert words in capsys.readouterr().err
+    with pytest.raises(ValueError, match="folders of blocks: 0, 1"):
+        load_model(tmp_path / "blocks")

@@ -1,0 +1,149 @@
+"""One block of which several processes hold a shard each, made without the memory of the whole.
+
+A network draws its weights in order, so that the ones of a block need the draws of all. They are
+made again for each layer, the other tensors one over the other in the same memory, and of a layer
+each process keeps its shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from dblocks.blocks import Block, BlocksConfig
+from dblocks.blocks.model import BlockModel
+from dblocks.blocks.sharding import part_here
+from dblocks.config import check_block
+from dblocks.scale.construction import WHOLE, all_places, check_alike, check_make, outlined
+from dblocks.scale.gathered import part_of
+from dblocks.scale.mesh import data_parallel
+from dblocks.scale.outline import Outline, Sharing, storage_of
+from dblocks.scale.places import Place, check_complete, own_tensors
+
+
+def build_shards(
+    make: Callable[[], BlockModel], config: BlocksConfig, block: int, mesh: Any, device: str = "cpu"
+) -> Block:
+    """`data_parallel(build_block(make, config, block), mesh, "fsdp")`, by shards from the start.
+
+    The weights are the same bits. Beside its shards a process holds one layer and the largest
+    tensor of the network, on the host. `make` is called once without memory, and once for each
+    layer of the block and for what lies outside the layers.
+
+    Args:
+        make: as of `build_block`.
+        config: the number of blocks and the options of their training.
+        block: which of its blocks.
+        mesh: a 1-D DeviceMesh of the processes.
+        device: where the shards are.
+
+    Raises:
+        TypeError: as of `build_block`.
+        ValueError: as of `build_block`.
+        RuntimeError: as of `build_block`; or weights of a layer are made of those of another one.
+    """
+    outlined_block = OutlinedBlock(make, config, block)
+    outlined_block.fill_(mesh, device)
+    return outlined_block.block
+
+
+class OutlinedBlock:
+    """A block without memory, until `fill_` gives it its weights.
+
+    Args:
+        make: as of `build_shards`.
+        config: as there.
+        block: as there.
+    """
+
+    def __init__(self, make: Callable[[], BlockModel], config: BlocksConfig, block: int) -> None:
+        check_make(make)
+        self.make = make
+        self.outline, whole = outlined(make, config)
+        self.block = Block(whole, check_block(block, config.num_blocks))
+        network = cast(nn.Module, whole.base_model)
+        self._places = list(all_places(self.block))
+        # The tensor of each place in the whole network: `fully_shard` replaces those of the block.
+        self._of = [storage_of(place.of(network)) for place in self._places]
+        owned = {storage_of(t) for m in network.modules() for _, t in own_tensors(m)}
+        self._owned = {n: t for n, t in enumerate(self.outline.made) if storage_of(t) in owned}
+        layers = [
+            {storage_of(t) for m in layer.modules() for _, t in own_tensors(m)}
+            for layer in self.block.parts_at_rest(block)[1]
+        ]
+        self._groups = self._grouped(layers)
+
+    def fill_(self, mesh: Any, device: str = "cpu") -> None:
+        """Makes the weights; with a mesh, as shards after `fully_shard`.
+
+        Args:
+            mesh: the processes; None for one that holds all.
+            device: where the weights are.
+        """
+        tied = _tied(self._places)
+        if mesh is not None:
+            data_parallel(self.block, mesh, "fsdp")
+        self.block.to_empty(device=device)
+        for place, first in zip(self._places, tied, strict=True):
+            if place.tensor is not self._places[first].tensor:  # `to_empty` unties
+                place.put(self._places[first].tensor)
+        groups = self._groups if mesh is not None else [{*self._of}]
+        made = {storage_of(tensor) for tensor in self._owned.values()}
+        for number, group in enumerate(groups):
+            absent = {n: t for n, t in self._owned.items() if storage_of(t) not in group}
+            last = number + 1 == len(groups)
+            with nullcontext() if last else _random_kept(self.outline), Sharing(absent) as making:
+                network = cast(nn.Module, self.make())
+            check_alike(self.outline, making)
+            for place, storage in zip(self._places, self._of, strict=True):
+                if storage in group or (number == 0 and storage not in made):
+                    _fill(place, network, making)
+            del network
+        check_complete(self.block, WHOLE)
+
+    def _grouped(self, layers: list[set[int]]) -> list[set[int]]:
+        """The tensors in groups of at most the bytes of a layer, or one tensor; a layer in one."""
+        nbytes = {storage_of(t): t.untyped_storage().nbytes() for t in self._owned.values()}
+        mine = [storage for storage in dict.fromkeys(self._of) if storage in nbytes]
+        inside = {storage for layer in layers for storage in layer}
+        units = [layer & {*mine} for layer in layers] + [{s} for s in mine if s not in inside]
+        most = max((sum(nbytes[s] for s in unit) for unit in units), default=0)
+        groups: list[set[int]] = [set()]
+        for unit in units:
+            if sum(nbytes[s] for s in groups[-1] | unit) > most:
+                groups.append(set())
+            groups[-1] |= unit
+        return groups
+
+
+@torch.no_grad()
+def _fill(place: Place, network: nn.Module, making: Sharing) -> None:
+    found, held = place.of(network), place.tensor
+    if making.is_unsound(found):
+        raise RuntimeError(
+            "weights of a layer must not be made of those of another one, got "
+            f"{f'{place.path}.{place.name}'.removeprefix('.')}; {WHOLE}"
+        )
+    part_here(held).copy_(part_here(part_of(found.detach(), held)))
+
+
+def _tied(places: Iterable[Place]) -> list[int]:
+    """For each place the first one that has the same tensor."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(place.tensor), i) for i, place in enumerate(places)]
+
+
+@contextmanager
+def _random_kept(outline: Outline) -> Iterator[None]:
+    """The generators that a network draws from are after the `with` block as before."""
+    before = {generator: generator.get_state() for generator in outline.generators}
+    with torch.random.fork_rng(
+        devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    ):
+        yield
+    for generator, state in before.items():
+        generator.set_state(state)
