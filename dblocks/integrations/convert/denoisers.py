@@ -147,6 +147,10 @@ class ConvertedDenoiser(Converted):
             "a denoiser has no loss of its own beside that of denoising; set clean_loss_weight to 0"
         )
 
+    def own_layers(self) -> list[nn.Module]:
+        """See `Converted.own_layers`."""
+        return [placed.layer for placed in self.layers.children()]
+
     def follow_(self, other: Converted) -> None:
         """Sets checkpointing as in `other`, the original of this copy."""
         super().follow_(other)

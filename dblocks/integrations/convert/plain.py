@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -17,13 +17,23 @@ OTHER_HEADS = {
 }
 
 
+def replacement(module: nn.Module) -> Any:
+    """What was put in place of a module's forward; None for its class' own.
+
+    transformers 4 leaves a module's own forward among its attributes after it recorded outputs.
+    """
+    put = vars(module).get("forward")
+    function, owner = getattr(put, "__func__", None), getattr(put, "__self__", None)
+    return None if owner is module and function is type(module).forward else put
+
+
 def runs_more(module: nn.Module) -> bool:
     """Whether a call of a module runs more than its class' forward: hooks, or a replacement.
 
     Hooks of transformers only record outputs, and do not count.
     """
     hooks = (hook for name in HOOKS for hook in getattr(module, name).values())
-    return "forward" in vars(module) or any(
+    return replacement(module) is not None or any(
         not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks
     )
 
@@ -37,6 +47,24 @@ def check_layers_alone(layers: Mapping[str, nn.Module]) -> None:
                 f"parts of a converted layer are called and not the layer, got some on this "
                 f"{type(layer).__name__}; remove them, or put them on its attention or MLP"
             )
+
+
+def check_above(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises for modules around the layers with hooks or a replaced forward.
+
+    The layers of a block are called alone. Hooks on the model itself are of its own calls.
+    """
+    paths = {name.rpartition(".")[0] for name in names}
+    while paths := paths - {""}:
+        for path in sorted(paths):
+            module = model.get_submodule(path)
+            if runs_more(module):
+                raise ValueError(
+                    f"{path} must have no hooks and no forward put in place of its own, since the "
+                    f"layers of a block are called and not what holds them, got some on this "
+                    f"{type(module).__name__}; remove them"
+                )
+        paths = {path.rpartition(".")[0] for path in paths}
 
 
 def check_read(model: nn.Module, module: Any, kind: type[nn.Module], what: str) -> None:
@@ -57,7 +85,7 @@ def check_read(model: nn.Module, module: Any, kind: type[nn.Module], what: str) 
             "adapter (merge_and_unload), or leave it out of target_modules and modules_to_save"
         )
     # An embedding is called too, and hooks that require gradients are common there.
-    if "forward" in vars(module) or (kind is nn.Linear and runs_more(module)):
+    if replacement(module) is not None or (kind is nn.Linear and runs_more(module)):
         raise ValueError(
             f"{name} must have no hooks and no forward put in place of its own, since the {what} "
             "is also read as weights; remove them"
