@@ -5,7 +5,7 @@ What `convert` does is done again, with the parameters that it added kept.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from dblocks.blocks.parameters import check_apart
 from dblocks.integrations.convert.changes import Seen, changed, is_sharded
 from dblocks.integrations.convert.layers import ConditionedLayer
 from dblocks.integrations.convert.network import Converted
-from dblocks.integrations.convert.plain import check_layers_alone
+from dblocks.integrations.convert.plain import check_layers_alone, check_weights
 from dblocks.integrations.convert.tasks import network_of
 from dblocks.integrations.convert.whole import check_whole
 
@@ -53,10 +53,12 @@ def convert_again(blocks: ConvertedBlocks, before: Seen | None, now: Seen) -> No
         _check_added(network, fresh, names)
         if network.compared:
             network.whole_checked = check_whole(fresh)
-        check_apart(network, blocks.layer_ranges)
+        check_apart(cast(Any, network), blocks.layer_ranges)
         _take_over(network, fresh)
     else:
-        check_apart(network, blocks.layer_ranges)
+        for module in network.read_as_weights():
+            check_weights(network.model, module)
+        check_apart(cast(Any, network), blocks.layer_ranges)
     if blocks.config.shared == "frozen":
         old = set(before.parameters)
         for parameter in blocks.shared_parameters():

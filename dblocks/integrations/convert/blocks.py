@@ -58,7 +58,7 @@ class ConvertedBlocks(DiffusionBlocks):
         if before != now:
             convert_again(self, before, now)
             remember(self, seen_of(network.model))
-        elif not network.whole_checked:
+        if not network.whole_checked:
             network.whole_checked = check_whole(network)
         network.follow_model_()
 

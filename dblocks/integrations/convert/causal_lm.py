@@ -347,7 +347,8 @@ class ConvertedCausalLM(Converted):
         cache.commit(C, before[:, C:])
         return Hidden(x[:, -1:], cond[:, -1:] if cond.ndim == 3 else cond)
 
-    def _read(self) -> tuple[nn.Module, ...]:
+    def read_as_weights(self) -> tuple[nn.Module, ...]:
+        """See `Converted.read_as_weights`."""
         return self.family.embedding(self.model), self.family.head(self.model)
 
     def features(self, hidden: Hidden) -> Features:

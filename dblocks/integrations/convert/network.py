@@ -169,7 +169,7 @@ class Converted(nn.Module, ABC):
                 yield layer.layer
                 yield layer.attention
 
-    def _read(self) -> tuple[nn.Module, ...]:
+    def read_as_weights(self) -> tuple[nn.Module, ...]:
         """The modules outside the layers whose weights are read."""
         return ()
 
@@ -192,7 +192,7 @@ class Converted(nn.Module, ABC):
         view._modules["model"], view._modules["modulations"] = model, modulations
         view._parameters = {**self._parameters} if shared else {}
         object.__setattr__(view, "layers", nn.ModuleDict(layers))
-        watched = [ref(m) for m in (*view._by_parts(), *(view._read() if shared else ()))]
+        watched = [ref(m) for m in (*view._by_parts(), *(view.read_as_weights() if shared else ()))]
         remember(view, (watched, rows_of(watched)))
         return view
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from dblocks.blocks.sharding import is_part
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 OTHER_HEADS = {
@@ -76,20 +79,42 @@ def check_read(model: nn.Module, module: Any, kind: type[nn.Module], what: str) 
         kind: the class whose forward it must have.
         what: its role in the model, for the message.
     """
-    name = next((n for n, m in model.named_modules() if m is module), what)
+    name = _name_of(model, module, what)
     own = type(module).__module__.startswith("transformers.")  # Such as an embedding times sqrt(D).
     if not isinstance(module, kind) or (type(module).forward is not kind.forward and not own):
         raise ValueError(
             f"{name} must be an nn.{kind.__name__}, since the {what} is also read as weights, got "
             f"a {type(module).__module__.partition('.')[0]} {type(module).__name__}; merge its "
-            "adapter (merge_and_unload), or leave it out of target_modules and modules_to_save"
+            "adapter (merge_and_unload), or leave it out of target_modules, of modules_to_save and "
+            "of what is quantised"
         )
+    check_weights(model, module)
     # An embedding is called too, and hooks that require gradients are common there.
     if replacement(module) is not None or (kind is nn.Linear and runs_more(module)):
         raise ValueError(
             f"{name} must have no hooks and no forward put in place of its own, since the {what} "
             "is also read as weights; remove them"
         )
+
+
+def check_weights(model: nn.Module, module: Any) -> None:
+    """Raises unless the weights of an embedding or output head, which are read, are plain."""
+    if quantised(module.weight):
+        raise ValueError(
+            f"{_name_of(model, module, 'the output head')} must have plain weights, since they are "
+            f"read beside being called, got a {type(module.weight).__name__} of "
+            f"{module.weight.dtype}; quantise the layers alone"
+        )
+
+
+def quantised(weight: Any) -> bool:
+    """Whether a parameter is packed in integers, or is a tensor that packs others."""
+    packed = is_traceable_wrapper_subclass(weight) and not is_part(cast(Tensor, weight))
+    return packed or (isinstance(weight, nn.Parameter) and not weight.is_floating_point())
+
+
+def _name_of(model: nn.Module, module: Any, otherwise: str) -> str:
+    return next((n for n, m in model.named_modules() if m is module), otherwise)
 
 
 def check_no_virtual_tokens(model: Any) -> None:
