@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dblocks.blocks.parameters import check_apart
-from dblocks.integrations.convert.changes import Seen, changed, is_sharded
+from dblocks.integrations.convert.changes import UNCOUNTED, Seen, changed, is_sharded
 from dblocks.integrations.convert.layers import ConditionedLayer
 from dblocks.integrations.convert.network import Converted
 from dblocks.integrations.convert.plain import check_layers_alone, check_weights
@@ -37,7 +37,7 @@ def convert_again(blocks: ConvertedBlocks, before: Seen | None, now: Seen) -> No
     """
     network = blocks.base_model
     if before is None:
-        check_layers_alone(_layers(network))
+        check_layers_alone(_layers(network), UNCOUNTED)
         if network.compared and not _elsewhere(blocks):
             network.whole_checked = check_whole(network)
         return
@@ -59,7 +59,7 @@ def convert_again(blocks: ConvertedBlocks, before: Seen | None, now: Seen) -> No
         for module in network.read_as_weights():
             check_weights(network.model, module)
         check_apart(cast(Any, network), blocks.layer_ranges)
-    if blocks.config.shared == "frozen":
+    if blocks.config.shared == "frozen" and now.parameters:  # none are told while sharded
         old = set(before.parameters)
         for parameter in blocks.shared_parameters():
             if id(parameter) not in old:

@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
-from dblocks.integrations.convert.plain import HOOKS, replacement
+from dblocks.integrations.convert.plain import HOOKS, RECORDS, SHARDS, hooks_of, replacement
 
 Row: TypeAlias = tuple[Any, ...]
-OTHERS = ("transformers.", "torch.distributed.")  # hooks that only record, or gather parameters
+UNCOUNTED = (*RECORDS, *SHARDS)
 
 
 class Seen(NamedTuple):
@@ -72,7 +72,8 @@ def row_of(module: nn.Module) -> Row:
         kind = kind.__mro__[2]  # after FSDP's two
     own = vars(module)
     put = id(replacement(module)) if "forward" in own else None
-    keys = tuple(key for name in HOOKS if own[name] for key in _counted(own[name]))
+    found = (own[name] for name in HOOKS if own[name])
+    keys = tuple(key for hooks in found for key in hooks_of(hooks, UNCOUNTED))
     return ref(module), kind, kind.forward, put, keys
 
 
@@ -90,12 +91,3 @@ def changed(model: nn.Module, before: list[Row], now: list[Row]) -> dict[str, nn
         for name, module in model.named_modules()
         if known.get(id(module)) != rows.get(id(module))
     }
-
-
-def _counted(hooks: dict[int, Any]) -> list[int]:
-    """The keys of hooks, which are never used again, but for those of `OTHERS`."""
-    return [
-        key
-        for key, hook in hooks.items()
-        if not (getattr(hook, "__module__", None) or "").startswith(OTHERS)
-    ]

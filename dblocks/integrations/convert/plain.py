@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dblocks.blocks.sharding import is_part
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+RECORDS = ("transformers.",)
+SHARDS = ("torch.distributed.",)  # whose hooks the parts of a layer run within
 OTHER_HEADS = {
     "ForTokenClassification": "a class of each token",
     "ForMultipleChoice": "a choice between texts",
@@ -30,21 +32,29 @@ def replacement(module: nn.Module) -> Any:
     return None if owner is module and function is type(module).forward else put
 
 
-def runs_more(module: nn.Module) -> bool:
+def runs_more(module: nn.Module, uncounted: Sequence[str] = RECORDS) -> bool:
     """Whether a call of a module runs more than its class' forward: hooks, or a replacement.
 
-    Hooks of transformers only record outputs, and do not count.
+    Hooks of the `uncounted` libraries do not count: those of transformers only record outputs.
     """
-    hooks = (hook for name in HOOKS for hook in getattr(module, name).values())
     return replacement(module) is not None or any(
-        not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks
+        hooks_of(getattr(module, name), uncounted) for name in HOOKS
     )
 
 
-def check_layers_alone(layers: Mapping[str, nn.Module]) -> None:
+def hooks_of(hooks: Mapping[int, Any], uncounted: Sequence[str]) -> list[int]:
+    """The keys of the hooks that count; no key is used twice."""
+    return [
+        key
+        for key, hook in hooks.items()
+        if not (getattr(hook, "__module__", None) or "").startswith(tuple(uncounted))
+    ]
+
+
+def check_layers_alone(layers: Mapping[str, nn.Module], uncounted: Sequence[str] = RECORDS) -> None:
     """Raises for layers with hooks or a replaced forward, since only their parts are called."""
     for name, layer in layers.items():
-        if runs_more(layer):
+        if runs_more(layer, uncounted):
             raise ValueError(
                 f"{name} must have no hooks and no forward put in place of its own, since the "
                 f"parts of a converted layer are called and not the layer, got some on this "
