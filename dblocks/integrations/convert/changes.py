@@ -71,7 +71,7 @@ def row_of(module: nn.Module) -> Row:
     if is_sharded(module):
         kind = kind.__mro__[2]  # after FSDP's two
     own = vars(module)
-    put = id(replacement(module)) if "forward" in own else None
+    put = id(replacement(module) if "forward" in own else None)
     found = (own[name] for name in HOOKS if own[name])
     keys = tuple(key for hooks in found for key in hooks_of(hooks, UNCOUNTED))
     return ref(module), kind, kind.forward, put, keys

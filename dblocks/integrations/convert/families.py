@@ -198,7 +198,14 @@ def positions_of_samples(positions: Tensor) -> Tensor:
 
 
 def context_from_start(family: RotaryFamily, model: Any, rows: Tensor) -> dict[str, Any]:
-    """`family.context` of rows [N, T, D] at the positions 0 to T - 1."""
+    """`family.context` of rows [N, T, D] at the positions 0 to T - 1.
+
+    Nothing on the meta device with transformers 4, which cannot make rotations there.
+    """
+    import transformers
+
+    if rows.is_meta and transformers.__version__.startswith("4."):
+        return {}
     return family.context(model, rows, torch.arange(rows.shape[1], device=rows.device))
 
 
