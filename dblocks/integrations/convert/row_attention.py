@@ -96,7 +96,7 @@ def doubled(
     Raises:
         ValueError: an argument is not supported.
     """
-    _refuse(module, others | {"attention_mask": attention_mask}, is_causal)
+    _refuse(module, others | {"attention_mask": attention_mask}, is_causal, query.shape[2])
     sliding_window = sliding_window or getattr(module, "dblocks_window", None)
     # Rotary positions come in float32 under autocast, which casts the arguments of torch's own.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -159,7 +159,7 @@ def causal(
     Raises:
         ValueError: an argument is not supported.
     """
-    _refuse(module, others, is_causal)
+    _refuse(module, others, is_causal, query.shape[2])
     sliding_window = sliding_window or getattr(module, "dblocks_window", None)
     R, mask = query.shape[2], attention_mask
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -234,9 +234,13 @@ def _capped(
     return nnf.dropout(weights.to(value.dtype), dropout) @ value
 
 
-def _refuse(module: nn.Module, others: Mapping[str, Any], is_causal: bool | None) -> None:
+def _refuse(
+    module: nn.Module, others: Mapping[str, Any], is_causal: bool | None, rows: int
+) -> None:
     for seen in _OPEN:
         seen.append(module)
+    # GPT-2 of transformers 4 says of a single row that it sees all keys, which is the same.
+    is_causal = None if rows == 1 else is_causal
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     unread = [
         name
