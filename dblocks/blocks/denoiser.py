@@ -135,7 +135,10 @@ class Denoiser(nn.Module):
         return hasattr(type(self), "unshard")
 
     def before_use(self) -> None:
-        """A hook, called before a draw and before a condition is bound; does nothing here."""
+        """Called before a draw and before a condition is bound; calls that of the network."""
+        before_use = getattr(type(self.base_model), "before_use", None)
+        if before_use is not None:
+            before_use(self.base_model)
 
     def extra_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor | None:
         """A hook: a further loss, 0-d, that `loss_at` adds to the denoising loss; None for none."""
@@ -173,9 +176,10 @@ class Denoiser(nn.Module):
         if self.config.shared == "frozen" and not self._zeros_looked_for:
             self._zeros_looked_for = True
             warn_of_frozen_zeros(self.base_model, stacklevel=2)
+        self.before_use()
         model = self.parts(block)[0]
         given = checked(model, batch, model.target)
-        drawn = self.draw(given, block, generator=generator, replicas=replicas)
+        drawn = self._draw(given, block, generator, replicas)
         return self.loss_at(given, block, drawn)
 
     def forward(
@@ -250,6 +254,15 @@ class Denoiser(nn.Module):
             ValueError: as in `loss`; or the batches of the processes differ in shape.
         """
         self.before_use()
+        return self._draw(batch, block, generator, replicas)
+
+    def _draw(
+        self,
+        batch: Batch,
+        block: int,
+        generator: torch.Generator | None,
+        replicas: Replicas | None,
+    ) -> Draw:
         model, layers = self.parts(block)
         target = model.target
         given = checked(model, batch, target)

@@ -101,5 +101,6 @@ def convert(
         head=head,
     )
     network = network_of(model, config, task, layers, options)
+    network.compared = check
     network.whole_checked = not check or check_whole(network)
     return ConvertedBlocks(network, config, task, options)

@@ -12,6 +12,8 @@ from dblocks.blocks import Batch, Block, BlocksConfig, DiffusionBlocks, Draw
 from dblocks.checkpoint import naming
 from dblocks.config import check_block
 from dblocks.integrations.convert import files
+from dblocks.integrations.convert.again import convert_again
+from dblocks.integrations.convert.changes import remember, remembered, seen_of
 from dblocks.integrations.convert.clean_loss import clean_loss
 from dblocks.integrations.convert.network import Converted
 from dblocks.integrations.convert.options import ConvertOptions
@@ -41,11 +43,24 @@ class ConvertedBlocks(DiffusionBlocks):
         self.task: Task = task
         self.options = options
         self.clean_loss_weight: float = options.clean_loss_weight
+        remember(self, seen_of(model.model))
 
     def before_use(self) -> None:
-        """Runs `check_whole` if the model had no data when it was converted."""
-        if not self.base_model.whole_checked and not torch.compiler.is_compiling():
-            self.base_model.whole_checked = check_whole(self.base_model)
+        """Runs `check_whole` if the model had no data yet, and `convert_again` if it was changed.
+
+        Raises:
+            ValueError: the model computes something that would be left out.
+        """
+        if torch.compiler.is_compiling():
+            return
+        network = self.base_model
+        before, now = remembered(self), seen_of(network.model)
+        if before != now:
+            convert_again(self, before, now)
+            remember(self, seen_of(network.model))
+        if not network.whole_checked:
+            network.whole_checked = check_whole(network)
+        network.follow_model_()
 
     def extra_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor | None:
         """`clean_loss_weight` times `clean_loss`; see `DiffusionBlocks.extra_loss`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
@@ -20,7 +19,7 @@ from dblocks.blocks.targets.token_batch import TokenBatch, moved_to_front
 from dblocks.integrations.convert.cached import RowCache
 from dblocks.integrations.convert.choices import choosing_alike, largest_rounding
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
-from dblocks.integrations.convert.network import Converted, check_some, example_tokens
+from dblocks.integrations.convert.network import Converted, Sizes, check_some, example_tokens
 from dblocks.integrations.convert.places import (
     before_each,
     document_mask,
@@ -103,14 +102,6 @@ class CausalFamily(Protocol):
     ) -> Tensor:
         """The mean cross-entropy of `labels` [N, T], the tokens or `IGNORED`, 0-d."""
         ...
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes that a batch is checked against."""
-
-    vocab_size: int
-    context: int
 
 
 class Context(NamedTuple):
@@ -198,7 +189,6 @@ class ConvertedCausalLM(Converted):
         self.family = family
         self.reads = family.reads(model)
         self.call_reads = ("tokens", "cu_seqlens", "attention_mask", *self.reads)
-        self.sizes = Sizes(embedding.num_embeddings, family.context_length(model))
         self.embed_scale = embed_scale
         self.tokens_per_sigma = tokens_per_sigma
         self.rows_kind: Rows = rows_kind
@@ -215,6 +205,12 @@ class ConvertedCausalLM(Converted):
         # Layers refer to attention functions by name; unpickling must register them.
         import_module("dblocks.integrations.convert.row_attention")
         super().__setstate__(state)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those of the model by now, whose embedding may have been resized."""
+        embedding = self.family.embedding(self.model)
+        return Sizes(embedding.num_embeddings, self.family.context_length(self.model))
 
     @property
     def target(self) -> TokenTarget:
@@ -352,6 +348,10 @@ class ConvertedCausalLM(Converted):
             x = layer(x, inner, {**attention, "dblocks_keep": keep}, clean=clean)
         cache.commit(C, before[:, C:])
         return Hidden(x[:, -1:], cond[:, -1:] if cond.ndim == 3 else cond)
+
+    def read_as_weights(self) -> tuple[nn.Module, ...]:
+        """See `Converted.read_as_weights`."""
+        return self.family.embedding(self.model), self.family.head(self.model)
 
     def features(self, hidden: Hidden) -> Features:
         """The noisy rows, normalised for the head, [N, T, D]."""

@@ -55,8 +55,11 @@ def conditioned(
 
 
 def probe(layer: nn.Module, width: int) -> Tensor:
-    """Rows [1, 4, D] for the trial run of a layer, with the dtype and device of its parameters."""
-    like = next(layer.parameters())
+    """Rows [1, 4, D] for the trial run of a layer, with the dtype and device of its parameters.
+
+    Quantised weights are of integers, but not what is around them.
+    """
+    like = next((p for p in layer.parameters() if p.is_floating_point()), torch.empty(0))
     rows = torch.linspace(0, 4 * width, 4 * width, device=like.device).sin()
     return rows.view(1, 4, width).to(like.dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,10 @@ class ConvertedDenoiser(Converted):
         raise ValueError(
             "a denoiser has no loss of its own beside that of denoising; set clean_loss_weight to 0"
         )
+
+    def own_layers(self) -> list[nn.Module]:
+        """See `Converted.own_layers`."""
+        return [cast(PlacedLayer, placed).layer for placed in self.layers.children()]
 
     def follow_(self, other: Converted) -> None:
         """Sets checkpointing as in `other`, the original of this copy."""

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from dblocks.blocks import Batch
 from dblocks.blocks.targets.classes import IGNORED, at_least_float32
+from dblocks.integrations.convert.attention_view import with_attention
 from dblocks.integrations.convert.cached import rotation_limit
-from dblocks.integrations.convert.causal_lm import Sizes
 from dblocks.integrations.convert.layers import ByLayerType
-from dblocks.integrations.convert.network import example_tokens
+from dblocks.integrations.convert.network import Sizes, example_tokens
 from dblocks.integrations.convert.text_entries import TEXT, entries_of, ids_of
 
 # Language models of transformers that predict the next token
@@ -66,8 +66,6 @@ class RotaryFamily:
 
     def attention(self, attention: nn.Module, name: str) -> nn.Module:
         """Replacement of an attention, which calls the named function."""
-        from dblocks.integrations.convert.row_attention import with_attention
-
         return with_attention(attention, name)
 
     def probed(self, attention: nn.Module) -> nn.Module | None:
@@ -200,7 +198,14 @@ def positions_of_samples(positions: Tensor) -> Tensor:
 
 
 def context_from_start(family: RotaryFamily, model: Any, rows: Tensor) -> dict[str, Any]:
-    """`family.context` of rows [N, T, D] at the positions 0 to T - 1."""
+    """`family.context` of rows [N, T, D] at the positions 0 to T - 1.
+
+    Nothing on the meta device with transformers 4, which cannot make rotations there.
+    """
+    import transformers
+
+    if rows.is_meta and transformers.__version__.startswith("4."):
+        return {}
     return family.context(model, rows, torch.arange(rows.shape[1], device=rows.device))
 
 

@@ -23,6 +23,7 @@ from dblocks._version import __version__
 from dblocks.checkpoint import current, load_safetensors, naming, save_safetensors, saving
 from dblocks.checkpoint.tensors import opened
 from dblocks.config import json_text, read_json
+from dblocks.integrations.convert.plain import quantised
 
 if TYPE_CHECKING:
     from dblocks.integrations.convert.blocks import ConvertedBlocks
@@ -54,9 +55,11 @@ def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) 
         block: the block of the job.
 
     Raises:
-        ValueError: the folder has files of other jobs that do not fit those of this job.
+        ValueError: the folder has files of other jobs that do not fit those of this job; or weights
+            are quantised.
     """
     folder = Path(folder)
+    _check_plain(blocks)
     tensors, ties = _named(blocks)
     owners = _owners(blocks)
     parts: dict[str, dict[str, Tensor]] = {SHARED_FILE: {}}
@@ -130,6 +133,17 @@ def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> N
     tensors |= {name: tensors[first] for name, first in ties.items()}
     with naming(folder):
         blocks.load_state_dict({_inside(name): tensor for name, tensor in tensors.items()})
+
+
+def _check_plain(blocks: ConvertedBlocks) -> None:
+    packed = {name: p for name, p in blocks.named_parameters() if quantised(p)}
+    if packed:
+        name, p = next(iter(packed.items()))
+        raise ValueError(
+            f"weights must be plain to be saved, got {len(packed)} quantised ones, such as "
+            f"{_outside(name)}, a {type(p).__name__} of {p.dtype}; save an adapter by its own "
+            "save_pretrained, or the model's state_dict() by torch.save"
+        )
 
 
 def _described(blocks: ConvertedBlocks, ties: dict[str, str]) -> dict[str, Any]:

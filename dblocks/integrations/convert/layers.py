@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dblocks import functional as F
 from dblocks.blocks.sharding import within
+from dblocks.integrations.convert.attention_view import follow_
 from dblocks.integrations.convert.forms import LayerForm
 from dblocks.integrations.convert.plain import runs_more
 from dblocks.integrations.norms import NormSpec, norm_spec
@@ -121,6 +122,16 @@ class ConditionedLayer(nn.Module):
             return checkpoint(self._within, x, cond, context or {}, clean, use_reentrant=False)
         return self._within(x, cond, context or {}, clean)
 
+    @property
+    def attention(self) -> nn.Module:
+        """The model's own attention."""
+        return self.layer.get_submodule(self.form.attention)
+
+    def follow_(self) -> None:
+        """Takes over attributes that were set on the attention since the last call."""
+        for view in self.instead:
+            follow_(view, self.attention)
+
     def norms(self) -> list[nn.Module]:
         """The norms of the attention and of the MLP."""
         paths = filter(None, (self.form.norm1, self.form.norm2))
@@ -179,7 +190,7 @@ class ConditionedLayer(nn.Module):
         return self.layer.get_submodule(path) if path else nn.Identity()
 
     def _attend(self, h: Tensor, context: Mapping[str, Any]) -> Tensor:
-        attention = own = self.layer.get_submodule(self.form.attention)
+        attention = own = self.attention
         for attention in self.instead:
             attention.training = own.training
         out = attention(h, **context_of(self.layer, own, context))

@@ -15,10 +15,9 @@ from dblocks.blocks.targets.classes import IGNORED, at_least_float32
 from dblocks.blocks.targets.entries import checked
 from dblocks.blocks.targets.padding import from_front, to_front
 from dblocks.blocks.targets.token_batch import TokenBatch
-from dblocks.integrations.convert.causal_lm import Sizes
 from dblocks.integrations.convert.heads import FunctionHead
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
-from dblocks.integrations.convert.network import Converted, check_some
+from dblocks.integrations.convert.network import Converted, Sizes, check_some
 from dblocks.integrations.convert.text_entries import text_entries
 from dblocks.nn import Modulation
 from dblocks.schedules import MASKED, MaskLevel
@@ -103,10 +102,14 @@ class ConvertedMaskedLM(Converted):
         super().__init__(model, layers, width, conditioned=True)
         self.family = family
         self.reads = self.call_reads = family.reads
-        self.sizes = family.sizes(model)
         self.mask_token_id = mask_token_id
         self.head_modulation = Modulation(width, 2, cond_dim=cond_dim(width))
         self.added_to_()
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those of the model by now, whose embedding may have been resized."""
+        return self.family.sizes(self.model)
 
     @property
     def target(self) -> MaskedTokenTarget:

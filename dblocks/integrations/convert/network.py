@@ -5,17 +5,28 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, Target
+from dblocks.integrations.convert.changes import remember, remembered, rows_of
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.nn import NoiseEmbedding
 from dblocks.nn.scalars import accept_scalars
 
 SWITCHES = ("gradient_checkpointing", "grad_checkpointing")  # of diffusers, and of timm
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that a batch is checked against."""
+
+    vocab_size: int
+    context: int
 
 
 class Converted(nn.Module, ABC):
@@ -51,6 +62,8 @@ class Converted(nn.Module, ABC):
 
     whole_checked = True
     """Whether the comparison of the model with its parts is done or not needed."""
+    compared = True
+    """Whether it is to be compared: `check` of `convert`."""
 
     @property
     def _frozen_by_blocks(self) -> bool:
@@ -118,6 +131,48 @@ class Converted(nn.Module, ABC):
                 moved = parameter.detach().to(first.device, dtype)
                 self._parameters[name] = nn.Parameter(moved)
 
+    def before_use(self) -> None:
+        """Of a view of one block: raises if what it calls by parts was changed since it was made.
+
+        Raises:
+            ValueError: it was.
+        """
+        if torch.compiler.is_compiling():
+            return
+        watched = remembered(self)
+        if watched is not None:
+            modules, before = watched
+            for reference, then, now in zip(modules, before, rows_of(modules), strict=True):
+                if now is not None and then != now:
+                    raise ValueError(
+                        f"a {type(reference()).__name__} must have the same hooks, class and "
+                        "forward as when its block was taken, since its parts are called and not "
+                        "it itself; change the model before block()"
+                    )
+        self.follow_model_()
+
+    def follow_model_(self) -> None:
+        """Takes over attributes of the model's attentions that were set since the last call."""
+        for layer in self.layers.children():
+            if isinstance(layer, ConditionedLayer):
+                layer.follow_()
+
+    def own_layers(self) -> list[nn.Module]:
+        """The model's own layers."""
+        held = self.layers.children()
+        return [x.layer if isinstance(x, ConditionedLayer) else x for x in held]
+
+    def _by_parts(self) -> Iterable[nn.Module]:
+        """The modules that are not called, but whose parts or weights are."""
+        for layer in self.layers.children():
+            if isinstance(layer, ConditionedLayer):
+                yield layer.layer
+                yield layer.attention
+
+    def read_as_weights(self) -> tuple[nn.Module, ...]:
+        """The modules outside the layers whose weights are read."""
+        return ()
+
     # How `DiffusionBlocks` takes it apart
 
     def with_layers(self, layers: dict[str, nn.Module], *, shared: bool = True) -> nn.Module:
@@ -137,6 +192,8 @@ class Converted(nn.Module, ABC):
         view._modules["model"], view._modules["modulations"] = model, modulations
         view._parameters = {**self._parameters} if shared else {}
         object.__setattr__(view, "layers", nn.ModuleDict(layers))
+        watched = [ref(m) for m in (*view._by_parts(), *(view.read_as_weights() if shared else ()))]
+        remember(view, (watched, rows_of(watched)))
         return view
 
     def without_layers(self) -> nn.Module:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from dblocks.blocks.sharding import is_part
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+RECORDS = ("transformers.",)
+SHARDS = ("torch.distributed.",)  # whose hooks the parts of a layer run within
 OTHER_HEADS = {
     "ForTokenClassification": "a class of each token",
     "ForMultipleChoice": "a choice between texts",
@@ -17,26 +22,62 @@ OTHER_HEADS = {
 }
 
 
-def runs_more(module: nn.Module) -> bool:
+def replacement(module: nn.Module) -> Any:
+    """What was put in place of a module's forward; None for its class' own.
+
+    transformers 4 leaves a module's own forward among its attributes after it recorded outputs.
+    """
+    put = vars(module).get("forward")
+    function, owner = getattr(put, "__func__", None), getattr(put, "__self__", None)
+    return None if owner is module and function is type(module).forward else put
+
+
+def runs_more(module: nn.Module, uncounted: Sequence[str] = RECORDS) -> bool:
     """Whether a call of a module runs more than its class' forward: hooks, or a replacement.
 
-    Hooks of transformers only record outputs, and do not count.
+    Hooks of the `uncounted` libraries do not count: those of transformers only record outputs.
     """
-    hooks = (hook for name in HOOKS for hook in getattr(module, name).values())
-    return "forward" in vars(module) or any(
-        not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks
+    return replacement(module) is not None or any(
+        hooks_of(getattr(module, name), uncounted) for name in HOOKS
     )
 
 
-def check_layers_alone(layers: Mapping[str, nn.Module]) -> None:
+def hooks_of(hooks: Mapping[int, Any], uncounted: Sequence[str]) -> list[int]:
+    """The keys of the hooks that count; no key is used twice."""
+    return [
+        key
+        for key, hook in hooks.items()
+        if not (getattr(hook, "__module__", None) or "").startswith(tuple(uncounted))
+    ]
+
+
+def check_layers_alone(layers: Mapping[str, nn.Module], uncounted: Sequence[str] = RECORDS) -> None:
     """Raises for layers with hooks or a replaced forward, since only their parts are called."""
     for name, layer in layers.items():
-        if runs_more(layer):
+        if runs_more(layer, uncounted):
             raise ValueError(
                 f"{name} must have no hooks and no forward put in place of its own, since the "
                 f"parts of a converted layer are called and not the layer, got some on this "
                 f"{type(layer).__name__}; remove them, or put them on its attention or MLP"
             )
+
+
+def check_above(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises for modules around the layers with hooks or a replaced forward.
+
+    The layers of a block are called alone. Hooks on the model itself are of its own calls.
+    """
+    paths = {name.rpartition(".")[0] for name in names}
+    while paths := paths - {""}:
+        for path in sorted(paths):
+            module = model.get_submodule(path)
+            if runs_more(module):
+                raise ValueError(
+                    f"{path} must have no hooks and no forward put in place of its own, since the "
+                    f"layers of a block are called and not what holds them, got some on this "
+                    f"{type(module).__name__}; remove them"
+                )
+        paths = {path.rpartition(".")[0] for path in paths}
 
 
 def check_read(model: nn.Module, module: Any, kind: type[nn.Module], what: str) -> None:
@@ -48,20 +89,42 @@ def check_read(model: nn.Module, module: Any, kind: type[nn.Module], what: str) 
         kind: the class whose forward it must have.
         what: its role in the model, for the message.
     """
-    name = next((n for n, m in model.named_modules() if m is module), what)
+    name = _name_of(model, module, what)
     own = type(module).__module__.startswith("transformers.")  # Such as an embedding times sqrt(D).
     if not isinstance(module, kind) or (type(module).forward is not kind.forward and not own):
         raise ValueError(
             f"{name} must be an nn.{kind.__name__}, since the {what} is also read as weights, got "
             f"a {type(module).__module__.partition('.')[0]} {type(module).__name__}; merge its "
-            "adapter (merge_and_unload), or leave it out of target_modules and modules_to_save"
+            "adapter (merge_and_unload), or leave it out of target_modules, of modules_to_save and "
+            "of what is quantised"
         )
+    check_weights(model, module)
     # An embedding is called too, and hooks that require gradients are common there.
-    if "forward" in vars(module) or (kind is nn.Linear and runs_more(module)):
+    if replacement(module) is not None or (kind is nn.Linear and runs_more(module)):
         raise ValueError(
             f"{name} must have no hooks and no forward put in place of its own, since the {what} "
             "is also read as weights; remove them"
         )
+
+
+def check_weights(model: nn.Module, module: Any) -> None:
+    """Raises unless the weights of an embedding or output head, which are read, are plain."""
+    if quantised(module.weight):
+        raise ValueError(
+            f"{_name_of(model, module, 'the output head')} must have plain weights, since they are "
+            f"read beside being called, got a {type(module.weight).__name__} of "
+            f"{module.weight.dtype}; quantise the layers alone"
+        )
+
+
+def quantised(weight: Any) -> bool:
+    """Whether a parameter is packed in integers, or is a tensor that packs others."""
+    packed = is_traceable_wrapper_subclass(weight) and not is_part(cast(Tensor, weight))
+    return packed or (isinstance(weight, nn.Parameter) and not weight.is_floating_point())
+
+
+def _name_of(model: nn.Module, module: Any, otherwise: str) -> str:
+    return next((n for n, m in model.named_modules() if m is module), otherwise)
 
 
 def check_no_virtual_tokens(model: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -18,38 +17,6 @@ from dblocks.integrations.convert.layers import ConditionedLayer
 from dblocks.kernels.reference import doubled_mask
 
 DOUBLED, CAUSAL = "dblocks_doubled", "dblocks_causal"
-
-
-def with_attention(attention: nn.Module, name: str) -> nn.Module:
-    """A view of an attention module, with the same parameters, that calls the named function.
-
-    transformers reads the name from the module's config, which all modules of a model share; the
-    view has its own copy of the config.
-    """
-    if getattr(attention, "config", None) is None:
-        raise ValueError(
-            "an attention must be one of transformers whose config names the function that "
-            f"attends, got a {type(attention).__module__.partition('.')[0]} "
-            f"{type(attention).__name__} without a config; remove what took its place"
-        )
-    view = copy.copy(attention)
-    config = copy.copy(cast(Any, attention).config)
-    config._attn_implementation = name
-    cast(Any, view).config = config
-    cast(Any, view).dblocks_window = _window(view)
-    return view
-
-
-def _window(attention: Any) -> int | None:
-    """The window of this attention's layer in its model's config, in positions.
-
-    Most models pass it to the attention function; some have it in their masks only.
-    """
-    types = getattr(attention.config, "layer_types", None)
-    number = getattr(attention, "layer_idx", None)
-    if not types or number is None or types[number] != "sliding_attention":
-        return None
-    return attention.config.sliding_window
 
 
 _OPEN: list[list[nn.Module]] = []  # of `attending`, the modules that attended so far
@@ -129,7 +96,7 @@ def doubled(
     Raises:
         ValueError: an argument is not supported.
     """
-    _refuse(module, others | {"attention_mask": attention_mask}, is_causal)
+    _refuse(module, others | {"attention_mask": attention_mask}, is_causal, query.shape[2])
     sliding_window = sliding_window or getattr(module, "dblocks_window", None)
     # Rotary positions come in float32 under autocast, which casts the arguments of torch's own.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -192,7 +159,7 @@ def causal(
     Raises:
         ValueError: an argument is not supported.
     """
-    _refuse(module, others, is_causal)
+    _refuse(module, others, is_causal, query.shape[2])
     sliding_window = sliding_window or getattr(module, "dblocks_window", None)
     R, mask = query.shape[2], attention_mask
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -267,9 +234,13 @@ def _capped(
     return nnf.dropout(weights.to(value.dtype), dropout) @ value
 
 
-def _refuse(module: nn.Module, others: Mapping[str, Any], is_causal: bool | None) -> None:
+def _refuse(
+    module: nn.Module, others: Mapping[str, Any], is_causal: bool | None, rows: int
+) -> None:
     for seen in _OPEN:
         seen.append(module)
+    # GPT-2 of transformers 4 says of a single row that it sees all keys, which is the same.
+    is_causal = None if rows == 1 else is_causal
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     unread = [
         name

@@ -13,6 +13,7 @@ from dblocks.integrations.convert.find import Layers, find_layers
 from dblocks.integrations.convert.layers import ConditionedLayer
 from dblocks.integrations.convert.network import Converted
 from dblocks.integrations.convert.options import ConvertOptions
+from dblocks.integrations.convert.plain import check_above
 from dblocks.integrations.norms import warn_of_subclasses
 
 Task = Literal["classes", "tokens", "images"]
@@ -60,6 +61,8 @@ def network_of(
             "dblocks.blocks.BlockModel"
         )
     network = make(model, found, config, options)
+    if any(isinstance(layer, ConditionedLayer) for layer in network.layers):
+        check_above(model, found)
     for layer in network.layers:
         if isinstance(layer, ConditionedLayer):
             warn_of_subclasses(layer.norms(), stacklevel=3)

@@ -49,9 +49,9 @@ def check_whole(network: Converted) -> bool:
             f"{name} must compute what its embedding, layers and head compute, but on a small "
             f"batch its output differs from theirs by {difference:.2g} of its size: something "
             "outside of these layers, such as a layer that is not among layers=, an adapter, a "
-            "hook or a forward of its own, would be left out; name all layers, merge or remove it, "
-            "or write a network with the members of "
-            "dblocks.blocks.BlockModel instead"
+            "hook or a forward of its own, would be left out (or activations are quantised, which "
+            "enlarges rounding: check=False); name all layers, merge or remove it, or write a "
+            "network with the members of dblocks.blocks.BlockModel instead"
         )
     return True
 

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dblocks import make_optimizers, train_step
 from dblocks.blocks.memory import SavedActivations
 from dblocks.sampling import initial_noise, next_token_nll, sample_euler
-from tools import DEVICE, ROOT, seeded
+from tools import DEVICE, ROOT, normal, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SOME = ("llama", "bert", "vit", "timm", "dit")
@@ -209,6 +209,28 @@ def test_a_step_compiles_as_one_graph():
         assert (got is None) == (want is None)
         if got is not None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch.export itself
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("llama", {"rows": "single"}), ("llama", {"rows": "doubled"}), ("vit", {})],
+)
+def test_a_prediction_is_exported(kind, options):
+    class Predicted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = shaken(blocks_of(kind, **options)).eval()
+
+        def forward(self, z, sigma, **given):
+            return self.blocks(z, sigma, block=0, **given)
+
+    model, z = Predicted(), normal(3, 8, 16) if kind == "llama" else normal(3, 16)
+    given = {k: v for k, v in batch_of(kind).items() if k != "labels"}
+    sigma = torch.full((3,), 5.0)
+    program = torch.export.export(model, (z, sigma), kwargs=given)
+    assert program.module()(z, sigma, **given).equal(model(z, sigma, **given))
 
 
 @pytest.mark.slow

@@ -189,6 +189,19 @@ def test_dropout_draws_as_before():
     assert_same_function(plain, fused, floats, {}, torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.export itself
+def test_a_fused_block_is_exported():
+    block, floats, _ = block_case("single, chunked")
+    fused = started(block).eval()
+    fused.set_chunk_feed_forward(None)
+    fuse_(fused)
+    program = torch.export.export(fused, (), kwargs=floats)
+    assert any("dblocks" in str(node.target) for node in program.graph.nodes)
+    own, ours = fused(**floats), program.module()(**floats)
+    pairs = zip(own, ours, strict=True) if isinstance(own, tuple) else [(own, ours)]
+    assert all(one.equal(other) for one, other in pairs)
+
+
 def test_fused_block_compiles_to_one_graph():
     block, floats, _ = block_case("single, chunked")
     plain = started(block)

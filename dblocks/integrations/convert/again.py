@@ -1,0 +1,140 @@
+"""Converts a model that was changed since, so that the change is honoured, or refused by name.
+
+What `convert` does is done again, with the parameters that it added kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from dblocks.blocks.parameters import check_apart
+from dblocks.integrations.convert.changes import UNCOUNTED, Seen, changed, is_sharded
+from dblocks.integrations.convert.layers import ConditionedLayer
+from dblocks.integrations.convert.network import Converted
+from dblocks.integrations.convert.plain import check_layers_alone, check_weights
+from dblocks.integrations.convert.tasks import network_of
+from dblocks.integrations.convert.whole import check_whole
+
+if TYPE_CHECKING:
+    from dblocks.integrations.convert.blocks import ConvertedBlocks
+
+STATE = ("family", "reads", "call_reads")  # what a network knows of its model
+
+
+def convert_again(blocks: ConvertedBlocks, before: Seen | None, now: Seen) -> None:
+    """Takes over what was changed in the model; nothing is changed if that is refused.
+
+    Args:
+        blocks: the converted model.
+        before: what was seen of the model when it was converted; None for a copy of it.
+        now: what is seen of it.
+
+    Raises:
+        ValueError: it could not be converted as it is now, or needs other added parameters.
+    """
+    network = blocks.base_model
+    if before is None:
+        check_layers_alone(_layers(network), UNCOUNTED)
+        if network.compared and not _elsewhere(blocks):
+            network.whole_checked = check_whole(network)
+        return
+    names = changed(network.model, before.modules, now.modules)
+    _check_layers(network)
+    if before.modules != now.modules:
+        _check_takes_changes(blocks, names)
+        # Random numbers only initialise what is not kept.
+        with torch.random.fork_rng(devices=[]):
+            fresh = network_of(
+                network.model, blocks.config, blocks.task, list(network.names), blocks.options
+            )
+        _check_added(network, fresh, names)
+        if network.compared:
+            network.whole_checked = check_whole(fresh)
+        check_apart(cast(Any, network), blocks.layer_ranges)
+        _take_over(network, fresh)
+    else:
+        for module in network.read_as_weights():
+            check_weights(network.model, module)
+        check_apart(cast(Any, network), blocks.layer_ranges)
+    if blocks.config.shared == "frozen" and now.parameters:  # none are told while sharded
+        old = set(before.parameters)
+        for parameter in blocks.shared_parameters():
+            if id(parameter) not in old:
+                parameter.requires_grad_(False)
+
+
+def _layers(network: Converted) -> dict[str, nn.Module]:
+    return dict(zip(network.names, network.own_layers(), strict=True))
+
+
+def _elsewhere(blocks: ConvertedBlocks) -> bool:
+    """Whether this process or device does not hold all weights."""
+    sharded = any(map(is_sharded, blocks.modules()))
+    return sharded or blocks.residency is not None
+
+
+def _check_layers(network: Converted) -> None:
+    """Raises unless each layer is still the module that was converted."""
+    for name, layer in _layers(network).items():
+        try:
+            there = network.model.get_submodule(name)
+        except AttributeError:
+            there = None
+        if there is not layer:
+            raise ValueError(
+                f"{name} must stay the module that was converted, a {type(layer).__name__}, whose "
+                f"parameters its block trains, got "
+                f"{'none' if there is None else f'another {type(there).__name__}'}; "
+                "convert the model anew"
+            )
+
+
+def _check_takes_changes(blocks: ConvertedBlocks, names: dict[str, nn.Module]) -> None:
+    if _elsewhere(blocks):
+        raise ValueError(
+            f"{_first(names)} must not be changed while the model is sharded or resident; change "
+            "the model before"
+        )
+    if blocks.config.copied:
+        layers = tuple(f"{name}." for name in blocks.base_model.names)
+        outside = {n: m for n, m in names.items() if not f"{n}.".startswith(layers)}
+        if outside:
+            raise ValueError(
+                f"{_first(outside)} must not be changed after convert with "
+                f"shared={blocks.config.shared!r}, since each block has a copy of it; change it "
+                "before, or convert the model anew"
+            )
+
+
+def _check_added(network: Converted, fresh: Converted, names: dict[str, nn.Module]) -> None:
+    """Raises unless the added parameters would have the same shapes."""
+    shapes, others = (
+        {name: p.shape for name, p in n.named_parameters() if not name.startswith("model.")}
+        for n in (network, fresh)
+    )
+    if shapes != others:
+        differ = sorted(n for n in {**shapes, **others} if shapes.get(n) != others.get(n))
+        raise ValueError(
+            f"{_first(names)} must not be changed so that convert would add other parameters, got "
+            f"others of {', '.join(differ[:3])}; convert the model anew"
+        )
+
+
+def _take_over(network: Converted, fresh: Converted) -> None:
+    for name in STATE:
+        if name in vars(network):
+            vars(network)[name] = vars(fresh)[name]
+    for layer, other in zip(network.layers, fresh.layers, strict=True):
+        if isinstance(layer, ConditionedLayer) and isinstance(other, ConditionedLayer):
+            layer.form, layer.instead = other.form, other.instead
+
+
+def _first(names: dict[str, nn.Module]) -> str:
+    """The innermost module that was changed, and its class."""
+    if not names:
+        return "the model"
+    name = max(names, key=lambda n: n.count(".") + bool(n))
+    return f"{name or 'the model'} ({type(names[name]).__name__})"
