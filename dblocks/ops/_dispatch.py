@@ -14,11 +14,11 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from dblocks.ops import _extension, _flops, _gradients
+from dblocks.ops import _extension, _flops
 
 Impl = Literal["auto", "reference", "triton", "cpp"]
 Norm = Literal["layer", "rms"]
@@ -78,10 +78,7 @@ def _auto(x: Tensor) -> Impl:
 
 
 def in_transform() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is active.
-
-    Only the reference supports them.
-    """
+    """Whether a torch.func transform or forward mode is active; only the reference has them."""
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
@@ -100,11 +97,9 @@ def check_transform(impl: str, op: str) -> None:
 
 def is_traced() -> bool:
     """Whether values may be unknown: in a graph, trace, transform or dispatch mode (make_fx)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return True
-    if _get_current_dispatch_mode() is not None or torch._C._get_tracing_state() is not None:
-        return True
-    return in_transform()
+    return torch._C._get_tracing_state() is not None or in_transform()
 
 
 def _check_cpp(x: Tensor, op: str) -> None:
@@ -161,8 +156,15 @@ def check_triton_rows(x: Tensor, op: str) -> None:
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """Whether one of the tensors may need a gradient; if not, autograd is skipped."""
-    return torch.is_grad_enabled() and any(_gradients.may_need(t) for t in tensors)
+    """Whether one of the tensors may need a gradient; if not, autograd is skipped.
+
+    One that a torch.func transform left behind says that it needs none, even if what it holds does.
+    """
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    left = is_functorch_wrapped_tensor
+    given = [t for t in tensors if t is not None]
+    return torch.is_grad_enabled() and any(t.requires_grad or left(t) for t in given)
 
 
 _fitting: set[Any] = set()  # layouts of valid arguments; cleared when it grows large
@@ -383,10 +385,7 @@ def check_first_order(op: str, way_out: str = 'use impl="reference"') -> None:
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """`tensor` without a gradient in backward(); unchanged in a transform.
-
-    So forward-mode differentiation has the correct tangent.
-    """
+    """`tensor` without a gradient in backward(); unchanged in a transform, for its tangent."""
     return tensor.detach() if tensor.requires_grad and not in_transform() else tensor
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from dblocks.kernels import reference
-from dblocks.ops import _checks, _dispatch, _gradients
+from dblocks.ops import _checks, _dispatch
 from dblocks.ops import _chunked_cross_entropy as chunked
 from dblocks.ops._dispatch import check_first_order, constant, distinct, kept
 from dblocks.ops._library import define
@@ -181,7 +181,7 @@ def linear_cross_entropy(
     if not _dispatch.needs_autograd(h, weight, bias):
         needs = [False] * 3
         return _OPS[used](h, weight, target, bias, row_weight, ignore_index, needs)[0]
-    needs = [_gradients.may_need(t) for t in (h, weight, bias)]
+    needs = [_dispatch.needs_autograd(t) for t in (h, weight, bias)]
     return _Loss.apply(*distinct(h, weight, bias, target, row_weight, ignore_index, needs, used))
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -21,22 +22,25 @@ MIB = 2**20
 class LayerCounter:
     """Counts how often training calls some modules inside the `with` block.
 
-    It counts by hooks, removed at the end; calls inside `paused()` do not count.
+    It counts by one hook on all modules, removed at the end, since layers of converted models must
+    have none of their own; calls inside `paused()` do not count.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.count = 0
         self._counts = True
         self._modules = list(modules)
-        self._handles: list[RemovableHandle] = []
+        self._ids = {id(module) for module in self._modules}
+        self._handle: RemovableHandle | None = None
 
     def __enter__(self) -> LayerCounter:
-        self._handles = [module.register_forward_hook(self._add) for module in self._modules]
+        if self._ids:
+            self._handle = register_module_forward_hook(self._add)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -48,7 +52,7 @@ class LayerCounter:
             self._counts = True
 
     def _add(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.count += self._counts
+        self.count += self._counts and id(module) in self._ids
 
 
 def memory(trainer: Trainer) -> dict[str, float]:
