@@ -139,6 +139,15 @@ class Denoiser(nn.Module):
         before_use = getattr(type(self.base_model), "before_use", None)
         if before_use is not None:
             before_use(self.base_model)
+        self.follow_originals_()
+
+    def follow_originals_(self) -> None:
+        """Brings private copies of a network's modules up to date with changes of it."""
+        if not torch.compiler.is_compiling():
+            for copied in self.copies.children():
+                if isinstance(copied, Divisible):
+                    # What is resident travels by itself.
+                    copied.follow_original_(moved=self.residency is None)
 
     def extra_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor | None:
         """A hook: a further loss, 0-d, that `loss_at` adds to the denoising loss; None for none."""

@@ -80,6 +80,13 @@ class Divisible(Protocol):
         """Copies the settings of the network of which this is such a copy, before it runs."""
         ...
 
+    def follow_original_(self, *, moved: bool) -> None:
+        """Of such a copy: takes over the original's modes, freezing, dtypes and, `moved`, devices.
+
+        Only what was changed in the original since the last call; before a batch is drawn.
+        """
+        ...
+
 
 def check_model(model: object) -> None:
     """Raises unless `model` is an `nn.Module` with the members of `BlockModel`."""

@@ -38,11 +38,21 @@ class BlockOptimizers:
         blocks: the optimizers of the blocks, first to last; None for a block without trained
             parameters.
         shared: the optimizers of the shared parameters; None if they are not trained.
+        considered: the parameters that required gradients when these were made, whether or not an
+            optimizer holds them: a step refuses others, which it would not train. None for no such
+            check.
     """
 
-    def __init__(self, blocks: Iterable[Optimizers], shared: Optimizers) -> None:
+    def __init__(
+        self,
+        blocks: Iterable[Optimizers],
+        shared: Optimizers,
+        considered: Iterable[nn.Parameter] | None = None,
+    ) -> None:
         self.blocks = tuple(blocks)
         self.shared = shared
+        # The parameters themselves, not ids, which are used again once a parameter is gone.
+        self.considered = None if considered is None else tuple(considered)
 
     def __iter__(self) -> Iterator[Optimizer]:
         """Every optimizer: the blocks', then the shared ones."""
@@ -117,7 +127,8 @@ def make_optimizers(
     groups = [_trainable(model.block_parameters(b)) for b in range(model.config.num_blocks)]
     shared = _trainable(model.shared_parameters())
     blocks = [_made(factory, group) if group else None for group in groups]
-    return BlockOptimizers(blocks, _made(factory, shared) if shared else None)
+    made = _made(factory, shared) if shared else None
+    return BlockOptimizers(blocks, made, chain(*groups, shared))
 
 
 def train_step(
@@ -163,7 +174,8 @@ def train_step(
             `block` is not an integer, or `generator` not a generator.
         RuntimeError: if called within no_grad.
         ValueError: `block` is out of range, differs between processes, or has no trained
-            parameters; the optimizers belong to another model; or another value is invalid.
+            parameters; the optimizers belong to another model, or the block has come to have
+            trainable parameters since they were made; or another value is invalid.
     """
     parallel = _parallel(model)
     model = blocks_of(model if parallel is None else parallel.module)
@@ -182,6 +194,7 @@ def train_step(
         replicas = replicas_of(model)
     block = _chosen(model, block, optimizers, generator, replicas)
     moved = optimizers.of_block(block)
+    _check_considered(optimizers, model, block)
     if not moved:
         raise ValueError(
             f"block {block} must have an optimizer, got parameters that all are frozen; "
@@ -257,6 +270,33 @@ def _check_own(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
             "that it does not have: they are of another model, or a layer was replaced or loaded "
             "with assign=True; call make_optimizers(model, factory) again"
         )
+
+
+def _check_considered(
+    optimizers: BlockOptimizers, model: DiffusionBlocks | Block, block: int
+) -> None:
+    """Raises if a step would leave out parameters that became trainable after `make_optimizers`."""
+    if optimizers.considered is None or not _missed(optimizers, model, block):
+        return
+    model.before_use()  # freezes what belongs to a frozen part
+    missed = _missed(optimizers, model, block)
+    if missed:
+        name = next(n for n, p in model.named_parameters() if p is missed[0])
+        raise ValueError(
+            "optimizers must be made when the parameters that require gradients are there, got "
+            f"{len(missed)} in block {block} and the shared part that came or were unfrozen "
+            f"later, such as {name}; call make_optimizers(model, factory) again"
+        )
+
+
+def _missed(
+    optimizers: BlockOptimizers, model: DiffusionBlocks | Block, block: int
+) -> list[nn.Parameter]:
+    groups = (group for o in optimizers.of_block(block) for group in o.param_groups)
+    held = chain(optimizers.considered or (), *(group["params"] for group in groups))
+    known = {id(p) for p in held}
+    here = _trainable(chain(model.block_parameters(block), model.shared_parameters()))
+    return [p for p in here if id(p) not in known]
 
 
 def _parallel(model: Any) -> Any:

@@ -285,3 +285,67 @@ def test_the_result_prints_in_a_line():
     meta = result._replace(loss=torch.empty((), device="meta"), grad_norm=None)
     assert "loss=float32 [], " in repr(meta)
     assert "grad_norm=None" in repr(meta)
+
+
+class Adapted(nn.Module):
+    """A linear map with a trainable addition, as LoRA adds one."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.extra = nn.Linear(linear.in_features, linear.out_features, bias=False)
+
+    def forward(self, x):
+        return self.linear(x) + self.extra(x)
+
+
+def linear_of(module):
+    return next((n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear))
+
+
+@pytest.mark.parametrize("how", ["added", "unfrozen", "shared"])
+@pytest.mark.parametrize("taken", [False, True], ids=["whole", "block"])
+def test_parameters_that_come_after_the_optimizers_are_refused(how, taken):
+    model = model_of()
+    layer = model.parts(1)[1][0]
+    path, linear = linear_of(layer)
+    late = next(model.shared_parameters()) if how == "shared" else linear.weight
+    late.requires_grad_(how == "added")
+    used = model.block(1) if taken else model
+    optimizers = make_optimizers(used, FACTORIES["sgd"])
+    train_step(used, batch(), optimizers, block=1, generator=seeded())
+    if how == "added":
+        layer.set_submodule(path, Adapted(linear).to(DEVICE))
+    else:
+        late.requires_grad_(True)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"came or were unfrozen later, such as .*; call make_opt"):
+        train_step(used, batch(), optimizers, block=1, generator=seeded())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    if not taken and how != "shared":
+        train_step(model, batch(), optimizers, block=0, generator=seeded())
+    train_step(used, batch(), make_optimizers(used, FACTORIES["sgd"]), block=1)
+
+
+def test_parameters_that_are_frozen_for_a_while_or_left_out_are_not_late():
+    model = model_of()
+    optimizers = make_optimizers(model, lambda p: torch.optim.SGD(p[:1], lr=1e-2))
+    own = list(model.block_parameters(0))
+    own[1].requires_grad_(False)
+    train_step(model, batch(), optimizers, block=0)
+    own[1].requires_grad_(True)
+    train_step(model, batch(), optimizers, block=0)
+    other, others = copy.deepcopy((model, optimizers))
+    train_step(other, batch(), others, block=0)
+
+
+def test_a_parameter_given_to_an_optimizer_later_is_not_late():
+    model = model_of()
+    late = next(iter(model.block_parameters(0)))
+    late.requires_grad_(False)
+    optimizers = make_optimizers(model, FACTORIES["sgd"])
+    late.requires_grad_(True)
+    optimizers.of_block(0)[0].add_param_group({"params": [late]})
+    before = late.detach().clone()
+    train_step(model, batch(), optimizers, block=0)
+    assert not torch.equal(late, before)

@@ -61,6 +61,7 @@ class ConvertedBlocks(DiffusionBlocks):
         if not network.whole_checked:
             network.whole_checked = check_whole(network)
         network.follow_model_()
+        self.follow_originals_()
 
     def extra_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor | None:
         """`clean_loss_weight` times `clean_loss`; see `DiffusionBlocks.extra_loss`."""

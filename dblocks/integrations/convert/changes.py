@@ -77,6 +77,45 @@ def row_of(module: nn.Module) -> Row:
     return ref(module), kind, kind.forward, put, keys
 
 
+def children_of(model: nn.Module, names: Iterable[str], others: Iterable[str]) -> list[Row]:
+    """What the modules that hold the layers hold, without the layers `others`.
+
+    A view of one block has shallow copies of these, which do not see what is put in their places.
+    """
+    left, rows = set(others), []
+    for path in sorted({"", *(above for name in names for above in _above(name))}):
+        module = model.get_submodule(path)
+        prefix = f"{path}." if path else ""
+        held = ((n, c) for n, c in module._modules.items() if prefix + n not in left)
+        children = tuple((n, None if c is None else ref(c)) for n, c in held)
+        rows.append((ref(module), prefix, frozenset(left), children))
+    return rows
+
+
+def replaced_child(rows: Iterable[Row]) -> str | None:
+    """The path of a child that is not as when `rows` were taken by `children_of`; None if none."""
+    for container, prefix, left, before in rows:
+        module = container()
+        if module is None:
+            continue
+        then = {name: child and child() for name, child in before}
+        now = {n: c for n, c in module._modules.items() if prefix + n not in left}
+        for name in (*then, *now):
+            if then.get(name) is not now.get(name):
+                return prefix + name
+    return None
+
+
+def vocabularies(model: nn.Module) -> list[int]:
+    """The sizes of the embeddings, which are changed in place where tokens are added."""
+    return [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+
+
+def _above(path: str) -> Iterable[str]:
+    while path := path.rpartition(".")[0]:
+        yield path
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on the module itself."""
     return hasattr(type(module), "unshard")

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, Target
-from dblocks.integrations.convert.changes import remember, remembered, rows_of
+from dblocks.integrations.convert.changes import (
+    Row,
+    children_of,
+    remember,
+    remembered,
+    replaced_child,
+    row_of,
+    rows_of,
+    vocabularies,
+)
+from dblocks.integrations.convert.copied import Original
 from dblocks.integrations.convert.layers import ConditionedLayer, cond_dim
 from dblocks.nn import NoiseEmbedding
 from dblocks.nn.scalars import accept_scalars
@@ -27,6 +37,18 @@ class Sizes:
 
     vocab_size: int
     context: int
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What was seen of a model when a view of one block was taken."""
+
+    rows: list[Row]
+    """Of the modules that are not called, but whose parts or weights are."""
+    children: list[Row]
+    """Of what holds the layers, in the model and in the view."""
+    models: tuple[tuple[ref[nn.Module], list[int]], ...]
+    """The models, and the sizes of their embeddings."""
 
 
 class Converted(nn.Module, ABC):
@@ -132,23 +154,16 @@ class Converted(nn.Module, ABC):
                 self._parameters[name] = nn.Parameter(moved)
 
     def before_use(self) -> None:
-        """Of a view of one block: raises if what it calls by parts was changed since it was made.
+        """Of a view of one block: raises if what it does not see was changed since it was taken.
 
         Raises:
             ValueError: it was.
         """
         if torch.compiler.is_compiling():
             return
-        watched = remembered(self)
-        if watched is not None:
-            modules, before = watched
-            for reference, then, now in zip(modules, before, rows_of(modules), strict=True):
-                if now is not None and then != now:
-                    raise ValueError(
-                        f"a {type(reference()).__name__} must have the same hooks, class and "
-                        "forward as when its block was taken, since its parts are called and not "
-                        "it itself; change the model before block()"
-                    )
+        taken = remembered(self)
+        if isinstance(taken, Taken):
+            _check_as_taken(taken)
         self.follow_model_()
 
     def follow_model_(self) -> None:
@@ -192,8 +207,12 @@ class Converted(nn.Module, ABC):
         view._modules["model"], view._modules["modulations"] = model, modulations
         view._parameters = {**self._parameters} if shared else {}
         object.__setattr__(view, "layers", nn.ModuleDict(layers))
-        watched = [ref(m) for m in (*view._by_parts(), *(view.read_as_weights() if shared else ()))]
-        remember(view, (watched, rows_of(watched)))
+        watched = (*view._by_parts(), *(view.read_as_weights() if shared else ()))
+        children, models = children_of(self.model, self.names, others), (self.model,)
+        if shared:
+            children, models = children + children_of(model, kept, ()), (*models, model)
+        sizes = tuple((ref(m), vocabularies(m)) for m in models)
+        remember(view, Taken([row_of(m) for m in watched], children, sizes))
         return view
 
     def without_layers(self) -> nn.Module:
@@ -203,7 +222,11 @@ class Converted(nn.Module, ABC):
             memo[id(self.model.get_submodule(name))] = nn.Module()
         memo[id(self.layers)] = nn.ModuleList()
         memo[id(self.modulations)] = nn.ModuleList()
-        return copy.deepcopy(self, memo)
+        # The layers, which are the model's own, read the same config.
+        memo |= {id(c): c for m in self.model.modules() if (c := vars(m).get("config")) is not None}
+        copied = copy.deepcopy(self, memo)
+        remember(copied, Original(self))
+        return copied
 
     def follow_(self, other: Converted) -> None:
         """Sets checkpointing as in `other`, the original of this copy."""
@@ -211,11 +234,42 @@ class Converted(nn.Module, ABC):
             if hasattr(other.model, switch):
                 setattr(self.model, switch, getattr(other.model, switch))
 
+    def follow_original_(self, *, moved: bool) -> None:
+        """See `Divisible`."""
+        original = remembered(self)
+        if isinstance(original, Original):
+            original.followed_by(self, moved=moved)
+
     def _added(self) -> Iterable[nn.Module]:
         return (child for name, child in self.named_children() if name != "model")
 
     def _cond(self, level: Any) -> Tensor | None:
         return None if self.noise_embedding is None else self.noise_embedding(level.c_noise)
+
+
+def _check_as_taken(taken: Taken) -> None:
+    """Raises if what a view of one block does not see was changed since it was taken."""
+    anew = "take the block anew: dm.block(i)"
+    for before, now in zip(taken.rows, rows_of(row[0] for row in taken.rows), strict=True):
+        if now is not None and before != now:
+            raise ValueError(
+                f"a {type(now[0]()).__name__} must have the same hooks, class and forward as when "
+                "its block was taken, since its parts are called and not it itself; change the "
+                f"model before block(), or {anew}"
+            )
+    replaced = replaced_child(taken.children)
+    if replaced is not None:
+        raise ValueError(
+            f"{replaced} must stay the module that it was when the block was taken, which the "
+            f"block still holds, got another or none; {anew}"
+        )
+    for reference, sizes in taken.models:
+        model = reference()
+        if model is not None and vocabularies(model) != sizes:
+            raise ValueError(
+                f"the embeddings must stay as large as when the block was taken, {sizes}, got "
+                f"{vocabularies(model)} as by resize_token_embeddings; {anew}"
+            )
 
 
 def example_tokens(
