@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dblocks.blocks.parameters import check_apart
-from dblocks.integrations.convert.changes import UNCOUNTED, Seen, changed, is_sharded
+from dblocks.integrations.convert.changes import UNCOUNTED, Row, Seen, changed, is_sharded
 from dblocks.integrations.convert.layers import ConditionedLayer
 from dblocks.integrations.convert.network import Converted
 from dblocks.integrations.convert.plain import check_layers_alone, check_weights
@@ -29,22 +29,26 @@ def convert_again(blocks: ConvertedBlocks, before: Seen | None, now: Seen) -> No
 
     Args:
         blocks: the converted model.
-        before: what was seen of the model when it was converted; None for a copy of it.
+        before: what was seen of the model when it was converted or last verified; None if it
+            never was.
         now: what is seen of it.
 
     Raises:
         ValueError: it could not be converted as it is now, or needs other added parameters.
     """
     network = blocks.base_model
+    _check_layers(network)
+    elsewhere = _elsewhere(blocks)
     if before is None:
         check_layers_alone(_layers(network), UNCOUNTED)
-        if network.compared and not _elsewhere(blocks):
-            network.whole_checked = check_whole(network)
-        return
-    names = changed(network.model, before.modules, now.modules)
-    _check_layers(network)
-    if before.modules != now.modules:
-        _check_takes_changes(blocks, names)
+        before = now if elsewhere else Seen([], [])
+        names, of_own_calls = {}, True
+    else:
+        names = changed(network.model, before.modules, now.modules)
+        of_own_calls = _only_root_hooks(before.modules, now.modules)
+    if before.modules != now.modules and not (of_own_calls and elsewhere):
+        if not of_own_calls:
+            _check_takes_changes(blocks, names)
         # Random numbers only initialise what is not kept.
         with torch.random.fork_rng(devices=[]):
             fresh = network_of(
@@ -64,6 +68,26 @@ def convert_again(blocks: ConvertedBlocks, before: Seen | None, now: Seen) -> No
         for parameter in blocks.shared_parameters():
             if id(parameter) not in old:
                 parameter.requires_grad_(False)
+
+
+def check_copies(blocks: ConvertedBlocks) -> None:
+    """Raises if a parameter of what blocks have copies of has another shape than in a copy.
+
+    Tied embeddings are resized in place, by which no module is changed.
+    """
+    if not blocks.config.copied:
+        return
+    own = dict(blocks.base_model.named_parameters(remove_duplicate=False))
+    for copied in blocks.copies.children():
+        for name, parameter in copied.named_parameters():
+            shape = own[name].shape if name in own else parameter.shape
+            if shape != parameter.shape:
+                raise ValueError(
+                    f"{name.removeprefix('model.')} must not be changed after convert with "
+                    f"shared={blocks.config.shared!r}, since each block has a copy of it, got "
+                    f"shape {list(shape)} and {list(parameter.shape)} in a copy; change it before, "
+                    "or convert the model anew"
+                )
 
 
 def _layers(network: Converted) -> dict[str, nn.Module]:
@@ -92,6 +116,13 @@ def _check_layers(network: Converted) -> None:
             )
 
 
+def _only_root_hooks(before: list[Row], now: list[Row]) -> bool:
+    """Whether only hooks of the model itself differ, which run in its own calls alone."""
+    *root, _ = before[0]
+    *other, _ = now[0]
+    return before[1:] == now[1:] and root == other
+
+
 def _check_takes_changes(blocks: ConvertedBlocks, names: dict[str, nn.Module]) -> None:
     if _elsewhere(blocks):
         raise ValueError(
@@ -100,7 +131,8 @@ def _check_takes_changes(blocks: ConvertedBlocks, names: dict[str, nn.Module]) -
         )
     if blocks.config.copied:
         layers = tuple(f"{name}." for name in blocks.base_model.names)
-        outside = {n: m for n, m in names.items() if not f"{n}.".startswith(layers)}
+        # The root is not copied to be called: its hooks are of its own calls.
+        outside = {n: m for n, m in names.items() if n and not f"{n}.".startswith(layers)}
         if outside:
             raise ValueError(
                 f"{_first(outside)} must not be changed after convert with "

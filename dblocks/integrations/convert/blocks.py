@@ -12,7 +12,7 @@ from dblocks.blocks import Batch, Block, BlocksConfig, DiffusionBlocks, Draw
 from dblocks.checkpoint import naming
 from dblocks.config import check_block
 from dblocks.integrations.convert import files
-from dblocks.integrations.convert.again import convert_again
+from dblocks.integrations.convert.again import check_copies, convert_again
 from dblocks.integrations.convert.changes import remember, remembered, seen_of
 from dblocks.integrations.convert.clean_loss import clean_loss
 from dblocks.integrations.convert.network import Converted
@@ -54,14 +54,30 @@ class ConvertedBlocks(DiffusionBlocks):
         if torch.compiler.is_compiling():
             return
         network = self.base_model
-        before, now = remembered(self), seen_of(network.model)
-        if before != now:
-            convert_again(self, before, now)
-            remember(self, seen_of(network.model))
+        self._follow_changes()
+        check_copies(self)
         if not network.whole_checked:
             network.whole_checked = check_whole(network)
         network.follow_model_()
         self.follow_originals_()
+
+    def _follow_changes(self) -> None:
+        model = self.base_model.model
+        before, now = remembered(self), seen_of(model)
+        if before != now:
+            convert_again(self, before, now)
+            remember(self, seen_of(model))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy or pickle could not tell what was changed before it from how it was converted.
+        self._follow_changes()
+        return super().__reduce_ex__(protocol)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        model = self.base_model.model
+        if "_modules" in vars(model):  # else it is being unpickled, and refers to this by a hook
+            remember(self, seen_of(model))
 
     def extra_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor | None:
         """`clean_loss_weight` times `clean_loss`; see `DiffusionBlocks.extra_loss`."""
