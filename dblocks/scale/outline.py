@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +21,24 @@ FACTORIES = {
     f"aten::{name}"
     for name in ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "randint")
 }
+
+
+class Memories:
+    """A set of the memories of tensors, which are freed with their tensors all the same.
+
+    A weak reference keeps the address of a freed memory from being that of a later one.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, StorageWeakRef] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Adds the memory of a tensor."""
+        if tensor not in self:
+            self._held[storage_of(tensor)] = StorageWeakRef(tensor.untyped_storage())
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return storage_of(tensor) in self._held
 
 
 class Outline(TorchDispatchMode):
@@ -36,7 +55,7 @@ class Outline(TorchDispatchMode):
         self.floats = floats
         self.made: list[Tensor] = []
         """The tensors, in order."""
-        self._memories: set[int] = set()
+        self._memories = Memories()
         self._before: dict[torch.Generator, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,13 +79,15 @@ class Outline(TorchDispatchMode):
 
     def is_made(self, tensor: Tensor) -> bool:
         """Whether a tensor came to be inside the block: has no memory, or memory from there."""
-        return tensor.is_meta or storage_of(tensor) in self._memories
+        return tensor.is_meta or tensor in self._memories
 
     def _noted(self, func: Any, given: Any, result: Any) -> Any:
         # torch.tensor and from_numpy make their memory before lift_fresh, the op that is seen.
         lifted = func._schema.name == "aten::lift_fresh"
         known = set() if lifted else {storage_of(t) for t in _tensors(given)}
-        self._memories |= {storage_of(t) for t in _tensors(result)} - known
+        for tensor in _tensors(result):
+            if storage_of(tensor) not in known:
+                self._memories.add(tensor)
         return result
 
     def __exit__(self, *error: Any) -> None:
@@ -88,7 +109,7 @@ class Sharing(TorchDispatchMode):
         most = max((t.untyped_storage().nbytes() for t in absent.values()), default=0)
         self._memory: dict[torch.device, Tensor] = {}
         self._bytes = most
-        self._unsound: set[int] = set()
+        self._unsound = Memories()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -99,14 +120,14 @@ class Sharing(TorchDispatchMode):
         result = func(*args, **kwargs)
         # Values computed from absent ones are wrong too.
         for made, of in _made_of(func, args, kwargs, result):
-            unsound = any(self.is_unsound(t) for t in _tensors(of))
-            for tensor in _tensors(made):
-                (self._unsound.add if unsound else self._unsound.discard)(storage_of(tensor))
+            if any(self.is_unsound(t) for t in _tensors(of)):
+                for tensor in _tensors(made):
+                    self._unsound.add(tensor)
         return result
 
     def is_unsound(self, tensor: Tensor) -> bool:
         """Whether a tensor is absent, or was computed from values of an absent one."""
-        return storage_of(tensor) in self._unsound
+        return tensor in self._unsound
 
     def _shared(self, func: Any, args: Any, kwargs: Any, like: Tensor) -> Tensor:
         device = torch.device(kwargs.get("device") or "cpu")
@@ -114,7 +135,7 @@ class Sharing(TorchDispatchMode):
             func(*args, **kwargs)  # draws
         if device not in self._memory:
             self._memory[device] = torch.zeros(self._bytes, dtype=torch.uint8, device=device)
-            self._unsound.add(storage_of(self._memory[device]))
+            self._unsound.add(self._memory[device])
         values = self._memory[device][: like.untyped_storage().nbytes()].view(like.dtype)
         return values.as_strided(like.shape, like.stride())
 

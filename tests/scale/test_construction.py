@@ -11,6 +11,7 @@ from torch import nn
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import save_model
 from dblocks.scale import build_block, load_block, save_block
+from dblocks.scale.outline import Memories
 from tools import seeded
 
 
@@ -111,6 +112,48 @@ def test_tensors_that_are_no_parameters_are_there(shared):
     config = BlocksConfig(num_blocks=2, shared=shared)
     found = build_block(lambda: Own(plain=lambda: torch.ones(3)), config, 1)
     assert found.parts(1)[0].plain.tolist() == [1, 1, 1]
+
+
+class Scalar(nn.Module):
+    """Its number is made after the memory of an initialiser of another layer was freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(9, 9)
+        self.scale = nn.Parameter(torch.tensor([0.1]))
+        nn.init.orthogonal_(self.linear.weight)
+
+
+class Halved(Scalar):
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.linear.weight.copy_(self.linear.weight * 0.5)
+
+
+@pytest.mark.parametrize("layer", [Scalar, Halved])
+def test_memory_that_is_used_again_is_that_of_another_tensor(layer):
+    config = BlocksConfig(num_blocks=3)
+    for n in range(20):
+        torch.manual_seed(n)
+        whole = DiffusionBlocks(Own(lambda: [layer() for _ in range(6)]), config)
+        for b in range(3):
+            torch.manual_seed(n)
+            found = build_block(lambda: Own(lambda: [layer() for _ in range(6)]), config, b)
+            assert_same(found, whole.block(b))
+
+
+def test_a_set_of_memories_frees_them_and_knows_them_from_later_ones():
+    held = Memories()
+    for _ in range(50):  # which get one address otherwise
+        tensor = torch.ones(3)
+        assert tensor not in held
+        assert tensor[1:] not in held
+        held.add(tensor)
+        assert tensor[1:] in held
+    with Live() as live:
+        held.add(torch.ones(1000))
+    assert live.bytes() == 0
 
 
 def copied():
