@@ -8,10 +8,17 @@ import torch
 from hub_tools import library
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.checkpoint import load_model, load_safetensors, naming, save_model, save_safetensors
+from dblocks.checkpoint import (
+    load_model,
+    load_safetensors,
+    naming,
+    networks,
+    save_model,
+    save_safetensors,
+)
 from dblocks.checkpoint.tensors import DIGESTS, METADATA, opened
 from dblocks.models import ViT, ViTConfig
-from dblocks.scale import load_block
+from dblocks.scale import load_block, merge_blocks, save_block
 from tools import SIZES, seeded
 
 safetensors = library("safetensors")
@@ -125,3 +132,96 @@ def test_the_digests_are_where_the_docs_say(tmp_path):
         metadata = file.metadata()
     assert metadata.keys() == {"format", DIGESTS}
     assert json.loads(metadata[DIGESTS]).keys() == {"x"}
+
+
+TOKENIZER = '{"characters": "ab cdefghij"}\n'
+
+
+def assert_flips_of_text_are_found(path, load, flips=20):
+    """A flip of one bit in each of so many regions of a file is refused by the file's name."""
+    whole = path.read_bytes()
+    load()
+    for i in range(flips):
+        at = (2 * i + 1) * len(whole) // (2 * flips)
+        flipped(path, 8 * at + i % 8)
+        with pytest.raises(ValueError, match=rf"{path.name} (cannot|must|has)"):
+            load()
+        path.write_bytes(whole)
+    load()
+
+
+FLIPS = pytest.mark.parametrize("flips", [20, pytest.param(500, marks=pytest.mark.long)])
+
+
+@FLIPS
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_flipped_bit_of_what_is_beside_the_weights_is_found(tmp_path, name, flips):
+    config = BlocksConfig(num_blocks=2)
+    texts = {"tokenizer.json": TOKENIZER}
+    save_model(tmp_path, DiffusionBlocks(ViT(ViTConfig(**SIZES)), config), texts=texts)
+    for load in (load_model, lambda folder: load_block(folder, 1)):
+        assert_flips_of_text_are_found(tmp_path / name, lambda load=load: load(tmp_path), flips)
+
+
+@FLIPS
+def test_a_flipped_bit_of_what_is_beside_a_block_is_found(tmp_path, flips):
+    whole = DiffusionBlocks(ViT(ViTConfig(**SIZES)), BlocksConfig(num_blocks=2, shared="private"))
+    for b in range(2):
+        save_block(tmp_path / f"{b}", whole.block(b), texts={"tokenizer.json": TOKENIZER})
+    merge = lambda: merge_blocks(tmp_path / "merged", [tmp_path / "0", tmp_path / "1"])
+    for name in ("block.json", "tokenizer.json"):
+        assert_flips_of_text_are_found(tmp_path / "1" / name, merge, flips)
+    path = tmp_path / "1/block.json"
+    assert_flips_of_text_are_found(path, lambda: load_block(tmp_path / "1"), flips)
+    for name in ("config.json", "tokenizer.json"):
+        path = tmp_path / "merged" / name
+        assert_flips_of_text_are_found(path, lambda: load_model(tmp_path / "merged"), flips)
+
+
+def test_a_file_that_is_changed_on_purpose(tmp_path):
+    """The error says what to do, and that works; so do files without digests."""
+    save_model(tmp_path, ViT(ViTConfig(**SIZES)), texts={"a.json": "1", "run.json": "{}"})
+    (tmp_path / "run.json").write_text("[]")  # a record, which training writes again
+    load_model(tmp_path)
+    (tmp_path / "a.json").write_text("2")
+    message = r'a\.json cannot be used: .* delete "sha256" in config\.json'
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r'config\.json cannot be used: .* delete "sha256" in it'):
+        load_model(tmp_path)
+    for digests in ({}, {"a.json": "0"}, 3):
+        path.write_text(json.dumps(config | {"sha256": digests}))
+        with pytest.raises(ValueError, match=r"config\.json must hold the sha256 of files"):
+            load_model(tmp_path)
+    del config["sha256"]
+    path.write_text(json.dumps(config))
+    load_model(tmp_path)
+
+
+def test_a_save_whose_text_is_replaced_as_it_is_loaded(tmp_path, monkeypatch):
+    save_model(tmp_path, ViT(ViTConfig(**SIZES)), texts={"a.json": "1"})
+    check = networks.check_beside
+
+    def replaced(path, digests):
+        save_model(tmp_path, ViT(ViTConfig(**SIZES)), texts={"a.json": "2"})
+        check(path, digests)
+
+    monkeypatch.setattr(networks, "check_beside", replaced)
+    with pytest.raises(ValueError, match="must not be written to while it is loaded"):
+        load_model(tmp_path)
+
+
+@FLIPS
+def test_a_flipped_bit_of_a_conversion_is_found(tmp_path, flips):
+    transformers = library("transformers")
+    from dblocks import ConvertedBlocks, convert
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 11}
+    llama = transformers.LlamaConfig(**sizes, num_attention_heads=2)
+    make = transformers.LlamaForCausalLM
+    convert(make(llama), BlocksConfig(num_blocks=2), task="tokens").save_pretrained(tmp_path)
+    load = lambda: ConvertedBlocks.from_pretrained(tmp_path, make(llama))
+    assert_flips_of_text_are_found(tmp_path / "dblocks.json", load, flips)

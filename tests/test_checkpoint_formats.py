@@ -36,6 +36,7 @@ def in_format_1(folder, fields, weighting="none"):
     path = folder / "config.json"
     config = json.loads(path.read_text())
     assert config["format"] == 2
+    del config["sha256"]
     config["format"] = 1
     for field in fields:
         del config["model_config"][field]

@@ -17,8 +17,9 @@ from dblocks.checkpoint.files import (
     safetensors,
     saving,
 )
+from dblocks.checkpoint.sealed import SHA256, check_beside, read_sealed, sealed, text_digest
 from dblocks.checkpoint.tensors import load_safetensors, save_safetensors
-from dblocks.config import JsonConfig, json_text, read_json
+from dblocks.config import JsonConfig
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.models.dit import DiT, DiTConfig
 from dblocks.models.masked_lm import MaskedLM, MaskedLMConfig
@@ -44,8 +45,10 @@ FORMAT_1_BLOCKS = {"top_share": 0.0}
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config"}
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+RECORD_FILE = "run.json"  # of a training, which goes on after a save; no reader needs it
 BLOCK_FILE = "block.json"  # instead of config.json, for the weights of one block
 RENAMED = {"readout": "output_head"}  # modules, in files of 0.1
+REPLACED = "{} must not be written to while it is loaded; load it again"
 COPIES = "copies."  # prefix of private copies, as in DiffusionBlocks.copies
 
 
@@ -88,11 +91,17 @@ def save_model(
     network = _network(model)
     safetensors()
     config = model.config if isinstance(model, DiffusionBlocks) else None
-    config_text = json_text(described(network, config), indent=2) + "\n"
+    texts = with_config(described(network, config), texts or {})
     with saving(Path(folder)) as part:
         save_safetensors(part / WEIGHTS_FILE, _tensors(model))
-        for name, text in {**(texts or {}), CONFIG_FILE: config_text}.items():
+        for name, text in texts.items():
             (part / name).write_text(text, encoding="utf-8")
+
+
+def with_config(config: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, str]:
+    """The text files of a network, by name: those given, and last `config.json`."""
+    beside = {name: text_digest(text) for name, text in texts.items() if name != RECORD_FILE}
+    return {**texts, CONFIG_FILE: sealed(CONFIG_FILE, config, beside)}
 
 
 def described(network: Network, config: BlocksConfig | None) -> dict[str, Any]:
@@ -136,7 +145,7 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
 def check_same_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises ValueError if a save with another config took the place of one that was loaded."""
     if read_config(folder) != config:
-        raise ValueError(f"{folder} must not be written to while it is loaded; load it again")
+        raise ValueError(REPLACED.format(folder))
 
 
 def load_weights_(model: Network | DiffusionBlocks, folder: Path) -> None:
@@ -215,13 +224,21 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if not path.exists():
         raise ValueError(f"{folder} must hold a {CONFIG_FILE} written by `dblocks train`")
-    config = read_json(path)
+    config = read_sealed(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} must be a JSON object, got {config!r}")
+    digests = config.pop(SHA256, None)
     if unknown := sorted(set(config) - KEYS):
         raise ValueError(f"{path} has unknown keys {unknown}; known are {sorted(KEYS)}")
     if missing := sorted(KEYS - set(config)):
         raise ValueError(f"{path} lacks the keys {missing}")
+    if digests is not None:
+        try:
+            check_beside(folder / CONFIG_FILE, digests)
+        except ValueError as error:
+            if read_sealed(current(folder, CONFIG_FILE)) != {**config, SHA256: digests}:
+                raise ValueError(REPLACED.format(folder)) from error
+            raise
     if config["format"] not in (1, FORMAT) or config["model"] not in list(NETWORKS):
         raise ValueError(
             f"{path} must be of format {FORMAT} or 1 and a model of {list(NETWORKS)}, "

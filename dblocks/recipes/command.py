@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dblocks import blocks, checkpoint, scale
+from dblocks.checkpoint.networks import RECORD_FILE
 from dblocks.config import check_count, json_text
 from dblocks.recipes import records
 from dblocks.recipes.board import Board
@@ -25,7 +26,6 @@ from dblocks.recipes.tables import OF_LAYERS, Column, text_table
 from dblocks.recipes.trainer import Trainer
 from dblocks.scale.mesh import ALONE, Layout, joined, wait_for_all, world_size
 
-RECORD_FILE = "run.json"
 SAVED_FILES = ("model.safetensors", "config.json", "block.json", RECORD_FILE)
 KEEP = 2  # number of checkpoints that are kept
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dblocks import checkpoint
+from dblocks.checkpoint.networks import RECORD_FILE
 from dblocks.config import read_json
 from dblocks.models.dit import GUIDANCE_SCALE, NUM_STEPS, DiT, generate_images
 from dblocks.recipes import image_grid
-from dblocks.recipes.command import RECORD_FILE, check_free, load_network
+from dblocks.recipes.command import check_free, load_network
 from dblocks.recipes.progress import progress_bar
 from dblocks.recipes.run import check_seed
 from dblocks.sampling import sampling_cost

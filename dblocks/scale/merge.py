@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,24 +16,25 @@ from dblocks.blocks.sharding import replicas_of
 from dblocks.checkpoint import current, naming, save_safetensors, saving
 from dblocks.checkpoint.networks import (
     BLOCK_FILE,
-    CONFIG_FILE,
     COPIES,
+    RECORD_FILE,
     WEIGHTS_FILE,
     blocks_inside,
     described,
     named_tensors,
     rebuilt,
+    with_config,
 )
+from dblocks.checkpoint.sealed import LONGEST_TEXT, SHA256, read_sealed, sealed, text_digest
 from dblocks.checkpoint.stored import Stored, copy_stored, reading, stored_in
-from dblocks.config import json_text, read_json, read_text
+from dblocks.config import json_text, read_text
 from dblocks.integrations.convert.files import CONFIG_FILE as CONVERTED_FILE
 from dblocks.scale.checksums import sha256_from, sha256_of
 from dblocks.scale.gathered import gathered
 
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config", "block", "texts", "about"}
-KEYS |= {"sha256"}  # of the files beside it, by name
+KEYS |= {SHA256}  # of the files beside it and of its own text, by name
 COMPARED = ("format", "model", "model_config", "blocks_config")
-LONGEST_TEXT = 256 * 2**20  # bytes
 NOT_SAVED = f"it is not what was saved, by the sha256 in {BLOCK_FILE}"
 
 
@@ -76,9 +76,10 @@ def save_block(
         save_safetensors(part / WEIGHTS_FILE, tensors)
         for name, text in texts.items():
             (part / name).write_text(text, encoding="utf-8")
-        digests = {name: _text_digest(text) for name, text in texts.items()}
-        written["sha256"] = {WEIGHTS_FILE: sha256_of(part / WEIGHTS_FILE), **digests}
-        (part / BLOCK_FILE).write_text(json_text(written, indent=2) + "\n", encoding="utf-8")
+        digests = {name: text_digest(text) for name, text in texts.items()}
+        digests = {WEIGHTS_FILE: sha256_of(part / WEIGHTS_FILE), **digests}
+        text = sealed(BLOCK_FILE, written, digests)
+        (part / BLOCK_FILE).write_text(text, encoding="utf-8")
 
 
 def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
@@ -124,10 +125,8 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
         _warn_of_other_settings(places, found)
         about = [{"folder": str(f), "block": b, **found[f]["about"]} for b, f in enumerate(places)]
         written = {key: config[key] for key in (*COMPARED, "dblocks")}
-        texts |= {
-            CONFIG_FILE: json_text(written, indent=2) + "\n",
-            "run.json": json_text({"merged": about}) + "\n",
-        }
+        texts |= {RECORD_FILE: json_text({"merged": about}) + "\n"}
+        texts = with_config(written, texts)
         with saving(Path(out)) as part:
             copy_stored(part / WEIGHTS_FILE, tensors)
             for name, text in texts.items():
@@ -158,7 +157,7 @@ def read_block(folder: Path) -> dict[str, Any]:
         ValueError: it is something else.
     """
     path = current(folder, BLOCK_FILE)
-    found = read_json(path)
+    found = read_sealed(path, f'delete "{BLOCK_FILE}" of "{SHA256}"')
     if not isinstance(found, dict) or set(found) != KEYS:
         raise ValueError(f"{path} must be a JSON object with the keys {sorted(KEYS)}")
     if isinstance(found["sha256"], str):  # before texts had one
@@ -167,6 +166,8 @@ def read_block(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must hold the sha256 of files by name, got {found['sha256']!r}")
     elif missing := {WEIGHTS_FILE, *found["texts"]} - set(found["sha256"]):
         raise ValueError(f"{path} must hold the sha256 of {', '.join(sorted(missing))}")
+    elif extra := set(found["sha256"]) - {BLOCK_FILE, WEIGHTS_FILE, *found["texts"]}:
+        raise ValueError(f"{path} must hold no sha256 of {', '.join(sorted(extra))}")
     return found
 
 
@@ -299,7 +300,7 @@ def _texts(places: Sequence[Path], found: Mapping[Path, Any]) -> dict[str, str]:
                 raise ValueError(f"{folder / BLOCK_FILE} must name files beside it, got {name!r}")
             path = current(folder, name)
             text = read_text(path, longest=LONGEST_TEXT)
-            digest = _text_digest(text)
+            digest = text_digest(text)
             if about["sha256"].get(name, digest) != digest:
                 raise ValueError(f"{path} cannot be used: {NOT_SAVED}")
             if texts.setdefault(name, text) != text:
@@ -308,8 +309,3 @@ def _texts(places: Sequence[Path], found: Mapping[Path, Any]) -> dict[str, str]:
                     f"{first}; train all blocks on one text with one tokenizer"
                 )
     return texts
-
-
-def _text_digest(text: str) -> str:
-    """The SHA-256 of a text as `read_text` returns it."""
-    return hashlib.sha256(text.removeprefix("\ufeff").encode()).hexdigest()

@@ -377,6 +377,7 @@ def test_a_merge_of_other_settings_warns_and_of_other_bytes_is_refused(tmp_path,
     path = folders[1] / "block.json"
     about = json.loads(path.read_text())
     about["about"]["run"]["lr"] = 0.5
+    del about["sha256"]["block.json"]
     path.write_text(json.dumps(about))
     with pytest.warns(UserWarning, match=r"different settings: lr .* and 0\.5"):
         merge_blocks(tmp_path / "merged", folders)

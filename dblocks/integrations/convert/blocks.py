@@ -149,13 +149,11 @@ class ConvertedBlocks(DiffusionBlocks):
 
         Raises:
             ImportError: safetensors is not installed.
-            ValueError: a file is missing or broken, or does not match the model.
+            ValueError: a file is missing or broken, or does not match the model, which may have
+                another config than the saved one; the message names what differs.
         """
         given = files.read_config(folder)
-        if type(model).__name__ != given["model"]:
-            raise ValueError(
-                f"model must be a {given['model']}, as in {folder}, got a {type(model).__name__}"
-            )
+        files.check_model(folder, given, model)
         with naming(Path(folder) / files.CONFIG_FILE):
             config = BlocksConfig.from_dict(given["blocks_config"])
             options = ConvertOptions(**given["options"])

@@ -11,18 +11,20 @@ strict=False)` takes them; names of tensors that `convert` added begin with `dbl
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dblocks._version import __version__
 from dblocks.checkpoint import current, load_safetensors, naming, save_safetensors, saving
+from dblocks.checkpoint.sealed import SHA256, check_beside, read_sealed, sealed
 from dblocks.checkpoint.tensors import opened
-from dblocks.config import json_text, read_json
+from dblocks.config import json_text
+from dblocks.integrations.convert.model_config import config_of, differences
 from dblocks.integrations.convert.plain import quantised
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ CARD_FILE = "README.md"
 MODEL, NETWORK, COPIES = "base_model.model.", "base_model.", "copies."  # of a state_dict's names
 ADDED = "dblocks."
 KEYS = {"format", "dblocks", "model", "layers", "task", "options", "blocks_config", "ties"}
-UNCOMPARED = ("format", "dblocks")  # of jobs of one model
+MODEL_CONFIG = "model_config"  # a key that earlier versions did not write
+UNCOMPARED = ("format", "dblocks", MODEL_CONFIG)  # of jobs of one model
 
 
 def block_file(block: int) -> str:
@@ -81,7 +84,7 @@ def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) 
         for file, part in parts.items():
             if job is None or file != SHARED_FILE or not current(folder, file).exists():
                 save_safetensors(place / file, part)
-        (place / CONFIG_FILE).write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
+        (place / CONFIG_FILE).write_text(sealed(CONFIG_FILE, config), encoding="utf-8")
         if block is None or not current(folder, CARD_FILE).exists():
             (place / CARD_FILE).write_text(_card(blocks), encoding="utf-8")
 
@@ -96,8 +99,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{folder} must hold a {CONFIG_FILE} written by save_pretrained()")
     with naming(path):
-        config = read_json(path)
-        known = isinstance(config, dict) and set(config) == KEYS
+        config = read_sealed(path)
+        digests = config.pop(SHA256, None) if isinstance(config, dict) else None
+        if digests is not None:
+            check_beside(path, digests)
+        known = isinstance(config, dict) and set(config) - {MODEL_CONFIG} == KEYS
         if not known or config["format"] not in (1, FORMAT):
             raise ValueError(f"it must be of format {FORMAT} or 1 with the keys {sorted(KEYS)}")
         if config["format"] == 1:
@@ -106,7 +112,26 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             of_noise = blocks["schedule"]["type"] == "NoiseSchedule"
             if blocks["weighting"] == "auto" and of_noise and config["task"] != "images":
                 blocks["weighting"] = "batch_mean"  # the meaning of "auto" for a cross-entropy
-    return config
+    return {MODEL_CONFIG: None, **config}
+
+
+def check_model(folder: str | Path, config: Mapping[str, Any], model: nn.Module) -> None:
+    """Raises ValueError unless a model is as the one whose blocks a folder holds.
+
+    Args:
+        folder: the folder.
+        config: as of `read_config`.
+        model: the model.
+    """
+    if type(model).__name__ != config["model"]:
+        raise ValueError(
+            f"model must be a {config['model']}, as in {folder}, got a {type(model).__name__}"
+        )
+    if differ := _config_differences(config, config_of(model)):
+        raise ValueError(
+            f"model must compute what the one saved in {folder} does, got other values of "
+            f"{'; '.join(differ)}; build it with the config of the saved one"
+        )
 
 
 def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> None:
@@ -152,6 +177,7 @@ def _described(blocks: ConvertedBlocks, ties: dict[str, str]) -> dict[str, Any]:
         "format": FORMAT,
         "dblocks": __version__,
         "model": type(blocks.base_model.model).__name__,
+        MODEL_CONFIG: config_of(blocks.base_model.model),
         "layers": list(blocks.base_model.names),
         "task": blocks.task,
         "options": asdict(blocks.options),
@@ -178,8 +204,9 @@ def _check_job(folder: Path, config: dict[str, Any], parts: dict[str, dict[str, 
     """Refuses a folder with files of other jobs that would not make one model with these."""
     if current(folder, CONFIG_FILE).exists():
         there, mine = read_config(folder), json.loads(json_text(config))
+        differ = _config_differences(there, mine[MODEL_CONFIG])
         there |= {key: mine[key] for key in UNCOMPARED}
-        if differ := list(_differences(there, mine)):
+        if differ := [*_differences(there, mine), *differ]:
             raise ValueError(
                 f"{folder} must be of the same conversion as the block, since all its blocks make "
                 f"one model, got other values of {'; '.join(differ)}; convert with the same "
@@ -202,6 +229,12 @@ def _check_job(folder: Path, config: dict[str, Any], parts: dict[str, dict[str, 
             f"{other[0]} ({len(other)} differ); call the same torch.manual_seed before "
             "convert_block in every job, or save in another folder"
         )
+
+
+def _config_differences(config: Mapping[str, Any], mine: dict[str, Any] | None) -> list[str]:
+    """Where the config of the model in a folder differs from another one, if both are known."""
+    there = config[MODEL_CONFIG]
+    return [] if there is None or mine is None else list(differences(there, mine))
 
 
 def _differences(there: Any, mine: Any, place: str = "") -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Converted models in files: whole, a block at a time, and read into the plain model."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -134,11 +135,12 @@ def test_what_is_wrong_with_a_folder(tmp_path):
         blocks.save_pretrained(tmp_path, block=2)
     config = tmp_path / "dblocks.json"
     written = config.read_text()
-    for broken in ("{", "[]", json.dumps({**json.loads(written), "more": 1}), "{}"):
+    for broken in ("{", "[]", json.dumps({"format": 2, "more": 1}), "{}"):
         config.write_text(broken)
         with pytest.raises(ValueError, match=r"dblocks.json cannot be used: "):
             load()
     values = json.loads(written)
+    del values["sha256"]
     config.write_text(json.dumps({**values, "blocks_config": {"num_blocks": 2, "layers": 3}}))
     with pytest.raises(ValueError, match=r"dblocks.json cannot be used: .* no field layers"):
         load()
@@ -168,6 +170,7 @@ def test_files_of_format_1_are_what_they_were(kind, tmp_path):
     config = tmp_path / "dblocks.json"
     values = json.loads(config.read_text())
     assert values["format"] == 2
+    del values["sha256"]
     options = {k: v for k, v in values["options"].items() if k not in PUBLISHED}
     division = {k: v for k, v in values["blocks_config"].items() if k != "top_share"}
     division["weighting"] = "auto"  # of a cross-entropy that was batch_mean
@@ -214,3 +217,49 @@ def test_modulations_of_output_heads_of_0_1_had_another_name(shared, tmp_path):
         save_file(old, path)
     assert renamed
     assert same(ConvertedBlocks.from_pretrained(tmp_path, model_of("llama")), blocks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "change"),
+    [
+        ("llama", "hidden_act", {"hidden_act": "relu"}),
+        ("llama", "rms_norm_eps", {"rms_norm_eps": 0.5}),
+        ("bert", "hidden_act", {"hidden_act": "relu"}),
+        ("gpt2", "activation_function", {"activation_function": "relu"}),
+        ("dit", "activation_fn", {"activation_fn": "gelu"}),
+    ],
+)
+def test_a_model_with_another_function_of_the_same_sizes(kind, key, change, tmp_path):
+    blocks_of(kind).save_pretrained(tmp_path)
+    load = lambda **options: ConvertedBlocks.from_pretrained(tmp_path, model_of(kind, **options))
+    path, text = tmp_path / "dblocks.json", (tmp_path / "dblocks.json").read_text()
+    load()
+    with pytest.raises(ValueError, match=rf"other values of {key}: .* there, .* here; build it"):
+        load(**change)
+    with pytest.raises(ValueError, match=rf"other values of {key}: .* there, .* here; convert"):
+        blocks_of(kind, model=model_of(kind, **change)).save_pretrained(tmp_path, block=0)
+    assert path.read_text() == text
+    values = json.loads(text)
+    del values["sha256"], values["model_config"]  # as earlier versions wrote it
+    path.write_text(json.dumps(values))
+    load(**change)
+
+
+def test_other_positions_of_the_same_sizes(tmp_path):
+    blocks_of("llama").save_pretrained(tmp_path)
+    model = model_of("llama")
+    config = copy.deepcopy(model.config)
+    rope = getattr(config, "rope_parameters", None)  # of transformers 5
+    if rope:
+        config.rope_parameters = {**rope, "rope_theta": 5.0}
+    else:
+        config.rope_theta = 5.0
+    with pytest.raises(ValueError, match=r"other values of .*rope_theta: 10000\.0 there, 5\.0"):
+        ConvertedBlocks.from_pretrained(tmp_path, type(model)(config))
+
+
+def test_a_model_with_another_dropout_rate_or_path_is_the_same(tmp_path):
+    blocks_of("bert").save_pretrained(tmp_path)
+    model = model_of("bert", hidden_dropout_prob=0.5)
+    model.config._name_or_path = "elsewhere"
+    assert ConvertedBlocks.from_pretrained(tmp_path, model).config.num_blocks == 2
