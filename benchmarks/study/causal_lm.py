@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from benchmarks.study.text import (
     QUALITY,
     add_scores,
     next_token_measure,
+    not_scored,
     quality_columns,
     reference_scores,
     score,
@@ -98,11 +99,6 @@ def caption(rows: Rows) -> str:
     first = next((r for r in every if not r[0]["run"]["end_to_end"]), every[0])
     run, bound = first[0]["run"], first[0].get("bound", {}).get("std_error", math.nan)
     rates = ", ".join(f"{lr:g}" for lr in LRS)
-    euler = ", ".join(
-        spread(first, score(n, euler_samples), form)
-        for n, _, form, _ in QUALITY
-        if n in scored_by(first[0])
-    )
     return (
         f"A Llama-like model of {run['depth']} layers and width {run['width']} "
         f"{text_and_training(rows)}. Each line's learning rate is the best "
@@ -116,10 +112,24 @@ def caption(rows: Rows) -> str:
         f"{bound:.3f} bits. Samples continue {SAMPLES} places of the "
         f"held-out text by {run['context'] - PROMPT} characters, in blocks by their product, at "
         "the temperature from .7 to 1 that brings their bits under another model nearest to the "
-        f"held-out text's own ({reference_scores(first[0])}, in the order of the columns); "
-        "blocks without a product take an Euler step for each block at temperature 1, with which "
-        f"the first line's samples have {euler}. The other model is a plain one of 12 layers, "
-        "from another seed."
+        f"held-out text's own{_scored(first)}. The other model is a plain one of 12 layers, "
+        f"from another seed.{not_scored(rows)}"
+    )
+
+
+def _scored(first: Sequence[Record]) -> str:
+    """What the held-out text scores, and samples by Euler steps, where they are scored."""
+    euler = "; blocks without a product take an Euler step for each block at temperature 1"
+    if not all("scores" in record for record in first):
+        return euler
+    found = ", ".join(
+        spread(first, score(n, euler_samples), form)
+        for n, _, form, _ in QUALITY
+        if n in scored_by(first[0])
+    )
+    return (
+        f" ({reference_scores(first[0])}, in the order of the columns){euler}, with which the "
+        f"first line's samples have {found}"
     )
 
 

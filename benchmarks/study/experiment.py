@@ -61,7 +61,7 @@ class Experiment:
     finish: Callable[[Path, Mapping[str, Records]], None] | None = None
     """Adds to the final records, in the folder, what needs all of them."""
     stored: Callable[[Path, Mapping[str, Records]], dict[str, Records]] | None = None
-    """The rows for which the folder holds what `finish` added, with it; computes nothing."""
+    """All rows, with what `finish` added where the folder holds it; computes nothing."""
 
     @property
     def records(self) -> Path:

@@ -11,9 +11,9 @@ from benchmarks.study.experiment import Experiment, draw_comparison
 from benchmarks.study.plots import Measure, mask_panel
 from benchmarks.study.text import (
     add_scores,
+    not_scored,
     quality_columns,
-    reference_scores,
-    scored_by,
+    scored_text,
     stored_scores,
     text_and_training,
 )
@@ -51,7 +51,7 @@ def caption(rows: Rows) -> str:
     run = first["run"]
     rates = ", ".join(f"{lr:g}" for lr in LRS)
     chosen = ", ".join(f"{records[0]['run']['lr']:g}" for records in rows.values())
-    measures = ", ".join(scored_by(first))
+    scored = scored_text(rows)
     return (
         f"A masked diffusion model (bidirectional, {run['depth']} layers of width {run['width']}) "
         f"{text_and_training(rows)}. End to end is the same network as one "
@@ -63,8 +63,9 @@ def caption(rows: Rows) -> str:
         "these are not the bits of a model that reads from left to right. Samples continue "
         f"{SAMPLES} places of the held-out text by {run['context'] - PROMPT} characters, in "
         f"{run['context']} steps at temperature 1; steps that unmask nothing are skipped. The "
-        "other model is the plain one of the autoregressive table; the held-out text in the "
-        f"samples' place has ({measures}) {reference_scores(first)}."
+        "other model is the plain one of the autoregressive table"
+        + (f"; the held-out text in the samples' place has {scored}." if scored else ".")
+        + not_scored(rows)
     )
 
 

@@ -10,9 +10,9 @@ from benchmarks.study.quality import BITS
 from benchmarks.study.text import (
     add_scores,
     next_token_measure,
+    not_scored,
     quality_columns,
-    reference_scores,
-    scored_by,
+    scored_text,
     stored_scores,
     text_and_training,
 )
@@ -142,7 +142,8 @@ def caption(rows: Rows) -> str:
     parts = [_training(every[0], rows), _rates(), _layers(every[0])]
     if {"blocks", "blocks_long", "end_to_end"} <= records.keys():
         parts.append(_equal(records))
-    parts.append(_measures(next((r for r in every if not r["run"]["end_to_end"]), every[0])))
+    first = next((r for r in every if not r["run"]["end_to_end"]), every[0])
+    parts.append(_measures(first, scored_text(rows)) + not_scored(rows))
     return " ".join(parts)
 
 
@@ -189,9 +190,9 @@ def _equal(records: Mapping[str, Sequence[Record]]) -> str:
     )
 
 
-def _measures(first: Record) -> str:
+def _measures(first: Record, scored: str | None) -> str:
     run = first["run"]
-    one, measures = layers_per_character(first, 1), ", ".join(scored_by(first))
+    one = layers_per_character(first, 1)
     return (
         "The next token's bits are as a block those of one call from sigma_max, end to end those "
         f"of {run['mean_recurrence']} recurrences. {first['windows']} windows are spread evenly "
@@ -200,8 +201,8 @@ def _measures(first: Record) -> str:
         f"temperature 1, as a block with {main_samples(first)} Euler steps, end to end with "
         f"{run['mean_recurrence']} recurrences, unless a line says otherwise; with one Euler step "
         f"a character takes {one} layer evaluations. The other model is the plain one of the "
-        "autoregressive table; the held-out text in the samples' place has "
-        f"({measures}) {reference_scores(first)}."
+        "autoregressive table"
+        + (f"; the held-out text in the samples' place has {scored}." if scored else ".")
     )
 
 

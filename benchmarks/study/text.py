@@ -34,7 +34,9 @@ SCORER_FOLDER = Path("runs/causal-lm-scorer")  # of pydoc; other texts' have the
 SCORES = "scores"  # the name of their record
 RUN_FILE = "run.json"
 
-NO_MAUVE = "MAUVE is not shown: these samples were scored without the packages of `dblocks[mauve]`."
+NO_MAUVE = (
+    "MAUVE is not shown: these samples were not scored with the packages of `dblocks[mauve]`."
+)
 
 # Name, head, form, and why a table may lack it.
 QUALITY: tuple[tuple[str, str, str, str | None], ...] = (
@@ -46,7 +48,7 @@ QUALITY: tuple[tuple[str, str, str, str | None], ...] = (
         "distinct",
         f"Samples: share of different {NGRAM}-grams (distinct-{NGRAM})",
         ".3f",
-        "Different n-grams are not shown: these samples were scored before they were counted.",
+        "Different n-grams are not shown: they were not counted of these samples.",
     ),
     ("mauve", "Samples: MAUVE against the held-out text", ".2f", NO_MAUVE),
 )
@@ -99,6 +101,20 @@ def reference_scores(record: Record) -> str:
 def scored_by(record: Record) -> list[str]:
     """Names of the scores of a record, in the order of the columns."""
     return [name for name, *_ in QUALITY if name in record["scores"]["reference"]]
+
+
+def scored_text(rows: Rows) -> str | None:
+    """The names and values of what the held-out text itself scores; None without scores."""
+    first = next((r for many in rows.values() for r in many if SCORES in r), None)
+    if first is None:
+        return None
+    return f"({', '.join(scored_by(first))}) {reference_scores(first)}"
+
+
+def not_scored(rows: Rows) -> str:
+    """A sentence on the rows whose samples have no scores, with a space before; or nothing."""
+    bare = [title for title, many in rows.items() if any(SCORES not in r for r in many)]
+    return f" Samples are not scored yet of: {'; '.join(bare)}." if bare else ""
 
 
 TEXTS = {
@@ -171,15 +187,13 @@ def add_scores(
 
 
 def stored_scores(folder: Path, records: Mapping[str, Records]) -> dict[str, Records]:
-    """The rows whose samples were all scored, with their scores; nothing is computed."""
+    """All rows, with the scores of the records whose samples were scored; nothing is computed."""
     stored = Archive(folder).load().get(SCORES, {}).get("scores", {})
-    scored = {}
     for row, many in records.items():
-        if all(f"{_prefix(row, r)}{key}" in stored for r in many for key in r["samples_written"]):
-            for record in many:
+        for record in many:
+            if all(f"{_prefix(row, record)}{key}" in stored for key in record["samples_written"]):
                 _attach(record, row, stored)
-            scored[row] = many
-    return scored
+    return dict(records)
 
 
 def _prefix(row: str, record: Mapping[str, Any]) -> str:

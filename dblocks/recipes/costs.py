@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -75,13 +75,24 @@ def _step_bytes(trainer: Trainer, batch: Batch, block: int) -> tuple[int, int, i
         loss = trainer.loss(batch, block)
     loss.backward()
     held = {id(o): _held(o) for o in trainer.optimizers}
-    step = sum(held[id(o)] for o in trainer.optimizers_of(block))
-    frozen = sum(part_here(p).nbytes for p in network.parameters() if not p.requires_grad)
+    own = trainer.optimizers_of(block)
+    step = sum(held[id(o)] for o in own) + _frozen_beside(own, network)
+    process = sum(held.values()) + _frozen_beside(trainer.optimizers, network)
     network.zero_grad(set_to_none=True)
-    return saved.bytes, step + frozen, sum(held.values()) + frozen
+    return saved.bytes, step, process
 
 
 def _held(optimizer: Optimizer) -> int:
     """Bytes of an optimizer's parameters, of their gradients, and of its state."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return state_bytes(parameters, optimizer)
+    return state_bytes(_parameters(optimizer), optimizer)
+
+
+def _frozen_beside(optimizers: Iterable[Optimizer], network: nn.Module) -> int:
+    """Bytes of frozen parameters that no optimizer has; end to end the optimizer has them too."""
+    counted = {id(p) for optimizer in optimizers for p in _parameters(optimizer)}
+    frozen = (p for p in network.parameters() if not p.requires_grad and id(p) not in counted)
+    return sum(part_here(p).nbytes for p in frozen)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -6,6 +6,8 @@ import torch
 
 from dblocks.blocks import DiffusionBlocks
 from dblocks.models import ViT
+from dblocks.recipes.costs import memory
+from dblocks.recipes.data.digits import digits
 from dblocks.recipes.records import read_record, train, train_to_record, write_record
 from dblocks.recipes.vit import ViTRun, ViTTrainer
 
@@ -42,6 +44,38 @@ def test_state_is_parameters_gradients_and_both_moments(whole):
     used = [p for n, p in whole.trainer.network.named_parameters() if not n.startswith("target")]
     least = 4 * sum(p.nbytes for p in used) / 2**20
     assert least < whole.record["state_mib"] < 1.05 * least + 0.01
+
+
+class FrozenInput(ViTTrainer):
+    """The patch embedding and the positions are not trained."""
+
+    def _made(self, make):
+        def frozen():
+            network = make()
+            network.patches.requires_grad_(False)
+            network.positions.requires_grad_(False)
+            return network
+
+        return super()._made(frozen)
+
+
+@pytest.mark.parametrize("end_to_end", [True, False])
+def test_frozen_parameters_count_once_in_the_state(end_to_end):
+    run = dataclasses.replace(TINY, end_to_end=end_to_end)
+    trainer = FrozenInput(run, *digits())
+    for step in range(12):
+        trainer.step(step)
+    block = 0
+    trainer.loss(trainer.batch(0), block).backward()
+    other = [p for layer in trainer.network.layers[1:] for p in layer.parameters()]
+    others = set() if end_to_end else {id(p) for p in other}
+    expected = 0
+    for p in trainer.network.parameters():
+        if id(p) not in others:  # those of other blocks are not held
+            # Also a gradient, two moments, and the count of steps in 4 bytes.
+            expected += p.nbytes if p.grad is None else 4 * p.nbytes + 4
+    trainer.network.zero_grad(set_to_none=True)
+    assert memory(trainer)["state_mib"] * 2**20 == expected
 
 
 def test_curve_ends_in_the_accuracy(blocks, whole):

@@ -190,8 +190,11 @@ def _noise(found: Finished) -> str | None:
 
 
 def _sentence(finding: Finding, quality: Quality, reference: str) -> str:
-    evaluations = f"{finding.evaluations:.2g} times the layer evaluations"
-    if abs(finding.evaluations - 1) < SAME:
+    ratio = finding.evaluations
+    # Two digits would call 1.026 the same.
+    digits = 3 if abs(ratio - 1) < 0.1 else 2
+    evaluations = f"{ratio:.{digits}g} times the layer evaluations"
+    if abs(ratio - 1) < SAME:
         evaluations = "as many layer evaluations"
     return (
         f"{_capital(finding.title)}, beside {reference}: {quality.name} "

@@ -94,11 +94,7 @@ def finished(experiment: Experiment) -> Finished:
     there = Archive(experiment.records).load()
     records, missing = _rows(experiment, there)
     if experiment.stored is not None:
-        scored = experiment.stored(experiment.records, records)
-        # Samples without scores are in no table yet.
-        for row in [row for row in records if row not in scored]:
-            missing.setdefault(row, [])
-        records = scored
+        records = experiment.stored(experiment.records, records)
     check_versions(experiment.name, [r for many in records.values() for r in many])
     titles = {row: title for row, (title, _) in experiment.rows.items()}
     pace = _pace(records)
@@ -215,11 +211,7 @@ def _beside(study: Study, like: Experiment) -> Callable[[Rows], str]:
 
     def caption(rows: Rows) -> str:
         shared = {title for title, _ in like.rows.values()}
-        known = {
-            title: records
-            for title, records in rows.items()
-            if title in shared and (like.stored is None or "scores" in records[0])
-        }
+        known = {title: records for title, records in rows.items() if title in shared}
         if not known:
             return _caption(study)
         return " ".join(filter(None, [like.caption(known), _grown(study, like, rows)]))

@@ -4,9 +4,17 @@ import pytest
 
 from benchmarks.study import experiment
 from benchmarks.study import text as scoring
-from benchmarks.study.__main__ import EXPERIMENTS
+from benchmarks.study.__main__ import EXPERIMENTS, comparison
 from benchmarks.study.archive import Archive
-from benchmarks.study.causal_lm import EXPERIMENT, euler_samples, main_samples, temperature
+from benchmarks.study.causal_lm import (
+    COLUMNS,
+    EXPERIMENT,
+    caption,
+    euler_samples,
+    main_samples,
+    temperature,
+)
+from benchmarks.study.pages import text_tables
 from benchmarks.study.text import SCORER
 from dblocks.recipes import causal_lm
 from dblocks.recipes.columns import SAMPLES
@@ -79,6 +87,28 @@ def test_samples_are_those_nearest_to_the_text_and_the_temperature_is_told():
     plain = {"run": {"end_to_end": True}, "scores": {**scores, "plain@1": {"bits": 3.0}}}
     assert main_samples(plain) == "plain@1"
     assert euler_samples(plain) is None
+
+
+def test_rows_without_scores_show_what_was_measured():
+    found = comparison("causal-lm-gcide")
+    bare = {
+        title: [{key: value for key, value in r.items() if key != "scores"} for r in records]
+        for title, records in found.rows.items()
+    }
+    assert {"3 blocks", "end to end"} <= bare.keys()
+    (table,) = text_tables(bare, COLUMNS)
+    lines = {line[:54].strip(): line[54:].split() for line in table.splitlines()}
+    measured = sum(r["bits"] for r in bare["end to end"]) / len(bare["end to end"])
+    assert f"{measured:.3f}" in lines["Bits per character, next token"]
+    assert {*lines["Samples: bits per character under another model"]} == {"-"}
+    said = caption(bare)
+    assert said.endswith(f"Samples are not scored yet of: {'; '.join(bare)}.")
+    assert "samples have" not in said
+    # One row with scores: the held-out text's are told, and the other rows are named.
+    pydoc = comparison("causal-lm-pydoc").rows
+    known = {"3 blocks": pydoc["3 blocks"], "bare": bare["end to end"]}
+    assert "own (1.57, " in caption(known)
+    assert caption(known).endswith("Samples are not scored yet of: bare.")
 
 
 def test_curves_say_what_part_of_the_text_they_are_of():
