@@ -108,7 +108,15 @@ def test_eval_help(capsys, network):
 
 def test_sample_help(capsys):
     text = run_help(capsys, "sample", "causal-lm")
-    for flag in ("causal-lm", "--prompt", "--temperature", "--top-k", "--top-p", "--steps"):
+    for flag in (
+        "causal-lm",
+        "--prompt",
+        "--temperature",
+        "--top-k",
+        "--top-p",
+        "--steps",
+        "--product",
+    ):
         assert flag in text
 
 
@@ -178,6 +186,15 @@ def test_a_language_model_is_trained_evaluated_and_sampled(tmp_path, capsys, sto
     assert first.startswith("12 is")
     assert len(first) == len("12 is") + 10 + 1
     assert first != stdout(capsys, *sample, "--seed", "1")
+    if not in_blocks:
+        assert "was trained end to end: leave --product" in mistake(capsys, *sample, "--product")
+    elif "--published" in flags:
+        assert "top_share" in mistake(capsys, *sample, "--product")
+    else:
+        assert first == stdout(capsys, *sample, "--product")
+        cold = (*sample, "--product", "--temperature", "0")
+        assert stdout(capsys, *cold) == stdout(capsys, *cold, "--seed", "1")
+        assert "--steps must be left out" in mistake(capsys, *sample, "--product", "--steps", "2")
     assert "must fit in the context of 20 tokens" in mistake(capsys, *sample[:-1], "20")
     assert "must hold a ViT, got a CausalLM" in mistake(capsys, "eval", "vit", *there)
     assert "--steps must be positive" in mistake(capsys, *sample, "--steps", "0")

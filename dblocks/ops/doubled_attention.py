@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._attention import backends, composed
+from dblocks.ops._attention import autocast, backends, composed
 from dblocks.ops._attention.checks import CleanCausal, Order, Query, check
 from dblocks.ops._dispatch import check_first_order, distinct
 from dblocks.ops._library import define
@@ -188,11 +188,12 @@ def doubled_attention(
             fast as FlashAttention 3 before others.
 
     Returns:
-        o `[N, H, rows of q, Dv]`, of the dtype of `q`. Arithmetic is float32 (float64 for float64
-        inputs), matrix products take inputs of the dtype of `q`, on CPUs of float32. Gradients have
-        their input's dtype and repeat bit for bit (on a GPU those of "composed" as its backend's
-        do: PyTorch's under `torch.use_deterministic_algorithms`); first-order autograd only, but
-        for the reference.
+        o `[N, H, rows of q, Dv]`, of the dtype of `q`. Under autocast, where q, k and v have
+        several dtypes and none is float64, all are cast to that of autocast first. Arithmetic is
+        float32 (float64 for float64 inputs), matrix products take inputs of the dtype of `q`, on
+        CPUs of float32. Gradients have their input's dtype and repeat bit for bit (on a GPU those
+        of "composed" as its backend's do: PyTorch's under `torch.use_deterministic_algorithms`);
+        first-order autograd only, but for the reference.
 
     Raises:
         ValueError: for an invalid shape or value.
@@ -203,6 +204,7 @@ def doubled_attention(
     Source: Arriola et al. 2025 (block diffusion), training mask; Shing et al. 2026; `softcap` of
     Gemma Team 2024; `alibi_slopes` of Press et al. 2022.
     """
+    q, k, v = autocast.alike(q, k, v)
     numbers = (block_size, clean_causal, scale, query, order, window, softcap)
     layout, known = _dispatch.seen((OP, *numbers, *map(type, numbers)), (q, k, v))
     # The values of these are checked in every call.

@@ -174,10 +174,22 @@ class Sample(SampleText):
     """Denoising steps per token; 1 runs the first block alone. By default tokens are sampled from
     the product of all blocks' predictions or, if blocks were trained as published, by one step for
     each block."""
+    product: bool = False
+    """Insist on the product of all blocks' predictions: an error where the default is another."""
 
     def __call__(self) -> None:
         """Load, and print the prompt and its continuation."""
         model, _, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
         in_blocks = check_steps(self.steps, self.checkpoint, model)
-        product = in_blocks and self.steps is None and trained_at_top(model)
+        if self.product and self.steps is not None:
+            raise ValueError(
+                "--product calls every block once, so --steps must be left out, got "
+                f"--steps {self.steps}"
+            )
+        if self.product and not in_blocks:
+            raise ValueError(
+                f"--product is of blocks, and the network in {self.checkpoint} was trained end to "
+                "end: leave --product out"
+            )
+        product = in_blocks and self.steps is None and (self.product or trained_at_top(model))
         self.write(model, tokenizer, self.steps, product=product)

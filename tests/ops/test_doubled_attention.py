@@ -215,6 +215,51 @@ def test_autocast_has_no_effect(impl):
         assert torch.equal(plain, cast)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference", "composed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("narrow", ["q", "kv", "v", "qk"])
+def test_several_dtypes_under_autocast_are_cast_to_its_own(impl, dtype, narrow):
+    """As PyTorch's attention casts them; gradients have the dtypes of what was given."""
+    inputs = dict(zip("qkv", tensors(T=8), strict=True))
+    given = [x.to(dtype) if name in narrow else x for name, x in inputs.items()]
+    given = [x.requires_grad_() for x in given]
+    with pytest.raises(TypeError, match="must have the dtype of q"):
+        doubled_attention(*given, impl=impl)
+    with torch.autocast(DEVICE.type, dtype):
+        o = doubled_attention(*given, impl=impl)
+        torch.nn.functional.scaled_dot_product_attention(*given)
+    o.sum().backward()
+    alone = [x.detach().to(dtype).requires_grad_() for x in given]
+    expected = doubled_attention(*alone, impl=impl)
+    expected.sum().backward()
+    assert o.dtype == dtype
+    assert torch.equal(o, expected)
+    for x, other in zip(given, alone, strict=True):
+        assert x.grad.dtype == x.dtype
+        assert torch.equal(x.grad, other.grad.to(x.dtype))
+
+
+def test_several_dtypes_that_autocast_does_not_cast():
+    q, k, v = tensors(T=8)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        with pytest.raises(TypeError, match="k must have the dtype of q"):
+            doubled_attention(q, k.double(), v)
+        with pytest.raises(TypeError, match="k must be float64, float32, bfloat16 or float16"):
+            doubled_attention(q, k.long(), v)
+        with pytest.raises(TypeError, match="v must be a tensor"):
+            doubled_attention(q, k, None)
+        with torch.autocast(DEVICE.type, enabled=False), pytest.raises(TypeError, match="dtype"):
+            doubled_attention(q, k.bfloat16(), v)
+
+
+def test_several_dtypes_under_autocast_in_one_graph():
+    q, k, v = tensors(T=8)
+    call = torch.compile(doubled_attention, fullgraph=True, backend="eager")
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = call(q, k.bfloat16(), v)
+        assert torch.equal(found, doubled_attention(q, k.bfloat16(), v))
+
+
 @pytest.mark.filterwarnings("default")  # PyTorch's own, of torch.jit in forward-mode derivatives
 def test_transforms_take_the_reference():
     q, k, v = tensors(N=2, T=3)
