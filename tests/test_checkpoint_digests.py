@@ -98,6 +98,30 @@ def test_files_of_all_dtypes_and_shapes_come_back(tmp_path):
     assert (tmp_path / "a").read_bytes() == before  # metadata has one order
 
 
+def test_views_that_conjugate_or_negate_are_saved_by_their_values(tmp_path):
+    values = torch.randn(3, 4, dtype=torch.complex64, generator=seeded())
+    tensors = {"conj": values.conj(), "turned": values.mH, "neg": values.conj().imag}
+    assert tensors["conj"].is_conj()
+    assert tensors["neg"].is_neg()
+    save_safetensors(tmp_path / "a", tensors)
+    found = load_safetensors(tmp_path / "a")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert found["conj"].imag.equal(-values.imag)
+
+
+@pytest.mark.parametrize("text", ["5", "null", "[]", '["x"]', '"x"', "", '{"x":5}', "[" * 10**5])
+def test_digests_of_another_form_are_refused_by_name(tmp_path, text):
+    safetensors.torch.save_file({"x": torch.ones(4)}, tmp_path / "a", metadata={DIGESTS: text})
+    for foreign in (False, True):
+        with (
+            pytest.raises(ValueError, match=r"must have under 'dblocks\.sha256' a JSON object"),
+            opened(tmp_path / "a", foreign=foreign),
+        ):
+            pass
+    with pytest.raises(ValueError, match="must have under"):
+        load_safetensors(tmp_path / "a")
+
+
 def test_other_values_of_the_same_shape_are_not_taken_for_it(tmp_path):
     """Files are put together of parts that are each valid: the digests are of the whole tensor."""
     save_safetensors(tmp_path / "a", {"x": torch.ones(4), "y": torch.zeros(4)})

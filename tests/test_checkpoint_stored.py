@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from live_bytes import Live
 
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
-from dblocks.checkpoint import load_model, save_model, save_safetensors, stored
+from dblocks.checkpoint import (
+    load_model,
+    load_safetensors,
+    save_model,
+    save_safetensors,
+    stored,
+)
 from dblocks.checkpoint.stored import copy_stored, reading, stored_in
 from dblocks.models import ViT, ViTConfig
 from dblocks.scale import checksums, merge, merge_blocks, save_block
@@ -21,7 +27,7 @@ from tools import SIZES, seeded
 library("safetensors")
 DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8,
-    torch.bool, torch.float8_e4m3fn,
+    torch.bool, torch.float8_e4m3fn, torch.complex64,
 )  # fmt: skip
 
 
@@ -184,3 +190,17 @@ def test_a_merge_is_a_save_in_little_memory(tmp_path, monkeypatch, shared):
     written = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("merged", "whole")]
     assert written[0] == written[1]
     assert most + tensors.most < len(written[0]) / 4
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 0), (2, 3, 5)])
+def test_a_copy_of_numbers_of_four_bits_has_the_bytes_of_a_save(tmp_path, shape):
+    """Two are in one element, and files count the numbers."""
+    tensors = {"x": random_bits(torch.uint8, shape).view(torch.float4_e2m1fn_x2)}
+    save_safetensors(tmp_path / "whole", tensors)
+    with reading(tmp_path / "whole") as source:
+        found = stored_in(source)
+        assert found["x"].shape == shape
+        copy_stored(tmp_path / "copy", found)
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "whole").read_bytes()
+    loaded = load_safetensors(tmp_path / "copy")["x"]
+    assert loaded.view(torch.uint8).equal(tensors["x"].view(torch.uint8))

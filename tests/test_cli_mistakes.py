@@ -173,7 +173,8 @@ def test_a_network_of_another_command_is_told_its_own(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--device", "moon"), ("--device", "cuda:99"), ("--warmup", "2")]
+    "flags",
+    [("--device", "moon"), ("--device", "cuda:99"), ("--device", "meta"), ("--warmup", "2")],
 )
 def test_a_device_that_is_not_here_and_a_long_warm_up_are_named(capsys, story, tmp_path, flags):
     out = tmp_path / "new"

@@ -138,15 +138,15 @@ def stored_in(source: Source) -> dict[str, Stored]:
     """
     path, file, _ = source
     with safe_open(path) as checked:  # which checks the header
-        dtypes = {name: checked.get_tensor(name).dtype for name in checked.keys()}  # noqa: SIM118
+        kinds = {name: _kind(checked.get_tensor(name)) for name in checked.keys()}  # noqa: SIM118
     source.check_named()
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
     found = {}
-    for name, dtype in dtypes.items():
+    for name, kind in kinds.items():
         first, last = (8 + length + at for at in header[name]["data_offsets"])
-        found[name] = Stored(source, dtype, tuple(header[name]["shape"]), first, last)
+        found[name] = Stored(source, *kind, first, last)
     return found
 
 
@@ -164,7 +164,8 @@ def copy_stored(path: Path, tensors: Mapping[str, Stored]) -> None:
     digests, at = dict.fromkeys(order, NO_DIGEST), 0
     for name in order:
         stored = tensors[name]
-        header[name] |= {"shape": stored.shape, "data_offsets": [at, at + stored.nbytes]}
+        shape = _header_shape(stored.dtype, stored.shape)
+        header[name] |= {"shape": shape, "data_offsets": [at, at + stored.nbytes]}
         at += stored.nbytes
     try:
         with path.open("wb") as file:
@@ -184,3 +185,12 @@ def copy_stored(path: Path, tensors: Mapping[str, Stored]) -> None:
             source.check_unchanged()
     except OSError as error:
         raise OSError(f"{path.name}: {error}") from error
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+    return tensor.dtype, tuple(tensor.shape)
+
+
+def _header_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor in a file, which counts both numbers of an element of two."""
+    return (*shape[:-1], 2 * shape[-1]) if dtype is torch.float4_e2m1fn_x2 else shape

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dblocks.checkpoint.files import safetensors, write_errors
+from dblocks.checkpoint.files import LONGEST_REASON, safetensors, write_errors
 
 METADATA = {"format": "pt"}  # of every file, as transformers expects it
 DIGESTS = "dblocks.sha256"
@@ -33,7 +34,8 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         ImportError: safetensors is not installed.
         OSError: the file cannot be written; the message names it.
     """
-    written = {name: t.detach().contiguous() for name, t in tensors.items()}
+    plain = {name: t.detach().resolve_conj().resolve_neg() for name, t in tensors.items()}
+    written = {name: t.contiguous() for name, t in plain.items()}
     save_file = safetensors().save_file
     metadata = METADATA | {DIGESTS: digests_text({n: digest_of(t) for n, t in written.items()})}
     try:
@@ -93,8 +95,7 @@ class Tensors:
         metadata = file.metadata() or {}
         if not foreign and (unknown := sorted(set(metadata) - {*METADATA, DIGESTS})):
             raise ValueError(f"its metadata must be what was saved, got {unknown[0]!r}")
-        text = metadata.get(DIGESTS)
-        self._digests: dict[str, str] | None = None if text is None else json.loads(text)
+        self._digests = read_digests(metadata[DIGESTS]) if DIGESTS in metadata else None
         if self._digests is not None and sorted(self._digests) != sorted(self.keys()):
             raise ValueError("it must hold the tensors that were saved, got other names")
 
@@ -134,6 +135,24 @@ def begun_digest(dtype: torch.dtype, shape: Sequence[int]) -> Any:
 def digests_text(digests: Mapping[str, str]) -> str:
     """Digests by name, as they are in the metadata."""
     return json.dumps(dict(sorted(digests.items())), separators=(",", ":"))
+
+
+def read_digests(text: str) -> dict[str, str]:
+    """What `digests_text` made a text of.
+
+    Raises:
+        ValueError: the text is of another form.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ValueError(
+            f"its metadata must have under {DIGESTS!r} a JSON object from names to hexadecimal "
+            f"digits, got {textwrap.shorten(text, LONGEST_REASON // 5, placeholder=' ...')!r}"
+        )
+    return found
 
 
 def header_text(header: Mapping[str, Any], length: int | None = None) -> bytes:

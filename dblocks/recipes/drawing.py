@@ -18,7 +18,7 @@ from dblocks.models.dit import GUIDANCE_SCALE, NUM_STEPS, DiT, generate_images
 from dblocks.recipes import image_grid
 from dblocks.recipes.command import check_free, load_network
 from dblocks.recipes.progress import progress_bar
-from dblocks.recipes.run import check_seed
+from dblocks.recipes.run import check_device, check_seed
 from dblocks.sampling import sampling_cost
 
 OUT = Path("runs/dit")  # of training
@@ -69,6 +69,7 @@ class Sample:
     def __call__(self) -> None:
         """Load, generate with a progress bar, write, and print how often blocks ran."""
         check_seed(self.seed)
+        check_device(self.device)
         for name in ("count", "steps", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 flag = name.replace("_", "-")

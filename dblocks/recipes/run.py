@@ -40,7 +40,8 @@ def check_seed(seed: int) -> None:
 def check_device(device: str) -> None:
     """Raises ValueError unless tensors can be made on the device here."""
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("tensors on it have no values")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

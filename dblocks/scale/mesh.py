@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -154,7 +154,8 @@ def data_parallel(model: DiffusionBlocks | Block, mesh: Any, sharding: Sharding 
 
     Raises:
         TypeError: `model` is neither.
-        ValueError: `sharding` is neither, or the model has no trained parameters.
+        ValueError: `sharding` is neither, or the model has no trained parameters; or layers share a
+            parameter under "fsdp", which would give each its own.
     """
     if not isinstance(model, (DiffusionBlocks, Block)):
         raise TypeError(
@@ -173,13 +174,31 @@ def data_parallel(model: DiffusionBlocks | Block, mesh: Any, sharding: Sharding 
         )
     from torch.distributed.fsdp import fully_shard
 
-    for block in model.held:
-        for layer in model.parts_at_rest(block)[1]:
-            # In a converted model the original layer holds the parameters, and its parts run
-            # inside.
-            fully_shard(getattr(layer, "layer", layer), mesh=mesh)
+    # In a converted model the original layer holds the parameters, and its parts run inside.
+    layers = [
+        cast(nn.Module, getattr(layer, "layer", layer))
+        for block in model.held
+        for layer in model.parts_at_rest(block)[1]
+    ]
+    _check_untied(model, layers)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def _check_untied(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Raises ValueError if a parameter is in two layers, of which each is sharded alone."""
+    owner: dict[int, nn.Module] = {}
+    for layer in layers:
+        for parameter in layer.parameters():
+            if owner.setdefault(id(parameter), layer) is not layer:
+                named = model.named_parameters(remove_duplicate=False)
+                names = [name for name, other in named if other is parameter]
+                raise ValueError(
+                    f"layers must not share parameters under 'fsdp', got {' and '.join(names)}; "
+                    "take 'ddp', or untie them (copy.deepcopy one)"
+                )
 
 
 def replicas_in(mesh: Any) -> Replicas | None:

@@ -44,7 +44,8 @@ def build_shards(
     Raises:
         TypeError: as of `build_block`.
         ValueError: as of `build_block`.
-        RuntimeError: as of `build_block`; or weights of a layer are made of those of another one.
+        RuntimeError: as of `build_block`; or weights of a layer are made of those of another one,
+            or weights outside the layers of several others there.
     """
     outlined_block = OutlinedBlock(make, config, block)
     outlined_block.fill_(mesh, device)
@@ -93,6 +94,8 @@ class OutlinedBlock:
                 place.put(self._places[first].tensor)
         groups = self._groups if mesh is not None else [{*self._of}]
         made = {storage_of(tensor) for tensor in self._owned.values()}
+        # Weights that were computed from others have their values where these have theirs.
+        computed = [i for i, of in enumerate(self._of) if of not in made]
         for number, group in enumerate(groups):
             absent = {n: t for n, t in self._owned.items() if storage_of(t) not in group}
             last = number + 1 == len(groups)
@@ -100,9 +103,12 @@ class OutlinedBlock:
                 network = cast(nn.Module, self.make())
             check_alike(self.outline, making)
             for place, storage in zip(self._places, self._of, strict=True):
-                if storage in group or (number == 0 and storage not in made):
-                    _fill(place, network, making)
+                if storage in group & made and not _filled(place, network, making):
+                    raise RuntimeError(_apart(place))
+            computed = [i for i in computed if not _filled(self._places[i], network, making)]
             del network
+        if computed:
+            raise RuntimeError(_apart(self._places[computed[0]]))
         check_complete(self.block, WHOLE)
 
     def _grouped(self, layers: list[set[int]]) -> list[set[int]]:
@@ -121,14 +127,21 @@ class OutlinedBlock:
 
 
 @torch.no_grad()
-def _fill(place: Place, network: nn.Module, making: Sharing) -> None:
+def _filled(place: Place, network: nn.Module, making: Sharing) -> bool:
+    """Gives a place its values, if the network has them."""
     found, held = place.of(network), place.tensor
     if making.is_unsound(found):
-        raise RuntimeError(
-            "weights of a layer must not be made of those of another one, got "
-            f"{f'{place.path}.{place.name}'.removeprefix('.')}; {WHOLE}"
-        )
+        return False
     part_here(held).copy_(part_here(part_of(found.detach(), held)))
+    return True
+
+
+def _apart(place: Place) -> str:
+    return (
+        "weights that are made by shards must not be made of those of another layer, or of several "
+        f"weights outside the layers, got {f'{place.path}.{place.name}'.removeprefix('.')}; use "
+        "data_parallel(build_block(make, config, block), mesh, 'fsdp')"
+    )
 
 
 def _tied(places: Iterable[Place]) -> list[int]:

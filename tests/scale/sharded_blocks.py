@@ -77,7 +77,7 @@ def refused(mesh):
     config = BlocksConfig(num_blocks=1)
     for layers in (copied_together, scaled_together):
         build_block(lambda layers=layers: Own(layers), config, 0)
-    with pytest.raises(RuntimeError, match=r"not be made of those of another one, got layers\.3"):
+    with pytest.raises(RuntimeError, match=r"of those of another layer, .* got layers\.3"):
         build_shards(lambda: Own(copied_together), config, 0, mesh)
     build_shards(lambda: Own(scaled_together), config, 0, mesh)
 
@@ -95,6 +95,46 @@ def refused(mesh):
         build_shards(Own, config, 1, mesh)
     with pytest.raises(TypeError, match="make must be a function"):
         build_shards(Own(), config, 0, mesh)
+
+
+class Doubled(nn.Linear):
+    """One weight is computed from another one of the same module."""
+
+    def __init__(self):
+        super().__init__(9, 9)
+        self.twice = nn.Parameter(self.weight.detach() * 2)
+
+
+class Both(Doubled):
+    """And one from two."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Parameter(self.weight.detach() + self.bias.detach())
+
+
+def normed():
+    return [nn.utils.parametrizations.weight_norm(nn.Linear(9, 9)) for _ in range(4)]
+
+
+def computed(mesh):
+    """Weights computed from others of their layer, or from one outside the layers."""
+    layers = [lambda: [Doubled() for _ in range(4)], lambda: [Both() for _ in range(4)], normed]
+    made = [
+        *(lambda of=of: Own(of) for of in layers),
+        lambda: Own(more=Doubled),
+        lambda: Own(more=lambda: nn.utils.parametrizations.weight_norm(nn.Linear(9, 9))),
+    ]
+    for make in made:
+        for b in range(2):
+            torch.manual_seed(3)
+            wanted = data_parallel(build_block(make, BlocksConfig(num_blocks=2), b), mesh, "fsdp")
+            torch.manual_seed(3)
+            assert_same(build_shards(make, BlocksConfig(num_blocks=2), b, mesh), wanted)
+    make = lambda: Own(more=Both)
+    build_block(make, BlocksConfig(num_blocks=2), 0)
+    with pytest.raises(RuntimeError, match=r"weights outside the layers, got more\.both; use data"):
+        build_shards(make, BlocksConfig(num_blocks=2), 0, mesh)
 
 
 def little_memory(mesh):
@@ -127,7 +167,7 @@ def main():
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
     )
     mesh = init_device_mesh("cpu", (size,))
-    for check in (same_bits, of_ones_own, refused, little_memory):
+    for check in (same_bits, of_ones_own, refused, computed, little_memory):
         check(mesh)
     dist.destroy_process_group()
     print("right")

@@ -7,13 +7,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from construction_tools import Own
 from process_tools import in_processes
 from test_docs import page
+from torch import nn
 
 from dblocks.__main__ import main
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import load_safetensors
-from dblocks.scale import data_parallel
+from dblocks.scale import build_block, data_parallel
 from dblocks.scale.mesh import check_layout, rows_of
 from tools import vit
 
@@ -259,6 +261,24 @@ def test_what_is_trained_together_is_checked():
         data_parallel(vit(), None)
     with pytest.raises(ValueError, match="not frozen"):
         data_parallel(model.requires_grad_(False), None)
+
+
+def test_layers_that_share_a_parameter_are_not_sharded_apart():
+    def make():
+        network = Own(lambda: [nn.Linear(9, 9) for _ in range(4)])
+        network.layers[1].weight = network.layers[0].weight
+        return network
+
+    message = r"got .*layers\.0\.weight and .*layers\.1\.weight; take 'ddp'"
+    whole = DiffusionBlocks(make(), BlocksConfig(2))
+    for model in (build_block(make, BlocksConfig(2), 0), whole):
+        with pytest.raises(ValueError, match=f"share parameters under 'fsdp', {message}"):
+            data_parallel(model, None, "fsdp")
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        first, second = (
+            weights[name] for name in weights if name.endswith((".0.weight", ".1.weight"))
+        )
+        assert first is second  # nothing was changed
 
 
 def test_the_examples_of_the_page_are_the_same_in_two_processes(tmp_path, capsys):
