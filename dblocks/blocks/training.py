@@ -124,6 +124,7 @@ def make_optimizers(
     """
     parallel = _parallel(model)
     model = blocks_of(model if parallel is None else parallel.module)
+    model.follow_originals_()  # which may unfreeze parameters of private copies
     groups = [_trainable(model.block_parameters(b)) for b in range(model.config.num_blocks)]
     shared = _trainable(model.shared_parameters())
     blocks = [_made(factory, group) if group else None for group in groups]
@@ -276,6 +277,7 @@ def _check_considered(
     optimizers: BlockOptimizers, model: DiffusionBlocks | Block, block: int
 ) -> None:
     """Raises if a step would leave out parameters that became trainable after `make_optimizers`."""
+    model.follow_originals_()
     if optimizers.considered is None or not _missed(optimizers, model, block):
         return
     model.before_use()  # freezes what belongs to a frozen part

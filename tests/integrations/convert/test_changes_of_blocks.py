@@ -10,6 +10,7 @@ import torch
 from convert_tools import batch_of, blocks_of, model_of
 from torch import nn
 
+from dblocks.blocks import make_optimizers, train_step
 from tools import DEVICE, seeded
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -89,6 +90,10 @@ def test_a_block_honours_parts_of_its_layers_replaced_after_it_was_taken():
 # Private copies of what blocks share
 
 
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
 def private(kind="llama", shared="private", **options):
     blocks = blocks_of(kind, 2, config={"shared": shared}, **options)
     return blocks, blocks.base_model.model
@@ -110,6 +115,25 @@ def test_copies_follow_freezing(shared, taken):
     model.model.norm.weight.requires_grad_(True)
     used.loss(batch_of("llama"), 1)
     assert norm.requires_grad
+
+
+def test_what_is_unfrozen_in_copies_is_trained():
+    blocks, model = private()
+    norm = model.model.norm.weight
+    norm.requires_grad_(False)
+    optimizers = make_optimizers(blocks, adamw)
+    train_step(blocks, batch_of("llama"), optimizers, block=1)
+    norm.requires_grad_(True)
+    with pytest.raises(ValueError, match="came or were unfrozen later"):
+        train_step(blocks, batch_of("llama"), optimizers, block=1)
+    blocks, model = private()
+    model.model.norm.weight.requires_grad_(False)
+    blocks.loss(batch_of("llama"), 1)
+    model.model.norm.weight.requires_grad_(True)
+    copied = blocks.copies[0].model.model.norm.weight
+    before = copied.detach().clone()
+    train_step(blocks, batch_of("llama"), make_optimizers(blocks, adamw), block=1)
+    assert not torch.equal(copied, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
