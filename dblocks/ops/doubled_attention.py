@@ -24,8 +24,8 @@ from torch import Tensor
 
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
-from dblocks.ops._attention import autocast, backends, composed
-from dblocks.ops._attention.checks import CleanCausal, Order, Query, check
+from dblocks.ops._attention import backends, composed
+from dblocks.ops._attention.checks import CleanCausal, Order, Query, alike, check
 from dblocks.ops._dispatch import check_first_order, distinct
 from dblocks.ops._library import define
 
@@ -204,7 +204,7 @@ def doubled_attention(
     Source: Arriola et al. 2025 (block diffusion), training mask; Shing et al. 2026; `softcap` of
     Gemma Team 2024; `alibi_slopes` of Press et al. 2022.
     """
-    q, k, v = autocast.alike(q, k, v)
+    q, k, v = alike(q, k, v)
     numbers = (block_size, clean_causal, scale, query, order, window, softcap)
     layout, known = _dispatch.seen((OP, *numbers, *map(type, numbers)), (q, k, v))
     # The values of these are checked in every call.
