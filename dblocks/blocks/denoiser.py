@@ -139,6 +139,9 @@ class Denoiser(nn.Module):
         before_use = getattr(type(self.base_model), "before_use", None)
         if before_use is not None:
             before_use(self.base_model)
+
+    def _prepare(self) -> None:
+        self.before_use()
         self.follow_originals_()
 
     def follow_originals_(self) -> None:
@@ -185,7 +188,7 @@ class Denoiser(nn.Module):
         if self.config.shared == "frozen" and not self._zeros_looked_for:
             self._zeros_looked_for = True
             warn_of_frozen_zeros(self.base_model, stacklevel=2)
-        self.before_use()
+        self._prepare()
         model = self.parts(block)[0]
         given = checked(model, batch, model.target)
         drawn = self._draw(given, block, generator, replicas)
@@ -237,7 +240,7 @@ class Denoiser(nn.Module):
 
     def bind(self, *, guidance_scale: float = 1.0, **cond: Any) -> BoundDenoiser:
         """The denoiser with its condition bound, which is embedded once for all calls."""
-        self.before_use()
+        self._prepare()
         return BoundDenoiser(self, cond, guidance_scale)
 
     def draw(
@@ -262,7 +265,7 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: as in `loss`; or the batches of the processes differ in shape.
         """
-        self.before_use()
+        self._prepare()
         return self._draw(batch, block, generator, replicas)
 
     def _draw(

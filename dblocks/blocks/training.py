@@ -195,7 +195,6 @@ def train_step(
         replicas = replicas_of(model)
     block = _chosen(model, block, optimizers, generator, replicas)
     moved = optimizers.of_block(block)
-    _check_considered(optimizers, model, block)
     if not moved:
         raise ValueError(
             f"block {block} must have an optimizer, got parameters that all are frozen; "
@@ -211,6 +210,7 @@ def train_step(
         result = through(parallel, model.loss, batch, block, generator=generator, replicas=replicas)
     result.loss.backward()
     parameters = [p for o in moved for group in o.param_groups for p in group["params"]]
+    _check_considered(optimizers, model, parameters, block)
     wrong = None
     if nonfinite is not None or result.loss.device.type == "cpu":
         # All processes must decide alike: gradients are the same in all of them, losses are not.
@@ -274,31 +274,20 @@ def _check_own(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
 
 
 def _check_considered(
-    optimizers: BlockOptimizers, model: DiffusionBlocks | Block, block: int
+    optimizers: BlockOptimizers, model: nn.Module, held: Iterable[nn.Parameter], block: int
 ) -> None:
-    """Raises if a step would leave out parameters that became trainable after `make_optimizers`."""
-    model.follow_originals_()
-    if optimizers.considered is None or not _missed(optimizers, model, block):
+    """Raises if gradients reach parameters that became trainable after `make_optimizers`."""
+    if optimizers.considered is None:
         return
-    model.before_use()  # freezes what belongs to a frozen part
-    missed = _missed(optimizers, model, block)
+    known = {id(p) for p in chain(optimizers.considered, held)}
+    missed = [n for n, p in model.named_parameters() if p.grad is not None and id(p) not in known]
     if missed:
-        name = next(n for n, p in model.named_parameters() if p is missed[0])
+        model.zero_grad(set_to_none=True)
         raise ValueError(
             "optimizers must be made when the parameters that require gradients are there, got "
             f"{len(missed)} in block {block} and the shared part that came or were unfrozen "
-            f"later, such as {name}; call make_optimizers(model, factory) again"
+            f"later, such as {missed[0]}; call make_optimizers(model, factory) again"
         )
-
-
-def _missed(
-    optimizers: BlockOptimizers, model: DiffusionBlocks | Block, block: int
-) -> list[nn.Parameter]:
-    groups = (group for o in optimizers.of_block(block) for group in o.param_groups)
-    held = chain(optimizers.considered or (), *(group["params"] for group in groups))
-    known = {id(p) for p in held}
-    here = _trainable(chain(model.block_parameters(block), model.shared_parameters()))
-    return [p for p in here if id(p) not in known]
 
 
 def _parallel(model: Any) -> Any:

@@ -59,7 +59,6 @@ class ConvertedBlocks(DiffusionBlocks):
         if not network.whole_checked:
             network.whole_checked = check_whole(network)
         network.follow_model_()
-        self.follow_originals_()
 
     def _follow_changes(self) -> None:
         model = self.base_model.model

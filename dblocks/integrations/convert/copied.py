@@ -8,7 +8,7 @@ blocks; what cannot be taken over is refused by name.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import ref
 
 import torch
@@ -67,7 +67,9 @@ class Original:
 
 def _outside(network: Converted) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the model outside its layers, by name."""
-    layers, pending = set(network.names), [("", network.model)]
+    # The attribute itself: `network.model` would call the network, whose step calls this.
+    pending = [("", cast(nn.Module, network._modules["model"]))]
+    layers = set(network.names)
     while pending:
         name, module = pending.pop()
         yield name, module
