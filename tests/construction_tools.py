@@ -87,3 +87,12 @@ def copied_together():
     with torch.no_grad():
         torch._foreach_copy_([*layers[3].parameters()], [*layers[0].parameters()])
     return layers
+
+
+def tied_own():
+    """A network of which two modules outside the layers share a weight."""
+    torch.manual_seed(0)
+    network = Own()
+    network.other = nn.Linear(9, 9)
+    network.other.weight = network.head.weight
+    return network

@@ -68,21 +68,23 @@ def test_a_flipped_bit_of_a_block_in_a_network_is_found(tmp_path):
         load_block(tmp_path, 1)
 
 
-@pytest.mark.parametrize("flips", [1, pytest.param(20, marks=pytest.mark.long)])
-def test_a_flipped_bit_of_a_converted_model_is_found(tmp_path, flips):
+def saved_conversion(folder):
+    """Saves a small converted model; returns what loads it."""
     transformers = library("transformers")
     from dblocks import ConvertedBlocks, convert
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 11}
     llama = transformers.LlamaConfig(**sizes, num_attention_heads=2)
     make = transformers.LlamaForCausalLM
-    convert(make(llama), BlocksConfig(num_blocks=2), task="tokens").save_pretrained(tmp_path)
+    convert(make(llama), BlocksConfig(num_blocks=2), task="tokens").save_pretrained(folder)
+    return lambda: ConvertedBlocks.from_pretrained(folder, make(llama))
+
+
+@pytest.mark.parametrize("flips", [1, pytest.param(20, marks=pytest.mark.long)])
+def test_a_flipped_bit_of_a_converted_model_is_found(tmp_path, flips):
+    load = saved_conversion(tmp_path)
     for name in ("block_00.safetensors", "block_01.safetensors", "shared.safetensors"):
-        assert_flips_are_found(
-            tmp_path / name,
-            lambda: ConvertedBlocks.from_pretrained(tmp_path, make(llama)),
-            flips,
-        )
+        assert_flips_are_found(tmp_path / name, load, flips)
 
 
 def test_files_of_all_dtypes_and_shapes_come_back(tmp_path):
@@ -240,12 +242,5 @@ def test_a_save_whose_text_is_replaced_as_it_is_loaded(tmp_path, monkeypatch):
 
 @FLIPS
 def test_a_flipped_bit_of_a_conversion_is_found(tmp_path, flips):
-    transformers = library("transformers")
-    from dblocks import ConvertedBlocks, convert
-
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 11}
-    llama = transformers.LlamaConfig(**sizes, num_attention_heads=2)
-    make = transformers.LlamaForCausalLM
-    convert(make(llama), BlocksConfig(num_blocks=2), task="tokens").save_pretrained(tmp_path)
-    load = lambda: ConvertedBlocks.from_pretrained(tmp_path, make(llama))
+    load = saved_conversion(tmp_path)
     assert_flips_of_text_are_found(tmp_path / "dblocks.json", load, flips)

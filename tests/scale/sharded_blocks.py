@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from construction_tools import NETWORKS, Own, config_of, copied_together, scaled_together
+from construction_tools import NETWORKS, Own, config_of, copied_together, scaled_together, tied_own
 from live_bytes import Live
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -81,16 +81,9 @@ def refused(mesh):
         build_shards(lambda: Own(copied_together), config, 0, mesh)
     build_shards(lambda: Own(scaled_together), config, 0, mesh)
 
-    def tied():
-        torch.manual_seed(0)
-        network = Own()
-        network.other = nn.Linear(9, 9)
-        network.other.weight = network.head.weight
-        return network
-
-    found = build_shards(tied, config, 0, mesh)
+    found = build_shards(tied_own, config, 0, mesh)
     assert found.base_model.other.weight is found.base_model.head.weight
-    assert_same(found, data_parallel(build_block(tied, config, 0), mesh, "fsdp"))
+    assert_same(found, data_parallel(build_block(tied_own, config, 0), mesh, "fsdp"))
     with pytest.raises(ValueError, match=r"block must be in 0\.\.0, got 1"):
         build_shards(Own, config, 1, mesh)
     with pytest.raises(TypeError, match="make must be a function"):

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from construction_tools import Own
+from construction_tools import tied_own
 from process_tools import in_processes
-from torch import nn
 
 from dblocks.blocks import BlocksConfig
 from dblocks.models import ViT, ViTConfig
@@ -37,15 +36,8 @@ def test_without_other_processes_it_is_the_block(shared):
 
 
 def test_what_is_tied_stays_so_without_other_processes():
-    def make():
-        torch.manual_seed(0)
-        network = Own()
-        network.other = nn.Linear(9, 9)
-        network.other.weight = network.head.weight
-        return network
-
-    outlined = OutlinedBlock(make, BlocksConfig(num_blocks=2), 1)
+    outlined = OutlinedBlock(tied_own, BlocksConfig(num_blocks=2), 1)
     outlined.fill_(None)
     found = outlined.block.base_model
     assert found.other.weight is found.head.weight
-    assert found.other.weight.equal(make().head.weight)
+    assert found.other.weight.equal(tied_own().head.weight)
