@@ -117,7 +117,9 @@ def test_missing_data_and_model_are_named(tmp_path, monkeypatch):
 )
 def test_the_layers_that_are_named_are_trained(monkeypatch, model, trains, trained):
     monkeypatch.setattr(topics_run, "LAST", 1)
-    bert = topics_run._pretrained(TopicsRun(model=str(model), depth=2, trains=trains), 2)
+    bert = topics_run._pretrained(
+        TopicsRun(model=str(model), depth=2, end_to_end=True, trains=trains), 2
+    )
     layers = bert.bert.encoder.layer
     found = [
         i for i, layer in enumerate(layers) if layer.attention.output.dense.weight.requires_grad
