@@ -22,6 +22,7 @@ from benchmarks.study import (
 from benchmarks.study.archive import Archive
 from benchmarks.study.costing import COSTS_PART, run_costs
 from benchmarks.study.experiment import REPORT, Experiment
+from benchmarks.study.report import speed_of_writing
 from benchmarks.study.report.curves import picture_name
 from benchmarks.study.report.documents import README, of_experiment, write_documents
 from benchmarks.study.report.figures import budget_figure
@@ -168,6 +169,8 @@ def _report(args: argparse.Namespace) -> None:
     for one in found:
         if one.curve:
             save_png(budget_figure(one), pictures / picture_name(one))
+    if (written := speed_of_writing.stored()) is not None:
+        speed_of_writing.draw(written, pictures / speed_of_writing.PICTURE)
     write_documents(by_name, EXPERIMENTS, STUDIES, args.results, args.readme)
     print(f"wrote {args.out}, {args.results}, {args.readme} and the pictures in {pictures}")
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.ops.timing import Run, environment, interleaved
+from benchmarks.study.report.speed_of_writing import RECORD, speed_table
 from benchmarks.study.text import SCORER, score_all
 from dblocks.checkpoint import load_model, prepare, save_model
 from dblocks.recipes.causal_lm import CausalLMRun
@@ -34,7 +35,6 @@ from dblocks.schedules import MASKED
 TOKENS = 64  # that are written to take the time
 ROUNDS = 5
 MODELS = Path("runs/writing")
-OUT = Path("benchmarks/results/writing")
 EVALUATIONS = 10_080
 BLOCKS = CausalLMRun(blocks=3, steps=EVALUATIONS // 4, points=1)
 RUNS: dict[str, CausalLMRun | MaskedLMRun] = {
@@ -108,7 +108,7 @@ def writer(
     return write
 
 
-def measure(names: Sequence[str], steps: Sequence[int], out: Path) -> list[dict[str, Any]]:
+def measure(names: Sequence[str], steps: Sequence[int], path: Path) -> list[dict[str, Any]]:
     """Every way's quality and speed; rows are printed as they come."""
     use_one_thread()
     corpus: Corpus = SCORER.corpus()
@@ -138,6 +138,7 @@ def measure(names: Sequence[str], steps: Sequence[int], out: Path) -> list[dict[
         row = {
             "run": {"model": way.model, "how": way.how},
             "calls": way.calls,
+            "tokens": TOKENS,
             "tokens_per_second": TOKENS / seconds,
             "temperature": float(nearest),
             "scores": scores[nearest],
@@ -146,7 +147,7 @@ def measure(names: Sequence[str], steps: Sequence[int], out: Path) -> list[dict[
         rows.append(row)
         print(key, f"{row['tokens_per_second']:.0f} tokens per second", row["scores"], flush=True)
     found = {"format": 1, "environment": environment(cpu), "rows": rows, "reference": own}
-    write_record(out / "writing-cpu.json", found)
+    write_record(path, found)
     return rows
 
 
@@ -155,26 +156,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", choices=[*RUNS], default=[*RUNS])
     parser.add_argument("--steps", nargs="*", type=int, default=[*STEPS])
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=RECORD, help="the record")
     args = parser.parse_args(argv)
     rows = measure(args.models, args.steps, args.out)
-    print(table(rows))
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| model | steps | calls per token | tokens per second | T | bits | divergence | repeats |"
-    ]
-    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
-    for row in rows:
-        scores = row["scores"]
-        lines.append(
-            f"| {row['run']['model']} | {row['run']['how']} | {row['calls']:.2f} "
-            f"| {row['tokens_per_second']:.0f} | {row['temperature']:g} | {scores['bits']:.2f} "
-            f"| {scores['divergence']:.3f} | {scores['repetition']:.3f} |"
-        )
-    return "\n".join(lines)
+    print(speed_table(rows))
 
 
 if __name__ == "__main__":

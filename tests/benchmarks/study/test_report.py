@@ -194,6 +194,7 @@ def test_pictures_are_beside_the_page(out, beside, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(command, "EXPERIMENTS", {"vit": own})
     monkeypatch.setattr(command, "comparisons", lambda: found)
     monkeypatch.setattr(command, "of_experiment", lambda *_: SimpleNamespace(rows=[1]))
+    monkeypatch.setattr(command.speed_of_writing, "stored", lambda: None)
     for name in ("write_page", "write_documents"):
         monkeypatch.setattr(command, name, lambda *_: None)
     assert main(["report", *(["--out", out] if out else [])]) == 0
