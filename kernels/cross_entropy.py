@@ -1,10 +1,12 @@
 """Cross-entropy of rows of logits and its gradient, one program a row."""
 
+import functools
+from collections.abc import Hashable
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from dblocks.kernels._common.launches import device_guard, next_power_of_2
+from dblocks.kernels._common import launches
 
 MAX_BLOCK_V = 2048  # 8 elements a thread of 8 warps: 16 bytes of a 16-bit dtype
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a block of -inf leaves no NaN
@@ -90,33 +92,17 @@ def cross_entropy_kernel(
         store_gradient(logits_ptr, grad_ptr, b_rest, o_rest, V, target, peak, total, IN_PLACE, True)
 
 
-def cross_entropy(
-    logits: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    losses: Tensor,
-    grad: Tensor | None,
-    in_place: bool,
-) -> None:
-    """Writes the losses [R] of `logits` [R, V], softmax - onehot to `grad`, or over the logits.
+@functools.lru_cache(1024)
+def rows_launch(
+    R: int, V: int, row_sn: int, has_grad: bool, in_place: bool, layouts: Hashable
+) -> launches.Launch:
+    """Writes the losses [R] of logits [R, V], softmax - onehot to `grad`, or over the logits.
 
-    The gradients are those of the logits plus `bias`, before any weight. Rows of `logits` and
-    `grad` have unit last stride and the same distance; targets are in [0, V).
+    The gradients are those of the logits plus `bias`, before any weight. Rows of logits and grad
+    have unit last stride and the same distance; targets are in [0, V). Arguments are logits, grad,
+    bias, target and losses; `layouts` are their device, dtypes and alignments.
     """
-    R, V = logits.shape
-    BLOCK_V = min(next_power_of_2(V), MAX_BLOCK_V)
-    with device_guard(logits):
-        cross_entropy_kernel[(R,)](
-            logits,
-            grad,
-            bias,
-            target,
-            losses,
-            logits.stride(0),
-            V,
-            BLOCK_V,
-            grad is not None or in_place,
-            in_place,
-            num_warps=min(max(BLOCK_V // 256, 1), 8),
-            enable_fp_fusion=True,
-        )
+    BLOCK_V = min(launches.next_power_of_2(V), MAX_BLOCK_V)
+    numbers = (row_sn, V, BLOCK_V, has_grad or in_place, in_place)
+    num_warps = min(max(BLOCK_V // 256, 1), 8)
+    return launches.Launch(cross_entropy_kernel, R, numbers, num_warps=num_warps)

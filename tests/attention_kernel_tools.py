@@ -1,5 +1,7 @@
 """The kernels of doubled_attention in small tiles, and what they must come to."""
 
+from functools import partial
+
 import torch
 from hypothesis import strategies as st
 
@@ -7,6 +9,7 @@ from dblocks.kernels import reference
 from dblocks.kernels.attention.backward import doubled_attention_bwd
 from dblocks.kernels.attention.forward import doubled_attention_fwd
 from dblocks.kernels.attention.layout import Options, Settings, Tiles
+from dblocks.ops._dispatch import planned
 from dblocks.testing import LAYOUTS, make
 from tools import DEVICE
 
@@ -16,12 +19,13 @@ PLAIN = {"block_size": 1, "token": False, "scale": 0.25}
 
 
 def forward(q, k, v, options, tiles=SMALL):
-    return doubled_attention_fwd(q, k, v, *Options(**options), tiles=tiles and tiles.forward)
+    plan = partial(doubled_attention_fwd, tiles=tiles and tiles.forward)
+    return planned(plan)(q, k, v, *Options(**options))
 
 
 def backward(do, q, k, v, o, lse, options, tiles=SMALL):
     inputs = (do, q, k, v, o, lse, *Options(**options), [True, True])
-    return doubled_attention_bwd(*inputs, tiles=tiles)
+    return planned(partial(doubled_attention_bwd, tiles=tiles))(*inputs)
 
 
 def gradients(do, q, k, v, options, tiles=SMALL):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from dblocks.ops._dispatch import planned
+
 N, T = 8, 4096
 HEADS = 16
 CLASSES = 2**16 - 1
@@ -89,8 +91,10 @@ def attend(
         alibi_slopes=torch.empty(HEADS, device="meta") if alibi else None,
     )
     tiles = settings(max(D, DV), dtype, target, options.loaded)
-    o, lse = doubled_attention_fwd(q, k, v, *options, tiles=tiles.forward)
-    doubled_attention_bwd(o, q, k, v, o, lse, *options, [True, True], tiles=tiles)
+    forward = planned(functools.partial(doubled_attention_fwd, tiles=tiles.forward))
+    backward = planned(functools.partial(doubled_attention_bwd, tiles=tiles))
+    o, lse = forward(q, k, v, *options)
+    backward(o, q, k, v, o, lse, *options, [True, True])
 
 
 def cases(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -115,7 +119,7 @@ def cases(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object
 
 def cross_entropy_rows(dtype: torch.dtype, *, bias: bool) -> None:
     """Losses and gradients of a chunk of logits over an odd number of classes."""
-    from dblocks.kernels.cross_entropy import cross_entropy
+    from dblocks.ops._chunked_cross_entropy import launch_rows
 
     def padded(dtype: torch.dtype) -> Tensor:
         return torch.empty(T, CLASSES + 1, dtype=dtype, device="meta")[:, :-1]
@@ -123,7 +127,7 @@ def cross_entropy_rows(dtype: torch.dtype, *, bias: bool) -> None:
     target = torch.empty(T, dtype=torch.int64, device="meta")
     losses, added = torch.empty(T, device="meta"), torch.empty(CLASSES, device="meta")
     narrow = None if dtype == torch.float32 else padded(dtype)
-    cross_entropy(
+    launch_rows(
         padded(torch.float32), added if bias else None, target, losses, narrow,
         in_place=bias or narrow is None,
     )  # fmt: skip
@@ -147,8 +151,8 @@ def norm(
     shift, scale = modulation[1:] if dy is not None else (None, None)
     inputs = (branch, gate, shift, scale, *affine)
     normalise = dy is not None
-    _, _, mean, rstd = adaln_fwd(x, *inputs, normalise, rms, 1e-6, x.dtype)
-    adaln_bwd(dy, dx_new, x, *inputs, mean, rstd, rms, [True] * 7)
+    _, _, mean, rstd = planned(adaln_fwd)(x, *inputs, normalise, rms, 1e-6, x.dtype)
+    planned(adaln_bwd)(dy, dx_new, x, *inputs, mean, rstd, rms, [True] * 7)
 
 
 def diffusion(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -160,28 +164,32 @@ def diffusion(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], ob
     z = torch.empty(N, T, D, device="meta")
     sample, token = torch.empty(N, device="meta"), torch.empty(N, T, device="meta")
     seed = torch.empty((), dtype=torch.int64, device="meta")
-    yield "noise_inject", lambda: noise.noise_inject_fwd(y, sample, None, 1, 0, 0.5, dtype, True)
+    inject, inject_bwd = planned(noise.noise_inject_fwd), planned(noise.noise_inject_bwd)
+    denoised, denoised_bwd = planned(denoise.edm_denoise_fwd), planned(denoise.edm_denoise_bwd)
+    loss_fwd, loss_bwd = planned(loss.edm_loss_fwd), planned(loss.edm_loss_bwd)
+    step, step_bwd = planned(euler.euler_step_fwd), planned(euler.euler_step_bwd)
+    yield "noise_inject", lambda: inject(y, sample, None, 1, 0, 0.5, dtype, True)
     yield (
         "noise_inject per token",
-        lambda: noise.noise_inject_fwd(y, token, seed, 0, 0, 0.5, dtype, False),
+        lambda: inject(y, token, seed, 0, 0, 0.5, dtype, False),
     )
-    yield "noise_inject backward", lambda: noise.noise_inject_bwd(z, y, sample, 0.5, dtype)
-    yield "edm_denoise", lambda: denoise.edm_denoise_fwd(f, z, sample, 0.5)
+    yield "noise_inject backward", lambda: inject_bwd(z, y, sample, 0.5, dtype)
+    yield "edm_denoise", lambda: denoised(f, z, sample, 0.5)
     yield (
         "edm_denoise backward",
-        lambda: denoise.edm_denoise_bwd(z, sample, 0.5, dtype, torch.float32),
+        lambda: denoised_bwd(z, sample, 0.5, dtype, torch.float32),
     )
-    yield "edm_loss", lambda: loss.edm_loss_fwd(f, y, sample, None, 1, 0, 0.5, None, False)
+    yield "edm_loss", lambda: loss_fwd(f, y, sample, None, 1, 0, 0.5, None, False)
     yield (
         "edm_loss for backward",
-        lambda: loss.edm_loss_fwd(f, y, token, seed, 0, 0, 0.5, token, True),
+        lambda: loss_fwd(f, y, token, seed, 0, 0, 0.5, token, True),
     )
-    yield "edm_loss backward", lambda: loss.edm_loss_bwd(sample, f, None, dtype)
-    yield "edm_loss backward per token", lambda: loss.edm_loss_bwd(sample, f, token, dtype)
-    yield "euler_step", lambda: euler.euler_step_fwd(z, z, None, None, 1.0, 0.5)
-    yield "euler_step per token", lambda: euler.euler_step_fwd(z, z, token, token, 1.0, 0.5)
-    yield "euler_step to a number", lambda: euler.euler_step_fwd(z, z, sample, None, 1.0, 0.5)
+    yield "edm_loss backward", lambda: loss_bwd(sample, f, None, dtype)
+    yield "edm_loss backward per token", lambda: loss_bwd(sample, f, token, dtype)
+    yield "euler_step", lambda: step(z, z, None, None, 1.0, 0.5)
+    yield "euler_step per token", lambda: step(z, z, token, token, 1.0, 0.5)
+    yield "euler_step to a number", lambda: step(z, z, sample, None, 1.0, 0.5)
     yield (
         "euler_step backward",
-        lambda: euler.euler_step_bwd(z, None, None, 1.0, 0.5, torch.float32, torch.float32),
+        lambda: step_bwd(z, None, None, 1.0, 0.5, torch.float32, torch.float32),
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from dblocks.ops._dispatch import FLOATS, NORMS
+from dblocks.ops._dispatch import FLOATS, NORMS, remember
 
 
 def type_name(value: object) -> str:
@@ -82,6 +82,7 @@ def check_rows(
     check_device(x, **given)
     check_modulation(x, **modulation)
     check_channels(x, **channels)
+    remember((len(rows), len(modulation)), (x, *given.values()))
 
 
 def check_tokens(name: str, x: Tensor) -> None:

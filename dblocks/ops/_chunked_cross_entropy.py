@@ -8,6 +8,7 @@ what happens to a chunk of logits.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -177,15 +178,29 @@ def plain(h, weight, target, bias, row_weight, ignore_index, needs):
     )  # fmt: skip
 
 
-def triton(h, weight, target, bias, row_weight, ignore_index, needs):
-    from dblocks.kernels.cross_entropy import cross_entropy
+def launch_rows(
+    logits: Tensor, bias: Tensor | None, target: Tensor, losses: Tensor, grad: Tensor | None,
+    in_place: bool,
+) -> None:  # fmt: skip
+    """Losses of rows and gradients in `grad`, over the logits, or both: see `rows_launch`."""
+    from dblocks.kernels.cross_entropy import rows_launch
 
+    tensors = (logits, grad, bias, target, losses)
+    layouts = [None if x is None else (x.dtype, x.data_ptr() & 15) for x in tensors]
+    launch = rows_launch(
+        *logits.shape, logits.stride(0), grad is not None, in_place, (logits.device, *layouts)
+    )
+    launch.start(*tensors, *launch.numbers)
+
+
+def triton(h, weight, target, bias, row_weight, ignore_index, needs):
     def rows(logits, bias, target, losses, grad):
         narrow = None if grad is None or grad.dtype == logits.dtype else grad
         in_place = grad is not None and (narrow is None or needs[2])
-        cross_entropy(logits, bias, target, losses, narrow, in_place)
+        launch_rows(logits, bias, target, losses, narrow, in_place)
         return losses.new_ones(len(losses), 1)
 
-    return forward(
-        h, weight, target, bias, row_weight, ignore_index, needs, rows=rows, dtype=h.dtype
-    )
+    with torch.cuda.device(h.device) if h.is_cuda else nullcontext():
+        return forward(
+            h, weight, target, bias, row_weight, ignore_index, needs, rows=rows, dtype=h.dtype
+        )

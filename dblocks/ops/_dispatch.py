@@ -1,15 +1,15 @@
 """Dispatch of a call from an op's public function to an implementation, and its autograd.
 
-Layouts of arguments that passed the checks of _checks.py and _levels.py are remembered here, at a
-fraction of their time; the checks run for new layouts and raise the errors. Nothing here reads the
-values of a tensor on an accelerator, so no call synchronises.
+Layouts of arguments that passed the checks of _checks.py and _levels.py are remembered here, as are
+the plans of Triton's launches: both run for a new layout only, and the checks raise the errors.
+Nothing here reads the values of a tensor on an accelerator, so no call synchronises.
 """
 
-import importlib
 import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal, cast
 
 import torch
@@ -171,6 +171,33 @@ _fitting: set[Any] = set()  # layouts of valid arguments; cleared when it grows 
 MAX_FITTING = 4096
 
 
+def seen(kind: object, tensors: Sequence[Any]) -> bool:
+    """Whether tensors of these layouts have passed the checks of a `kind` of arguments.
+
+    If not, call the checks, which may raise, and then `remember`.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return _layout(kind, tensors) in _fitting
+    except (AttributeError, TypeError, RuntimeError):  # no tensor; unknown or nested sizes
+        return False
+
+
+def remember(kind: object, tensors: Sequence[Any]) -> None:
+    """Records that tensors of these layouts have passed."""
+    if torch.compiler.is_compiling():
+        return
+    if len(_fitting) >= MAX_FITTING:
+        _fitting.clear()
+    with suppress(TypeError):  # unknown sizes
+        _fitting.add(_layout(kind, tensors))
+
+
+def _layout(kind: object, tensors: Sequence[Any]) -> object:
+    return kind, *[t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
+
+
 def rows_fit(
     x: Tensor,
     rows: tuple[Tensor, ...],
@@ -182,101 +209,12 @@ def rows_fit(
     """Whether `_checks.check_rows` is known to pass; if False, call it, and it may raise."""
     if norm not in NORMS or type(eps) is not float or not eps >= 0:
         return False
-    kind = (len(rows), len(modulation))
-    args = (x, rows, modulation, channels)
-    return _fits(_rows_fit, args, kind, (x, *rows, *modulation, *channels))
-
-
-def samples_fit(x: Tensor, *others: Tensor) -> bool:
-    """As `rows_fit`, for tensors [N, ...] of one shape."""
-    tensors = (x, *others)
-    return _fits(_samples_fit, tensors, "samples", tensors)
-
-
-def _fits(
-    check: Callable[..., bool], args: tuple[Any, ...], kind: object, tensors: tuple[Any, ...]
-) -> bool:
-    """Runs `check(*args)`, unless such `tensors` have already passed as arguments of a `kind`."""
-    layout, known = seen(kind, tensors)
-    if not known and check(*args):
-        remember(layout)
-        return True
-    return known
-
-
-def seen(kind: object, tensors: Sequence[Any]) -> tuple[object, bool]:
-    """The layout of `tensors` as arguments of a `kind`, and whether it is known to be valid.
-
-    Pass the layout to `remember` once the checks have passed.
-    """
-    if torch.compiler.is_compiling():
-        return None, False
-    try:
-        kinds = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
-        layout = (kind, *kinds)
-        return layout, layout in _fitting
-    except (AttributeError, TypeError, RuntimeError):  # no tensor; unknown or nested sizes
-        return None, False
-
-
-def remember(layout: object) -> None:
-    """Records that arguments of this layout have passed their checks."""
-    if layout is None:
-        return
-    if len(_fitting) >= MAX_FITTING:
-        _fitting.clear()
-    _fitting.add(layout)
-
-
-def _rows_fit(
-    x: Tensor,
-    rows: tuple[Tensor, ...],
-    modulation: tuple[Tensor | None, ...],
-    channels: tuple[Tensor | None, ...],
-) -> bool:
-    if not isinstance(x, Tensor) or x.ndim != 3:
-        return False
-    shape, device = x.shape, x.device
-    N, T, D = shape
-    segments = None
-    for tensor in (x, *rows):
-        if not _is_plain(tensor, device) or tensor.shape != shape:
-            return False
-    for tensor in modulation:
-        if tensor is None:
-            continue
-        if not _is_plain(tensor, device):
-            return False
-        size = tensor.shape
-        S = size[1] if len(size) == 3 else 1
-        if len(size) not in (2, 3) or size[0] != N or size[-1] != D:
-            return False
-        if S < 1 or T % S or (segments is not None and segments != S):
-            return False
-        segments = S
-    return all(p is None or (_is_plain(p, device) and p.shape == (D,)) for p in channels)
-
-
-def _samples_fit(x: Tensor, *others: Tensor) -> bool:
-    if not isinstance(x, Tensor) or x.ndim == 0:
-        return False
-    shape, device = x.shape, x.device
-    return all(_is_plain(tensor, device) and tensor.shape == shape for tensor in (x, *others))
-
-
-def _is_plain(tensor: object, device: torch.device) -> bool:
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.dtype in FLOATS
-        and tensor.device == device
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-    )
+    return seen((len(rows), len(modulation)), (x, *rows, *modulation, *channels))
 
 
 def noised_fit(tensors: tuple[Tensor, ...], sigma: Tensor, sigma_data: float) -> bool:
     """Whether `_levels.check_noised` is known to pass; if False, call it, and it may raise."""
-    fits = samples_fit(*tensors) and type(sigma_data) is float and 0 < sigma_data < math.inf
+    fits = seen("samples", tensors) and type(sigma_data) is float and 0 < sigma_data < math.inf
     return fits and sigma_fits(sigma, tensors[0])
 
 
@@ -343,17 +281,50 @@ def caller(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
     return call
 
 
-def launcher(module: str, name: str) -> Callable[..., Any]:
-    """A function of dblocks.kernels, imported when it is called: only that needs triton."""
-    found = None
+# Copies and a function by kernel and layout; all dropped when there are many, a bound for programs
+# whose shapes never repeat. Threads may make the same plan twice: both are equal.
+_plans: dict[Any, tuple[Sequence[int], torch.device | None, Callable[..., Any]]] = {}
+MAX_PLANS = 1024
 
-    def launch(*args: Any) -> Any:
-        nonlocal found
-        if found is None:
-            found = getattr(importlib.import_module(f"dblocks.kernels.{module}"), name)
-        return found(*args)
 
-    return launch
+def planned(make: Callable[..., Any], changing: Sequence[int] = ()) -> Callable[..., Any]:
+    """An op of which all that follows from the layout of its arguments is done once.
+
+    `make` takes the arguments of a new layout. It returns which tensors are to be made contiguous,
+    and a function of the same arguments, which every call of this layout calls. Not part of a
+    layout are the values of tensors, of floats, and of the ints at the positions `changing`.
+    """
+
+    def call(*args: Any) -> Any:
+        layout: list[Any] = [
+            a if a is None
+            else (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15)
+            if isinstance(a, Tensor)
+            else float if isinstance(a, float)
+            else tuple(a) if type(a) is list
+            else a
+            for a in args
+        ]  # fmt: skip
+        for i in changing:
+            layout[i] = None
+        key = (make, *layout)
+        plan = _plans.get(key)
+        if plan is None:
+            copies, run = make(*args)
+            device = next(a.device for a in args if isinstance(a, Tensor))
+            plan = copies, device if device.type in GPUS else None, run
+            if len(_plans) >= MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+        copies, device, run = plan
+        if copies:
+            args = tuple(a.contiguous() if i in copies else a for i, a in enumerate(args))
+        if device is None:
+            return run(*args)
+        with torch.cuda.device(device):
+            return run(*args)
+
+    return call
 
 
 def distinct(*args: Any) -> tuple[Any, ...]:

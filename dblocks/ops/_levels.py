@@ -27,6 +27,7 @@ def check_noised(samples: Mapping[str, Tensor], sigma: Tensor, sigma_data: float
         _checks.check_tensor(**samples)
         check_samples(name, x)
         _checks.check_float(**samples)
+        _dispatch.remember("samples", (x,))
     check_sigma("sigma", sigma, name, x)
     check_sigma_data(sigma_data)
 
@@ -38,6 +39,7 @@ def check_pair(x_name: str, x: Tensor, name: str, tensor: Tensor) -> None:
     _checks.check_same_shape(name, tensor, x_name, x)
     _checks.check_float(**{x_name: x, name: tensor})
     _checks.check_device(x, **{name: tensor})
+    _dispatch.remember("samples", (x, tensor))
 
 
 def check_sigma(name: str, sigma: Tensor, x_name: str, x: Tensor, *, zero: bool = False) -> None:

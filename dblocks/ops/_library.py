@@ -4,6 +4,7 @@ A CPU key cannot serve both the C++ op and the interpreted Triton kernel, so eac
 the public function chooses.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dblocks.ops import _flops
-from dblocks.ops._dispatch import caller, launcher
+from dblocks.ops._dispatch import caller, planned
 
 library = torch.library.Library("dblocks", "FRAGMENT")
 
@@ -32,8 +33,9 @@ def define(
         schema: arguments and results, "(Tensor x) -> Tensor".
         fake: computes shapes and dtypes of the results.
         implementations: by name, a function of the op's arguments; or a module of dblocks.kernels
-            with a function `name`, imported when it is first called; or None for C++, whose
-            function csrc/library.cpp registers.
+            whose function `name` plans its launches (see `planned`; a SymInt is no part of a
+            layout), imported when it is first called; or None for C++, whose function
+            csrc/library.cpp registers.
     """
     calls, flops = {}, _flops.FORMULAS.get(name)
     for impl, given in implementations.items():
@@ -44,12 +46,22 @@ def define(
         op = getattr(torch.ops.dblocks, f"{name}_{impl}").default
         if flops is not None:
             _flops.register(op, flops)
-        function = launcher(given, name) if isinstance(given, str) else given
+        function = _planned(given, name, schema) if isinstance(given, str) else given
         if function is not None:
             key = "CompositeExplicitAutograd"  # on GPUs and, interpreted, on CPUs
             library.impl(f"{name}_{impl}", _whole(op, function), key)
         calls[impl] = op if function is None and flops is None else caller(op, function)
     return calls
+
+
+def _planned(module: str, name: str, schema: str) -> Callable[..., Any]:
+    """An op planned by a function of dblocks.kernels, which is imported when it is first needed."""
+
+    def make(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"dblocks.kernels.{module}"), name)(*args)
+
+    arguments = schema.partition("->")[0].split(",")
+    return planned(make, [i for i, argument in enumerate(arguments) if "SymInt" in argument])
 
 
 def _whole(op: torch._ops.OpOverload, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -206,15 +206,15 @@ def doubled_attention(
     """
     q, k, v = alike(q, k, v)
     numbers = (block_size, clean_causal, scale, query, order, window, softcap)
-    layout, known = _dispatch.seen((OP, *numbers, *map(type, numbers)), (q, k, v))
+    kind = (OP, *numbers, *map(type, numbers))
     # The values of these are checked in every call.
     watched = cu_seqlens is not None or valid is not None or alibi_slopes is not None
-    if watched or not known:
+    if watched or not _dispatch.seen(kind, (q, k, v)):
         check(
             q, k, v, block_size, clean_causal, scale, cu_seqlens, query, order, valid, window,
             softcap, alibi_slopes,
         )  # fmt: skip
-        _dispatch.remember(layout)
+        _dispatch.remember(kind, (q, k, v))
     options = {
         "block_size": block_size,
         "clean_causal": clean_causal,

@@ -60,14 +60,14 @@ class _Loss(torch.autograd.Function):
 def _check_row_weight(row_weight: Tensor, y: Tensor) -> None:
     _checks.check_float(row_weight=row_weight)
     _checks.check_device(y, row_weight=row_weight)
-    if row_weight.shape == y.shape[:1]:
-        return
-    if y.ndim != 3 or row_weight.shape != y.shape[:2]:
+    by_token = y.ndim == 3 and row_weight.shape == y.shape[:2]
+    if row_weight.shape != y.shape[:1] and not by_token:
         tokens = f" or [N, T] = {list(y.shape[:2])}" if y.ndim == 3 else ""
         raise ValueError(
             f"row_weight must have shape [N] = [{y.shape[0]}]{tokens}, "
             f"got {list(row_weight.shape)}; reshape or expand it"
         )
+    _dispatch.remember("row_weight", (y, row_weight))
 
 
 def edm_loss(
@@ -117,11 +117,8 @@ def edm_loss(
     """
     if not _dispatch.noised_fit((f, y), sigma, sigma_data):
         check_noised({"f": f, "y": y}, sigma, sigma_data)
-    if row_weight is not None:
-        layout, known = _dispatch.seen("row_weight", (y, row_weight))
-        if not known:
-            _check_row_weight(row_weight, y)
-            _dispatch.remember(layout)
+    if row_weight is not None and not _dispatch.seen("row_weight", (y, row_weight)):
+        _check_row_weight(row_weight, y)
     if isinstance(seed, OffsetSeed):
         seed, offset = seed.seed, seed.offset + offset
     split = _dispatch.known_seed(seed, offset, f) or split_seed(seed, offset, f)

@@ -119,7 +119,7 @@ def euler_step(
 
     Source: Karras et al. 2022, algorithm 1 with dx/dt = (x - D(x; t)) / t.
     """
-    if not _dispatch.samples_fit(z, denoised):
+    if not _dispatch.seen("samples", (z, denoised)):
         check_pair("z", z, "denoised", denoised)
     _check_level("sigma", sigma, z, zero=False)
     _check_level("sigma_next", sigma_next, z, zero=True)

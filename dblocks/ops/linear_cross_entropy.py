@@ -159,10 +159,9 @@ def linear_cross_entropy(
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     tensors = (h, weight, target, bias, row_weight)
-    layout, known = _dispatch.seen((OP, type(ignore_index)), tensors)
-    if not known:
+    if not _dispatch.seen((OP, type(ignore_index)), tensors):
         _check(*tensors, ignore_index)
-        _dispatch.remember(layout)
+        _dispatch.remember((OP, type(ignore_index)), tensors)
     row_weight = None if row_weight is None else constant(row_weight)
     used = _resolve(impl, h, weight)
     if used == "reference":

@@ -3,11 +3,10 @@
 Every choice depends only on shapes, never on the device, so a result is the same on every target.
 """
 
-from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 MAX_WIDTH = 16384  # a row is held in the registers of one program
@@ -79,9 +78,14 @@ def unit_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def device_guard(x: Tensor) -> AbstractContextManager:
-    """Makes the device of `x` current, if there are several."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def copies(*tensors: Tensor | None) -> list[int]:
+    """The positions of the tensors that `unit_last` copies."""
+    return [i for i, x in enumerate(tensors) if x is not None and unit_last(x) is not x]
+
+
+# The positions of the arguments that must be made contiguous, and what runs with all arguments of a
+# layout, as dblocks.ops plans it; it allocates, and starts launches.
+Plan = tuple[list[int], Callable[..., Any]]
 
 
 class Groups(NamedTuple):
@@ -104,58 +108,35 @@ def groups(x: Tensor, *modulation: Tensor | None) -> Groups:
 
 
 def strides(*tensors: Tensor | None) -> list[int]:
-    """The first two strides of each tensor; [N, D] counts as one segment, `None` as zeros."""
+    """The first two strides of each tensor, or of its copy if `copies` says that it has one.
+
+    [N, D] counts as one segment, `None` as zeros.
+    """
     result = []
     for tensor in tensors:
+        tensor = None if tensor is None else unit_last(tensor)
         result.append(0 if tensor is None else tensor.stride(0))
         result.append(tensor.stride(1) if tensor is not None and tensor.ndim == 3 else 0)
     return result
 
 
 class Launch:
-    """A launch of a kernel without its tensors, which are passed in each call.
+    """A launch of a kernel without its tensors, and without the numbers that change between calls.
 
-    It keeps the compiled kernel, so that a repeated launch does not look it up; the tensors must
-    have the dtypes and alignments of the first call. Triton's interpreter has no compiled kernel.
+    `launch.start(*these, *launch.numbers)` runs it; the tensors must have the dtypes and alignments
+    of the first call. That compiles the kernel, and `start` is the compiled kernel's own from then
+    on: no code of this library. Triton's interpreter has no compiled kernel.
     """
+
+    start: Callable[..., Any]
 
     def __init__(self, fn: Any, programs: int, numbers: tuple, **options: Any) -> None:
         self.fn, self.grid, self.numbers = fn, (programs, 1, 1), numbers
         # Named, since Triton 3.10 changes the default, and with it the bits of results.
         self.options = {"enable_fp_fusion": True, **options}
-        self.run = None
+        self.start = self._first
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        if self.run is not None:
-            self.run(*tensors, *self.numbers)
-            return
-        kernel = self.fn[self.grid](*tensors, *self.numbers, **self.options)
-        self.run = kernel and kernel[self.grid]
-
-
-MAX_PLANS = 1024  # when reached, all are dropped: a bound for programs whose shapes never repeat
-_PLANS: dict[Hashable, Any] = {}
-
-
-def planned(key: Hashable) -> Any:
-    """The plan that `keep` was given for `key`: the launches for one layout of inputs and options.
-
-    None if there is none; make it, and keep it. Threads may make the same plan twice; both are
-    equal, and one is kept.
-    """
-    return _PLANS.get(key)
-
-
-def keep(key: Hashable, plan: Any) -> Any:
-    """`plan`, which the next call with `key` gets from `planned`."""
-    if len(_PLANS) >= MAX_PLANS:
-        _PLANS.clear()
-    _PLANS[key] = plan
-    return plan
-
-
-def layout(x: Tensor | None) -> Hashable:
-    """The properties of a tensor on which launches depend, including the alignment of its data."""
-    if x is None:
-        return None
-    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15
+    def _first(self, *args: Any) -> None:
+        launch = partial(self.fn[self.grid], **self.options)
+        kernel = launch(*args)
+        self.start = kernel[self.grid] if kernel else launch

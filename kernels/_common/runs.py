@@ -5,14 +5,13 @@ sample where memory allows it, else one token. Programs take tiles of BLOCK_U ru
 elements, so a coefficient is computed once a run and no element needs a division.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dblocks.kernels._common.launches import TILE, next_power_of_2, unit_last
+from dblocks.kernels._common.launches import TILE, Launch, next_power_of_2, unit_last
 from dblocks.kernels._common.philox import tile_normals
 
 NOISE_TILE = 4096  # of kernels with noise: half the work of indices and keys an element
@@ -38,30 +37,23 @@ class Runs(NamedTuple):
     num_warps: int
 
     @property
-    def grid(self) -> tuple[int]:
-        return (triton.cdiv(self.U, self.BLOCK_U) * self.chunks,)
+    def programs(self) -> int:
+        return triton.cdiv(self.U, self.BLOCK_U) * self.chunks
 
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """The values of INTEGERS; the length in steps of VEC, as `strides` are."""
-        return self.U, self.R, self.L // self.VEC, self.segment, self.chunks
+    def launch(self, fn: Any, *numbers: float, constants: tuple[Any, ...] = ()) -> Launch:
+        """Of a kernel whose last parameters are INTEGERS, the blocks of runs, and `constants`."""
+        # The length is in steps of VEC, as `strides` are.
+        sizes = (self.U, self.R, self.L // self.VEC, self.segment, self.chunks)
+        blocks = (self.BLOCK_U, self.BLOCK_L, self.VEC, self.R == 1)
+        numbers = (*numbers, *sizes, *blocks, *constants)
+        return Launch(fn, self.programs, numbers, num_warps=self.num_warps)
 
-    @property
-    def blocks(self) -> dict[str, int | bool]:
-        return {
-            "BLOCK_U": self.BLOCK_U,
-            "BLOCK_L": self.BLOCK_L,
-            "VEC": self.VEC,
-            "ONE_RUN": self.R == 1,
-            "num_warps": self.num_warps,
-        }
-
-    def noise(self, offset: int) -> dict[str, int | bool]:
+    def noise(self, offset: int) -> tuple[bool, bool, int]:
         """Whether runs start on a quad of the noise, and tiles cover nothing else; their parts."""
         aligned = offset % 4 == 0 and self.L % 4 == 0
         even = aligned and self.L % self.BLOCK_L == 0 and self.U % self.BLOCK_U == 0
         parts = min(max(self.BLOCK_L // MIN_PART, 1), MAX_PARTS)
-        return {"ALIGNED": aligned, "EVEN": even, "PARTS": parts}
+        return aligned, even, parts
 
     def strides(self, x: Tensor) -> tuple[int, int]:
         """Distances between samples and between runs of `x` [N, T, D], in steps of VEC."""
@@ -74,6 +66,12 @@ def as_tokens(x: Tensor) -> Tensor:
     if x.ndim == 3:
         return unit_last(x)
     return unit_last(x.reshape(x.shape[0], 1, -1))
+
+
+def copies(*tensors: Tensor | None) -> list[int]:
+    """The positions of the tensors that `as_tokens` copies."""
+    given = [(i, x) for i, x in enumerate(tensors) if x is not None and x.numel()]
+    return [i for i, x in given if as_tokens(x).data_ptr() != x.data_ptr()]
 
 
 def sigma_table(sigma: Tensor, N: int) -> Tensor:
@@ -97,7 +95,7 @@ def plan_runs(
     """The runs common to `tensors` [N, T, D] under S segments of sigma.
 
     `by_token` forbids runs longer than a token. With an `offset` into the noise, runs that do not
-    start on a quad get VEC = 1 and up to 3 elements more.
+    start on a quad get VEC = 1 and up to 3 elements more; it matters only whether 4 divides it.
     """
     N, T, D = tensors[0].shape
     dense = all(T == 1 or x.stride(1) == D for x in tensors)
@@ -116,11 +114,6 @@ def plan_runs(
     BLOCK_U = max(1, min(TILE // block, next_power_of_2(N * R)))
     warps = max(4 * BLOCK_U * block // tile, 1)
     return Runs(N * R, R, L, R // S, triton.cdiv(span, block), BLOCK_U, block, vec, warps)
-
-
-def empty_like_runs(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor of the shape and device of `x`."""
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 @triton.jit

@@ -237,59 +237,50 @@ class Grads(NamedTuple):
 
 
 def adaln_bwd(
-    dy: Tensor | None,
-    dx_new: Tensor | None,
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    rms: bool,
+    dy: Tensor | None, dx_new: Tensor | None, x: Tensor, branch: Tensor | None,
+    gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None, rms: bool,
     needs: Sequence[bool],
-) -> Grads:
+) -> launches.Plan:  # fmt: skip
     """The gradients that `needs` asks for, in the order of Grads; `x` is what was normalised.
 
     With a branch `x` is x_new. `dy` is None where only x_new was used, `dx_new` where only y was.
     """
     inputs = (x, branch, gate, shift, scale, weight, bias)
+    needed = Grads(*[n and a is not None for n, a in zip(needs, inputs, strict=True)])
     if x.numel() == 0:
-        return Grads(
-            *(
-                _zeros(a) if n and a is not None else None
-                for a, n in zip(inputs, needs, strict=True)
-            )
+        return [], lambda *args: Grads(
+            *[_zeros(a) if n else None for a, n in zip(args[2:9], needed, strict=True)]
         )
-    tensors = (dy, dx_new, *inputs, mean, rstd)
-    key = (adaln_bwd, rms, tuple(needs), *[launches.layout(a) for a in tensors])
-    plan = launches.planned(key) or launches.keep(key, _plan(tensors, rms, needs))
-    if plan.copies:
-        tensors = [None if a is None else launches.unit_last(a) for a in tensors]
-    dy, dx_new, x, branch, gate, _, scale, weight, bias, mean, rstd = tensors
-    grads = Grads(*[_empty(a) if n else None for a, n in zip(inputs, plan.needs, strict=True)])
-    in_rows, in_groups = grads[2:5], _NONE
-    if not plan.per_token:
-        in_rows, in_groups = in_groups, in_rows
-    partial, means, affine = [
-        None if size is None else x.new_empty(size, dtype=torch.float32) for size in plan.sizes
-    ]
-    with launches.device_guard(x):
-        plan.rows(
+    plan = _plan(dy, dx_new, x, branch, gate, shift, scale, rms, needed)
+    rows, columns, finish = plan.rows, plan.columns, plan.finish
+
+    def run(dy, dx_new, x, branch, gate, shift, scale, weight, bias, mean, rstd, rms, needs):
+        inputs = (x, branch, gate, shift, scale, weight, bias)
+        grads = Grads(*[_empty(a) if n else None for a, n in zip(inputs, needed, strict=True)])
+        in_rows, in_groups = grads[2:5], _NONE
+        if not plan.per_token:
+            in_rows, in_groups = in_groups, in_rows
+        partial, means, affine = [
+            None if size is None else x.new_empty(size, dtype=torch.float32) for size in plan.sizes
+        ]
+        rows.start(
             dy, dx_new, x, branch if plan.reads_branch else None, gate, scale, weight, bias,
-            mean, rstd, grads.x, grads.branch, *in_rows, partial, means,
+            mean, rstd, grads.x, grads.branch, *in_rows, partial, means, *rows.numbers,
         )  # fmt: skip
-        if plan.columns is not None:
+        if columns is not None:
             summed = branch if in_groups[0] is not None else None
-            plan.columns(dy, dx_new, x, scale, weight, mean, rstd, means, summed, partial)
-        if plan.finish is not None:
+            columns.start(
+                dy, dx_new, x, scale, weight, mean, rstd, means, summed, partial, *columns.numbers
+            )
+        if finish is not None:
             shared = None if plan.per_token else scale
-            plan.finish(partial, shared, weight, bias, *in_groups, affine)
-    if affine is None:
-        return grads
-    return grads._replace(**_affine_grads(affine, weight, bias, plan.needs))
+            finish.start(partial, shared, weight, bias, *in_groups, affine, *finish.numbers)
+        if affine is None:
+            return grads
+        return grads._replace(**_affine_grads(affine, weight, bias, needed))
+
+    return launches.copies(dy, dx_new, *inputs, mean, rstd), run
 
 
 _NONE = (None, None, None)
@@ -298,8 +289,6 @@ _NONE = (None, None, None)
 class _Plan(NamedTuple):
     """All of a backward that its tensors' layouts decide."""
 
-    copies: bool  # whether a tensor must be copied first
-    needs: Grads  # which gradients there are
     per_token: bool
     reads_branch: bool  # in the kernel over rows
     sizes: tuple[tuple[int, ...] | None, ...]  # of partial, means and affine
@@ -308,11 +297,10 @@ class _Plan(NamedTuple):
     finish: launches.Launch | None
 
 
-def _plan(tensors: Sequence[Tensor | None], rms: bool, needs: Sequence[bool]) -> _Plan:
-    given = [None if a is None else launches.unit_last(a) for a in tensors]
-    copies = any(a is not b for a, b in zip(given, tensors, strict=True))
-    dy, dx_new, x, branch, gate, shift, scale = given[:7]
-    needs = Grads(*[n and a is not None for n, a in zip(needs, given[2:9], strict=True)])
+def _plan(
+    dy: Tensor | None, dx_new: Tensor | None, x: Tensor, branch: Tensor | None,
+    gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, rms: bool, needs: Grads,
+) -> _Plan:  # fmt: skip
     (N, T, D), g = x.shape, launches.groups(x, gate, shift, scale)
     affine = needs.weight or needs.bias
     sum_norm = affine or (not g.per_token and (needs.shift or needs.scale))
@@ -352,7 +340,7 @@ def _plan(tensors: Sequence[Tensor | None], rms: bool, needs: Sequence[bool]) ->
         sizes[1] = (N, T, 2)
     if affine:
         sizes[2] = (g.count, 2, D)
-    return _Plan(copies, needs, g.per_token, reads_branch, tuple(sizes), rows, columns, finish)
+    return _Plan(g.per_token, reads_branch, tuple(sizes), rows, columns, finish)
 
 
 def _affine_grads(

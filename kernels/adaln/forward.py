@@ -111,9 +111,9 @@ _INTEGERS = (
 @triton.jit(do_not_specialize=_INTEGERS)
 def adaln_fwd_kernel(
     x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, weight_ptr, bias_ptr,
-    x_new_ptr, y_ptr, mean_ptr, rstd_ptr,
+    x_new_ptr, y_ptr, mean_ptr, rstd_ptr, eps,
     x_sn, x_st, branch_sn, branch_st, gate_sn, gate_ss, shift_sn, shift_ss, scale_sn, scale_ss,
-    T, S, L, D, chunk, num_chunks, inv_D, eps,
+    T, S, L, D, chunk, num_chunks, inv_D,
     RMS: tl.constexpr, PER_TOKEN: tl.constexpr, STEP: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -174,48 +174,37 @@ def adaln_fwd_kernel(
 
 
 def adaln_fwd(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    normalise: bool,
-    rms: bool,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None,
+    scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    normalise: bool, rms: bool, eps: float, out_dtype: torch.dtype,
+) -> launches.Plan:  # fmt: skip
     """x_new, y, mean and rstd; those that were not asked for are None."""
-    x_new = None if branch is None else _empty(x, x.dtype)
-    y = mean = rstd = None
-    if normalise:
-        y, rstd = _empty(x, out_dtype), x.new_empty(x.shape[:2], dtype=torch.float32)
-        mean = None if rms else torch.empty_like(rstd)
-    if x.numel() == 0:
+    launch = _launch(x, branch, gate, shift, scale, rms) if x.numel() else None
+
+    def run(x, branch, gate, shift, scale, weight, bias, normalise, rms, eps, out_dtype):
+        x_new = None if branch is None else _empty(x, x.dtype)
+        y = mean = rstd = None
+        if normalise:
+            y, rstd = _empty(x, out_dtype), x.new_empty(x.shape[:2], dtype=torch.float32)
+            mean = None if rms else torch.empty_like(rstd)
+        if launch is not None:
+            launch.start(
+                x, branch, gate, shift, scale, weight, bias, x_new, y, mean, rstd, eps,
+                *launch.numbers,
+            )  # fmt: skip
         return x_new, y, mean, rstd
-    tensors = (x, branch, gate, shift, scale, weight, bias)
-    key = (adaln_fwd, rms, normalise, eps, out_dtype, *[launches.layout(a) for a in tensors])
-    plan = launches.planned(key)
-    copies, launch = plan or launches.keep(key, _plan(tensors, rms, normalise, eps))
-    if copies:
-        tensors = tuple(None if a is None else launches.unit_last(a) for a in tensors)
-    with launches.device_guard(x):
-        launch(*tensors, x_new, y, mean, rstd)
-    return x_new, y, mean, rstd
+
+    return launches.copies(x, branch, gate, shift, scale, weight, bias), run
 
 
 def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _plan(
-    tensors: tuple[Tensor | None, ...], rms: bool, normalise: bool, eps: float
-) -> tuple[bool, launches.Launch]:
-    """Whether a tensor must be copied first, and the launch."""
-    given = [None if a is None else launches.unit_last(a) for a in tensors]
-    copies = any(a is not b for a, b in zip(given, tensors, strict=True))
-    x, branch, gate, shift, scale, _, _ = given
+def _launch(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None,
+    scale: Tensor | None, rms: bool,
+) -> launches.Launch:  # fmt: skip
     T, D = x.shape[1:]
     g = launches.groups(x, gate, shift, scale)
     tile = launches.row_tile(D, g.L, launches.FORWARD_PARTS)
@@ -227,11 +216,10 @@ def _plan(
     ahead = min(chunk, g.L) > tile.BLOCK_R and (tile.num_warps == 4 or branch is not None)
     numbers = (
         *(s // step for s in strides),
-        T, g.S, g.L, D // step, chunk, num_chunks, 1.0 / D, eps,
+        T, g.S, g.L, D // step, chunk, num_chunks, 1.0 / D,
         rms, g.per_token, step, *tile[:3], tile.BLOCK_D == D, ahead,
     )  # fmt: skip
-    launch = launches.Launch(
+    return launches.Launch(
         adaln_fwd_kernel, g.count * num_chunks, numbers,
         num_warps=tile.num_warps, enable_fp_fusion=D > 1,
     )  # fmt: skip
-    return copies, launch

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dblocks.kernels._common import launches
 from dblocks.kernels.attention import layout
-from dblocks.kernels.attention.dkv import key_value_grads
+from dblocks.kernels.attention.dkv import KeyValueGrads, key_value_grads
 from dblocks.kernels.attention.segments import segment, tiles_of
 from dblocks.kernels.attention.tile import (
     LOG2E,
@@ -63,9 +63,9 @@ def query_grads(
 @triton.jit(do_not_specialize=["clean", "noisy", "T", "rows", "tiles", "heads", "window"])
 def doubled_attention_bwd_dq_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr, valid_ptr, slopes_ptr,
-    dq_ptr, delta_ptr,
+    dq_ptr, delta_ptr, scale, softcap,
     do_sn, do_sh, do_st, q_sn, q_sh, q_st, k_sn, k_sh, k_st, v_sn, v_sh, v_st, o_sn, o_sh, o_st,
-    slopes_sn, clean, noisy, T, rows, H, group, block, heads, tiles, scale, window, softcap,
+    slopes_sn, clean, noisy, T, rows, H, group, block, heads, tiles, window,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PACKED: tl.constexpr, SELF: tl.constexpr, TOKEN: tl.constexpr,
@@ -149,15 +149,9 @@ def doubled_attention_bwd_dq_kernel(
 
 
 def doubled_attention_bwd(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    *options_and_needs: Any,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options_and_needs: Any,
     tiles: layout.Settings | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> launches.Plan:  # fmt: skip
     """dq, and dk and dv.
 
     After the options come the needs: whether dq is asked for, and whether the other two are.
@@ -165,31 +159,84 @@ def doubled_attention_bwd(
     `make kernels-check`.
     """
     *given, needs = options_and_needs
-    options = layout.Options(*given)
-    N, H, rows, D = q.shape
-    T, DV = k.shape[2] // 2, v.shape[3]
-    dq = layout.new_by_rows(q, D, options) if needs[0] else None
-    dk = layout.new_by_rows(k, D, options) if needs[1] else None
-    dv = layout.new_by_rows(v, DV, options) if needs[1] else None
-    if q.numel() == 0:
-        return dq, dk, dv
-    do, q, k, v, o = (launches.unit_last(x) for x in (do, q, k, v, o))
-    lse = lse.contiguous()
-    delta = torch.empty_like(lse)
-    tiles = tiles or layout.settings(max(D, DV), q.dtype, layout.target(q.device))
-    slopes, slopes_sn = layout.slopes_of(options)
-    with launches.device_guard(q):
-        tile = tiles.dq
-        step = tile.BLOCK_M if options.noisy_only else tile.BLOCK_M // 2
-        count, table = tiles_of(T, step, options)
-        doubled_attention_bwd_dq_kernel[(count * N * H,)](
-            do, q, k, v, o, lse, table, layout.valid_of(options), slopes, dq, delta,
-            *(s for x in (do, q, k, v, o) for s in x.stride()[:3]), slopes_sn,
-            *layout.halves(T, options), T, rows, H, H // k.shape[1], options.block_size,
-            N * H, count, options.scale, layout.window_of(T, options), options.softcap,
-            *layout.widths(D, DV), tile.BLOCK_M, tile.BLOCK_K, *layout.forms(options),
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    planned = None
+    if q.numel():
+        planned = _launches(do, q, k, v, o, layout.Options(*given), needs[1], tiles)
+    T = k.shape[2] // 2
+    clean, noisy = (slice(start, start + T) for start in layout.halves(T, layout.Options(*given)))
+
+    def run(do, q, k, v, o, lse, *options_and_needs):
+        *given, needs = options_and_needs
+        options = layout.Options(*given)
+        empty = options.valid is None
+        dq = _new(q, empty) if needs[0] else None
+        dk, dv = (_new(k, empty), _new(v, empty)) if needs[1] else (None, None)
+        if planned is None:
+            return dq, dk, dv
+        delta = torch.empty_like(lse)
+        extras, numbers = (options.valid, options.alibi_slopes), (options.scale, options.softcap)
+        queries, keys, count, segments = planned
+        table = _table(count, segments, options.cu_seqlens)
+        queries.start(
+            do, q, k, v, o, lse, table, *extras, dq, delta, *numbers, *queries.numbers
         )  # fmt: skip
-        if dk is not None and dv is not None:
-            key_value_grads(do, q, k, v, lse, delta, dk, dv, options, tiles.dkv)
-    return dq, dk, dv
+        if keys is None:
+            return dq, dk, dv
+        table = _table(keys.tiles, keys.segments, options.cu_seqlens)
+        halves = [(x[:, :, clean], x[:, :, noisy]) for x in (k, v, dk, dv)]
+        (k, own_k), (v, own_v), (dk_clean, own_dk), (dv_clean, own_dv) = halves
+        keys.clean.start(
+            do, q, k, v, lse, delta, table, *extras, dk_clean, dv_clean, *numbers,
+            *keys.clean.numbers,
+        )  # fmt: skip
+        if not options.noisy_only:
+            do, q, lse, delta = (x[:, :, noisy] for x in (do, q, lse, delta))
+        extras = extras[:1] if keys.alone else (table, *extras)
+        keys.noisy.start(
+            do, q, own_k, own_v, lse, delta, *extras, own_dk, own_dv, *numbers,
+            *keys.noisy.numbers,
+        )  # fmt: skip
+        return dq, dk, dv
+
+    return layout.copies((do, q, k, v, o), lse, *given), run
+
+
+def _new(x: Tensor, empty: bool) -> Tensor:
+    """A gradient; zero from the start where not all rows have programs that write them."""
+    N, heads, rows, width = x.shape
+    new = x.new_empty if empty else x.new_zeros
+    return new((N, rows, heads, width)).transpose(1, 2)
+
+
+def _table(
+    tiles: int, segments: launches.Launch | None, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """The table of documents."""
+    if segments is None or cu_seqlens is None:
+        return None
+    table = cu_seqlens.new_empty((tiles, 3))
+    segments.start(cu_seqlens, table, *segments.numbers)
+    return table
+
+
+def _launches(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, options: layout.Options,
+    needs_kv: bool, tiles: layout.Settings | None,
+) -> tuple[launches.Launch, KeyValueGrads | None, int, launches.Launch | None]:  # fmt: skip
+    """For dq and delta, and for dk and dv; of the first the tiles of a sample and their table."""
+    (N, H, rows, D), T, DV = q.shape, k.shape[2] // 2, v.shape[3]
+    tiles = tiles or layout.settings(max(D, DV), q.dtype, layout.target(q.device))
+    tile = tiles.dq
+    count, segments = tiles_of(T, tile.BLOCK_M // (1 if options.noisy_only else 2), options)
+    numbers = (
+        *layout.strides(do, q, k, v, o), layout.slopes_stride(options),
+        *layout.halves(T, options), T, rows, H, H // k.shape[1], options.block_size,
+        N * H, count, layout.window_of(T, options),
+        *layout.widths(D, DV), tile.BLOCK_M, tile.BLOCK_K, *layout.forms(options),
+    )  # fmt: skip
+    queries = launches.Launch(
+        doubled_attention_bwd_dq_kernel, count * N * H, numbers,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    keys = key_value_grads(do, q, k, v, options, tiles.dkv) if needs_kv else None
+    return queries, keys, count, segments

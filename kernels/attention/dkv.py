@@ -5,10 +5,13 @@ head of the group, so that it writes its rows once: one launch for the clean key
 ones. At a block size of 1 a noisy key has one query, and its pass needs no matrix product.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dblocks.kernels._common import launches
 from dblocks.kernels.attention import layout
 from dblocks.kernels.attention.segments import segment, tiles_of
 from dblocks.kernels.attention.tile import (
@@ -65,9 +68,9 @@ def key_grads(
 )
 def doubled_attention_bwd_dkv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, table_ptr, valid_ptr, slopes_ptr,
-    dk_ptr, dv_ptr,
+    dk_ptr, dv_ptr, scale, softcap,
     do_sn, do_sh, do_st, q_sn, q_sh, q_st, k_sn, k_sh, k_st, v_sn, v_sh, v_st, slopes_sn,
-    clean, noisy, T, rows, Hkv, group, block, heads, scale, window, softcap,
+    clean, noisy, T, rows, Hkv, group, block, heads, window,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PACKED: tl.constexpr, NOISY: tl.constexpr, TOKEN: tl.constexpr, WHOLE: tl.constexpr,
@@ -133,8 +136,9 @@ def doubled_attention_bwd_dkv_kernel(
 )
 def doubled_attention_bwd_self_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, valid_ptr, dk_ptr, dv_ptr,
+    scale, softcap,
     do_sn, do_sh, do_st, q_sn, q_sh, q_st, k_sn, k_sh, k_st, v_sn, v_sh, v_st,
-    T, rows, Hkv, group, heads, scale, softcap,
+    T, rows, Hkv, group, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -178,52 +182,50 @@ def doubled_attention_bwd_self_kernel(
     store_rows(dv_ptr, start, o_r, m_t, Hkv * DV, b_dv, DV, BLOCK_DV)
 
 
+class KeyValueGrads(NamedTuple):
+    """Launches that write dk and dv, of the clean and of the noisy half of the keys.
+
+    Their arguments are do, q, k, v, lse, delta, the table of documents, valid, slopes, dk, dv,
+    scale and softcap, without table and slopes where a noisy key has one query. For noisy keys do,
+    q, lse and delta are of the noisy rows alone.
+    """
+
+    clean: launches.Launch
+    noisy: launches.Launch
+    alone: bool  # whether a noisy key has one query
+    tiles: int
+    segments: launches.Launch | None  # the table
+
+
 def key_value_grads(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    options: layout.Options,
-    tile: layout.Tiles,
-) -> None:
-    """Writes dk and dv, of tensors whose last strides are 1."""
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, options: layout.Options, tile: layout.Tiles
+) -> KeyValueGrads:
     N, H, rows, D = q.shape
     Hkv, T, DV = k.shape[1], k.shape[2] // 2, v.shape[3]
-    clean, noisy = layout.halves(T, options)
-    half = lambda x, start: x[:, :, start : start + T]
-    # Noisy queries alone: all there are, or those of both halves.
-    only = [x if options.noisy_only else half(x, noisy) for x in (do, q, lse, delta)]
-    count, table = tiles_of(T, tile.BLOCK_K, options)
-    valid, (slopes, slopes_sn) = layout.valid_of(options), layout.slopes_of(options)
-    strides = [s for x in (do, q, k, v) for s in x.stride()[:3]]
+    count, segments = tiles_of(T, tile.BLOCK_K, options)
+    strides = layout.strides(do, q, k, v)
     sizes = (T, rows, Hkv, H // Hkv)
     widths = layout.widths(D, DV)
     packed, alone, token = layout.forms(options)
     window = layout.window_of(T, options)
     whole = window is None and H // Hkv == 1
 
-    def launch(queries: list[Tensor], start: int, PACKED: bool, NOISY: bool) -> None:
-        do, q, lse, delta = queries
-        doubled_attention_bwd_dkv_kernel[(count * N * Hkv,)](
-            do, q, half(k, start), half(v, start), lse, delta, table, valid, slopes,
-            half(dk, start), half(dv, start), *strides, slopes_sn, clean, noisy, *sizes,
-            options.block_size, N * Hkv, options.scale, window, options.softcap, *widths,
+    def launch(PACKED: bool, NOISY: bool) -> launches.Launch:
+        numbers = (
+            *strides, layout.slopes_stride(options), *layout.halves(T, options), *sizes,
+            options.block_size, N * Hkv, window, *widths,
             tile.BLOCK_M, tile.BLOCK_K, PACKED, NOISY, token, whole and not NOISY,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+        return launches.Launch(
+            doubled_attention_bwd_dkv_kernel, count * N * Hkv, numbers,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
-    launch([do, q, lse, delta], clean, packed, False)
+    clean, rest = launch(packed, False), (alone, count, segments)
     if not alone:
-        launch(only, noisy, False, True)
-        return
-    do, q, lse, delta = only
+        return KeyValueGrads(clean, launch(False, True), *rest)
     BLOCK_R = max(SELF_ELEMENTS // max(widths[1], widths[3]), 1)
-    doubled_attention_bwd_self_kernel[(triton.cdiv(T, BLOCK_R) * N * Hkv,)](
-        do, q, half(k, noisy), half(v, noisy), lse, delta, valid, half(dk, noisy), half(dv, noisy),
-        *strides, *sizes, N * Hkv, options.scale, options.softcap, *widths, BLOCK_R, num_warps=4,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    programs = triton.cdiv(T, BLOCK_R) * N * Hkv
+    numbers = (*strides, *sizes, N * Hkv, *widths, BLOCK_R)
+    noisy = launches.Launch(doubled_attention_bwd_self_kernel, programs, numbers, num_warps=4)
+    return KeyValueGrads(clean, noisy, *rest)

@@ -8,6 +8,7 @@ is where its running softmax starts; else the noisy keys are further tiles with 
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,9 +67,9 @@ def attend(
 
 @triton.jit(do_not_specialize=["clean", "noisy", "T", "rows", "tiles", "heads", "window"])
 def doubled_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr, valid_ptr, slopes_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr, valid_ptr, slopes_ptr, scale, softcap,
     q_sn, q_sh, q_st, k_sn, k_sh, k_st, v_sn, v_sh, v_st, slopes_sn,
-    clean, noisy, T, rows, H, group, block, heads, tiles, scale, window, softcap,
+    clean, noisy, T, rows, H, group, block, heads, tiles, window,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     PACKED: tl.constexpr, SELF: tl.constexpr, TOKEN: tl.constexpr,
@@ -148,37 +149,59 @@ def doubled_attention_fwd_kernel(
 
 
 def doubled_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *options: Any,
-    tiles: layout.Tiles | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *options: Any, tiles: layout.Tiles | None = None
+) -> launches.Plan:
     """o, lying as [N, rows, H, DV], and the natural log of the softmax sums, float32 [N, H, rows].
 
     `options` are those of `layout.Options`. `tiles` other than those of the table are for tests and
     `make kernels-check`.
     """
-    given = layout.Options(*options)
-    N, H, rows, D = q.shape
-    T, DV = k.shape[2] // 2, v.shape[3]
-    o = layout.new_by_rows(q, DV, given)
-    lse = layout.new_lse(q, given)
-    if q.numel() == 0:
-        return o, lse
-    q, k, v = (launches.unit_last(x) for x in (q, k, v))
-    target = layout.target(q.device)
-    tile = tiles or layout.settings(max(D, DV), q.dtype, target, given.loaded).forward
-    slopes, slopes_sn = layout.slopes_of(given)
-    with launches.device_guard(q):
-        step = tile.BLOCK_M if given.noisy_only else tile.BLOCK_M // 2
-        count, table = tiles_of(T, step, given)
-        doubled_attention_fwd_kernel[(count * N * H,)](
-            q, k, v, o, lse, table, layout.valid_of(given), slopes,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], slopes_sn,
-            *layout.halves(T, given), T, rows, H, H // k.shape[1], given.block_size,
-            N * H, count, given.scale, layout.window_of(T, given), given.softcap,
-            *layout.widths(D, DV), tile.BLOCK_M, tile.BLOCK_K, *layout.forms(given),
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    N, H, rows, _ = q.shape
+    sizes = (N, rows, H, v.shape[3])
+    launch, count, segments = None, 0, None
+    if q.numel():
+        launch, count, segments = _launch(q, k, v, layout.Options(*options), tiles)
+
+    def run(q, k, v, *options):
+        given = layout.Options(*options)
+        if given.valid is None:
+            o, lse = q.new_empty(sizes), q.new_empty((N, H, rows), dtype=torch.float32)
+        else:  # rows outside of it have no program that writes them
+            o = q.new_zeros(sizes)
+            lse = q.new_full((N, H, rows), float("-inf"), dtype=torch.float32)
+        o = o.transpose(1, 2)
+        if launch is None:
+            return o, lse
+        table = None
+        if segments is not None:
+            table = q.new_empty((count, 3), dtype=torch.int32)
+            segments.start(given.cu_seqlens, table, *segments.numbers)
+        launch.start(
+            q, k, v, o, lse, table, given.valid, given.alibi_slopes, given.scale, given.softcap,
+            *launch.numbers,
         )  # fmt: skip
-    return o, lse
+        return o, lse
+
+    return layout.copies((q, k, v), *options), run
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, options: layout.Options, tile: layout.Tiles | None
+) -> tuple[launches.Launch, int, launches.Launch | None]:
+    """The launch, and of `tiles_of` the tiles of a sample and their table."""
+    (N, H, rows, D), T, DV = q.shape, k.shape[2] // 2, v.shape[3]
+    if tile is None:
+        target = layout.target(q.device)
+        tile = layout.settings(max(D, DV), q.dtype, target, options.loaded).forward
+    count, segments = tiles_of(T, tile.BLOCK_M // (1 if options.noisy_only else 2), options)
+    numbers = (
+        *layout.strides(q, k, v), layout.slopes_stride(options),
+        *layout.halves(T, options), T, rows, H, H // k.shape[1], options.block_size,
+        N * H, count, layout.window_of(T, options),
+        *layout.widths(D, DV), tile.BLOCK_M, tile.BLOCK_K, *layout.forms(options),
+    )  # fmt: skip
+    launch = launches.Launch(
+        doubled_attention_fwd_kernel, count * N * H, numbers,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return launch, count, segments

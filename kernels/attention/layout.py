@@ -1,7 +1,8 @@
 """Options, tiles and layouts of the launches of doubled_attention's kernels."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,14 +108,17 @@ def target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def new_by_rows(x: Tensor, width: int, options: Options) -> Tensor:
-    """A result of `width` columns for the rows of `x` [N, heads, rows, D], as [N, rows, heads, D].
+def copies(tensors: Sequence[Tensor], *whole: Any) -> list[int]:
+    """The positions of what is made contiguous: tensors of another last stride, and all of `whole`.
 
-    Rows outside of `valid` have no program that writes them: they are zero from the start.
+    Among the latter, which follow the tensors, may be other things than tensors.
     """
-    N, heads, rows, _ = x.shape
-    new = x.new_empty if options.valid is None else x.new_zeros
-    return new((N, rows, heads, width)).transpose(1, 2)
+    rest = [
+        i
+        for i, x in enumerate(whole, len(tensors))
+        if isinstance(x, Tensor) and not x.is_contiguous()
+    ]
+    return [*launches.copies(*tensors), *rest]
 
 
 def halves(T: int, options: Options) -> tuple[int, int]:
@@ -128,23 +132,15 @@ def window_of(T: int, options: Options) -> int | None:
     return None if window is None or window >= T else window
 
 
-def slopes_of(options: Options) -> tuple[Tensor | None, int]:
-    """Slopes [H] or [N, H] with adjacent heads, and the stride of samples."""
+def strides(*tensors: Tensor) -> list[int]:
+    """The first three strides of each tensor, or of its copy."""
+    return [s for x in tensors for s in launches.unit_last(x).stride()[:3]]
+
+
+def slopes_stride(options: Options) -> int:
+    """Of the samples of slopes [N, H] with adjacent heads; 0 of [H]."""
     slopes = options.alibi_slopes
-    if slopes is None:
-        return None, 0
-    slopes = slopes.contiguous()
-    return slopes, 0 if slopes.ndim == 1 else slopes.stride(0)
-
-
-def valid_of(options: Options) -> Tensor | None:
-    return None if options.valid is None else options.valid.contiguous()
-
-
-def new_lse(q: Tensor, options: Options) -> Tensor:
-    """Logs of the softmax sums of the rows of q: -inf where nothing is seen."""
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return lse if options.valid is None else lse.fill_(float("-inf"))
+    return 0 if slopes is None or slopes.ndim == 1 else slopes.shape[1]
 
 
 def widths(D: int, DV: int) -> tuple[int, int, int, int]:

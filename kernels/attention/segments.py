@@ -6,11 +6,10 @@ each tile which it is. Documents that do not fill their last tile have one more 
 so shapes alone bound the number of tiles.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from dblocks.kernels._common import launches
 from dblocks.kernels.attention.layout import Options
 
 BLOCK_T, BLOCK_S = 64, 128  # tiles of a program, and documents that it looks at together
@@ -68,23 +67,16 @@ def segment(i_tile, i_n, table_ptr, valid_ptr, T, ROWS: tl.constexpr):
     return first, end - first, start
 
 
-def tiles_of(T: int, ROWS: int, options: Options) -> tuple[int, Tensor | None]:
-    """How many tiles of ROWS rows the grid has for each sample, and the table of documents."""
-    cu_seqlens, tiles = options.cu_seqlens, triton.cdiv(T, ROWS)
-    if cu_seqlens is None:
+def tiles_of(T: int, ROWS: int, options: Options) -> tuple[int, launches.Launch | None]:
+    """How many tiles of ROWS rows the grid has for each sample, and the table of documents.
+
+    The table is int32 [tiles, 3]; arguments of its launch are cu_seqlens and the table.
+    """
+    tiles = triton.cdiv(T, ROWS)
+    if options.cu_seqlens is None:
         return tiles, None
-    documents = len(cu_seqlens) - 1
+    documents = len(options.cu_seqlens) - 1
     tiles += documents - 1
-    table = torch.empty(tiles, 3, dtype=torch.int32, device=cu_seqlens.device)
-    segments_kernel[(triton.cdiv(tiles, BLOCK_T),)](
-        cu_seqlens.contiguous(),
-        table,
-        documents,
-        tiles,
-        ROWS,
-        BLOCK_T,
-        BLOCK_S,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    return tiles, table
+    numbers = (documents, tiles, ROWS, BLOCK_T, BLOCK_S)
+    programs = triton.cdiv(tiles, BLOCK_T)
+    return tiles, launches.Launch(segments_kernel, programs, numbers, num_warps=4)

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dblocks.kernels._common.launches import device_guard
+from dblocks.kernels._common.launches import Launch, Plan
 from dblocks.kernels._common.runs import (
     INTEGERS,
     as_tokens,
     chunk_number,
     chunk_start,
-    empty_like_runs,
+    copies,
     load_run,
     load_sigma,
     plan_runs,
@@ -120,47 +120,62 @@ def _weight_strides(row_weight: Tensor | None) -> tuple[int, int]:
     return row_weight.stride(0), row_weight.stride(1) if row_weight.ndim == 2 else 0
 
 
+def _by_token(row_weight: Tensor | None) -> bool:
+    return row_weight is not None and row_weight.ndim == 2
+
+
 def edm_loss_fwd(
     f: Tensor, y: Tensor, sigma: Tensor, seed_tensor: Tensor | None, seed: int, offset: int,
     sigma_data: float, row_weight: Tensor | None, need_rest: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Plan:  # fmt: skip
     """The loss [N] and f - target, which has no elements where it is not needed.
 
     The loss is made of partial sums, which are added in a fixed order.
     """
-    N = y.shape[0]
-    # The range of float16 is too small for f - target.
-    dtype = torch.bfloat16 if f.dtype == torch.bfloat16 else torch.float32
-    rest = torch.empty(f.shape if need_rest else 0, dtype=dtype, device=f.device)
-    if y.numel() == 0:
-        return torch.zeros(N, dtype=torch.float32, device=y.device), rest
-    x, x_f, sigma = as_tokens(y), as_tokens(f), sigma_table(sigma, N)
-    by_token = row_weight is not None and row_weight.ndim == 2
-    runs = plan_runs([x_f, x], sigma.shape[1], by_token=by_token, offset=offset)
-    partial = torch.empty((N, runs.R * runs.chunks), dtype=torch.float32, device=y.device)
-    with device_guard(y):
-        edm_loss_kernel[runs.grid](
-            x_f, x, sigma, seed_tensor, row_weight, partial, rest if need_rest else None,
-            seed, offset, sigma_data,
+    N = len(y)
+
+    def launch(offset: int) -> tuple[Launch, tuple[int, int]]:
+        x, x_f, table = as_tokens(y), as_tokens(f), sigma_table(sigma, N)
+        runs = plan_runs([x_f, x], table.shape[1], by_token=_by_token(row_weight), offset=offset)
+        numbers = (
             N / y.numel(), *runs.strides(x_f), *runs.strides(x), *_weight_strides(row_weight),
-            *sigma.stride(), *runs.sizes, **runs.blocks, **runs.noise(offset),
-            enable_fp_fusion=True,
+            *table.stride(),
         )  # fmt: skip
-    return partial.sum(1) if partial.shape[1] > 1 else partial.view(-1), rest
+        partial = (N, runs.R * runs.chunks)
+        return runs.launch(edm_loss_kernel, *numbers, constants=runs.noise(offset)), partial
+
+    # By whether the noise starts on a quad.
+    launches = [launch(1), launch(0)] if y.numel() else []
+    # The range of float16 is too small for f - target.
+    rest_dtype = torch.bfloat16 if f.dtype == torch.bfloat16 else torch.float32
+
+    def run(f, y, sigma, seed_tensor, seed, offset, sigma_data, row_weight, need_rest):
+        rest = f.new_empty(f.shape if need_rest else 0, dtype=rest_dtype)
+        if not launches:
+            return y.new_zeros(N, dtype=torch.float32), rest
+        launch, size = launches[offset % 4 == 0]
+        partial = y.new_empty(size, dtype=torch.float32)
+        launch.start(
+            f, y, sigma, seed_tensor, row_weight, partial, rest if need_rest else None,
+            seed, offset, sigma_data, *launch.numbers,
+        )  # fmt: skip
+        return partial.sum(1) if size[1] > 1 else partial.view(-1), rest
+
+    return copies(f, y), run
 
 
-def edm_loss_bwd(
-    grad: Tensor, rest: Tensor, row_weight: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def edm_loss_bwd(grad: Tensor, rest: Tensor, row_weight: Tensor | None, dtype: torch.dtype) -> Plan:
     """The gradient to f from that of the loss [N] and from f - target."""
-    df = empty_like_runs(rest, dtype)
-    if rest.numel() == 0:
+    launch = None
+    if rest.numel():
+        runs = plan_runs([as_tokens(rest)], 1, by_token=_by_token(row_weight))
+        factor, strides = 2.0 * len(rest) / rest.numel(), _weight_strides(row_weight)
+        launch = runs.launch(edm_loss_bwd_kernel, factor, grad.stride(0), *strides)
+
+    def run(grad, rest, row_weight, dtype):
+        df = rest.new_empty(rest.shape, dtype=dtype)
+        if launch is not None:
+            launch.start(rest, row_weight, grad, df, *launch.numbers)
         return df
-    x = as_tokens(rest)
-    runs = plan_runs([x], 1, by_token=row_weight is not None and row_weight.ndim == 2)
-    with device_guard(rest):
-        edm_loss_bwd_kernel[runs.grid](
-            x, row_weight, grad, df, 2.0 * len(rest) / rest.numel(), grad.stride(0),
-            *_weight_strides(row_weight), *runs.sizes, **runs.blocks, enable_fp_fusion=True,
-        )  # fmt: skip
-    return df
+
+    return [], run

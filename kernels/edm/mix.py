@@ -4,17 +4,18 @@ edm_denoise and euler_step are both of this form. The factors are the same for a
 program computes them once for each of its runs, and an element costs a multiply-add.
 """
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dblocks.kernels._common.launches import device_guard
+from dblocks.kernels._common.launches import Launch
 from dblocks.kernels._common.runs import (
     INTEGERS,
+    Runs,
     as_tokens,
     chunk_start,
-    empty_like_runs,
     load_sigma,
     plan_runs,
     run_numbers,
@@ -104,56 +105,35 @@ def mix_bwd_kernel(
         tl.store(dw_ptr + o_d, b[:, None] * b_g, mask=m_l)
 
 
-def _tables(sigmas: list[Tensor | None], N: int) -> tuple[list[Tensor | None], int]:
-    """Tables [N, S] of the given sigmas, and their S."""
+def _runs(tensors: list[Tensor], sigmas: Sequence[Tensor | None]) -> tuple[Runs, list[int]]:
+    """The runs of tensors under tables of sigma, and all strides."""
+    N = len(tensors[0])
     tables = [None if s is None else sigma_table(s, N) for s in sigmas]
     S = max((t.shape[1] for t in tables if t is not None), default=1)
-    return [None if t is None else t.expand(N, S) for t in tables], S
+    runs = plan_runs(tensors, S)
+    strides = [step for x in tensors for step in runs.strides(x)]
+    for table in tables:
+        strides += (0, 0) if table is None else table.expand(N, S).stride()
+    return runs, strides
 
 
-def mix(
-    z: Tensor, f: Tensor, sigmas: list[Tensor | None], first: float, second: float, kind
-) -> Tensor:
-    """a z + b f in float32; `kind` says what a and b are made of.
+def mix(z: Tensor, f: Tensor, sigmas: Sequence[Tensor | None], kind) -> Launch | None:
+    """a z + b f in float32; `kind` says what a and b are made of. None if there are no elements.
 
-    That is two tensors or, where one is absent, the number in its place.
+    That is two tensors or, where one is absent, a number in its place. Arguments of a launch are
+    z, f, the result, both tensors and both numbers.
     """
-    out = empty_like_runs(z, torch.float32)
     if z.numel() == 0:
-        return out
-    x, w = as_tokens(z), as_tokens(f)
-    (sigma, after), S = _tables(sigmas, z.shape[0])
-    runs = plan_runs([x, w], S)
-    with device_guard(z):
-        mix_fwd_kernel[runs.grid](
-            x, w, out, sigma, after, first, second, *runs.strides(x), *runs.strides(w),
-            *(sigma.stride() if sigma is not None else (0, 0)),
-            *(after.stride() if after is not None else (0, 0)),
-            *runs.sizes, **runs.blocks, KIND=kind.value, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out
+        return None
+    runs, strides = _runs([as_tokens(z), as_tokens(f)], sigmas)
+    return runs.launch(mix_fwd_kernel, *strides, constants=(kind.value,))
 
 
 def mix_bwd(
-    grad: Tensor, sigmas: list[Tensor | None], first: float, second: float, kind,
-    z_dtype: torch.dtype | None, f_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients to z and f, empty where no dtype is given."""
-    dz, df = (
-        empty_like_runs(grad, dtype) if dtype is not None else grad.new_empty(0)
-        for dtype in (z_dtype, f_dtype)
-    )
+    grad: Tensor, sigmas: Sequence[Tensor | None], kind, has_dz: bool, has_df: bool
+) -> Launch | None:
+    """The gradients to z and f. Arguments are grad, dz, df, both tensors and both numbers."""
     if grad.numel() == 0:
-        return dz, df
-    g = as_tokens(grad)
-    (sigma, after), S = _tables(sigmas, grad.shape[0])
-    runs = plan_runs([g], S)
-    with device_guard(grad):
-        mix_bwd_kernel[runs.grid](
-            g, dz, df, sigma, after, first, second, *runs.strides(g),
-            *(sigma.stride() if sigma is not None else (0, 0)),
-            *(after.stride() if after is not None else (0, 0)),
-            *runs.sizes, **runs.blocks, KIND=kind.value,
-            HAS_DX=z_dtype is not None, HAS_DW=f_dtype is not None, enable_fp_fusion=True,
-        )  # fmt: skip
-    return dz, df
+        return None
+    runs, strides = _runs([as_tokens(grad)], sigmas)
+    return runs.launch(mix_bwd_kernel, *strides, constants=(kind.value, has_dz, has_df))

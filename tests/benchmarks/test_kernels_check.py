@@ -26,10 +26,9 @@ def kernels_of(lines):
 
 
 def public_kernels():
-    """The kernels that the launch code of kernels/ subscripts with a grid, or plans."""
+    """The kernels that the code of kernels/ launches."""
     source = "".join(path.read_text() for path in (ROOT / "kernels").rglob("*.py"))
-    launched = re.findall(r"(\w+)\[[^\[\]=]*(?:\([^\[\]=]*\)|\.grid)[^\[\]=]*\]\(\n", source)
-    return {*launched, *re.findall(r"launches\.Launch\(\s*(\w+),", source)}
+    return set(re.findall(r"\b(?:Launch|launch)\(\s*(\w+_kernel),", source))
 
 
 @pytest.mark.slow

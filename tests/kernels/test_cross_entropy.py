@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dblocks.kernels.cross_entropy import cross_entropy
+from dblocks.ops._chunked_cross_entropy import launch_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -19,7 +19,7 @@ def test_lanes_of_every_size_of_logit(V):
     softmax = logits.double().softmax(1)
     softmax[torch.arange(6), target] -= 1
     losses, grad = torch.empty(6, device=DEVICE), torch.empty(6, V, device=DEVICE)
-    cross_entropy(logits.to(DEVICE), None, target.to(DEVICE), losses, grad, False)
+    launch_rows(logits.to(DEVICE), None, target.to(DEVICE), losses, grad, False)
     torch.testing.assert_close(losses.cpu().double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad.cpu().double(), softmax, rtol=1e-4, atol=1e-6)
 
@@ -28,6 +28,6 @@ def test_a_row_with_nan_has_no_finite_loss():
     logits = torch.zeros(2, 3000)
     logits[1, 2500] = torch.nan
     losses, target = torch.empty(2, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    cross_entropy(logits.to(DEVICE), None, target, losses, None, False)
+    launch_rows(logits.to(DEVICE), None, target, losses, None, False)
     assert losses[0].isfinite()
     assert losses[1].isnan()

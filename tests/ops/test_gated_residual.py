@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from dblocks.functional import gated_residual
 from dblocks.kernels._common import launches
+from dblocks.ops import _dispatch
 from dblocks.testing import check_against_reference, token_problems
 from tools import FUSED, IMPLS
 
@@ -35,6 +36,7 @@ def test_second_form_for_wide_rows(problem):
     inputs, upstream = problem
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launches, "MAX_ONE_PASS_WIDTH", 0)
+        patch.setattr(_dispatch, "_plans", {})
         check_against_reference(call, inputs, upstream, impl="triton")
 
 

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from dblocks.functional import adaln, gated_residual, residual_adaln
 from dblocks.kernels._common import launches
+from dblocks.ops import _dispatch
 from dblocks.testing import check_against_reference, token_problems
 from tools import FUSED, IMPLS, op
 
@@ -57,6 +58,7 @@ def test_second_form_for_wide_rows(problem, norm, data):
     needed = [name for name in inputs if data.draw(st.booleans()) or name == "branch"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launches, "MAX_ONE_PASS_WIDTH", 0)
+        patch.setattr(_dispatch, "_plans", {})
         check_against_reference(
             lambda **k: call(norm=norm, **k), inputs, upstream, impl="triton", needs_grad=needed
         )

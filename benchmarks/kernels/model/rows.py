@@ -14,6 +14,7 @@ from benchmarks.kernels.check import Caught
 from benchmarks.kernels.model import sass, sim
 from benchmarks.kernels.model.sass import Kernel
 from benchmarks.kernels.model.sim import Segment
+from dblocks.ops._dispatch import planned
 
 SAMPLES, ELEMENTS, LOGITS = 8, 2**26, 2**27
 DTYPE = torch.bfloat16
@@ -70,15 +71,15 @@ def diffusion(D: int) -> Iterator[tuple[str, Call]]:
     e, N, T = DTYPE.itemsize, SAMPLES, ELEMENTS // (SAMPLES * D)
     y, f = (meta(N, T, D, dtype=DTYPE) for _ in range(2))
     z, sigma, drawn = meta(N, T, D), meta(N), (None, 1, 0, 0.5)
-    inject, loss_fwd = noise.noise_inject_fwd, loss.edm_loss_fwd
+    inject, loss_fwd = planned(noise.noise_inject_fwd), planned(loss.edm_loss_fwd)
     launches = {
         "noise_inject": (2 * e + 4, lambda: inject(y, sigma, *drawn, DTYPE, True)),
         "noise_inject z_in": (2 * e, lambda: inject(y, sigma, *drawn, DTYPE, False)),
-        "edm_denoise": (e + 8, lambda: denoise.edm_denoise_fwd(f, z, sigma, 0.5)),
+        "edm_denoise": (e + 8, lambda: planned(denoise.edm_denoise_fwd)(f, z, sigma, 0.5)),
         "edm_loss fwd": (2 * e, lambda: loss_fwd(f, y, sigma, *drawn, None, False)),
         "edm_loss fwd in training": (3 * e, lambda: loss_fwd(f, y, sigma, *drawn, None, True)),
-        "edm_loss bwd": (2 * e, lambda: loss.edm_loss_bwd(sigma, f, None, DTYPE)),
-        "euler_step": (12, lambda: euler.euler_step_fwd(z, z, None, None, 1.0, 0.5)),
+        "edm_loss bwd": (2 * e, lambda: planned(loss.edm_loss_bwd)(sigma, f, None, DTYPE)),
+        "euler_step": (12, lambda: planned(euler.euler_step_fwd)(z, z, None, None, 1.0, 0.5)),
     }
     for name, (bytes_each, launch) in launches.items():
         yield name, Call(launch, bytes_each, N * T * D, "")
@@ -86,12 +87,12 @@ def diffusion(D: int) -> Iterator[tuple[str, Call]]:
 
 def classes(V: int) -> Iterator[tuple[str, Call]]:
     """Cross-entropy over rows of logits: read twice, the gradient written."""
-    from dblocks.kernels.cross_entropy import cross_entropy
+    from dblocks.ops._chunked_cross_entropy import launch_rows
 
     R, padded = LOGITS // V, -(-V // 16) * 16  # as the head pads them
     logits, grad = (meta(R, padded, dtype=t)[:, :V] for t in (torch.float32, DTYPE))
     target = meta(R, dtype=torch.int64)
-    launch = lambda: cross_entropy(logits, None, target, meta(R), grad, in_place=False)
+    launch = lambda: launch_rows(logits, None, target, meta(R), grad, in_place=False)
     yield "cross_entropy", Call(launch, 8 + DTYPE.itemsize, R * V, "")
 
 

@@ -1,4 +1,4 @@
-"""The files that a call of an op passes: its own, the dispatch, the implementation.
+"""The files that a call of an op passes, at most three: its own, the dispatch, the implementation.
 
 Counted is Python that runs on the host, in the library, for a layout of arguments that is known. A
 kernel's own code is compiled, so it is not run here. Not counted are the checks: they run for a new
@@ -12,27 +12,15 @@ from op_tools import IMPLS, OPS, arguments, total
 
 from dblocks.functional import doubled_attention
 from dblocks.ops import FAMILIES, _dispatch
+from dblocks.testing import LAYOUTS, make
 from tools import DEVICE, FUSED, NO_CPP
 
 CHECKS = {"ops/_checks.py", "ops/_levels.py", "ops/_attention/checks.py"}
-# What all launches share, and all of elementwise kernels.
-COMMON = {"kernels/_common/launches.py", "kernels/_common/runs.py"}
 CASES = [
     pytest.param(op, *getattr(impl, "values", [impl]), marks=getattr(impl, "marks", ()))
     for op in OPS
     for impl in ("reference", *IMPLS.get(op, FUSED))
 ]
-# Files of an implementation beyond one: the reasons stand in DESIGN.md.
-MORE = {
-    ("adaln", "triton"): 1,  # group_grads.py, when a launch of the backward is planned
-    ("residual_adaln", "triton"): 1,
-    ("edm_denoise", "triton"): 1,  # mix.py, the kernel of both
-    ("euler_step", "triton"): 1,
-    ("linear_cross_entropy", "triton"): 1,  # the rows' kernel in the loop over chunks
-    ("linear_cross_entropy, rows", "triton"): 1,
-    ("doubled_attention", "triton"): 3,  # layout.py, segments.py; dkv.py in the backward
-    ("doubled_attention", "composed"): 1,  # backends.py: another library's attention
-}
 INT32 = {"dtype": torch.int32, "device": DEVICE}
 ATTENTIONS = {
     "blocks": {"block_size": 2},
@@ -42,22 +30,35 @@ ATTENTIONS = {
     "valid": {"valid": torch.tensor([[0, 3]], **INT32)},
     "slopes": {"alibi_slopes": torch.ones(2, device=DEVICE)},
 }
-CHUNKED = {"blocks", "window", "softcap", "slopes"}  # of "composed", on a CPU
+# Beyond composed.py of "composed": the attentions of PyTorch and other libraries and, on a CPU with
+# these options, what it computes in chunks.
+BACKENDS, CHUNKS = "ops/_attention/backends.py", "ops/_attention/chunks.py"
+CHUNKED = {"blocks", "window", "softcap", "slopes"}
 
 
 @pytest.fixture(autouse=True)
 def no_kernel_runs(monkeypatch):
-    if DEVICE.type == "cpu" and _dispatch.HAS_TRITON:
-        from triton.runtime.interpreter import InterpretedFunction
+    """Nor is any plan kept that starts none."""
+    monkeypatch.setattr(_dispatch, "_plans", {})
+    if DEVICE.type == "cuda" or not _dispatch.HAS_TRITON:
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
 
-        launch = lambda self, grid: lambda *args, **kwargs: None
-        monkeypatch.setattr(InterpretedFunction, "__getitem__", launch)
+    from dblocks.kernels.cross_entropy import rows_launch
+
+    launch = lambda self, grid: lambda *args, **kwargs: None
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", launch)
+    rows_launch.cache_clear()
+    yield
+    rows_launch.cache_clear()
 
 
 def calls(call, tensors, impl):
     """Of the forward and of the backward, of a layout that is new and of one that is known."""
     found = []
     _dispatch._fitting.clear()
+    _dispatch._plans.clear()
     for _ in range(2):
         out = []
         found.append(calls_of(lambda out=out: out.append(call(**tensors, impl=impl))))
@@ -77,15 +78,16 @@ def test_a_call_passes_the_op_the_dispatch_and_the_implementation(op, impl):
     name, family = op.split(",")[0], FAMILIES[op.split(",")[0]]
     for part in (forward, backward):
         used = implementation(files_of(part), name)
-        assert len(used - COMMON) <= 1 + MORE.get((op, impl), 0), used
+        assert len(used - {BACKENDS}) <= 1, used
         if impl == "cpp":
             assert not used
         elif impl == "reference":
             assert all(file.startswith("kernels/reference/") for file in used)
         else:
             own = (f"kernels/{family}", f"ops/_{family}/", f"ops/_chunked_{family}")
-            assert all(file.startswith(own) for file in used - COMMON), used
+            assert all(file.startswith(own) for file in used), used
     assert f"ops/{name}.py" in files_of(forward)
+    assert impl == "cpp" or implementation(files_of(forward), name)
     for part in (*new, forward, backward):
         assert not circles(part)
 
@@ -97,10 +99,10 @@ def test_attention_with_options(impl, option):
     if impl == "composed" and DEVICE.type == "cuda" and option != "blocks":
         pytest.skip("not on a GPU")
     *new, forward, backward = calls(call, arguments("doubled_attention"), impl)
-    more = MORE.get(("doubled_attention", impl), 0) + (impl == "composed" and option in CHUNKED)
+    more = {BACKENDS, *([CHUNKS] if option in CHUNKED else [])} if impl == "composed" else set()
     for part in (forward, backward):
-        used = implementation(files_of(part), "doubled_attention") - COMMON
-        assert len(used) <= 1 + more, used
+        used = implementation(files_of(part), "doubled_attention")
+        assert len(used - more) <= 1, used
     for part in (*new, forward, backward):
         assert not circles(part)
 
@@ -111,6 +113,17 @@ def test_checks_run_once_for_a_layout():
     assert CHECKS & files_of(new)
     assert not CHECKS & files_of(again)
     assert len(files_of(again)) == 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_that_are_copied(layout):
+    """A last stride other than 1 costs a copy, and no other file."""
+    tensors = {
+        name: make(t.shape, layout, t.dtype, torch.Generator().manual_seed(0), device=DEVICE)
+        for name, t in arguments("residual_adaln").items()
+    }
+    *_, forward, _ = calls(OPS["residual_adaln"][0], tensors, "triton")
+    assert len(files_of(forward)) == 3
 
 
 def test_a_circle_would_be_found():
