@@ -296,7 +296,7 @@ def test_a_full_disk_is_told_and_training_goes_on(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(checkpoints, "save_safetensors", full)
     train(tmp_path, command=short)
     error = capsys.readouterr().err
-    assert "dblocks: warning: the checkpoint of step 4 is not written: " in error
+    assert "dblocks: warning: the checkpoint of step 4 was not written: " in error
     assert "No space left on device; that of step 2 is kept" in error
     assert steps_kept(tmp_path)[0] == 2
 
