@@ -116,7 +116,7 @@ def test_an_interrupt_ends_a_command_in_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize("more", [(), ("--checkpoint", "runs/vit")])
 def test_a_network_that_does_not_generate_is_told_in_one_line(more, capsys):
     error = mistake(capsys, "sample", "vit", *more)
-    assert "`dblocks sample` must be of causal-lm, masked-lm, recurrent, dit, got vit" in error
+    assert "`dblocks sample` supports causal-lm, masked-lm, recurrent, dit, got vit" in error
     assert error.count("\n") == 1
 
 

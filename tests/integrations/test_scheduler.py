@@ -133,7 +133,7 @@ def test_a_pipeline_of_diffusers_samples_as_we_do(num_steps):
     got = pipeline(some_labels(), num_steps, seeded())
     schedule = NoiseSchedule()
     z = initial_noise((4, 3, 4, 4), schedule, generator=seeded()).to(DEVICE)
-    with pytest.warns(UserWarning, match="call no level") if num_steps == 1 else nullcontext():
+    with pytest.warns(UserWarning, match="have no level") if num_steps == 1 else nullcontext():
         expected = sample_euler(wrapped.blocks, z, schedule.steps(num_steps), labels=some_labels())
     assert torch.equal(got, expected)
     assert isinstance(pipeline.components["scheduler"], DiffusionBlocksScheduler)
@@ -361,7 +361,7 @@ def test_schedules_that_a_config_does_not_hold():
 
     with pytest.raises(ValueError, match=r"got a Sharper with \['power'\]; call set_timesteps"):
         DiffusionBlocksScheduler.from_schedule(Sharper())
-    with pytest.raises(TypeError, match=r"noise levels, got a MaskSchedule; .* dblocks\.unmask"):
+    with pytest.raises(TypeError, match=r"noise schedule, got a MaskSchedule; .* dblocks\.unmask"):
         DiffusionBlocksScheduler.from_schedule(MaskSchedule())
     for density in ("Sharp", "MaskSchedule"):
         with pytest.raises(ValueError, match=rf"one of .*'NoiseSchedule'.*, got '{density}'; see"):

@@ -136,7 +136,7 @@ def test_several_files_with_an_index(tmp_path):
     about["weight_map"]["lm_head.weight"] = "../one/model.safetensors"
     index.write_text(json.dumps(about))
     with pytest.raises(
-        ValueError, match=r"index\.json cannot be used: it must name files beside it"
+        ValueError, match=r"index\.json cannot be used: it must name files in its own folder"
     ):
         convert_block(make, tmp_path / "more", config, 1, task="tokens")
 

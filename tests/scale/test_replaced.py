@@ -176,6 +176,6 @@ def test_a_network_that_is_saved_again_as_it_is_loaded(tmp_path, monkeypatch, lo
     save_model(tmp_path, models[0])
     after(monkeypatch, networks, "network_of", lambda: save_model(tmp_path, models[1]))
     after(monkeypatch, construction, "network_of", lambda: save_model(tmp_path, models[1]))
-    with pytest.raises(ValueError, match="must not be written to while it is loaded; load it"):
+    with pytest.raises(ValueError, match="was written to while it was loaded; load it"):
         load(tmp_path)
     assert load(tmp_path).config.top_share == 0.6
