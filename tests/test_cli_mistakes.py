@@ -42,8 +42,8 @@ def trained(story, tmp_path):
 def test_a_save_is_overwritten_only_if_asked(trained, story, capsys):
     before = (trained / "model.safetensors").read_bytes()
     again = (*TEXT, "--data", story, "--steps", "1", "--seed", "1", "--out", str(trained))
-    assert "--out must name what is not there yet" in mistake(capsys, *again)
-    assert "--resume must have a checkpoint" in mistake(capsys, *again, "--resume")
+    assert "--out must not exist yet" in mistake(capsys, *again)
+    assert "--resume needs a checkpoint" in mistake(capsys, *again, "--resume")
     assert (trained / "model.safetensors").read_bytes() == before
     assert main([*again, "--overwrite"]) == 0
     assert (trained / "model.safetensors").read_bytes() != before
@@ -100,7 +100,7 @@ def test_results_of_a_benchmark_are_overwritten_only_if_asked(what, tmp_path, mo
     (tmp_path / f"{what}-cuda.json").touch()
     assert main(bench) == 0  # that of another device
     (tmp_path / f"{what}-cpu.json").touch()
-    assert f"with {what}-cpu.json; name something else" in mistake(capsys, *bench)
+    assert f"with {what}-cpu.json; use another name" in mistake(capsys, *bench)
     assert main([*bench, "--overwrite"]) == 0
 
 

@@ -165,5 +165,5 @@ def _share(gaps: Tensor, real: Tensor) -> Tensor:
 
 
 def _levels(schedule: MaskSchedule, share: Tensor, grid: Tensor) -> Tensor:
-    """Times of each sequence, float64 [N, steps], at the grid's mask ratios times `share` [N, 1]."""
+    """Times of each sequence, float64 [N, steps]: at the mask ratios of the grid times `share`."""
     return torch.where(share == 1, grid, schedule.time_at(share * schedule.masked(grid)))

@@ -100,7 +100,7 @@ def test_a_model_without_classes(tmp_path, capsys):
     folder = saved(tmp_path / "saved", num_classes=0)
     sample = ("sample", "dit", "--checkpoint", str(folder), "--out", str(tmp_path / "a.png"))
     assert "\n3 layer evaluations" in stdout(capsys, *sample, "--steps", "3", "--count", "1")
-    assert "a.png; name something else" in mistake(capsys, *sample)
+    assert "a.png; use another name" in mistake(capsys, *sample)
     sample = (*sample, "--overwrite")
     assert "--classes needs a model with classes, got [3]" in mistake(
         capsys, *sample, "--classes", "3"

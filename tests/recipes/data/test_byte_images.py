@@ -84,7 +84,7 @@ def test_a_single_idx_file_is_split(tmp_path):
 def test_a_missing_idx_file_is_named(tmp_path, name):
     mnist(tmp_path)
     next(tmp_path.glob(f"{name}-*")).unlink()
-    with pytest.raises(ValueError, match=rf"must hold {name}-idx\d-ubyte\[.gz\] beside its other"):
+    with pytest.raises(ValueError, match=rf"must hold {name}-idx\d-ubyte\[.gz\] in addition"):
         load_images(str(tmp_path))
 
 

@@ -197,7 +197,9 @@ def test_latents_of_hugging_face(monkeypatch):
     training, held_out = load_images("hf:some/latents", scale=0.5)
     assert (len(training), len(held_out)) == (21, 9)
     assert not hub.hugging_face("some/latents", label="none").labels.any()
-    with pytest.raises(ValueError, match=r"must have one column of \('text2',\), got \['latents'"):
+    with pytest.raises(
+        ValueError, match=r"must have one of the columns \('text2',\), got \['latents'"
+    ):
         hub.hugging_face("some/latents", image="text2")
 
 

@@ -283,7 +283,7 @@ def test_names_and_paths_are_checked(tmp_path):
     with pytest.raises(ValueError, match=r"and there is no .*nowhere"):
         load_corpus("lm1b", path=tmp_path / "nowhere")
     (tmp_path / "test.txt").write_text("held out")
-    with pytest.raises(ValueError, match=r"must hold files to train on, got test\.txt only"):
+    with pytest.raises(ValueError, match=r"must hold training files, got test\.txt only"):
         load_corpus(tmp_path)
 
 

@@ -115,7 +115,7 @@ def test_the_defaults_are_the_experiment_and_flags_count_before_them(monkeypatch
         (("causal-lm", "--data-path", "."), "Llama-2's, of 32,000 tokens; give its tokenizer.json"),
         (("recurrent",), "trains on lm1b, whose files must be given by --data-path"),
         (("vit", "--data", "digits"), "--data must be cifar-100 or tiny-imagenet with --recipe"),
-        (("vit", "--published"), "--recipe paper is as published already"),
+        (("vit", "--published"), "--recipe paper already is as published"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
