@@ -66,7 +66,7 @@ def test_a_tokenizer_of_another_vocabulary_is_an_error(trained, capsys):
     (trained / "config.json").write_text(json.dumps(config))
     (trained / "tokenizer.json").write_text(Characters("ab").to_json())
     sample = ("sample", "causal-lm", "--checkpoint", str(trained), "--prompt", "a")
-    assert "must have as many tokens as the model beside it, 11, got 3" in mistake(capsys, *sample)
+    assert "must have as many tokens as the model, 11, got 3" in mistake(capsys, *sample)
 
 
 @pytest.mark.parametrize(

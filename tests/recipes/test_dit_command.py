@@ -89,7 +89,7 @@ def test_sample_draws_what_was_asked_for(tmp_path, capsys):
 def test_latents_are_written_as_numbers(tmp_path, capsys):
     folder = saved(tmp_path / "saved", channels=4)
     sample = ("sample", "dit", "--checkpoint", str(folder), "--count", "1", "--steps", "3")
-    assert "name a .npy file" in mistake(capsys, *sample, "--out", str(tmp_path / "a.png"))
+    assert "use a .npy file" in mistake(capsys, *sample, "--out", str(tmp_path / "a.png"))
     stdout(capsys, *sample, "--classes", "1", "2", "--out", str(tmp_path / "a.npy"))
     array = np.load(tmp_path / "a.npy")
     assert array.shape[:2] == (2, 4)
