@@ -146,7 +146,7 @@ class RecurrentTrainer(AutoregressiveTrainer):
         return [layer.mlp for layer in (*network.prelude, *network.layers, *network.coda)]
 
     def measured_loss(self, batch: Batch) -> Tensor:
-        """The loss with `mean_recurrence` recurrences: their number, drawn in training, is fixed."""
+        """The loss with `mean_recurrence` recurrences; in training, the number is drawn."""
         return self.network.next_token_loss(
             batch,
             num_recurrences=self.recurrent.mean_recurrence,
