@@ -18,8 +18,8 @@ ROUND_MS = 20.0  # shortest time of an implementation in a round; shorter calls 
 MAX_REPEATS = 200
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 # Large tensors come from the heap and stay there; otherwise fresh pages, which the system clears
-# one by one, would be part of the time. glibc uses mmap above 32 MiB, whatever its threshold, unless
-# mmap is disabled.
+# one by one, would be part of the time. glibc uses mmap above 32 MiB, whatever its threshold,
+# unless mmap is disabled.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000"}
 
 Run = Callable[[], object]

@@ -31,6 +31,7 @@ except ImportError as error:
 
 GridKind = Literal["equal_mass", "karras"]
 InitialNoise = Literal["paper", "unit_variance"]
+RENAMED = {"kind": "spacing", "initial_noise": "noise"}  # in configs saved by version 0.1
 FIELDS = ("sigma_min", "sigma_max", "p_mean", "p_std", "sigma_data", "partition")
 
 
@@ -62,7 +63,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         spacing: rule for the levels of the steps, "equal_mass" or "karras"; see
             `NoiseSchedule.steps`.
         rho: exponent of the "karras" rule.
-        initial_noise: "paper" starts from `sigma * N(0, I)` at the first level, "unit_variance"
+        noise: "paper" starts from `sigma * N(0, I)` at the first level, "unit_variance"
             from `sqrt(1 + sigma^2) * N(0, I)`.
         sampler: "euler" or "heun".
         density: name of the schedule's registered class. It is created with those of the first six
@@ -85,7 +86,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         partition: str | Sequence[float] = "equal_mass",
         spacing: GridKind = "equal_mass",
         rho: float = RHO,
-        initial_noise: InitialNoise = "paper",
+        noise: InitialNoise = "paper",
         sampler: Sampler = "euler",
         density: str = "NoiseSchedule",
     ) -> None:
@@ -94,10 +95,8 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         self.noise_schedule = _schedule(density, dict(zip(FIELDS, values, strict=True)))
         self.noise_schedule.steps(2, spacing, rho=rho)
         self._steps = Steps([], sampler)
-        if initial_noise not in ("paper", "unit_variance"):
-            raise ValueError(
-                f"initial_noise must be 'paper' or 'unit_variance', got {initial_noise!r}"
-            )
+        if noise not in ("paper", "unit_variance"):
+            raise ValueError(f"noise must be 'paper' or 'unit_variance', got {noise!r}")
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0, device="cpu")
         self._step_index: int | None = None
@@ -107,9 +106,9 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """As in diffusers. Configs saved before version 0.2 have `kind` instead of `spacing`."""
-        if config is not None and "kind" in config:
-            config = {"spacing" if key == "kind" else key: config[key] for key in config}
+        """As in diffusers; also accepts configs saved with earlier names of options."""
+        if config is not None and set(RENAMED) & set(config):
+            config = {RENAMED.get(key, key): config[key] for key in config}
         return super().from_config(cast(Any, config), return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -118,7 +117,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             schedule: a noise schedule of a registered class.
-            **options: `spacing`, `rho`, `initial_noise` and `sampler`.
+            **options: `spacing`, `rho`, `noise` and `sampler`.
 
         Raises:
             TypeError: the schedule masks tokens.
@@ -135,8 +134,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         if unknown := sorted(set(fields) - set(FIELDS)):
             raise ValueError(
                 f"schedule must have no fields but {FIELDS}, which a scheduler's config can hold, "
-                "got "
-                f"a {density} with {unknown}; call set_timesteps(sigmas=schedule.steps(n))"
+                f"got a {density} with {unknown}; call set_timesteps(sigmas=schedule.steps(n))"
             )
         return cls(**fields, density=density, **options)
 
@@ -149,7 +147,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
     def init_noise_sigma(self) -> float:
         """The standard deviation of the initial state."""
         first = self._steps.grid[0] if self._steps.grid else self.noise_schedule.sigma_max
-        return (first**2 + (cast(Any, self.config).initial_noise == "unit_variance")) ** 0.5
+        return (first**2 + (cast(Any, self.config).noise == "unit_variance")) ** 0.5
 
     @property
     def sigmas(self) -> Tensor:

@@ -187,8 +187,7 @@ class Recipe:
         if resume and not kept and not overwrite and any(f.exists() for f in saved_files(out)):
             raise ValueError(
                 f"--resume needs a checkpoint, got none in {folder}, and {out} holds a network; "
-                "use "
-                "another folder, or start again with --overwrite and --checkpoint-every"
+                "use another folder, or start again with --overwrite and --checkpoint-every"
             )
         check_free(out, saved_files(out), overwrite=overwrite or resume)
         on_point = None
@@ -300,7 +299,6 @@ def check_steps(steps: int | None, folder: Path, model: Any) -> bool:
     if steps is not None and not in_blocks:
         raise ValueError(
             f"--steps is the number of denoising steps, and the network in {folder} was trained "
-            "end "
-            "to end: it runs all its layers once; leave --steps out"
+            "end to end: it runs all its layers once; leave --steps out"
         )
     return in_blocks

@@ -50,10 +50,10 @@ class Sample:
     """Number of denoising steps, each with one block; 50 by default."""
     spacing: Literal["equal_mass", "karras"] = "equal_mass"
     """Spacing of the steps: equal_mass calls each block about equally often, karras as in EDM."""
-    guidance: float | None = None
+    guidance_scale: float | None = None
     """Guidance scale: 1 is the conditional model; 2, the default, amplifies the class and needs two
     calls per step."""
-    size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = None
     """Height and width; by default those of the training images."""
     seed: int = 0
     """Seed of the initial noise."""
@@ -85,11 +85,10 @@ class Sample:
         if self.out.suffix != ".npy" and not pictured:
             raise ValueError(
                 f"images of {config.channels} channels cannot be written as pictures; use a .npy "
-                "file "
-                "as --out, or decode latents with --vae"
+                "file as --out, or decode latents with --vae"
             )
         labels, across = self._labels(config.num_classes)
-        scale = self.guidance
+        scale = self.guidance_scale
         if scale is None:
             scale = GUIDANCE_SCALE if config.drops_labels else 1.0
         model.to(self.device)
@@ -122,7 +121,7 @@ class Sample:
                     images = generate_images(
                         model,
                         chunk.to(self.device) if classes else len(chunk),
-                        size=self.size,
+                        size=self.image_size,
                         sigmas=sigmas,
                         guidance_scale=scale,
                         generator=generator,

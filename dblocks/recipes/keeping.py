@@ -235,8 +235,8 @@ class Keeper:
         if run.steps < step:
             raise ValueError(
                 f"steps must be at least {step}, the steps of the checkpoint in "
-                f"{self.keeping.folder}, "
-                f"got {run.steps}; to start again, use --overwrite without --resume"
+                f"{self.keeping.folder}, got {run.steps}; to start again, use --overwrite without "
+                "--resume"
             )
         self.progress.continued.append([step, before])
         if step == run.steps:
@@ -252,9 +252,8 @@ class Keeper:
                 how = "has another warm-up, as this is a fraction of the steps"
             warnings.warn(
                 f"this run of {before} steps continues after step {step} to {run.steps} steps: "
-                "from "
-                f"here on it has the learning rate of a run of {run.steps} steps, which {how}; the "
-                "result differs from that of one run",
+                f"from here on it has the learning rate of a run of {run.steps} steps, which "
+                f"{how}; the result differs from that of one run",
                 stacklevel=3,
             )
 

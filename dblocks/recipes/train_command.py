@@ -20,8 +20,7 @@ OUT = "Folder to write to; created if it does not exist."
 OVERWRITE = "Replace the network in --out."
 EVERY = (
     "Steps between two checkpoints, written to the folder checkpoints in --out. On Ctrl-C or "
-    "SIGTERM, "
-    "the run then ends with a checkpoint."
+    "SIGTERM, the run then ends with a checkpoint."
 )
 KEPT = "Number of checkpoints to keep; older ones are deleted."
 RESUME = (

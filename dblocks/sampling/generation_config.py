@@ -165,8 +165,7 @@ def _greedy(options: dict[str, Any]) -> dict[str, Any]:
     if unread:
         warnings.warn(
             "do_sample of the generation_config is not True, so the most likely token is chosen, "
-            "as "
-            f"in transformers, and {unread} have no effect; set do_sample=True",
+            f"as in transformers, and {unread} have no effect; set do_sample=True",
             UserWarning,
             stacklevel=5,
         )

@@ -141,8 +141,7 @@ def next_token_nll(
         if num_steps not in (None, 1):
             raise ValueError(
                 "num_steps must be 1 or None in blocks, since several steps have no likelihood, "
-                "got "
-                f"{num_steps}; see dblocks.sampling.denoising_bound"
+                f"got {num_steps}; see dblocks.sampling.denoising_bound"
             )
         z = _noise_at_top(model, tokens, generator)
         top = z.new_full(z.shape[:1], model.config.noise_schedule.sigma_max)

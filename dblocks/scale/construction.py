@@ -162,8 +162,7 @@ def _check_sound(block: Block, network: nn.Module, making: Sharing) -> None:
             if making.is_unsound(tensor):
                 raise RuntimeError(
                     "weights of a block must not be computed from weights of another block's "
-                    "layers, got "
-                    f"{f'{path}.{name}'.removeprefix('.')}; {WHOLE}"
+                    f"layers, got {f'{path}.{name}'.removeprefix('.')}; {WHOLE}"
                 )
 
 

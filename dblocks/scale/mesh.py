@@ -58,9 +58,8 @@ def check_layout(num_blocks: int, processes: int) -> None:
     if processes > num_blocks and processes % num_blocks:
         raise ValueError(
             f"the number of processes must be at most the number of blocks, {num_blocks}, or a "
-            "multiple "
-            f"of it, got {processes}; start {processes // num_blocks * num_blocks}, or use another "
-            "number of blocks"
+            f"multiple of it, got {processes}; start {processes // num_blocks * num_blocks}, or "
+            "use another number of blocks"
         )
 
 
@@ -129,9 +128,8 @@ def wait_for_all() -> None:
     if failed := store.get(f"{ENDED}all").decode():
         raise ValueError(
             f"all processes must train their blocks, but process {failed} failed; see its "
-            "message. The results of the others are saved: start all again, with --resume if there "
-            "are "
-            "checkpoints, or train the missing blocks with --block and merge them"
+            "message. The results of the others are saved: start all again, with --resume if "
+            "there are checkpoints, or train the missing blocks with --block and merge them"
         )
 
 

@@ -93,8 +93,7 @@ def check_optimizers(optimizers: BlockOptimizers, blocks: list[set[int]], shared
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise TypeError(
                     "an optimizer of a resident model must keep its state per parameter, got "
-                    "LBFGS, "
-                    "which keeps one state for all; use another, or no residency"
+                    "LBFGS, which keeps one state for all; use another, or no residency"
                 )
             if any(id(p) not in ids for group in optimizer.param_groups for p in group["params"]):
                 part = "the shared parameters" if which == "shared" else f"block {which}"

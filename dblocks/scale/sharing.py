@@ -147,6 +147,5 @@ def _check_owners(block: Block, elements: int, group: Any, step: int) -> None:
     if len({*steps}) > 1:
         raise ValueError(
             f"all blocks must be at the same step to be averaged, got {steps} for blocks 0, 1, "
-            "...; "
-            f"remove the checkpoints after step {min(steps)}, and resume all jobs"
+            f"...; remove the checkpoints after step {min(steps)}, and resume all jobs"
         )

@@ -171,7 +171,7 @@ def test_a_saved_pipeline_loads_its_scheduler(tmp_path):
 
 
 def test_config_round_trip(tmp_path):
-    options = {"spacing": "karras", "rho": 5.0, "initial_noise": "unit_variance"}
+    options = {"spacing": "karras", "rho": 5.0, "noise": "unit_variance"}
     schedule = NoiseSchedule(0.01, 30.0, -0.5, 1.5, 0.3, (2.0, 0.3))
     scheduler = DiffusionBlocksScheduler.from_schedule(schedule, **options)
     scheduler.save_pretrained(tmp_path)
@@ -189,7 +189,7 @@ def test_the_initial_noise_belongs_to_the_first_level():
     assert scheduler.init_noise_sigma == 80.0
     scheduler.set_timesteps(sigmas=[3.0, 1.0])
     assert scheduler.init_noise_sigma == 3.0
-    official = DiffusionBlocksScheduler(initial_noise="unit_variance")
+    official = DiffusionBlocksScheduler(noise="unit_variance")
     official.set_timesteps(4)
     assert official.init_noise_sigma == (80.0**2 + 1) ** 0.5
 
@@ -281,7 +281,7 @@ def test_wrong_timesteps(arguments, message):
         ({"partition": "even"}, "partition must be one of"),
         ({"spacing": "uniform"}, "spacing must be 'equal_mass' or 'karras'"),
         ({"spacing": "karras", "rho": 0.0}, "rho must be positive"),
-        ({"initial_noise": "edm"}, "initial_noise must be 'paper' or 'unit_variance'"),
+        ({"noise": "edm"}, "noise must be 'paper' or 'unit_variance'"),
     ],
 )
 def test_wrong_options(options, message):
@@ -371,11 +371,13 @@ def test_schedules_that_a_config_does_not_hold():
 
 
 def test_an_older_config_loads():
-    new = DiffusionBlocksScheduler(spacing="karras", rho=5.0)
-    config = {"kind" if key == "spacing" else key: value for key, value in new.config.items()}
-    assert "spacing" not in config
+    new = DiffusionBlocksScheduler(spacing="karras", rho=5.0, noise="unit_variance")
+    earlier = {"spacing": "kind", "noise": "initial_noise"}
+    config = {earlier.get(key, key): value for key, value in new.config.items()}
+    assert not {"spacing", "noise"} & set(config)
     old = DiffusionBlocksScheduler.from_config(config)
     assert dict(old.config) == dict(new.config)
     for scheduler in (old, new):
         scheduler.set_timesteps(7)
     assert torch.equal(old.sigmas, new.sigmas)
+    assert old.init_noise_sigma == new.init_noise_sigma

@@ -77,8 +77,7 @@ def load_images(
     if path is not None and known is None:
         raise ValueError(
             f"a path can be given for {', '.join(KNOWN)}, got {path} with {source!r}; leave it "
-            "out, "
-            "or give the path as data"
+            "out, or give the path as data"
         )
     if source == "fashion-mnist" and path is None:
         path = _fashion_mnist()

@@ -91,7 +91,6 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError) and error.filename in (None, name):
             raise OSError(
                 f"prepared data cannot be written to {path.parent}: {error.strerror}; free some "
-                "space, "
-                f"or set the environment variable {CACHE} to another folder"
+                f"space, or set the environment variable {CACHE} to another folder"
             ) from error
         raise

@@ -199,8 +199,8 @@ def _checked_text8(source: TextSource) -> Iterator[str]:
         if other := set(text) - TEXT8_LETTERS:
             raise ValueError(
                 f"text8 must consist of a to z and spaces, got {min(other)!r} in "
-                f"{source.files[0]}; "
-                "use --data PATH for other text, with --fold text8 to reduce it"
+                f"{source.files[0]}; use --data PATH for other text, with --fold text8 to reduce "
+                "it"
             )
         yield text
 
@@ -232,8 +232,7 @@ def _wordnet() -> Iterator[str]:
         except FileNotFoundError as error:
             raise ValueError(
                 f"wordnet must be in {WORDNET}, and {path.name} is missing; install Debian's "
-                "package "
-                "wordnet-base, or give a text file"
+                "package wordnet-base, or give a text file"
             ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error

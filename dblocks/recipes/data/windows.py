@@ -85,6 +85,5 @@ def _check_length(tokens: Tensor, length: int) -> None:
     if not 2 <= length <= len(tokens):
         raise ValueError(
             f"a window must have between 2 tokens and those of the text, {len(tokens)}, got "
-            f"{length}; "
-            "choose a shorter context or a longer text"
+            f"{length}; choose a shorter context or a longer text"
         )

@@ -42,6 +42,5 @@ def check_files(experiment: Experiment, run: Run) -> None:
     if experiment.tokenizer and getattr(run, "tokenizer", None) is None:
         raise ValueError(
             f"--recipe paper needs a tokenizer, {experiment.tokenizer}; give its tokenizer.json "
-            "with "
-            "--tokenizer"
+            "with --tokenizer"
         )

@@ -143,9 +143,8 @@ def _title(planner: Planner) -> str:
     devices = f"{machine.devices} devices" if machine.devices > 1 else "one device"
     return (
         f"{costs.subject.name}, {costs.num_layers} layers, batches of {costs.samples} of "
-        f"{costs.subject.size}; "
-        f"{devices} of {format_bytes(machine.memory)}, {machine.flops / 1e12:g} TFLOP/s, link "
-        f"{machine.link / 1e9:g} GB/s (modelled)"
+        f"{costs.subject.size}; {devices} of {format_bytes(machine.memory)}, "
+        f"{machine.flops / 1e12:g} TFLOP/s, link {machine.link / 1e9:g} GB/s (modelled)"
     )
 
 
