@@ -14,7 +14,6 @@ from dblocks import blocks, checkpoint, scale
 from dblocks.checkpoint.networks import RECORD_FILE
 from dblocks.config import check_count, json_text
 from dblocks.recipes import records
-from dblocks.recipes.board import Board
 from dblocks.recipes.keeping import FOLDER as CHECKPOINTS_FOLDER
 from dblocks.recipes.keeping import Keeping
 from dblocks.recipes.merged import eval_command, measured
@@ -23,6 +22,7 @@ from dblocks.recipes.paper.experiment import Experiment
 from dblocks.recipes.paper.report import beside
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import OF_LAYERS, Column, text_table
+from dblocks.recipes.tensorboard import Board
 from dblocks.recipes.trainer import Trainer
 from dblocks.scale.mesh import ALONE, Layout, joined, wait_for_all, world_size
 

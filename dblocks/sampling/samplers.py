@@ -36,6 +36,9 @@ def initial_noise(
 
     Returns:
         float32 of the given shape.
+
+    Raises:
+        ValueError: `noise` has another value.
     """
     if noise not in ("paper", "unit_variance"):
         raise ValueError(f"noise must be 'paper' or 'unit_variance', got {noise!r}")
@@ -125,8 +128,15 @@ def sample_logits(
 ) -> Tensor:
     """As `sample_euler` or `sample_heun`, but returns the logits of the last call.
 
-    The callback is called at every level but the last. With guidance, the steps combine denoised
-    estimates and the result combines logits.
+    Arguments are those of `sample_euler`, and `sampler`, "euler" or "heun". The callback is called
+    at every level but the last. With guidance, the steps combine denoised estimates and the result
+    combines logits.
+
+    Returns:
+        Logits [N, ..., K].
+
+    Raises:
+        ValueError: there is no such sampler.
     """
     levels = levels_of(sigmas)
     steps = Steps(levels.tolist(), sampler)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dblocks.recipes.data.kept import kept, key_of, mapped
+from dblocks.recipes.data.cache import cached, key_of, mapped
 from dblocks.recipes.data.splits import from_bytes
 
 IN_MEMORY = 2**28  # total number of pixel values kept in memory, 1 GiB in float32
@@ -22,7 +22,7 @@ def gather(
 ) -> Tensor:
     """All images: float32 [N, C, H, W] in [-1, 1], or uint8 [N, C, H, W] mapped from a file.
 
-    Large sets are decoded once and cached, see `kept.kept`; `splits.values` converts both to
+    Large sets are decoded once and cached, see `cache.cached`; `splits.values` converts both to
     float32 in [-1, 1].
 
     Args:
@@ -43,7 +43,7 @@ def gather(
             file.write(cast(Any, picture.permute(2, 0, 1).contiguous().numpy()))
         return {}
 
-    path, _ = kept(key_of(files, format=FORMAT, **settings), make)
+    path, _ = cached(key_of(files, format=FORMAT, **settings), make)
     H, W, C = first.shape
     return mapped(path, torch.uint8).view(count, C, H, W)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dblocks.recipes.data.kept import kept, key_of, mapped
+from dblocks.recipes.data.cache import cached, key_of, mapped
 from dblocks.recipes.data.splits import Part
 from dblocks.recipes.data.text_sources import Fold, TextSource, open_text
 from dblocks.recipes.data.tokenizers import Characters, Tokenizer
@@ -92,8 +92,8 @@ def load_corpus(
 
             return _tokenize(source, part, tokenizer, write)
 
-        kept_in, about = kept(key, make)
-        tokens = mapped(kept_in, _dtype(about["size"]))
+        tokens_file, about = cached(key, make)
+        tokens = mapped(tokens_file, _dtype(about["size"]))
     tokenizer = tokenizer or Characters(about["known"])
     parts = zip(tokens.split(about["tokens"]), about["characters"], strict=True)
     training, evaluated = (Text(part, characters) for part, characters in parts)

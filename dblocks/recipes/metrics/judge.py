@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dblocks.config import json_text
-from dblocks.recipes.data.kept import cache_folder, replacing
+from dblocks.recipes.data.cache import cache_folder, replacing
 from dblocks.recipes.data.splits import Images, batch_indices, values
 
 FEATURES = 32  # few features, so that some hundred images suffice for their covariance

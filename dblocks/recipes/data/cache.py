@@ -38,7 +38,7 @@ def key_of(files: Sequence[Path], **settings: Any) -> str:
     return hashlib.sha256(json_text([stats, settings]).encode()).hexdigest()
 
 
-def kept(key: str, make: Make) -> tuple[Path, dict[str, Any]]:
+def cached(key: str, make: Make) -> tuple[Path, dict[str, Any]]:
     """The cached file of a key and its JSON values; created if it does not exist.
 
     A file is renamed to its place when it is complete, so a killed run leaves no partial file.
