@@ -73,7 +73,7 @@ class Writing:
         """Options of `stream`; arguments that are not None override the config.
 
         Args:
-            generation_config: of transformers, a mapping of its names, or None.
+            generation_config: a GenerationConfig of transformers, a mapping of its names, or None.
             stop_token: see `stream`.
             cache: see `stream`.
             **given: other fields, or None.

@@ -118,11 +118,11 @@ def next_token_nll(
             `denoising_bound`.
         generator: source of the noise; by default the default generator of the tokens' device. For
             a plain `RecurrentLM` on the CPU.
-        attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
-            the text alone; 0 at padding and at the first token of each, which is given. The mean
-            is then that over the tokens that are scored.
-        cond: what else the network's calls read, such as the encoder_tokens of a T5; 0 at the
-            first token of each document of `cu_seqlens`.
+        attention_mask: [N, T], 0 at padding before or after each text. The values of a text are
+            those of the text alone, and 0 at padding and at its first token; take the mean over the
+            scored tokens.
+        cond: other inputs of the network, such as the encoder_tokens of a T5; the result is 0 at
+            the first token of each document of `cu_seqlens`.
 
     Returns:
         float32 [N, T - 1]: the first token of a sequence is given.
@@ -180,11 +180,11 @@ def product_nll(
         model: the blocks of a language model, trained with `BlocksConfig.top_share` above 0.
         tokens: int64 [N, T].
         generator: source of the noise; by default that of the tokens' device.
-        attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
-            the text alone; 0 at padding and at the first token of each, which is given. The mean
-            is then that over the tokens that are scored.
-        cond: what else the network's calls read, such as the encoder_tokens of a T5; 0 at the
-            first token of each document of `cu_seqlens`.
+        attention_mask: [N, T], 0 at padding before or after each text. The values of a text are
+            those of the text alone, and 0 at padding and at its first token; take the mean over the
+            scored tokens.
+        cond: other inputs of the network, such as the encoder_tokens of a T5; the result is 0 at
+            the first token of each document of `cu_seqlens`.
 
     Returns:
         float32 [N, T - 1].
@@ -231,11 +231,11 @@ def denoising_bound(
         draws: number of levels per block of layers and token (or block of tokens), at least 2.
         generator: source of levels and noise; by default the default generator of the tokens'
             device.
-        attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
-            the text alone; 0 at padding and at the first token of each, which is given. The mean
-            is then that over the tokens that are scored.
-        cond: what else the network's calls read, such as the encoder_tokens of a T5; 0 at the
-            first token of each document of `cu_seqlens`.
+        attention_mask: [N, T], 0 at padding before or after each text. The values of a text are
+            those of the text alone, and 0 at padding and at its first token; take the mean over the
+            scored tokens.
+        cond: other inputs of the network, such as the encoder_tokens of a T5; the result is 0 at
+            the first token of each document of `cu_seqlens`.
 
     Raises:
         TypeError: `model` is no `DiffusionBlocks` of a language model.

@@ -121,7 +121,7 @@ class Checkpoints:
 
         Args:
             step: number of steps taken.
-            objects: what to save, by name; the same names as for `resume`.
+            objects: the objects to save, by name; use the same names for `resume`.
 
         Raises:
             OSError: the checkpoint cannot be written, for example on a full disk; earlier ones are

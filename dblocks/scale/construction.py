@@ -49,7 +49,7 @@ def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int
     Raises:
         TypeError: as for `DiffusionBlocks`; or `make` is not a function that makes a network; or
             the network is a converted model, whose weights come from files.
-        ValueError: as of `DiffusionBlocks`; or `block` is out of range.
+        ValueError: as for `DiffusionBlocks`; or `block` is out of range.
         RuntimeError: the network cannot be made so: `make` reads values of weights, or did
             something else when it was called again, or makes weights of the block out of those of
             another one.
@@ -60,7 +60,7 @@ def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int
     with Sharing(_absent(whole, outline, block)) as making:
         network = cast(nn.Module, make())
     check_alike(outline, making)
-    with Uncopied():  # of all copies of what blocks share this block needs one: what there is
+    with Uncopied():  # the block needs one copy of the shared modules: the original
         mine = Block(DiffusionBlocks(cast(BlockModel, network), config), block)
     _check_sound(mine, network, making)
     for at in all_places(mine):

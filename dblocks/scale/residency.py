@@ -279,7 +279,7 @@ class Residency:
         block, left = state["block"], state["left"]
         if not 0 <= block < len(self.optimizers.blocks) or not 0 <= left < self.steps_per_visit:
             raise ValueError(
-                f"state must be of {len(self.optimizers.blocks)} blocks and "
+                f"state must be that of {len(self.optimizers.blocks)} blocks and "
                 f"{self.steps_per_visit} steps a visit, got block {block} and {left} steps left"
             )
         self._block, self._left, self._looked = block, left, False
