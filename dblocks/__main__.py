@@ -32,9 +32,9 @@ Try: dblocks train vit --data digits --blocks 3 --out runs/vit"""
 class Info:
     """Print versions, devices, and which implementation each fused op would use here and why.
 
-    With --model: what dblocks would do with a model of another library, from its config alone: its
-    residual layers, their division into blocks, the memory of training one block, and the modules
-    that the fused ops would replace.
+    With --model, describe what dblocks would do with a model of another library, from its config
+    alone: its residual layers, their division into blocks, the memory of training one block, and
+    the modules that the fused ops would replace.
     """
 
     model: str | None = None
@@ -42,7 +42,7 @@ class Info:
     a model type of transformers, such as llama, with default sizes; or a name of timm, such as
     timm:vit_small_patch16_224. No weights are downloaded or allocated."""
     blocks: int = 3
-    """Number of blocks, with --model."""
+    """Number of blocks; only with --model."""
 
     def __call__(self) -> None:
         """Print the report."""
@@ -69,7 +69,7 @@ class Bench:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
     op: tuple[str, ...] = ()
-    """Only these ops, such as adaln noise_inject."""
+    """Ops to time, such as adaln noise_inject; all by default."""
     rounds: int = 10
     """Number of interleaved rounds."""
     memory: bool = False
@@ -79,7 +79,7 @@ class Bench:
     overwrite: bool = False
     """Replace existing results in --out."""
     compare: Path | None = None
-    """An earlier JSON: also print what changed."""
+    """An earlier JSON to compare with; prints the changes."""
 
     def __call__(self) -> None:
         """Run the benchmark in a separate process, with the allocator settings that it needs."""
@@ -105,7 +105,7 @@ class Bench:
             if self.compare is not None:
                 arguments += ["--compare", str(self.compare.resolve())]
         elif self.op or self.memory or self.compare is not None:
-            raise ValueError("--op, --memory and --compare are of `--what ops`; leave them out")
+            raise ValueError("--op, --memory and --compare need `--what ops`; leave them out")
         done = subprocess.run([sys.executable, "-m", *arguments], cwd=root, check=False)
         if done.returncode:
             raise ValueError(f"the benchmark ended with exit code {done.returncode}; see above")
@@ -145,7 +145,7 @@ VERBS = {
     "eval": "Measure a trained network.",
     "sample": "Let a trained network generate.",
 }
-# What other programs call a flag.
+# Names of flags in other programs.
 ALSO_CALLED = {"--learning-rate": "--lr", "--num-blocks": "--blocks", "--num-steps": "--steps"}
 ALSO_CALLED |= {"--max-steps": "--steps", "--iterations": "--steps", "--output-dir": "--out"}
 ALSO_CALLED |= {"--output": "--out", "--model-path": "--checkpoint", "--num-layers": "--depth"}
@@ -187,7 +187,7 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"dblocks: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as error:
-        if str(error):  # one process of several prints it
+        if str(error):  # one of several processes prints it
             print(f"dblocks: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
@@ -202,12 +202,12 @@ def _check_paths(argv: Sequence[str]) -> None:
     for flag, value in pairwise(words):
         if flag in PATH_FLAGS and not value.strip():
             raise ValueError(
-                f"{flag} must be a path, got an empty text; . is the folder you are in"
+                f"{flag} must be a path, got an empty text; use . for the current folder"
             )
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    """One line, without the path and the source line that Python prints."""
+    """Prints a warning as one line, without the path and source line that Python adds."""
     print(f"dblocks: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
@@ -268,9 +268,9 @@ def _planned(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_flags(argv: Sequence[str], commands: Mapping[str, Any]) -> None:
-    """Raises ValueError for a flag, or a network, that the chosen command does not have.
+    """Raises ValueError for a flag or a network that the chosen command does not have.
 
-    Of such a flag the parser shows what it finds in the commands of all networks.
+    For such a flag, the parser's own message would list flags of all networks.
     """
     if not argv or argv[0] not in commands:
         return
@@ -279,13 +279,13 @@ def _check_flags(argv: Sequence[str], commands: Mapping[str, Any]) -> None:
         if len(argv) < 2 or argv[1] not in command:
             if len(argv) > 1 and argv[1] in _networks():
                 raise ValueError(
-                    f"`dblocks {argv[0]}` must be of {', '.join(command)}, got {argv[1]}, which "
-                    "generates nothing; `dblocks eval` measures it"
+                    f"`dblocks {argv[0]}` supports {', '.join(command)}, got {argv[1]}, which "
+                    "generates nothing; use `dblocks eval`"
                 )
             return
         words, command = list(argv[:2]), command[argv[1]]
     names = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(command)}
-    # A switch that is on by default is switched off by --no-...
+    # A flag that is on by default is switched off by --no-...
     off = [f"--no-{flag}" for name, flag in names.items() if getattr(command, name, None) is True]
     known = ["--help", *(f"--{flag}" for flag in names.values()), *off]
     for word in argv[len(words) :]:
@@ -311,7 +311,7 @@ def _verbs(tyro: Any, argv: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _chosen(argv: Sequence[str]) -> Any:
-    """The flags that decide the defaults of other flags."""
+    """The flags that determine the defaults of other flags."""
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--recipe", nargs="?")
     chosen.add_argument("--data", nargs="?")
@@ -320,10 +320,10 @@ def _chosen(argv: Sequence[str]) -> Any:
 
 
 def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> Any:
-    """The command that trains by a recipe, with the defaults of its flags.
+    """The training command of a recipe, with the defaults of its flags.
 
-    `--recipe`, the paper's `--data` and `--published` choose the defaults of the other flags, so
-    they are read beforehand.
+    `--recipe`, the paper's `--data` and `--published` determine the defaults of other flags, so
+    they are read first.
     """
     from dblocks.recipes.train_command import train_command
 
@@ -335,9 +335,9 @@ def _training(tyro: Any, network: str, recipe: Recipe, argv: Sequence[str]) -> A
 
 
 def _verb(tyro: Any, name: str, description: str, networks: Mapping[str, Any]) -> type:
-    """A command whose only field is the command of a network, as tyro represents subcommands.
+    """A command whose only field is the command of a network: tyro's form of subcommands.
 
-    The command of a network is a class, or an instance with the defaults of the flags.
+    The command of a network is a class, or an instance that holds the defaults of the flags.
     """
     for command in networks.values():
         _flowing(command if isinstance(command, type) else type(command))
@@ -362,9 +362,9 @@ def _positional(tyro: Any, command: type, *names: str) -> type:
 
 
 def _flowing(command: type) -> type:
-    """`command`, the help of whose flags has no line ends of the source.
+    """`command` with the help of its flags on one line each.
 
-    tyro joins lines that are not indented, and those of a field's docstring are.
+    tyro joins lines only if they are not indented, but lines of a field's docstring are.
     """
     parse = importlib.import_module("docstring_parser").parse_from_object  # tyro's own
     classes = reversed(command.__mro__[:-1])

@@ -17,22 +17,21 @@ from typing import Any, Literal
 import torch
 from typing_extensions import Self
 
-# Limits of JSON input: far above any config, far below what takes noticeable time or memory.
+# Limits of JSON input: far above any config, far below noticeable time or memory.
 LONGEST_JSON = 16 * 2**20  # bytes
-DEEPEST_JSON = 64  # lists and objects inside one another
+DEEPEST_JSON = 64  # nested lists and objects
 LARGEST_INTEGER = 2**63 - 1
 
 
 class JsonConfig:
-    """Base of frozen dataclass configs: to and from JSON, with checks of keys and types.
+    """Base of frozen dataclass configs: conversion to and from JSON, with checks of keys and types.
 
-    A nested config is written with its class name under "type", so that a field can hold one of
-    several classes: those of its annotation, or of the field's dictionary `metadata["types"]` by
-    name. Without "type" it is read as the class of the default, or else the first of the
-    annotation.
+    A nested config is written with its class name under "type", so a field can hold one of several
+    classes: those of its annotation, or of the dictionary `metadata["types"]` of the field. Without
+    "type" it is read as the class of the default, or else the first class of the annotation.
 
     A subclass that overrides `__post_init__` must first call this class's, which checks the types
-    of all fields and converts numbers of other libraries to Python's.
+    of all fields and converts numbers of other libraries to Python numbers.
     """
 
     def __post_init__(self) -> None:
@@ -60,7 +59,7 @@ class JsonConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The config with these fields; absent ones keep their defaults.
+        """The config with these fields; missing ones have their defaults.
 
         Raises:
             ValueError: `values` is not a dictionary, a key is not a field, a field without a
@@ -98,7 +97,7 @@ class JsonConfig:
 
 
 def read_json(path: Path, *, longest: int = LONGEST_JSON, infinite: bool = False) -> Any:
-    """The JSON value in a file; the one reader of JSON files.
+    """The JSON value in a file. All JSON files are read by this function.
 
     Args:
         path: a regular file in UTF-8, or a link to one.
@@ -106,8 +105,8 @@ def read_json(path: Path, *, longest: int = LONGEST_JSON, infinite: bool = False
         infinite: whether numbers may be infinite, as in some files of other libraries.
 
     Raises:
-        ValueError: it is not such a file, or `parse_json` refuses its text; the message names the
-            file.
+        ValueError: the path is not such a file, or `parse_json` refuses its text; the message
+            names the file.
     """
     text = read_text(path, longest=longest)
     try:
@@ -117,15 +116,15 @@ def read_json(path: Path, *, longest: int = LONGEST_JSON, infinite: bool = False
 
 
 def read_text(path: Path, *, longest: int = LONGEST_JSON) -> str:
-    """The text of a regular file in UTF-8 without its BOM; does not open pipes or devices.
+    """The text of a regular UTF-8 file, without its BOM; does not open pipes or devices.
 
     Raises:
-        ValueError: it is not such a file, or too long; the message names the file.
+        ValueError: the path is not such a file, or the file is too long; the message names it.
     """
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it must be a regular file, no folder, pipe or device")
+            raise ValueError("it must be a regular file, not a folder, pipe or device")
         if found.st_size > longest:
             raise ValueError(f"it must have at most {longest:,} bytes, got {found.st_size:,}")
         return path.read_bytes().decode("utf-8-sig")
@@ -134,11 +133,11 @@ def read_text(path: Path, *, longest: int = LONGEST_JSON) -> str:
 
 
 def parse_json(text: str, *, infinite: bool = False) -> Any:
-    """The JSON value of a text, within limits of nesting and of numbers.
+    """The JSON value of a text, with limits on nesting and numbers.
 
     Raises:
-        ValueError: it is not JSON, is nested deeper than `DEEPEST_JSON`, or holds NaN, an infinite
-            number, or an integer of more than 64 bits.
+        ValueError: the text is not JSON, is nested deeper than `DEEPEST_JSON`, or holds NaN, an
+            infinite number, or an integer of more than 64 bits.
     """
 
     def number(digits: str) -> float:
@@ -166,7 +165,7 @@ def parse_json(text: str, *, infinite: bool = False) -> Any:
 
 
 def _depth(value: Any) -> int:
-    """The depth of nested lists and objects, at most one more than the limit."""
+    """The depth of nested lists and objects, counted up to one more than the limit."""
     level, depth = [value], -1
     while level and depth <= DEEPEST_JSON:
         inner = [v for v in level if isinstance(v, (dict, list))]
@@ -178,11 +177,10 @@ def _depth(value: Any) -> int:
 
 
 def json_text(value: Any, *, indent: int | None = 1) -> str:
-    """JSON of a value; the one writer of JSON files.
+    """A value as JSON text. All JSON files are written by this function.
 
     Raises:
-        ValueError: a number in it is not finite, which JSON cannot represent; the message says
-            where.
+        ValueError: a number is not finite, which JSON cannot represent; the message says where.
     """
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
@@ -207,7 +205,7 @@ def _encode(value: Any) -> Any:
 
 
 def _check_registered(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raises for a config that could not be read again, before it is written to a file."""
+    """Raises ValueError for a config that could not be read back, before it is written."""
     if "types" not in field.metadata or not isinstance(value, JsonConfig):
         return
     kinds = (field.default_factory, *field.metadata["types"].values())
@@ -219,23 +217,23 @@ def _check_registered(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _registered(field: dataclasses.Field[Any]) -> Any:
-    """The union of the classes that a field may hold, the default's first."""
+    """The union of the classes that a field may hold, with the default's class first."""
     return typing.Union[(field.default_factory, *field.metadata["types"].values())]
 
 
 @lru_cache(maxsize=256)
 def _hints(config: type) -> dict[str, Any]:
-    """The annotations of the fields by name, of those that can be resolved."""
+    """The annotations of fields by name, without those that cannot be resolved."""
     try:
         hints = typing.get_type_hints(config)
-    except NameError:  # a class inside a function may use names that are only known there
+    except NameError:  # a class inside a function may use names that are only defined there
         return {}
     fields = dataclasses.fields(typing.cast(Any, config))
     return {f.name: hints[f.name] for f in fields if "types" not in f.metadata}
 
 
 def _plain(value: Any) -> Any:
-    """`value` with numbers of any library converted to Python's, and lists to tuples."""
+    """`value` with numbers of any library converted to Python numbers, and lists to tuples."""
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         plain = tuple(map(_plain, value))
         same = isinstance(value, tuple) and all(map(operator.is_, plain, value))
@@ -270,9 +268,9 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _matches(value: Any, hint: Any, *, choices: bool = True) -> bool:
-    """Whether a value has the annotated type; an int is a float too, a bool is not a number.
+    """Whether a value has the annotated type; an int counts as a float, a bool not as a number.
 
-    Without `choices`, any value of the type of a `Literal` matches it.
+    Without `choices`, a value matches a `Literal` if it has the type of its values.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -292,7 +290,7 @@ def _matches(value: Any, hint: Any, *, choices: bool = True) -> bool:
 
 
 def _described(hint: Any) -> str:
-    """The annotation in words."""
+    """A description of an annotation."""
     args = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(map(_described, args))
@@ -302,7 +300,7 @@ def _described(hint: Any) -> str:
 
 
 def check_block(block: int, num_blocks: int) -> int:
-    """`block` as an int, which must be one of 0 .. num_blocks - 1.
+    """`block` as an int; it must be in 0 .. num_blocks - 1.
 
     Accepts integers of any library; reading a tensor on a GPU synchronises.
     """
@@ -318,9 +316,9 @@ def check_block(block: int, num_blocks: int) -> int:
 
 
 def check_seed(seed: Any) -> Any:
-    """`seed` as an int of 64 bits, in two's complement; accepts integers of any library.
+    """`seed` as a 64-bit int in two's complement; accepts integers of any library.
 
-    Tensors, and symbolic integers of a graph, are returned unchanged.
+    Tensors and symbolic integers of a graph are returned unchanged.
     """
     if isinstance(seed, (torch.Tensor, torch.SymInt)):
         return seed
@@ -330,28 +328,28 @@ def check_seed(seed: Any) -> Any:
             f"seed must be an int or a 0-d int64 tensor, got {seed!r} of type "
             f"{type(seed).__name__}; convert it with int()"
         )
-    # A symbolic integer has 64 bits, and comparing it would add a guard.
+    # A symbolic integer has 64 bits, and a comparison would add a guard.
     if not torch.compiler.is_compiling() and not -(2**63) <= number < 2**63:
         raise ValueError(f"seed must fit in 64 bits (two's complement), got {number}; reduce it")
     return number
 
 
 def check_overlap(overlap: float) -> None:
-    """Raises unless `overlap` is a finite number that is not negative."""
+    """Raises ValueError unless `overlap` is finite and not negative."""
     check_finite("overlap", overlap)
     if overlap < 0:
         raise ValueError(f"overlap must not be negative, got {overlap}")
 
 
 def check_share(name: str, value: float) -> None:
-    """Raises unless `value` is a number in [0, 1]."""
+    """Raises ValueError unless `value` is a number in [0, 1]."""
     check_finite(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
 def check_count(name: str, value: int) -> int:
-    """`value` as an int, which must be positive; accepts integers of any library."""
+    """`value` as an int; it must be positive. Accepts integers of any library."""
     count = _integer(value)
     if count is None or count < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -359,7 +357,7 @@ def check_count(name: str, value: int) -> int:
 
 
 def _integer(value: object) -> int | None:
-    # Not operator.index alone: a compiled graph may not support it.
+    # operator.index alone may not work in a compiled graph.
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -371,7 +369,7 @@ def _integer(value: object) -> int | None:
 
 
 def check_finite(name: str, value: float) -> float:
-    """`value`, which must be a finite number."""
+    """`value`; it must be a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return value

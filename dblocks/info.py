@@ -19,7 +19,7 @@ OPS = tuple(FAMILIES)
 
 
 def versions() -> dict[str, str]:
-    """The versions of dblocks, Python and the packages it computes with."""
+    """The versions of dblocks, Python and the packages that dblocks uses."""
     found = {"dblocks": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> dict[str, str]:
-    """Every device that tensors can be on here, with a description."""
+    """The available devices, with a description of each."""
     found = {"cpu": f"{cpu_name()}, {torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):
         found[f"cuda:{i}"] = torch.cuda.get_device_name(i)
@@ -38,7 +38,7 @@ def devices() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's model name, or its architecture where the system does not tell."""
+    """The processor's model name, or its architecture if the system does not provide it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:
@@ -55,13 +55,13 @@ def extension() -> str:
         return f"{_extension.MISSING}: on CPUs every op uses the reference"
     try:
         return f"built; this processor runs the {torch.ops.dblocks.cpu_set()} kernels"
-    except RuntimeError as error:  # an invalid environment variable; every op will raise it
+    except RuntimeError as error:  # an invalid environment variable
         # LibTorch puts function, file and line before the message.
         return f"built, but cannot run: {str(error).split(', ', 2)[-1]}"
 
 
 def implementation(op: str, device: str) -> tuple[str, str]:
-    """The implementation that `impl="auto"` picks for float32 tensors on `device`, and why."""
+    """The implementation that `impl="auto"` chooses for float32 tensors on `device`, and why."""
     if op == doubled_attention.OP:
         rows = torch.empty(1, 1, 2048, 64, device=device)
         return doubled_attention.explained(rows, rows, rows)
@@ -74,7 +74,7 @@ def implementation(op: str, device: str) -> tuple[str, str]:
         "reference": "plain PyTorch: the tensors are on a CPU and the C++ ops do not run here",
     }
     if impl == "reference" and device != "cpu":
-        return impl, "plain PyTorch: no other implementation serves this device"
+        return impl, "plain PyTorch: no other implementation supports this device"
     return impl, reasons[impl]
 
 
@@ -90,7 +90,7 @@ def triton_state() -> str:
 
 
 def report() -> str:
-    """The whole answer of `dblocks info`, ready to print."""
+    """The output of `dblocks info`."""
     parts = ["Versions", *aligned(list(versions().items())), "", "Devices"]
     parts += aligned(list(devices().items()))
     parts += ["", "Kernels", *aligned([("C++", extension()), ("Triton", triton_state())])]
@@ -110,7 +110,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """The environment of a run, for its record."""
+    """Versions and hardware, for the record of a run."""
     return {
         **versions(),
         "device": torch.get_default_device().type,  # recipes use the default device

@@ -75,7 +75,7 @@ def test_an_unknown_folder_is_an_error(tmp_path):
     [
         (lambda c: c.update(colour="red"), r"unknown keys \['colour'\]"),
         (lambda c: c.pop("model"), r"lacks the keys \['model'\]"),
-        (lambda c: c.update(format=99), "must be of format 2 or 1 and a model of .*, got 99"),
+        (lambda c: c.update(format=99), "must have format 2 or 1 and a model of .*, got 99"),
         (lambda c: c["blocks_config"].update(gamma=1), "BlocksConfig has no field gamma"),
         (lambda c: c["model_config"].update(dim=1), "ViTConfig has no field dim"),
         (lambda c: c["model_config"].update(width="64"), "width must be int, got '64'"),

@@ -84,7 +84,7 @@ def test_plain_networks_of_format_1(tmp_path, name):
         ({"model_config": None}, "ViTConfig must be a JSON object, got None"),
         ({"model_config": [1]}, r"ViTConfig must be a JSON object, got \[1\]"),
         ({"blocks_config": 3}, "BlocksConfig must be a JSON object, got 3"),
-        ({"format": "1"}, "must be of format 2 or 1 .* got '1'"),
+        ({"format": "1"}, "must have format 2 or 1 .* got '1'"),
     ],
 )
 def test_a_config_that_is_not_understood_is_an_error(tmp_path, change, message):

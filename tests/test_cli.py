@@ -366,7 +366,7 @@ def test_bench_runs_the_benchmark_of_the_checkout(monkeypatch, tmp_path):
 def test_bench_says_what_is_wrong(monkeypatch, capsys, tmp_path):
     commands = ran(monkeypatch, returncode=1)
     assert main(["bench", "--what", "step", "--op", "adaln"]) == 2
-    assert "--op, --memory and --compare are of `--what ops`" in capsys.readouterr().err
+    assert "--op, --memory and --compare need `--what ops`" in capsys.readouterr().err
     assert not commands
     assert main(["bench"]) == 2
     assert "ended with exit code 1" in capsys.readouterr().err

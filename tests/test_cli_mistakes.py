@@ -42,8 +42,8 @@ def trained(story, tmp_path):
 def test_a_save_is_overwritten_only_if_asked(trained, story, capsys):
     before = (trained / "model.safetensors").read_bytes()
     again = (*TEXT, "--data", story, "--steps", "1", "--seed", "1", "--out", str(trained))
-    assert "--out must name what is not there yet" in mistake(capsys, *again)
-    assert "--resume must have a checkpoint" in mistake(capsys, *again, "--resume")
+    assert "--out must not exist yet" in mistake(capsys, *again)
+    assert "--resume needs a checkpoint" in mistake(capsys, *again, "--resume")
     assert (trained / "model.safetensors").read_bytes() == before
     assert main([*again, "--overwrite"]) == 0
     assert (trained / "model.safetensors").read_bytes() != before
@@ -66,7 +66,7 @@ def test_a_tokenizer_of_another_vocabulary_is_an_error(trained, capsys):
     (trained / "config.json").write_text(json.dumps(config))
     (trained / "tokenizer.json").write_text(Characters("ab").to_json())
     sample = ("sample", "causal-lm", "--checkpoint", str(trained), "--prompt", "a")
-    assert "must have as many tokens as the model beside it, 11, got 3" in mistake(capsys, *sample)
+    assert "must have as many tokens as the model, 11, got 3" in mistake(capsys, *sample)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_results_of_a_benchmark_are_overwritten_only_if_asked(what, tmp_path, mo
     (tmp_path / f"{what}-cuda.json").touch()
     assert main(bench) == 0  # that of another device
     (tmp_path / f"{what}-cpu.json").touch()
-    assert f"with {what}-cpu.json; name something else" in mistake(capsys, *bench)
+    assert f"with {what}-cpu.json; use another name" in mistake(capsys, *bench)
     assert main([*bench, "--overwrite"]) == 0
 
 
@@ -116,7 +116,7 @@ def test_an_interrupt_ends_a_command_in_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize("more", [(), ("--checkpoint", "runs/vit")])
 def test_a_network_that_does_not_generate_is_told_in_one_line(more, capsys):
     error = mistake(capsys, "sample", "vit", *more)
-    assert "`dblocks sample` must be of causal-lm, masked-lm, recurrent, dit, got vit" in error
+    assert "`dblocks sample` supports causal-lm, masked-lm, recurrent, dit, got vit" in error
     assert error.count("\n") == 1
 
 

@@ -1,14 +1,14 @@
-"""One run on a GPU, most valuable parts first: correctness, speed, and comparison with baselines.
+"""One run on a GPU, most important parts first: correctness, speed, and comparison with baselines.
 
     python -m benchmarks.gpu --budget 420 --out build/gpu       at most seven minutes
     python -m benchmarks.gpu --dry --out build/gpu              every call, small, on a CPU
 
-Ceilings; adaln and residual_adaln at six widths; attention at seven shapes; noise and loss; host
-time and a CUDA graph; Inductor; FlexAttention; then tests. Each row is printed as it comes and
-added to gpu.jsonl, whose first row names the commit, the versions and the device. A part that fails
-has a row that says so, and the others go on; what the budget does not allow is named. Kernels are
-compiled beforehand by all cores. A dry run uses Triton's interpreter; its rows are marked, and no
-figure of them means anything.
+Parts: ceilings; adaln and residual_adaln at six widths; attention at seven shapes; noise and loss;
+    host time and a CUDA graph; Inductor; FlexAttention; then tests. Each row is printed at once and
+    added to gpu.jsonl, whose first row has the commit, the versions and the device. If a part
+    fails, its row says so and the others continue; parts beyond the budget are listed. Kernels are
+    compiled first, on all cores. A dry run uses Triton's interpreter; its rows are marked, and
+    their figures are meaningless.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 if "--dry" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the first kernel is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read at the import of the first kernel
 
 import torch
 
@@ -37,7 +37,7 @@ class Run:
     def __init__(self, out: Path, budget: float, dry: bool) -> None:
         self.out, self.budget, self.dry = out, budget, dry
         self.device = torch.device("cpu" if dry else "cuda")
-        # The interpreter multiplies no bfloat16 matrices.
+        # The interpreter does not support bfloat16 matrix products.
         self.dtype = torch.float32 if dry else torch.bfloat16
         self.began = time.monotonic()
         self.copy = float("nan")  # bytes/s, once measured
@@ -46,11 +46,11 @@ class Run:
         self.file.unlink(missing_ok=True)
 
     def left(self) -> float:
-        """Seconds of the budget."""
+        """Seconds left in the budget."""
         return self.budget - (time.monotonic() - self.began)
 
     def row(self, **fields: Any) -> None:
-        """Prints a row and writes it."""
+        """Prints and writes a row."""
         if self.dry:
             fields = {"dry": True, **fields}
         text = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items())
@@ -60,14 +60,14 @@ class Run:
             file.write(json.dumps(known) + "\n")
 
     def allows(self, **about: Any) -> bool:
-        """Whether there is time for one more; says so where there is not."""
+        """Whether there is time for another measurement; writes a row if there is not."""
         if self.left() > 0:
             return True
         self.row(**about, skipped=f"the budget of {self.budget:.0f} s is spent")
         return False
 
     def times(self, calls: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict:
-        """Median milliseconds of each call, in turns; NaN in a dry run, which calls each once.
+        """Median milliseconds of each call, interleaved; NaN in a dry run with one call each.
 
         The callers' tensors are larger than the L2 cache.
         """
@@ -88,14 +88,14 @@ class Run:
 
 
 def environment(run: Run) -> None:
-    """What every figure depends on."""
+    """Writes a row with commit, versions and device."""
     from benchmarks.ops import timing
 
     run.row(part="environment", **timing.environment(run.device))
 
 
 def run_parts(run: Run, chosen: list[str]) -> int:
-    """Runs every part that there is time for; the number of those that failed."""
+    """Runs the parts within the budget; returns the number of failed parts."""
     from benchmarks.gpu.parts import PARTS
 
     parts = {"environment": environment, **PARTS}
@@ -123,10 +123,10 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=420, help="seconds")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of gpu.jsonl")
     parser.add_argument("--dry", action="store_true", help="every call, small, on a CPU")
-    parser.add_argument("--part", action="append", default=[], help="only this one; repeatable")
+    parser.add_argument("--part", action="append", default=[], help="only this part; repeatable")
     args = parser.parse_args()
     if not args.dry and not torch.cuda.is_available():
-        parser.error("no GPU is there for torch; --dry tries every call on a CPU")
+        parser.error("torch finds no GPU; --dry tries every call on a CPU")
     return 1 if run_parts(Run(args.out, args.budget, args.dry), args.part) else 0
 
 

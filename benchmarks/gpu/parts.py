@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 ELEMENTS = 2**26  # 128 MiB in bfloat16, more than L2 holds
 SAMPLES = 8
 WIDTHS = (2048, 1152, 4096, 5120, 8192, 768)
-# Heads, head width, tokens, block size; four samples.
+# Heads, head width, tokens, block size; batch size 4.
 SHAPES = (
     (16, 128, 4096, 1),
     (16, 128, 4096, 32),
@@ -36,20 +36,20 @@ SHAPES = (
     (16, 128, 8192, 1),
 )
 DRY_WIDTHS, DRY_SHAPES = (64, 48), ((2, 16, 16, 1), (2, 16, 16, 4))
-CHECKED_TOKENS = 1024  # of attention: float64 scores of more would not fit
+CHECKED_TOKENS = 1024  # for the check of attention: float64 scores must fit into memory
 EPS = 1e-6
-TEST_SECONDS = 30  # fewer are not worth starting for
+TEST_SECONDS = 30  # seconds needed to start the tests
 AGAIN = {"retain_graph": True}
 grad = torch.autograd.grad
 
 
 def trained(*frozen: Tensor) -> list[Tensor]:
-    """Leaves with the values of these tensors."""
+    """Copies of these tensors as leaves that require gradients."""
     return [t.detach().clone().requires_grad_() for t in frozen]
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """Relative, in norm."""
+    """The relative error, in norm."""
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
@@ -59,7 +59,7 @@ def repeats(call: Callable[[], Sequence[Tensor]]) -> bool:
 
 
 def of_copy(run: Run, count: int, ms: dict[str, float], **bytes_each: int) -> dict[str, float]:
-    """Shares of a copy's bandwidth: `bytes_each` of `count` elements."""
+    """Fractions of a copy's bandwidth, from the bytes per element and `count` elements."""
     return {f"{k}_of_copy": b * count / ms[k] * 1e3 / run.copy for k, b in bytes_each.items()}
 
 
@@ -76,7 +76,7 @@ def eager_adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def compile_beforehand(run: Run) -> None:
-    """Fills Triton's cache by all cores, so that the parts need not wait for the compiler."""
+    """Fills Triton's cache on all cores, so that the parts do not wait for the compiler."""
     if run.dry:
         run.row(part="compile", skipped="the interpreter compiles nothing")
         return
@@ -89,7 +89,7 @@ def compile_beforehand(run: Run) -> None:
 
 
 def compile_job(job: tuple[str, Any, int]) -> int:
-    """Compiles the launches of one width or shape as the parts make them; how many."""
+    """Compiles the launches of the parts at one width or shape; returns their number."""
     from triton.backends.compiler import GPUTarget
 
     from benchmarks.kernels import cases, check
@@ -112,7 +112,7 @@ def compile_job(job: tuple[str, Any, int]) -> int:
 
 
 def ceilings(run: Run) -> None:
-    """Bandwidth of a copy, and of a product of matrices."""
+    """Bandwidth of a copy, and speed of a matrix product."""
     a, size = run.random(2**10 if run.dry else ELEMENTS), 64 if run.dry else 8192
     m, b = run.random(size, size), torch.empty_like(a)
     ms = run.times({"copy": lambda: b.copy_(a), "matmul": lambda: m @ m})
@@ -154,7 +154,7 @@ def adaln(run: Run) -> None:
 
 
 def attention(run: Run) -> None:
-    """doubled_attention, and the composition where there is one: TFLOP/s of the allowed pairs."""
+    """doubled_attention, and the composed attention if available: TFLOP/s of the allowed pairs."""
     samples = 1 if run.dry else 4
     for H, W, T, block in DRY_SHAPES if run.dry else SHAPES:
         about: dict[str, Any] = {"part": "attention", "H": H, "d": W, "T": T, "block": block}
@@ -189,7 +189,7 @@ def _add_composed(
     about: dict[str, Any], calls: dict[str, Callable[[], Any]], backend: str, block: int,
     qkv: list[Tensor], frozen: list[Tensor], up: Tensor, o: Tensor,
 ) -> None:  # fmt: skip
-    """The composition on a backend, and how far it is from the kernel; or why it is not there."""
+    """Composed attention on a backend, with its difference from the kernel; or why it is absent."""
     options: dict[str, Any] = {"block_size": block, "impl": "composed", "backend": backend}
     try:
         other = D.doubled_attention(*qkv, **options)
@@ -202,7 +202,7 @@ def _add_composed(
 
 
 def diffusion(run: Run) -> None:
-    """Noise, the loss and an Euler step; the noise beside that of the reference on the CPU."""
+    """Noise, the loss and an Euler step; the noise is compared with the reference on the CPU."""
     W = DRY_WIDTHS[0] if run.dry else WIDTHS[0]
     (y, f, *_), _ = tensors(run, W)
     fg, sigma = f.clone().requires_grad_(), torch.logspace(-2, 1, len(y), device=run.device)
@@ -229,7 +229,7 @@ def diffusion(run: Run) -> None:
 
 
 def small(run: Run) -> None:
-    """[8, 128, 768]: microseconds of the host, and of the GPU where a graph replays the call."""
+    """[8, 128, 768]: microseconds on the host, and on the GPU when a graph replays the call."""
     (x, _, dy, _), m = tensors(run, DRY_WIDTHS[0] if run.dry else 768, SAMPLES * 128 * 768)
     leaves, found = trained(x, *m[1:]), {}
     ours = lambda *of: D.adaln(*of, eps=EPS, impl="triton")
@@ -251,7 +251,7 @@ def small(run: Run) -> None:
 
 
 def _liger(run: Run) -> dict[str, Callable[..., Tensor]]:
-    """Liger's layer norm and the modulation; named where it is absent."""
+    """Liger's layer norm and the modulation; writes a row if it is absent."""
     from benchmarks.ops import baselines
 
     if run.dry:
@@ -271,10 +271,10 @@ def _liger(run: Run) -> dict[str, Callable[..., Tensor]]:
 
 
 def inductor(run: Run) -> None:
-    """adaln by torch.compile."""
+    """adaln compiled by torch.compile."""
     import torch._functorch.config
 
-    torch._functorch.config.donated_buffer = False  # or its backward cannot run twice
+    torch._functorch.config.donated_buffer = False  # otherwise the backward cannot run twice
     e = run.dtype.itemsize
     for W in DRY_WIDTHS[:1] if run.dry else WIDTHS[:2]:
         if not run.allows(part="inductor", D=W):
@@ -317,7 +317,7 @@ def flex(run: Run) -> None:
 
 
 def tests(run: Run) -> None:
-    """The tests of the kernels in what is left of the budget; the last line of pytest."""
+    """The tests of the kernels in the rest of the budget; writes the last line of pytest."""
     from importlib.util import find_spec
 
     if not run.dry and run.left() < TEST_SECONDS:

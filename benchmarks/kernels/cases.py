@@ -1,6 +1,6 @@
 """The launches of `make kernels-check`: every kernel, as a large model calls it.
 
-Tensors are on the meta device, so nothing is allocated; a data pointer of 0 counts as aligned.
+Tensors are on the meta device, so nothing is allocated; their data pointer 0 counts as aligned.
 """
 
 import functools
@@ -14,7 +14,7 @@ from dblocks.ops._dispatch import planned
 N, T = 8, 4096
 HEADS = 16
 CLASSES = 2**16 - 1
-CROSS_ENTROPY_AT = 4096  # one width of the others: its kernel has none
+CROSS_ENTROPY_AT = 4096  # at one width only, as its kernel has no width
 
 
 def attention(
@@ -22,7 +22,7 @@ def attention(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Forward and backward of doubled_attention at head width `D`, with the tiles of `target`.
 
-    Every option at the widths of most models in bfloat16, the two forms of the kernels elsewhere.
+    All options at the widths of most models in bfloat16; otherwise the two forms of the kernels.
     """
     run = functools.partial(attend, D, dtype, target)
     yield "attention", lambda: run()
@@ -62,7 +62,7 @@ def attend(
     alibi: bool = False,
     value_width: int | None = None,
 ) -> None:
-    """Launches the kernels on heads that lie side by side, as a linear layer leaves them."""
+    """Launches the kernels on heads side by side in memory, as in the output of a linear layer."""
     from dblocks.kernels.attention.backward import doubled_attention_bwd
     from dblocks.kernels.attention.forward import doubled_attention_fwd
     from dblocks.kernels.attention.layout import Options, settings
@@ -156,7 +156,7 @@ def norm(
 
 
 def diffusion(D: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The elementwise ops, with one sigma a sample and one a token."""
+    """The elementwise ops, with sigma per sample and per token."""
     from dblocks.kernels import noise
     from dblocks.kernels.edm import denoise, euler, loss
 

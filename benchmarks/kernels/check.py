@@ -1,19 +1,19 @@
 """Compiles every Triton kernel for several GPU architectures, without a GPU, and inspects the code.
 
-Each public launch is made on tensors without memory; the launch is caught and its kernel compiled
-with exactly the settings and argument specialisation that a real launch has. The check fails where
-a kernel does not compile, wants more shared memory than there is, or moves contiguous bf16 rows by
-anything narrower than 16 bytes. Kernels over rows may not use the stack (spill) on an NVIDIA target
-at D <= 4,096. Those of attention must multiply 16-bit matrices by the chip's own instruction, and
-may not use the stack on sm_90 at the head widths 64 and 128. No kernel may have its matrix products
-on sm_90 one after another (ptxas calls that serialized), and no kernel may be left out.
+Each public launch is made on tensors without memory; the launch is intercepted and its kernel
+compiled with exactly the settings and argument specialisation of a real launch. The check fails if
+a kernel does not compile, needs more shared memory than available, or accesses contiguous bf16 rows
+with less than 16 bytes at a time. Row kernels must not use the stack (spill) on NVIDIA targets at
+D <= 4,096. Attention kernels must multiply 16-bit matrices with the chip's matrix instruction, and
+must not use the stack on sm_90 at the head widths 64 and 128. On sm_90, matrix products must not be
+serialized (in ptxas' words). Every kernel must have a case.
 
     python -m benchmarks.kernels.check            everything, about 30 minutes on 2 cores
     python -m benchmarks.kernels.check --slice    what the test suite runs, about a minute
     python -m benchmarks.kernels.check --once     every case once, for one GPU: half a minute
 
-Another Triton than the installed one takes its place by a folder on PYTHONPATH; `make
-kernels-check` and the tests do so with the oldest one that is supported.
+To check with another version of Triton, put its folder on PYTHONPATH; `make kernels-check` and the
+tests do so with the oldest supported version.
 """
 
 import argparse
@@ -48,21 +48,21 @@ WIDTHS = (1024, 1536, 4096, 8192, 16384)
 SLICE_WIDTHS = (1536, 4096)
 HEAD_WIDTHS = (16, 64, 96, 128, 256)
 SLICE_HEAD_WIDTHS = (64, 128)
-# Of attention the slice has all three forms on one target, and one on the others.
+# The slice has all three forms of attention on one target, and one form on the others.
 SLICE_ATTENTION = ("attention", "attention blocked", "attention noisy")
-DOCUMENTS = "attention documents"  # whose table has a kernel of its own
-# Where a case is compiled once: at the first of these widths that has it.
+DOCUMENTS = "attention documents"  # which has a kernel of its own for its table
+# With --once, a case is compiled at the first of these widths that has it.
 ONCE_WIDTHS = (1536, 4096, 128)
 ONCE_TARGET = "sm_90"
-TWO_KERNELS = (16384, "bf16", "adaln", ONCE_TARGET)  # a width whose backward is more than one
+TWO_KERNELS = (16384, "bf16", "adaln", ONCE_TARGET)  # a width whose backward has several kernels
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 ROW_DTYPES = ("bf16", "f32")
 ROW_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # only attention has tiles for sm_86
 MAX_WIDTH_WITHOUT_STACK = 4096
-# These write sums over rows and losses, a few numbers a program: no rows that could be wide.
+# These write sums over rows, or losses, a few numbers per program, and no rows.
 WRITES_NO_ROWS = ("group_grads_kernel", "column_sums_kernel")
-MOVES_NO_ROWS = "segments_kernel"  # but three numbers for each tile of packed documents
-# The instruction that multiplies 16-bit matrices, as the assembly of each target calls it.
+MOVES_NO_ROWS = "segments_kernel"  # writes three numbers for each tile of packed documents
+# The instruction that multiplies 16-bit matrices, in the assembly of each target.
 MATRIX = {
     "sm_80": "mma.sync",
     "sm_86": "mma.sync",
@@ -70,11 +70,11 @@ MATRIX = {
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
-# Bytes that cost less than smaller tiles: registers of the loop over heads, saved once for each.
-# The pinned Triton stays within the 64 of the goals; the oldest one needs up to 96.
+# Stack bytes that cost less than smaller tiles: registers saved once per head in a loop. The pinned
+# Triton stays within the 64 of the goals; the oldest one needs up to 96.
 DKV, DKV_STACK = "doubled_attention_bwd_dkv_kernel", 96
 HAS_NO_MATRICES = "doubled_attention_bwd_self_kernel"
-# What a program may have: CUDA programming guide, compute capabilities; CDNA 3 white paper.
+# Shared memory of a program: CUDA programming guide, compute capabilities; CDNA 3 white paper.
 SHARED_BYTES = {
     "sm_80": 163 << 10,
     "sm_86": 99 << 10,
@@ -86,11 +86,11 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 
 
 class Launch(NamedTuple):
-    """One caught launch, compiled: `stack` in bytes, `widths` the sizes of its global accesses.
+    """An intercepted launch, compiled: `stack` in bytes, `widths` the sizes of its global accesses.
 
-    `instructions` are counted for NVIDIA targets only, as they lie in the code; `matrix` are those
-    among them that multiply matrices by the chip's own instruction. `widths` is NOT_READ where the
-    code was not disassembled; `serialized` is why ptxas lets matrix products wait for each other.
+    `instructions` is the static count, for NVIDIA targets only; `matrix` counts those that multiply
+    matrices. `widths` is NOT_READ if the code was not disassembled; `serialized` is ptxas' reason
+    for serializing matrix products.
     """
 
     case: str
@@ -110,7 +110,7 @@ class Launch(NamedTuple):
 
 
 class Caught(NamedTuple):
-    """A launch that did not happen."""
+    """An intercepted launch."""
 
     fn: JITFunction
     args: tuple
@@ -119,7 +119,7 @@ class Caught(NamedTuple):
 
 
 def catch(launch: Callable[[], object]) -> list[Caught]:
-    """The kernel launches that `launch` makes, none of which runs."""
+    """Intercepts the kernel launches that `launch` makes; none of them runs."""
     caught: list[Caught] = []
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -134,7 +134,7 @@ def catch(launch: Callable[[], object]) -> list[Caught]:
 
 
 def compile_launch(caught: Caught, target: GPUTarget) -> Any:
-    """Compiles a caught launch for `target` with the specialisation of its arguments."""
+    """Compiles an intercepted launch for `target` with the specialisation of its arguments."""
     backend = make_backend(target)
     bind = create_function_from_signature(caught.fn.signature, caught.fn.params, backend)
     bound, specialization, kwargs = bind(*caught.args, **caught.kwargs)
@@ -146,7 +146,7 @@ def compile_launch(caught: Caught, target: GPUTarget) -> Any:
 
 
 def cases(D: int, dtype: torch.dtype, target: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every launch of every op at a width, as a training step of a large model makes it."""
+    """Every launch of every op at a width, as in a training step of a large model."""
     from benchmarks.kernels import cases
 
     if D in HEAD_WIDTHS:
@@ -156,7 +156,7 @@ def cases(D: int, dtype: torch.dtype, target: str) -> Iterator[tuple[str, Callab
 
 
 def check_case(job: "Job", *, code: bool = True) -> list[Launch]:
-    """Compiles every launch of one case for one target; its code is read if `code`."""
+    """Compiles every launch of one case for one target; disassembles it if `code`."""
     D, dtype, case, target = job
     launch = dict(cases(D, DTYPES[dtype], target))[case]
     rows = []
@@ -170,7 +170,7 @@ def check_case(job: "Job", *, code: bool = True) -> list[Launch]:
 
 
 def _compiled(about: tuple[str, str, str, int, str], caught: Caught, code: bool) -> Launch:
-    """What the compiler made of a launch."""
+    """Compiles a launch and reads the result."""
     target = about[2]
     kernel = compile_launch(caught, TARGETS[target])
     if target == "gfx942":
@@ -186,14 +186,14 @@ def _compiled(about: tuple[str, str, str, int, str], caught: Caught, code: bool)
 
 
 def _cause(exception: BaseException) -> str:
-    """The first of the exceptions that led to this one, on a line: what the compiler refused."""
+    """The first exception in the chain, on one line: the compiler's error."""
     while exception.__cause__:
         exception = exception.__cause__
     return f"{type(exception).__name__}: {' '.join(str(exception).split())[-300:]}"
 
 
 def failures(row: Launch) -> list[str]:
-    """What is wrong with a launch; nothing where it is as it must be."""
+    """The requirements that a launch violates; empty if there are none."""
     if row.error:
         return [row.error]
     found = []
@@ -216,7 +216,7 @@ def failures(row: Launch) -> list[str]:
 
 
 def may_use_stack(row: Launch, attention: bool) -> bool:
-    """Whether spilling is no failure: on AMD, at great widths, and of attention in other places."""
+    """Whether spilling is allowed: on AMD, at large widths, and for attention elsewhere."""
     if attention:
         few = row.kernel == DKV and row.stack <= DKV_STACK
         return few or row.target != "sm_90" or row.dtype == "f32" or row.D not in SLICE_HEAD_WIDTHS
@@ -224,7 +224,7 @@ def may_use_stack(row: Launch, attention: bool) -> bool:
 
 
 def writes_no_rows(row: Launch) -> bool:
-    """Whether all that the launch stores are sums: over rows, or the losses of edm_loss."""
+    """Whether a launch stores only sums: over rows, or the losses of edm_loss."""
     return row.kernel in WRITES_NO_ROWS or row.case == "edm_loss"
 
 
@@ -232,7 +232,7 @@ Job = tuple[int, str, str, str]  # width, dtype, case, target
 
 
 def jobs(widths: tuple[int, ...], targets: tuple[str, ...]) -> list[Job]:
-    """Every case of every dtype that the kernels of these widths have."""
+    """Every case in every dtype at these widths."""
     return [
         (D, dtype, case, target)
         for D in widths
@@ -244,7 +244,7 @@ def jobs(widths: tuple[int, ...], targets: tuple[str, ...]) -> list[Job]:
 
 
 def slice_jobs() -> list[Job]:
-    """What the test suite runs; float32, whose accesses nothing is asked of, at one width."""
+    """The jobs of the test suite; float32, whose accesses are not checked, at one width."""
     rows = [
         job
         for job in jobs(SLICE_WIDTHS, ("sm_90", "gfx942"))
@@ -276,14 +276,14 @@ def launched_kernels() -> set[str]:
 
 
 def checked(todo: list[Job], workers: int, *, code: bool) -> Iterator[Launch]:
-    """The launches of all jobs, as they are compiled."""
+    """Yields the launches of all jobs as they are compiled."""
     with ProcessPoolExecutor(workers) as pool:
         for rows in pool.map(partial(check_case, code=code), todo):
             yield from rows
 
 
 def report(launches: Iterable[Launch]) -> tuple[int, int, set[str]]:
-    """Prints a line a launch; how many there were, how many failed, and of which kernels."""
+    """Prints a line per launch; returns the numbers of launches and failures, and the kernels."""
     columns = [f for f in Launch._fields if f not in ("serialized", "error")]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     failed, count, kernels = 0, 0, set()

@@ -1,6 +1,6 @@
-"""What a compiled kernel says of itself: registers, stack, instructions, and ptxas's remarks.
+"""Reads compiled kernels: registers, stack, instructions, and ptxas' remarks.
 
-The tools are those that Triton brings along, so nothing of CUDA need be installed.
+Uses the tools that Triton ships, so CUDA need not be installed.
 """
 
 import os
@@ -12,12 +12,12 @@ from pathlib import Path
 import triton
 
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-WGMMA = "wgmma.mma_async"  # what multiplies 16-bit matrices on sm_90
+WGMMA = "wgmma.mma_async"  # multiplies 16-bit matrices on sm_90
 NOT_READ = "-"
 
 
 def output(*command: object) -> str:
-    """What a tool of the compiler prints."""
+    """The output of a compiler tool."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     return done.stdout + done.stderr
 
@@ -53,7 +53,7 @@ def read_nvidia(cubin: bytes, *, code: bool) -> tuple[int, int, int, str]:
 
 
 def serialized(ptx: str) -> str:
-    """Why ptxas does not leave the matrix products of sm_90 in flight; empty where it does."""
+    """Why ptxas serialized the matrix products on sm_90; empty if it did not."""
     if WGMMA not in ptx:
         return ""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -66,7 +66,7 @@ def serialized(ptx: str) -> str:
 
 
 def reasons(said: str) -> str:
-    """The reasons in what ptxas says of matrix products that it serialized."""
+    """The reasons in ptxas' messages about serialized matrix products."""
     pattern = r"instructions are serialized(?: due to (.*?))?(?: in (?:the )?function|\n|$)"
     found = {reason or "no reason given" for reason in re.findall(pattern, said)}
     return "; ".join(sorted(found))

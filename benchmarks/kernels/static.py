@@ -1,8 +1,7 @@
-"""Writes `benchmarks/static.md`: what is known of the Triton kernels without a GPU.
+"""Writes `benchmarks/static.md`: properties of the compiled Triton kernels.
 
-Every launch of the compile check's cases is compiled for one target; beside registers, stack and
-shared memory stand the instructions of the whole kernel. They are counted as they lie in the code,
-not as they run: a loop counts once.
+Every launch of the compile check's cases is compiled for one target. The table has registers,
+stack, shared memory, and the static number of instructions, in which a loop counts once.
 
     python -m benchmarks.kernels.static      writes the table, about five minutes on 2 cores
 """
@@ -39,7 +38,7 @@ def table(rows: Iterable[Iterable[object]], header: tuple[str, ...]) -> str:
 
 
 def settings(widths: Iterable[int]) -> str:
-    """The tile of each width, as the launches of adaln and its backward choose it."""
+    """The tile at each width, as chosen for adaln and its backward."""
     rows = []
     for D in widths:
         form = "one pass" if D <= launches.MAX_ONE_PASS_WIDTH else "two kernels"
@@ -61,7 +60,7 @@ def tiles(widths: Iterable[int]) -> str:
     """The tiles of attention at each head width."""
     rows = []
     for D in widths:
-        for dtype in ("bf16", "f32"):  # f16 as bf16
+        for dtype in ("bf16", "f32"):  # f16 has the same tiles as bf16
             chosen = layout.settings(D, check.DTYPES[dtype], TARGET)
             rows += [(D, dtype, k, *tile) for k, tile in chosen._asdict().items()]
     return table(rows, ("D", "dtype", "kernel", "query rows", "keys", "warps", "stages"))

@@ -1,11 +1,11 @@
-"""Counts modulated norms and gated residual sums of a model, by the data flow of one call of it.
+"""Counts modulated norms and gated residual sums of a model, from the data flow of one call.
 
-It does not read the graph of torch.compile, nor shares code with the pass that rewrites that graph:
-a plain call is watched, operation by operation below autograd, and tensors carry marks. A norm
-marks its result, `1 + s` marks its result, and both marks meeting in a product is a modulated norm;
-a product with a factor that several tokens share (or with a part of a wider tensor) marks its
-result, and a sum of a marked and an unmarked tensor of one shape is a gated residual sum. Counted
-are those that the outputs depend on: a graph does not compute the others.
+It does not use the graph of torch.compile or code of the pass that rewrites it: an ordinary call is
+traced, operation by operation below autograd, and tensors carry marks. A norm marks its result,
+`1 + s` marks its result, and a product with both marks is a modulated norm; a product with a factor
+that several tokens share (or with a part of a wider tensor) marks its result, and a sum of a marked
+and an unmarked tensor of the same shape is a gated residual sum. Only sites that the outputs depend
+on are counted, since a graph does not compute the others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NORM, ROOT, MEAN, PLUS, SCALED, GATED, PART, PARAM = (
     "norm", "root", "mean", "1 + s", "modulated", "gated", "part", "parameter",
 )  # fmt: skip
 
-# What moves numbers without changing them, and what takes a part of a tensor.
+# Operations that only move values, and operations that take a part of a tensor.
 MOVES = {
     "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "expand", "permute", "transpose",
     "t", "alias", "detach", "clone", "_to_copy", "contiguous", "lift_fresh", "repeat", "index",
@@ -31,25 +31,25 @@ MOVES = {
     "repeat_interleave", "where", "cat", "stack",
 }  # fmt: skip
 PARTS = {"split", "split_with_sizes", "unbind", "select", "slice", "chunk", "as_strided"}
-SHAPES = {"tanh", "sigmoid"}  # of a gate
+SHAPES = {"tanh", "sigmoid"}  # largest number of dimensions of a gate
 
 
 class SiteCount(TorchDispatchMode):
-    """Counts while it is active; `sites` gives the counts."""
+    """Counts while it is active; `sites` returns the counts."""
 
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._found_sites: list[tuple[str, str, int]] = []
-        self._sources: dict[int, set[int]] = {}  # of a storage: those that it was made from
+        self._sources: dict[int, set[int]] = {}  # storage -> the ones it was made from
         self._alive: list[Tensor] = []
         self._marks: dict[int, tuple[Tensor, frozenset[str]]] = {}
         for tensor in (*model.parameters(), *model.buffers()):
             self._mark(tensor, {PARAM})
 
     def sites(self, outputs: Sequence[Tensor]) -> Counter[tuple[str, str]]:
-        """Those that the outputs depend on, by kind ("modulation", "gate") and place."""
+        """The sites that the outputs depend on, by kind ("modulation", "gate") and place."""
         reached, new = set(), {_storage(y) for y in outputs}
         while new:
             reached |= new
@@ -154,7 +154,7 @@ class SiteCount(TorchDispatchMode):
 
 
 def place() -> str:
-    """The function of diffusers that runs, with its file."""
+    """The running function of diffusers, with its file."""
     frames = [f for f in traceback.extract_stack() if "/diffusers/" in f.filename]
     return f"{frames[-1].filename.rpartition('/')[2]}: {frames[-1].name}" if frames else "?"
 

@@ -1,9 +1,8 @@
 """Small instances of diffusers' transformers, and inputs for them, from diffusers_models.json.
 
-The file holds for each class the arguments of its constructor and, for each argument of its
-forward, a number, text, or a tensor: `{"shape": [2, 4], "fill": 1.0, "dtype": "int64"}` (normal
-noise where there is no fill), or `{"list": [...], "dtype": ...}`; "items", "tuple" and "dict" hold
-several.
+The file has for each class the arguments of its constructor and, for each argument of its forward,
+a number, a text, or a tensor: `{"shape": [2, 4], "fill": 1.0, "dtype": "int64"}` (normal noise
+without "fill"), or `{"list": [...], "dtype": ...}`; "items", "tuple" and "dict" hold several.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def names() -> list[str]:
 
 
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A model with no weight at zero, and its inputs."""
+    """A model without zero weights, and its inputs."""
     spec = json.loads(MODELS.read_text())[name]
     found = importlib.import_module("diffusers.models.transformers." + spec["module"])
     torch.manual_seed(0)

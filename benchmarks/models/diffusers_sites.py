@@ -1,14 +1,14 @@
 """Checks `torch.compile(model, backend="dblocks")` on each transformer of diffusers.
 
-    python -m benchmarks.models.diffusers_sites               the classes that have no row yet
-    python -m benchmarks.models.diffusers_sites Flux Wan      those whose names begin so, again
-    python -m benchmarks.models.diffusers_sites --table       writes the table into docs/fuse.md
+    python -m benchmarks.models.diffusers_sites               classes without a row python -m
+    benchmarks.models.diffusers_sites Flux Wan      classes with these prefixes, again python -m
+    benchmarks.models.diffusers_sites --table       writes the table into docs/fuse.md
 
-For a small instance of each class, on the CPU in float32: modulated norms and gated residual sums
-that an independent count finds in a plain call (`count_sites`), those that run as fused ops, and
-how far outputs and gradients of all parameters are from those of the plain model. Each class has a
-process and a time limit of its own, and its row is stored as soon as it is there. Sizes and shapes
-of the instances (diffusers_models.json) are those of diffusers' own tests.
+For a small instance of each class, on the CPU in float32: the number of modulated norms and gated
+residual sums found by an independent count in an ordinary call (`count_sites`), the number that run
+as fused ops, and the errors of outputs and gradients of all parameters relative to the plain model.
+Each class runs in its own process with a time limit, and its row is stored at once. Sizes and
+shapes of the instances (diffusers_models.json) are those of diffusers' own tests.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from dblocks.integrations.fuse.nodes import acts_beyond_its_result
 
 RESULTS = Path(__file__).parents[1] / "results" / "fuse" / "diffusers.json"
 KINDS = ("modulation", "gate")
-OUTPUT_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4  # relative; above, a row is wrong
-SMALL = 1e-4  # of the largest gradient: smaller ones are compared with this much of it
+OUTPUT_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4  # largest relative errors of outputs and of gradients
+SMALL = 1e-4  # fraction of the largest gradient: errors of smaller gradients are relative to it
 
 
 class Replaced:
-    """Compiles nothing; counts the fused ops of a graph each time it runs."""
+    """A backend that compiles nothing and counts the fused ops of each run."""
 
     def __init__(self) -> None:
         self.sites: Counter[tuple[str, str]] = Counter()
@@ -64,7 +64,7 @@ class Replaced:
 
 
 def _live(module: GraphModule) -> set[Any]:
-    """The nodes that the outputs need, or that act beyond their result."""
+    """The nodes that the outputs depend on, or that have side effects."""
     nodes = module.graph.nodes
     new = {n for n in nodes if n.op == "output" or acts_beyond_its_result(n)}
     reached: set[Any] = set()
@@ -93,7 +93,7 @@ def _place(node: Any) -> str:
 
 
 def row(name: str) -> dict[str, Any]:
-    """Counts, errors and what was left, of one class."""
+    """Counts, errors and remaining sites of one class."""
     model, inputs = build(name)
     with torch.no_grad(), _plain_flex_attention(), SiteCount(model) as counted:
         sites = counted.sites(_call(model, inputs))
@@ -123,7 +123,7 @@ def row(name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _plain_flex_attention() -> Iterator[None]:
-    """flex_attention runs as it stands; by default it compiles itself, which no counter may see."""
+    """Makes flex_attention run uncompiled, since compilation would hide its operations."""
     from torch.nn.attention import flex_attention as flex
 
     name = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
@@ -153,10 +153,10 @@ def _call(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
 def _outcome(
     run: Any, model: nn.Module, inputs: dict[str, Any], *, gradients: bool = True
 ) -> tuple[list[Tensor], list[Tensor | None], str]:
-    """Outputs, gradients of the parameters, and why there are none.
+    """Outputs, gradients of the parameters, and why there are no gradients.
 
-    Where the plain model has none, a compiled one is not asked for them either: Dynamo compiles no
-    frame again in which tracing failed once.
+    If the plain model has no gradients, they are not computed for the compiled one either: Dynamo
+    does not compile a frame again after tracing has failed.
     """
     if not gradients:
         with torch.no_grad():
@@ -194,7 +194,7 @@ def _gradient_error(want: list[Any], got: list[Any]) -> float:
 
 
 def _warm() -> None:
-    """What every child would load by itself; without a backward, which forbids a later fork."""
+    """Loads what every child needs, without a backward, after which forking is not possible."""
     model, inputs = build("DiTTransformer2DModel")
     with torch.no_grad():
         _call(torch.compile(model, backend=compiler, options={"inner": "eager"}), inputs)
@@ -202,7 +202,7 @@ def _warm() -> None:
 
 
 def _own_error(model: nn.Module, inputs: dict[str, Any], want: list[Any]) -> float:
-    """How far a rounding unit of the inputs moves the gradients of the plain model itself."""
+    """The change of the plain model's gradients due to one rounding unit in the inputs."""
     found = []
     for seed in range(8):
         made = torch.Generator().manual_seed(seed)
@@ -219,12 +219,12 @@ def _own_error(model: nn.Module, inputs: dict[str, Any], want: list[Any]) -> flo
 def _child(name: str, pipe: Any) -> None:
     try:
         pipe.send(row(name))
-    except Exception as error:  # whatever a class does is a row, not the end
+    except Exception as error:  # an error of a class becomes a row and does not end the run
         pipe.send({"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"})
 
 
 def in_child(name: str, limit: float) -> dict[str, Any]:
-    """`row` in a process of its own."""
+    """`row` in a separate process."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(name, there))
@@ -240,7 +240,7 @@ def in_child(name: str, limit: float) -> dict[str, Any]:
 
 
 def stored() -> dict[str, Any]:
-    """What earlier runs left."""
+    """The rows of earlier runs."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"format": 1, "rows": {}}
 
 
@@ -252,12 +252,12 @@ def _store(record: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns 1 where a class is wrong."""
+    """Runs the command; returns 1 if a class is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.models.diffusers_sites",
         description=(__doc__ or "").partition("\n")[0],
     )
-    parser.add_argument("classes", nargs="*", help="beginnings of names; those without a row")
+    parser.add_argument("classes", nargs="*", help="prefixes of names; default: without a row")
     parser.add_argument("--limit", type=float, default=180, help="seconds for each class")
     parser.add_argument("--table", action="store_true", help="only write the table")
     args = parser.parse_args(argv)

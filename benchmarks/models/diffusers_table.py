@@ -12,7 +12,7 @@ BEGIN, END = "<!-- table of classes: begin -->", "<!-- table of classes: end -->
 
 
 def write_table(record: dict[str, Any], output_limit: float, gradient_limit: float) -> int:
-    """Puts the table between its two marks; returns 1 where a row is wrong."""
+    """Writes the table between its two marks; returns 1 if a row is wrong."""
     ran = {k: r for k, r in sorted(record["rows"].items()) if "failed" not in r}
     failed = {k: r["failed"] for k, r in sorted(record["rows"].items()) if "failed" in r}
     lines, done, all_of, total, wrong = [], 0, 0, 0, 0

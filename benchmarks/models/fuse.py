@@ -3,12 +3,12 @@
     python -m benchmarks.models.fuse                2 layers of DiT-XL/2 and of SD3, batch 1, CPU
     python -m benchmarks.models.fuse --device cuda  all 28 and 24 layers, batch 16, bfloat16
 
-A step is a forward and a backward pass. The forms of a model share its parameters and inputs and
-take turns inside every round. Before it is timed, each fused form is compared with float64: its
-output and the gradients of its input and of every parameter may err by twice what the plain model
-of the same kind does and 4 rounding units (compiled sums err more than PyTorch's own, so each kind
-has its budget); the plain forms by DISTANCE in all. A model of more than CHECKED_LAYERS layers is
-compared at that depth, as its float64 copy would not fit a GPU.
+A step is a forward and a backward pass. The forms of a model share parameters and inputs and are
+interleaved in every round. Before timing, each fused form is compared with float64: errors of its
+output and of the gradients of inputs and parameters may be twice those of the plain model of the
+same kind plus 4 rounding units (compiled sums have larger errors than eager ones, so each kind has
+its own budget). The total error of plain forms may be DISTANCE. Models of more than CHECKED_LAYERS
+layers are compared at that depth, as a float64 copy would not fit on a GPU.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ LAYERS = {"cpu": (2, 2), "cuda": (28, 24)}
 BATCH = {"cpu": 1, "cuda": 16}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 CHECKED_LAYERS, CHECKED_BATCH = 2, 2
-TEXT_TOKENS = 77  # one text encoder of CLIP's
-DISTANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # what a form that is not ours may err
+TEXT_TOKENS = 77  # tokens of one CLIP text encoder
+DISTANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # largest total error of plain forms
 FORMS = ("plain", "fused", "plain, torch.compile", "fused, torch.compile")
 FORMAT = 1
 
@@ -83,7 +83,7 @@ def sd3(layers: int, batch: int) -> Case:
 def prepared(
     make: Callable[[int, int], Case], layers: int, batch: int, device: torch.device
 ) -> Case:
-    """A case with modulations away from zero, without dropout of labels."""
+    """A case with modulations different from zero, without label dropout."""
     torch.manual_seed(0)
     case = make(layers, batch)
     with torch.no_grad():
@@ -110,9 +110,9 @@ def step(model: nn.Module, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def forms(case: Case, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The model in every form, of one set of parameters."""
+    """The model in every form, with shared parameters."""
     plain = nn.Module.to(case.model, dtype)
-    # Copies of the modules with the parameters and buffers shared.
+    # Copies of the modules that share parameters and buffers.
     shared = {id(t): t for t in (*plain.parameters(), *plain.buffers())}
     fused = copy.deepcopy(plain, dict(shared))
     fuse_(fused)
@@ -123,10 +123,10 @@ def forms(case: Case, dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 def wrong(got: dict[str, Tensor], eager: dict[str, Tensor], ref64: dict[str, Tensor]) -> str:
-    """Which result is out of its budget; empty if none is."""
+    """The result that exceeds its budget; empty if there is none."""
     largest = max(v.abs().max().item() for v in ref64.values())
     for name, ref in ref64.items():
-        # A gradient that cancels, as that of the keys' bias, is rounding error alone.
+        # Gradients that cancel, such as that of the keys' bias, are only rounding errors.
         if ref.abs().max() > 1e-9 * largest:
             error = (got[name].double() - ref).abs().max().item()
             budget = error_budget(ref, eager[name], got[name].dtype)
@@ -136,14 +136,14 @@ def wrong(got: dict[str, Tensor], eager: dict[str, Tensor], ref64: dict[str, Ten
 
 
 def distance(got: dict[str, Tensor], ref64: dict[str, Tensor]) -> float:
-    """Norm of the error of everything, over that of the reference."""
+    """The norm of all errors, relative to the norm of the reference."""
     errors = [(got[name].double() - ref).norm() for name, ref in ref64.items()]
     total = torch.stack([ref.norm() for ref in ref64.values()]).norm()
     return (torch.stack(errors).norm() / total).item()
 
 
 def check(case: Case, found: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, str]:
-    """What is wrong with each form; empty where nothing is."""
+    """The errors of each form; empty if it is correct."""
     reference = nn.Module.to(copy.deepcopy(case.model), torch.float64)
     ref64 = step(reference, case, torch.float64)
     del reference
@@ -209,7 +209,7 @@ def _inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as markdown, times also over that of the plain model."""
+    """The rows as markdown, with times relative to the plain model."""
     plain = {r["model"]: r["ms"] for r in rows if r["form"] == "plain"}
     lines = []
     for r in rows:
@@ -231,15 +231,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns 1 where a form was wrong."""
+    """Runs the command; returns 1 if a form is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.models.fuse", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=15, help="turns of every form")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of every form")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the table")
     args = parser.parse_args(argv)
-    # diffusers imports transformers, which stops at a torchvision built for another torch.
+    # diffusers imports transformers, which fails with a torchvision built for another torch.
     sys.modules.setdefault("torchvision", None)  # pyright: ignore[reportArgumentType]
     try:
         import diffusers

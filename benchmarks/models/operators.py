@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class OperatorCount(TorchDispatchMode):
-    """Counts the operators that are dispatched inside the `with` block, without views."""
+    """Counts the operators dispatched inside the `with` block, except views."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The tables of docs/paper.md: `python -m benchmarks.models.paper [--plan]` prints them.
 
-The settings of every experiment of the paper with their sources and, with --plan, the memory and
-the time of training it on one H200, all modelled.
+Prints the settings of every experiment of the paper with their sources; with --plan, the modelled
+memory and time of training on one H200.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def run(experiment: Experiment) -> Run:
 
 
 def command(experiment: Experiment) -> str:
-    """The one command of an experiment."""
+    """The command of an experiment."""
     words = f"dblocks train {experiment.network} --recipe paper --data {experiment.data}"
     words += " --data-path PATH"
     return words + (" --tokenizer tokenizer.json" if experiment.tokenizer else "")
 
 
 def settings(experiment: Experiment) -> str:
-    """The command, the settings with their sources, what differs, and the rows of the paper."""
+    """The command, the settings with their sources, the differences, and the rows of the paper."""
     lines = [f"    {command(experiment)}", "", "| setting | value | source |", "|---|---|---|"]
     for name, (value, source) in experiment.published.items():
         lines.append(f"| {name} | {_text(value)} | {source} |")

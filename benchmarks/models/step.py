@@ -1,11 +1,11 @@
-"""Times whole training steps of a ViT: one block's, fused and not, and the step end to end.
+"""Times training steps of a ViT: of one block, fused and not, and end to end.
 
     python -m benchmarks.models.step                D = 384, 12 layers, 65 tokens, batch 32, CPU
     python -m benchmarks.models.step --device cuda  D = 1024, 24 layers, 257 tokens, batch 64, bf16
 
-Each form takes the same batch and optimizer and they take turns inside every round. A block's step
-trains one of three blocks; three of them run as many layers as one step end to end. Before it is
-timed, the loss and the gradients' norm of each form are compared with those of the reference.
+All forms use the same batch and optimizer and are interleaved in every round. A block's step trains
+one of three blocks; three such steps run as many layers as one end-to-end step. Before timing, loss
+and gradient norm of each form are compared with those of the reference.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ SIZES = {
 }
 BATCH = {"cpu": 32, "cuda": 64}
 BLOCKS = 3
-BLOCK = 1  # the one that is trained; all have the same layers
-LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # relative; float32, and bfloat16 autocast
+BLOCK = 1  # the trained block; all have the same layers
+LOSS_TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # relative; for float32, and for bfloat16 autocast
 FORMAT = 1
 
 
 class Form(NamedTuple):
-    """A way to make a step: `run` makes it, `loss` is its forward pass alone."""
+    """A form of the step: `run` makes a step, `loss` is its forward pass."""
 
     run: Callable[[], object]
     loss: Callable[[], Tensor]
@@ -57,7 +57,7 @@ def _reference(x: Tensor) -> str:
 
 @contextmanager
 def reference_only() -> Iterator[None]:
-    """Every op with impl="auto" uses plain PyTorch inside."""
+    """Makes ops with impl="auto" use the reference inside the `with` block."""
     with mock.patch.object(_dispatch, "_auto", _reference):
         yield
 
@@ -71,10 +71,10 @@ def forms(device: torch.device, sizes: dict[str, int] | None = None) -> dict[str
         "images": torch.randn(BATCH[device.type], vit.config.channels, *size, device=device),
         "labels": torch.randint(vit.config.num_classes, (BATCH[device.type],), device=device),
     }
-    nn.init.normal_(vit.classifier.weight, std=0.02)  # at zero no gradient reaches the layers
+    nn.init.normal_(vit.classifier.weight, std=0.02)  # at zero, layers get no gradients
     model = DiffusionBlocks(vit, BlocksConfig(num_blocks=BLOCKS))
     draw = model.draw(batch, BLOCK, generator=torch.Generator().manual_seed(0))
-    # A rate of 0: every round computes the same, and the forms can be compared at any time.
+    # With a learning rate of 0 all rounds compute the same, and forms can be compared at any time.
     optimizers = make_optimizers(model, lambda p: torch.optim.AdamW(p, lr=0.0, fused=True))
     whole = torch.optim.AdamW(vit.parameters(), lr=0.0, fused=True)
     moved = optimizers.of_block(BLOCK)
@@ -124,9 +124,9 @@ def forms(device: torch.device, sizes: dict[str, int] | None = None) -> dict[str
 
 
 def launches(form: Form, device: torch.device) -> int | None:
-    """Kernels that a step launches on a GPU; operators that it calls on a CPU.
+    """Number of kernel launches of a step on a GPU, or of operators on a CPU.
 
-    None for compiled code on a CPU, which calls none.
+    None for compiled code on a CPU, which calls no operators.
     """
     form.run()
     if device.type == "cuda":
@@ -182,7 +182,7 @@ def measure(device: torch.device, rounds: int, sizes: dict[str, int] | None = No
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as markdown, times also over that of the fused block."""
+    """The rows as markdown, with times relative to the fused block."""
     ours = next((r["ms"] for r in rows if r["form"] == "block, fused" and "ms" in r), None)
     lines = []
     for r in rows:
@@ -203,12 +203,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns 1 where a form was wrong."""
+    """Runs the command; returns 1 if a form is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.models.step", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=15, help="turns of every form")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of every form")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the table")
     args = parser.parse_args(argv)
     device = torch.device(args.device)

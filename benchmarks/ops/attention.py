@@ -1,8 +1,8 @@
 """doubled_attention in the benchmark: shapes [N, H, Hkv, T, Dh], baselines, allowed pairs.
 
-Each baseline computes doubled_attention at `block_size=1`, but for `causal_2T`: one causal
-attention over both halves, with twice the pairs, a baseline in time only. It is checked against its
-own definition.
+Each baseline computes doubled_attention with `block_size=1`, except `causal_2T`: one causal
+attention over both halves, with twice the pairs, for comparison of times only. It is checked
+against its own definition.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPES = {
         (1, 4, 4, 1024, 128),
         (1, 8, 2, 1024, 64),
     ),
-    # The most valuable first: a budget leaves out the last.
+    # Most important first: a budget may leave out the last ones.
     "cuda": (
         (4, 16, 16, 4096, 128),
         (4, 32, 32, 4096, 64),
@@ -46,11 +46,11 @@ SHAPES = {
         (4, 16, 16, 16384, 128),
     ),
 }
-# On a CPU without bfloat16 instructions the baselines' backward takes ten times as long in it; ours
-# computes in float32 either way. `--dtype bfloat16` times it.
+# On a CPU without bfloat16 instructions, the baselines' backward is ten times slower in bfloat16;
+# dblocks always computes in float32. `--dtype bfloat16` times it.
 DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
-# As others set them by hand for such masks: smaller tiles than FlexAttention's, which partial
-# blocks of the mask fill badly.
+# Smaller tiles than FlexAttention's defaults, as others set by hand for such masks, which have many
+# partial blocks.
 TUNED_FLEX: FlexKernelOptions = {
     "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 64,
 }  # fmt: skip
@@ -77,11 +77,11 @@ def work(shape: Sequence[int], size: int) -> Work:
     )
 
 
-MAX_BASELINE_BYTES = 20e9  # a baseline that needs more on a GPU takes no part
+MAX_BASELINE_BYTES = 20e9  # baselines that need more on a GPU are left out
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-    """Our own reference, which holds all scores; on a GPU only where they are not too many."""
+    """The reference, which stores all scores; on a GPU only if they fit."""
     needed = 4 * q.element_size() * q.shape[0] * q.shape[1] * q.shape[2] ** 2
     if q.is_cuda and needed > MAX_BASELINE_BYTES:
         raise torch.OutOfMemoryError(f"{needed / 1e9:.0f} GB of scores")
@@ -100,7 +100,7 @@ def _mask(q: Tensor) -> Tensor:
 
 
 def _by_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Dense float64 attention, a head at a time, which is recomputed in the backward."""
+    """Dense float64 attention, one head at a time, recomputed in the backward."""
 
     def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -math.inf)
@@ -113,12 +113,12 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-    """PyTorch's attention with the mask; on GPUs by the kernel that is right at every T."""
+    """PyTorch's attention with the mask; on GPUs, with the backend that is correct at every T."""
     if q.dtype == torch.float64:
         return (_by_head(q, k, v, _mask(q)),)
     if q.is_cpu:
         return (F.scaled_dot_product_attention(q, k, v, _mask(q), enable_gqa=True),)
-    # cuDNN's gradients are NaN for a mask of some lengths (pytorch issue 196678).
+    # For some lengths of the mask, cuDNN's gradients are NaN (pytorch issue 196678).
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         return (F.scaled_dot_product_attention(q, k, v, _mask(q)),)
@@ -138,9 +138,9 @@ def _causal_definition(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
 
 
 def flex(options: FlexKernelOptions | None = None) -> Implementation:
-    """Compiled FlexAttention; the block mask is made once for each T."""
+    """Compiled FlexAttention; the block mask is created once for each T."""
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # the backward is timed again and again
+    torch._functorch.config.donated_buffer = False  # the backward is called repeatedly
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     masks = {}
 
@@ -163,12 +163,12 @@ def flex(options: FlexKernelOptions | None = None) -> Implementation:
 
 
 def composed(backend: Backend) -> Implementation:
-    """The composition of one backend's causal attention."""
+    """Composed attention with one backend's causal attention."""
     return lambda q, k, v: (D.doubled_attention(q, k, v, impl="composed", backend=backend),)
 
 
 def baselines(device: torch.device) -> dict[str, Implementation | Absent | Baseline]:
-    """Who takes part beside dblocks and the dense mask."""
+    """Baselines in addition to the dense mask."""
     found: dict[str, Implementation | Absent | Baseline] = {
         "causal_2T": Baseline(causal_2T, definition=_causal_definition),
         "reference": reference,

@@ -1,8 +1,8 @@
-"""Who takes part beside dblocks: eager PyTorch, torch.compile, and libraries where installed.
+"""Baselines: eager PyTorch, torch.compile, and libraries if installed.
 
-A baseline that is not there is named with the reason, never left out silently. torch.compile must
-make one graph (`fullgraph`), and starts afresh for every shape and dtype, so that its limit of
-recompilations, past which it silently runs eager code, is never reached.
+A missing baseline is listed with the reason. torch.compile must produce one graph (`fullgraph`). It
+is reset for every shape and dtype, so that its limit of recompilations, after which it silently
+runs eager code, is never reached.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from benchmarks.ops.registry import EPS
 
 
 def compiled(function: Implementation, **options: bool) -> Implementation:
-    """`function` as one graph of torch.compile, with these options of Inductor."""
+    """`function` compiled into one graph, with these options of Inductor."""
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # the backward is timed again and again
+    torch._functorch.config.donated_buffer = False  # the backward is called repeatedly
     return torch.compile(function, fullgraph=True, dynamic=False, options=dict(options))
 
 
 def liger_modulated_rms_norm() -> Implementation:
-    """Liger's fused RMS norm and modulation, one row of it for each sample."""
+    """Liger's fused RMS norm and modulation, with one modulation row per sample."""
     from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
         liger_modulated_rms_norm as norm,
     )
@@ -55,7 +55,7 @@ def flash_attn_layer_norm() -> Implementation:
 
 
 def _norm_then_modulate(norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Implementation:
-    """These norms want a weight and a bias: ones and zeros, made once for each width and dtype."""
+    """Adapts norms that need a weight and a bias: ones and zeros, cached per width and dtype."""
     made: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def call(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor]:
@@ -77,13 +77,13 @@ LIBRARIES: dict[str, tuple[str, Callable[[], Implementation]]] = {
 def implementations_of(
     op: Op, device: torch.device
 ) -> dict[str, Implementation | Absent | Baseline]:
-    """Everyone that takes part in the benchmark of `op`: what to call, or why it is absent."""
+    """The implementations in the benchmark of `op`: the function, or why it is absent."""
     found: dict[str, Implementation | Absent | Baseline] = {"dblocks": op.ours, "eager": op.eager}
     if op.baselines is not None:
         return found | op.baselines(device)
     found["torch.compile"] = compiled(op.eager)
     if op.oracle is not None:
-        # On a CPU the generator that Inductor writes is slower than PyTorch's own.
+        # On a CPU Inductor's random numbers are slower than PyTorch's own.
         found["torch.compile fallback_random"] = compiled(op.eager, fallback_random=True)
     for name in op.others:
         package, build = LIBRARIES[name]

@@ -10,21 +10,21 @@ from torch import Tensor
 from benchmarks.ops.op import Implementation, Op
 from dblocks.testing import error_budget
 
-# How far others may pass the budget that holds for dblocks. It follows eager PyTorch, whose sums
-# over rows are unusually exact; those of torch.compile, row after row, are not wrong for that.
+# Factor on the budget of dblocks for baselines. The budget follows eager PyTorch, whose sums over
+# rows are unusually exact; torch.compile's sequential sums are less exact but not wrong.
 BASELINE_SLACK = 8
-SIZE_TOLERANCE = 0.05  # of the standard deviation of what holds a baseline's own noise
+SIZE_TOLERANCE = 0.05  # relative, of the standard deviation of own noise
 
 _upstream: dict[tuple, Tensor] = {}
 
 
 def tensors(outputs: Sequence[Tensor | None]) -> list[Tensor]:
-    """Those outputs that are there."""
+    """The outputs that are not None."""
     return [o for o in outputs if o is not None]
 
 
 def upstream(output: Tensor) -> Tensor:
-    """A normal upstream gradient, drawn once: zeros and ones would let a GPU's clock run faster."""
+    """A normal upstream gradient, drawn once: with zeros or ones a GPU's clock would be faster."""
     key = (output.shape, output.dtype, output.device)
     if key not in _upstream:
         g = torch.Generator(output.device).manual_seed(1)
@@ -35,14 +35,14 @@ def upstream(output: Tensor) -> Tensor:
 
 
 def leaves_of(op: Op, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs, of which those that take part in the backward require gradients."""
+    """The inputs as leaves; those with gradients in the op require them."""
     return {k: v.detach().requires_grad_(k in op.needs_grad) for k, v in inputs.items()}
 
 
 def gradients(
     op: Op, outputs: Sequence[Tensor], leaves: dict[str, Tensor], *, keep_graph: bool = True
 ) -> list[Tensor]:
-    """The gradients of the inputs; the graph is kept where the backward is timed again."""
+    """The gradients of the inputs; the graph is kept if the backward is called again."""
     wanted = [leaves[name] for name in op.needs_grad]
     given = [upstream(o) for o in outputs]
     return list(torch.autograd.grad(outputs, wanted, given, retain_graph=keep_graph))
@@ -64,9 +64,9 @@ def wrong(
     inputs: dict[str, Tensor],
     definition: Implementation | None = None,
 ) -> str:
-    """Why the result cannot be trusted; empty where it can.
+    """The error of an implementation; empty if it is correct.
 
-    A baseline that computes another result than the op has a `definition` of its own.
+    A baseline whose result differs from the op's has its own `definition`.
     """
     got = results(op, call, inputs)
     if not all(torch.isfinite(o).all() for o in got):
@@ -89,7 +89,7 @@ def wrong(
 def _with_upstream_of(
     op: Op, call: Implementation, inputs: dict[str, Tensor], like: Sequence[Tensor]
 ) -> list[Tensor]:
-    """`results`, with the upstream gradients that the narrower outputs `like` had."""
+    """`results`, with the upstream gradients of the outputs `like`, which have narrower dtypes."""
     if not op.needs_grad:
         return results(op, call, inputs)
     leaves = leaves_of(op, inputs)
@@ -101,7 +101,7 @@ def _with_upstream_of(
 
 
 def _wrong_size(got: Sequence[Tensor], eager: Sequence[Tensor]) -> str:
-    """Own noise can only be as large as that of eager PyTorch."""
+    """Compares only the standard deviation of a baseline's own noise with that of eager PyTorch."""
     pairs = [(o.double().std(), e.double().std()) for o, e in zip(got, eager, strict=True)]
     bad = [
         f"standard deviation {o:.4f} != {e:.4f}"

@@ -1,8 +1,8 @@
 """linear_cross_entropy in the benchmark: shapes [R, V, D], baselines, matrix products.
 
-dblocks computes gradients in the forward of a call that needs them, so of the directions `both` is
-what a training step costs, and `backward` only a multiplication. The losses of others have no
-weight for each row: they are baselines in time and memory, checked against their own definition.
+dblocks computes gradients in the forward, if they are needed: `both` is the cost of a training
+step, and `backward` only a multiplication. Losses of other libraries have no weight per row: they
+are compared in time and memory and checked against their own definition.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 import dblocks.functional as D
 from benchmarks.ops.op import SEED, Absent, Baseline, Implementation, Op, Work
 
-# A vocabulary of words, and one of characters, of which the logits are next to nothing.
+# A vocabulary of words, and one of characters, whose logits are small.
 SHAPES = {
     "cpu": ((2048, 50_304, 768), (2048, 103, 192)),
     "cuda": ((16_384, 50_257, 2048), (8192, 128_256, 4096), (2048, 103, 192)),
 }
-# A CPU without 16-bit matrix instructions takes minutes for eager PyTorch's products in them.
+# On a CPU without 16-bit matrix instructions, eager PyTorch's 16-bit products take minutes.
 DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}
 
 
 def make(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Rows, a weight that gives normal logits, classes, and weights of the rows."""
+    """Rows, a weight for normally distributed logits, classes, and weights of the rows."""
     R, V, width = shape
     g = torch.Generator(device).manual_seed(SEED)
     return {
@@ -38,7 +38,7 @@ def make(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict
 
 
 def work(shape: Sequence[int], size: int) -> Work:
-    """One product forward and two backward; logits that are never in memory are not counted."""
+    """One product forward and two backward; logits need not be in memory and are not counted."""
     R, V, width = shape
     read = (R + V) * width * size
     return Work(
@@ -60,12 +60,12 @@ def eager(h: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor) -> tupl
 
 
 def mean(h: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor) -> tuple[Tensor]:
-    """What the losses of others compute, without weights."""
+    """The unweighted mean, as computed by losses of other libraries."""
     return (F.cross_entropy(_logits(h, weight), target.long()),)
 
 
 def torch_chunked() -> Implementation:
-    """PyTorch's own loss in chunks; the graph is kept to be timed again."""
+    """PyTorch's own chunked loss; the graph is kept, as its backward is called repeatedly."""
     options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
 
     def call(h: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor) -> tuple[Tensor]:
@@ -84,7 +84,7 @@ def liger() -> Implementation:
 
 
 def cut_cross_entropy() -> Implementation:
-    """Apple's loss, which holds no logits at all."""
+    """Apple's loss, which stores no logits."""
     from cut_cross_entropy import (  # pyright: ignore[reportMissingImports]
         linear_cross_entropy as loss,
     )
@@ -99,7 +99,7 @@ LIBRARIES = {
 
 
 def baselines(device: torch.device) -> dict[str, Implementation | Absent | Baseline]:
-    """Who takes part beside dblocks and eager PyTorch."""
+    """Baselines in addition to eager PyTorch."""
     from benchmarks.ops.baselines import compiled
 
     found: dict[str, Implementation | Absent | Baseline] = {"torch.compile": compiled(eager)}

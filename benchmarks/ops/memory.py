@@ -2,7 +2,7 @@
 
     python -m benchmarks.ops.memory adaln eager float32 4 1024 1024
 
-prints the bytes by which forward and backward raise the resident memory of the process.
+prints the increase of the process's resident memory in forward and backward, in bytes.
 """
 
 import sys

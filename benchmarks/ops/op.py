@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 Implementation = Callable[..., Sequence[Tensor | None]]
-Absent = str  # why a baseline is not there
+Absent = str  # reason why a baseline is absent
 
 SEED = 20_261_123
 
-# The shapes [N, T, D] of each device; that of the GPU has 64M elements, 128 MiB in bfloat16.
+# Shapes [N, T, D] for each device; that of the GPU has 64M elements, 128 MiB in bfloat16.
 SHAPES = {
     "cpu": ((4, 64, 192), (2, 512, 768), (4, 1024, 1024), (2, 2048, 2048)),
     "cuda": ((8, 4096, 2048), (4, 256, 768)),
@@ -20,7 +20,7 @@ DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 
 
 class Work(NamedTuple):
-    """What a call has to move and to compute."""
+    """Bytes to move and operations of a call."""
 
     bytes_forward: int
     bytes_backward: int
@@ -29,10 +29,10 @@ class Work(NamedTuple):
 
 
 class Baseline(NamedTuple):
-    """An implementation, with what sets it apart from the others."""
+    """An implementation with its differences from the op."""
 
     call: Implementation
-    definition: Implementation | None = None  # plain PyTorch, where it computes another result
+    definition: Implementation | None = None  # plain PyTorch, if its result differs from the op's
     forward_only: str = ""  # why
 
 
@@ -44,11 +44,11 @@ class Op(NamedTuple):
     needs_grad: tuple[str, ...]
     ours: Implementation
     eager: Implementation
-    work: Callable[[Sequence[int], int], Work]  # of a shape and the size of the dtype
-    # Of an op whose baselines draw other noise, of which only the size can be compared: plain
-    # PyTorch with the noise of dblocks, which that is checked against.
+    work: Callable[[Sequence[int], int], Work]  # a function of a shape and the size of the dtype
+    # For ops whose baselines draw their own noise, so that only its size can be compared: plain
+    # PyTorch with the noise of dblocks, to check dblocks.
     oracle: Implementation | None = None
-    others: tuple[str, ...] = ()  # names in baselines.py, beside eager and torch.compile
+    others: tuple[str, ...] = ()  # names in baselines.py, in addition to eager and torch.compile
     shapes: dict[str, tuple[tuple[int, ...], ...]] = SHAPES
     dtypes: dict[str, tuple[str, ...]] = DTYPES
     # Instead of torch.compile and `others`.

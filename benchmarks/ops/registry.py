@@ -1,9 +1,9 @@
-"""Every op once: shapes, inputs, its baselines in their best eager form, bytes and operations.
+"""All ops: shapes, inputs, eager PyTorch in its best form, bytes and operations.
 
-Bytes are what an implementation that fuses everything reads and writes, for most ops counted per
-element of [N, T, D] with `e` the size of the dtype; modulations and losses are left out as too
-small to count. Operations are the additions and multiplications of the formula, a function counting
-as one; of noise they are the 32-bit multiplications, additions and exclusive ors of Philox as well.
+Bytes are those read and written by a fully fused implementation, for most ops per element of
+[N, T, D] with `e` the size of the dtype; modulations and losses are small and not counted.
+Operations are the additions and multiplications of the formula, where a function counts as one; for
+noise they include the 32-bit multiplications, additions and exclusive ors of Philox.
 """
 
 import math
@@ -24,7 +24,7 @@ def _per_element(
     bytes_forward: Callable[[int], int], bytes_backward: Callable[[int], int],
     operations: tuple[int, int],
 ) -> Callable[[Sequence[int], int], Work]:  # fmt: skip
-    """The work of an op that has as much to do for every element of its shape."""
+    """The work of an op with the same cost for every element."""
 
     def work(shape: Sequence[int], size: int) -> Work:
         each = (bytes_forward(size), bytes_backward(size), *operations)
@@ -52,7 +52,7 @@ def _rows(*names: str) -> Callable[..., dict[str, Tensor]]:
 
 
 def _diffusion(*names: str) -> Callable[..., dict[str, Tensor]]:
-    """Normal tensors [N, T, D] (z and denoised in float32) and one sigma a sample."""
+    """Normal tensors [N, T, D] (z and denoised in float32) and one sigma per sample."""
 
     def make(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         g = torch.Generator(device).manual_seed(SEED)

@@ -1,4 +1,4 @@
-"""Tables and charts of a result file of `benchmarks.ops.run`, and what changed since another.
+"""Tables and charts of a result file of `benchmarks.ops.run`, and changes since an earlier one.
 
 python -m benchmarks.ops.report benchmarks/results/ops-cpu.json
 python -m benchmarks.ops.report new.json --compare old.json --out folder
@@ -21,14 +21,14 @@ Key = tuple[str, tuple[int, ...], str, str]  # op, shape, dtype, direction
 
 FORMAT = 3
 OURS = "dblocks"
-CHANGE = 1.1  # a time that differs by less may be the machine's
+CHANGE = 1.1  # smaller changes may be noise of the machine
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file; one of format 2, in which an implementation is a "peer", is converted.
+    """Reads a result file; files of format 2, which call an implementation "peer", are converted.
 
     Raises:
-        ValueError: the file is none, or of another format.
+        ValueError: it is not a result file, or has another format.
     """
     try:
         result = json.loads(path.read_text())
@@ -46,12 +46,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def key(row: Row) -> Key:
-    """What a row is of, but for the implementation."""
+    """The case of a row: everything that identifies it except the implementation."""
     return row["op"], tuple(row["shape"]), row["dtype"], row["direction"]
 
 
 def ratios(rows: Iterable[Row]) -> dict[Key, dict[str, float]]:
-    """The time of each implementation over that of dblocks, in each case that has both."""
+    """The time of each implementation relative to dblocks, for each case that has both."""
     rows = list(rows)
     ours = {key(r): r["ms"] for r in rows if r["implementation"] == OURS and "ms" in r}
     found: dict[Key, dict[str, float]] = {}
@@ -74,7 +74,7 @@ def _case(k: Key) -> tuple[str, str, str, str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Every row: time, rate, percent of the copy, and how much faster dblocks is."""
+    """All rows: time, rate, percent of the copy, and the ratio to dblocks."""
     header = (
         "op", "shape", "dtype", "direction", "implementation", "ms (p20-p80)", "GB/s", "% of copy",
         "GFLOP/s", "dblocks is", "first call, ms", "peak, MiB",
@@ -102,7 +102,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def targets(result: dict[str, Any]) -> str:
-    """Each target with the worst case that it covers; empty where it covers none of the rows."""
+    """Each target with its worst case; empty if it covers none of the rows."""
     times, lines = ratios(result["rows"]), []
     for target in TARGETS:
         cases = {
@@ -130,12 +130,12 @@ def _names(times: dict[str, float]) -> set[str]:
 
 
 def _against(times: dict[str, float], target: Target) -> float:
-    """Against the fastest form of the baseline: torch.compile takes part in two for noise."""
+    """The ratio to the fastest form of a baseline: for noise, torch.compile has two forms."""
     return min(v for name, v in times.items() if name.partition(" ")[0] == target.baseline)
 
 
 def overheads(rows: Sequence[Row]) -> str:
-    """Time of a call on next to no data."""
+    """The time of a call on one row of eight elements."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         found.setdefault((row["op"], row["direction"]), {})[row["implementation"]] = row["host_us"]
@@ -147,7 +147,7 @@ def overheads(rows: Sequence[Row]) -> str:
 
 
 def comparison(new: dict[str, Any], old: dict[str, Any]) -> str:
-    """The cases that changed, by their ratio to eager, which a drift of the clock spares."""
+    """The cases that changed, by their ratio to eager, which cancels a drift of the clock."""
     before = ratios(old["rows"])
     lines = []
     for k, times in ratios(new["rows"]).items():
@@ -189,7 +189,7 @@ def document(result: dict[str, Any], old: dict[str, Any] | None = None) -> str:
 
 
 def chart(rows: Sequence[Row], op: str, path: Path) -> None:
-    """A bar chart of one op as PNG: how much faster dblocks is than each baseline in each case."""
+    """A bar chart of one op as PNG: the speed of dblocks relative to each baseline in each case."""
     from matplotlib.figure import Figure
 
     times = {k: t for k, t in ratios(rows).items() if k[0] == op}

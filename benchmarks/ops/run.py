@@ -1,15 +1,15 @@
 """Times every op and its baselines, each checked against float64 before it is timed.
 
-    python -m benchmarks.ops.run                      all shapes of this machine's CPU
-    python -m benchmarks.ops.run --device cuda        64M elements in bfloat16 (128 MiB a tensor)
-    python -m benchmarks.ops.run --device cuda --budget 180  the first shape of every op first
-    python -m benchmarks.ops.run --op adaln --rounds 20
-    python -m benchmarks.ops.run --compare old.json   and what has changed since
+    python -m benchmarks.ops.run                      all shapes of this machine's CPU python -m
+    benchmarks.ops.run --device cuda        64M elements in bfloat16 (128 MiB a tensor) python -m
+    benchmarks.ops.run --device cuda --budget 180  the first shape of every op first python -m
+    benchmarks.ops.run --op adaln --rounds 20 python -m benchmarks.ops.run --compare old.json   also
+    print changes
 
-Baselines take turns inside every round, so that a drift of the clock meets all of them; our own
-reference has its turns after them. A figure is the median over the rounds, with the 20th and 80th
-percentiles. An output or gradient that is wrong gets no figure. The ceilings, a copy of a tensor of
-the same size and a matrix product, are timed in the same run.
+Implementations are interleaved in every round, so that a drift of the clock affects all of them;
+the reference of dblocks is timed afterwards. A figure is the median over the rounds, with the 20th
+and 80th percentiles. Implementations with a wrong output or gradient get no figure. The ceilings, a
+copy of a tensor of the same size and a matrix product, are timed in the same run.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from benchmarks.ops.op import DTYPES, Absent, Baseline, Implementation, Op, Work
 from benchmarks.ops.registry import OPS
 
 DIRECTIONS = ("forward", "backward", "both")
-REFERENCE = "reference"  # the name of our own reference where it is a baseline
-OVERHEAD_WIDTH = 8  # of one row, where a CPU call is all overhead
+REFERENCE = "reference"  # name of the dblocks reference as a baseline
+OVERHEAD_WIDTH = 8  # one row, for which a CPU call is all overhead
 NO_MEMORY = "out of memory"
 
 
@@ -81,8 +81,8 @@ def measure(
         runs |= {n: call_of(op, p.call, inputs, direction) for n, p in taking_part.items()}
         full = _without_memory(runs)
         runs = {n: run for n, run in runs.items() if n not in full}
-        # The reference may fill gigabytes, after which the next one finds the machine slower for
-        # more than a call: it takes its turns when the others had theirs.
+        # The reference may fill gigabytes, after which the machine is slower for more than a call:
+        # it is timed after the others.
         last = {n: runs.pop(n) for n in [REFERENCE] if n in runs}
         times = timing.interleaved(runs, device, rounds) | timing.interleaved(last, device, rounds)
         copy = 2 * source.nbytes / statistics.median(times.pop("copy"))
@@ -114,7 +114,7 @@ def _figures(times: list[float], moved: float, operations: float, copy: float) -
 
 
 def _without_memory(runs: dict[str, timing.Run]) -> list[str]:
-    """Those whose call does not fit the device: their rows say so, and the others are timed."""
+    """The implementations that run out of memory; their rows say so, and the others are timed."""
     full = []
     for name, run in runs.items():
         try:
@@ -126,7 +126,7 @@ def _without_memory(runs: dict[str, timing.Run]) -> list[str]:
 
 
 def as_baseline(call: Implementation | Baseline) -> Baseline:
-    """An implementation with what sets it apart, if anything does."""
+    """An implementation as a `Baseline`."""
     return call if isinstance(call, Baseline) else Baseline(call)
 
 
@@ -141,7 +141,7 @@ def _examine(
     inputs: dict[str, Tensor],
     device: torch.device,
 ) -> dict[str, Any]:
-    """What is known before the timing: absent, wrong, and the cost of a first call."""
+    """The results before timing: absent, wrong, and the time of the first call."""
     if isinstance(given, str):
         return {"absent": given, "wrong": ""}
     baseline = as_baseline(given)
@@ -155,7 +155,7 @@ def _examine(
 
 
 def overhead(op: Op, device: torch.device) -> list[dict[str, Any]]:
-    """Microseconds of a CPU call on one row of eight elements, where the arithmetic is nothing."""
+    """Microseconds of a CPU call on one row of eight elements, with negligible arithmetic."""
     dims = len(op.shapes[device.type][0])
     inputs = op.make((*(1,) * (dims - 1), OVERHEAD_WIDTH), torch.float32, device)
     rows = []
@@ -179,7 +179,7 @@ def _of_direction(work: Work, direction: str) -> tuple[int, int]:
 def call_of(
     op: Op, call: Implementation, inputs: dict[str, Tensor], direction: str
 ) -> Callable[[], object]:
-    """What to call again and again to time a direction of an implementation."""
+    """The function to call repeatedly to time a direction of an implementation."""
     leaves = leaves_of(op, inputs)
     if direction == "forward" or not op.needs_grad:
 
@@ -205,10 +205,10 @@ def run(
     budget: float | None = None,
     emit: Callable[[dict[str, Any]], object] = lambda row: None,
 ) -> dict[str, Any]:
-    """Everything, as the JSON values of a result file; progress goes to stderr.
+    """Runs the benchmark; returns the JSON values of a result file. Progress goes to stderr.
 
-    `emit` gets each row as it comes. With a `budget` in seconds the first shape of every op comes
-    before the second of any, and what it does not allow has a row that says so.
+    `emit` is called with each row. With a `budget` in seconds, the first shapes of all ops are
+    timed before second ones, and cases beyond the budget have a row that says so.
     """
     kind, began = device.type, time.monotonic()
     rows: list[dict[str, Any]] = []
@@ -253,13 +253,13 @@ def run(
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    """Adds a row to the file that is there until the run has ended, or was cut off."""
+    """Adds a row to the temporary file, which remains if the run is interrupted."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns 1 where an implementation was wrong."""
+    """Runs the command; returns 1 if an implementation is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ops.run",
         description=(__doc__ or "").partition("\n")[0],
@@ -272,8 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shape", type=int, nargs="+", metavar="SIZE", action="append",
         help="N T D; N H Hkv T Dh of doubled_attention, R V D of linear_cross_entropy; repeatable",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=10, help="turns of every implementation")
-    parser.add_argument("--budget", type=float, help="seconds; the least valuable is left out")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of every implementation")
+    parser.add_argument("--budget", type=float, help="seconds; leaves out the last cases")
     parser.add_argument("--memory", action="store_true", help="peak memory, in fresh processes")
     parser.add_argument("--out", type=Path, help="folder of the result files")
     parser.add_argument("--compare", type=Path, help="a result file to compare with")
@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(report.document(result, old))
     if args.out:
-        lines.unlink()  # the whole record takes its place
+        lines.unlink()  # replaced by the whole record
         path = args.out / f"ops-{device.type}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         report.write(result, path.with_suffix(""), old)

@@ -1,4 +1,4 @@
-"""The speeds that must hold, as ratios of a baseline's time to that of dblocks in one run."""
+"""Required speeds, as ratios of a baseline's time to that of dblocks in one run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from benchmarks.ops.attention import SHAPES
 
-BOUND_BY_MEMORY = ((2, 2048, 2048), "float32")  # 32 MiB a tensor: little but the copy remains
+BOUND_BY_MEMORY = ((2, 2048, 2048), "float32")  # 32 MiB per tensor: close to the time of a copy
 SMALL = (4, 64, 192)
 WORDS = ((2048, 50_304, 768), "float32")
 
 
 class Target(NamedTuple):
-    """dblocks is `at_least` this many times as fast as `baseline`, in all cases or in one."""
+    """dblocks must be `at_least` this many times as fast as `baseline`, in all cases or in one."""
 
     op: str
     direction: str
@@ -23,7 +23,7 @@ class Target(NamedTuple):
     but: tuple[tuple[tuple[int, ...], str | None], ...] = ()
 
     def covers(self, op: str, shape: Sequence[int], dtype: str, direction: str) -> bool:
-        """Whether the target speaks of this case."""
+        """Whether the target applies to a case."""
         if (op, direction) != (self.op, self.direction):
             return False
         if self.only is not None:
@@ -36,7 +36,7 @@ def _is(case: tuple[tuple[int, ...], str | None], shape: Sequence[int], dtype: s
 
 
 def _attention() -> tuple[Target, ...]:
-    """Of doubled_attention on CPUs, by T: eager is PyTorch's attention with the dense mask."""
+    """Targets of doubled_attention on CPUs, by T; eager is PyTorch's with a dense mask."""
     at_least = {
         256: {"eager": 1.6},
         512: {"eager": 1.6, "causal_2T": 1.1, "flex": 1.0},
@@ -53,10 +53,10 @@ def _attention() -> tuple[Target, ...]:
     )  # fmt: skip
 
 
-# Of the C++ ops and the composed attention, for CPUs with 2 cores and AVX-512.
+# For the C++ ops and composed attention, on CPUs with 2 cores and AVX-512.
 TARGETS = (
     *_attention(),
-    # Eager PyTorch holds the logits of all rows and their gradient.
+    # Eager PyTorch stores the logits of all rows and their gradient.
     Target("linear_cross_entropy", "both", "eager", 1 / 1.35, only=WORDS),
     Target("adaln", "forward", "torch.compile", 1.4),
     Target("adaln", "forward", "eager", 2.7, but=((SMALL, None),)),

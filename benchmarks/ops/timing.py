@@ -1,4 +1,4 @@
-"""Clocks: baselines in turns, medians, the ceilings of the machine, memory, first calls."""
+"""Measurements: interleaved timing, medians, ceilings of the machine, memory, first calls."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from typing import Any
 
 import torch
 
-ROUND_MS = 20.0  # the share of one implementation of a round, if one call takes less
+ROUND_MS = 20.0  # shortest time of an implementation in a round; shorter calls are repeated
 MAX_REPEATS = 200
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
-# Everyone gets its large tensors from the heap and keeps them there: fresh pages, which the
-# system clears one by one, would be timed otherwise.
-# glibc maps what is over 32 MiB afresh, whatever its threshold, unless it may not map at all.
+# Large tensors come from the heap and stay there; otherwise fresh pages, which the system clears
+# one by one, would be part of the time. glibc uses mmap above 32 MiB, whatever its threshold,
+# unless mmap is disabled.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000"}
 
 Run = Callable[[], object]
 
 
 def restart_with_malloc_settings() -> None:
-    """Starts this process again with MALLOC in its environment, where it is not yet there."""
+    """Restarts this process with MALLOC in its environment, unless it is set."""
     if any(os.environ.get(k) != v for k, v in MALLOC.items()):
         os.environ.update(MALLOC)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def clock(run: Run, device: torch.device, repeats: int) -> float:
-    """Milliseconds for one call, as the mean of `repeats` calls."""
+    """Milliseconds per call, the mean of `repeats` calls."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -51,7 +51,7 @@ def clock(run: Run, device: torch.device, repeats: int) -> float:
 def interleaved(
     runs: dict[str, Run], device: torch.device, rounds: int, *, round_ms: float = ROUND_MS
 ) -> dict[str, list[float]]:
-    """The times of every run, `rounds` of each, taken in turns after a warm-up."""
+    """The times of every run in `rounds` interleaved rounds, after a warm-up."""
     repeats = {}
     for name, run in runs.items():
         clock(run, device, 2)
@@ -71,7 +71,7 @@ def summary(times: Sequence[float]) -> dict[str, float]:
 
 
 def first_call_ms(run: Run, device: torch.device) -> float:
-    """Milliseconds of the next call, to its end: what compiles at the first call compiles in it."""
+    """Milliseconds of the next call, which includes compilation."""
     began = time.perf_counter()
     run()
     if device.type == "cuda":
@@ -80,7 +80,7 @@ def first_call_ms(run: Run, device: torch.device) -> float:
 
 
 def host_us(run: Run, device: torch.device, calls: int = 200) -> float:
-    """Microseconds until a call returns, the device's work not waited for; the best of 5 rounds."""
+    """Microseconds until a call returns, without waiting for the device; the best of 5 rounds."""
     best = float("inf")
     for _ in range(5):
         if device.type == "cuda":
@@ -93,7 +93,7 @@ def host_us(run: Run, device: torch.device, calls: int = 200) -> float:
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
-    """The machine's ceiling for arithmetic: a square matrix product, the median of the rounds."""
+    """The machine's ceiling for arithmetic: the median speed of a square matrix product."""
     size = MATMUL_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = interleaved({"matmul": lambda: a @ b}, device, rounds)["matmul"]
@@ -101,7 +101,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, rounds: int) -> floa
 
 
 def cuda_peak_bytes(run: Run) -> int:
-    """How far a call raises the memory that is allocated on the GPU."""
+    """The increase of allocated GPU memory in a call."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -111,14 +111,14 @@ def cuda_peak_bytes(run: Run) -> int:
 
 
 def resident_peak_bytes(run: Run) -> int | None:
-    """How far a second call raises this process's resident memory; None where Linux is not there.
+    """The increase of resident memory in a second call; None if the system is not Linux.
 
-    Meant for a fresh process in which freed tensors go back to the system at once.
+    For a fresh process in which freed tensors are returned to the system at once.
     """
     run()
     try:
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts again from what is resident now
+            file.write("5")  # resets the high-water mark to the current resident memory
         before = _status_bytes("VmRSS")
         run()
         return max(_status_bytes("VmHWM") - before, 0)
@@ -137,7 +137,7 @@ def _status_bytes(field: str) -> int:
 def fresh_process(arguments: Sequence[str]) -> Any:
     """The JSON that `python -m benchmarks.<arguments>` prints last, with default malloc settings.
 
-    Freed memory returns to the system at once there, so that a high-water mark means something.
+    Freed memory is then returned to the system at once, so that high-water marks are meaningful.
     """
     environment = {k: v for k, v in os.environ.items() if k not in MALLOC}
     environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
@@ -150,7 +150,7 @@ def fresh_process(arguments: Sequence[str]) -> Any:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on: device, instruction set, threads, versions and the commit."""
+    """Device, instruction set, threads, versions and commit, on which figures depend."""
     from dblocks import info
     from dblocks.ops import _extension
 

@@ -1,10 +1,10 @@
 """Atomic writes of a file, and of several files as one unit.
 
-A save writes all its files to a separate folder inside the target, `.saving-*`. One rename to
-`.saved` makes the save valid: from then on readers look for a file there first (`current`), while
-the files move to their places one by one. A writer that dies before the rename leaves the earlier
-save; after it, the new one, whose files the next save puts in place. Two writers never mix: the
-second first puts the files of the first in place.
+A save writes all its files to a separate folder `.saving-*` inside the target. One rename to
+`.saved` makes the save valid: from then on readers look there first (`current`), while the files
+are moved to their places one by one. If the writer dies before the rename, the earlier save
+remains; if it dies later, the new save is valid, and the next one finishes the moves. Files of two
+writers never mix: the second writer first finishes the moves of the first.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import Any
 SAVING, SAVED = ".saving-", ".saved"
 DEAD_AFTER = 24 * 3600  # seconds, for folders left by a writer on another machine
 LONGEST_REASON = 300  # characters of an error message; PyTorch lists every tensor
-TRIES = 100  # of a rename, while other writers' saves are put in place
+TRIES = 100  # attempts to rename, while other writers commit
 
 
 def make_folder(folder: str | Path) -> None:
-    """Make a folder if it does not exist, and check that files can be written to it.
+    """Creates a folder if it does not exist, and checks that files can be written to it.
 
     Raises:
         ValueError: files cannot be written to it.
@@ -44,14 +44,15 @@ def make_folder(folder: str | Path) -> None:
 
 @contextmanager
 def saving(folder: Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
-    """A folder for files that all move to `folder` if the `with` block succeeds.
+    """A temporary folder whose files all move to `folder` if the `with` block succeeds.
 
-    Files of an earlier save that are not written again stay. Remains of dead writers are removed.
+    Files of an earlier save that are not written again remain. Files left by dead writers are
+    removed.
 
     Args:
-        folder: where the files go.
-        check: called when they are written, before they become valid, with no other writer in
-            between; an error that it raises ends the save.
+        folder: destination of the files.
+        check: called after all files are written and before they become valid, while no other
+            writer can commit; an error that it raises cancels the save.
 
     Raises:
         OSError: a file cannot be written, such as on a full disk; the message names it, and the
@@ -81,10 +82,10 @@ def saving(folder: Path, check: Callable[[], None] | None = None) -> Iterator[Pa
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """A folder for files that becomes `folder` by one rename if the `with` block succeeds.
+    """A temporary folder that is renamed to `folder` if the `with` block succeeds.
 
-    A writer that dies earlier leaves nothing under that name. An existing folder is replaced.
-    Remains of dead writers are removed.
+    If the writer dies earlier, nothing has that name. An existing folder is replaced. Files left by
+    dead writers are removed.
 
     Raises:
         OSError: a file cannot be written, such as on a full disk; nothing was changed.
@@ -107,7 +108,7 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder atomically."""
+    """Removes a folder atomically."""
     if folder.exists():
         away = tempfile.mkdtemp(prefix=f"{SAVING}{_writer()}-", dir=folder.parent)
         os.rename(folder, away)
@@ -115,14 +116,14 @@ def discard(folder: Path) -> None:
 
 
 def current(folder: Path, name: str) -> Path:
-    """The path of the valid file `name` of a folder, which may not have moved to its place yet."""
+    """The path of the valid file `name` of a folder, even before it is moved to its place."""
     waiting = folder / SAVED / name
     return waiting if waiting.exists() else folder / name
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` if the `with` block succeeds."""
+    """A temporary path for writing, renamed to `path` if the `with` block succeeds."""
     handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     part = Path(name)
@@ -138,7 +139,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn errors in a file's contents into a one-line ValueError that names the file."""
+    """Turns errors in a file's contents into a one-line ValueError that names the file."""
     broken = importlib.import_module("safetensors").SafetensorError
     try:
         yield
@@ -164,7 +165,7 @@ def safetensors() -> Any:
 
 
 def write_errors() -> tuple[type[Exception], ...]:
-    """What a file that cannot be written raises."""
+    """The exceptions raised if a file cannot be written."""
     try:
         return OSError, importlib.import_module("safetensors").SafetensorError
     except ImportError:
@@ -173,9 +174,9 @@ def write_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other writers from committing inside the `with` block, where the system has locks.
+    """Prevents other writers from committing inside the `with` block, if the system has file locks.
 
-    The lock is on the folder itself, so that none remains of a writer that dies.
+    The lock is on the folder itself, so a writer that dies leaves no lock file.
     """
     handle = None
     try:
@@ -192,7 +193,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _commit(own: Path, folder: Path) -> None:
-    """Makes `own` the valid save by one rename, which fails while another is not in place."""
+    """Makes `own` the valid save by one rename, which fails until the previous save is in place."""
     for _ in range(TRIES):
         try:
             os.rename(own, folder / SAVED)
@@ -201,11 +202,11 @@ def _commit(own: Path, folder: Path) -> None:
             if not own.exists() or not (folder / SAVED).exists():
                 raise
             _put_in_place(folder)
-    raise OSError(f"{folder} must not be written to by others all the time; try again")
+    raise OSError(f"{folder} is being written to by other processes; try again")
 
 
 def _put_in_place(folder: Path) -> None:
-    """Moves the files of the valid save to their places; any process may, at any time."""
+    """Moves the files of the valid save to their places; any process may do so at any time."""
     saved = folder / SAVED
     if not saved.is_dir():
         return
@@ -243,7 +244,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _flush(folder: Path) -> None:
-    """Flush files to disk before they are renamed."""
+    """Flushes files to disk before they are renamed."""
     for path in folder.iterdir():
         path.chmod(0o666 & ~_umask())
         with path.open("rb") as file:
@@ -252,7 +253,7 @@ def _flush(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Flush the names in a folder to disk, if the system can open folders."""
+    """Flushes the names in a folder to disk, if the system can open folders."""
     with contextlib.suppress(OSError):
         opened = os.open(folder, os.O_RDONLY)
         try:

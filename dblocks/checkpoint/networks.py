@@ -35,7 +35,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], type[JsonConfig]]] = {
     "recurrent": (RecurrentLM, RecurrentConfig),
 }
 FORMAT = 2
-# Values of fields that format 1 did not have.
+# Values of fields that did not exist in format 1.
 FORMAT_1: dict[str, dict[str, Any]] = {
     "causal_lm": {"rows": "doubled", "head": "learned"},
     "recurrent": {"rows": "doubled", "head": "learned"},
@@ -45,19 +45,19 @@ FORMAT_1_BLOCKS = {"top_share": 0.0}
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config"}
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-RECORD_FILE = "run.json"  # of a training, which goes on after a save; no reader needs it
+RECORD_FILE = "run.json"  # record of a training run; load_model does not need it
 BLOCK_FILE = "block.json"  # instead of config.json, for the weights of one block
-RENAMED = {"readout": "output_head"}  # modules, in files of 0.1
-REPLACED = "{} must not be written to while it is loaded; load it again"
+RENAMED = {"readout": "output_head"}  # names of modules in files of version 0.1
+REPLACED = "{} was written to while it was loaded; load it again"
 COPIES = "copies."  # prefix of private copies, as in DiffusionBlocks.copies
 
 
 def prepare(folder: str | Path) -> None:
-    """Check, before a long training, that `save_model` can write to this folder.
+    """Checks, before a long training, that `save_model` can write to this folder.
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: the folder cannot be made or written to.
+        ValueError: the folder cannot be created or written to.
     """
     safetensors()
     make_folder(folder)
@@ -69,11 +69,11 @@ def save_model(
     *,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a network, with its division into blocks, to a folder, which is created if needed.
+    """Writes a network, with its division into blocks, to a folder, which is created if needed.
 
-    The names of the weights are those of the network itself, in blocks or not; private copies of
-    shared modules are stored as `copies.0.` and so on, for the blocks after the first. All files
-    are one unit: if writing fails, the folder still holds the earlier save.
+    Weights have the names of the network itself, in blocks or not; private copies of shared modules
+    are stored as `copies.0.` and so on, for the blocks after the first. The files are saved as one
+    unit: if writing fails, the folder still holds the earlier save.
 
     Args:
         folder: where to write; files of an earlier save there are replaced.
@@ -127,11 +127,10 @@ def described(network: Network, config: BlocksConfig | None) -> dict[str, Any]:
 
 
 def load_model(folder: str | Path) -> Network | DiffusionBlocks:
-    """Load a network saved by `save_model`: one of `NETWORKS`, or the `DiffusionBlocks` of one.
+    """Loads a network saved by `save_model`: one of `NETWORKS`, or the `DiffusionBlocks` of one.
 
     Raises:
-        ValueError: the folder holds no such network, or one of its files is broken, which the
-            message names.
+        ValueError: the folder holds no such network, or a file is damaged; the message names it.
     """
     folder, _ = Path(folder), safetensors()
     config = read_config(folder)
@@ -143,16 +142,16 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
 
 
 def check_same_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises ValueError if a save with another config took the place of one that was loaded."""
+    """Raises ValueError if the config was replaced by another one while loading."""
     if read_config(folder) != config:
         raise ValueError(REPLACED.format(folder))
 
 
 def load_weights_(model: Network | DiffusionBlocks, folder: Path) -> None:
-    """Fills a network that is built as the one of a folder; its file is mapped, not read whole.
+    """Loads the weights of a folder into a network of the same config, tensor by tensor.
 
     Raises:
-        ValueError: the file of weights is broken, or is of another network.
+        ValueError: the file of weights is damaged, or belongs to another network.
     """
     with naming(folder / WEIGHTS_FILE):
         found = load_safetensors(current(folder, WEIGHTS_FILE))
@@ -164,12 +163,12 @@ def load_weights_(model: Network | DiffusionBlocks, folder: Path) -> None:
 
 
 def renamed(name: str) -> str:
-    """The name of a tensor of a file, which an earlier version may have written."""
+    """The current name of a tensor in a file, which an earlier version may have written."""
     return ".".join(RENAMED.get(part, part) for part in name.split("."))
 
 
 def rebuilt(config: Mapping[str, Any]) -> Any:
-    """The network of a config from `described`, in blocks if it was, with fresh weights."""
+    """The network of a config from `described`, in blocks if it was, with new weights."""
     model = network_of(config)
     if config["blocks_config"] is None:
         return model
@@ -177,7 +176,7 @@ def rebuilt(config: Mapping[str, Any]) -> Any:
 
 
 def network_of(config: Mapping[str, Any]) -> Any:
-    """As `rebuilt`, before it is in blocks."""
+    """As `rebuilt`, but never in blocks."""
     kind, of_config = NETWORKS[config["model"]]
     return kind(cast(Any, of_config.from_dict(config["model_config"])))
 
@@ -191,7 +190,7 @@ def _tensors(model: Any) -> dict[str, Tensor]:
 
 
 def named_tensors(model: DiffusionBlocks | Block) -> dict[str, Tensor]:
-    """The tensors of a network in blocks, or of one block, by their names in a save."""
+    """The tensors of a network in blocks, or of one block, by their names in saved files."""
     tensors = cast(nn.Module, model.base_model).state_dict()
     if len(model.copies):
         tensors.update(model.copies.state_dict(prefix=COPIES))
@@ -205,22 +204,22 @@ def blocks_inside(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What `save_model` wrote beside the weights, as its newest format has it.
+    """The contents of a config.json written by `save_model`, in the newest format.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the file has other contents.
     """
     path = current(folder, CONFIG_FILE)
     if not path.exists() and current(folder, BLOCK_FILE).exists():
         raise ValueError(
-            f"{folder} must hold a whole network, got one block of it; `dblocks merge` makes one "
-            "of the folders of all its blocks"
+            f"{folder} must hold a whole network, got one block; `dblocks merge` merges the "
+            "folders of all blocks into one"
         )
     if not path.exists() and (inside := blocks_inside(folder)):
         raise ValueError(
             f"{folder} must hold a whole network, got folders of blocks: "
-            f"{', '.join(p.name for p in inside)}; `dblocks merge {folder} {folder}` makes one of "
-            "them, when all are there"
+            f"{', '.join(p.name for p in inside)}; `dblocks merge {folder} {folder}` merges "
+            "them, if all are there"
         )
     if not path.exists():
         raise ValueError(f"{folder} must hold a {CONFIG_FILE} written by `dblocks train`")
@@ -229,7 +228,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be a JSON object, got {config!r}")
     digests = config.pop(SHA256, None)
     if unknown := sorted(set(config) - KEYS):
-        raise ValueError(f"{path} has unknown keys {unknown}; known are {sorted(KEYS)}")
+        raise ValueError(f"{path} has unknown keys {unknown}; known keys are {sorted(KEYS)}")
     if missing := sorted(KEYS - set(config)):
         raise ValueError(f"{path} lacks the keys {missing}")
     if digests is not None:
@@ -241,7 +240,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise
     if config["format"] not in (1, FORMAT) or config["model"] not in list(NETWORKS):
         raise ValueError(
-            f"{path} must be of format {FORMAT} or 1 and a model of {list(NETWORKS)}, "
+            f"{path} must have format {FORMAT} or 1 and a model of {list(NETWORKS)}, "
             f"got {config['format']!r} and {config['model']!r}"
         )
     if config["format"] == 1:
@@ -249,11 +248,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             "model_config": FORMAT_1.get(config["model"], {}),
             "blocks_config": FORMAT_1_BLOCKS,
         }
-        # Values that are not objects are refused where they are read.
+        # Values that are not objects raise an error where they are read.
         config |= {k: v | config[k] for k, v in added.items() if isinstance(config[k], dict)}
         blocks = config["blocks_config"]
         if config["model"] in FORMAT_1 and isinstance(blocks, dict):
-            # The meaning of "auto" for a cross-entropy in format 1.
+            # The meaning of "auto" for a cross-entropy loss in format 1.
             old = blocks.get("weighting", "auto")
             blocks["weighting"] = "batch_mean" if old == "auto" else old
     return config

@@ -1,7 +1,7 @@
-"""JSON files that hold the sha256 of the files beside them and, last, of their own text.
+"""JSON files that hold the SHA-256 of other files in the folder and, last, of their own text.
 
-Of its own text: as it is with zeros in place of that digest. Files without digests, of earlier
-versions or from which a person has deleted them, are read as they are.
+The digest of a file's own text is computed with zeros in place of that digest. Files without
+digests, from earlier versions or after a manual edit, are read without a check.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ def sealed(name: str, values: Mapping[str, Any], beside: Mapping[str, str] | Non
     """The text of a JSON file with digests.
 
     Args:
-        name: of the file.
-        values: what else it holds.
-        beside: the digests of the files beside it by their names.
+        name: name of the file.
+        values: the other contents.
+        beside: digests of other files in the folder by name.
     """
     text = json_text({**values, SHA256: {**(beside or {}), name: NO_DIGEST}}, indent=2) + "\n"
     return _with(text, NO_DIGEST, text_digest(text))
 
 
 def read_sealed(path: Path, remedy: str = f'delete "{SHA256}"') -> Any:
-    """The JSON value in a file, which must have its digest if it holds one.
+    """The JSON value in a file, whose digest must match if it has one.
 
     Args:
         path: the file.
-        remedy: what makes it be read as it is.
+        remedy: how to make a changed file readable, for the error message.
 
     Raises:
-        ValueError: it is not JSON, or is not what was saved; the message names the file.
+        ValueError: the file is not JSON, or was changed; the message names it.
     """
     text = read_text(path)
     try:
@@ -61,14 +61,14 @@ def read_sealed(path: Path, remedy: str = f'delete "{SHA256}"') -> Any:
 
 
 def check_beside(path: Path, digests: Any) -> None:
-    """Compares the files beside a JSON file, where they are there, with the digests in it.
+    """Compares existing files in the folder of a JSON file with the digests in it.
 
     Raises:
-        ValueError: one is not what was saved, or these are not digests with its own among them.
+        ValueError: a file was changed, or `digests` has another form or lacks the JSON file's own.
     """
     name = path.name
     if not isinstance(digests, dict) or name not in digests:
-        raise ValueError(f"{path} must hold the sha256 of files by name, its own too")
+        raise ValueError(f"{path} must hold the sha256 of files by name, including its own")
     for other in digests.keys() - {name}:
         file = current(path.parent, other)
         if file.exists() and text_digest(read_text(file, longest=LONGEST_TEXT)) != digests[other]:
@@ -84,6 +84,6 @@ def text_digest(text: str) -> str:
 
 
 def _with(text: str, old: str, new: str) -> str:
-    """The text with another digest in the last place."""
+    """The text with the last occurrence of a digest replaced."""
     head, _, tail = text.rpartition(old)
     return head + new + tail

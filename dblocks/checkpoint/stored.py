@@ -1,4 +1,4 @@
-"""Tensors in files, which are compared and copied piece by piece without loading them."""
+"""Tensors in files, which can be compared and copied in pieces without loading them."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from dblocks.checkpoint.tensors import (
     safe_open,
 )
 
-PIECE = 2**22  # bytes that are in memory at a time
+PIECE = 2**22  # bytes in memory at a time
 
 
 class Source(NamedTuple):
     """A file that stays open from its check to its copy.
 
-    A file that takes its name meanwhile is not read: what is copied is what was checked.
+    If another file takes its name meanwhile, the checked file is still the one that is copied.
     """
 
     path: Path
     file: BinaryIO
-    state: tuple[int, int]  # when it was opened
+    state: tuple[int, int]  # state at opening
 
     def check_unchanged(self) -> None:
-        """Check that the file was not written to since it was opened.
+        """Checks that the file was not written to since it was opened.
 
         Raises:
-            OSError: it was.
+            OSError: it was written to.
         """
         if _state(self.file) != self.state:
             raise OSError(_changed(self.path))
 
     def check_named(self) -> None:
-        """Check that the name is still that of the file.
+        """Checks that the path still refers to this file.
 
-        The package safetensors opens files by name only. A name never returns to a file that is
-        still open, so that what it has opened is this file, if this is called after.
+        safetensors opens files by name only. A name never returns to a file that is still open, so
+        if this succeeds after safetensors opened the path, it opened this file.
 
         Raises:
-            OSError: it is that of another one.
+            OSError: the path refers to another file.
         """
         if not os.path.samestat(self.path.stat(), os.fstat(self.file.fileno())):
             raise OSError(_changed(self.path))
@@ -65,7 +65,7 @@ class Source(NamedTuple):
         return self.file.read()
 
     def load(self) -> dict[str, Tensor]:
-        """All its tensors.
+        """All tensors of the file.
 
         Raises:
             OSError: the file was replaced or written to since it was opened.
@@ -78,26 +78,26 @@ class Source(NamedTuple):
 
 @contextmanager
 def reading(path: Path) -> Iterator[Source]:
-    """A file of tensors, open inside the `with` block; its tensors can be read that long."""
+    """A file of tensors, which can be read inside the `with` block."""
     with path.open("rb") as file:
         yield Source(path, file, _state(file))
 
 
 def _state(file: BinaryIO) -> tuple[int, int]:
-    """What a write changes; the time of the inode also changes as the file loses its name."""
+    """What a write changes; ctime is not used, as it also changes when the file is unlinked."""
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
 
 
 def _changed(path: Path) -> str:
-    return f"{path} must not be changed while it is read"
+    return f"{path} was changed while it was read"
 
 
 class Stored(NamedTuple):
     """A tensor in a file of safetensors.
 
-    Such a file is the length of its header (8 bytes), the header in JSON, and the bytes of all
-    tensors one after the other.
+    Such a file consists of the length of its header (8 bytes), the header in JSON, and the bytes of
+    all tensors.
     """
 
     source: Source
@@ -108,22 +108,22 @@ class Stored(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The number of its bytes."""
+        """Size in bytes."""
         return self.end - self.begin
 
     def pieces(self) -> Iterator[bytes]:
-        """Its bytes, in pieces."""
+        """The bytes of the tensor, in pieces."""
         path, file, _ = self.source
         for at in range(self.begin, self.end, PIECE):
             size = min(PIECE, self.end - at)
-            file.seek(at)  # each time, as another tensor of the file may be read in between
+            file.seek(at)  # for each piece, as another tensor of the file may be read in between
             piece = file.read(size)
             if len(piece) < size:
                 raise OSError(_changed(path))
             yield piece
 
     def equal(self, other: Stored) -> bool:
-        """Whether both are the same bits of the same shape and dtype."""
+        """Whether shape, dtype and all bits are equal."""
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
         return all(a == b for a, b in zip(self.pieces(), other.pieces(), strict=True))
@@ -137,7 +137,7 @@ def stored_in(source: Source) -> dict[str, Stored]:
         ImportError: safetensors is not installed.
     """
     path, file, _ = source
-    with safe_open(path) as checked:  # which checks the header
+    with safe_open(path) as checked:  # checks the header
         kinds = {name: _kind(checked.get_tensor(name)) for name in checked.keys()}  # noqa: SIM118
     source.check_named()
     file.seek(0)
@@ -151,13 +151,13 @@ def stored_in(source: Source) -> dict[str, Stored]:
 
 
 def copy_stored(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """Write the file that `save_safetensors` would write of these tensors, bit for bit.
+    """Writes the same file, bit for bit, as `save_safetensors` with these tensors.
 
     Raises:
-        OSError: the file cannot be written, or one that holds the tensors was changed.
+        OSError: the file cannot be written, or a file that holds the tensors was changed.
         ImportError: safetensors is not installed.
     """
-    # The order of the tensors, and the names of their dtypes, are those of the package.
+    # The order of the tensors and the names of dtypes are those of safetensors.
     empty = {name: torch.empty(0, dtype=stored.dtype) for name, stored in tensors.items()}
     header = json.loads(safetensors().save(empty, metadata=METADATA)[8:])
     order = [name for name in header if name in tensors]
@@ -192,5 +192,5 @@ def _kind(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
 
 
 def _header_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a tensor in a file, which counts both numbers of an element of two."""
+    """The shape of a tensor in a file; dtypes with two values per element count both."""
     return (*shape[:-1], 2 * shape[-1]) if dtype is torch.float4_e2m1fn_x2 else shape

@@ -1,8 +1,8 @@
-"""Files of tensors: safetensors with a digest of each tensor, which is compared as it is read.
+"""Files of tensors: safetensors with a digest of each tensor, which is checked when it is read.
 
 The digests are in the file's metadata under "dblocks.sha256", as JSON from names to hexadecimal
-digits. What a reader gets is what it has checked, also if the file takes another's name meanwhile.
-Files without digests, of earlier versions or of other libraries, are read as they are.
+digits. A reader returns the values that it checked, even if the file is replaced meanwhile. Files
+without digests, of earlier versions or of other libraries, are read without a check.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from dblocks.checkpoint.files import LONGEST_REASON, safetensors, write_errors
 
-METADATA = {"format": "pt"}  # of every file, as transformers expects it
+METADATA = {"format": "pt"}  # in every file, as transformers expects it
 DIGESTS = "dblocks.sha256"
 SPACE = "__metadata__"  # in the header of a file
 NO_DIGEST = "0" * 64
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors on any device to a file, with their digests.
+    """Writes tensors on any device to a file, with their digests.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -42,7 +42,7 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(written, path, metadata=metadata)
         _sort_metadata(path, metadata)
     except write_errors() as error:
-        raise OSError(f"{path.name}: {error}") from error  # it does not name the file
+        raise OSError(f"{path.name}: {error}") from error  # its message does not name the file
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -62,18 +62,18 @@ def opened(path: Path, *, foreign: bool = False) -> Iterator[Tensors]:
 
     Args:
         path: the file.
-        foreign: whether another library may have written it, with other metadata.
+        foreign: whether another library may have written the file, with other metadata.
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: its metadata is not what was saved.
+        ValueError: the metadata is not what was saved.
     """
     with safe_open(path) as file:
         yield Tensors(file, foreign)
 
 
 def safe_open(path: Path) -> Any:
-    """A file as the package safetensors opens it, which checks its header only.
+    """A file opened by safetensors, which checks only its header.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -83,11 +83,11 @@ def safe_open(path: Path) -> Any:
 
 
 class Tensors:
-    """The tensors of an open file, which are compared with their digests.
+    """The tensors of an open file, which are checked by their digests.
 
     Args:
-        file: as `safe_open` opens it.
-        foreign: as of `opened`.
+        file: the result of `safe_open`.
+        foreign: see `opened`.
     """
 
     def __init__(self, file: Any, foreign: bool = False) -> None:
@@ -97,21 +97,21 @@ class Tensors:
             raise ValueError(f"its metadata must be what was saved, got {unknown[0]!r}")
         self._digests = read_digests(metadata[DIGESTS]) if DIGESTS in metadata else None
         if self._digests is not None and sorted(self._digests) != sorted(self.keys()):
-            raise ValueError("it must hold the tensors that were saved, got other names")
+            raise ValueError("it must hold the saved tensors, got other names")
 
     def keys(self) -> Sequence[str]:
         """The names."""
         return self._file.keys()
 
     def shape(self, name: str) -> list[int]:
-        """The shape of a tensor, which is not read."""
+        """The shape of a tensor, without reading the tensor."""
         return self._file.get_slice(name).get_shape()
 
     def get_tensor(self, name: str) -> Tensor:
-        """A tensor.
+        """Reads a tensor.
 
         Raises:
-            ValueError: it is not what was saved.
+            ValueError: the tensor is not what was saved.
         """
         tensor = self._file.get_tensor(name)
         if self._digests is not None and digest_of(tensor) != self._digests[name]:
@@ -128,20 +128,20 @@ def digest_of(tensor: Tensor) -> str:
 
 
 def begun_digest(dtype: torch.dtype, shape: Sequence[int]) -> Any:
-    """The digest of a tensor to which its bytes are still to be added."""
+    """The digest of a tensor's dtype and shape, to be updated with its bytes."""
     return hashlib.sha256(f"{dtype} {list(shape)}\n".encode())
 
 
 def digests_text(digests: Mapping[str, str]) -> str:
-    """Digests by name, as they are in the metadata."""
+    """Digests by name, as text for the metadata."""
     return json.dumps(dict(sorted(digests.items())), separators=(",", ":"))
 
 
 def read_digests(text: str) -> dict[str, str]:
-    """What `digests_text` made a text of.
+    """The inverse of `digests_text`.
 
     Raises:
-        ValueError: the text is of another form.
+        ValueError: the text has another form.
     """
     try:
         found = json.loads(text)
@@ -156,14 +156,14 @@ def read_digests(text: str) -> dict[str, str]:
 
 
 def header_text(header: Mapping[str, Any], length: int | None = None) -> bytes:
-    """A header as it begins a file, its own length first, padded with spaces.
+    """The header at the start of a file: its length, and its text padded with spaces.
 
     Args:
-        header: what it says.
-        length: of the text; None for a multiple of eight.
+        header: contents of the header.
+        length: length of the text; None for the next multiple of eight.
 
     Raises:
-        OSError: the text is longer.
+        OSError: the text is longer than `length`.
     """
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * ((-len(text) % 8) if length is None else length - len(text))
@@ -173,7 +173,7 @@ def header_text(header: Mapping[str, Any], length: int | None = None) -> bytes:
 
 
 def _sort_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Rewrites the header of a file, in which the package puts metadata in a random order."""
+    """Rewrites the header of a file, to which safetensors writes metadata in random order."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -1,6 +1,6 @@
-"""A diffusers scheduler with the noise levels and the steps of dblocks.
+"""A diffusers scheduler with the noise levels and steps of dblocks.
 
-It is for loops that take a diffusers scheduler; otherwise use `sample_euler` and `sample_heun`.
+Use it in loops that need a diffusers scheduler; otherwise use `sample_euler` or `sample_heun`.
 Importing this module imports diffusers.
 """
 
@@ -31,39 +31,42 @@ except ImportError as error:
 
 GridKind = Literal["equal_mass", "karras"]
 InitialNoise = Literal["paper", "unit_variance"]
+RENAMED = {"kind": "spacing", "initial_noise": "noise"}  # in configs saved by version 0.1
 FIELDS = ("sigma_min", "sigma_max", "p_mean", "p_std", "sigma_data", "partition")
 
 
 class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
-    """A scheduler on the levels of a noise schedule, for the loop of a diffusers pipeline.
+    """A scheduler with the levels of a noise schedule, for the loop of a diffusers pipeline.
 
         scheduler.set_timesteps(num_steps)
         z = scheduler.init_noise_sigma * torch.randn(shape)
         for t in scheduler.timesteps:
             z = scheduler.step(model(z, t, **cond), t, z).prev_sample
 
-    Timesteps are the noise levels of the calls: n of them for n levels with `sampler="euler"`, and
-    2n - 1 with "heun", which calls the model a second time at all but the first. `model(z, t)` of a
-    `DiffusionBlocks` is the model output, its estimate of the clean target, and each call runs the
-    one block that owns its level. The last step returns that estimate; there is no step at level 0.
-    The states are those of `sample_euler` and `sample_heun`, bit for bit.
+    Timesteps are the noise levels of the model calls: for n levels, n with `sampler="euler"` and 2n
+    - 1 with "heun", which calls the model twice at all levels but the first. The model output is
+    that of a `DiffusionBlocks`, the estimate of the clean target; each call runs the block that
+    owns the level. The last step returns that estimate; there is no step at level 0. The states are
+    bitwise equal to those of `sample_euler` and `sample_heun`.
 
-    The model scales its input itself, so `scale_model_input` changes nothing. Guidance is an
-    argument of the model, `model(z, t, guidance_scale=...)`, or can be applied to its outputs.
+    The model scales its input itself, so `scale_model_input` returns it unchanged. For guidance
+    call `model(z, t, guidance_scale=...)`, or combine model outputs.
 
     Args:
-        sigma_min: lowest noise level; this and the following five are those of `NoiseSchedule`.
+        sigma_min: lowest noise level. This and the next five arguments are those of
+            `NoiseSchedule`.
         sigma_max: highest noise level.
         p_mean: mean of ln sigma.
         p_std: standard deviation of ln sigma.
         sigma_data: standard deviation of one element of the clean target.
-        partition: partition of the levels into blocks; the steps do not depend on it.
-        spacing: the rule of the steps, "equal_mass" or "karras"; see `NoiseSchedule.steps`.
+        partition: division of the levels among blocks; it does not affect the steps.
+        spacing: rule for the levels of the steps, "equal_mass" or "karras"; see
+            `NoiseSchedule.steps`.
         rho: exponent of the "karras" rule.
-        initial_noise: "paper" starts from `sigma * N(0, I)` at the first level, "unit_variance"
+        noise: "paper" starts from `sigma * N(0, I)` at the first level, "unit_variance"
             from `sqrt(1 + sigma^2) * N(0, I)`.
         sampler: "euler" or "heun".
-        density: name of the schedule's registered class, which gets those of the first six
+        density: name of the schedule's registered class. It is created with those of the first six
             arguments that are its fields.
 
     Raises:
@@ -83,7 +86,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         partition: str | Sequence[float] = "equal_mass",
         spacing: GridKind = "equal_mass",
         rho: float = RHO,
-        initial_noise: InitialNoise = "paper",
+        noise: InitialNoise = "paper",
         sampler: Sampler = "euler",
         density: str = "NoiseSchedule",
     ) -> None:
@@ -92,10 +95,8 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         self.noise_schedule = _schedule(density, dict(zip(FIELDS, values, strict=True)))
         self.noise_schedule.steps(2, spacing, rho=rho)
         self._steps = Steps([], sampler)
-        if initial_noise not in ("paper", "unit_variance"):
-            raise ValueError(
-                f"initial_noise must be 'paper' or 'unit_variance', got {initial_noise!r}"
-            )
+        if noise not in ("paper", "unit_variance"):
+            raise ValueError(f"noise must be 'paper' or 'unit_variance', got {noise!r}")
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0, device="cpu")
         self._step_index: int | None = None
@@ -105,68 +106,68 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """As in diffusers. Before 0.2, a saved config called `spacing` `kind`."""
-        if config is not None and "kind" in config:
-            config = {"spacing" if key == "kind" else key: config[key] for key in config}
+        """As in diffusers; also accepts configs saved with earlier names of options."""
+        if config is not None and set(RENAMED) & set(config):
+            config = {RENAMED.get(key, key): config[key] for key in config}
         return super().from_config(cast(Any, config), return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_schedule(cls, schedule: EDMSchedule, **options: Any) -> DiffusionBlocksScheduler:
-        """The scheduler of a network's levels, `model.config.noise_schedule`.
+        """Creates a scheduler from a noise schedule, such as `model.config.noise_schedule`.
 
         Args:
-            schedule: the levels; of a registered class.
-            **options: `spacing`, `rho`, `initial_noise` and `sampler`.
+            schedule: a noise schedule of a registered class.
+            **options: `spacing`, `rho`, `noise` and `sampler`.
 
         Raises:
             TypeError: the schedule masks tokens.
-            ValueError: it is of a class that is not registered, or has fields that a scheduler's
-                config does not hold.
+            ValueError: its class is not registered, or has fields that a scheduler's config cannot
+                hold.
         """
         density = type(schedule).__name__
         if schedule.corruption != "noise":
             raise TypeError(
-                f"schedule must be one of noise levels, got a {density}; masked tokens are sampled "
-                "by dblocks.unmask"
+                f"schedule must be a noise schedule, got a {density}; to sample masked tokens use "
+                "dblocks.unmask"
             )
         fields = schedule.to_dict()
         if unknown := sorted(set(fields) - set(FIELDS)):
             raise ValueError(
-                f"schedule must have no fields but {FIELDS}, which a scheduler's config holds, got "
-                f"a {density} with {unknown}; call set_timesteps(sigmas=schedule.steps(n))"
+                f"schedule must have no fields but {FIELDS}, which a scheduler's config can hold, "
+                f"got a {density} with {unknown}; call set_timesteps(sigmas=schedule.steps(n))"
             )
         return cls(**fields, density=density, **options)
 
     @property
     def order(self) -> int:
-        """Calls of the model for each step, 2 with "heun"; diffusers' name."""
+        """Number of model calls per step, 2 with "heun"."""
         return 1 + self._steps.heun
 
     @property
     def init_noise_sigma(self) -> float:
-        """The factor of standard normal noise for the state at the first level."""
+        """The standard deviation of the initial state."""
         first = self._steps.grid[0] if self._steps.grid else self.noise_schedule.sigma_max
-        return (first**2 + (cast(Any, self.config).initial_noise == "unit_variance")) ** 0.5
+        return (first**2 + (cast(Any, self.config).noise == "unit_variance")) ** 0.5
 
     @property
     def sigmas(self) -> Tensor:
-        """The levels in float64 on the CPU, [n]; `timesteps` are these of each call in float32."""
+        """The levels, float64 [n] on the CPU; `timesteps` has the level of each call in float32."""
         return torch.tensor(self._steps.grid, dtype=torch.float64, device="cpu")
 
     @property
     def step_index(self) -> int | None:
-        """The number of the next call; None before the first."""
+        """The index of the next call; None before the first."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """The number of the first call, if a pipeline set it."""
+        """The index of the first call, if a pipeline set it."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Sets the number of the first call, for pipelines that begin in the middle.
+        """Sets the index of the first call, for pipelines that begin in the middle.
 
-        An even one with "heun", as pipelines give it: number of the step times `order`.
+        With "heun" it must be even: pipelines pass the index of the step times `order`.
         """
         self._begin_index = begin_index
 
@@ -176,20 +177,20 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         device: torch.device | str | None = None,
         sigmas: Tensor | Sequence[float] | None = None,
     ) -> None:
-        """Sets the levels of a new sample.
+        """Sets the levels for a new sample.
 
         Args:
-            num_inference_steps: number of levels, by the rule `spacing`.
-            device: device of `timesteps`. On the CPU, the default, a model on a GPU finds the block
-                of a level without synchronising.
-            sigmas: the levels instead, descending; a final 0 is accepted and is not a step.
+            num_inference_steps: number of levels, spaced by the rule `spacing`.
+            device: device of `timesteps`. With the default, the CPU, a model on a GPU finds the
+                block of a level without synchronising.
+            sigmas: descending levels to use instead; a final 0 is accepted and is not a step.
 
         Raises:
-            ValueError: none or both of the two are given, or levels do not descend.
+            ValueError: not exactly one of these is given, or the levels do not descend.
         """
         if (num_inference_steps is None) == (sigmas is None):
             raise ValueError(
-                "one of num_inference_steps and sigmas must be given, "
+                "exactly one of num_inference_steps and sigmas must be given, "
                 f"got num_inference_steps={num_inference_steps} and sigmas={sigmas}"
             )
         if num_inference_steps is not None:
@@ -214,25 +215,27 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> EDMEulerSchedulerOutput | tuple[Tensor, Tensor]:
-        """What follows one call of the model, see `Steps.after`: with "euler" one step,
-        `a*sample + (1 - a)*model_output`, `a = sigma_next/sigma`.
+        """Computes the state of the next call.
 
-        The last call's step returns the model output. Calls must be in order; only the first looks
-        up its `timestep`, which synchronises if that is on a GPU.
+        With "euler" it is `a*sample + (1 - a)*model_output`, `a = sigma_next/sigma`; for "heun" see
+        `dblocks.sampling.steps.Steps`.
+
+        After the last call it returns the model output. Calls must be in order; only the first one
+        looks up its `timestep`, which synchronises if that is on a GPU.
 
         Args:
             model_output: denoised, the estimate of the clean target, [N, ...].
             timestep: the element of `timesteps` that the model was called with.
             sample: the state at that level, of the same shape.
-            generator: not read, as the samplers draw nothing; pipelines pass it.
+            generator: not used, as no random numbers are drawn; pipelines pass it.
             return_dict: False returns a plain tuple.
 
         Returns:
-            `prev_sample`, the state of the next call, and `pred_original_sample`, denoised; in
-            float32 (float64 for float64).
+            `prev_sample`, the state of the next call, and `pred_original_sample`, the denoised
+            estimate; in float32 (float64 for float64).
 
         Raises:
-            RuntimeError: `set_timesteps` was not called, or its steps are done.
+            RuntimeError: `set_timesteps` was not called, or all steps are done.
             ValueError: the first step's `timestep` is not one of the levels.
         """
         count = len(self.timesteps)
@@ -249,7 +252,7 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         return EDMEulerSchedulerOutput(prev_sample=following, pred_original_sample=denoised)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`original_samples + sigma*noise`, with sigma the timesteps, 0-d or [N]."""
+        """`original_samples + sigma*noise`, where sigma are the timesteps, 0-d or [N]."""
         sigma = timesteps.to(original_samples.device, computed(original_samples).dtype)
         sigma = sigma.reshape(sigma.shape + (1,) * (original_samples.ndim - 1) * sigma.ndim)
         return (original_samples + sigma * noise).to(original_samples.dtype)
@@ -269,17 +272,18 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"timestep must be an element of timesteps, {levels.tolist()}, got {timestep}"
             )
-        # With Heun's method a level is first that of a correction, then that of a step.
+        # With Heun's method, the first call at a level is a correction, the second one starts a
+        # step.
         return found[-1]
 
 
 def _schedule(density: str, values: dict[str, Any]) -> EDMSchedule:
-    """The schedule of a registered class, of those values that it has fields for."""
+    """Creates a schedule of a registered class from the values of its fields."""
     kind: Any = SCHEDULES.get(density)
     if kind is None or kind.corruption != "noise":
         known = [name for name, each in SCHEDULES.items() if cast(Any, each).corruption == "noise"]
         raise ValueError(
-            f"density must be a registered schedule of noise levels, one of {known}, "
+            f"density must be a registered noise schedule, one of {known}, "
             f"got {density!r}; see dblocks.schedules.register"
         )
     names = [field.name for field in dataclasses.fields(kind)]

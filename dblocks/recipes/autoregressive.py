@@ -1,4 +1,4 @@
-"""Base of the runs of models that predict the next token."""
+"""Base of the runs of next-token models."""
 
 from __future__ import annotations
 
@@ -22,30 +22,29 @@ from dblocks.recipes.trainer import Trainer
 from dblocks.sampling import generate
 from dblocks.schedules import NoiseSchedule
 
-POINT_WINDOWS = 32  # of the held-out text, spread evenly, for a point of the curve
+POINT_WINDOWS = 32  # windows of held-out text, evenly spaced, for a point of the curve
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveOptions(TextOptions):
-    """The options of a run of a model that predicts the next token, in addition to those of every
-    run."""
+    """Options of runs of next-token models, in addition to those of every run."""
 
     batch_size: int = 4
-    """Windows of text in a batch."""
+    """Windows of text per batch."""
     kv_heads: int | None = None
-    """Key/value heads; as many as heads by default."""
+    """Number of key/value heads; by default that of --heads."""
     rows: Literal["single", "doubled"] = "single"
-    """How noisy embeddings enter the blocks: single, added to the rows of the tokens before;
+    """How noisy embeddings enter the blocks: single, added to the rows of the previous tokens;
     doubled, as published, in separate rows next to clean ones."""
     head: Literal["posterior", "learned"] = "posterior"
-    """How blocks compute logits: posterior, a prediction from the text plus the log-likelihood of
-    the noisy embedding; learned, as published, an output head."""
+    """How blocks compute logits: posterior, as a prediction from the text plus the log-likelihood
+    of the noisy embedding; learned, by an output head, as published."""
     top_share: float = 0.6
     """Fraction of every block's draws at sigma_max."""
     conditioning: ConditioningKind = "none"
-    """AdaLN convention of the blocks; the network trained end to end has none."""
+    """AdaLN convention of the blocks; end-to-end networks have no AdaLN."""
     gate_init: float = 1.0
-    """Initial gates of AdaLN; at 1 layers start like those of the network trained end to end."""
+    """Initial gates of AdaLN; with 1, layers start like those of the end-to-end network."""
     embed_scale: float = 1.0
     """Norm of a token's embedding."""
     weighting: Weighting = "none"
@@ -55,13 +54,13 @@ class AutoregressiveOptions(TextOptions):
     p_std: float = 2.0
     """Std of the logarithm of the noise levels."""
     sigma_data: float = 0.5
-    """Std of the data assumed by the preconditioning; that of an embedding's elements is
+    """Std of the data assumed by the preconditioning; the elements of an embedding have a std of
     embed_scale/sqrt(width)."""
     overlap: float = 0.1
     """Overlap of the blocks' noise ranges."""
 
     def sizes(self, vocab_size: int, *, end_to_end: bool) -> dict[str, Any]:
-        """The common options of the models' configs; end to end there are no noise levels."""
+        """The common options of the models' configs; end-to-end models have no noise levels."""
         return {
             "vocab_size": vocab_size,
             "context": self.context,
@@ -89,14 +88,14 @@ class AutoregressiveOptions(TextOptions):
 
 
 class AutoregressiveTrainer(Trainer):
-    """Trains a model that predicts the next token.
+    """Trains a next-token model.
 
     Args:
-        run: what to train.
-        options: the same run, for the options that not every run has.
+        run: options of the run.
+        options: the same run, typed with the options of next-token models.
         corpus: the texts for training and evaluation.
-        make: as of `Trainer`.
-        end_to_end_loss: as of `Trainer`.
+        make: see `Trainer`.
+        end_to_end_loss: see `Trainer`.
     """
 
     def __init__(
@@ -118,11 +117,11 @@ class AutoregressiveTrainer(Trainer):
         """Results of the trained network as JSON values; `last` is its last measurement."""
 
     def counted(self) -> list[nn.Module]:
-        """The MLPs; a layer calls its MLP once for clean rows and once for noisy ones."""
+        """The MLPs; a layer calls its MLP once for clean rows and once for noisy rows."""
         return [layer.mlp for layer in self.network.layers]
 
     def measure(self) -> dict[str, Any]:
-        """Bits per character of some of the held-out text, by the first block alone in blocks."""
+        """Bits per character of a part of the held-out text; in blocks, by the first block."""
         return {"bits": self.bits(windows=POINT_WINDOWS), "windows": POINT_WINDOWS}
 
     def progress(self, point: dict[str, Any]) -> str:
@@ -130,7 +129,7 @@ class AutoregressiveTrainer(Trainer):
         return f"{point['bits']:.3f} bits per character"
 
     def bits(self, **options: Any) -> float:
-        """Bits per character of the held-out text; options as of `bits_per_character`."""
+        """Bits per character of the held-out text; for options see `bits_per_character`."""
         text = self.corpus.evaluated
         return bits_per_character(self.trained, text, self.options.context, **options)
 
@@ -142,7 +141,7 @@ class AutoregressiveTrainer(Trainer):
     def samples(self, **options: Any) -> list[str]:
         """Continuations of windows spread over the held-out text, at temperature 1 by default.
 
-        Options are those of `generate`, such as `num_steps=`.
+        Options are passed to `generate`, such as `num_steps=`.
         """
         context = self.options.context
         prompts, _ = continuations(self.corpus.evaluated, context)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-AVERAGE = "average"  # in the state of a parameter
-UPDATES = "updates"  # in an optimizer's first group, which its state_dict holds
+AVERAGE = "average"  # key in the state of a parameter
+UPDATES = "updates"  # key in an optimizer's first group, which is part of its state_dict
 
 
 def keep_average(optimizer: Optimizer, decay: float) -> None:
@@ -25,15 +25,15 @@ def keep_average(optimizer: Optimizer, decay: float) -> None:
 
         average <- d*average + (1 - d)*parameter,   d = min(decay, (1 + n)/(10 + n))
 
-    after n steps before this one; the first step gives the parameter itself. Blocks have
-    optimizers of their own, so n counts the steps of a block. A parameter that never had a
-    gradient has no average, as it never changed.
+    where n is the number of earlier steps; after the first step the average is the parameter. Each
+    block has its own optimizer, so n counts the steps of the block. A parameter that never had a
+    gradient never changed and has no average.
 
     Args:
-        optimizer: one that has a state of each parameter after its first step, such as AdamW.
+        optimizer: an optimizer with a state for each parameter after its first step, such as AdamW.
         decay: at least 0 and below 1.
 
-    Source: the warm-up is that of TensorFlow's ExponentialMovingAverage, and of diffusers.
+    Source: the warm-up is that of TensorFlow's ExponentialMovingAverage and of diffusers.
     """
     optimizer.register_step_post_hook(partial(_update, decay))
 
@@ -61,11 +61,11 @@ def _update(decay: float, optimizer: Optimizer, *_: Any) -> None:
 
 @torch.no_grad()
 def exchange(model: Any, optimizers: Iterable[Optimizer]) -> None:
-    """Swaps parameters and their averages, bit for bit; a second call undoes the first.
+    """Swaps parameters and their averages exactly; a second call undoes the first.
 
     Args:
         model: the trained model; a resident one is moved to the host first.
-        optimizers: of `keep_average`.
+        optimizers: optimizers passed to `keep_average`.
     """
     residency = getattr(model, "residency", None)
     if residency is not None:
@@ -80,7 +80,7 @@ def exchange(model: Any, optimizers: Iterable[Optimizer]) -> None:
 
 @contextmanager
 def without_average_kept(optimizers: Iterable[Optimizer]) -> Iterator[None]:
-    """Restores the parameters without an average after the `with` block."""
+    """Restores the parameters that have no average after the `with` block."""
     kept = [
         (parameter, parameter.detach().clone(memory_format=torch.preserve_format))
         for optimizer in optimizers

@@ -23,20 +23,21 @@ TEMPERATURES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # of the samples
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLMRun(AutoregressiveOptions, Run):
-    """Train a 12-layer language model on text, block by block or end to end, and save it.
+    """Train a 12-layer language model on text, in blocks or end to end, and save it.
 
     The layers are divided into equal blocks. Each block learns to denoise the next token's
-    embedding within its own range of noise levels, given the text before it, so that a training
-    step runs, and holds in memory, one block only. Prints the bits per character of held-out text
-    and the cost; writes model.safetensors, config.json, tokenizer.json and run.json to --out.
+    embedding within its own range of noise levels, given the preceding text, so a training step
+    runs one block only and stores only its activations. Prints the bits per character of held-out
+    text and the cost; writes model.safetensors, config.json, tokenizer.json and run.json to --out.
     """
 
     steps: int = 2520
     p_mean: float = 0.0
-    """Mean of the logarithm of the noise levels. At 0 the first block owns 2.4 to 80, where a noisy
-    embedding of norm 1 carries no information, so that it learns to predict from the text alone."""
+    """Mean of the logarithm of the noise levels. With 0, the first of three blocks owns levels 2.4
+    to 80, where a noisy embedding of norm 1 carries no information, so it learns to predict from
+    the text alone."""
     tokens_per_block: int = 1
-    """Number of tokens that are predicted at once; they share a noise level."""
+    """Number of tokens predicted at once, which share a noise level."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,16 +54,16 @@ class CausalLMRun(AutoregressiveOptions, Run):
         return self.read_corpus(self.part)
 
     def trainer(self) -> CausalLMTrainer:
-        """The network of this run with its data, ready to train."""
+        """The trainer of this run, with network and data."""
         return CausalLMTrainer(self, self.corpus())
 
 
-# Differences of the paper's blocks.
+# What --published changes: the blocks of the paper.
 PUBLISHED: dict[str, Any] = {
     "rows": "doubled", "head": "learned", "conditioning": "dit", "top_share": 0.0
 }  # fmt: skip
 
-# For a GPU with 80 GB: about the size of GPT-2. Give it a text of some 100 MB and a tokenizer file.
+# For a GPU with 80 GB: about the size of GPT-2. Use a text of some 100 MB and a tokenizer file.
 GPU = CausalLMRun(
     steps=100_000,
     batch_size=64,
@@ -83,7 +84,7 @@ RECIPE = Recipe(
     columns=(*columns.CAUSAL_LM, *COSTS),
     published=PUBLISHED,
     published_help="As in the paper: clean and noisy rows side by side, a learned head, AdaLN, and "
-    "each block's draws in its own range of noise only.",
+    "noise levels drawn only from each block's own range.",
     after="Write text with\ndblocks sample causal-lm --checkpoint {out} --prompt 'The '",
 )
 
@@ -92,7 +93,7 @@ class CausalLMTrainer(AutoregressiveTrainer):
     """Trains a `CausalLM` on text.
 
     Args:
-        run: what to train.
+        run: options of the run.
         corpus: the texts for training and evaluation.
     """
 
@@ -106,7 +107,7 @@ class CausalLMTrainer(AutoregressiveTrainer):
         )
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
-        """Bits per character of the held-out text; of final runs their bound, and samples."""
+        """Bits per character of the held-out text; for final runs also the bound and samples."""
         windows = self.options.windows
         found = {
             "adaln": self.network.config.conditioning != "none",
@@ -128,7 +129,7 @@ class CausalLMTrainer(AutoregressiveTrainer):
         return model is not None and (model.config.num_blocks == 1 or trained_at_top(model))
 
     def _samples(self) -> dict[str, list[str]]:
-        """Samples by name: "plain", "product" or the Euler steps, and "@" the temperature."""
+        """Samples by name: "plain", "product" or the Euler steps, then "@" and the temperature."""
         if self.model is None:
             return {f"plain@{t:g}": self.samples(temperature=t) for t in TEMPERATURES}
         steps = sorted({1, self.num_blocks})
@@ -145,7 +146,7 @@ class Eval:
     """Measure the bits per character of held-out text under a saved language model."""
 
     data: str = "pydoc"
-    """Text to evaluate on: its last tenth; see `dblocks train causal-lm`."""
+    """Text to evaluate on; uses its held-out part. See `dblocks train causal-lm`."""
     data_path: str | None = None
     """See `dblocks train causal-lm`."""
     fold: Fold | None = None
@@ -153,10 +154,10 @@ class Eval:
     checkpoint: Path = RECIPE.out
     """Folder written by `dblocks train causal-lm`."""
     windows: int = 1024
-    """Number of windows to score, spread evenly; at most all of them."""
+    """Number of windows to score, evenly spaced; at most all of them."""
 
     def __call__(self) -> None:
-        """Load, score the held-out part, and print the bits per character."""
+        """Print the bits per character of the held-out part."""
         model, network, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
         text = load_corpus(
             self.data, path=self.data_path, fold=self.fold, tokenizer=tokenizer
@@ -166,19 +167,20 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(SampleText):
-    """Let a saved language model continue a text; characters are printed as they are generated."""
+    """Continue a text with a saved language model, printing it as it is generated."""
 
     checkpoint: Path = RECIPE.out
     """Folder written by `dblocks train causal-lm`."""
     steps: int | None = None
-    """Denoising steps per token; 1 runs the first block alone. By default tokens are sampled from
-    the product of all blocks' predictions or, if blocks were trained as published, by one step for
-    each block."""
+    """Denoising steps per token; 1 runs only the first block. By default, tokens are sampled from
+    the product of all blocks' predictions or, if blocks were trained as published, with one step
+    for each block."""
     product: bool = False
-    """Insist on the product of all blocks' predictions: an error where the default is another."""
+    """Require the product of all blocks' predictions; an error if the blocks were not trained for
+    it."""
 
     def __call__(self) -> None:
-        """Load, and print the prompt and its continuation."""
+        """Print the prompt and its continuation."""
         model, _, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
         in_blocks = check_steps(self.steps, self.checkpoint, model)
         if self.product and self.steps is not None:
@@ -188,7 +190,7 @@ class Sample(SampleText):
             )
         if self.product and not in_blocks:
             raise ValueError(
-                f"--product is of blocks, and the network in {self.checkpoint} was trained end to "
+                f"--product needs blocks, and the network in {self.checkpoint} was trained end to "
                 "end: leave --product out"
             )
         product = in_blocks and self.steps is None and (self.product or trained_at_top(model))

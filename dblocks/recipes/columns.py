@@ -1,4 +1,4 @@
-"""The columns of each network's table, but for what every run costs."""
+"""The columns of each network's table; the columns of costs are in `tables`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from dblocks.recipes.tables import Column, Record, mean, percent, spread
 
-SAMPLES = 32  # continuations of a text that a run writes
-STEPS_WINDOWS = 32  # windows of the held-out text that a recurrent model's steps are measured on
+SAMPLES = 32  # number of text continuations in a record
+STEPS_WINDOWS = 32  # held-out windows on which a recurrent model's numbers of steps are compared
 
 
 def accuracy(record: Record) -> float:
@@ -16,7 +16,7 @@ def accuracy(record: Record) -> float:
 
 
 def by_euler_steps(steps: int, noise: bool) -> Callable[[Record], float | None]:
-    """Reads the accuracy with so many Euler steps; None end to end."""
+    """Reads the accuracy with a number of Euler steps; None for end-to-end runs."""
     key = "accuracy_from_noise" if noise else "accuracy_by_denoising_steps"
 
     def read(record: Record) -> float | None:
@@ -26,7 +26,7 @@ def by_euler_steps(steps: int, noise: bool) -> Callable[[Record], float | None]:
 
 
 def _alone(block: int) -> Callable[[Record], float | None]:
-    """Reads the accuracy of a block alone; None where there is none."""
+    """Reads the accuracy of one block alone; None if it does not exist."""
 
     def read(record: Record) -> float | None:
         found = record["blocks_alone"]
@@ -60,13 +60,13 @@ def l2_loss(record: Record) -> float:
 
 
 def _judged(name: str) -> Callable[[Record], float | None]:
-    """Reads what the classifier says of samples; None for data without classes."""
-    # Records of before precision and recall lack them.
+    """Reads a metric of samples by the classifier; None for data without classes."""
+    # Older records lack precision and recall.
     return lambda record: None if record["judged"] is None else record["judged"].get(name)
 
 
 def _calls(records: Sequence[Record]) -> str:
-    """How often the layers of each block run to generate an image."""
+    """Number of calls of each block's layers to generate an image."""
     return "/".join(map(str, records[0]["calls_of_blocks"]))
 
 
@@ -95,12 +95,12 @@ DIT = (
 
 
 def bits(record: Record) -> float:
-    """Bits per character of the held-out text: of the next token, or a masked model's bound."""
+    """Bits per character of the held-out text; of masked models, a bound."""
     return record["bits"]
 
 
 def bound_bits(record: Record) -> float | None:
-    """The bound of denoising by all blocks; None where it was not measured, as end to end."""
+    """The denoising bound over all blocks; None if it was not measured, as for end-to-end runs."""
     bound = record.get("bound")
     return None if bound is None else bound["bits"]
 
@@ -116,7 +116,7 @@ CAUSAL_LM = (
 
 
 def layers_per_sample(record: Record) -> float:
-    """Layers that a masked model ran to write each sequence, on average."""
+    """Mean number of layers that a masked model ran to generate a sequence."""
     run = record["run"]
     blocks = 1 if run["end_to_end"] else run["blocks"]
     return sum(record["rows"]) * (run["depth"] / blocks) / SAMPLES
@@ -130,7 +130,7 @@ MASKED_LM = (
 
 
 def _bits_of_windows(record: Record) -> float:
-    """As `bits`, of some windows of the text: one Euler step, or the mean recurrences."""
+    """As `bits`, on some windows of the text, with one Euler step or the mean recurrences."""
     run = record["run"]
     return record["bits_by_steps"][str(run["mean_recurrence"]) if run["end_to_end"] else "1"]
 

@@ -1,4 +1,4 @@
-"""Common code of the networks' commands: train and save, and load."""
+"""Common code of the networks' commands: training, saving and loading."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from dblocks import blocks, checkpoint, scale
 from dblocks.checkpoint.networks import RECORD_FILE
 from dblocks.config import check_count, json_text
 from dblocks.recipes import records
-from dblocks.recipes.board import Board
 from dblocks.recipes.keeping import FOLDER as CHECKPOINTS_FOLDER
 from dblocks.recipes.keeping import Keeping
 from dblocks.recipes.merged import eval_command, measured
@@ -23,11 +22,12 @@ from dblocks.recipes.paper.experiment import Experiment
 from dblocks.recipes.paper.report import beside
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import OF_LAYERS, Column, text_table
+from dblocks.recipes.tensorboard import Board
 from dblocks.recipes.trainer import Trainer
 from dblocks.scale.mesh import ALONE, Layout, joined, wait_for_all, world_size
 
 SAVED_FILES = ("model.safetensors", "config.json", "block.json", RECORD_FILE)
-KEEP = 2  # number of checkpoints that are kept
+KEEP = 2  # default number of checkpoints to keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Recipe:
     """How `dblocks train` trains a network: its flags are the fields of `run`."""
 
     run: Run
-    """The defaults of the flags, for minutes on a CPU."""
+    """The defaults of the flags, for a run of minutes on a CPU."""
     out: Path
     """Where the network is saved by default."""
     columns: Sequence[Column]
@@ -47,7 +47,7 @@ class Recipe:
     published: Mapping[str, Any] = field(default_factory=dict)
     """The options that `--published` changes; empty if there is no such flag."""
     published_help: str = ""
-    """The help text of `--published`."""
+    """Help text of `--published`."""
     after: str = ""
     """Text to print at the end; {out} is replaced by the folder."""
 
@@ -71,7 +71,7 @@ class Recipe:
             run = self.gpu
         if kind == "paper" and self.paper:
             if published:
-                raise ValueError("--recipe paper is as published already; leave --published out")
+                raise ValueError("--recipe paper already is as published; leave --published out")
             run = run_of(experiment_of(self.paper, data), run)
         return dataclasses.replace(run, **self.published) if published else run
 
@@ -90,22 +90,21 @@ class Recipe:
         """Trains with a progress bar, writes network and record, and prints the table.
 
         Args:
-            run: what to train.
-            out: where to write; for a single block, a folder in it.
+            run: options of the run.
+            out: folder to write to; a single block is written to a sub-folder.
             overwrite: whether to replace existing files.
             checkpoint_every: steps between two checkpoints.
-            keep: number of the last checkpoints to keep.
+            keep: number of checkpoints to keep.
             resume: whether to continue from the newest checkpoint.
-            tensorboard: folder for TensorBoard files of the curve; for a single block, a folder in
-                it.
+            tensorboard: folder for TensorBoard files; a single block uses a sub-folder.
             kind: the value of `--recipe`: "paper" also prints the paper's results.
 
         Raises:
-            ValueError: the files of the paper's data are not given; or `out` cannot be written to,
-                or holds a save or checkpoints and neither `overwrite` nor `resume` is given. Raised
-                before training.
-            ImportError: a required package is not installed. Raised before training.
-            Interrupted: Ctrl-C or SIGTERM came, and there is a checkpoint.
+            ValueError: before training: the files of the paper's data are not given; or `out`
+                cannot be written to, or holds a network or checkpoints and neither `overwrite` nor
+                `resume` is given.
+            ImportError: before training: a required package is not installed.
+            Interrupted: Ctrl-C or SIGTERM was received, and there is a checkpoint.
         """
         experiment = None
         if kind == "paper":
@@ -133,16 +132,16 @@ class Recipe:
             wait_for_all()
             if layout.merges:
                 scale.merge_blocks(out, [out / f"block-{b}" for b in range(run.blocks)])
-        if layout.merges:  # when no other process waits for this one
+        if layout.merges:  # at this point no other process waits for this one
             self._measure(dataclasses.replace(run, block=0), out, experiment)
 
     def _measure(self, run: Run, out: Path, experiment: Experiment | None) -> None:
-        """Prints, and adds to the record, what the network reaches that was merged in `out`."""
+        """Evaluates the network merged in `out`; prints the results and adds them to the record."""
         try:
             record = measured(run, out)
         except torch.OutOfMemoryError as error:
-            print(f"The whole network does not fit {run.device} to be measured: {error}")
-            print(f"Measure it where there is room: {eval_command(out, run, self.run)}")
+            print(f"The whole network does not fit on {run.device} for evaluation: {error}")
+            print(f"Evaluate it on another device: {eval_command(out, run, self.run)}")
             return
         records.write_record(out / RECORD_FILE, record)
         columns = [column for column in self.columns if column not in OF_LAYERS]
@@ -169,7 +168,7 @@ class Recipe:
         resume: bool,
         tensorboard: Path | None,
     ) -> None:
-        """One job: all blocks, or one block by the processes of `layout`."""
+        """Runs one job: all blocks, or one block on the processes of `layout`."""
         if run.block is not None:
             out = out / f"block-{run.block}"
             tensorboard = tensorboard and tensorboard / f"block-{run.block}"
@@ -182,19 +181,18 @@ class Recipe:
         kept = folder.is_dir() and any(folder.glob("step-*"))
         if kept and not resume and not overwrite:
             raise ValueError(
-                f"--out must be a folder without checkpoints, got {out}; go on from the newest "
-                "with --resume, name another folder, or start anew with --overwrite"
+                f"--out must be a folder without checkpoints, got {out}; continue with --resume, "
+                "use another folder, or start again with --overwrite"
             )
         if resume and not kept and not overwrite and any(f.exists() for f in saved_files(out)):
             raise ValueError(
-                f"--resume must have a checkpoint to go on from, got none in {folder}, and {out} "
-                "holds a network; name another folder, or start anew with --overwrite and "
-                "--checkpoint-every"
+                f"--resume needs a checkpoint, got none in {folder}, and {out} holds a network; "
+                "use another folder, or start again with --overwrite and --checkpoint-every"
             )
         check_free(out, saved_files(out), overwrite=overwrite or resume)
         on_point = None
         if tensorboard is not None and layout.first:
-            on_point = Board(tensorboard).add  # first: it may not be installed
+            on_point = Board(tensorboard).add  # first, as it may not be installed
         if layout.first:
             checkpoint.prepare(out)
         if run.device == "cpu":
@@ -203,7 +201,7 @@ class Recipe:
         def save(trainer: Trainer) -> None:
             if not layout.first and run.sharding != "fsdp":
                 return
-            # The record so far, so that the unit never holds another model's.
+            # Saves the record so far too, so that the folder never holds that of another model.
             begun = records.begun(trainer)
             texts = trainer.batches.texts()
             if run.block is not None:
@@ -237,7 +235,7 @@ def _of_block(run: Run, record: dict[str, Any], out: Path, *, merged: bool) -> s
     lines = [f"block {run.block} of {run.blocks}: {shown}"]
     lines.append(f"Saved model.safetensors, block.json and run.json in {out}")
     if not merged:
-        lines.append(f"When all blocks are there: dblocks merge {out.parent} {out.parent}")
+        lines.append(f"After training all blocks: dblocks merge {out.parent} {out.parent}")
     return "\n".join(lines)
 
 
@@ -250,22 +248,21 @@ def check_free(out: Path, files: Sequence[Path], *, overwrite: bool, name: str =
     """Raises ValueError if files to be written exist and must not be replaced.
 
     Args:
-        out: as the user named it.
+        out: the path given by the user.
         files: the files to be written.
         overwrite: whether they may be replaced.
-        name: of the argument.
+        name: name of the argument.
     """
     found = [path.name for path in files if path.exists()]
     if found and not overwrite:
         there = "" if out in files else f" with {', '.join(found)}"
         raise ValueError(
-            f"{name} must name what is not there yet, got {out}{there}; name something else, or "
-            "give --overwrite"
+            f"{name} must not exist yet, got {out}{there}; use another name, or --overwrite"
         )
 
 
 def load_network(folder: Path, kind: type) -> tuple[Any, Any]:
-    """The model of a folder, in blocks or not, and its network, which must be a `kind`.
+    """Loads a model, in blocks or not; returns it and its network, which must be a `kind`.
 
     Args:
         folder: the folder written by `dblocks train`.
@@ -285,23 +282,23 @@ def load_network(folder: Path, kind: type) -> tuple[Any, Any]:
 
 
 def name_of(folder: Path) -> str:
-    """The name by which the command line calls the network of a folder, such as causal-lm."""
+    """The name on the command line of the network in a folder, such as causal-lm."""
     return checkpoint.read_config(folder)["model"].replace("_", "-")
 
 
 def check_positive(steps: int | None) -> None:
-    """Raises ValueError for `--steps` that are not positive."""
+    """Raises ValueError unless `--steps` is positive."""
     if steps is not None and steps < 1:
         raise ValueError(f"--steps must be positive, got {steps}")
 
 
 def check_steps(steps: int | None, folder: Path, model: Any) -> bool:
-    """Whether the model is in blocks; raises ValueError for `--steps` that it does not take."""
+    """Whether the model is in blocks; raises ValueError if it does not support `--steps`."""
     check_positive(steps)
     in_blocks = isinstance(model, blocks.DiffusionBlocks)
     if steps is not None and not in_blocks:
         raise ValueError(
-            f"--steps counts denoising steps, and the network in {folder} was trained end to end: "
-            "it runs all its layers once; leave --steps out"
+            f"--steps is the number of denoising steps, and the network in {folder} was trained "
+            "end to end: it runs all its layers once; leave --steps out"
         )
     return in_blocks

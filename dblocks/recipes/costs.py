@@ -20,10 +20,10 @@ MIB = 2**20
 
 
 class LayerCounter:
-    """Counts how often training calls some modules inside the `with` block.
+    """Counts the calls of some modules in training, inside the `with` block.
 
-    It counts by one hook on all modules, removed at the end, since layers of converted models must
-    have none of their own; calls inside `paused()` do not count.
+    It uses one global hook, removed at the end, since layers of converted models must not have
+    hooks of their own. Calls inside `paused()` do not count.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -44,7 +44,7 @@ class LayerCounter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Calls are not counted inside the `with` block: evaluation."""
+        """Does not count calls inside the `with` block, for evaluation."""
         self._counts = False
         try:
             yield
@@ -56,11 +56,11 @@ class LayerCounter:
 
 
 def memory(trainer: Trainer) -> dict[str, float]:
-    """The largest of the blocks' steps, in MiB: saved activations, and state held.
+    """The memory of the largest block's step, in MiB: saved activations, and state.
 
-    `state_mib` is the state that the step reads and updates, all that a worker of that block holds;
-    `process_mib` that of this process, with all blocks. With `--sharding fsdp` the gathered
-    parameters of layers count as activations.
+    `state_mib` is the state used by the step, which is all that a worker of that block holds;
+    `process_mib` is the state held by this process, with all blocks. With `--sharding fsdp`, the
+    gathered parameters of layers count as activations.
     """
     batch = trainer.batch(0)
     costs = [_step_bytes(trainer, batch, b) for b in trainer.trained_blocks]
@@ -69,7 +69,7 @@ def memory(trainer: Trainer) -> dict[str, float]:
 
 
 def _step_bytes(trainer: Trainer, batch: Batch, block: int) -> tuple[int, int, int]:
-    """Bytes saved for the backward pass, and held by the step and by the process at its end."""
+    """Bytes saved for the backward pass, used by the step, and held by the process at its end."""
     network = trainer.trained
     with SavedActivations(network.parameters()) as saved:
         loss = trainer.loss(batch, block)
@@ -83,12 +83,12 @@ def _step_bytes(trainer: Trainer, batch: Batch, block: int) -> tuple[int, int, i
 
 
 def _held(optimizer: Optimizer) -> int:
-    """Bytes of an optimizer's parameters, of their gradients, and of its state."""
+    """Bytes of an optimizer's parameters, their gradients and its state."""
     return state_bytes(_parameters(optimizer), optimizer)
 
 
 def _frozen_beside(optimizers: Iterable[Optimizer], network: nn.Module) -> int:
-    """Bytes of frozen parameters that no optimizer has; end to end the optimizer has them too."""
+    """Bytes of frozen parameters, which only the end-to-end optimizer has."""
     counted = {id(p) for optimizer in optimizers for p in _parameters(optimizer)}
     frozen = (p for p in network.parameters() if not p.requires_grad and id(p) not in counted)
     return sum(part_here(p).nbytes for p in frozen)

@@ -48,38 +48,38 @@ class DiTRun(Run):
     """Train a 12-layer diffusion transformer to generate images, and save it.
 
     The layers are divided into equal blocks. Each block learns to denoise the image within its own
-    range of noise levels, so that a training step runs, and holds in memory, one block only. Prints
-    the distance of generated images from held-out ones, in the features of a small classifier, and
-    the cost; writes model.safetensors, config.json and run.json to --out.
+    range of noise levels, so a training step runs one block only and stores only its activations.
+    Prints the distance of generated images from held-out ones, in the features of a small
+    classifier, and the cost; writes model.safetensors, config.json and run.json to --out.
     """
 
     data: str = "digits"
-    """Data to train on: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
-    fashion-mnist, of Debian's package dataset-fashion-mnist; cifar-10, cifar-100, tiny-imagenet,
-    imagenet or imagenet-latents, which --data-path names; hf:NAME of Hugging Face; or a path: a
-    folder of images, with a sub-folder for each class, of IDX, CIFAR, parquet or arrow files or of
-    latents, or a .npy or .npz file of images or latents."""
+    """Training data: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
+    fashion-mnist, from Debian's package dataset-fashion-mnist; cifar-10, cifar-100, tiny-imagenet,
+    imagenet or imagenet-latents, with --data-path; hf:NAME, a Hugging Face data set; or a path: a
+    folder of images with a sub-folder for each class, a folder of IDX, CIFAR, parquet or arrow
+    files or of latents, or a .npy or .npz file of images or latents."""
     data_path: str | None = None
-    """The folder of cifar-10 and the others."""
+    """Folder of the files of cifar-10 and other named data sets."""
     image_size: int | None = None
-    """Height and width to scale and crop the images of a folder to."""
+    """Height and width to which images of a folder are resized and cropped."""
     scale: float = 1.0
-    """Factor of the values of arrays and latents."""
+    """Factor for the values of arrays and latents."""
     sigma_data: float | None = None
-    """Std of the data; measured on the training part by default."""
+    """Std of the data; by default measured on the training part."""
     steps: int = 3000
     batch_size: int = 64
     """Images in a batch."""
     lr: float = 4e-3
     weighting: Weighting = "auto"
-    """Weight of a noise level's loss; auto is that of EDM."""
+    """Weight of a noise level's loss; auto is the weight of EDM."""
     points: int = 5
     width: int = 64
     """Width of the tokens."""
     heads: int = 4
     """Attention heads."""
     mlp_ratio: float = 4.0
-    """Width inside an MLP divided by that of the tokens."""
+    """Width of the hidden layer of MLPs, as a multiple of --width."""
     conditioning: DiTConditioning = "dit"
     """AdaLN convention of the layers."""
     gate_init: float = 0.0
@@ -102,7 +102,7 @@ class DiTRun(Run):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def dit_config(self, data: Images) -> DiTConfig:
-        """The network for these images; data with a single class count as without classes."""
+        """The network for these images; data with a single class are treated as without classes."""
         num_classes = int(data.labels.max()) + 1
         _, channels, height, width = data.images.shape
         return DiTConfig(
@@ -125,14 +125,14 @@ class DiTRun(Run):
         return BlocksConfig(self.num_blocks, schedule=schedule, weighting=self.weighting)
 
     def trainer(self) -> DiTTrainer:
-        """The network of this run with its data, ready to train."""
+        """The trainer of this run, with network and data."""
         data = load_images(
             self.data, self.part, path=self.data_path, size=self.image_size, scale=self.scale
         )
         return DiTTrainer(self, *data)
 
 
-# The network of the paper's CIFAR-10 experiment, DiT-S with patches of 2, trained for longer.
+# The network of the paper's CIFAR-10 experiment, DiT-S/2, trained for longer.
 GPU = DiTRun(
     data="cifar-10", steps=300_000, batch_size=256, lr=3e-4, weight_decay=0.01,
     width=384, heads=6, samples=10_000, device="cuda", bf16=True,
@@ -149,10 +149,10 @@ RECIPE = Recipe(
 
 
 class Sampled(NamedTuple):
-    """Generated images and how long they took."""
+    """Generated images and their time."""
 
     images: Tensor
-    """float32 [n, C, H, W], on the CPU, clamped to the values of the training data."""
+    """float32 [n, C, H, W], on the CPU, clamped to the range of the training data."""
     labels: Tensor | None
     """int64 [n]; None for a network without classes."""
     seconds: float
@@ -163,7 +163,7 @@ class DiTTrainer(Trainer):
     """Trains a DiT on images.
 
     Args:
-        run: what to train.
+        run: options of the run.
         data: the training images.
         evaluated: the images for evaluation.
     """
@@ -185,7 +185,7 @@ class DiTTrainer(Trainer):
         return f"loss {point['loss']:.4f}"
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
-        """The loss; for final runs also the classifier's evaluation of samples, and their cost."""
+        """The loss; for final runs also metrics of samples by a classifier, and their cost."""
         run, schedule = self.dit_run, self.trained.config.schedule
         found = {"loss": last["loss"], "sigma_data": schedule.sigma_data}
         return found | self._of_samples() if run.part == "final" else found
@@ -205,7 +205,7 @@ class DiTTrainer(Trainer):
         }
 
     def sample(self, guidance_scale: float) -> Sampled:
-        """The run's number of samples, cycling through the classes."""
+        """Generates the run's number of samples, cycling through the classes."""
         run, config = self.dit_run, self.network.config
         classes = self.data.labels.unique()
         labels = classes[torch.arange(run.samples) % len(classes)]
@@ -226,7 +226,7 @@ class DiTTrainer(Trainer):
         return Sampled(images, labels if config.num_classes else None, seconds)
 
     def _judged(self, guided: Sampled) -> dict[str, Any] | None:
-        """The classifier's evaluation of the samples; None without classes."""
+        """Metrics of the samples by a classifier; None without classes."""
         num_classes = self.network.config.num_classes
         if not num_classes or guided.labels is None:
             return None
@@ -248,23 +248,23 @@ class DiTTrainer(Trainer):
 class Eval:
     """Measure the loss of a saved diffusion transformer on held-out images.
 
-    The squared error of the network's output at noise levels of equal probability, which training
-    minimises, on at most 2,000 images. `dblocks train dit` also evaluates generated images.
+    The loss is the squared error of the network's output at noise levels of equal probability, as
+    in training, on at most 2,000 images. `dblocks train dit` also evaluates generated images.
     """
 
     data: str = "digits"
-    """Data to evaluate on: its held-out part; see `dblocks train dit`."""
+    """Data to evaluate on; uses their held-out part. See `dblocks train dit`."""
     data_path: str | None = None
     """See `dblocks train dit`."""
     image_size: int | None = None
-    """Height and width to scale and crop the images of a folder to."""
+    """Height and width to which images of a folder are resized and cropped."""
     scale: float = 1.0
-    """Factor of the values of latents."""
+    """Factor for the values of latents."""
     checkpoint: Path = RECIPE.out
     """Folder written by `dblocks train dit`."""
 
     def __call__(self) -> None:
-        """Load, and print the loss on the held-out part."""
+        """Print the loss on the held-out part."""
         model, _ = load_network(self.checkpoint, DiT)
         _, held_out = load_images(
             self.data, path=self.data_path, size=self.image_size, scale=self.scale

@@ -1,4 +1,4 @@
-"""`dblocks sample dit`: images as a picture, or as arrays for the programs that judge them."""
+"""`dblocks sample dit`: writes images as a PNG, or as arrays for programs that compute metrics."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from dblocks.sampling import sampling_cost
 OUT = Path("runs/dit")  # of training
 SUFFIXES = (".png", ".npz", ".npy")
 ACROSS = 10  # images in a row for a model without classes
-SHOWN = 10  # classes of a picture
+SHOWN = 10  # largest number of classes in a PNG by default
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """Generate images with a saved diffusion transformer, one row per class, as a PNG.
 
-    Or as arrays: a .npz file holds `arr_0`, uint8 [N, H, W, 3], and `arr_1`, the classes, as
-    programs that compute FID read them; a .npy file holds the values [N, C, H, W], also of latents.
-    Images of latents need --vae.
+    Or as arrays: a .npz file holds `arr_0`, uint8 [N, H, W, 3], and `arr_1`, the classes, as read
+    by programs that compute FID; a .npy file holds the values [N, C, H, W], also of latents. To
+    decode latents into images, use --vae.
     """
 
     checkpoint: Path = OUT
     """Folder written by `dblocks train dit`."""
     out: Path = Path("samples.png")
-    """The PNG to write, or a .npz or .npy file."""
+    """The .png, .npz or .npy file to write."""
     overwrite: bool = False
     """Replace an existing file."""
     classes: tuple[int, ...] = ()
-    """Classes to generate, such as 3 7; by default the first ten, and all for a .npz file."""
+    """Classes to generate, such as 3 7; by default the first ten, or all for a .npz file."""
     count: int = 5
-    """Number of images of each class; for a model without classes, of rows of 10."""
+    """Number of images per class; for a model without classes, number of rows of 10."""
     steps: int | None = None
-    """Denoising steps, each of one block; 50 by default."""
+    """Number of denoising steps, each with one block; 50 by default."""
     spacing: Literal["equal_mass", "karras"] = "equal_mass"
     """Spacing of the steps: equal_mass calls each block about equally often, karras as in EDM."""
-    guidance: float | None = None
+    guidance_scale: float | None = None
     """Guidance scale: 1 is the conditional model; 2, the default, amplifies the class and needs two
     calls per step."""
-    size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = None
     """Height and width; by default those of the training images."""
     seed: int = 0
     """Seed of the initial noise."""
@@ -67,7 +67,7 @@ class Sample:
     """Folder of the latents' autoencoder, an AutoencoderKL of diffusers in safetensors."""
 
     def __call__(self) -> None:
-        """Load, generate with a progress bar, write, and print how often blocks ran."""
+        """Generate and write the images; print the number of calls of each block."""
         check_seed(self.seed)
         check_device(self.device)
         for name in ("count", "steps", "batch_size"):
@@ -84,11 +84,11 @@ class Sample:
         pictured = decode is not None or config.channels in image_grid.SHOWN_CHANNELS
         if self.out.suffix != ".npy" and not pictured:
             raise ValueError(
-                f"images of {config.channels} channels are no picture; name a .npy file by --out, "
-                "or the autoencoder of the latents by --vae"
+                f"images of {config.channels} channels cannot be written as pictures; use a .npy "
+                "file as --out, or decode latents with --vae"
             )
         labels, across = self._labels(config.num_classes)
-        scale = self.guidance
+        scale = self.guidance_scale
         if scale is None:
             scale = GUIDANCE_SCALE if config.drops_labels else 1.0
         model.to(self.device)
@@ -110,7 +110,7 @@ class Sample:
         print(f"{cost.layer_evaluations:,} layer evaluations per image; wrote {self.out}")
 
     def _drawn(self, model: Any, labels: Tensor, sigmas: Any, scale: float) -> Iterator[Tensor]:
-        """The images, float32 on the CPU, some at a time."""
+        """Generates the images in batches, float32 on the CPU."""
         classes = model.base_model.config.num_classes
         generator = torch.Generator().manual_seed(self.seed)
         chunks = labels.split(self.batch_size)
@@ -121,7 +121,7 @@ class Sample:
                     images = generate_images(
                         model,
                         chunk.to(self.device) if classes else len(chunk),
-                        size=self.size,
+                        size=self.image_size,
                         sigmas=sigmas,
                         guidance_scale=scale,
                         generator=generator,
@@ -130,7 +130,7 @@ class Sample:
                 yield images.cpu()
 
     def _labels(self, num_classes: int) -> tuple[Tensor, int]:
-        """The classes to draw, zeros for a model without; and the pictures in a row."""
+        """The classes to generate, zeros for a model without classes, and the images per row."""
         if not num_classes:
             if self.classes:
                 raise ValueError(
@@ -144,15 +144,15 @@ class Sample:
 
 
 class _Decoder:
-    """Makes images in [-1, 1] of latents, by an autoencoder that is there already.
+    """Decodes latents into images in [-1, 1] with an autoencoder in a local folder.
 
     Args:
-        folder: of diffusers' AutoencoderKL.
+        folder: folder of diffusers' AutoencoderKL.
         trained: folder of the network, whose record has the factor of the latents.
-        device: where to compute.
+        device: device of the computation.
     """
 
-    AT_ONCE = 16  # images, of 256x256 pixels and more
+    AT_ONCE = 16  # batch size for images of 256x256 pixels and more
 
     def __init__(self, folder: Path, trained: Path, device: str) -> None:
         if not folder.is_dir():
@@ -187,7 +187,7 @@ def _scale_of(trained: Path) -> float:
 
 
 def _joined(chunks: Iterator[Tensor], count: int) -> Tensor:
-    """Bytes [N, H, W, C] in one piece, which is made once."""
+    """Collects uint8 [N, H, W, C] in one preallocated tensor."""
     first = next(chunks)
     pixels = first.new_empty(count, *first.shape[1:])
     pixels[: len(first)], done = first, len(first)
@@ -198,7 +198,7 @@ def _joined(chunks: Iterator[Tensor], count: int) -> Tensor:
 
 
 def _save_npz(path: Path, pixels: Tensor, labels: Tensor | None) -> None:
-    """As guided-diffusion's evaluator reads it; grey images become those of three channels."""
+    """Writes the format of guided-diffusion's evaluator; grey images get three channels."""
     numpy = importlib.import_module("numpy")
     if pixels.shape[-1] == 1:
         pixels = pixels.expand(*pixels.shape[:-1], 3)

@@ -1,4 +1,4 @@
-"""Dropout in the training steps of a transformer that has none of its own: `--dropout`."""
+"""Dropout in training for transformers without dropout of their own: `--dropout`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SEED = 733_000  # added to a run's
 
 
 class Dropout:
-    """Dropout as in the original ViT: of the tokens that enter the first layer, of the outputs of
-    attention and MLP, and of the attention probabilities; active only inside `at`.
+    """Dropout as in the original ViT: on the input tokens of the first layer, the outputs of
+    attention and MLP, and the attention probabilities; active only inside `at`.
 
     Args:
         rate: probability of dropping an element.
@@ -37,11 +37,11 @@ class Dropout:
 
     @contextmanager
     def at(self, step: int, device: str, mesh: Any = None) -> Iterator[None]:
-        """Activates dropout in the `with` block; PyTorch's generators are restored afterwards.
+        """Activates dropout inside the `with` block; PyTorch's generators are restored afterwards.
 
         Args:
-            step: number of the step.
-            device: where it runs.
+            step: index of the step.
+            device: device of the step.
             mesh: the processes that share the batch; each draws masks for its own samples.
         """
         if not self.rate:

@@ -1,4 +1,4 @@
-"""Errors about the fields of a run as the command line puts them: by their flags."""
+"""Error messages that name flags of the command line instead of fields of a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ NO, YES = "False", "True"
 
 @contextmanager
 def naming_flags(names: Sequence[str]) -> Iterator[None]:
-    """A ValueError inside the `with` block names flags in the place of fields.
+    """Makes a ValueError inside the `with` block name flags instead of fields.
 
     Args:
-        names: of the fields.
+        names: names of the fields.
     """
     try:
         yield
@@ -25,10 +25,10 @@ def naming_flags(names: Sequence[str]) -> Iterator[None]:
 
 
 def with_flags(message: str, names: Sequence[str]) -> str:
-    """A message with `--reduce-every` for reduce_every, and `--shared reduce` for shared='reduce'.
+    """Replaces reduce_every by `--reduce-every`, and shared='reduce' by `--shared reduce`.
 
-    A field of one word is a word of English too, and is one only where it begins the message or has
-    a value.
+    Fields of one word are also English words: they are replaced only at the beginning of the
+    message or with a value.
     """
     known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
     message = re.sub(rf"(?<![\w./-])({known})=(?:'([^']*)'|([\w.+-]*\w))", _valued, message)

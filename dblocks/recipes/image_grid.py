@@ -1,4 +1,4 @@
-"""Generated images as pictures: in a record, and as a figure.
+"""Generated images in records and figures.
 
 matplotlib is imported when a figure is made.
 """
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#333333"
-TEXT_SIZE = 12  # points: a README shows a figure at about half its pixels
-SHOWN_CHANNELS = (1, 3)  # grey or RGB; latents are no pictures
+TEXT_SIZE = 12  # points; a README shows figures at about half their size
+SHOWN_CHANNELS = (1, 3)  # grey or RGB; latents cannot be shown
 PANEL_INCHES = 2.2
 DPI_LIMIT = 400
 
@@ -28,7 +28,7 @@ def to_bytes(images: Tensor) -> Tensor:
     """Images [N, C, H, W] in [-1, 1], clamped, as uint8 [N, H, W, C]."""
     if images.ndim != 4 or images.shape[1] not in SHOWN_CHANNELS:
         raise ValueError(
-            f"pictures must have shape [N, C, H, W] with C of {SHOWN_CHANNELS}, "
+            f"images must have shape [N, C, H, W] with C in {SHOWN_CHANNELS}, "
             f"got {list(images.shape)}; latents must be decoded first"
         )
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
@@ -36,7 +36,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def encode(images: Tensor) -> dict[str, Any]:
-    """Images [N, C, H, W] in [-1, 1] as JSON values: 8 bits a pixel, in base64."""
+    """Images [N, C, H, W] in [-1, 1] as JSON values: 8 bits per value, in base64."""
     pixels = to_bytes(images)
     data = base64.b64encode(bytes(pixels.flatten().tolist())).decode()
     return {"shape": list(pixels.shape), "uint8": data}
@@ -49,18 +49,18 @@ def decode(written: Mapping[str, Any]) -> Tensor:
 
 
 def tiled(pixels: Tensor, columns: int) -> Tensor:
-    """Pictures uint8 [N, H, W, C] side by side, row by row, with a light line between them.
+    """A grid of images uint8 [N, H, W, C], row by row, separated by light lines.
 
     Args:
-        pixels: the pictures; the last row may be shorter.
-        columns: pictures in a row.
+        pixels: the images; the last row may be shorter.
+        columns: images per row.
 
     Returns:
         uint8 [rows*(H + 1) - 1, columns*(W + 1) - 1, C].
     """
     N, H, W, C = pixels.shape
     if columns < 1 or N < 1:
-        raise ValueError(f"a grid needs pictures and columns, got {N} and {columns}")
+        raise ValueError(f"a grid needs images and columns, got {N} and {columns}")
     rows = -(-N // columns)
     grid = torch.full((rows * columns, H + 1, W + 1, C), 255, dtype=torch.uint8)
     grid[:N, :H, :W] = pixels
@@ -69,12 +69,12 @@ def tiled(pixels: Tensor, columns: int) -> Tensor:
 
 
 def grid_figure(panels: Mapping[str, Tensor], columns: int, title: str = "") -> Figure:
-    """A figure with a panel of pictures for each title; `save_png` writes it.
+    """A figure with a panel of images for each title; `save_png` writes it.
 
     Args:
-        panels: pictures uint8 [N, H, W, C], by the title of their panel.
-        columns: pictures in a row of a panel.
-        title: of the figure.
+        panels: images uint8 [N, H, W, C] by the title of their panel.
+        columns: images per row of a panel.
+        title: title of the figure.
     """
     across = min(4, len(panels))
     down = -(-len(panels) // across)
@@ -96,14 +96,14 @@ def grid_figure(panels: Mapping[str, Tensor], columns: int, title: str = "") -> 
 
 
 def save_png(figure: Figure, path: Path) -> Path:
-    """Write the figure, making the folder if it is not there."""
+    """Writes a figure, creating the folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, format="png")
     return path
 
 
 def import_matplotlib(module: str) -> Any:
-    """A module of matplotlib; ImportError says how to install it."""
+    """Imports a module of matplotlib; an ImportError says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

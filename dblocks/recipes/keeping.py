@@ -1,4 +1,4 @@
-"""Checkpoints of a run: their contents, when they are written, and resuming."""
+"""Checkpoints of a run: contents, times of writing, and resuming."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from dblocks.recipes.costs import LayerCounter
     from dblocks.recipes.trainer import Trainer
 
-FOLDER = "checkpoints"  # inside that of the run
-LOG_FILE = "log.jsonl"  # next to it: a line for each point of the curve
+FOLDER = "checkpoints"  # inside the folder of the run
+LOG_FILE = "log.jsonl"  # next to it, with one line per point of the curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,27 +34,27 @@ class Keeping:
     folder: Path
     """The folder of the checkpoints."""
     every: int | None
-    """Steps between two of them; None: only when a signal ends the run."""
+    """Steps between two checkpoints; None to write one only when a signal ends the run."""
     keep: int
-    """Number of the last checkpoints to keep."""
+    """Number of checkpoints to keep."""
     resume: bool
-    """Whether to resume from the newest; else existing ones are removed."""
+    """Whether to resume from the newest one; otherwise existing ones are removed."""
     also: int | None = None
-    """A further step after which one is written, as where other runs begin."""
+    """A further step after which a checkpoint is written, such as the start of other runs."""
 
 
 class Progress:
-    """The progress of a run: the state of a checkpoint other than network and optimizer."""
+    """The progress of a run: the state in a checkpoint besides network and optimizers."""
 
     def __init__(self, num_blocks: int, counter: LayerCounter) -> None:
         self.step = 0
-        """Steps taken; the position in the data too, which are a function of the step."""
+        """Number of steps taken; also the position in the data, which is a function of the step."""
         self.own_steps = 0
-        """Of them, those of the blocks that are trained here."""
+        """Number of these steps on blocks that are trained here."""
         self.seconds = 0.0
         self.curve: list[dict[str, Any]] = []
         self.continued: list[list[int]] = []
-        """Where the run went on to another number of steps: after which step, and that before."""
+        """Where the run was resumed with another number of steps: (after step, earlier number)."""
         self._counter = counter
         self._losses: list[list[float]] = [[] for _ in range(num_blocks)]
 
@@ -84,7 +84,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores a state of `state_dict`."""
         self.step, self.own_steps = state["step"], state["own_steps"]
         self.seconds, self.curve = state["seconds"], state["curve"]
         self._losses, self.continued = state["losses"], state.get("continued", [])
@@ -92,7 +92,7 @@ class Progress:
 
 
 class RandomState:
-    """PyTorch's default generators, which a part of a network might use."""
+    """The state of PyTorch's default generators, which parts of a network may use."""
 
     def state_dict(self) -> dict[str, Any]:
         """Their states."""
@@ -100,7 +100,7 @@ class RandomState:
         return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores a state of `state_dict`."""
         torch.set_rng_state(state["cpu"])
         if state["cuda"]:
             torch.cuda.set_rng_state_all(state["cuda"])
@@ -111,7 +111,7 @@ class Keeper:
 
     Args:
         keeping: whether and where to keep checkpoints.
-        trainer: what is trained.
+        trainer: the trainer of the run.
         progress: the progress of the run, updated from the checkpoint.
         begun: JSON values that identify the run.
 
@@ -153,16 +153,16 @@ class Keeper:
             self._go_on(trainer)
         said = f"resumed after step {progress.step} of {self.steps}"
         if found is None:
-            said = f"no checkpoint in {keeping.folder} yet: training starts anew"
+            said = f"no checkpoint in {keeping.folder} yet: training starts from the beginning"
         if self.first:
             print(said, file=sys.stderr)
 
     def _whole(self, holder: Any) -> Any:
-        """With whole states where each process has a shard; the first one holds and writes them."""
+        """Gathers the full state if it is sharded; the first process holds and writes it."""
         return Gathered(holder, here=self.first) if self.sharded else holder
 
     def write_log(self) -> None:
-        """Writes the whole curve so far, so that a resumed run has each point once."""
+        """Writes the whole curve so far: after resuming, each point appears once."""
         if not self.first:
             return
         path = self.keeping.folder.parent / LOG_FILE
@@ -171,13 +171,13 @@ class Keeper:
             with replacing(path) as part:
                 part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         except OSError as error:
-            warnings.warn(f"no new line in {path}: {error}", stacklevel=2)
+            warnings.warn(f"{path} could not be written: {error}", stacklevel=2)
 
     def wait(self) -> None:
         """Waits until the current checkpoint is written.
 
         Warns:
-            UserWarning: it cannot be written; training continues.
+            UserWarning: the checkpoint cannot be written; training continues.
         """
         try:
             self.checkpoints.wait()
@@ -196,12 +196,12 @@ class Keeper:
         """Writes a checkpoint if one is due, and ends the run if a signal was received.
 
         Args:
-            received: the signal.
-            own: whether the step was one of a block trained here; processes that train together
-                agree after such a step on whether there was a signal.
+            received: the number of the signal, or None.
+            own: whether the step was on a block trained here; after such a step, processes that
+                train together agree on whether there was a signal.
 
         Raises:
-            Interrupted: if a signal was received.
+            Interrupted: a signal was received.
 
         Warns:
             UserWarning: the checkpoint cannot be written; training continues.
@@ -213,7 +213,7 @@ class Keeper:
         due = due or (every is not None and step % every == 0)
         if due or received is not None:
             objects = self.objects
-            if self.sharded:  # a collective, before anything that may fail
+            if self.sharded:  # a collective; it comes before anything that may fail
                 objects = {name: Snapshot(state_of(o)) for name, o in objects.items()}
             if self.first:
                 self.wait()
@@ -222,45 +222,46 @@ class Keeper:
             self.wait()
         if received is not None:
             last = self.checkpoints.last
-            how = "no checkpoint" if last is None else f"--resume goes on after step {last}"
+            how = "no checkpoint" if last is None else f"--resume continues after step {last}"
             said = f"interrupted after step {step} of {self.steps}; {how}"
             raise Interrupted(said if self.first else "", received)
 
     def _go_on(self, trainer: Trainer) -> None:
-        """Allows for another number of steps, as long as those that were taken are among them."""
+        """Accepts another number of steps, if it is not less than the number of steps taken."""
         run, step, before = trainer.run, self.progress.step, self.checkpoints.resumed["run.steps"]
         trainer.continued = self.progress.continued
         if before == run.steps:
             return
         if run.steps < step:
             raise ValueError(
-                f"steps must be at least the {step} that the checkpoint in {self.keeping.folder} "
-                f"has taken, got {run.steps}; to start anew, give --overwrite without --resume"
+                f"steps must be at least {step}, the steps of the checkpoint in "
+                f"{self.keeping.folder}, got {run.steps}; to start again, use --overwrite without "
+                "--resume"
             )
         self.progress.continued.append([step, before])
         if step == run.steps:
-            trainer.average_copies(step)  # as the last step of such a run does
+            trainer.average_copies(step)  # the learning rate of the last step of a run
         earlier = dataclasses.replace(run, steps=before)
         same = run.decay == "constant" and all(
             run.lr_at(i) == earlier.lr_at(i) for i in range(step + 1)
         )
         if self.first and step < run.steps and not same:
             rate, other = run.lr_at(step), earlier.lr_at(step)
-            how = f"begins with {rate:.3g} where it would have been {other:.3g}"
+            how = f"begins with {rate:.3g} instead of {other:.3g}"
             if rate == other:
-                how = "has another warm-up, a fraction of its steps"
+                how = "has another warm-up, as this is a fraction of the steps"
             warnings.warn(
-                f"this run was to take {before} steps and goes on after step {step} to {run.steps}:"
-                f" the learning rate is from here on that of a run of {run.steps} steps, which "
-                f"{how}; the result is not that of one run",
+                f"this run of {before} steps continues after step {step} to {run.steps} steps: "
+                f"from here on it has the learning rate of a run of {run.steps} steps, which "
+                f"{how}; the result differs from that of one run",
                 stacklevel=3,
             )
 
     def _check_agreed(self, step: int) -> None:
-        """Raises unless processes that train together resume from the same step; a collective."""
+        """Raises ValueError unless all processes resume from the same step; a collective."""
         last = largest(step, self.mesh)
         if last != step or -largest(-step, self.mesh) != step:
             raise ValueError(
                 f"all processes must find the same checkpoint in {self.keeping.folder}, got steps "
-                f"{step} and {last}; the folder must be one that all of them share"
+                f"{step} and {last}; the folder must be shared by all of them"
             )

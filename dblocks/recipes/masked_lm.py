@@ -29,44 +29,44 @@ from dblocks.sampling import points_for, unmask
 from dblocks.schedules import MASKED, MaskSchedule
 from dblocks.schedules.mask import ScheduleKind
 
-SAMPLED = "unmasked"  # name of the samples in records
-POINT_WINDOWS = 16  # windows of the held-out text for a point of the curve
-TOKENS = 100  # number generated after a prompt by default
+SAMPLED = "unmasked"  # key of the samples in records
+POINT_WINDOWS = 16  # held-out windows for a point of the curve
+TOKENS = 100  # default number of tokens to generate after a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedLMRun(TextOptions, Run):
-    """Train a 12-layer model that fills in the masked tokens of a text, and save it.
+    """Train a 12-layer model that predicts the masked tokens of a text, and save it.
 
     In training a random fraction of the tokens, the mask ratio, is masked, and the model predicts
     them from both sides. The layers are divided into equal blocks, each for its own range of mask
-    ratios, so that a training step runs, and holds in memory, one block only. Prints the bits per
-    character of held-out text and the cost; writes model.safetensors, config.json, tokenizer.json
-    and run.json to --out.
+    ratios, so a training step runs one block only and stores only its activations. Prints the bits
+    per character of held-out text and the cost; writes model.safetensors, config.json,
+    tokenizer.json and run.json to --out.
     """
 
     steps: int = 1500
     batch_size: int = 8
-    """Windows of text in a batch."""
+    """Windows of text per batch."""
     width: int = 96
     heads: int = 3
     kv_heads: int | None = None
-    """Key/value heads; as many as heads by default."""
+    """Number of key/value heads; by default that of --heads."""
     points: int = 5
-    rope_theta: float = 100.0  # with 10,000 a context of 128 was learned more slowly
-    """Base of the rotary positions' frequencies; 100 gives periods of 6 to some 500 tokens."""
+    rope_theta: float = 100.0  # with 10,000, training with a context of 128 was slower
+    """Base of the frequencies of rotary positions; with 100, periods are 6 to about 500 tokens."""
     conditioning: ConditioningKind = "dit"
     """AdaLN convention for the mask ratio, in blocks and end to end."""
     gate_init: float = 1.0
-    """Initial gates; at 1 layers start as layers without gates, not as the identity."""
+    """Initial gates; with 1, layers start like layers without gates, not as the identity."""
     schedule: ScheduleKind = "linear"
-    """The mask ratio as a function of time t: it labels the levels, and with --draw t decides how
-    often each ratio is drawn."""
-    draw: Literal["alpha", "t"] = "alpha"  # learned a little faster than cosine with t
-    """Variable drawn uniformly in training: alpha, the fraction that is not masked, or the time
-    t."""
+    """Mask ratio as a function of time t. It defines the levels and, with --draw t, the
+    distribution of mask ratios in training."""
+    draw: Literal["alpha", "t"] = "alpha"  # trained a little faster than cosine with t
+    """Variable that is uniform in training: alpha, the fraction of tokens that are not masked, or
+    the time t."""
     weighting: Weighting = "auto"
-    """Weight of a loss; auto is the weight of the bound."""
+    """Weight of a level's loss; auto is the weight of the variational bound."""
     overlap: float = 0.1
     """Overlap of the blocks' ranges of the mask ratio."""
 
@@ -98,11 +98,11 @@ class MaskedLMRun(TextOptions, Run):
         )
 
     def trainer(self) -> MaskedLMTrainer:
-        """The network of this run with its data, ready to train."""
+        """The trainer of this run, with network and data."""
         return MaskedLMTrainer(self, self.read_corpus(self.part))
 
 
-# For a GPU with 80 GB: about the size of GPT-2. Give it a text of some 100 MB and a tokenizer file.
+# For a GPU with 80 GB: about the size of GPT-2. Use a text of some 100 MB and a tokenizer file.
 GPU = MaskedLMRun(
     steps=200_000,
     batch_size=64,
@@ -128,10 +128,10 @@ RECIPE = Recipe(
 
 
 class MaskedLMTrainer(Trainer):
-    """Trains a `MaskedLM` on text; end to end it is one block of all layers.
+    """Trains a `MaskedLM` on text; end to end, as one block of all layers.
 
     Args:
-        run: what to train.
+        run: options of the run.
         corpus: the texts for training and evaluation.
     """
 
@@ -145,7 +145,7 @@ class MaskedLMTrainer(Trainer):
         self.options, self.corpus = run, corpus
 
     def measure(self) -> dict[str, Any]:
-        """Bits per character of some of the held-out text."""
+        """Bits per character of a part of the held-out text."""
         return {"bits": self.bits(windows=POINT_WINDOWS).bits}
 
     def progress(self, point: dict[str, Any]) -> str:
@@ -153,7 +153,7 @@ class MaskedLMTrainer(Trainer):
         return f"{point['bits']:.3f} bits per character"
 
     def bits(self, *, windows: int | None = None) -> Bits:
-        """The bound for the held-out text: all of it, or this number of windows."""
+        """The bound for the held-out text: all of it, or a number of windows."""
         text, context = self.corpus.evaluated, self.options.context
         points = points_for(self.num_blocks)
         return bits_per_character(
@@ -186,11 +186,11 @@ class MaskedLMTrainer(Trainer):
 class Eval:
     """Measure the bits per character of held-out text under a saved masked model.
 
-    It is an upper bound: the expected cost of filling in the text in random order.
+    The result is an upper bound: the expected cost of generating the text in random order.
     """
 
     data: str = "pydoc"
-    """Text to evaluate on: its last tenth; see `dblocks train masked-lm`."""
+    """Text to evaluate on; uses its held-out part. See `dblocks train masked-lm`."""
     data_path: str | None = None
     """See `dblocks train masked-lm`."""
     fold: Fold | None = None
@@ -198,13 +198,13 @@ class Eval:
     checkpoint: Path = RECIPE.out
     """Folder written by `dblocks train masked-lm`."""
     points: int | None = None
-    """Mask ratios to measure at, evenly spaced; a multiple of the number of blocks. 12 or a few
-    more by default."""
+    """Number of evenly spaced mask ratios at which to evaluate; a multiple of the number of blocks.
+    By default 12, or the next multiple."""
     seed: int = 0
     """Seed of the masks."""
 
     def __call__(self) -> None:
-        """Load, score the held-out part, and print the bits per character."""
+        """Print the bits per character of the held-out part."""
         check_seed(self.seed)
         model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
         text = load_corpus(
@@ -222,36 +222,37 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Let a saved masked model continue a text, or fill the gaps of one.
+    """Continue a text with a saved masked model, or fill in its gaps.
 
-    Tokens are filled in in random order, a few in each step.
+    Tokens are generated in random order, a few in each step.
     """
 
     prompt: str = "The "
     """The text to continue."""
     infill: str | None = None
-    """Instead of a prompt, a text with gaps: each _ is one token to fill in."""
+    """A text with gaps, instead of a prompt: each _ is one token to fill in."""
     gap: str = "_"
     """The character that marks a token to fill in."""
     checkpoint: Path = RECIPE.out
     """Folder written by `dblocks train masked-lm`."""
     tokens: int | None = None
-    """Number of tokens to generate after the prompt: by default 100, or as many as fit into the
+    """Number of tokens to generate after the prompt; by default 100, or as many as fit into the
     context."""
     steps: int | None = None
-    """Number of steps; by default the total number of tokens. Steps that fill in nothing cost
-    nothing."""
+    """Number of steps; by default the total number of tokens. Steps that unmask no token run no
+    layers."""
     temperature: float = 1.0
-    """Divisor of the logits; 0 always takes the most likely token."""
+    """Divisor of the logits; 0 always chooses the most likely token."""
     top_k: int | None = None
-    """Keep only this many most likely tokens."""
+    """Sample only from this many most likely tokens."""
     top_p: float | None = None
-    """Keep only the fewest most likely tokens whose probabilities sum to at least this."""
+    """Sample only from the smallest set of most likely tokens whose probabilities sum to at least
+    this."""
     seed: int = 0
-    """Seed of the order and of the tokens."""
+    """Seed of the order of unmasking and of the tokens."""
 
     def __call__(self) -> None:
-        """Load, generate with a progress bar, and print the text and the calls of each block."""
+        """Generate and print the text, and the number of calls of each block."""
         check_seed(self.seed)
         model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
         sequence = torch.tensor([self._sequence(tokenizer, network.config.context)])
@@ -276,7 +277,7 @@ class Sample:
         print(f"calls of each block's layers: {calls}")
 
     def _sequence(self, tokenizer: Any, context: int) -> list[int]:
-        """The tokens, with masks at gaps.
+        """The tokens of the text, masked at gaps.
 
         Raises:
             ValueError: there is no gap, or no text.
@@ -292,7 +293,7 @@ class Sample:
             return [*prompt, *[MASKED] * tokens]
         if len(self.gap) != 1 or self.gap not in self.infill:
             raise ValueError(
-                "--infill must have a gap, the one character of --gap for each token to write, "
+                "--infill must have a gap, the one character of --gap for each token to generate, "
                 f"got {self.infill!r} and {self.gap!r}"
             )
         first, *others = self.infill.split(self.gap)

@@ -14,19 +14,19 @@ from dblocks.info import environment
 from dblocks.recipes.records import begun
 from dblocks.recipes.run import Run
 
-# Options that `dblocks eval` needs as in training.
+# Options of training that `dblocks eval` needs too.
 OF_DATA = ("data", "data_path", "image_size", "scale", "fold")
 
 
 def measured(run: Run, out: Path) -> dict[str, Any]:
-    """The record of a merged network, as of one process; its costs are those of the blocks.
+    """The record of a merged network, as for a run of one process, with the costs of the blocks.
 
     Args:
-        run: of one of its blocks.
-        out: where it was merged.
+        run: the run of one of its blocks.
+        out: folder of the merged network.
 
     Raises:
-        torch.OutOfMemoryError: the whole network does not fit the device.
+        torch.OutOfMemoryError: the whole network does not fit on the device.
     """
     whole = dataclasses.replace(
         run, block=None, shared=run.sharing, resident=False, steps_per_visit=None, prefetch=None,
@@ -42,7 +42,7 @@ def measured(run: Run, out: Path) -> dict[str, Any]:
 
 
 def _costs(run: Run, out: Path) -> dict[str, Any]:
-    """Memory of the largest of the blocks' processes, and the seconds of all together."""
+    """Memory of the largest process of a block, and the total seconds of all."""
     found = [read_json(current(out / f"block-{b}", "run.json")) for b in range(run.blocks)]
     memory = ("activations_mib", "state_mib", "process_mib")
     return {
@@ -56,9 +56,9 @@ def eval_command(out: Path, settings: Run | dict[str, Any], defaults: Run) -> st
     """The command that evaluates a network.
 
     Args:
-        out: where it is saved.
-        settings: of its training, as a run or as JSON values.
-        defaults: of the flags.
+        out: folder of the network.
+        settings: options of its training, as a run or JSON values.
+        defaults: defaults of the flags.
     """
     values = settings if isinstance(settings, dict) else vars(settings)
     network = read_config(out)["model"].replace("_", "-")

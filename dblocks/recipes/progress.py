@@ -1,4 +1,4 @@
-"""Progress bars; tqdm is imported when one is made."""
+"""Progress bars; tqdm is imported when one is created."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 def progress_bar(
     purpose: str, label: str, total: int | None = None, *, shown: bool = True, done: int = 0
 ) -> Any:
-    """A bar of steps, silent where the output is not a terminal.
+    """A progress bar, which is not shown if the output is not a terminal.
 
     Args:
         purpose: "training" or "sampling".
-        label: stands before the bar.
-        total: number of steps, where it is known.
-        shown: whether to show it at all.
-        done: steps that were taken before.
+        label: text before the bar.
+        total: number of steps, if known.
+        shown: whether to show the bar.
+        done: number of steps taken before.
 
     Raises:
         ImportError: tqdm is not installed.
@@ -27,6 +27,6 @@ def progress_bar(
             f"{purpose} shows its progress with the package tqdm, which is not installed; "
             "`pip install 'dblocks[train]'`"
         ) from error
-    # disable=None is tqdm's way of being silent where the output is not a terminal.
+    # disable=None disables the bar if the output is not a terminal.
     quiet = None if shown else True
     return tqdm(total=total, initial=done, desc=label, unit="step", disable=quiet)

@@ -1,4 +1,4 @@
-"""One run from start to end, and its record: what was run, where, what it cost and reached."""
+"""Runs training from start to end, and writes the record: options, environment, cost, results."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from dblocks.recipes.run import Run, check_device
 from dblocks.recipes.trainer import Trainer
 from dblocks.scale import Stop
 
-FORMAT = 1  # of the record
+FORMAT = 1  # format of the record
 
 
 class Trained(NamedTuple):
     """The result of `train`."""
 
     trainer: Trainer
-    """Holds the trained network."""
+    """The trainer, which has the trained network."""
     record: dict[str, Any]
-    """JSON values: the run, its environment, cost and results."""
+    """The record as JSON values: options, environment, cost and results."""
 
 
 def train(
@@ -41,23 +41,23 @@ def train(
     mesh: Any = None,
     on_point: Callable[[dict[str, Any]], None] | None = None,
 ) -> Trained:
-    """Train one network and measure its cost and results.
+    """Trains one network and measures its cost and results.
 
-    Evaluations during training are for a curve only: nothing is chosen by them. For a single block,
-    only its loss and its cost are measured.
+    Evaluations during training are only for the curve: nothing is selected by them. For a single
+    block, only its loss and its cost are measured.
 
     Args:
-        run: what to train.
-        progress: show a progress bar.
-        save: called with the trained network before its results are measured, since that may fail.
+        run: options of the run.
+        progress: whether to show a progress bar.
+        save: called with the trainer after training, before the evaluation, which may fail.
         keeping: checkpoints to write and to resume from.
         mesh: the processes that train the block together; see `Trainer.place`.
-        on_point: called with each point of the curve as it is measured.
+        on_point: called with each point of the curve.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM came, and there is a checkpoint.
+        Interrupted: Ctrl-C or SIGTERM was received, and there is a checkpoint.
     """
-    where = environment()  # of the code that runs, even if something is committed meanwhile
+    where = environment()  # now: something may be committed meanwhile
     check_device(run.device)
     trainer = run.trainer()
     trainer.place(mesh)
@@ -87,7 +87,7 @@ def train(
 
 
 def begun(trainer: Trainer) -> dict[str, Any]:
-    """The record before anything is measured."""
+    """The record before training."""
     return {
         "format": FORMAT,
         "run": trainer.run.to_dict(),
@@ -105,7 +105,7 @@ def _fit(
     keeping: Keeping | None,
     on_point: Callable[[dict[str, Any]], None] | None,
 ) -> Progress:
-    """All steps; returns the points of the curve and the seconds spent in training alone."""
+    """Takes all steps; returns the points of the curve and the seconds of training alone."""
     run, done = trainer.run, Progress(trainer.num_blocks, counter)
     marks = {round(run.steps * i / run.points) for i in range(1, run.points + 1)} - {0}
     keeper = None if keeping is None else Keeper(keeping, trainer, done, begun(trainer))
@@ -127,7 +127,7 @@ def _fit(
             if keeper:
                 received = None if stop is None else stop.received
                 keeper.after_step(received, own=loss is not None)
-        # A run that is to end with the step of its checkpoint may have no point there.
+        # A run that ends at the step of its checkpoint may have no point there.
         if not done.curve or done.curve[-1]["step"] != done.step:
             _add_point(trainer, counter, done)
             if keeper:
@@ -137,7 +137,7 @@ def _fit(
 
 
 def _add_point(trainer: Trainer, counter: LayerCounter, done: Progress) -> None:
-    """A point of the curve; its losses are those since the point before."""
+    """Adds a point of the curve, with the mean losses since the previous point."""
     point = {
         "step": done.step,
         "layer_evaluations": counter.count,
@@ -151,13 +151,13 @@ def _add_point(trainer: Trainer, counter: LayerCounter, done: Progress) -> None:
 
 
 def use_one_thread() -> None:
-    """Compute on one thread: so small a network gains little from more, and loses much by waiting
-    for them on busy cores."""
+    """Sets PyTorch to one thread: small networks gain little from more threads, and lose much by
+    waiting for them on busy cores."""
     torch.set_num_threads(1)
 
 
 def train_to_record(run: Run, path: Path) -> dict[str, Any]:
-    """One run on one thread, with its record written to `path`; for a separate process."""
+    """Runs training on one thread and writes its record to `path`; for a separate process."""
     use_one_thread()
     record = train(run).record
     write_record(path, record)
@@ -165,14 +165,14 @@ def train_to_record(run: Run, path: Path) -> dict[str, Any]:
 
 
 def write_record(path: Path, record: Any) -> None:
-    """Write JSON atomically."""
+    """Writes JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         part.write_text(json_text(record) + "\n", encoding="utf-8")
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a record written by `write_record`.
+    """Reads a record written by `write_record`.
 
     Raises:
         ValueError: the file is not a record, or has another format.
@@ -180,10 +180,11 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not a record: {error}; delete it to run it again") from error
+        raise ValueError(f"{path} is not a record: {error}; delete it to repeat the run") from error
     found = record.get("format") if isinstance(record, dict) else None
     if found != FORMAT:
         raise ValueError(
-            f"{path} must be a record of format {FORMAT}, got {found!r}; delete it to run it again"
+            f"{path} must be a record of format {FORMAT}, got {found!r}; delete it to repeat the "
+            "run"
         )
     return record

@@ -25,20 +25,20 @@ from dblocks.recipes.run import Run
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.writing import SampleText, load_text_model, print_bits, scored_part
 
-STEPS = (1, 2, 4, 8, 16, 32)  # Euler steps, or recurrences, whose quality is measured
-SAMPLE_STEPS = 8  # Euler steps of the samples that stand for the model
+STEPS = (1, 2, 4, 8, 16, 32)  # numbers of Euler steps, or recurrences, that are evaluated
+SAMPLE_STEPS = 8  # number of Euler steps of the main samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrentRun(AutoregressiveOptions, Run):
     """Train a small language model that applies its middle layers repeatedly, and save it.
 
-    Its 4 middle layers, the core, are applied many times between 2 layers before and 2 after them.
-    As a block, the core learns to denoise the next token's embedding at all noise levels: a
-    training step runs it once, and generation any number of times. End to end every training step
-    applies it about 32 times, of which the last 8 are stored for the backward. Prints the bits per
-    character of held-out text and the cost; writes model.safetensors, config.json, tokenizer.json
-    and run.json to --out.
+    Its 4 middle layers, the core, are applied repeatedly, with 2 layers before and 2 layers after
+    them. As a block, the core learns to denoise the next token's embedding at all noise levels: a
+    training step runs it once, and generation any number of times. In end-to-end training, every
+    step applies it about 32 times and stores the last 8 applications for the backward. Prints the
+    bits per character of held-out text and the cost; writes model.safetensors, config.json,
+    tokenizer.json and run.json to --out.
     """
 
     blocks: int = 1
@@ -60,12 +60,12 @@ class RecurrentRun(AutoregressiveOptions, Run):
     """Mean number of recurrences in end-to-end training."""
     backprop_depth: int = 8
     """Number of the last recurrences through which gradients flow."""
-    # With 0 the next token's bits were .14 worse; with 2.5 they were .03 better, but more Euler
-    # steps then made samples worse, as too few steps of training see little noise (tried, 300 to
-    # 400 steps).
+    # Measured with 300 to 400 steps: with 0, bits of the next token were .14 worse; with 2.5 they
+    # were .03 better, but more Euler steps made samples worse, as too few training steps see little
+    # noise.
     p_mean: float = 1.5
-    """Mean of the logarithm of the noise levels. At 1.5 three in four lie above 1, where a noisy
-    embedding of norm 1 carries little information, so that the core learns to predict from the
+    """Mean of the logarithm of the noise levels. With 1.5, three in four levels are above 1, where
+    a noisy embedding of norm 1 carries little information, so the core learns to predict from the
     text."""
 
     def __post_init__(self) -> None:
@@ -74,13 +74,12 @@ class RecurrentRun(AutoregressiveOptions, Run):
 
     @property
     def sample_steps(self) -> int:
-        """Euler steps, or recurrences, of the samples that stand for the model."""
+        """Number of Euler steps, or recurrences, of the main samples."""
         return self.mean_recurrence if self.end_to_end else max(SAMPLE_STEPS, self.blocks)
 
     @property
     def measured_steps(self) -> list[int]:
-        """Euler steps, or recurrences, that quality is measured with: 1, and none that leaves out
-        a block."""
+        """Numbers of Euler steps, or recurrences, to evaluate: 1, and any that run all blocks."""
         counts = sorted({*STEPS, self.sample_steps})
         return [n for n in counts if n == 1 or n >= self.num_blocks]
 
@@ -96,12 +95,12 @@ class RecurrentRun(AutoregressiveOptions, Run):
         )
 
     def trainer(self) -> RecurrentTrainer:
-        """The network of this run with its data, ready to train."""
+        """The trainer of this run, with network and data."""
         return RecurrentTrainer(self, self.read_corpus(self.part))
 
 
-# For a GPU with 80 GB: some 190 million parameters, unfolded end to end 1.7 billion in each step.
-# Give it a text of some 100 MB and a tokenizer file.
+# For a GPU with 80 GB: some 190 million parameters; with all recurrences, an end-to-end step
+# applies 1.7 billion. Use a text of some 100 MB and a tokenizer file.
 GPU = RecurrentRun(
     steps=100_000,
     batch_size=64,
@@ -127,7 +126,7 @@ class RecurrentTrainer(AutoregressiveTrainer):
     """Trains a `RecurrentLM` on text.
 
     Args:
-        run: what to train.
+        run: options of the run.
         corpus: the texts for training and evaluation.
     """
 
@@ -147,7 +146,7 @@ class RecurrentTrainer(AutoregressiveTrainer):
         return [layer.mlp for layer in (*network.prelude, *network.layers, *network.coda)]
 
     def measured_loss(self, batch: Batch) -> Tensor:
-        """With `mean_recurrence` recurrences: of fewer than `backprop_depth` less is saved."""
+        """The loss with `mean_recurrence` recurrences; in training, the number is drawn."""
         return self.network.next_token_loss(
             batch,
             num_recurrences=self.recurrent.mean_recurrence,
@@ -155,10 +154,10 @@ class RecurrentTrainer(AutoregressiveTrainer):
         )
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
-        """Bits per character of the held-out text; of final runs more.
+        """Bits per character of the held-out text.
 
-        That is bits of a part of the text, and samples, for several numbers of steps: it takes
-        minutes, and the choice of a learning rate does not need it.
+        For final runs also bits on a part of the text, and samples, for several numbers of steps,
+        which takes minutes.
         """
         found = {
             "adaln": self.network.config.conditioning != "none",
@@ -186,7 +185,7 @@ class Eval:
     """Measure the bits per character of held-out text under a saved recurrent model."""
 
     data: str = "pydoc"
-    """Text to evaluate on: its last tenth; see `dblocks train recurrent`."""
+    """Text to evaluate on; uses its held-out part. See `dblocks train recurrent`."""
     data_path: str | None = None
     """See `dblocks train recurrent`."""
     fold: Fold | None = None
@@ -194,12 +193,12 @@ class Eval:
     checkpoint: Path = RECIPE.out
     """Folder written by `dblocks train recurrent`."""
     steps: int | None = None
-    """For a network trained end to end, the number of recurrences; by default as in training."""
+    """Number of recurrences of an end-to-end network; by default the mean in training."""
     windows: int = 1024
-    """Number of windows to score, spread evenly; at most all of them."""
+    """Number of windows to score, evenly spaced; at most all of them."""
 
     def __call__(self) -> None:
-        """Load, score the held-out part, and print the bits per character."""
+        """Print the bits per character of the held-out part."""
         check_positive(self.steps)
         model, network, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")
         text = load_corpus(
@@ -209,7 +208,7 @@ class Eval:
         if isinstance(model, DiffusionBlocks):
             if self.steps is not None:
                 raise ValueError(
-                    "--steps counts recurrences of a network trained end to end, and that in "
+                    "--steps is the number of recurrences of an end-to-end network, and the one in "
                     f"{self.checkpoint} was trained as a denoiser; leave --steps out"
                 )
             print_bits(model, text, context, self.windows)
@@ -222,16 +221,16 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(SampleText):
-    """Let a saved recurrent model continue a text; characters are printed as they are generated."""
+    """Continue a text with a saved recurrent model, printing it as it is generated."""
 
     checkpoint: Path = RECIPE.out
     """Folder written by `dblocks train recurrent`."""
     steps: int | None = None
-    """Denoising steps per token, by default one for each block; for a network trained end to end,
-    the number of recurrences, by default as in training."""
+    """Denoising steps per token, by default one for each block; for an end-to-end network, the
+    number of recurrences, by default the mean in training."""
 
     def __call__(self) -> None:
-        """Load, and print the prompt and its continuation."""
+        """Print the prompt and its continuation."""
         check_positive(self.steps)
         model, _, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")
         self.write(model, tokenizer, self.steps)

@@ -25,98 +25,98 @@ if TYPE_CHECKING:
 
 SEED_END = 2**63
 REDUCE_EVERY = 100
-PLACES = ("resident", "prefetch", "host", "sharding")  # placement only, which changes no result
-# Fields that earlier records do not have; written only if they differ from the default.
+PLACES = ("resident", "prefetch", "host", "sharding")  # fields that do not affect results
+# Fields that earlier records lack; written only if they differ from the default.
 ADDED = ("shared", "block", "data_path", "fold", "decay", "reduce_every", "steps_per_visit")
 ADDED += ("lr_end", "ema", "crop", "flip", "rand_augment", "dropout", *PLACES)
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError unless PyTorch's generators take this seed, also with BLOCK_SEED added."""
+    """Raises ValueError unless PyTorch's generators accept the seed, also with BLOCK_SEED added."""
     if not 0 <= seed < SEED_END:
         raise ValueError(f"seed must be at least 0 and less than 2**63, got {seed}")
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError unless tensors can be made on the device here."""
+    """Raises ValueError unless tensors can be created on the device."""
     try:
         if torch.empty(0, device=device).is_meta:
-            raise RuntimeError("tensors on it have no values")
+            raise RuntimeError("its tensors have no values")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"device must be one that PyTorch has here, such as cpu, got {device!r}: {reason}"
+            f"device must be available to PyTorch, such as cpu, got {device!r}: {reason}"
         ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run(JsonConfig, ABC):
-    """Everything that decides the outcome of a run."""
+    """All options that determine the result of a run."""
 
     blocks: int = 3
     """Number of blocks; more blocks need less memory and less time per step."""
     end_to_end: bool = False
-    """Train all layers together instead, as a baseline; `--blocks` is then ignored."""
+    """Train all layers together, as a baseline; `--blocks` is then ignored."""
     steps: int
     """Training steps, each on one batch and one block, which is drawn at random."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW, after the warm-up and before the --decay."""
+    """Peak learning rate of AdamW, after --warmup and before --decay."""
     seed: int = 0
-    """Seed of the weights, the order of the data and the noise; the held-out data do not depend on
+    """Seed of the weights, the order of the data and the noise. The held-out data do not depend on
     it."""
     part: Part = "final"
     """Split of the data: "selection" does not use the held-out part of "final"."""
     batch_size: int
-    """Samples in a batch."""
+    """Batch size."""
     depth: int = 12
     """Number of layers."""
     weighting: Weighting = "clamped"
     """Weight of a noise level's loss, in blocks."""
     warmup: float = 0.05
-    """Fraction of the steps with a rising learning rate."""
+    """Fraction of the steps in which the learning rate rises."""
     weight_decay: float = 0.05
     """Weight decay of AdamW, for matrices."""
     clip: float = 1.0
-    """Largest gradient norm of a step; larger gradients are clipped."""
+    """Largest gradient norm; larger gradients are clipped."""
     points: int = 10
     """Number of evaluations during training, evenly spaced."""
     device: str = "cpu"
-    """PyTorch's name of the device to train on."""
+    """Device to train on, by PyTorch's name."""
     bf16: bool = False
     """Compute the layers in bfloat16 (autocast)."""
 
     shared: Shared | None = None
-    """Training of the parameters outside the layers: train, by every block's steps; frozen;
+    """How parameters outside the layers are trained: train, by the steps of all blocks; frozen;
     private, a copy for each block; or reduce, copies that are averaged every `--reduce-every`
-    steps. By default train, and private with `--block`."""
+    steps. By default train, or private with `--block`."""
     reduce_every: int | None = None
     """Steps between two averages with `--shared reduce`; 100 by default."""
     block: int | None = None
-    """Train only this block, counted from 0, in the folder block-N of `--out`. Jobs of different
-    blocks are independent and may run anywhere, at any time. Each takes exactly the steps that its
-    block takes in a run of all blocks; `dblocks merge` merges them into one network."""
+    """Train only this block, counted from 0, and write it to the folder block-N of `--out`. Jobs of
+    different blocks are independent and may run anywhere, at any time. Each takes the same steps as
+    its block in a run of all blocks; `dblocks merge` merges them into one network."""
 
     decay: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: a cosine from --lr to --lr-end, or constant."""
     lr_end: float = 0.0
     """Learning rate at the end of the cosine."""
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, such as 0.9999. The average is what is
-    measured and saved; checkpoints hold both. After n steps of a block the decay is at most
-    (1 + n)/(10 + n). By default there is no average."""
+    """Decay of an exponential moving average of the weights, such as 0.9999. The average is
+    evaluated and saved; checkpoints hold both. After n steps of a block the decay is at most (1 +
+    n)/(10 + n). By default there is no average."""
     resident: bool = False
-    """Keep the parameters and the optimizer state of one block on the device and the others on the
-    host. It has no effect with `--block`."""
+    """Keep the parameters and optimizer state of one block on the device, and those of the others
+    on the host. No effect with `--block`."""
     steps_per_visit: int | None = None
     """With `--resident`, steps on a block before the next one is drawn; 1 by default."""
     prefetch: Prefetch | None = None
-    """With `--resident`, the part of the next block that is transferred in advance: none,
-    parameters or all."""
+    """With `--resident`, the part of the next block that is copied in advance: none, parameters or
+    all."""
     host: Host | None = None
     """With `--resident`, storage of the other blocks: pinned memory, or a file."""
     sharding: Sharding | None = None
-    """How several processes started by torchrun train a block together: ddp, where each holds all
-    of it, or fsdp, where each holds a shard. It has no effect on a single process."""
+    """How several processes of torchrun train a block together: with ddp, each holds the whole
+    block; with fsdp, a shard of it. No effect with one process."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +131,7 @@ class Run(JsonConfig, ABC):
         if not 0 <= self.lr_end <= self.lr:
             raise ValueError(f"lr_end must be between 0 and lr {self.lr}, got {self.lr_end}")
         if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup must be a share of the steps, in [0, 1], got {self.warmup}")
+            raise ValueError(f"warmup must be a fraction of steps, in [0, 1], got {self.warmup}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema must be at least 0 and less than 1, got {self.ema}")
         if self.clip <= 0:
@@ -139,20 +139,20 @@ class Run(JsonConfig, ABC):
         check_seed(self.seed)
         if not self.end_to_end and not 1 <= self.blocks <= self.depth:
             raise ValueError(
-                f"blocks must lie between 1 and the number of layers {self.depth}, "
+                f"blocks must be between 1 and the number of layers, {self.depth}, "
                 f"got {self.blocks}"
             )
         self._check_sharing()
         self._check_residency()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, without newer fields that have their default."""
+        """The fields as JSON values, without newer fields that have their default value."""
         defaults = {field.name: field.default for field in fields(self) if field.name in ADDED}
         values = super().to_dict()
         return {k: v for k, v in values.items() if k not in ADDED or v != defaults[k]}
 
     def settings(self) -> dict[str, Any]:
-        """As `to_dict`, without fields of placement."""
+        """As `to_dict`, without the fields of placement."""
         return {k: v for k, v in self.to_dict().items() if k not in PLACES}
 
     @property
@@ -172,15 +172,15 @@ class Run(JsonConfig, ABC):
 
     @property
     def name(self) -> str:
-        """The name of this way of training in a table."""
+        """The name of the run in a table."""
         if self.end_to_end:
             return "end to end"
         return f"{self.blocks} block{'s' if self.blocks > 1 else ''}"
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step: a linear rise, then a cosine to `lr_end`, or none.
+        """The learning rate of a step: a linear rise, then a cosine to `lr_end` or a constant.
 
-        In blocks it follows the global step too, whichever block is drawn.
+        In blocks it also depends on the global step, whichever block is drawn.
         """
         rise = max(1, round(self.warmup * self.steps))
         if step < rise:
@@ -209,9 +209,9 @@ class Run(JsonConfig, ABC):
         check_block(self.block, self.blocks)
         if self.shared == "train":
             raise ValueError(
-                "shared must be private, frozen or reduce where one block is trained alone, "
-                "got 'train': each job would train a copy of its own of the shared parameters, and "
-                "they would drift apart"
+                "shared must be private, frozen or reduce if one block is trained alone, "
+                "got 'train': each job would train its own copy of the shared parameters, and "
+                "the copies would diverge"
             )
 
     def _check_residency(self) -> None:
@@ -225,8 +225,8 @@ class Run(JsonConfig, ABC):
             raise ValueError(f"steps_per_visit must be positive, got {visit}")
         if visit not in (None, 1) and self.block is not None:
             raise ValueError(
-                "steps_per_visit must be left out where one block is trained alone, which takes "
-                f"the steps that are drawn for it, got {visit}"
+                "steps_per_visit must be left out if one block is trained alone, whose steps are "
+                f"those drawn for it, got {visit}"
             )
 
     @abstractmethod

@@ -1,7 +1,7 @@
-"""Tables made from the records of finished runs.
+"""Tables of finished runs, from their records.
 
-A record, made by `records.train`, is a dictionary of JSON values. A row of a table is the records
-of runs that differ only in their seed; a column formats them.
+A record, written by `records.train`, is a dictionary of JSON values. A row of a table stands for
+runs that differ only in their seed; a column formats their records.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Column(NamedTuple):
     text: Callable[[Sequence[Record]], str]
     """Formats the records of a row."""
     absent: str | None = None
-    """Why no record may have it, a sentence; such a column is then left out of the table."""
+    """A sentence that says why no record may have the value; the column is then left out."""
 
 
 def check_rows(rows: Rows) -> None:
-    """Raises ValueError if a row has no run, or runs that differ in more than the seed."""
+    """Raises ValueError if a row has no run, or runs that differ in more than their seed."""
     for name, records in rows.items():
         if not records:
             raise ValueError(f"the row {name!r} has no finished run")
@@ -40,12 +40,12 @@ def check_rows(rows: Rows) -> None:
 def spread(
     records: Sequence[Record], key: Callable[[Record], float | None], form: str, *, unit: str = ""
 ) -> str:
-    """Mean and sample standard deviation of a value over the records; a dash where it is None.
+    """Mean and sample standard deviation of a value over the records; a dash if it is None.
 
     Args:
-        records: of a row.
-        key: reads the value of a record.
-        form: how a number is written, such as ".1f".
+        records: records of a row.
+        key: reads the value from a record.
+        form: format of a number, such as ".1f".
         unit: written after both, such as " %".
     """
     values = [key(record) for record in records]
@@ -76,14 +76,14 @@ def difference(
 ) -> str:
     """The difference of a value between two rows, paired by seed, with its 95 % interval.
 
-    Such as "-0.4 [-0.8, -0.1] %"; no interval of one common seed, and a dash where there is none or
-    a value is None.
+    Such as "-0.4 [-0.8, -0.1] %"; without an interval for one common seed, and a dash if there is
+    no common seed or a value is None.
 
     Args:
-        records: of a row.
-        others: of the row to compare with, whose values are subtracted.
-        key: reads the value of a record.
-        form: how a number is written, such as ".1f".
+        records: records of a row.
+        others: records of the row to subtract.
+        key: reads the value from a record.
+        form: format of a number, such as ".1f".
         unit: written at the end, such as " %".
     """
     ours, theirs = ({r["run"]["seed"]: key(r) for r in row} for row in (records, others))
@@ -101,7 +101,7 @@ def mean(records: Sequence[Record], key: str) -> float:
     return mean_std([record[key] for record in records])[0]
 
 
-# The cost of a run; `{"layers_per_step": ...}` and so on are in every record.
+# The cost of a run, from fields that every record has.
 COSTS = (
     Column("learning rate", lambda r: f"{r[0]['run']['lr']:g}"),
     Column("layers run per step", lambda r: f"{r[0]['layers_per_step']:g}"),
@@ -109,16 +109,16 @@ COSTS = (
     Column("samples seen", lambda r: f"{r[0]['samples']:,}"),
     Column("peak saved activations (MiB)", lambda r: f"{r[0]['activations_mib']:.1f}"),
     Column("params + grads + optimizer (MiB):", lambda r: ""),
-    Column("  of what a step trains", lambda r: f"{r[0]['state_mib']:.1f}"),
-    Column("  of all that one process holds", lambda r: f"{r[0]['process_mib']:.1f}"),
+    Column("  used by a step", lambda r: f"{r[0]['state_mib']:.1f}"),
+    Column("  held by the process", lambda r: f"{r[0]['process_mib']:.1f}"),
     Column("seconds", lambda r: f"{mean(r, 'seconds'):.0f}"),
 )
-# Of a run of all blocks in one process; jobs of one block do not count layers.
+# Not in jobs of one block, which do not count layers.
 OF_LAYERS = COSTS[1:3]
 
 
 def absent(rows: Rows, columns: Sequence[Column]) -> list[str]:
-    """Sentences on columns that a table leaves out, since no record has them."""
+    """Sentences about the columns that are left out because no record has the value."""
     reasons = {column.absent for column in columns if column.absent}
     for column in columns:
         if column.absent and any(column.text(records) != "-" for records in rows.values()):
@@ -127,7 +127,7 @@ def absent(rows: Rows, columns: Sequence[Column]) -> list[str]:
 
 
 def text_table(rows: Rows, columns: Sequence[Column]) -> str:
-    """A table for a terminal: each row of the table is a column of text, with its name above."""
+    """A table for a terminal, transposed: each row is a column of text under its name."""
     check_rows(rows)
     lines = [("", list(rows))]
     left_out = absent(rows, columns)

@@ -1,4 +1,4 @@
-"""The command `dblocks train NETWORK`: its flags are the fields of a run, and a few more."""
+"""The command `dblocks train NETWORK`, whose flags are the fields of a run and a few more."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from dblocks.recipes.run import Run
 KINDS = {
     "small": "small, for minutes on a CPU",
     "gpu": "gpu, for one large GPU",
-    "paper": "paper, of the paper's experiment on --data NAME",
+    "paper": "paper, for the paper's experiment on --data NAME",
 }
 OUT = "Folder to write to; created if it does not exist."
 OVERWRITE = "Replace the network in --out."
 EVERY = (
-    "Steps between two checkpoints, written to the folder checkpoints of --out. Ctrl-C and SIGTERM "
-    "then end the run with a checkpoint."
+    "Steps between two checkpoints, written to the folder checkpoints in --out. On Ctrl-C or "
+    "SIGTERM, the run then ends with a checkpoint."
 )
-KEPT = "Number of the last checkpoints to keep."
+KEPT = "Number of checkpoints to keep; older ones are deleted."
 RESUME = (
-    "Continue from the newest valid checkpoint, bitwise as without an interruption; start anew if "
-    "there is none."
+    "Continue from the newest valid checkpoint, with bitwise the same result as without an "
+    "interruption; start from the beginning if there is none."
 )
-BOARD = "Folder for TensorBoard files of the curve; tensorboard must be installed."
+BOARD = "Folder for TensorBoard files of the curve; needs the package tensorboard."
 
 
 def train_command(tyro: Any, recipe: Recipe, run: Run) -> Any:
-    """The command that trains by a recipe; the fields of `run` are the defaults of its flags."""
-    # Only studies choose the held-out part of the data.
+    """The training command of a recipe; the fields of `run` are the defaults of its flags."""
+    # Only studies choose the part of the data.
     more: list[Any] = [("part", tyro.conf.Suppress[str], run.part)]
 
     def add(name: str, kind: Any, text: str, default: Any) -> None:
@@ -51,7 +51,7 @@ def train_command(tyro: Any, recipe: Recipe, run: Run) -> Any:
     names = [field.name for field in dataclasses.fields(run)]
 
     def train(flags: Any) -> None:
-        # Made here, not by the parser, so that the run's own checks report errors in one line.
+        # Created here, not by the parser, so that errors of the run's checks take one line.
         with naming_flags(names):
             recipe.train(
                 type(run)(**{name: getattr(flags, name) for name in names}),

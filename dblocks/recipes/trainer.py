@@ -1,9 +1,9 @@
-"""The trainer that all networks share: the steps and the optimizer, for both ways of training.
+"""The base class of trainers: steps and optimizers, in blocks and end to end.
 
 End-to-end and block-wise training share the data, its order, the optimizer, the learning rate
-schedule and the evaluation, so that two runs differ only in the way of training. For a network that
-is a denoiser in both cases, end to end is one block of all layers; others are trained end to end
-without noise levels.
+schedule and the evaluation, so that runs are comparable. If a network is a denoiser in both cases,
+end to end means one block of all layers; other networks are trained end to end without noise
+levels.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from dblocks.scale.shards import OutlinedBlock
 from dblocks.scale.sharing import average_shared, join_owners
 from dblocks.schedules.random import draw_seed
 
-BLOCK_SEED = 2**31  # added to a run's seed, for the draws of blocks and noise levels
+BLOCK_SEED = 2**31  # added to a run's seed to draw blocks and noise levels
 
 
 class Trainer(ABC):
     """Trains a network: `step` trains it on a batch, in blocks or end to end.
 
     Args:
-        run: what to train.
+        run: options of the run.
         data: the source of batches.
         make: creates the network, which has its residual layers in `layers`.
-        config: the configuration of blocks, one block end to end; None for a network that a
-            subclass trains without blocks.
-        end_to_end_loss: the loss, 0-d, of a network and a batch, for networks that are trained end
-            to end without noise levels.
+        config: the configuration of blocks; end to end, one block, or None for networks without
+            noise levels.
+        end_to_end_loss: the 0-d loss of a network and a batch, for end-to-end training without
+            noise levels.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class Trainer(ABC):
             torch.manual_seed(run.seed)
             self.network, self.model = self._made(make)
         self.mesh: Any = None
-        """The processes that train together, each with its part of a batch; None for this one."""
+        """The processes that train together, each on a part of the batch; None for one process."""
         self.parallel: Any = None
-        """What a step of several processes is given."""
+        """The model passed to `train_step`, possibly wrapped for several processes."""
         self.residency: Residency | None = None
         self.continued: list[list[int]] = []
         """Where the run was resumed with another number of steps; see `Progress`."""
         if not run.resident and run.sharding != "fsdp":
             self.trained.to(run.device)
-        # Those of an outlined block come with its weights.
+        # The optimizer of an outlined block is created with its weights.
         self.block_optimizers = (
             None
             if self.model is None or self._outlined is not None
@@ -79,16 +79,16 @@ class Trainer(ABC):
         )
         whole = self._adamw(list(self.network.parameters())) if self.model is None else None
         self.optimizers: list[Optimizer] = [whole] if whole else list(self.block_optimizers or ())
-        # Separate from the random numbers of the weights and of the order of the data.
+        # Independent of the random numbers of the weights and of the order of the data.
         self.generator = torch.Generator().manual_seed(BLOCK_SEED + run.seed)
 
     @abstractmethod
     def measure(self) -> dict[str, Any]:
-        """A point of the curve: JSON values about the network as it is."""
+        """Evaluates a point of the curve; returns JSON values."""
 
     @abstractmethod
     def progress(self, point: dict[str, Any]) -> str:
-        """A point of the curve in a few words, for the progress bar."""
+        """A short text of a point of the curve, for the progress bar."""
 
     @abstractmethod
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
@@ -99,24 +99,24 @@ class Trainer(ABC):
         return list(self.network.layers)
 
     def measured_loss(self, batch: Batch) -> Tensor:
-        """The loss end to end, where the work of a step is drawn with its draw at the mean."""
+        """The end-to-end loss for measuring memory; a random amount of work is set to its mean."""
         return cast(Any, self.end_to_end_loss)(self.network, batch)
 
     def place(self, mesh: Any = None) -> None:
-        """Brings what is trained to where it is trained, before the first step.
+        """Moves the trained model to its device, before the first step.
 
         Args:
-            mesh: the processes that train it together, a 1-D DeviceMesh; None for this one alone.
+            mesh: the processes that train it together, a 1-D DeviceMesh; None for one process.
 
         Raises:
-            ValueError: the batch does not divide among the processes.
+            ValueError: the batch cannot be divided evenly among the processes.
         """
         run, model = self.run, self.model
         if mesh is not None and model is not None:
             if run.batch_size % mesh.size():
                 raise ValueError(
                     f"batch_size must be a multiple of the {mesh.size()} processes that train a "
-                    f"block, got {run.batch_size}; each takes as many samples"
+                    f"block, got {run.batch_size}"
                 )
             self.mesh, sharding = mesh, run.sharding or "ddp"
             if sharding == "ddp":
@@ -142,13 +142,13 @@ class Trainer(ABC):
             self.trained.to(run.device)
 
     def _fill(self, outlined: OutlinedBlock, mesh: Any) -> None:
-        """Makes the weights of a block, as shards where there is a mesh."""
+        """Creates the weights of a block; with a mesh, as shards."""
         with torch.random.fork_rng(devices=[]):
             outlined.fill_(mesh, self.run.device)
 
     @property
     def trained(self) -> Any:
-        """What is trained: the `DiffusionBlocks`, one `Block`, or the network end to end."""
+        """The trained model: the `DiffusionBlocks`, one `Block`, or the end-to-end network."""
         return self.network if self.model is None else self.model
 
     @property
@@ -157,7 +157,7 @@ class Trainer(ABC):
         return 1 if self.config is None else self.config.num_blocks
 
     def batch(self, step: int) -> Batch:
-        """Batch number `step`, or this process's part of it, on the run's device."""
+        """Batch number `step`, or this process's part of it, on the device of the run."""
         batch = self.batches.batch(step)
         if self.mesh is not None:
             each = self.run.batch_size // self.mesh.size()
@@ -171,13 +171,13 @@ class Trainer(ABC):
         return range(self.num_blocks) if self.run.block is None else (self.run.block,)
 
     def step(self, step: int) -> tuple[int, float | None]:
-        """Train on batch number `step`; returns the block (0 end to end) and its loss.
+        """Trains on batch number `step`; returns the block (0 end to end) and its loss.
 
-        Where one block is trained alone, the steps of others draw their random numbers and do
-        nothing, with None for their loss: so it takes the steps that it takes beside the others.
+        If one block is trained alone, steps of other blocks only draw their random numbers and
+        return None as the loss, so the block takes the same steps as in a run of all blocks.
 
         Raises:
-            FloatingPointError: the loss or a gradient is not finite; the network is as before.
+            FloatingPointError: the loss or a gradient is not finite; the network is unchanged.
         """
         try:
             taken = self._step(step)
@@ -191,7 +191,7 @@ class Trainer(ABC):
             ) from error
 
     def average_copies(self, steps: int) -> None:
-        """With `--shared reduce`, averages the blocks' copies of what they share.
+        """With `--shared reduce`, averages the blocks' copies of the shared parameters.
 
         Args:
             steps: number of steps taken.
@@ -202,22 +202,19 @@ class Trainer(ABC):
         if self.run.ema is None:
             return
         with self.averaged():
-            # At the end a block that took no step has the average of the others in its copy.
+            # At the end, the copy of a block without steps is the average of the others.
             last = steps == self.run.steps
             with nullcontext() if last else without_average_kept(self.optimizers):
                 average_shared(self.trained, step=steps)
 
     def take_average(self) -> None:
-        """Makes the average of the weights, where the run keeps one, the network's weights.
-
-        A second call undoes the first.
-        """
+        """Swaps the weights with their average, if the run keeps one; a second call undoes this."""
         if self.run.ema is not None:
             exchange(self.model, self.optimizers)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside the `with` block the weights are their average, where the run keeps one."""
+        """Uses the average of the weights inside the `with` block, if the run keeps one."""
         self.take_average()
         try:
             yield
@@ -229,7 +226,7 @@ class Trainer(ABC):
         for name, parameter in self.network.named_parameters():
             if not parameter.detach().isfinite().all():
                 raise FloatingPointError(
-                    f"trained parameters must be finite, got {name} with NaN or infinite ones; "
+                    f"trained parameters must be finite, got NaN or infinite values in {name}; "
                     "lower the learning rate"
                 )
 
@@ -238,7 +235,7 @@ class Trainer(ABC):
         return dataclasses.replace(config, shared=sharing)
 
     def _made(self, make: Callable[[], Any]) -> tuple[Any, Any]:
-        """The network, and in blocks; where one is trained alone, there is nothing else."""
+        """The network and its `DiffusionBlocks`; if one block is trained alone, only this block."""
         config, alone = self.config, self.run.block
         if config is None:
             return make(), None
@@ -246,7 +243,7 @@ class Trainer(ABC):
             network = make()
             return network, DiffusionBlocks(network, config)
         if self.run.sharding == "fsdp" and config.shared != "reduce":
-            # No process has memory for all of it: `place` makes the weights, by shards.
+            # No process has memory for the whole block: `place` creates the weights as shards.
             self._outlined = OutlinedBlock(self._seeded(make), config, alone)
             return self._outlined.block.parts(alone)[0], self._outlined.block
         block = build_block(make, config, alone)
@@ -275,7 +272,7 @@ class Trainer(ABC):
         with self.autocast():
             if self.model is None or self.block_optimizers is None:
                 return 0, self._end_to_end_step(batch)
-            # Of all blocks the step draws one, as it does above.
+            # The step draws one of all blocks, as above.
             result = train_step(
                 self.model if self.parallel is None else self.parallel,
                 batch, self.block_optimizers, block=alone,
@@ -284,20 +281,20 @@ class Trainer(ABC):
         return result.block, mean(result.details.losses.mean(), self.mesh).item()
 
     def optimizers_of(self, block: int) -> Sequence[Optimizer]:
-        """The optimizers that a step on `block` moves."""
+        """The optimizers that step on `block`."""
         if self.block_optimizers is None:
             return self.optimizers
         return self.block_optimizers.of_block(block)
 
     def loss(self, batch: Batch, block: int) -> Tensor:
-        """The loss of a block, or end to end, by which the memory of a step is measured."""
+        """The loss of a block, or end to end, for measuring the memory of a step."""
         with self.autocast():
             if self.model is None:
                 return self.measured_loss(batch)
             return self.model.loss(batch, block, generator=torch.Generator().manual_seed(0)).loss
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 where the run asks for it."""
+        """bfloat16 autocast, if the run uses it."""
         device = torch.device(self.run.device).type
         return torch.autocast(device, torch.bfloat16, enabled=self.run.bf16)
 

@@ -31,30 +31,30 @@ from dblocks.recipes.run import Run, check_seed
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.trainer import Trainer
 
-DENOISING_STEPS = (1, 2, 3, 4, 6, 12)  # numbers of steps for the final accuracy
-MOST_PATCH = 7  # largest default side of a patch
+DENOISING_STEPS = (1, 2, 3, 4, 6, 12)  # numbers of Euler steps to evaluate at the end
+MOST_PATCH = 7  # largest default patch size
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTRun(Run):
-    """Train a 12-layer vision transformer, block by block or end to end, and save it.
+    """Train a 12-layer vision transformer, in blocks or end to end, and save it.
 
     The layers are divided into equal blocks. Each block learns to denoise the label's embedding
-    within its own range of noise levels, so that a training step runs, and holds in memory, one
-    block only. Prints the accuracy on held-out data and the cost; writes model.safetensors,
+    within its own range of noise levels, so a training step runs one block only and stores only its
+    activations. Prints the accuracy on held-out data and the cost; writes model.safetensors,
     config.json and run.json to --out.
     """
 
     data: str = "digits"
-    """Data to train on: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
-    fashion-mnist, of Debian's package dataset-fashion-mnist; cifar-10, cifar-100, tiny-imagenet or
-    imagenet, which --data-path names; hf:NAME of Hugging Face; or a path: a folder of images, with
-    a sub-folder for each class, of IDX, CIFAR, parquet or arrow files, or a .npz file of images and
-    labels."""
+    """Training data: digits, the 1,797 8x8 digits of scikit-learn, of which 30 % are held out;
+    fashion-mnist, from Debian's package dataset-fashion-mnist; cifar-10, cifar-100, tiny-imagenet
+    or imagenet, with --data-path; hf:NAME, a Hugging Face data set; or a path: a folder of images
+    with a sub-folder for each class, a folder of IDX, CIFAR, parquet or arrow files, or a .npz file
+    of images and labels."""
     data_path: str | None = None
-    """The folder of cifar-10 and the others."""
+    """Folder of the files of cifar-10 and other named data sets."""
     image_size: int | None = None
-    """Height and width to scale and crop the images of a folder to."""
+    """Height and width to which images of a folder are resized and cropped."""
     steps: int = 4500
     batch_size: int = 128
     """Images in a batch."""
@@ -63,33 +63,34 @@ class ViTRun(Run):
     heads: int = 4
     """Attention heads."""
     mlp_ratio: float = 2.0
-    """Width inside an MLP divided by that of the tokens."""
+    """Width of the hidden layer of MLPs, as a multiple of --width."""
     head: Head = "posterior"
-    """Form of the blocks' logits: posterior, of the clean label given the noisy one by Bayes' rule;
-    learned, a linear layer."""
+    """How blocks compute logits: posterior, by Bayes' rule for the clean label given the noisy one;
+    learned, by a linear layer."""
     noise_scale: float | None = 0.1
-    """Initial value of a learned factor of the noisy label; None does not scale it."""
+    """Initial value of a learned factor for the noisy label; None for no factor."""
     top_share: float = 0.6
     """Fraction of every block's draws at sigma_max."""
     noise: Noise = "none"
-    """Initial state of Euler steps in evaluations: none, the mean of the noise, or paper, noise."""
+    """Initial state of Euler steps in evaluations: none, the mean of the noise; paper, noise."""
     weighting: Weighting = "none"
     conditioning: ConditioningKind = "official"
-    """AdaLN convention of the blocks; the network trained end to end has none."""
+    """AdaLN convention of the blocks; end-to-end networks have no AdaLN."""
     gate_init: float = 1.0
-    """Initial gates of the blocks' layers; at 1 they start like the layers trained end to end."""
+    """Initial gates of the blocks' layers; with 1 they start like those of the end-to-end
+    network."""
     patch_size: int | None = None
-    """Side of a patch. By default the largest up to 7 that leaves at least 4 patches along each
-    side: 2 for digits, 7 for 28x28 images, 4 for 32x32."""
+    """Patch size. By default the largest one up to 7 with at least 4 patches along each side: 2 for
+    digits, 7 for 28x28 images, 4 for 32x32."""
     crop: Crop = "none"
-    """Random crops of training images: pad, shifted by up to 4 pixels with black around; resize, a
-    part of 8 % to all of the area, scaled to the image's size."""
+    """Random crops of training images: pad, shifts by up to 4 pixels with black borders; resize,
+    crops of 8 % to 100 % of the area, resized to the image's size."""
     flip: bool = False
     """Flip half of the training images horizontally."""
     rand_augment: bool = False
-    """Apply RandAugment to training images: two random operations each, of magnitude 9."""
+    """Apply RandAugment to training images: two random operations of magnitude 9 each."""
     dropout: float = 0.0
-    """Dropout rate in training, for tokens, the outputs of attention and MLP, and attention
+    """Dropout rate in training, for input tokens, the outputs of attention and MLP, and attention
     probabilities. Masks depend on the number of processes."""
 
     def __post_init__(self) -> None:
@@ -98,11 +99,11 @@ class ViTRun(Run):
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}")
 
     def augment(self) -> Augment:
-        """What is done to training images."""
+        """The augmentation of training images."""
         return Augment(self.crop, self.flip, self.rand_augment)
 
     def vit_config(self, data: Images, evaluated: Images) -> ViTConfig:
-        """The network for these images: with AdaLN in blocks, without end to end.
+        """The network for these images: with AdaLN in blocks, without it end to end.
 
         Raises:
             ValueError: all images have the same class.
@@ -110,7 +111,7 @@ class ViTRun(Run):
         num_classes = 1 + max(int(part.labels.max()) for part in (data, evaluated))
         if num_classes < 2:
             raise ValueError(
-                "images must be of at least 2 classes to learn them, got 1; "
+                "images must have at least 2 classes, got 1; "
                 "give each class a sub-folder, or an array file its labels"
             )
         _, channels, height, width = data.images.shape
@@ -131,18 +132,18 @@ class ViTRun(Run):
         )
 
     def blocks_config(self) -> BlocksConfig:
-        """The configuration of blocks and of their training."""
+        """The configuration of blocks."""
         return BlocksConfig(
             num_blocks=self.blocks, weighting=self.weighting, top_share=self.top_share
         )
 
     def trainer(self) -> ViTTrainer:
-        """The network of this run with its data, ready to train."""
+        """The trainer of this run, with network and data."""
         data = load_images(self.data, self.part, path=self.data_path, size=self.image_size)
         return ViTTrainer(self, *data)
 
 
-# Differences of the paper's blocks.
+# What --published changes: the blocks of the paper.
 PUBLISHED: dict[str, Any] = {
     "head": "learned", "noise_scale": None, "top_share": 0.0, "weighting": "batch_mean",
     "noise": "paper",
@@ -154,15 +155,15 @@ RECIPE = Recipe(
     out=Path("runs/vit"),
     columns=(*columns.VIT, *COSTS),
     published=PUBLISHED,
-    published_help="As in the paper: a learned head, the noisy label as it is, and each block's "
-    "draws in its own range of noise only.",
+    published_help="As in the paper: a learned head, an unscaled noisy label, and noise levels "
+    "drawn only from each block's own range.",
 )
 
 
 def patch_size_of(height: int, width: int) -> int:
-    """The largest side up to 7 that divides both and leaves at least 4 patches along each.
+    """The largest patch size up to 7 that divides both sides, with at least 4 patches along each.
 
-    2 for digits of 8x8, 7 for 28x28, 4 for 32x32 and 64x64; 1 where there is none.
+    2 for 8x8 digits, 7 for 28x28, 4 for 32x32 and 64x64; 1 if there is none.
     """
     sides = range(1, min(MOST_PATCH, height // 4, width // 4) + 1)
     return max((p for p in sides if math.gcd(height, width) % p == 0), default=1)
@@ -172,7 +173,7 @@ class ViTTrainer(Trainer):
     """Trains a ViT on images.
 
     Args:
-        run: what to train.
+        run: options of the run.
         data: the training images.
         evaluated: the images for evaluation.
     """
@@ -180,7 +181,7 @@ class ViTTrainer(Trainer):
     def __init__(self, run: ViTRun, data: Images, evaluated: Images) -> None:
         batches = ImageData(data, run.batch_size, run.seed, run.augment(), run.device)
         if not len(evaluated):
-            raise ValueError(f"images must be enough to hold some out, got {len(data)}; give more")
+            raise ValueError(f"there must be enough images to hold some out, got {len(data)}")
         super().__init__(
             run,
             batches,
@@ -194,12 +195,12 @@ class ViTTrainer(Trainer):
         self.dropout = Dropout(run.dropout, self._layers(), run.seed)
 
     def loss(self, batch: Batch, block: int) -> Tensor:
-        """As that of `Trainer`, with dropout, which takes memory too."""
+        """As in `Trainer`, with dropout, which needs memory too."""
         with self.dropout.at(0, self.run.device, self.mesh):
             return super().loss(batch, block)
 
     def measure(self) -> dict[str, Any]:
-        """The accuracy, and in blocks that of each alone."""
+        """The accuracy; in blocks also that of each block alone."""
         reached = self.classifier.accuracy(self.evaluated, noise=self.noise)
         return {"accuracy": reached, "blocks_alone": self._alone()}
 
@@ -208,7 +209,7 @@ class ViTTrainer(Trainer):
         return f"accuracy {100 * point['accuracy']:.1f} %"
 
     def results(self, last: dict[str, Any]) -> dict[str, Any]:
-        """The accuracy, also with several numbers of denoising steps, from mean and noise."""
+        """The accuracy, also for several numbers of denoising steps, from mean and from noise."""
         by_steps = self.model is not None and self.run.part == "final"
         return {
             "accuracy": last["accuracy"],
@@ -240,7 +241,7 @@ class ViTTrainer(Trainer):
 
     def _by_denoising_steps(self, noise: Noise) -> dict[str, float]:
         with warnings.catch_warnings():
-            # Fewer steps than blocks skip some blocks, which is intended here.
+            # Fewer steps than blocks skip some blocks on purpose here.
             warnings.simplefilter("ignore", UserWarning)
             return {
                 str(n): self.classifier.accuracy(self.evaluated, n, noise=noise)
@@ -253,23 +254,23 @@ class Eval:
     """Measure the accuracy of a saved vision transformer on held-out data."""
 
     data: str = "digits"
-    """Data to evaluate on: its held-out part; see `dblocks train vit`."""
+    """Data to evaluate on; uses their held-out part. See `dblocks train vit`."""
     data_path: str | None = None
     """See `dblocks train vit`."""
     image_size: int | None = None
-    """Height and width to scale and crop the images of a folder to."""
+    """Height and width to which images of a folder are resized and cropped."""
     checkpoint: Path = RECIPE.out
     """Folder written by `dblocks train vit`."""
     steps: int | None = None
-    """Denoising steps, each of one block. By default the product of all blocks' predictions or, for
-    blocks trained as published, one step for each block."""
+    """Number of denoising steps, each with one block. By default uses the product of all blocks'
+    predictions or, for blocks trained as published, one step for each block."""
     noise: Literal["none", "paper"] = "none"
-    """Initial state of the steps: none, the mean of the noise, or paper, noise."""
+    """Initial state of the steps: none, the mean of the noise; paper, noise."""
     seed: int = NOISE_SEED
-    """Seed of the noise; by default that of the evaluation in training."""
+    """Seed of the noise; by default that of evaluations in training."""
 
     def __call__(self) -> None:
-        """Load, classify the held-out part, and print the accuracy."""
+        """Print the accuracy on the held-out part."""
         check_seed(self.seed)
         model, network = load_network(self.checkpoint, ViT)
         if check_steps(self.steps, self.checkpoint, model):
@@ -284,8 +285,8 @@ class Eval:
         known, largest = network.config.num_classes, int(held_out.labels.max())
         if largest >= known:
             raise ValueError(
-                f"labels must be among the {known} classes that the network knows, got {largest}; "
-                "give --data as in training"
+                f"labels must be among the network's {known} classes, got {largest}; use --data as "
+                "in training"
             )
         value = classifier.accuracy(held_out, self.steps, noise=self.noise, seed=self.seed)
         print(f"held-out accuracy {100 * value:.1f} % on {len(held_out):,} images, {how}")

@@ -1,4 +1,4 @@
-"""Common code of the language models' commands: generation, and loading."""
+"""Common code of the language models' commands: generation and loading."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ class SampleText:
     prompt: str = "The "
     """The text to continue."""
     tokens: int = 100
-    """Number of tokens to generate; with the prompt they must fit into the model's context."""
+    """Number of tokens to generate; with the prompt, they must fit into the model's context."""
     temperature: float = 1.0
-    """Divisor of the logits; 0 always takes the most likely token."""
+    """Divisor of the logits; 0 always chooses the most likely token."""
     top_k: int | None = None
-    """Keep only this many most likely tokens."""
+    """Sample only from this many most likely tokens."""
     top_p: float | None = None
-    """Keep only the fewest most likely tokens whose probabilities sum to at least this."""
+    """Sample only from the smallest set of most likely tokens whose probabilities sum to at least
+    this."""
     seed: int = 0
     """Seed of the noise and of the tokens."""
 
     def write(
         self, model: Any, tokenizer: Any, steps: int | None, *, product: bool = False
     ) -> None:
-        """Prints the prompt and its continuation, with `steps` for each token, or the product."""
+        """Prints the prompt and its continuation, by `steps` per token or the product of blocks."""
         check_seed(self.seed)
         prompt = prompt_tokens(self.prompt, tokenizer)
         written = stream(
@@ -62,7 +63,7 @@ class SampleText:
 
 
 def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, Any]:
-    """The model of a folder, its network, and its tokenizer; see `load_network`.
+    """The model in a folder, its network and its tokenizer; see `load_network`.
 
     Raises:
         ValueError: the folder does not hold them.
@@ -75,8 +76,8 @@ def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, A
     tokenizer = tokenizer_from_json(read_text(path, longest=LONGEST_TOKENIZER))
     if tokenizer.size != network.config.vocab_size:
         raise ValueError(
-            f"{path} must have as many tokens as the model beside it, {network.config.vocab_size}, "
-            f"got {tokenizer.size}; it is another model's"
+            f"{path} must have as many tokens as the model, {network.config.vocab_size}, "
+            f"got {tokenizer.size}; it belongs to another model"
         )
     return model, network, tokenizer
 
@@ -95,18 +96,18 @@ def print_bits(model: Any, text: Any, context: int, windows: int) -> None:
         print(f"{bits:.3f} bits per character, the product of all blocks")
     bound = bound_of(model, text, context, windows=windows)
     print(
-        f"{bound['bits']:.3f} bits per character, a bound of denoising by all blocks "
+        f"{bound['bits']:.3f} bits per character, the denoising bound over all blocks "
         f"(standard error {bound['std_error']:.3f})"
     )
 
 
 def scored_part(text: Any, windows: int) -> str:
-    """The scored part of a held-out text, in words."""
+    """A description of the scored part of a held-out text."""
     return f"up to {windows:,} windows of {text.characters:,} held-out characters"
 
 
 def prompt_tokens(prompt: str, tokenizer: Any) -> list[int]:
-    """The tokens of `--prompt`, at least one."""
+    """The tokens of `--prompt`; ValueError if there are none."""
     tokens = tokenizer.encode(prompt)
     if not tokens:
         raise ValueError("--prompt must have at least one token; give some text")

@@ -1,4 +1,4 @@
-"""Sampling: steps from noise, text generation, unmasking; and likelihoods of texts."""
+"""Samplers, text generation, unmasking, and likelihoods of texts."""
 
 from dblocks.sampling.levels import SamplingCost as SamplingCost
 from dblocks.sampling.levels import sampling_cost as sampling_cost

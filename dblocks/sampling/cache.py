@@ -12,16 +12,16 @@ from dblocks.nn import Attend
 
 
 class Slots:
-    """The slots of a batch's tokens in a cache, and their positions.
+    """Assigns the tokens of a batch to slots of a cache, with their positions.
 
-    Prompts start in slot 0; new tokens take the slots from P on, the length of the longest prompt.
-    Slots between the end of a shorter prompt and P are masked.
+    Prompts start at slot 0; new tokens start at slot P, the length of the longest prompt. Slots
+    between the end of a shorter prompt and P are masked.
 
     Args:
         lengths: lengths of the prompts; Python numbers, so that nothing synchronises.
         capacity: number of slots.
         device: device of the cache.
-        block_size: number of tokens generated at once; the end of a prompt ends a block.
+        block_size: number of tokens generated at once; a block of tokens starts after the prompt.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class Slots:
     def mask(self, first: int, last: int) -> Tensor | None:
         """The attention mask of the slots `first` to last - 1 over the slots 0 to last - 1.
 
-        bool [R, last], or [N, 1, R, last] for ragged prompts. A row attends to earlier slots and to
-        those of its own block. None, for prompts of equal length and blocks of one token, for a
-        single row that attends to all, and for plain causal attention from slot 0.
+        bool [R, last], or [N, 1, R, last] for ragged prompts: a row attends to earlier slots and to
+        its own block. None for prompts of equal length and blocks of one token, if a single row
+        attends to all slots or attention is causal from slot 0.
         """
         plain = self.lengths is None and self.block_size == 1
         if plain and (first == 0 or last - first == 1):
@@ -62,7 +62,7 @@ class Slots:
         return mask & used[:, None, None]
 
     def _blocks(self, last: int) -> Tensor:
-        """The blocks of the slots 0 to last - 1, int64 [last], or [N, last] for ragged prompts."""
+        """The blocks of slots 0 to last - 1, int64 [last], or [N, last] for ragged prompts."""
         k = self.block_size
         if self.lengths is None:
             return (self.positions(0, last) + -self.prompt % k) // k
@@ -72,9 +72,9 @@ class Slots:
 class KVCache:
     """Keys and values of some layers, [N, Hkv, capacity, D] each, allocated at first use.
 
-    Rows are first written, by the functions of `attends`, and then committed, by `commit`; rows
-    that are not committed are overwritten by the next ones. The cache also holds the feature rows
-    of the last tokens, for networks whose rows are made of an earlier token.
+    Rows are written by the functions of `attends` and kept by `commit`; rows that are not committed
+    are overwritten by the next ones. The cache also holds the features of the last tokens, for
+    networks whose rows are computed from an earlier token.
 
     Args:
         slots: the slots of the tokens, shared by the caches of several blocks.
@@ -93,9 +93,9 @@ class KVCache:
         return self.committed
 
     def renew(self, known: int) -> None:
-        """Called before rows beside `known` tokens run; forgets all where kept rows change then.
+        """Called before rows run with `known` tokens; clears the cache if committed rows change.
 
-        Here they do not.
+        In this class they do not.
         """
 
     def positions(self, rows: int) -> Tensor:
@@ -103,10 +103,10 @@ class KVCache:
         return self.slots.positions(self.committed, self.committed + rows)
 
     def attends(self, rows: int, first: int = 0, last: int | None = None) -> list[Attend]:
-        """The attention of the next `rows` rows over cache and themselves, in layers first..last-1.
+        """The attention of the next `rows` rows to the cache and themselves, layers first..last-1.
 
-        Each function is called with the keys and values of these rows, which it writes into the
-        cache, and the queries of all of them or of the last one.
+        Each function takes the queries of all rows or of the last one, and the keys and values of
+        all rows, which it writes into the cache.
         """
         mask = self.slots.mask(self.committed, self.committed + rows)
         return [partial(self._attend, layer, mask) for layer in range(len(self._kv))[first:last]]
@@ -125,7 +125,7 @@ class KVCache:
         rows = torch.cat([held, x], dim=1)
         lengths, first = self.slots.lengths, self.slots.prompt - self.committed
         if lengths is not None and 0 < first <= x.shape[1]:
-            # Slots without tokens lie between the end of a shorter prompt and the next token.
+            # Slots between the end of a shorter prompt and the next token have no tokens.
             back = torch.arange(-distance, 0, device=x.device)
             index = (lengths - self.committed)[:, None] + back + distance
             index = index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2])
@@ -133,12 +133,12 @@ class KVCache:
         return rows
 
     def commit(self, rows: int, last: Tensor | None = None) -> None:
-        """Commits the first `rows` of the rows written last, and keeps `last` for `before`."""
+        """Commits the first `rows` of the written rows, and stores `last` for `before`."""
         self.committed += rows
         self._last = self._last if last is None else last
 
     def last_row(self, x: Tensor) -> Tensor:
-        """Each sample's last row, [N, 1, D], of rows [N, R, D] that are about to be committed."""
+        """The last row of each sample, [N, 1, D], among rows [N, R, D] to be committed."""
         lengths, end = self.slots.lengths, self.committed + x.shape[1]
         if lengths is None or end > self.slots.prompt:
             return x[:, -1:]
@@ -174,7 +174,7 @@ class KVCache:
         held = self._kv[layer]
         if held is None:
             capacity = self.slots.capacity
-            # Zeros: a slot that is never written must not hold a NaN, which would pass the mask.
+            # Zeros: a NaN in a slot that is never written would not be masked.
             held = self._kv[layer] = (
                 k.new_zeros(*k.shape[:2], capacity, k.shape[3]),
                 v.new_zeros(*v.shape[:2], capacity, v.shape[3]),

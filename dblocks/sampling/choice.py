@@ -1,4 +1,4 @@
-"""How a token is chosen from logits."""
+"""Chooses tokens from logits."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Choice:
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
-        self._failed: Tensor | None = None  # on a GPU: whether any logits so far were not finite
+        self._failed: Tensor | None = None  # on a GPU: whether any logits were not finite so far
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The probabilities to sample from, float64 [N, V], from logits [N, V], temperature > 0."""
-        # The largest becomes 0, so that no small temperature makes one infinite.
+        # The largest logit becomes 0, so that a small temperature makes none infinite.
         logits = logits.double()
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None:
@@ -46,12 +46,12 @@ class Choice:
         if self.top_p is None:
             return probabilities
         ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
-        # A token is kept if those before it do not reach top_p: the first always is.
+        # A token is kept if the sum of the earlier ones is below top_p: the first always is.
         kept = ordered.cumsum(-1) - ordered < self.top_p
         return torch.zeros_like(ordered).scatter(-1, index, ordered * kept)
 
     def token(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """The tokens chosen by uniform numbers in (0, 1), float64 [N]; int64 [N].
+        """The tokens chosen by uniform random numbers in (0, 1), float64 [N]; returns int64 [N].
 
         Raises:
             FloatingPointError: logits are NaN, infinite, or -inf for every token. On a GPU, where
@@ -65,26 +65,26 @@ class Choice:
             self._failed = failed if self._failed is None else self._failed | failed
         if self.temperature == 0:
             return logits.argmax(-1)
-        # By the cumulative distribution: unlike torch.multinomial, each row independently.
+        # By the cumulative distribution: unlike with torch.multinomial, rows are independent.
         cdf = self.probabilities(logits).cumsum(-1)
         found = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
-        return found.clamp_(max=logits.shape[-1] - 1)  # for NaN the index is past the end
+        return found.clamp_(max=logits.shape[-1] - 1)  # for NaN the index is out of range
 
     def check(self) -> None:
-        """Raises if logits of any token so far were not finite; synchronises with a GPU.
+        """Checks that all logits so far were finite; synchronises with a GPU.
 
         Raises:
-            FloatingPointError: if so.
+            FloatingPointError: some logits were not finite.
         """
         if self._failed is not None and self._failed:
             raise FloatingPointError(
-                "a model's logits must be finite numbers to draw tokens from, got NaN or infinite "
-                "ones; its weights or its input are not finite"
+                "logits must be finite to draw tokens from them, got NaN or infinite ones; the "
+                "model's weights or inputs are not finite"
             )
 
 
 class Repeats:
-    """A penalty on tokens that a text already contains: logits l > 0 become l/p, others p*l.
+    """The repetition penalty: for tokens in the text, logits l > 0 become l/p, others p*l.
 
     It is applied to the model's logits before the temperature.
 
@@ -97,7 +97,7 @@ class Repeats:
     Raises:
         ValueError: `penalty` is not positive and finite.
 
-    Source: Keskar et al. 2019 (CTRL), section 4.1, as transformers has it.
+    Source: Keskar et al. 2019 (CTRL), section 4.1, in the form used by transformers.
     """
 
     def __init__(
@@ -114,14 +114,14 @@ class Repeats:
             self.held = held.to(device)
 
     def penalised(self, logits: Tensor) -> Tensor:
-        """Logits [N, V], with the penalty on the tokens of each text."""
+        """Logits [N, V] with the penalty for the tokens of each text."""
         if self.held is None:
             return logits
         less = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
         return torch.where(self.held, less, logits)
 
     def add(self, token: Tensor) -> None:
-        """Adds a token to each text, int64 [N]."""
+        """Adds the next token of each text, int64 [N]."""
         if self.held is not None:
             self.held.scatter_(1, token[:, None], True)
 

@@ -1,4 +1,4 @@
-"""Options of text generation, also from a GenerationConfig of transformers."""
+"""Options of text generation, also read from a GenerationConfig of transformers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop_strings": (), "suppress_tokens": (), "token_healing": (False,), "top_h": (),
     "typical_p": (1.0,), "use_mtp": (False,), "watermarking_config": (),
 }  # fmt: skip
-# Options that do not change which tokens are generated: caches, compilation, start tokens (prompts
-# are given), draft models (there is none), logs and files.
+# Options that do not affect the generated tokens: caches, compilation, start tokens (prompts are
+# given), draft models (not used), logs and files.
 IGNORED = {
     "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit",
     "assistant_ensemble_weight", "assistant_lookbehind", "bos_token_id", "cache_config",
@@ -51,14 +51,14 @@ class Writing:
 
     max_new_tokens: int | None = None
     max_length: int | None = None
-    """Length of a prompt and its continuation, instead of `max_new_tokens`."""
+    """Length of prompt and continuation, if `max_new_tokens` is not given."""
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float = 1.0
     stop_tokens: tuple[int, ...] = ()
     pad_token: int | None = None
-    """The token after a stop token; by default the stop token itself."""
+    """The token yielded after a stop token; by default the stop token itself."""
     cache: bool = True
 
     @classmethod
@@ -73,9 +73,9 @@ class Writing:
         """Options of `stream`; arguments that are not None override the config.
 
         Args:
-            generation_config: of transformers, a mapping of its names, or None.
-            stop_token: as in `stream`.
-            cache: likewise.
+            generation_config: a GenerationConfig of transformers, a mapping of its names, or None.
+            stop_token: see `stream`.
+            cache: see `stream`.
             **given: other fields, or None.
 
         Raises:
@@ -89,7 +89,7 @@ class Writing:
         return replace(base, cache=cache and base.cache, **named)
 
     def new_tokens(self, longest: int) -> int:
-        """The number of tokens to generate after a longest prompt of this length.
+        """The number of tokens to generate, if the longest prompt has this length.
 
         Raises:
             ValueError: the number is missing or not positive.
@@ -102,14 +102,14 @@ class Writing:
             )
         if self.max_length <= longest:
             raise ValueError(
-                "max_length of the generation_config must be larger than the longest prompt, "
+                "max_length of the generation_config must exceed the length of the longest prompt, "
                 f"got {self.max_length} and {longest}; give max_new_tokens"
             )
         return self.max_length - longest
 
 
 def _read(generation_config: Any) -> dict[str, Any]:
-    """The options that are set; None and empty lists are not."""
+    """The options that are set, that is, not None or an empty list."""
     to_dict = getattr(generation_config, "to_dict", None)
     options = to_dict() if callable(to_dict) else generation_config
     if not isinstance(options, Mapping):
@@ -124,14 +124,14 @@ def _from(options: dict[str, Any]) -> Writing:
     unknown = sorted(set(options) - set(NEUTRAL) - IGNORED - set(KNOWN))
     if unknown:
         raise ValueError(
-            f"generation_config must hold options that are known here, got {unknown}; "
-            f"those that change what is written are {list(KNOWN)}"
+            f"generation_config must hold known options only, got {unknown}; options that "
+            f"affect the result are {list(KNOWN)}"
         )
     asked = {n: options[n] for n in options if n in NEUTRAL and options[n] not in NEUTRAL[n]}
     if asked:
         raise ValueError(
             f"generation_config must hold supported options only, got {asked}; "
-            f"leave them out: options that change what is written are {list(KNOWN)}"
+            f"leave them out: options that affect the result are {list(KNOWN)}"
         )
     sampled = options.get("do_sample", False)
     if not isinstance(sampled, bool):
@@ -159,13 +159,13 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _greedy(options: dict[str, Any]) -> dict[str, Any]:
-    # Missing options have the defaults of transformers 4.
+    # Options that are not set have the defaults of transformers 4.
     unused = {"temperature": 1.0, "top_k": TOP_K, "top_p": 1.0}
     unread = {n: options[n] for n, plain in unused.items() if options.get(n, plain) != plain}
     if unread:
         warnings.warn(
-            "do_sample of the generation_config is not True, so the most likely token is taken, as "
-            f"transformers does, and {unread} have no effect; set do_sample=True",
+            "do_sample of the generation_config is not True, so the most likely token is chosen, "
+            f"as in transformers, and {unread} have no effect; set do_sample=True",
             UserWarning,
             stacklevel=5,
         )

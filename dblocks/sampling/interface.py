@@ -1,7 +1,7 @@
-"""The interfaces of networks whose text can be generated, filled in or scored.
+"""Interfaces of networks for text generation, unmasking and likelihoods.
 
 `CausalLM`, `RecurrentLM`, `MaskedLM` and language models wrapped by `dblocks.convert` implement
-them; your own network may. In blocks, the members of `BlockModel` are also needed.
+them, and so can your own network. In blocks, the members of `BlockModel` are also needed.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class CausalNetwork(TokenNetwork, Protocol):
 
     @property
     def rows_kind(self) -> RowsKind:
-        """Whether noisy rows replace clean ones ("single") or run next to them ("doubled")."""
+        """ "single" if noisy rows replace clean ones, "doubled" if both run side by side."""
         ...
 
     @property
     def block_size(self) -> int:
-        """Number of consecutive tokens that are predicted at once."""
+        """Number of consecutive tokens predicted at once."""
         ...
 
 
@@ -54,9 +54,9 @@ class CausalNetwork(TokenNetwork, Protocol):
 class CachedNetwork(CausalNetwork, Protocol):
     """A `CausalNetwork` with a key-value cache, to generate text token by token.
 
-    Without a cache, keys and values are computed in each call. If the network has a true attribute
-    `runs_whole`, all rows then run as in training, by `embed_condition` and `run_layers`, whose
-    result has the fields `x` and `cond`.
+    Without a cache, keys and values are computed in each call. If the network has an attribute
+    `runs_whole` that is true, all rows then run as in training, with `embed_condition` and
+    `run_layers`, whose result has the fields `x` and `cond`.
     """
 
     @property
@@ -96,11 +96,11 @@ class NextTokenNetwork(Protocol):
 
     @property
     def plain_noise_width(self) -> int:
-        """Number of normals that it draws for each token."""
+        """Number of normal random numbers drawn for each token."""
         ...
 
     def plain_steps(self, num_steps: int | None) -> int:
-        """How often it runs its layers: `num_steps`, or ValueError if that is not supported."""
+        """Number of passes through the layers: `num_steps`, or ValueError if not supported."""
         ...
 
     @property
@@ -127,9 +127,9 @@ class NextTokenNetwork(Protocol):
 
 
 def check_some_texts(tokens: Tensor) -> None:
-    """Raises ValueError for a batch without any token, of which there is no likelihood."""
+    """Raises ValueError for a batch without tokens, which has no likelihood."""
     if isinstance(tokens, Tensor) and tokens.numel() == 0:
         raise ValueError(
-            f"tokens must be [N, T] of at least one text, got shape {list(tokens.shape)}; leave an "
-            "empty batch out"
+            f"tokens must be [N, T] with at least one token, got shape {list(tokens.shape)}; leave "
+            "empty batches out"
         )

@@ -1,4 +1,4 @@
-"""The levels of a sampling grid: their blocks and their cost."""
+"""The grid of sampling levels, their blocks, and the cost of sampling."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def grid_of(
 
 
 def levels_of(sigmas: Tensor | Sequence[float]) -> Tensor:
-    """The levels of the model calls, on the CPU, in their own dtype; float64 for numbers."""
+    """The levels of the model calls, on the CPU, in the dtype of `sigmas`; float64 for numbers."""
     if not (isinstance(sigmas, Tensor) and sigmas.is_floating_point()):
         sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
     levels = sigmas.detach().cpu().flatten()
@@ -61,7 +61,7 @@ def blocks_of(model: Denoiser, levels: Tensor, *, stacklevel: int = 3) -> list[i
         few = len(levels) < num_blocks
         advice = f"at least {num_blocks} steps" if few else "more steps or the equal_mass grid"
         warnings.warn(
-            f"the {len(levels)} sampling steps call no level of blocks {skipped} of {num_blocks}; "
+            f"the {len(levels)} sampling steps have no level of blocks {skipped} of {num_blocks}; "
             f"use {advice}",
             UserWarning,
             stacklevel=stacklevel,
@@ -90,9 +90,9 @@ def sampling_cost(
     Args:
         model: the blocks.
         sigmas: descending levels, as in `sample_euler`.
-        guidance_scale: 0 and 1 need one call of the network for each of the sampler's, other values
+        guidance_scale: 0 and 1 need one call of the network per call of the model, other values
             two.
-        sampler: "euler" calls once at each level, "heun" twice at all but the first.
+        sampler: "euler" calls the model once at each level, "heun" twice at all but the first.
     """
     num_blocks, times = model.config.num_blocks, 1 if guidance_scale in (0, 1) else 2
     levels = levels_of(sigmas)

@@ -27,33 +27,33 @@ from dblocks.schedules.random import check_generator, draw_device
 
 
 class Texts(NamedTuple):
-    """Texts with padding moved behind them, where causal models do not see it."""
+    """Texts with padding moved to the end, where causal models do not see it."""
 
     tokens: Tensor
     """int64 [N, T]."""
     shown: Tensor | None
-    """bool [N, T], false at padding; None without any."""
+    """bool [N, T], false at padding; None if there is none."""
     starts: Tensor | None
     """The original index of each text's first token, int64 [N]."""
     cond: dict[str, Any]
-    """What else the network's calls read, with ids of tokens moved like these."""
+    """Other inputs of the network; per-token inputs are moved in the same way."""
 
     @property
     def counted(self) -> Tensor | None:
-        """Which tokens after the first column are scored, bool [N, T - 1]; None: all."""
+        """Which tokens after the first column are scored, bool [N, T - 1]; None for all."""
         if self.cond.get("cu_seqlens") is not None:
-            # The first token of each document is given.
+            # The first token of each document is not scored.
             given = TokenBatch(tokens=self.tokens, cu_seqlens=self.cond["cu_seqlens"])
             return given.positions()[None, 1:] > 0
         return None if self.shown is None else self.shown[:, 1:]
 
     @property
     def scored(self) -> Tensor:
-        """As `counted`, at the original places."""
+        """As `counted`, at the original positions."""
         return self.back(torch.ones_like(self.tokens[:, 1:], dtype=torch.bool))
 
     def back(self, values: Tensor) -> Tensor:
-        """Values [N, T - 1] moved back to the original places; 0 where no token is scored."""
+        """Values [N, T - 1] at the original positions; 0 where no token is scored."""
         counted = self.counted
         if counted is None:
             return values
@@ -70,12 +70,13 @@ class Bound(NamedTuple):
     """The contribution of each block, [B, N, T - 1]."""
     variance: Tensor
     """A conservative estimate of each token's contribution to the variance of the sum of `nll`, [N,
-    T - 1]; tokens of a block of tokens, which share their levels, contribute equally."""
+    T - 1]; tokens that are generated at once share their levels and contribute equally."""
     scored: Tensor
     """Which tokens are neither padding nor the first of a text, bool [N, T - 1]."""
 
     def mean(self, scored: Tensor | None = None) -> tuple[float, float]:
-        """The mean over tokens, and its standard error due to the random draws (not the text).
+        """The mean over tokens, and its standard error due to the random draws, not to the choice
+        of texts.
 
         Args:
             scored: bool [N, T - 1], the tokens to average over, without padding; all by default.
@@ -86,9 +87,7 @@ class Bound(NamedTuple):
         scored = self.scored if scored is None else self.scored & scored
         nll, variance = self.nll.double()[scored], self.variance.double()[scored]
         if nll.numel() == 0:
-            raise ValueError(
-                "the mean of a bound needs at least one token that is scored, got none"
-            )
+            raise ValueError("the mean of a bound needs at least one scored token, got none")
         return nll.mean().item(), variance.sum().sqrt().item() / nll.numel()
 
 
@@ -104,25 +103,26 @@ def next_token_nll(
 ) -> Tensor:
     """Negative log-likelihood of each token given those before it, in nats.
 
-    In blocks it is that of the first block alone, at sigma_max, where the noisy input carries no
-    information: an exact next-token predictor like the plain model. With `tokens_per_block` tokens
-    at once, p is that of each token given those before its block. Bits per token are the mean
-    divided by ln 2.
+    In blocks it is computed by the first block at sigma_max, where the noisy input carries no
+    information: this is an exact next-token predictor, as a plain model is. With `tokens_per_block`
+    tokens at once, each token is predicted from the tokens before its block of tokens. Divide the
+    mean by ln 2 for bits per token.
 
     Args:
         model: the blocks of a `CausalLM`, a `RecurrentLM` or a converted causal model, or one of
             the first two as a plain model.
         tokens: int64 [N, T].
         num_steps: for a plain `RecurrentLM`, the number of recurrences, by default their mean in
-            training; else 1 or None. Several Euler steps end in a prediction from a state that they
-            drew themselves, whose cross-entropy is not a likelihood. See `denoising_bound`.
+            training; otherwise 1 or None. The prediction after several Euler steps depends on a
+            state that the steps drew, so its cross-entropy is not a likelihood; see
+            `denoising_bound`.
         generator: source of the noise; by default the default generator of the tokens' device. For
             a plain `RecurrentLM` on the CPU.
-        attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
-            the text alone; 0 at padding and at the first token of each, which is given. The mean
-            is then that over the tokens that are scored.
-        cond: what else the network's calls read, such as the encoder_tokens of a T5; 0 at the
-            first token of each document of `cu_seqlens`.
+        attention_mask: [N, T], 0 at padding before or after each text. The values of a text are
+            those of the text alone, and 0 at padding and at its first token; take the mean over the
+            scored tokens.
+        cond: other inputs of the network, such as the encoder_tokens of a T5; the result is 0 at
+            the first token of each document of `cu_seqlens`.
 
     Returns:
         float32 [N, T - 1]: the first token of a sequence is given.
@@ -140,15 +140,15 @@ def next_token_nll(
         tokens = texts.tokens
         if num_steps not in (None, 1):
             raise ValueError(
-                "num_steps must be 1 or None in blocks, as several steps have no likelihood, got "
-                f"{num_steps}; see dblocks.sampling.denoising_bound"
+                "num_steps must be 1 or None in blocks, since several steps have no likelihood, "
+                f"got {num_steps}; see dblocks.sampling.denoising_bound"
             )
         z = _noise_at_top(model, tokens, generator)
         top = z.new_full(z.shape[:1], model.config.noise_schedule.sigma_max)
         logits = model.logits(z, top, block=0, tokens=tokens, **texts.cond)[:, 1:]
     elif isinstance(model, NextTokenNetwork):
         if cond:
-            raise ValueError(f"a plain model takes tokens alone, got {sorted(cond)} too")
+            raise ValueError(f"a plain model takes only tokens, got {sorted(cond)} too")
         steps, texts = model.plain_steps(num_steps), _texts(tokens, attention_mask, cond)
         tokens = texts.tokens
         logits = model.next_token_logits(tokens, num_steps=steps, generator=generator)[:, :-1]
@@ -174,17 +174,17 @@ def product_nll(
         ln p(k) = mean over blocks of ln p_b(k), normalised
 
     Each block is called once at sigma_max, where the noisy input carries no information, so this is
-    exact; it is the distribution from which `generate(product=True)` samples. See `product_logits`.
+    exact: `generate(product=True)` samples from this distribution. See `product_logits`.
 
     Args:
-        model: the blocks of a language model, trained with a `BlocksConfig.top_share`.
+        model: the blocks of a language model, trained with `BlocksConfig.top_share` above 0.
         tokens: int64 [N, T].
         generator: source of the noise; by default that of the tokens' device.
-        attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
-            the text alone; 0 at padding and at the first token of each, which is given. The mean
-            is then that over the tokens that are scored.
-        cond: what else the network's calls read, such as the encoder_tokens of a T5; 0 at the
-            first token of each document of `cu_seqlens`.
+        attention_mask: [N, T], 0 at padding before or after each text. The values of a text are
+            those of the text alone, and 0 at padding and at its first token; take the mean over the
+            scored tokens.
+        cond: other inputs of the network, such as the encoder_tokens of a T5; the result is 0 at
+            the first token of each document of `cu_seqlens`.
 
     Returns:
         float32 [N, T - 1].
@@ -214,28 +214,28 @@ def denoising_bound(
 ) -> Bound:
     """An upper bound of the negative log-likelihood of each token under all blocks, in nats.
 
-    The bound of a continuous diffusion of the token's embedding y (Kingma et al. 2021), with a
-    final choice of the token from its embedding at sigma_min:
+    The variational bound of a continuous diffusion of the token's embedding y (Kingma et al. 2021),
+    where the token is finally predicted from the noisy embedding z at sigma_min:
 
         |y|^2/(2 sigma_max^2)  +  int |y - denoised|^2/sigma^3 d(sigma)  -  ln p(token | z)
 
-    over [sigma_min, sigma_max], each level by the block that owns it; `top_share` does not affect
-    it. The integral is estimated with ln sigma uniform in each block's range and stratified: one
-    draw in each of `draws` equal parts. It bounds the negative log-likelihood of the stochastic
-    reverse process in the limit of small steps, not that of text generated by Euler steps.
+    The integral is over [sigma_min, sigma_max], with each level evaluated by the block that owns
+    it; `top_share` does not affect it. It is estimated with ln sigma uniform in each block's range
+    and stratified: one draw in each of `draws` equal parts. It bounds the negative log-likelihood
+    of the stochastic reverse process in the limit of small steps, not that of text generated by
+    Euler steps.
 
     Args:
         model: the blocks of a language model.
         tokens: int64 [N, T].
-        draws: number of levels in each block's range for each token (or each block of tokens), at
-            least 2.
+        draws: number of levels per block of layers and token (or block of tokens), at least 2.
         generator: source of levels and noise; by default the default generator of the tokens'
             device.
-        attention_mask: [N, T], 0 at padding before or after each text, whose values are those of
-            the text alone; 0 at padding and at the first token of each, which is given. The mean
-            is then that over the tokens that are scored.
-        cond: what else the network's calls read, such as the encoder_tokens of a T5; 0 at the
-            first token of each document of `cu_seqlens`.
+        attention_mask: [N, T], 0 at padding before or after each text. The values of a text are
+            those of the text alone, and 0 at padding and at its first token; take the mean over the
+            scored tokens.
+        cond: other inputs of the network, such as the encoder_tokens of a T5; the result is 0 at
+            the first token of each document of `cu_seqlens`.
 
     Raises:
         TypeError: `model` is no `DiffusionBlocks` of a language model.
@@ -268,7 +268,7 @@ def denoising_bound(
 
 
 def _costs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """-ln p of all tokens but the first, [N, T - 1]."""
+    """-ln p of each token but the first, [N, T - 1]."""
     return nnf.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
 
@@ -278,8 +278,8 @@ def _texts(
     check_some_texts(tokens)
     if isinstance(tokens, Tensor) and tokens.ndim == 2 and tokens.shape[1] == 1:
         raise ValueError(
-            "tokens must be at least 2 long, as the first of a text is given and none is scored, "
-            "got 1; leave such texts out"
+            "texts must have at least 2 tokens, since the first one is not scored, got 1; leave "
+            "such texts out"
         )
     if attention_mask is None:
         return Texts(tokens, None, None, cond)
@@ -288,8 +288,8 @@ def _texts(
     shown = check_attention_mask(attention_mask, tuple(tokens.shape)).to(tokens.device)
     if block_size > 1 and (shown.sum(1) % block_size).any():
         raise ValueError(
-            f"texts must be multiples of tokens_per_block={block_size} long, whose tokens see each "
-            f"other, got {shown.sum(1).tolist()} in the attention_mask; cut them"
+            f"the lengths of texts must be multiples of tokens_per_block={block_size}, got "
+            f"{shown.sum(1).tolist()} in the attention_mask; cut the texts"
         )
     starts = starts_of(shown)
     if cond.get("position_ids") is not None:
@@ -309,7 +309,7 @@ def _scaled_errors(
     generator: torch.Generator | None,
     cond: Mapping[str, Any],
 ) -> Tensor:
-    """The contribution of each stratum of a block's levels to the integral, [draws, N, T - 1]."""
+    """The contributions of the strata of a block's levels to the integral, [draws, N, T - 1]."""
     low, high = map(math.log, levels)
     k, (N, T) = _block_size(model), tokens.shape
     device = draw_device(generator, tokens.device)
@@ -325,12 +325,13 @@ def _scaled_errors(
 
 
 def _variance(errors: Tensor, k: int, counted: Tensor | None = None) -> Tensor:
-    """The variance of the sum over strata of errors [draws, N, T - 1], distributed over tokens.
+    """The variance of the sum over strata of errors [draws, N, T - 1], divided among tokens.
 
-    Tokens of a block of k share their levels, so the variance is that of their sum.
+    Blocks of k tokens share their levels, so the variance of their sum is divided among them.
     """
     draws, N, rows = errors.shape
-    # From neighbouring strata, as if a pair were two draws from both. The first token has no row.
+    # From pairs of neighbouring strata, as if both were draws from their union. The first token has
+    # no row.
     ends = (1, -(rows + 1) % k)
     ones = errors.new_ones(1, rows) if counted is None else counted.to(errors.dtype)
     pairs = nnf.pad((errors[1:] - errors[:-1]) * ones, ends).view(draws - 1, N, -1, k).sum(-1)
@@ -340,7 +341,7 @@ def _variance(errors: Tensor, k: int, counted: Tensor | None = None) -> Tensor:
 
 
 def _block_size(model: DiffusionBlocks) -> int:
-    """The number of tokens that share a level: those that are generated at once."""
+    """The number of tokens that share a level, which are generated at once."""
     return cast(CausalNetwork, model.base_model).block_size
 
 
@@ -357,8 +358,8 @@ def _blocks(model: Any) -> DiffusionBlocks:
 def _of_tokens(model: DiffusionBlocks) -> DiffusionBlocks:
     if not isinstance(model.base_model, CausalNetwork):
         raise TypeError(
-            "model must be the DiffusionBlocks of a language model, whose targets are tokens' "
-            f"embeddings, got those of a {type(model.base_model).__name__}; see dblocks.models"
+            "model must be the DiffusionBlocks of a language model, with token embeddings as "
+            f"targets, got those of a {type(model.base_model).__name__}; see dblocks.models"
         )
     return model
 

@@ -25,7 +25,7 @@ def points_for(num_blocks: int) -> int:
 
 
 class BoundTerms(NamedTuple):
-    """The bound of some sequences, by point of the quadrature."""
+    """The bound of a batch of sequences, at each point of the quadrature."""
 
     shares: Tensor
     """The mask ratio at each point of the quadrature, ascending float64 [points]."""
@@ -33,7 +33,7 @@ class BoundTerms(NamedTuple):
     """The contribution of each point to each sequence's bound, in nats, float64 [N, points]."""
 
     def per_token(self, scored: int) -> Tensor:
-        """Nats a masked token at each point, averaged over `scored` tokens, [points]."""
+        """The integrand at each point, in nats per token of `scored` tokens, [points]."""
         return self.nats.sum(0) * len(self.shares) / scored
 
 
@@ -53,17 +53,17 @@ def bound_terms(
         int_0^1 (1/m) E[sum over masked tokens of -ln p(token | the others)] dm
 
     It is evaluated at the mid-points of `points` equal cells of m, each by the block that owns its
-    t (whatever the overlap in training), with one mask per point and sequence: an unbiased estimate
-    of the mid-point sum, which does not depend on the kind of schedule. For a smooth integrand the
-    error of the mid-point rule is about (second derivative)/(24 points^2).
+    t (without the overlap of training), with one mask per point and sequence. This is an unbiased
+    estimate of the mid-point sum and does not depend on the kind of schedule. For a smooth
+    integrand, the error of the mid-point rule is about (second derivative)/(24 points^2).
 
     Args:
         model: the blocks of a `MaskedLM`, or any with a `MaskSchedule` whose logits are [N, T, V].
         tokens: int64 [N, T].
-        scored: bool [N, T]; other tokens are given and never masked, and m is the ratio of masked
-            to scored ones. All by default.
+        scored: bool [N, T]; other tokens are never masked, and m is the ratio of masked to scored
+            tokens. All by default.
         points: number of mid-points, a multiple of the number of blocks.
-        seed: seed of the masks, which are functions only of it and of a token's index.
+        seed: seed of the masks, which depend only on it and on the index of a token.
         batch_size: number of sequences per call.
         attention_mask: [N, T], 0 at padding before or after each text, which is not scored and does
             not affect the bound.

@@ -1,4 +1,4 @@
-"""Runs the rows of one block in text generation: of the tokens to predict and of the known ones."""
+"""Runs one block's rows of known and next tokens in text generation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Known(NamedTuple):
     noise: Tensor
     """Normals [N, rows, D], one row per step or per position."""
     end: Tensor | None = None
-    """int64 [N]: the index of the next token, if `tokens` have no gaps after short prompts."""
+    """int64 [N]: the index of the next token, not counting gaps after shorter prompts."""
 
 
 class Rows(Protocol):
@@ -48,9 +48,9 @@ class CachedRows:
 
     Args:
         model: blocks of a `CachedNetwork`.
-        blocks: the blocks that are called.
-        slots: where tokens stand.
-        cache: whether to keep keys and values; else every call computes all rows.
+        blocks: indices of the blocks that are called.
+        slots: slots of the tokens.
+        cache: whether to keep keys and values; otherwise every call computes all rows.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class CachedRows:
         self.slots = slots
         self.lms = {b: cast(CachedNetwork, model.parts(b)[0]) for b in set(blocks)}
         lm = self.lms[blocks[0]]
-        # In a single stream the rows of known tokens hold noise too, for each position.
+        # In a single stream, the rows of known tokens hold noise too, one row per position.
         self.single = lm.rows_kind == "single"
         rows = slots.capacity if self.single else slots.capacity - slots.prompt
         self.noise_shape = (rows, lm.width)
@@ -93,7 +93,7 @@ class CachedRows:
             top = top_level(self.model, block)
             held = top * self._of(known.noise, cache.committed, known.tokens.shape[1])
             if top < schedule.sigma_max:
-                # At sigma_max the rows are pure noise, as at the start of sampling.
+                # At sigma_max the rows hold pure noise, as at the start of sampling.
                 held = held + table[tokens]
             z = torch.cat([held, z], dim=1)
             noisy = level.sigma[:, None].expand(-1, z.shape[1] - tokens.shape[1])
@@ -117,7 +117,7 @@ class WholeRows:
 
     Args:
         model: blocks of a `CausalNetwork` that predicts one token at a time.
-        slots: where tokens stand.
+        slots: slots of the tokens.
     """
 
     def __init__(self, model: DiffusionBlocks, slots: Slots) -> None:
@@ -153,10 +153,10 @@ class WholeRows:
     def _rows_in(
         self, known: Known, block: int, z: Tensor, level: NoiseLevel
     ) -> tuple[Tensor, NoiseLevel]:
-        """The input of all rows, of which z [N, 1, D] is the last, and their levels."""
+        """The input of all rows, with z [N, 1, D] as the last one, and their levels."""
         schedule, tokens = self.model.config.noise_schedule, known.tokens
         if not self.single:
-            # No row attends to a noisy row, so those that are not read may have any value.
+            # No row attends to a noisy row, so noisy rows that are not read may have any value.
             return schedule.scale_in(z, level).expand(-1, tokens.shape[1], -1), level
         top = top_level(self.model, block)
         held = top * known.noise[:, : tokens.shape[1]]
@@ -169,7 +169,7 @@ class WholeRows:
         return schedule.scale_in(states, levels), levels
 
     def _in_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [N, C + 1] without the gaps after short prompts, and the index of the next one."""
+        """Tokens [N, C + 1] without gaps after shorter prompts, and the index of the next token."""
         slots, C = self.slots, tokens.shape[1]
         lengths = torch.full((len(tokens),), C, device=tokens.device)
         tokens = torch.cat([tokens, tokens[:, :1]], dim=1)

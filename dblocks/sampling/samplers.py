@@ -28,7 +28,7 @@ def initial_noise(
 
     Args:
         shape: shape of the target, [N, ...].
-        schedule: gives sigma_max.
+        schedule: the noise schedule, which has sigma_max.
         noise: "paper" is `sigma_max * N(0, I)`; "unit_variance" is
             `sqrt(1 + sigma_max^2) * N(0, I)`, as in the published code.
         generator: source of the draw; its device is the default of `device`.
@@ -36,6 +36,9 @@ def initial_noise(
 
     Returns:
         float32 of the given shape.
+
+    Raises:
+        ValueError: `noise` has another value.
     """
     if noise not in ("paper", "unit_variance"):
         raise ValueError(f"noise must be 'paper' or 'unit_variance', got {noise!r}")
@@ -62,12 +65,12 @@ def sample_euler(
     as appended by k-diffusion, is accepted and is not a call.
 
     Args:
-        model: a `DiffusionBlocks`, or any `model(z, sigma, **cond) -> denoised`. Of a
-            `DiffusionBlocks` wrapped by torch.compile or AveragedModel the inner module is used; to
-            sample with compiled code, compile its layers.
+        model: a `DiffusionBlocks`, or any `model(z, sigma, **cond) -> denoised`. If a
+            `DiffusionBlocks` is wrapped by torch.compile or AveragedModel, the inner module is
+            used; to sample with compiled code, compile its layers.
         z: state at the first level, [N, ...].
-        sigmas: descending levels, [n]; if they are on the CPU, nothing synchronises. The block of
-            each is chosen in their dtype.
+        sigmas: descending levels, [n]; on the CPU, so that nothing synchronises. The block of each
+            level is chosen in the dtype of `sigmas`.
         callback: called after the first model call at each level with a dict of 'x', 'i', 'sigma',
             'sigma_hat' and 'denoised'.
         **cond: passed to the model; a `DiffusionBlocks` embeds it once, and also takes
@@ -95,8 +98,8 @@ def sample_heun(
 
         d = (z - denoised)/sigma,   z_next = z + (sigma_next - sigma) (d + d')/2
 
-    where d' is computed by the block that owns sigma_next, at the result of Euler's step. n levels
-    are 2n - 1 model calls: the step from the last level to 0 is Euler's, whose result is
+    where d' is computed at the result of Euler's step, by the block that owns sigma_next. n levels
+    need 2n - 1 model calls: the step from the last level to 0 is an Euler step, whose result is
     `denoised`. Arguments, result and warnings are those of `sample_euler`.
     """
     return _sample("heun", model, z, sigmas, callback, cond)
@@ -125,8 +128,15 @@ def sample_logits(
 ) -> Tensor:
     """As `sample_euler` or `sample_heun`, but returns the logits of the last call.
 
-    The callback is called at every level but the last. With guidance, the steps combine denoised
-    estimates and the result combines logits.
+    Arguments are those of `sample_euler`, and `sampler`, "euler" or "heun". The callback is called
+    at every level but the last. With guidance, the steps combine denoised estimates and the result
+    combines logits.
+
+    Returns:
+        Logits [N, ..., K].
+
+    Raises:
+        ValueError: there is no such sampler.
     """
     levels = levels_of(sigmas)
     steps = Steps(levels.tolist(), sampler)
@@ -143,15 +153,15 @@ def product_logits(
 
         mean over blocks of log_softmax(logits_b),   normalised
 
-    for models of classes or tokens. The noisy input carries no information there, so that each
-    block predicts from the condition alone. It costs one call of each block.
+    for models of classes or tokens. At sigma_max the noisy input carries no information, so each
+    block predicts from the condition alone. The cost is one call of each block.
 
     Args:
         model: a `DiffusionBlocks` whose blocks were all trained at sigma_max; see
             `BlocksConfig.top_share`.
         z: state at sigma_max, [N, ...].
         guidance_scale: see `BoundDenoiser`.
-        **cond: the entries that the model's `embed_condition` reads.
+        **cond: the entries read by the model's `embed_condition`.
 
     Returns:
         float32 log-probabilities [N, ..., K].
@@ -191,7 +201,7 @@ def _sample(
 def _bind(
     model: Any, levels: Tensor, steps: Steps, cond: dict[str, Any], *, stacklevel: int
 ) -> tuple[Any, list[dict[str, int]]]:
-    """The model with its condition bound, and the keywords of each call."""
+    """The model with its condition bound, and the keyword arguments of each call."""
     model = unwrapped(model)
     if not isinstance(model, Denoiser):
         return (lambda z, sigma: model(z, sigma, **cond)), [{} for _ in steps.calls]

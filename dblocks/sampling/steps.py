@@ -21,9 +21,9 @@ class Steps:
         euler   z_next = z + (sigma_next - sigma) d
         heun    z_next = z + (sigma_next - sigma) (d + d')/2,   d' at Euler's z_next
 
-    The step from the last level to level 0 is Euler's in both and ends at denoised, so that n
-    levels are n calls of the model with euler and 2n - 1 with heun. Heun's method keeps d from one
-    call to the next: use one `Steps` for one sample at a time.
+    In both, the step from the last level to level 0 is an Euler step, which returns denoised, so n
+    levels need n model calls with euler and 2n - 1 with heun. Heun's method keeps d between calls:
+    use one `Steps` for one sample at a time.
 
     Args:
         grid: the levels, descending and above 0.
@@ -39,7 +39,7 @@ class Steps:
         self.heun = sampler == "heun"
         again = 2 if self.heun else 1
         self.calls = [i for i in range(len(self.grid)) for _ in range(again if i else 1)]
-        """The level of each call, by its number in the grid."""
+        """The index in the grid of each call's level."""
         self._held: tuple[Tensor, Tensor, float] | None = None
 
     def sigma(self, call: int) -> float:
@@ -54,9 +54,9 @@ class Steps:
         """The state of the next call; after the last one, `denoised`.
 
         Args:
-            call: number of the call.
-            z: the state passed to it, [N, ...].
-            denoised: its result.
+            call: index of the call.
+            z: the state passed to the model, [N, ...].
+            denoised: the result of the call.
 
         Raises:
             RuntimeError: it is the second call of a step without the first.
@@ -66,7 +66,7 @@ class Steps:
             if self._held is None:
                 raise RuntimeError(
                     f"call {call} of heun's method must follow the first call of its step, "
-                    "got none before it; begin with a call of even number"
+                    "which was not made; begin with a call of even index"
                 )
             (start, slope, before), self._held = self._held, None
             return start + (sigma - before) / 2 * (slope + (z - denoised) / sigma)
@@ -82,7 +82,7 @@ class Steps:
         z: Tensor,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Makes all calls but the last and returns the state for the last.
+        """Makes all calls but the last, and returns the state for the last call.
 
         Args:
             denoise: `denoise(z, call) -> denoised`.

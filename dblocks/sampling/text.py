@@ -92,60 +92,60 @@ def stream(
 ) -> Iterator[Tensor]:
     """Generates text: yields the next token of every prompt.
 
-    In blocks, each token is denoised by Euler steps; the block that owns a noise level runs it.
-    The estimate of each call but the last is the expected embedding, and the token is sampled from
-    the last call's logits. One step, at sigma_max, runs the first block only: a next-token model of
-    that block's layers. With `product` every block is called once at sigma_max, where the noisy
-    input carries no information, and the token is sampled from the normalised geometric mean of
-    their predictions, the distribution of `product_nll`. Networks with `tokens_per_block` tokens at
-    once need the same number of calls for all of them; a block of tokens begins at the end of a
-    prompt, so prompts of a multiple of its length match training best.
+    In blocks, each token is denoised by Euler steps; the block that owns a noise level runs it. All
+    calls but the last return the expected embedding, and the token is sampled from the logits of
+    the last call. A single step, at sigma_max, runs only the first block, as a next-token model
+    with that block's layers. With `product`, every block is called once at sigma_max, where the
+    noisy input carries no information, and the token is sampled from the normalised geometric mean
+    of their predictions, the distribution of `product_nll`. With `tokens_per_block`, a whole block
+    of tokens needs this number of calls. A block of tokens begins at the end of a prompt, so
+    prompts whose length is a multiple of the block's match training best.
 
-    Each block keeps keys and values of the clean tokens in its own layers. A token's rows are added
-    in the block's first call for the next token, together with the noisy row, so that a token costs
-    only `num_steps` calls; the prelude of a `RecurrentLM` runs only in each block's first call. A
-    plain `RecurrentLM` keeps keys and values of every recurrence. Without the cache all rows are
-    computed in each call, with the same result up to rounding. In a single stream the rows of known
-    tokens hold noise too, at the highest level that their block was trained at: sigma_max with a
-    `top_share` and in the first block.
+    Each block caches the keys and values of clean tokens in its own layers. The rows of a new token
+    are added in the block's first call for the next token, together with the noisy row, so a token
+    costs only `num_steps` calls; the prelude of a `RecurrentLM` runs only in each block's first
+    call. A plain `RecurrentLM` caches keys and values of every recurrence. Without the cache, all
+    rows are computed in each call, with the same result up to rounding. In a single stream, the
+    rows of known tokens hold noise too, at the highest level at which their block was trained:
+    sigma_max for the first block and with `top_share` above 0.
 
-    A prompt's tokens depend on the generator's state, on the prompt and on its index in the batch,
-    but, up to rounding, not on the other prompts or on `max_new_tokens`; noise does not depend on
-    the device.
+    The tokens generated for a prompt depend on the generator's state, the prompt and its index in
+    the batch. Up to rounding they do not depend on other prompts or on `max_new_tokens`. The noise
+    does not depend on the device.
 
     Args:
         model: the blocks of a `CausalLM`, a `RecurrentLM` or a model wrapped by `dblocks.convert`,
-            possibly inside the wrapper of torch.compile or AveragedModel; or a `CausalLM` or
-            `RecurrentLM` itself, as the plain model. Without a cache, converted models run all rows
-            as in training.
-        prompts: int64 [N, P], or N of different lengths, each with at least one token.
-        max_new_tokens: number of tokens to generate for each prompt; by default that of the
+            possibly wrapped by torch.compile or AveragedModel; or a plain `CausalLM` or
+            `RecurrentLM`. Without a cache, converted models run all rows as in training.
+        prompts: int64 [N, P], or a sequence of N prompts of different lengths, each with at least
+            one token.
+        max_new_tokens: number of tokens to generate for each prompt; by default from the
             generation_config.
-        num_steps: Euler steps of the equal-mass grid; the number of blocks by default. For a plain
-            `RecurrentLM`, its recurrences, by default their mean in training.
-        sigmas: a grid to use instead, descending.
-        temperature: divisor of the logits, 1 by default; 0 takes the most likely token.
-        top_k: keep only this many most likely tokens (and ties of the last one).
-        top_p: then keep only the fewest most likely tokens whose probabilities sum to at least
-            this. The order is that of transformers: repetition_penalty, temperature, top_k, top_p.
+        num_steps: number of steps on the equal-mass grid; by default the number of blocks. For a
+            plain `RecurrentLM`, the number of recurrences; by default their mean in training.
+        sigmas: descending levels to use instead.
+        temperature: divisor of the logits, 1 by default; 0 chooses the most likely token.
+        top_k: sample only from this many most likely tokens (and ties with the last one).
+        top_p: then sample only from the smallest set of most likely tokens whose probabilities sum
+            to at least this. The order is as in transformers: repetition_penalty, temperature,
+            top_k, top_p.
         repetition_penalty: penalty on tokens that a text already contains, its prompt included;
             above 1 makes them less likely. See `dblocks.sampling.choice.Repeats`.
-        generator: a CPU generator, of which one number is drawn.
-        stop_token: a token or several; after one, a prompt repeats it, and the iterator ends when
-            all prompts have one. This check after every token is the only synchronisation with a
-            GPU.
+        generator: a CPU generator, from which one number is drawn.
+        stop_token: one or several tokens. After a stop token, a prompt repeats it; the iterator
+            ends when all prompts have one. This check after every token is the only synchronisation
+            with a GPU.
         cache: whether to keep keys and values.
         product: sample from the product of all blocks' predictions instead of by steps; for blocks
             trained with a `top_share`.
         sampler: "euler" or "heun"; see `sample_heun`.
-        attention_mask: [N, P], 0 at padding before or after each prompt of a tensor, which does not
-            affect the result.
-        generation_config: a GenerationConfig of transformers or a mapping with its names, with its
-            meaning and defaults: without `do_sample=True` the most likely token is taken, and with
-            it `top_k` is 50 if not given. Supported are `max_new_tokens`, `max_length`,
-            `do_sample`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `eos_token_id` (the
-            stop token), `pad_token_id` (yielded after it) and `use_cache`. Other arguments override
-            it.
+        attention_mask: [N, P], 0 at padding before or after each prompt of a tensor. Padding does
+            not affect the result.
+        generation_config: a GenerationConfig of transformers, or a mapping with its names, meanings
+            and defaults: without `do_sample=True` the most likely token is chosen; with it, `top_k`
+            is 50 by default. Supported are `max_new_tokens`, `max_length`, `do_sample`,
+            `temperature`, `top_k`, `top_p`, `repetition_penalty`, `eos_token_id` (the stop token),
+            `pad_token_id` (yielded after it) and `use_cache`. Other arguments override it.
 
     Yields:
         int64 [N], on the device of the model.
@@ -153,12 +153,11 @@ def stream(
     Raises:
         FloatingPointError: logits are not finite; on a GPU raised at the end.
         TypeError: `model` is not a language model, or tokens are not integers.
-        ValueError: for prompts that are empty or, with the new tokens, longer than the context; for
-            tokens outside the vocabulary; for both `num_steps` and `sigmas`, `sigmas` with a plain
-            model, or `num_steps` with one that has no steps; for a cache with a model that does not
-            support one; for `product` with steps, or with blocks that were not trained at
-            sigma_max; for another `sampler` with `product` or a plain model; for options of a
-            `generation_config` that are unknown or not supported; for other invalid values.
+        ValueError: a prompt is empty or, with the new tokens, longer than the context; a token is
+            outside the vocabulary; both `num_steps` and `sigmas` are given; the model does not
+            support `sigmas`, `num_steps`, `sampler` or a cache; `product` is combined with steps or
+            a `sampler`, or blocks were not trained at sigma_max; the `generation_config` has an
+            unknown or unsupported option; or another value is invalid.
     """
     writing = Writing.of(
         generation_config, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
@@ -199,7 +198,7 @@ def _begin(
         )
     check_sampler(sampler)
     k = cast(CausalNetwork, network).block_size if network is not model else 1
-    # Blocks of tokens are generated whole, including the last one.
+    # Blocks of tokens, including the last one, are generated as a whole.
     capacity = longest + -(-new // k) * k
     slots = Slots([len(row) for row in rows], capacity, next(network.parameters()).device, k)
     repeats = Repeats(writing.repetition_penalty, rows, sizes.vocab_size, slots.device)
@@ -213,25 +212,25 @@ def _begin(
     tokens = torch.zeros(len(rows), slots.capacity, dtype=torch.int64)
     for row, given in zip(tokens, rows, strict=True):
         row[: len(given)] = given
-    stride = sizes.context + k - 1  # rows of noise from one prompt to the next
+    stride = sizes.context + k - 1  # rows of noise between one prompt and the next
     tokens, last = tokens.to(slots.device), longest + new
     return _steps(writer, tokens, slots, choice, repeats, seed, writing, stride, last)
 
 
 def _network_of(model: Any, cache: bool) -> tuple[Any, TokenSizes]:
-    """The network that generates, which is `model` itself if it is not in blocks, and its sizes."""
+    """The network that generates (`model` itself if it is not in blocks) and its sizes."""
     in_blocks = isinstance(model, DiffusionBlocks)
     network = model.base_model if in_blocks else model
     if not isinstance(network, CausalNetwork if in_blocks else NextTokenNetwork):
         raise TypeError(
             "model must be a CausalLM, a RecurrentLM or the DiffusionBlocks of one, "
             f"got {type(network).__name__}; see dblocks.models, or dblocks.sampling.interface for "
-            "what a network of your own needs"
+            "networks of your own"
         )
     if in_blocks and cache and not isinstance(network, CachedNetwork):
         raise ValueError(
-            f"cache must be False for the blocks of a {type(network).__name__}, which keeps no "
-            "keys and values, got True; see CachedNetwork of dblocks.sampling.interface"
+            f"cache must be False for the blocks of a {type(network).__name__}, which does not "
+            "support one, got True; see dblocks.sampling.interface.CachedNetwork"
         )
     return network, network.sizes
 
@@ -249,7 +248,7 @@ def _block_writer(
     if product:
         blocks = list(range(model.config.num_blocks))
     else:
-        # One step skips blocks on purpose: it runs the first block only. Others may skip by
+        # A single step runs only the first block on purpose. Other grids may skip blocks by
         # mistake.
         blocks = [0] if num_steps == 1 else blocks_of(model, levels, stacklevel=5)
     network = model.base_model
@@ -327,7 +326,7 @@ def _steps(
 
 def _among(tokens: Tensor, stop_tokens: Sequence[int]) -> Tensor:
     """Which tokens are stop tokens; bool of the same shape."""
-    # Python numbers: a tensor of them would be copied to a GPU at each step.
+    # Python numbers: a tensor would be copied to the GPU at each step.
     found = tokens == stop_tokens[0]
     for stop_token in stop_tokens[1:]:
         found = found | (tokens == stop_token)
@@ -348,7 +347,7 @@ def _check_product(
 ) -> None:
     if not isinstance(model, DiffusionBlocks):
         raise ValueError(
-            "product must be False for all but blocks, of which it is the product, "
+            "product must be False for a model that is not in blocks, "
             f"got True for a plain {type(network).__name__}"
         )
     if num_steps is not None or sigmas is not None:
@@ -358,14 +357,14 @@ def _check_product(
         )
     if sampler != "euler":
         raise ValueError(
-            "product takes no steps from level to level, so sampler must be 'euler', the default, "
+            "product makes no steps between levels, so sampler must be 'euler', the default, "
             f"got {sampler!r}; leave it out"
         )
     check_trained_at_top(model)
 
 
 def _noise(N: int, rows: int, stride: int, width: int, seed: int, device: torch.device) -> Tensor:
-    """Normals [N, rows, width] that are functions of the seed, sample, row and column."""
+    """Normal random numbers [N, rows, width], functions of seed, sample, row and column."""
     zeros = torch.zeros(1, rows * width, device=device)
     one = torch.ones((), device=device)
     drawn = [F.noise_inject(zeros, one, seed, offset=n * stride * width).z for n in range(N)]
@@ -376,8 +375,8 @@ def _prompt_rows(prompts: Prompts, vocab_size: int) -> list[Tensor]:
     """The prompts as int64 tensors on the CPU, checked."""
     if isinstance(prompts, Mapping):
         raise TypeError(
-            f"prompts must be rows of tokens, got a {type(prompts).__name__}; give its "
-            "'input_ids', and its attention_mask= beside them"
+            f"prompts must be rows of tokens, got a {type(prompts).__name__}; pass its "
+            "'input_ids', and its attention_mask as attention_mask="
         )
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise TypeError("prompts must be rows of tokens, got text; encode it with a tokenizer")
@@ -388,7 +387,7 @@ def _prompt_rows(prompts: Prompts, vocab_size: int) -> list[Tensor]:
         if row.ndim != 1 or not len(row):
             raise ValueError(
                 f"each prompt must be a row of at least one token, got shape {list(row.shape)} for "
-                f"prompt {n}; begin with a token that marks the beginning of a text"
+                f"prompt {n}; begin with a beginning-of-text token"
             )
         check_tokens(row[None], vocab_size)
     return rows

@@ -1,4 +1,4 @@
-"""Text generation with a masked diffusion model: masked tokens are unmasked step by step."""
+"""Text generation with a masked diffusion model, by unmasking tokens step by step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Written(NamedTuple):
     """The result of sampling, and its cost."""
 
     tokens: Tensor
-    """int64 [N, T], without masks except at padding, which is unchanged."""
+    """int64 [N, T] without masked tokens; padding is unchanged."""
     calls: tuple[int, ...]
     """Number of calls of each block's layers."""
     rows: tuple[int, ...]
@@ -45,40 +45,40 @@ def unmask(
     callback: Callback | None = None,
     attention_mask: Tensor | None = None,
 ) -> Written:
-    """Replaces the masked tokens of sequences, by ancestral sampling.
+    """Replaces the masked tokens of sequences by ancestral sampling.
 
-    In the step from time t to s each masked token is unmasked with probability
-    `(alpha_s - alpha_t)/(1 - alpha_t)`, and then sampled from the softmax of the logits that the
-    block of t computes for the sequence at t; the last step ends at 0 and unmasks all remaining
-    tokens. The step that unmasks a token does not depend on the tokens sampled, so it is drawn in
-    advance by one uniform number per token: a step runs only the sequences in which it unmasks
-    something, and a step that unmasks nothing calls no network.
+    In the step from time t to s, each masked token is unmasked with probability `(alpha_s -
+    alpha_t)/(1 - alpha_t)` and then sampled from the softmax of the logits that the block of t
+    computes for the sequence at t. The last step ends at 0 and unmasks all remaining tokens. The
+    step at which a token is unmasked does not depend on the sampled tokens, so it is drawn in
+    advance, with one uniform random number per token: a step runs only the sequences in which it
+    unmasks a token, and a step that unmasks nothing calls no network.
 
     Given tokens never change. A partly given sequence begins at the t of its own mask ratio, at
-    which a model trained on whole texts has seen as many masks; its steps are the grid scaled to
-    that ratio. For a model trained with a `loss_mask`, mask ratios count only tokens that are not
-    given: with `share_of="gaps"` a sequence begins at t = 1.
+    which a model trained on whole texts has seen as many masked tokens; its steps are the grid
+    scaled to that ratio. For a model trained with a `loss_mask`, whose mask ratios count only
+    tokens that are not given, use `share_of="gaps"`: sequences begin at t = 1.
 
-    The result depends on the generator's state, on the sequence and on its index in the batch, but,
-    up to rounding, not on the other sequences or on the device.
+    The result depends on the generator's state, the sequence and its index in the batch. Up to
+    rounding it does not depend on other sequences or on the device.
 
     Args:
         model: the blocks of a `MaskedLM` or of a masked language model wrapped by
-            `dblocks.convert`, possibly inside the wrapper of torch.compile or AveragedModel.
+            `dblocks.convert`, possibly wrapped by torch.compile or AveragedModel.
         tokens: int64 [N, T]: given tokens, and `MASKED` elsewhere.
         num_steps: number of steps; by default T, so that each unmasks about one token.
-        spacing: that of the steps, see `MaskSchedule.steps`.
+        spacing: spacing of the steps, see `MaskSchedule.steps`.
         share_of: the tokens counted in the mask ratio: all "tokens", or the "gaps".
-        temperature: divisor of the logits; 0 takes the most likely token.
-        top_k: keep only this many most likely tokens.
-        top_p: then keep only the fewest most likely tokens whose probabilities sum to at least
-            this.
-        generator: a CPU generator, of which one number is drawn.
+        temperature: divisor of the logits; 0 chooses the most likely token.
+        top_k: sample only from this many most likely tokens.
+        top_p: then sample only from the smallest set of most likely tokens whose probabilities sum
+            to at least this.
+        generator: a CPU generator, from which one number is drawn.
         callback: called after each step, even if it unmasks nothing, with a dict of 'i',
             'num_steps' and 'tokens', the sequences so far; with an `attention_mask`, their padding
             is at the end.
-        attention_mask: [N, T], 0 at padding before or after each sequence, which does not affect
-            the result; the default of `num_steps` is then the longest length.
+        attention_mask: [N, T], 0 at padding before or after each sequence. Padding does not affect
+            the result; the default of `num_steps` is then the length of the longest sequence.
 
     Raises:
         TypeError: `model` is not one of these, or `tokens` are not int64.
@@ -105,7 +105,7 @@ def unmask(
     if share_of not in ("tokens", "gaps"):
         raise ValueError(f"share_of must be 'tokens' or 'gaps', got {share_of!r}")
     u, picks = _uniforms(N, T, sizes.context, draw_seed(generator))
-    # On the CPU: the host must know which rows a step runs.
+    # On the CPU: the host needs to know which rows a step runs.
     real = torch.ones(N, T, dtype=torch.bool) if shown is None else shown.cpu()
     gaps = (tokens.cpu() == MASKED) & real
     share = _share(gaps, real) if share_of == "tokens" else torch.ones(N, 1, dtype=torch.float64)
@@ -113,7 +113,7 @@ def unmask(
         num_steps = max(int(real.sum(1).max()), 1) if N else T
     levels = _levels(schedule, share, schedule.steps(num_steps, spacing))
     owners = schedule.block_of(levels, blocks.config.num_blocks)
-    # A gap is masked at t while its uniform number is below the mask ratio, as in training.
+    # A gap is masked at t if its uniform number is below the mask ratio, as in training.
     step_of = (u[:, None] < schedule.masked(levels)[:, :, None] / share[..., None]).sum(1) - 1
     step_of = torch.where(gaps, step_of, -1)
     device = next(blocks.parameters()).device
@@ -152,7 +152,7 @@ def _parts_of(model: Any) -> tuple[DiffusionBlocks, TokenSizes, MaskSchedule]:
 
 
 def _uniforms(N: int, T: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Two uniform numbers per token, [N, T], which depend only on its row and position."""
+    """Two uniform random numbers per token, [N, T], functions of its row and position."""
     sample, position = (torch.arange(n, device="cpu") for n in (N, T))
     first = 2 * (context * sample[:, None] + position)
     return uniforms_at(first, seed), uniforms_at(first + 1, seed)
@@ -165,6 +165,5 @@ def _share(gaps: Tensor, real: Tensor) -> Tensor:
 
 
 def _levels(schedule: MaskSchedule, share: Tensor, grid: Tensor) -> Tensor:
-    """The times of each sequence, float64 [N, steps]: at the grid's mask ratios times `share` [N,
-    1]."""
+    """Times of each sequence, float64 [N, steps]: at the mask ratios of the grid times `share`."""
     return torch.where(share == 1, grid, schedule.time_at(share * schedule.masked(grid)))

@@ -1,4 +1,4 @@
-"""Logits of the next tokens in text generation: from a plain model, or from blocks."""
+"""Computes the logits of the next tokens in text generation, for plain models and blocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Writer(Protocol):
 
         Args:
             tokens: the prompts and the tokens generated so far.
-            noise: normals [N, *noise_shape], one row per step or per position.
+            noise: normal random numbers [N, *noise_shape], one row per step or per position.
             step: number of tokens generated so far.
         """
         ...
@@ -45,7 +45,7 @@ class PlainWriter:
         self.cache = self._new_cache() if cache else None
 
     def next_logits(self, tokens: Tensor, noise: Tensor, step: int) -> Tensor:
-        """See `Writer`; noise is per position, since it belongs to a token."""
+        """See `Writer`; noise is per position."""
         cache = self.cache or self._new_cache()
         return self.lm.next_logits(
             tokens[:, cache.committed :],
@@ -60,13 +60,13 @@ class PlainWriter:
 
 
 class StepWriter:
-    """Logits of the last of several denoising steps of the blocks.
+    """Logits of the last of several denoising steps in blocks.
 
     Args:
         model: the blocks.
         rows: runs one block.
-        levels: the levels of the steps, on the CPU.
-        blocks: the block of each level.
+        levels: levels of the steps, on the CPU.
+        blocks: index of the block of each level.
         sampler: "euler" or "heun".
     """
 

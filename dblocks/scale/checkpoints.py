@@ -1,8 +1,8 @@
 """Checkpoints of training, which can be interrupted at any time and resumes bit for bit.
 
-A checkpoint is a folder `step-00000100`, which appears by one rename: the tensors of each object in
-a safetensors file, everything else in `state.json`, and `checksums.txt` in the format of sha256sum.
-Only these formats are read: nothing in a checkpoint is executed.
+A checkpoint is a folder such as `step-00000100`, created by one rename. It holds one safetensors
+file of tensors per object, everything else in `state.json`, and `checksums.txt` in the format of
+sha256sum. Nothing in a checkpoint is executed when it is read.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Checkpoints:
     """The checkpoints of one training run, in their own folder.
 
     An object is anything with `state_dict` and `load_state_dict`, or a `torch.Generator`: a model,
-    `BlockOptimizers`, an EMA, a GradScaler, a learning rate's schedule, a position in the data.
+    `BlockOptimizers`, an EMA, a GradScaler, a learning rate schedule, a position in the data.
 
         checkpoints = Checkpoints("runs/a/checkpoints", {"lr": 1e-3, "blocks": 3})
         objects = {"model": model, "optimizers": optimizers, "generator": generator}
@@ -55,11 +55,11 @@ class Checkpoints:
     Args:
         folder: folder of the checkpoints; created if it does not exist.
         configuration: JSON values; only a checkpoint saved with the same values can be resumed.
-        keep: number of the last checkpoints to keep.
-        changeable: places in the configuration, such as "steps" or "run.steps", whose values may
-            differ from those that a checkpoint was saved with; see `resumed`.
-        background: whether `save` returns once it has copied all state to the host, which a thread
-            then writes; call `wait` at the end, or use this as a context manager.
+        keep: number of checkpoints to keep; older ones are deleted.
+        changeable: keys of the configuration, such as "steps" or "run.steps", whose values may
+            differ from those in the checkpoint that is resumed; see `resumed`.
+        background: whether a thread writes the files: `save` then returns as soon as the state is
+            copied to the host. Call `wait` at the end, or use this as a context manager.
 
     Raises:
         TypeError: the configuration is not JSON; the message names the key.
@@ -79,9 +79,9 @@ class Checkpoints:
         self.configuration: Any = parse_json(_as_json(configuration))
         self.changeable = changeable
         self.resumed: Mapping[str, Any] = {}
-        """The configuration, by place, of the checkpoint that was resumed."""
+        """The configuration of the checkpoint that was resumed, by dotted key."""
         self.last: int | None = None
-        """The step of the last one saved or resumed."""
+        """The step of the last checkpoint saved or resumed."""
         self._thread = ThreadPoolExecutor(1, "dblocks-checkpoint") if background else None
         self._writing: tuple[int, Future[None]] | None = None
         self._refused: list[Path] = []
@@ -100,10 +100,10 @@ class Checkpoints:
             warnings.warn(str(failure), UserWarning, stacklevel=2)
 
     def wait(self) -> None:
-        """Waits until a checkpoint in the background is written.
+        """Waits until a checkpoint being written in the background is complete.
 
         Raises:
-            OSError: it could not be written; the message names its step, and the earlier ones are
+            OSError: it could not be written; the message names its step. Earlier checkpoints are
                 kept.
         """
         if self._writing is None:
@@ -112,24 +112,25 @@ class Checkpoints:
         try:
             writing.result()
         except OSError as error:
-            raise OSError(f"the checkpoint of step {step} is not written: {error}") from error
+            raise OSError(f"the checkpoint of step {step} was not written: {error}") from error
 
     def save(self, step: int, objects: Mapping[str, Any]) -> None:
-        """Write a checkpoint atomically, and remove those before the last `keep`.
+        """Writes a checkpoint atomically, and deletes all but the last `keep`.
 
-        In the background it first waits for the previous one.
+        With `background`, it first waits for the previous checkpoint.
 
         Args:
             step: number of steps taken.
-            objects: what to save, by name; the same names as for `resume`.
+            objects: the objects to save, by name; use the same names for `resume`.
 
         Raises:
-            OSError: it cannot be written, as on a full disk; the earlier ones are kept. In the
-                background: the previous one could not be written, and this one was not tried.
-            TypeError: `step` is not an integer, or an object has no state, or a state that is not
-                JSON and tensors.
-            ValueError: `step` is negative, or a name is not made of a-z, 0-9 and _; or there is a
-                later checkpoint, of a run that was not resumed.
+            OSError: the checkpoint cannot be written, for example on a full disk; earlier ones are
+                kept. With `background`, the previous checkpoint could not be written, and this one
+                was not started.
+            TypeError: `step` is not an integer, an object has no state, or a state holds values
+                other than JSON and tensors.
+            ValueError: `step` is negative; a name is not made of a-z, 0-9 and _; or the folder
+                holds a later checkpoint of a run that was not resumed.
         """
         if isinstance(step, bool) or not isinstance(step, int):
             raise TypeError(f"step must be an integer, got {step!r} of type {type(step).__name__}")
@@ -160,7 +161,7 @@ class Checkpoints:
         if self._thread is None:
             self._write(step, state, tensors)
             return
-        # Training continues, and changes the tensors.
+        # Training continues and changes the tensors.
         copies = {
             name: {key: tensor.to("cpu", copy=True) for key, tensor in held.items()}
             for name, held in tensors.items()
@@ -180,17 +181,17 @@ class Checkpoints:
         self._remove_old(step)
 
     def resume(self, objects: Mapping[str, Any]) -> int | None:
-        """Load the state of the newest valid checkpoint into the objects.
+        """Loads the newest valid checkpoint into the objects.
 
         Returns:
             Its number of steps; None if there is no checkpoint yet.
 
         Raises:
-            ValueError: all of them are broken, or the newest valid one is of another configuration
-                or of other objects; the message names what is wrong.
+            ValueError: all checkpoints are damaged, or the newest valid one has another
+                configuration or other objects; the message says which.
 
         Warns:
-            UserWarning: a checkpoint is broken and an earlier one is used; the message names the
+            UserWarning: a checkpoint is damaged and an earlier one is tried; the message names the
                 file.
         """
         self.wait()
@@ -206,14 +207,14 @@ class Checkpoints:
                     return self.last
             self._refused.append(path)
             warnings.warn(
-                f"checkpoint {path} is refused: {wrong}; the one before it is looked for",
+                f"checkpoint {path} is refused: {wrong}; the previous one is tried",
                 UserWarning,
                 stacklevel=2,
             )
         if found:
             raise ValueError(
-                f"{self.folder} must hold a valid checkpoint, got {len(found)} broken; restore "
-                "the files that are named above, or start anew in another folder"
+                f"{self.folder} must hold a valid checkpoint, got {len(found)} damaged; restore "
+                "the files named above, or start a new run in another folder"
             )
         return None
 
@@ -258,8 +259,8 @@ class Checkpoints:
             listed = [f"{k} was {there.get(k)!r} and is {here.get(k)!r}" for k in other]
             more = f" and {len(other) - MOST_NAMED} more" if len(other) > MOST_NAMED else ""
             raise ValueError(
-                f"{path} is of another configuration: {', '.join(listed[:MOST_NAMED])}{more}; "
-                "resume with what it was started with, or write to another folder"
+                f"{path} has another configuration: {', '.join(listed[:MOST_NAMED])}{more}; "
+                "resume with the original values, or write to another folder"
             )
 
     def _remove_old(self, step: int) -> None:
@@ -280,7 +281,7 @@ def _step_of(path: Path) -> int:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with copies of those that share memory, which safetensors does not support."""
+    """Copies tensors that share memory, which safetensors does not support."""
     seen: set[tuple[torch.device, int]] = set()
     apart = {}
     for name, tensor in tensors.items():
@@ -291,7 +292,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flat(value: Any, place: str = "") -> dict[str, Any]:
-    """The values of nested JSON objects, by their place."""
+    """The values of nested JSON objects, by dotted key."""
     if not isinstance(value, dict):
         return {place: value}
     parts = (_flat(v, f"{place}.{k}" if place else k) for k, v in value.items())

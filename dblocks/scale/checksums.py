@@ -24,12 +24,12 @@ def write_checksums(folder: Path) -> None:
 
 
 def valid_files(folder: Path, files: ExitStack) -> dict[str, Source]:
-    """The files of a checkpoint by name, which stay open as long as `files`.
+    """The files of a checkpoint by name, open until `files` is closed.
 
-    What is read from them is what was checked, also if the checkpoint is replaced meanwhile.
+    Reads return the bytes that were checked, even if the checkpoint is replaced meanwhile.
 
     Raises:
-        ValueError: one is missing, or is not what was written; the message names it.
+        ValueError: a file is missing or was changed; the message names it.
     """
     try:
         written = _names_in((folder / CHECKSUMS_FILE).read_bytes())
@@ -55,7 +55,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_from(file: BinaryIO) -> str:
-    """The SHA-256 of an open file, from where it is to its end, in hexadecimal digits."""
+    """The SHA-256 of the rest of an open file, in hexadecimal digits."""
     digest = hashlib.sha256()
     while chunk := file.read(CHUNK):
         digest.update(chunk)

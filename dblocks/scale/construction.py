@@ -1,4 +1,4 @@
-"""One block of a network, made or loaded without the memory of the others."""
+"""Creates or loads one block of a network without memory for the others."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ WHOLE = "make the whole network, DiffusionBlocks(make(), config).block(...)"
 def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int) -> Block:
     """`DiffusionBlocks(make(), config).block(block)`, without the memory of the other blocks.
 
-    The weights are the same bits, and as many random numbers are drawn. The host holds the
-    parameters of the block, those that all blocks share once, and memory for the largest tensor of
-    the other layers, in which all of theirs are drawn one over the other.
+    The weights are bitwise the same, and as many random numbers are drawn. The host holds the
+    parameters of the block, the shared parameters once, and memory for the largest tensor of the
+    other layers: all of their tensors are drawn into this memory in turn.
 
     Args:
-        make: makes the network. It is called twice and must do the same each time; in the first
-            call tensors are without memory and nothing is drawn.
+        make: creates the network. It is called twice and must do the same each time; in the first
+            call tensors have no memory and no random numbers are drawn.
         config: the number of blocks and the options of their training.
-        block: which of its blocks.
+        block: index of the block.
 
     Raises:
-        TypeError: as of `DiffusionBlocks`; or `make` is not a function that makes a network; or
-            the network is a converted one, whose weights come from files.
-        ValueError: as of `DiffusionBlocks`; or `block` is out of range.
+        TypeError: as for `DiffusionBlocks`; or `make` is not a function that makes a network; or
+            the network is a converted model, whose weights come from files.
+        ValueError: as for `DiffusionBlocks`; or `block` is out of range.
         RuntimeError: the network cannot be made so: `make` reads values of weights, or did
             something else when it was called again, or makes weights of the block out of those of
             another one.
@@ -60,7 +60,7 @@ def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int
     with Sharing(_absent(whole, outline, block)) as making:
         network = cast(nn.Module, make())
     check_alike(outline, making)
-    with Uncopied():  # of all copies of what blocks share this block needs one: what there is
+    with Uncopied():  # the block needs one copy of the shared modules: the original
         mine = Block(DiffusionBlocks(cast(BlockModel, network), config), block)
     _check_sound(mine, network, making)
     for at in all_places(mine):
@@ -71,15 +71,14 @@ def build_block(make: Callable[[], BlockModel], config: BlocksConfig, block: int
 
 
 def load_block(folder: str | Path, block: int | None = None) -> Block:
-    """One block of what `save_model` or `save_block` wrote, on the CPU; no other tensor is read.
+    """Loads one block of a saved network on the CPU, without reading other tensors.
 
     Args:
-        folder: of a network that was saved in blocks, or of one of its blocks.
-        block: which; it may be left out of a folder of one.
+        folder: folder written by `save_model` for a network in blocks, or by `save_block`.
+        block: index of the block; optional if the folder holds one block.
 
     Raises:
-        ValueError: the folder holds no such block, or a file of it is broken; the message names
-            the file.
+        ValueError: the folder does not hold this block, or a file is damaged; the message names it.
     """
     folder = Path(folder)
     alone = current(folder, BLOCK_FILE).exists() and not current(folder, CONFIG_FILE).exists()
@@ -89,7 +88,7 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
         and (inside := blocks_inside(folder))
     ):
         raise ValueError(
-            f"{folder} must be the folder of one block, got one that holds those of blocks: "
+            f"{folder} must be the folder of one block, got the parent folder of several: "
             f"give one of {', '.join(map(str, inside))}"
         )
     about: Mapping[str, Any] = read_block(folder) if alone else read_config(folder)
@@ -98,18 +97,18 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
     held = about["block"] if alone else block
     if held is None or block not in (None, held):
         has = f"block {held} alone" if alone else "all blocks, counted from 0"
-        raise ValueError(f"block must name one that {folder} holds, which is {has}, got {block}")
+        raise ValueError(f"block must be one that {folder} holds ({has}), got {block}")
     written = folder / (BLOCK_FILE if alone else CONFIG_FILE)
     with naming(written):
         config = BlocksConfig.from_dict(about["blocks_config"])
-    if not alone:  # the caller's number, not the file's
+    if not alone:  # an error of the caller, not of the file
         check_block(held, config.num_blocks)
     with naming(written):
         _, whole = outlined(lambda: network_of(about), config)
         mine = Block(whole, held)
     here, filled = named_tensors(mine), {}
     for at in all_places(mine):
-        if at.tensor.is_meta and at.saved:  # one for what is tied
+        if at.tensor.is_meta and at.saved:  # one tensor for tied weights
             at.put(filled.setdefault(id(at.tensor), torch.empty_like(at.tensor, device="cpu")))
     check_complete(mine, WHOLE)
     with naming(folder / WEIGHTS_FILE), reading(current(folder, WEIGHTS_FILE)) as source:
@@ -123,7 +122,7 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
             for name, tensor in named_tensors(mine).items():
                 tensor.copy_(file.get_tensor(names[name]))
         source.check_unchanged()
-    if not alone:  # a block's weights are bound to what describes them
+    if not alone:  # read_block and check_weights have checked digests
         check_same_config(folder, about)
     return mine
 
@@ -138,7 +137,7 @@ def check_make(make: Any) -> None:
 
 
 def check_alike(outline: Outline, making: Sharing) -> None:
-    """Raises RuntimeError if a network was made of other tensors than in its outline."""
+    """Raises RuntimeError if a network was made from other tensors than its outline."""
     if making.count != len(outline.made):
         raise RuntimeError(
             "make must do the same each time that it is called, got "
@@ -162,33 +161,33 @@ def _check_sound(block: Block, network: nn.Module, making: Sharing) -> None:
         for name, tensor in reached_tensors(network.get_submodule(path)):
             if making.is_unsound(tensor):
                 raise RuntimeError(
-                    "weights of a block must not be made of those of another block's layers, got "
-                    f"{f'{path}.{name}'.removeprefix('.')}; {WHOLE}"
+                    "weights of a block must not be computed from weights of another block's "
+                    f"layers, got {f'{path}.{name}'.removeprefix('.')}; {WHOLE}"
                 )
 
 
 def outlined(
     make: Callable[[], BlockModel], config: BlocksConfig
 ) -> tuple[Outline, DiffusionBlocks]:
-    """The network in blocks, all of it without memory."""
+    """The network in blocks, with all tensors on the meta device."""
     try:
         with torch.random.fork_rng(devices=[]), Outline() as outline:
             network = make()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(
-            f"the network cannot be made without memory first: {reason}; {WHOLE}"
+            f"the network cannot be created without memory: {reason}; {WHOLE}"
         ) from error
     if isinstance(network, Divisible):
         raise TypeError(
-            "make must make a network whose layers are in `layers`, got a converted one, whose "
+            "make must return a network with `layers`, got a converted model, whose "
             "weights come from files; use dblocks.scale.convert_block"
         )
     return outline, DiffusionBlocks(network, config)
 
 
 def _absent(whole: DiffusionBlocks, outline: Outline, block: int) -> dict[int, Tensor]:
-    """The tensors that belong to the layers of other blocks alone, by their numbers."""
+    """The tensors used only by layers of other blocks, by index of creation."""
     first, last = whole.layer_ranges[block]
     others = [layer for i, layer in enumerate(whole.base_model.layers) if not first <= i < last]
     inside = {id(module): module for layer in others for module in layer.modules()}

@@ -1,4 +1,4 @@
-"""The state of what is sharded, whole: files do not tell how many processes wrote them."""
+"""Gathers the full state of sharded modules: files do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from dblocks.scale.state import load_state_
 
 
 class Gathered:
-    """A module after `fully_shard`, or the optimizers of its parameters, with whole states.
+    """A module after `fully_shard`, or its optimizers, whose state is gathered in full.
 
-    `state_dict` and `load_state_dict` are called by all processes together.
+    All processes must call `state_dict` and `load_state_dict` together.
 
     Args:
         holder: the module, or the optimizers.
-        here: whether this process keeps what it gathers; the others keep None for each tensor.
+        here: whether this process keeps the gathered tensors; the others get None for each.
     """
 
     def __init__(self, holder: nn.Module | BlockOptimizers, *, here: bool = True) -> None:
         self.holder, self.here = holder, here
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, its tensors whole and on the CPU."""
+        """The state, with full tensors on the CPU."""
         return gathered(self.holder.state_dict(), here=self.here)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned, also from another number of processes."""
+        """Restores a state of `state_dict`, also from another number of processes."""
         if isinstance(self.holder, nn.Module):
             own = self.holder.state_dict()
             load_state_(self.holder, {k: part_of(v, own.get(k)) for k, v in state.items()})
@@ -44,10 +44,10 @@ class Gathered:
 
 
 class Snapshot:
-    """A state that was taken already, as `Checkpoints.save` asks for it.
+    """A state taken earlier, in the form that `Checkpoints.save` accepts.
 
     Args:
-        state: what `state_of` returned.
+        state: the result of `state_of`.
     """
 
     def __init__(self, state: Any) -> None:
@@ -58,16 +58,16 @@ class Snapshot:
         return self.state
 
     def load_state_dict(self, state: Any) -> None:
-        """A snapshot is written only."""
-        raise TypeError("a snapshot takes no state; give resume() what is trained")
+        """Raises TypeError: a snapshot can only be saved."""
+        raise TypeError("a snapshot cannot load a state; pass resume() the trained objects")
 
 
 def gathered(state: Any, *, here: bool = True) -> Any:
-    """A state with its sharded tensors whole, on the CPU; all processes call this together.
+    """A state with sharded tensors gathered on the CPU; all processes must call it together.
 
     Args:
         state: a tensor, or several in dictionaries and lists.
-        here: whether this process keeps them; else they are None, and take memory one at a time.
+        here: whether this process keeps the tensors; otherwise they become None one at a time.
     """
     if isinstance(state, Mapping):
         return {key: gathered(value, here=here) for key, value in state.items()}
@@ -89,7 +89,7 @@ def _of_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) ->
 
 
 def part_of(value: Any, like: Any) -> Any:
-    """This process's part of a whole tensor of the shape of a sharded one; all else as it is."""
+    """This process's shard of a full tensor; other values are returned unchanged."""
     fits = isinstance(value, torch.Tensor) and is_part(like) and value.shape == like.shape
     if not fits:
         return value
@@ -97,5 +97,5 @@ def part_of(value: Any, like: Any) -> Any:
 
     distribute: Any = distribute_tensor
     here = cast(torch.Tensor, value).to(like.device)
-    # Every process has read the whole: none needs to send.
+    # Every process has read the full tensor: none needs to send.
     return distribute(here, like.device_mesh, like.placements, src_data_rank=None)

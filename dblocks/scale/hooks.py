@@ -12,7 +12,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def apart(function: F) -> F:
-    """Runs a method outside the caller's autograd and inference modes."""
+    """Makes a method run outside the caller's autograd and inference modes."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:

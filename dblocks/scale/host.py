@@ -20,8 +20,8 @@ def host_buffer(nbytes: int, host: Host, device: torch.device, folder: Path | No
         nbytes: number of bytes.
         host: "pinned" for pinned memory; "file" for a memory-mapped file, which is unlinked, so
             that it does not outlive the process.
-        device: the device.
-        folder: folder of the file; None for that of `tempfile`.
+        device: the device that the buffer is copied to.
+        folder: folder of the file; None for the default of `tempfile`.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -39,8 +39,8 @@ def host_buffer(nbytes: int, host: Host, device: torch.device, folder: Path | No
     except OSError as error:
         raise OSError(
             error.errno,
-            f'host="file" must find room for {nbytes:,} bytes, got: {error.strerror}; '
-            "free some, or give another folder",
+            f'host="file" needs {nbytes:,} bytes on disk, got: {error.strerror}; '
+            "free some space, or use another folder",
             path,
         ) from error
     finally:

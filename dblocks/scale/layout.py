@@ -59,7 +59,7 @@ class Held:
             torch.utils.swap_tensors(tensor, _as(kind, value, tensor.requires_grad))
         if grad is not None:
             tensor.grad = grad.to(value.device)
-        # The backward of a graph that saved it then raises an error.
+        # The backward pass of a graph that saved this tensor then raises an error.
         torch.autograd.graph.increment_version(tensor)
 
 
@@ -94,13 +94,13 @@ class Place(NamedTuple):
         return empty.set_(buffer.untyped_storage(), first, self.shape, self.stride)
 
     def holds(self, tensor: Tensor, buffer: Tensor) -> bool:
-        """Whether `tensor` is at this place of `buffer`."""
+        """Whether `tensor` is at this position of `buffer`."""
         here = buffer.data_ptr() + self.offset
         return tensor.device == buffer.device and (tensor.data_ptr() == here or not tensor.numel())
 
 
 class Layout:
-    """The places of tensors in a buffer; those that are not copied back come last.
+    """The positions of tensors in a buffer; frozen ones, which are not copied back, come last.
 
     Args:
         items: the tensors.
@@ -112,7 +112,7 @@ class Layout:
         self.nbytes = self.back = 0
         for item in self.items:
             tensor = item.read()
-            # The strides, where they are of a dense tensor.
+            # Keep the strides of dense tensors.
             stride = torch.empty_like(tensor, device="meta").stride()
             self.places.append(
                 Place(item.name, self.nbytes, tensor.dtype, tuple(tensor.shape), stride)
@@ -122,7 +122,7 @@ class Layout:
                 self.back = self.nbytes
 
     def adopt(self, items: Sequence[Item]) -> bool:
-        """Replaces the tensors by these, if they fit the places."""
+        """Replaces the tensors by `items`, if they fit the positions."""
         if len(items) != len(self.places) or self.misfits(items):
             return False
         by_name = {item.name: item for item in items}
@@ -130,7 +130,7 @@ class Layout:
         return True
 
     def misfits(self, items: Sequence[Item]) -> list[str]:
-        """Describes the tensors that do not fit the places."""
+        """Describes the tensors that do not fit their positions."""
         specs = {(p.name, p.dtype, p.shape) for p in self.places}
         read = {i.name: i.read() for i in items}
         found = {(name, t.dtype, tuple(t.shape)) for name, t in read.items()}
@@ -138,7 +138,7 @@ class Layout:
         return sorted(wrong) + sorted(f"no {name}" for name, *_ in specs if name not in read)
 
     def thawed(self, versions: Sequence[int]) -> list[Place]:
-        """The places of frozen tensors that are no longer frozen, or changed since `versions`."""
+        """The positions of tensors that are no longer frozen, or were changed since `versions`."""
         frozen = zip(self.items, self.places, self.versions(), versions, strict=True)
         return [
             place
@@ -152,12 +152,12 @@ class Layout:
             item.place(place.view(buffer))
 
     def strays(self, buffer: Tensor) -> list[tuple[Item, Place]]:
-        """The tensors that are not in `buffer`, and their places."""
+        """The tensors that are not in `buffer`, and their positions."""
         pairs = zip(self.items, self.places, strict=True)
         return [(item, place) for item, place in pairs if not place.holds(item.read(), buffer)]
 
     def versions(self) -> list[int]:
-        """Counts of the changes in place of each tensor."""
+        """The version counter of each tensor, which in-place changes increase."""
         return [_version(item) for item in self.items]
 
 

@@ -33,7 +33,7 @@ from dblocks.scale.checksums import sha256_from, sha256_of
 from dblocks.scale.gathered import gathered
 
 KEYS = {"format", "dblocks", "model", "model_config", "blocks_config", "block", "texts", "about"}
-KEYS |= {SHA256}  # of the files beside it and of its own text, by name
+KEYS |= {SHA256}  # the digests of the other files, and of this one
 COMPARED = ("format", "model", "model_config", "blocks_config")
 NOT_SAVED = f"it is not what was saved, by the sha256 in {BLOCK_FILE}"
 
@@ -45,15 +45,15 @@ def save_block(
     texts: Mapping[str, str] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write one block of a network, for `merge_blocks`; weights keep their names.
+    """Writes one block of a network, for `merge_blocks`; weights keep their names.
 
-    After `fully_shard`, all processes of the block must call it, and the first one writes.
+    After `fully_shard`, all processes of the block must call it; the first one writes.
 
     Args:
-        folder: where to write; as in `save_model`, its files are one unit.
-        block: the block of one of `dblocks.checkpoint.NETWORKS`.
-        texts: contents of further files of the merged network by name, such as a tokenizer.json;
-            the same for every block.
+        folder: where to write; as with `save_model`, the files are saved as one unit.
+        block: a block of one of the networks in `dblocks.checkpoint.NETWORKS`.
+        texts: contents of further files by name, such as tokenizer.json; they must be the same for
+            every block.
         about: JSON values about the training; "run", if present, holds its settings.
 
     Raises:
@@ -83,14 +83,15 @@ def save_block(
 
 
 def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
-    """Merge all blocks of a network into one, for `load_model`.
+    """Merges all blocks into one network, for `load_model`.
 
-    Everything is checked before anything is written. Weights are copied from file to file, so that
-    the network may be larger than the host's memory. Of a block that is saved again meanwhile, the
-    earlier weights are merged, which were checked.
+    Everything is checked before anything is written. Weights are copied from file to file, so the
+    network may be larger than the host's memory. If a block is saved again meanwhile, the weights
+    that were checked are merged.
 
     Args:
-        out: where to write; not a block's own folder, but it may be the one that contains them.
+        out: where to write; it may be the parent folder of the blocks, but not the folder of a
+            block.
         folders: the folders written by `save_block` for each block, in any order; or folders that
             contain them.
 
@@ -98,16 +99,16 @@ def merge_blocks(out: str | Path, folders: Sequence[str | Path]) -> None:
         ValueError: a block is missing or given twice, the blocks do not have the same
             configuration, target embedding and tokenizer, or a file of weights has changed since it
             was saved. The message names the folders. Or `out` is the folder of a block.
-        OSError: a file cannot be written, or a file of weights was changed as it was copied; an
+        OSError: a file cannot be written, or a file of weights changed while it was copied; an
             earlier save in `out` is kept.
 
     Warns:
         UserWarning: blocks were trained with different settings, such as numbers of steps; the
-            result then differs from that of one run.
+            result then differs from a network trained in one run.
     """
     if current(Path(out), BLOCK_FILE).exists():  # the network would replace the block's weights
         raise ValueError(
-            f"out must not be the folder of a block, whose weights it would replace, got {out}; "
+            f"out must not be the folder of a block, whose weights would be replaced, got {out}; "
             "give a new folder, or the one that contains the folders of the blocks"
         )
     found = {folder: read_block(folder) for given in folders for folder in _blocks_in(Path(given))}
@@ -151,16 +152,16 @@ def _blocks_in(folder: Path) -> list[Path]:
 
 
 def read_block(folder: Path) -> dict[str, Any]:
-    """What `save_block` wrote beside the weights.
+    """The contents of a block.json, written by `save_block`.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the file has other contents.
     """
     path = current(folder, BLOCK_FILE)
     found = read_sealed(path, f'delete "{BLOCK_FILE}" of "{SHA256}"')
     if not isinstance(found, dict) or set(found) != KEYS:
         raise ValueError(f"{path} must be a JSON object with the keys {sorted(KEYS)}")
-    if isinstance(found["sha256"], str):  # before texts had one
+    if isinstance(found["sha256"], str):  # written before text files had digests
         found["sha256"] = {WEIGHTS_FILE: found["sha256"]}
     elif not isinstance(found["sha256"], dict):
         raise ValueError(f"{path} must hold the sha256 of files by name, got {found['sha256']!r}")
@@ -210,8 +211,8 @@ def _warn_of_other_settings(places: Sequence[Path], found: Mapping[Path, Any]) -
         if names:
             listed = ", ".join(f"{k} {mine.get(k)!r} and {its.get(k)!r}" for k in names)
             warnings.warn(
-                f"{first} and {other} were trained with different settings: {listed}; the network "
-                "is not what one run would have made",
+                f"{first} and {other} were trained with different settings: {listed}; the "
+                "result differs from a network trained in one run",
                 UserWarning,
                 stacklevel=3,
             )
@@ -220,9 +221,9 @@ def _warn_of_other_settings(places: Sequence[Path], found: Mapping[Path, Any]) -
 def _merged(
     places: Sequence[Path], found: Mapping[Path, Any], whole: DiffusionBlocks, files: ExitStack
 ) -> dict[str, Stored]:
-    """The tensors of all blocks, which must be those of the network; shared ones must agree.
+    """The tensors of all blocks, which must be all of the network's; shared ones must be equal.
 
-    Their files stay open as long as `files`.
+    Their files stay open until `files` is closed.
     """
     merged: dict[str, Stored] = {}
     owners: dict[str, Path] = {}
@@ -243,13 +244,13 @@ def _merged(
 
 
 def check_weights(file: BinaryIO, about: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the weights of a block, just opened, are those that were saved."""
+    """Raises ValueError if the opened weights of a block are not those that were saved."""
     if sha256_from(file) != about["sha256"][WEIGHTS_FILE]:
         raise ValueError(NOT_SAVED)
 
 
 def check_shapes(held: Mapping[str, Sequence[int]], expected: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless a file holds the tensors that are expected, by name and shape."""
+    """Raises ValueError unless a file holds the expected names and shapes."""
     if wrong := sorted(set(held) ^ set(expected)):
         where = "lacks" if wrong[0] in expected else "must not hold"
         raise ValueError(f"it {where} {wrong[0]}; {len(wrong)} names of tensors differ")
@@ -261,7 +262,7 @@ def check_shapes(held: Mapping[str, Sequence[int]], expected: Mapping[str, Tenso
 def _check_copies(
     merged: Mapping[str, Stored], owners: Mapping[str, Path], whole: DiffusionBlocks
 ) -> None:
-    """Checks that the target embedding is the same in all copies, and with averages everything."""
+    """Checks that all copies of the target embedding, or of what is averaged, are equal."""
     target = {id(p) for p in whole.base_model.target.parameters()}
     inside = {id(p) for p in whole.base_model.layers.parameters()}
     network = cast(nn.Module, whole.base_model)
@@ -270,7 +271,7 @@ def _check_copies(
         common = id(parameter) in target
         if not common and (not averaged or id(parameter) in inside):
             continue
-        what = "the target embedding" if common else "the average of what blocks share"
+        what = "the target embedding" if common else "the average of the shared parameters"
         for copy in range(len(whole.copies)):
             other = f"{COPIES}{copy}.{name}"
             if not merged[name].equal(merged[other]):
@@ -292,7 +293,7 @@ def _texts(places: Sequence[Path], found: Mapping[Path, Any]) -> dict[str, str]:
         about = found[folder]
         if about["texts"] != found[first]["texts"]:
             raise ValueError(
-                f"all blocks must have the same files of text, got {about['texts']} in {folder} "
+                f"all blocks must have the same text files, got {about['texts']} in {folder} "
                 f"and {found[first]['texts']} in {first}"
             )
         for name in about["texts"]:

@@ -1,4 +1,4 @@
-"""Processes started by `torchrun`: which blocks each trains, and in which group."""
+"""Assigns blocks and process groups to the processes started by `torchrun`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Layout(NamedTuple):
     """The role of one of several processes."""
 
     blocks: tuple[int, ...]
-    """The blocks that the process trains, one after the other."""
+    """Indices of the blocks that the process trains, one after the other."""
     mesh: Any
-    """The processes that train them together, a 1-D DeviceMesh; None if it trains alone."""
+    """1-D DeviceMesh of the processes that train these blocks together; None for one process."""
     first: bool
-    """Whether the process writes their files."""
+    """Whether the process writes the files of its blocks."""
     merged: bool
-    """Whether all blocks are trained, and merged at the end."""
+    """Whether all blocks are trained and merged at the end."""
     merges: bool
-    """Whether this process merges them."""
+    """Whether this process merges the blocks."""
 
 
 ALONE = Layout((), None, True, False, False)  # without torchrun
@@ -44,7 +44,7 @@ def world_size() -> int:
 
 
 def rows_of(count: int, rank: int, size: int) -> tuple[int, ...]:
-    """The blocks of a process if there are fewer processes than blocks."""
+    """Indices of the blocks of one process, if there are fewer processes than blocks."""
     return tuple(range(rank, count, size))
 
 
@@ -57,9 +57,9 @@ def check_layout(num_blocks: int, processes: int) -> None:
     """
     if processes > num_blocks and processes % num_blocks:
         raise ValueError(
-            f"the number of processes must be a multiple of the {num_blocks} blocks, or at most "
-            f"as large, got {processes}; start {processes // num_blocks * num_blocks}, or another "
-            "number of blocks"
+            f"the number of processes must be at most the number of blocks, {num_blocks}, or a "
+            f"multiple of it, got {processes}; start {processes // num_blocks * num_blocks}, or "
+            "use another number of blocks"
         )
 
 
@@ -73,9 +73,8 @@ def joined(num_blocks: int, device: str, block: int | None = None) -> Iterator[L
 
     Args:
         num_blocks: B.
-        device: PyTorch's name of the device; with "cuda" each process of a machine uses a different
-            GPU.
-        block: the one block that all of them train; None for all blocks.
+        device: name of the device; with "cuda" each process of a machine uses a different GPU.
+        block: the block that all processes train; None for all blocks.
 
     Raises:
         ValueError: W is larger than B and not a multiple of it.
@@ -85,7 +84,7 @@ def joined(num_blocks: int, device: str, block: int | None = None) -> Iterator[L
     check_layout(count, size)
     if torch.device(device).type != "cpu":
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-    # Collectives of CPU tensors use gloo, also if each process has a GPU.
+    # Collectives on CPU tensors use gloo, even if each process has a GPU.
     distributed.init_process_group()
     rank = distributed.get_rank()
     try:
@@ -128,9 +127,9 @@ def wait_for_all() -> None:
         store.wait([f"{ENDED}all"], WAIT)
     if failed := store.get(f"{ENDED}all").decode():
         raise ValueError(
-            f"all processes must train their blocks, got a failure of process {failed}, see its "
-            "message; what the others trained is saved: start all again, with --resume where there "
-            "are checkpoints, or train the missing blocks by --block and merge them"
+            f"all processes must train their blocks, but process {failed} failed; see its "
+            "message. The results of the others are saved: start all again, with --resume if "
+            "there are checkpoints, or train the missing blocks with --block and merge them"
         )
 
 
@@ -141,21 +140,21 @@ def _store() -> Any:
 def data_parallel(model: DiffusionBlocks | Block, mesh: Any, sharding: Sharding = "ddp") -> Any:
     """Makes `model` data parallel: several processes each train it on a part of the batch.
 
-    "ddp" wraps it in a `DistributedDataParallel`, where each process holds all parameters; "fsdp"
-    calls `fully_shard` on its layers and on itself, where each holds a shard of the parameters,
+    "ddp" wraps it in `DistributedDataParallel`: each process holds all parameters. "fsdp" calls
+    `fully_shard` on the layers and on the model: each process holds a shard of the parameters,
     gradients and optimizer state. Pass the result to `make_optimizers` and `train_step`. If a step
     of one block does not use all of its parameters, create the `DistributedDataParallel` yourself,
     with `find_unused_parameters=True`.
 
     Args:
-        model: a network in blocks, or one block; with the same weights in all processes.
+        model: a network in blocks, or one block; all processes must have the same weights.
         mesh: a 1-D DeviceMesh of the processes, such as `mesh["dp"]` of a larger one.
         sharding: "ddp" or "fsdp".
 
     Raises:
         TypeError: `model` is neither.
-        ValueError: `sharding` is neither, or the model has no trained parameters; or layers share a
-            parameter under "fsdp", which would give each its own.
+        ValueError: `sharding` is neither; the model has no trained parameters; or, under "fsdp",
+            layers share a parameter, of which each would get its own shards.
     """
     if not isinstance(model, (DiffusionBlocks, Block)):
         raise TypeError(
@@ -188,7 +187,7 @@ def data_parallel(model: DiffusionBlocks | Block, mesh: Any, sharding: Sharding 
 
 
 def _check_untied(model: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Raises ValueError if a parameter is in two layers, of which each is sharded alone."""
+    """Raises ValueError if two layers, which are sharded separately, share a parameter."""
     owner: dict[int, nn.Module] = {}
     for layer in layers:
         for parameter in layer.parameters():
@@ -197,19 +196,19 @@ def _check_untied(model: nn.Module, layers: Sequence[nn.Module]) -> None:
                 names = [name for name, other in named if other is parameter]
                 raise ValueError(
                     f"layers must not share parameters under 'fsdp', got {' and '.join(names)}; "
-                    "take 'ddp', or untie them (copy.deepcopy one)"
+                    "use 'ddp', or untie the layers (copy.deepcopy one of them)"
                 )
 
 
 def replicas_in(mesh: Any) -> Replicas | None:
-    """The processes of a 1-D mesh; None for one process."""
+    """The replicas on a 1-D mesh; None for one process."""
     if mesh is None or mesh.size() == 1:
         return None
     return Replicas(mesh.get_local_rank(), mesh.size(), (mesh.get_group(),))
 
 
 def largest(value: int, mesh: Any) -> int:
-    """The largest of the numbers of all processes of a mesh; a collective."""
+    """The maximum over all processes of a mesh; a collective."""
     replicas = replicas_in(mesh)
     if replicas is None:
         return value
@@ -217,7 +216,7 @@ def largest(value: int, mesh: Any) -> int:
 
 
 def mean(value: Tensor, mesh: Any) -> Tensor:
-    """The mean of the numbers of all processes of a mesh; a collective."""
+    """The mean over all processes of a mesh; a collective."""
     replicas = replicas_in(mesh)
     if replicas is None:
         return value

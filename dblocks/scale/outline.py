@@ -1,7 +1,7 @@
 """Records the tensors that a constructor creates, and creates some of them in shared memory.
 
-Initialisers draw in the order in which tensors are created, so the weights of some layers need the
-draws of all. `Sharing` puts the unwanted tensors into the same memory, one over the other.
+Initialisers draw random numbers in the order in which tensors are created, so the weights of some
+layers depend on the draws for all. `Sharing` puts all unwanted tensors into the same memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
-# Tensors of arange, linspace or torch.tensor are small, and a constructor may read their values.
+# Tensors from arange, linspace or torch.tensor are small, and constructors may read their values.
 FACTORIES = {
     f"aten::{name}"
     for name in ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "randint")
@@ -24,9 +24,9 @@ FACTORIES = {
 
 
 class Memories:
-    """A set of the memories of tensors, which are freed with their tensors all the same.
+    """A set of tensors' storages, which does not keep them alive.
 
-    A weak reference keeps the address of a freed memory from being that of a later one.
+    Weak references keep the address of a freed storage from being used again.
     """
 
     def __init__(self) -> None:
@@ -44,10 +44,10 @@ class Memories:
 class Outline(TorchDispatchMode):
     """Tensors created inside the `with` block are on the meta device, without memory.
 
-    Generators passed to an op inside get their state back at the end.
+    At the end, generators that were passed to an op are restored to their earlier state.
 
     Args:
-        floats: only tensors of floating-point numbers are.
+        floats: whether this applies to floating-point tensors only.
     """
 
     def __init__(self, *, floats: bool = False) -> None:
@@ -74,15 +74,15 @@ class Outline(TorchDispatchMode):
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """The generators that were passed to an op inside."""
+        """The generators that were passed to an op inside the block."""
         return list(self._before)
 
     def is_made(self, tensor: Tensor) -> bool:
-        """Whether a tensor came to be inside the block: has no memory, or memory from there."""
+        """Whether a tensor was created inside the block: it has no memory, or memory from there."""
         return tensor.is_meta or tensor in self._memories
 
     def _noted(self, func: Any, given: Any, result: Any) -> Any:
-        # torch.tensor and from_numpy make their memory before lift_fresh, the op that is seen.
+        # torch.tensor and from_numpy allocate before lift_fresh, the op that is dispatched.
         lifted = func._schema.name == "aten::lift_fresh"
         known = set() if lifted else {storage_of(t) for t in _tensors(given)}
         for tensor in _tensors(result):
@@ -97,7 +97,7 @@ class Outline(TorchDispatchMode):
 
 
 class Sharing(TorchDispatchMode):
-    """Some of the tensors created inside the `with` block share the same memory.
+    """Makes some of the tensors created inside the `with` block share the same memory.
 
     Args:
         absent: these tensors, by their index in the order of creation, as in an `Outline`.
@@ -141,7 +141,7 @@ class Sharing(TorchDispatchMode):
 
 
 class Uncopied(TorchDispatchMode):
-    """Copies of tensors inside the `with` block share the memory of the original."""
+    """Makes copies of tensors inside the `with` block share the memory of the original."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name == "aten::clone":
@@ -150,7 +150,7 @@ class Uncopied(TorchDispatchMode):
 
 
 def storage_of(tensor: Tensor) -> int:
-    """An identifier of a tensor's memory, valid while a tensor in it lives."""
+    """An identifier of a tensor's storage, valid while the storage lives."""
     return tensor.untyped_storage()._cdata
 
 

@@ -1,4 +1,4 @@
-"""Which tensors travel with which block, which stay on the device, and which cannot do either."""
+"""Decides which tensors move with which block, which stay on the device, and which are refused."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ Named = tuple[str, nn.Module, dict[str, Any], str]  # the path, the module, its 
 
 
 class Owned(NamedTuple):
-    """The parameters and buffers of a network by what they belong to."""
+    """The parameters and buffers of a network by owner."""
 
     blocks: list[list[Named]]
-    """Of each block."""
+    """Parameters and buffers of each block."""
     shared: list[Named]
-    """Of all."""
+    """Parameters and buffers that all blocks use."""
 
 
 def owned(model: DiffusionBlocks) -> Owned:
-    """Whose the parameters and buffers of a network are; buffers are a block's inside its layers.
+    """Assigns the parameters and buffers of a network to blocks or to the shared part.
+
+    Buffers inside a block's layers belong to the block.
 
     Raises:
-        TypeError: a parameter is no plain tensor.
-        ValueError: a parameter is in no block and not shared, or has no data, or lies in the memory
-            of another.
+        TypeError: a parameter is not a plain tensor.
+        ValueError: a parameter is in no block and not shared, has no data, or shares memory with
+            another.
     """
     count = model.config.num_blocks
     owner = {id(p): b for b in range(count) for p in model.block_parameters(b)}
     layers = [list(model.base_model.layers)[first:last] for first, last in model.layer_ranges]
     inside = {id(m): b for b, held in enumerate(layers) for lay in held for m in lay.modules()}
     stays = {id(p) for p in model.shared_parameters()}
-    # The target embedding is common to all blocks, though a private network holds a copy of it.
+    # All blocks use the same target embedding, though private networks hold a copy of it.
     stays |= {id(p) for copied in model.copies for p in cast(Any, copied).target.parameters()}
     places: dict[int, set[int | None]] = {}
     first: dict[int, Named] = {}
@@ -52,7 +54,7 @@ def owned(model: DiffusionBlocks) -> Owned:
                 block = owner.get(id(tensor)) if parameter else inside.get(id(module))
                 if parameter and block is None and id(tensor) not in stays:
                     raise ValueError(
-                        "model must have each parameter in a block or among what all blocks use, "
+                        "each parameter of model must be in a block or shared by all blocks, "
                         f"got {named[0]} in neither; put it into a layer or into the network"
                     )
                 places.setdefault(id(tensor), set()).add(block)
@@ -61,7 +63,7 @@ def owned(model: DiffusionBlocks) -> Owned:
     for key, named in first.items():
         _check(named[0], named[2][named[3]])
         blocks = places[key]
-        # A buffer of several blocks stays.
+        # A buffer that several blocks use stays on the device.
         block = blocks.pop() if len(blocks) == 1 else None
         (found.shared if block is None else found.blocks[block]).append(named)
     _check_apart(named for group in (*found.blocks, found.shared) for named in group)
@@ -69,20 +71,20 @@ def owned(model: DiffusionBlocks) -> Owned:
 
 
 def check_optimizers(optimizers: BlockOptimizers, blocks: list[set[int]], shared: set[int]) -> None:
-    """Raises unless each optimizer has parameters of its block only, and keeps plain state.
+    """Raises unless each optimizer has parameters of its block only and per-parameter state.
 
     Args:
-        optimizers: those of the network.
-        blocks: the ids of the parameters of each block.
-        shared: of those that stay on the device.
+        optimizers: the optimizers of the network.
+        blocks: ids of the parameters of each block.
+        shared: ids of the parameters that stay on the device.
 
     Raises:
-        TypeError: one is of a kind whose state belongs to all parameters together.
+        TypeError: an optimizer keeps one state for all parameters together.
         ValueError: the number of blocks or an optimizer's parameters differ.
     """
     if len(optimizers.blocks) != len(blocks):
         raise ValueError(
-            f"optimizers must be of {len(blocks)} blocks, got {len(optimizers.blocks)}; "
+            f"optimizers must be those of {len(blocks)} blocks, got {len(optimizers.blocks)}; "
             "make them by make_optimizers(model, factory)"
         )
     for which, ids in (*enumerate(blocks), ("shared", shared)):
@@ -90,11 +92,11 @@ def check_optimizers(optimizers: BlockOptimizers, blocks: list[set[int]], shared
         for optimizer in several(held):
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise TypeError(
-                    "an optimizer of a resident model must keep its state for each parameter, got "
-                    "LBFGS, which keeps one for all; take another, or no residency"
+                    "an optimizer of a resident model must keep its state per parameter, got "
+                    "LBFGS, which keeps one state for all; use another, or no residency"
                 )
             if any(id(p) not in ids for group in optimizer.param_groups for p in group["params"]):
-                part = "what blocks share" if which == "shared" else f"block {which}"
+                part = "the shared parameters" if which == "shared" else f"block {which}"
                 raise ValueError(
                     f"the optimizer of {part} must have parameters of {part} only, got others; "
                     "make it by make_optimizers(model, factory)"
@@ -102,15 +104,15 @@ def check_optimizers(optimizers: BlockOptimizers, blocks: list[set[int]], shared
 
 
 def several(held: Any) -> tuple[Optimizer, ...]:
-    """Optimizers, of which there may be none or one."""
+    """Zero, one or several optimizers as a tuple."""
     return (held,) if isinstance(held, Optimizer) else tuple(held or ())
 
 
 def held_items(named: Iterable[Named], expected: dict[str, int]) -> list[Item]:
-    """Parameters and buffers as they are now.
+    """The current parameters and buffers.
 
     Raises:
-        RuntimeError: a parameter is another object than `expected`, ids by path, says.
+        RuntimeError: a parameter is not the object whose id `expected` has for its path.
     """
     items: list[Item] = []
     for path, _, values, name in named:
@@ -125,10 +127,10 @@ def held_items(named: Iterable[Named], expected: dict[str, int]) -> list[Item]:
 
 
 def state_items(optimizers: Iterable[Optimizer], parameters: Iterable[Item]) -> list[Item]:
-    """The tensors of optimizer state held for parameters, without those that are 0-d.
+    """The tensors of the optimizer state of parameters, except 0-d ones.
 
     Raises:
-        TypeError: some are inside lists or dictionaries, or no plain tensors.
+        TypeError: some are inside lists or dictionaries, or are not plain tensors.
     """
     items: list[Item] = []
     optimizers = tuple(optimizers)
@@ -141,7 +143,7 @@ def state_items(optimizers: Iterable[Optimizer], parameters: Iterable[Item]) -> 
                     raise TypeError(
                         "an optimizer of a resident model must keep plain tensors in its state, "
                         f"got {type(value).__name__} as {key!r} of {type(optimizer).__name__}; "
-                        "take another, or no residency"
+                        "use another, or no residency"
                     )
                 if isinstance(value, Tensor) and value.ndim:
                     items.append(State(f"{held.name} {i} {key}", values, key))
@@ -155,7 +157,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _modules(model: nn.Module, layers: list[list[nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by their paths, those of layers that are registered nowhere too."""
+    """All modules by path, including those of layers that are not registered."""
     seen: set[int] = set()
     flat = [layer for held in layers for layer in held]
     roots = [("", model), *((f"layers.{i}", layer) for i, layer in enumerate(flat))]
@@ -173,7 +175,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def _check(path: str, tensor: Tensor) -> None:
     if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
         raise ValueError(
-            f"model must have its data, got {path} without; load or initialise the weights first"
+            f"model must have data, got {path} without; load or initialise the weights first"
         )
     if not _is_plain(tensor):
         raise TypeError(
@@ -183,7 +185,7 @@ def _check(path: str, tensor: Tensor) -> None:
 
 
 def _check_apart(named: Iterable[Named]) -> None:
-    """Raises where two tensors lie in the same memory, which would part when they travel."""
+    """Raises if two tensors share memory, which a move would separate."""
     spans = []
     for path, _, values, name in named:
         tensor = values[name]
@@ -195,6 +197,6 @@ def _check_apart(named: Iterable[Named]) -> None:
     for one, other in pairwise(spans):
         if one[0] == other[0] and other[1] < one[2]:
             raise ValueError(
-                "the tensors of a resident model must lie in memory of their own, got "
-                f"{one[3]} and {other[3]} in the same; make one a clone, or one object of both"
+                "the tensors of a resident model must not share memory, got "
+                f"{one[3]} and {other[3]} in the same; clone one, or use one object for both"
             )

@@ -1,4 +1,4 @@
-"""Where the tensors of a network are, and what stands in their place."""
+"""Finds and replaces the tensors of a network by module and name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Place(NamedTuple):
         return getattr(network.get_submodule(self.path) if self.path else network, self.name)
 
     def put(self, tensor: Tensor) -> None:
-        """Puts another tensor there, which trains if the one before did."""
+        """Puts another tensor there, with the `requires_grad` of the previous one."""
         own = self.module._parameters
         trains = self.tensor.requires_grad
         if self.name in own and not isinstance(tensor, nn.Parameter):
@@ -40,11 +40,11 @@ class Place(NamedTuple):
 
 
 def fitted(name: str, given: Tensor, like: Tensor) -> Tensor:
-    """The values of a file's tensor, in the dtype of the place `like`.
+    """The values of a file's tensor in the dtype of `like`.
 
     Raises:
-        ValueError: its numbers are not those of the weight, as in quantised files, where a scale
-            is apart; it has another shape; or a finite number is not finite in that dtype.
+        ValueError: the stored values are quantised, with a separate scale; the shape differs; or a
+            finite number is not finite in that dtype.
     """
     if given.dtype != like.dtype and not (_plain(given.dtype) and _plain(like.dtype)):
         accepted = "a floating dtype of 16 bits or more" if _plain(like.dtype) else like.dtype
@@ -76,7 +76,7 @@ def check_complete(block: nn.Module, whole: str) -> None:
         bare = [name for name, tensor in reached_tensors(module) if tensor.is_meta]
         if bare:
             raise RuntimeError(
-                f"tensors of a network must be parameters, or buffers, got {path}.{bare[0]} of "
+                f"tensors of a network must be parameters or buffers, got {path}.{bare[0]} of "
                 f"{type(module).__name__}; use register_buffer, or: {whole}"
             )
 
@@ -88,7 +88,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def reached_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """As `own_tensors`, with those in other attributes, which may be in lists or dictionaries."""
+    """As `own_tensors`, with tensors in other attributes, also in lists or dictionaries."""
     yield from own_tensors(module)
     for name, value in vars(module).items():
         if name not in ("_parameters", "_buffers", "_modules"):

@@ -1,4 +1,4 @@
-"""One block of a pretrained model of another library, without the memory of the others."""
+"""Converts one block of a pretrained model without memory for the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dblocks.scale.places import Place, check_complete, fitted, own_tensors
 
 INDEX = ".safetensors.index.json"
 WHOLE = "load the whole model, and convert it"
-ALONE = ("frozen", "private")  # of `shared`: jobs do not exchange what they train
+ALONE = ("frozen", "private")  # values of `shared` for which jobs need no communication
 
 
 def convert_block(
@@ -39,41 +39,42 @@ def convert_block(
     layers: Layers | None = None,
     **options: Any,
 ) -> ConvertedBlocks:
-    """`convert` of a pretrained model, with the weights of one block only.
+    """`convert` for a pretrained model, with the weights of one block only.
 
-    Its `block(block)` has the bits of that of the whole, and as many random numbers are drawn; the
-    other layers are on the meta device. While it is made, the host also holds the first layer, to
-    which what `convert` adds is fitted. The first layer is compared with its parts, but the whole
-    model is not compared: to do that, `convert` a model of the same family with fewer layers.
+    Its `block(block)` is bitwise the same as after `convert` of the whole model, and as many random
+    numbers are drawn; the other layers are on the meta device. During the call the host also holds
+    the first layer, on which the added modules are fitted. The first layer is compared with its
+    parts as in `convert`, but the whole model is not: for that, `convert` a model of the same
+    family with fewer layers.
 
     Args:
-        make: makes the plain model, with any weights, such as
-            `lambda: LlamaForCausalLM(LlamaConfig.from_pretrained(folder))`. Its parameters are
-            without memory, and it draws no random numbers. Weights get the dtype that it says.
-        folder: with the model's weights, as the model's `save_pretrained` writes them: one file
-            of safetensors, or several with their index.
+        make: creates the original model, with any weights, such as `lambda:
+            LlamaForCausalLM(LlamaConfig.from_pretrained(folder))`. In the call, parameters have no
+            memory and no random numbers are drawn. Weights get the dtype of these parameters.
+        folder: folder of the weights, as written by the model's `save_pretrained`: one safetensors
+            file, or several with an index.
         config: the number of blocks and the options of their training, with `shared` of "frozen"
             or "private".
-        block: which of its blocks.
-        task: as of `convert`.
-        layers: as of `convert`.
-        **options: as of `convert`, but `check`.
+        block: index of the block.
+        task: see `convert`.
+        layers: see `convert`.
+        **options: other options of `convert`, except `check`.
 
     Returns:
-        The model in blocks: train its `block(block)`, and write it by
-        `save_pretrained(folder, block=block)`. All jobs need the same `torch.manual_seed` before
-        this call, as what `convert` adds is drawn.
+        The model in blocks: train its `block(block)`, and save it with `save_pretrained(folder,
+        block=block)`. Call `torch.manual_seed` with the same seed in all jobs before: the weights
+        of the added modules are drawn.
 
     Raises:
-        TypeError: as of `convert`; `make` is not a function; or `check` is given.
-        ValueError: as of `convert`; `block` is out of range; `shared` is another; there is a
-            clean loss, which needs the whole model; `make` returns a model that it did not make,
-            or one that `convert` cannot read without its values; or the folder does not hold the
-            weights of the model, as numbers of 16 bits or more.
-        RuntimeError: the model cannot be made without memory.
+        TypeError: as for `convert`; `make` is not a function; or `check` is given.
+        ValueError: as for `convert`; `block` is out of range; `shared` has another value; there is
+            a clean loss, which needs the whole model; `make` returns a model that it did not
+            create, or one that `convert` cannot read without values; or the folder does not hold
+            the weights of the model in a floating dtype of at least 16 bits.
+        RuntimeError: the model cannot be created without memory.
 
     Warns:
-        UserWarning: the folder holds tensors that are not of the model.
+        UserWarning: the folder holds tensors that the model does not have.
     """
     if isinstance(make, nn.Module) or not callable(make):
         raise TypeError(
@@ -94,18 +95,18 @@ def convert_block(
         )
     chosen = ConvertOptions(**options)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they come once more below
+        warnings.simplefilter("ignore")  # they are raised once more below
         model = _outlined(make)
         try:
             with _rotations_fixed(model):
                 network = network_of(model, config, task, layers, chosen)
-        except RuntimeError as error:  # as where code of the model asks for a value
+        except RuntimeError as error:  # the model's code reads values
             raise ValueError(
-                "the code of the model must run on tensors without values, as a block is made "
-                f"from the outline of all, got: {_first_line(error)}; {WHOLE}"
+                "the code of the model must run on tensors without values to create one "
+                f"block, got: {_first_line(error)}; {WHOLE}"
             ) from error
         outline = ConvertedBlocks(network, config, task, chosen)
-        outline.block(block)  # whether it can be alone
+        outline.block(block)  # raises if the block cannot be used alone
     names = outline.base_model.names
     here = range(*outline.layer_ranges[block])
     _fill(model, [name for i, name in enumerate(names) if i and i not in here], Path(folder))
@@ -123,22 +124,24 @@ def _outlined(make: Callable[[], nn.Module]) -> nn.Module:
             model = make()
     except RuntimeError as error:
         reason = _first_line(error)
-        raise RuntimeError(f"the model cannot be made without memory: {reason}; {WHOLE}") from error
+        raise RuntimeError(
+            f"the model cannot be created without memory: {reason}; {WHOLE}"
+        ) from error
     if isinstance(model, nn.Module):
         for name, parameter in model.named_parameters():
-            if not outline.is_made(parameter):  # the weights of a model of the user's, to be kept
+            if not outline.is_made(parameter):  # an existing model's weight
                 raise ValueError(
-                    f"make must make the model, got one whose {name} was there before, or was "
-                    "loaded; make it from its config inside the function"
+                    f"make must create the model, got one whose {name} existed before or was "
+                    "loaded; create it from its config inside the function"
                 )
     return model
 
 
 @contextmanager
 def _rotations_fixed(model: nn.Module) -> Iterator[None]:
-    """Rotary embeddings of transformers do not depend on the length inside the `with` block.
+    """Disables dynamic rotary embeddings of transformers inside the `with` block.
 
-    Dynamic ones ask for the largest position, which has no value in an outline.
+    They read the largest position, which has no value in an outline.
     """
     inside = model.modules() if isinstance(model, nn.Module) else ()
     kinds = {m: cast(Any, m.rope_type) for m in inside if hasattr(m, "rope_type")}
@@ -157,9 +160,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _fill(model: nn.Module, without: Sequence[str], folder: Path) -> None:
-    """Reads all tensors of a model, but those below some paths, into its places."""
+    """Reads all tensors of a model, except those under the given paths."""
     gone = {id(module) for path in without for module in model.get_submodule(path).modules()}
-    groups: dict[int, list[Place]] = {}  # tied ones are together
+    groups: dict[int, list[Place]] = {}  # tied tensors are in one group
     places: dict[str, list[Place]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in () if id(module) in gone else own_tensors(module):
@@ -179,21 +182,21 @@ def _fill(model: nn.Module, without: Sequence[str], folder: Path) -> None:
     kind = type(model).__name__
     if missing := [name for name, group in places.items() if id(group) not in filled]:
         raise ValueError(
-            f"{folder} must hold all weights of a {kind} by the names of its state_dict, got none "
-            f"of {missing[0]} ({len(missing)} are missing); write it with the save_pretrained of "
+            f"{folder} must hold all weights of a {kind} under the names of its state_dict, but "
+            f"{missing[0]} is missing ({len(missing)} are); write it with the save_pretrained of "
             f"a {kind}"
         )
     if unknown:
         warnings.warn(
             f"{folder} holds {len(unknown)} tensors that a {kind} does not have, such as "
-            f"{unknown[0]}; they are left out",
+            f"{unknown[0]}; they are ignored",
             UserWarning,
             stacklevel=3,
         )
 
 
 class _Filled(NamedTuple):
-    """A tensor of a file."""
+    """A tensor read from a file."""
 
     name: str
     """In the model."""
@@ -203,7 +206,7 @@ class _Filled(NamedTuple):
 
 
 def _take(filled: dict[int, _Filled], group: list[Place], found: _Filled) -> None:
-    """Puts a tensor of a file into the places of its group, which are tied."""
+    """Writes a tensor of a file to a group of tied places."""
     name, like = found.name, group[0].tensor
     fresh: Any = fitted(name, found.tensor, like)
     if (before := filled.get(id(group))) is not None:
@@ -211,8 +214,8 @@ def _take(filled: dict[int, _Filled], group: list[Place], found: _Filled) -> Non
             return
         if before.name == name:
             raise ValueError(
-                f"{name} must be stored once, or each time with the same values, got others in "
-                f"{before.stored} than in {found.stored}; remove the one that is out of date"
+                f"{name} must be stored once, or always with the same values, got other values in "
+                f"{before.stored} than in {found.stored}; remove the outdated one"
             )
         raise ValueError(f"{name} must be the tensor to which the model ties it, got another")
     if isinstance(like, nn.Parameter):
@@ -223,7 +226,7 @@ def _take(filled: dict[int, _Filled], group: list[Place], found: _Filled) -> Non
 
 
 def _renaming(model: nn.Module) -> Callable[[str], str]:
-    """The names in a model of those in its files, which transformers may have changed since."""
+    """Maps names in files to names in the model, which transformers may have renamed."""
     if library_of(model) != "transformers":
         return str
     try:
@@ -260,29 +263,28 @@ def _files(folder: Path) -> list[Path]:
                 raise ValueError("it must have a weight_map from names to files")
             if not named:
                 raise ValueError(
-                    "its weight_map must name the files of the weights, got an empty one; write "
+                    "its weight_map must name the files of the weights, got an empty map; write "
                     "the model with its save_pretrained"
                 )
             files = [folder / name for name in sorted(set(named.values()))]
             if outside := [file for file in files if file.parent != folder]:
-                raise ValueError(f"it must name files beside it, got {outside[0]}")
+                raise ValueError(f"it must name files in its own folder, got {outside[0]}")
             if missing := [file.name for file in files if not file.is_file()]:
                 raise ValueError(
-                    f"all of the {len(files)} files that it names must be beside it, but "
+                    f"all of the {len(files)} files that it names must be in its folder, but "
                     f"{missing[0]} is missing ({len(missing)} are); get it, or write the model "
                     "with its save_pretrained"
                 )
     elif index or len(files) != 1:
         listed = ", ".join(path.name for path in index or files) or "none"
         raise ValueError(
-            f"{folder} must hold one file of weights *.safetensors, or several with one *{INDEX}, "
-            f"got {listed}"
+            f"{folder} must hold one file *.safetensors, or several with one *{INDEX}, got {listed}"
         )
     return files
 
 
 def _let_go(converted: ConvertedBlocks, block: int, here: range) -> None:
-    """Lets go of the memory of all but one block and what it shares."""
+    """Frees the memory of all tensors that one block does not use."""
     network: Converted = converted.base_model
     modules = {
         id(module): module
@@ -296,7 +298,7 @@ def _let_go(converted: ConvertedBlocks, block: int, here: range) -> None:
         for own, view in enumerate(views):
             if own != block:
                 modules |= {id(m): m for m in view.modules() if id(m) not in inside}
-    empty: dict[int, Tensor] = {}  # what was tied stays so
+    empty: dict[int, Tensor] = {}  # tied tensors stay tied
     for module in modules.values():
         for name, tensor in list(own_tensors(module)):
             made = torch.empty_like(tensor, device=META)

@@ -48,11 +48,11 @@ def resident(
     change: running a block moves it to the device first. Results are bitwise the same as without
     residency, for the same order of blocks.
 
-    A visit is `steps_per_visit` steps of `train_step` on the block that is drawn at the first of
-    them; as many numbers are drawn from the generator as without residency. A copy of the generator
-    predicts the block of the next visit, which is copied on a side stream during this one.
+    A visit is `steps_per_visit` steps of `train_step` on one block, drawn at the first step; as
+    many numbers are drawn from the generator as without residency. A copy of the generator predicts
+    the block of the next visit, which is copied on a side stream during this visit.
 
-    Bytes on the device, with P those of the largest block's float32 parameters, A of its
+    Bytes on the device, with P the bytes of the largest block's float32 parameters, A of its
     activations, X of the optimizer's temporaries (0 for a fused AdamW, P for foreach, the default),
     and S of the shared modules::
 
@@ -60,14 +60,14 @@ def resident(
                             + P       prefetch="parameters"
                             + 3P      prefetch="all"
 
-    A visit moves the parameters (P in; P out, except frozen ones) and the state (2P in and out).
-    With `prefetch="none"` the computation waits for P out and P in; the state is copied during the
-    first forward and backward. With "parameters" it does not wait if the first step takes at least
-    as long as copying the state, and with "all" if the visit takes at least as long as copying
-    everything.
+    A visit copies the parameters (P to the device; P back, except frozen ones) and the state (2P
+    each way). With `prefetch="none"` the computation waits for the copies of the parameters; the
+    state is copied during the first forward and backward. With "parameters" it does not wait if the
+    first step takes at least as long as copying the state, and with "all" if the visit takes at
+    least as long as copying everything.
 
-    For each block, one host buffer holds P and one the state. PyTorch rounds pinned memory up to a
-    power of two; `PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1` prevents that.
+    For each block, one host buffer holds the parameters and one the state. PyTorch rounds pinned
+    memory up to a power of two; `PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1` prevents that.
 
     Accumulated gradients move with their block. A tensor taken from a parameter (`p.data`,
     `p.detach()`) is valid during this visit only. Parameters may be changed in place at any time,
@@ -77,7 +77,7 @@ def resident(
     Args:
         model: the network, on any device, possibly inside the wrapper of torch.compile.
         optimizers: from `make_optimizers`, new or with state.
-        device: where blocks run, "cpu" too, for example with `host="file"`.
+        device: device on which blocks run; "cpu" is possible too, for example with `host="file"`.
         steps_per_visit: steps on a block before the next one is drawn.
         prefetch: the part of the next block that is copied before its visit.
         host: storage of the other blocks: "pinned" memory (ordinary memory without an accelerator),
@@ -85,10 +85,10 @@ def resident(
         folder: folder of the files; by default that of `tempfile`, which may itself be in memory.
 
     Returns:
-        The residency, to release or close; the model keeps it too.
+        The residency, which has `release` and `close`; the model keeps it too.
 
     Raises:
-        OSError: a file cannot be created; the message says its size.
+        OSError: a file cannot be created; the message gives its size.
         RuntimeError: the model is already resident, or this machine does not have the device.
         TypeError: the model, the optimizers or a tensor has a type that is not supported.
         ValueError: a parameter is in no block, or shares memory with another; an optimizer has
@@ -102,12 +102,12 @@ def resident(
         residency = resident(model, optimizers, "cuda", steps_per_visit=10, prefetch="all")
         for batch in batches:
             train_step(model, batch, optimizers)
-        residency.close()  # all on the CPU again
+        residency.close() # everything is on the CPU again
     """
     whole = blocks_of(model)
     if not isinstance(whole, DiffusionBlocks):
         raise TypeError(
-            "model must be a DiffusionBlocks, got one Block, which has nothing to take turns with; "
+            "model must be a DiffusionBlocks, got a single Block, which needs no residency; "
             "move it to the device"
         )
     model = whole
@@ -124,7 +124,7 @@ def resident(
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
     if folder is not None and host != "file":
         raise ValueError(
-            f'folder must be None with host={host!r}, got {folder}; it is of host="file"'
+            f'folder must be None with host={host!r}, got {folder}; it belongs to host="file"'
         )
     if isinstance(steps_per_visit, bool) or not isinstance(steps_per_visit, int):
         raise TypeError(f"steps_per_visit must be an integer, got {steps_per_visit!r}")
@@ -134,7 +134,7 @@ def resident(
         raise RuntimeError("model must not be resident yet; call close() on its residency first")
     if getattr(model, "clean_loss_weight", 0):
         raise ValueError(
-            "a resident model must not have a clean loss, which runs all blocks at once, got "
+            "a resident model must not have a clean loss, which runs all blocks, got "
             f"clean_loss_weight={cast(Any, model).clean_loss_weight}; convert without it"
         )
     place = device_named(device)
@@ -149,9 +149,9 @@ class Residency:
 
     Args:
         model: the network.
-        optimizers: of its blocks.
-        device: where blocks run.
-        allocate: makes host buffers.
+        optimizers: the optimizers of its blocks.
+        device: device on which blocks run.
+        allocate: allocates host buffers.
         steps_per_visit: steps on a block before the next one is drawn.
         prefetch: the part of the next block that is copied in advance.
     """
@@ -164,7 +164,7 @@ class Residency:
         self.model, self.optimizers, self.device = model, optimizers, device
         self.steps_per_visit, self.prefetch = steps_per_visit, prefetch
         self.transfers = Transfers(device)
-        # A converted model runs as a whole for its check before the first use.
+        # Before its first use, a converted model runs all layers for a check.
         model.before_use()
         found = owned(model)
         ids = [{id(v[n]): p for p, _, v, n in named} for named in found.blocks]
@@ -192,7 +192,7 @@ class Residency:
 
     @property
     def block(self) -> int | None:
-        """The block whose parameters are on the device; None for no block."""
+        """The block whose parameters are on the device; None if there is none."""
         return self.parameters.here
 
     @property
@@ -214,17 +214,17 @@ class Residency:
 
         Args:
             block: the block that was given or drawn.
-            optimizers: those of the step.
+            optimizers: the optimizers of the step.
             generator: the generator of the step.
-            drawn: whether `block` was drawn from `generator`; then it is used only at the start of
-                a visit.
+            drawn: whether `block` was drawn from `generator`; a drawn block is used only at the
+                start of a visit.
 
         Raises:
             ValueError: the optimizers are not those of the residency.
         """
         if optimizers is not self.optimizers:
             raise ValueError(
-                "optimizers must be those that resident() was given, got others, whose state "
+                "optimizers must be those passed to resident(), got others, whose state "
                 "would stay on the device; call close(), and resident() with these"
             )
         if not drawn:
@@ -251,9 +251,9 @@ class Residency:
 
     @apart
     def close(self) -> None:
-        """Ends the residency: model and optimizers are on the CPU, in separate tensors again.
+        """Ends the residency: moves model and optimizers to the CPU, in separate tensors again.
 
-        From then on, a block is drawn in every step.
+        Afterwards a block is drawn in every step.
         """
         if self.model.residency is not self:
             return
@@ -267,11 +267,11 @@ class Residency:
         self.model.residency = None
 
     def state_dict(self) -> dict[str, int]:
-        """The position in the visit, to resume with the same order of blocks."""
+        """The position in the visit, to resume with the same sequence of blocks."""
         return {"block": self._block, "left": self._left}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restores what `state_dict` returned.
+        """Restores a state of `state_dict`.
 
         Raises:
             ValueError: the number of blocks or of steps per visit differs.
@@ -279,13 +279,13 @@ class Residency:
         block, left = state["block"], state["left"]
         if not 0 <= block < len(self.optimizers.blocks) or not 0 <= left < self.steps_per_visit:
             raise ValueError(
-                f"state must be of {len(self.optimizers.blocks)} blocks and "
+                f"state must be that of {len(self.optimizers.blocks)} blocks and "
                 f"{self.steps_per_visit} steps a visit, got block {block} and {left} steps left"
             )
         self._block, self._left, self._looked = block, left, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        # A copy of the model is an ordinary one.
+        # A copy of the model is not resident.
         return None
 
     def __reduce__(self) -> Any:
@@ -307,13 +307,13 @@ class Residency:
             self.states.prefetch(block)
 
     def _cancel(self) -> None:
-        # Whatever happened since may have changed the next block.
+        # What happened since may have changed the next block.
         self._looked = False
         self.parameters.cancel()
         self.states.cancel()
 
     def _next(self, generator: torch.Generator | None) -> int | None:
-        """The next different block that the generator will draw; None if there is none."""
+        """The next other block that the generator will draw; None if there is none."""
         source = torch.default_generator if generator is None else generator
         ahead = torch.Generator().set_state(source.get_state())
         num_blocks, steps = self.model.config.num_blocks, self._left
@@ -381,6 +381,6 @@ class Residency:
 
     @apart
     def _after_step(self, *_: Any) -> None:
-        # From here on, parameters read on the host have their final values.
+        # From here on, parameters that are copied to the host have their final values.
         self.parameters.settle()
         self.states.settle()

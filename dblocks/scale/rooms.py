@@ -1,4 +1,4 @@
-"""What is on the device of the tensors of one kind: those of one block, or also of the next."""
+"""Memory on the device for the parameters, or the optimizer state, of one block or two blocks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Allocate = Callable[[int], Tensor]
 
 
 class Home:
-    """Where the tensors of one block lie on the host while they are not on the device.
+    """Host memory of one block's tensors while they are not on the device.
 
     Args:
-        items: gives the tensors as they are now.
-        allocate: makes a host buffer of so many bytes.
-        fixed: whether they must stay as they are in number, shape and dtype; an optimizer's
-            become more at its first step.
+        items: returns the current tensors.
+        allocate: allocates a host buffer of a number of bytes.
+        fixed: whether number, shapes and dtypes of the tensors must not change; an optimizer
+            creates its state at its first step.
     """
 
     def __init__(self, items: Callable[[], list[Item]], allocate: Allocate, *, fixed: bool) -> None:
@@ -30,10 +30,10 @@ class Home:
         self.buffer = allocate(0)
 
     def look(self) -> bool:
-        """Whether the tensors fit the buffer, which is made anew where they need not.
+        """Whether the tensors fit the buffer; if not, allocates a new one.
 
         Raises:
-            RuntimeError: they must, and do not.
+            RuntimeError: they do not fit and are `fixed`.
         """
         items = self.items()
         if self.layout.adopt(items):
@@ -41,15 +41,15 @@ class Home:
         if self.fixed and self.layout.items:
             found = ", ".join(self.layout.misfits(items))
             raise RuntimeError(
-                "a resident model must keep its parameters and buffers in number, shape and dtype, "
-                f"got others now: {found}; call close() before you change the model"
+                "the number, shapes and dtypes of a resident model's parameters and buffers must "
+                f"not change, got {found}; call close() before you change the model"
             )
         self.layout = Layout(items)
         self.buffer = self.allocate(self.layout.nbytes)
         return False
 
     def take_in(self, before: Callable[[], None]) -> None:
-        """Copies what lies elsewhere into the buffer, on whatever device it is."""
+        """Copies tensors outside of the buffer into it, from any device."""
         self.look()
         if strays := self.layout.strays(self.buffer):
             before()
@@ -60,7 +60,7 @@ class Home:
 
 
 class Coming(NamedTuple):
-    """A block on its way to the device."""
+    """A block whose copy to the device was started."""
 
     block: int
     arena: Tensor | None
@@ -69,15 +69,15 @@ class Coming(NamedTuple):
 
 
 class Room:
-    """Memory of the device for one block's tensors of one kind, or for two blocks'.
+    """Memory on the device for the tensors of one block or two blocks.
 
-    The buffers on the device, arenas, are kept and used again in the order of the side stream, so
-    that no allocator has to know of it.
+    The buffers on the device, called arenas, are reused in the order of the side stream, so that
+    the caching allocator need not know about that stream.
 
     Args:
-        homes: of each block.
+        homes: the host memory of each block.
         transfers: the side stream.
-        size: blocks that there is room for, 1 or 2.
+        size: number of blocks that fit, 1 or 2.
     """
 
     def __init__(self, homes: Sequence[Home], transfers: Transfers, size: int) -> None:
@@ -90,13 +90,13 @@ class Room:
         self.left: torch.Event | None = None
 
     def prefetch(self, block: int) -> None:
-        """Starts to copy a block beside the one that is here, where there is room for two."""
+        """Starts to copy a block in addition to the current one, if there is room for two."""
         if self.size == 2 and block != self.here and (not self.coming or self.coming[0] != block):
             self.cancel()
             self._start(block)
 
     def fetch(self, block: int) -> None:
-        """Starts to copy a block, unless it is here or on its way."""
+        """Starts to copy a block, unless it is on the device or being copied."""
         if block == self.here:
             return
         if self.coming is not None and self.coming.block != block:
@@ -106,7 +106,7 @@ class Room:
             self._start(block)
 
     def arrive(self, block: int) -> None:
-        """Lets the computation wait for a block that was fetched, and makes it the one here."""
+        """Makes the computation wait for a fetched block, which becomes the current one."""
         if block == self.here:
             return
         coming, home = self.coming, self.homes[block]
@@ -122,14 +122,14 @@ class Room:
         self.versions = home.layout.versions()
 
     def leave(self) -> None:
-        """Starts to copy the block that is here to the host, where its tensors are from now on."""
+        """Starts to copy the current block back; its tensors are on the host from now on."""
         if self.here is None:
             return
         home, arena = self.homes[self.here], self.arena
         if home.look() and arena is not None:
             self._copy_back(home, arena)
         else:
-            # What the optimizer made at its first step; it is freed at once.
+            # The state that the optimizer created at its first step; it is freed at once.
             home.take_in(self.settle)
             self.transfers.wait_for_compute()
         home.layout.bind(home.buffer)
@@ -138,26 +138,26 @@ class Room:
         self.here = self.arena = None
 
     def cancel(self) -> None:
-        """Gives up the block that is on its way; its tensors are on the host still."""
+        """Cancels the copy of a block; its tensors are still on the host."""
         if self.coming is not None and self.coming.arena is not None:
             self.free.append(self.coming.arena)
         self.coming = None
 
     def settle(self) -> None:
-        """The host waits until what left is there."""
+        """Waits until all copies to the host are complete."""
         if self.left is not None:
             self.left.synchronize()
             self.left = None
 
     def empty(self) -> None:
-        """Everything is on the host, and the memory of the device given back."""
+        """Moves everything to the host and frees the memory on the device."""
         self.cancel()
         self.leave()
         self.settle()
         self._discard()
 
     def gather(self) -> None:
-        """Takes everything in, wherever it is."""
+        """Copies the tensors of all blocks into the host buffers."""
         for home in self.homes:
             home.take_in(self.settle)
 
@@ -171,7 +171,7 @@ class Room:
             self.transfers.bring(arena[:nbytes], home.buffer)
             mark = self.transfers.mark()
         else:
-            # An optimizer is to make its state: in place of what is kept for another block's.
+            # The optimizer will create its state: free the arena kept for another block.
             self._discard()
         self.coming = Coming(block, arena, mark, home.layout.versions())
         return self.coming
@@ -187,7 +187,7 @@ class Room:
         self.left = transfers.mark()
 
     def _changed(self, coming: Coming) -> bool:
-        """Whether the tensors on the host changed since the copies of them were made."""
+        """Whether the tensors on the host changed since they were copied."""
         home = self.homes[coming.block]
         if not home.look() or home.layout.strays(home.buffer):
             return True
@@ -201,12 +201,12 @@ class Room:
         self._discard()
         largest = max(home.layout.nbytes for home in self.homes)
         arena = torch.empty(largest, dtype=torch.uint8, device=self.transfers.device)
-        # The allocator may give memory that the computation still uses.
+        # The allocator may return memory that the computation still uses.
         self.transfers.wait_for_compute()
         return arena
 
     def _discard(self) -> None:
-        """Gives the memory that is not in use back to the allocator, which the computation uses."""
+        """Returns unused memory to the allocator of the computation's stream."""
         if self.free:
             self.transfers.compute_waits(self.transfers.mark())
             self.free.clear()

@@ -1,8 +1,8 @@
-"""One block of which several processes hold a shard each, made without the memory of the whole.
+"""Creates one block as shards on several processes, without memory for the whole block.
 
-A network draws its weights in order, so that the ones of a block need the draws of all. They are
-made again for each layer, the other tensors one over the other in the same memory, and of a layer
-each process keeps its shard.
+A network draws its weights in order, so the weights of a block depend on the draws for all. The
+network is created again for each layer, with all other tensors in the same memory, and each process
+keeps its shard of the layer.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from dblocks.scale.places import Place, check_complete, own_tensors
 def build_shards(
     make: Callable[[], BlockModel], config: BlocksConfig, block: int, mesh: Any, device: str = "cpu"
 ) -> Block:
-    """`data_parallel(build_block(make, config, block), mesh, "fsdp")`, by shards from the start.
+    """`data_parallel(build_block(make, config, block), mesh, "fsdp")`, created as shards.
 
-    The weights are the same bits. Beside its shards a process holds one layer and the largest
-    tensor of the network, on the host. `make` is called once without memory, and once for each
-    layer of the block and for what lies outside the layers.
+    The weights are bitwise the same. In addition to its shards, a process holds one layer and the
+    largest tensor of the network on the host. `make` is called once without memory, once for each
+    layer of the block and for the parameters outside the layers.
 
     Args:
-        make: as of `build_block`.
+        make: see `build_block`.
         config: the number of blocks and the options of their training.
-        block: which of its blocks.
+        block: index of the block.
         mesh: a 1-D DeviceMesh of the processes.
-        device: where the shards are.
+        device: device of the shards.
 
     Raises:
-        TypeError: as of `build_block`.
-        ValueError: as of `build_block`.
-        RuntimeError: as of `build_block`; or weights of a layer are made of those of another one,
-            or weights outside the layers of several others there.
+        TypeError: as for `build_block`.
+        ValueError: as for `build_block`.
+        RuntimeError: as for `build_block`; or weights of a layer are computed from another layer's,
+            or weights outside the layers from several others.
     """
     outlined_block = OutlinedBlock(make, config, block)
     outlined_block.fill_(mesh, device)
@@ -56,9 +56,9 @@ class OutlinedBlock:
     """A block without memory, until `fill_` gives it its weights.
 
     Args:
-        make: as of `build_shards`.
-        config: as there.
-        block: as there.
+        make: see `build_block`.
+        config: see `build_block`.
+        block: index of the block.
     """
 
     def __init__(self, make: Callable[[], BlockModel], config: BlocksConfig, block: int) -> None:
@@ -68,7 +68,7 @@ class OutlinedBlock:
         self.block = Block(whole, check_block(block, config.num_blocks))
         network = cast(nn.Module, whole.base_model)
         self._places = list(all_places(self.block))
-        # The tensor of each place in the whole network: `fully_shard` replaces those of the block.
+        # The tensor at each place of the whole network: `fully_shard` replaces those of the block.
         self._of = [storage_of(place.of(network)) for place in self._places]
         owned = {storage_of(t) for m in network.modules() for _, t in own_tensors(m)}
         self._owned = {n: t for n, t in enumerate(self.outline.made) if storage_of(t) in owned}
@@ -79,11 +79,11 @@ class OutlinedBlock:
         self._groups = self._grouped(layers)
 
     def fill_(self, mesh: Any, device: str = "cpu") -> None:
-        """Makes the weights; with a mesh, as shards after `fully_shard`.
+        """Creates the weights; with a mesh, as shards after `fully_shard`.
 
         Args:
-            mesh: the processes; None for one that holds all.
-            device: where the weights are.
+            mesh: the processes; None for one process.
+            device: device of the weights.
         """
         tied = _tied(self._places)
         if mesh is not None:
@@ -94,7 +94,7 @@ class OutlinedBlock:
                 place.put(self._places[first].tensor)
         groups = self._groups if mesh is not None else [{*self._of}]
         made = {storage_of(tensor) for tensor in self._owned.values()}
-        # Weights that were computed from others have their values where these have theirs.
+        # Weights computed from other weights have values in the same pass as those.
         computed = [i for i, of in enumerate(self._of) if of not in made]
         for number, group in enumerate(groups):
             absent = {n: t for n, t in self._owned.items() if storage_of(t) not in group}
@@ -112,7 +112,7 @@ class OutlinedBlock:
         check_complete(self.block, WHOLE)
 
     def _grouped(self, layers: list[set[int]]) -> list[set[int]]:
-        """The tensors in groups of at most the bytes of a layer, or one tensor; a layer in one."""
+        """Groups of tensors: each layer, and others with at most a layer's bytes, or one tensor."""
         nbytes = {storage_of(t): t.untyped_storage().nbytes() for t in self._owned.values()}
         mine = [storage for storage in dict.fromkeys(self._of) if storage in nbytes]
         inside = {storage for layer in layers for storage in layer}
@@ -128,7 +128,7 @@ class OutlinedBlock:
 
 @torch.no_grad()
 def _filled(place: Place, network: nn.Module, making: Sharing) -> bool:
-    """Gives a place its values, if the network has them."""
+    """Writes the values of a place, if the network has computed them."""
     found, held = place.of(network), place.tensor
     if making.is_unsound(found):
         return False
@@ -138,21 +138,21 @@ def _filled(place: Place, network: nn.Module, making: Sharing) -> bool:
 
 def _apart(place: Place) -> str:
     return (
-        "weights that are made by shards must not be made of those of another layer, or of several "
+        "weights created as shards must not be computed from another layer's, or from several "
         f"weights outside the layers, got {f'{place.path}.{place.name}'.removeprefix('.')}; use "
         "data_parallel(build_block(make, config, block), mesh, 'fsdp')"
     )
 
 
 def _tied(places: Iterable[Place]) -> list[int]:
-    """For each place the first one that has the same tensor."""
+    """For each place, the index of the first one with the same tensor."""
     first: dict[int, int] = {}
     return [first.setdefault(id(place.tensor), i) for i, place in enumerate(places)]
 
 
 @contextmanager
 def _random_kept(outline: Outline) -> Iterator[None]:
-    """The generators that a network draws from are after the `with` block as before."""
+    """Restores the generators that a network draws from at the end of the `with` block."""
     before = {generator: generator.get_state() for generator in outline.generators}
     with torch.random.fork_rng(
         devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []

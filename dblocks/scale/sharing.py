@@ -17,20 +17,20 @@ from dblocks.blocks.training import blocks_of
 def average_shared(model: nn.Module, group: Any = None, *, step: int = 0) -> None:
     """Replaces every block's copy of the shared parameters by the mean of all copies, in place.
 
-    w_b <- w_0 + sum_i (w_i - w_0) / B, in float32 or wider. Optimizer state stays with its block,
-    and frozen parameters do not change. Results are bitwise the same in one process and in many.
+    w_b <- w_0 + sum_i (w_i - w_0) / B, in float32 or wider. Optimizer states and frozen parameters
+    do not change. Results are bitwise the same in one process and in many.
 
     Args:
-        model: a `DiffusionBlocks`, which holds all copies; or one `Block` of it, with the others in
-            other processes.
-        group: a process group with the owner of block b as its rank b; by default that of all
-            processes. Each sends and receives 2 (B - 1) / B times the bytes of its copy.
-        step: the step of training, which must be the same for all blocks.
+        model: a `DiffusionBlocks`, which holds all copies; or one `Block`, with the others in other
+            processes.
+        group: a process group whose rank b owns block b; by default, all processes. Each sends and
+            receives 2 (B - 1) / B times the bytes of its copy.
+        step: the training step, which must be the same for all blocks.
 
     Raises:
-        ValueError: the model does not have `shared="reduce"`; or the processes do not own block 0,
-            1 and so on, or are at different steps. All of them raise.
-        RuntimeError: `model` is one `Block`, and there is no process group.
+        ValueError: the model does not have `shared="reduce"`; or the processes do not own blocks 0,
+            1, ... in order, or are at different steps. All of them raise.
+        RuntimeError: `model` is a `Block`, and there is no process group.
         TypeError: `model` is neither, or a shared parameter is sharded.
     """
     whole = blocks_of(model)
@@ -56,13 +56,13 @@ def average_shared(model: nn.Module, group: Any = None, *, step: int = 0) -> Non
 
 
 def join_owners(block: int, num_blocks: int, device: str) -> None:
-    """Makes this process, which trains one block, the rank of that block among the owners of all.
+    """Joins the process group of all blocks' owners, with the block's index as the rank.
 
-    An existing process group is kept. Otherwise the environment variables `RANK`, `WORLD_SIZE`,
-    `MASTER_ADDR` and `MASTER_PORT` are used, as set by torchrun.
+    An existing process group is used. Otherwise one is created from the environment variables
+    `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`, as set by torchrun.
 
     Raises:
-        ValueError: they are missing, or do not match the block or the number of blocks.
+        ValueError: these are missing, or do not match the block or the number of blocks.
     """
     dist = torch.distributed
     if dist.is_available() and dist.is_initialized():
@@ -72,15 +72,15 @@ def join_owners(block: int, num_blocks: int, device: str) -> None:
     if not dist.is_available() or found != wanted or "MASTER_ADDR" not in os.environ:
         words = " ".join(f"{name}={value}" for name, value in wanted.items())
         raise ValueError(
-            "shared='reduce' of one block alone must find the jobs of the other blocks, with which "
-            f"it averages: set {words}, and MASTER_ADDR and MASTER_PORT to one address for all "
-            f"jobs, got {found}; or take shared='private', which needs no other job"
+            "shared='reduce' for one block must find the jobs of the other blocks, to average with "
+            f"them: set {words}, and MASTER_ADDR and MASTER_PORT to one address for all "
+            f"jobs, got {found}; or use shared='private', which needs no other job"
         )
     dist.init_process_group("gloo" if torch.device(device).type == "cpu" else None)
 
 
 def _own_copy(model: Any, block: int) -> list[Tensor]:
-    """The trained parameters outside the layers that a block has a copy of."""
+    """The trained parameters in a block's copy of the shared modules."""
     network, _ = model.parts_at_rest(block)
     inside = {id(p) for p in network.layers.parameters()}
     fixed = {id(p) for p in network.target.parameters()}
@@ -92,14 +92,14 @@ def _own_copy(model: Any, block: int) -> list[Tensor]:
     for name, parameter in found.items():
         if hasattr(parameter, "to_local"):
             raise TypeError(
-                f"what blocks share must be plain tensors to be averaged, got {name} as a "
+                f"shared parameters must be plain tensors to be averaged, got {name} as a "
                 f"{type(parameter).__name__}; shard the layers only"
             )
     return [p.detach() for p in found.values()]
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    """The mean in a fixed order; of equal tensors exactly these."""
+    """The mean in a fixed order; of equal tensors, exactly their value."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     first = tensors[0].to(wide)
     total = torch.zeros_like(first)
@@ -109,7 +109,7 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _mean_over(values: Tensor, group: Any) -> Tensor:
-    """The mean of [N] over processes, of which each makes that of its part."""
+    """The mean of [N] over processes; each computes a part of it."""
     dist = torch.distributed
     count = dist.get_world_size(group)
     each = -(-values.numel() // count)
@@ -122,14 +122,14 @@ def _mean_over(values: Tensor, group: Any) -> Tensor:
 
 
 def _check_owners(block: Block, elements: int, group: Any, step: int) -> None:
-    """Raises in all processes alike unless they are the owners of all blocks, at one step."""
+    """Raises in all processes unless they own all blocks, in order, at the same step."""
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
-            "one Block is averaged with those in other processes, got no process group; call "
+            "one Block is averaged with the blocks of other processes, got no process group; call "
             "torch.distributed.init_process_group first, or give a DiffusionBlocks"
         )
-    # On the device that the group communicates from.
+    # On the device that the group's backend communicates from.
     device = next(iter(block.parameters())).device
     mine = torch.tensor([block.index, elements, step], device=device)
     rows = mine.new_empty(dist.get_world_size(group), 3)
@@ -142,10 +142,10 @@ def _check_owners(block: Block, elements: int, group: Any, step: int) -> None:
         )
     if len({*sizes}) > 1:
         raise ValueError(
-            f"all blocks must share as many parameters, got {sizes} of blocks 0, 1, ..."
+            f"all blocks must share the same number of parameters, got {sizes} for blocks 0, 1, ..."
         )
     if len({*steps}) > 1:
         raise ValueError(
-            f"all blocks must be at the same step to be averaged, got {steps} of blocks 0, 1, ...; "
-            f"remove the checkpoints after step {min(steps)}, and resume all jobs"
+            f"all blocks must be at the same step to be averaged, got {steps} for blocks 0, 1, "
+            f"...; remove the checkpoints after step {min(steps)}, and resume all jobs"
         )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the training loop reads between two steps."""
+"""Ctrl-C and SIGTERM as a flag that the training loop reads between steps."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Interrupted(Exception):
 
     def __init__(self, message: str, received: int) -> None:
         super().__init__(message)
-        self.code = 128 + received  # as shells have it: 130 of Ctrl-C, 143 of SIGTERM
+        self.code = 128 + received  # as in shells: 130 for Ctrl-C, 143 for SIGTERM
 
 
 class Terminated(BaseException):
-    """SIGTERM came; like KeyboardInterrupt it is no error that code would handle."""
+    """SIGTERM was received; like KeyboardInterrupt, not an `Exception`."""
 
     code = 128 + signal.SIGTERM
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within it SIGTERM raises `Terminated`, so that what is being written is cleaned up.
+    """Makes SIGTERM raise `Terminated` inside the `with` block, so that writers clean up.
 
-    In the main thread, and where nobody else handles or ignores the signal.
+    Only in the main thread, and if no other handler is set and the signal is not ignored.
     """
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
@@ -48,10 +48,10 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 class Stop:
-    """Within the `with` block the first Ctrl-C or SIGTERM is noted in `received`, no more.
+    """Inside the `with` block, the first Ctrl-C or SIGTERM only sets `received`.
 
-    The second one acts as without. Python hands signals to the main thread: in others this does
-    nothing.
+    The second one has its usual effect. Python delivers signals to the main thread; in other
+    threads this class does nothing.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The state of what is trained, as JSON values and tensors: nothing that a reader would execute."""
+"""Training state as JSON values and tensors, which can be read without executing code."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from dblocks.config import LARGEST_INTEGER
 
 
 def state_of(holder: Any) -> Any:
-    """The state of a generator, or of anything that has `state_dict`.
+    """The state of a generator, or of an object with `state_dict`.
 
     Raises:
-        TypeError: it has none.
+        TypeError: `holder` is neither.
     """
     if isinstance(holder, torch.Generator):
         return holder.get_state()
     if not hasattr(holder, "state_dict") or not hasattr(holder, "load_state_dict"):
         raise TypeError(
-            "what a checkpoint holds must be a torch.Generator or have state_dict and "
+            "an object of a checkpoint must be a torch.Generator or have state_dict and "
             f"load_state_dict, got {type(holder).__name__}"
         )
     return holder.state_dict()
 
 
 def load_state_(holder: Any, state: Any) -> None:
-    """Gives `holder` the state that `state_of` returned, exactly: no dtype changes.
+    """Loads a state from `state_of` into `holder` exactly, without changes of dtype.
 
     Raises:
-        ValueError: the state is not one of such a holder.
+        ValueError: the state does not fit the holder.
     """
     if isinstance(holder, torch.Generator):
         holder.set_state(state)
@@ -52,17 +52,17 @@ def load_state_(holder: Any, state: Any) -> None:
 
 
 def pack(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
-    """A state as JSON values; its tensors are put into `tensors` by their place.
+    """A state as JSON values; its tensors are added to `tensors`, with dotted keys.
 
-    Lists, tuples, dictionaries with any keys, and numbers come back from `unpack` as they were.
+    `unpack` restores lists, tuples, dictionaries with any keys, and numbers exactly.
 
     Args:
         value: None, numbers, texts and tensors, in lists, tuples and dictionaries.
-        tensors: where tensors go.
-        place: the keys on the way to the value, with dots between.
+        tensors: dictionary that receives the tensors.
+        place: the dotted key of the value.
 
     Raises:
-        TypeError: there is something else in it; the message says where.
+        TypeError: the state holds another type; the message says where.
     """
 
     def inner(key: Any, part: Any) -> Any:
@@ -70,7 +70,7 @@ def pack(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
 
     if isinstance(value, Tensor):
         name = place or "value"
-        while name in tensors:  # keys that look alike, such as 1 and "1"
+        while name in tensors:  # keys with the same text, such as 1 and "1"
             name += "'"
         tensors[name] = value.detach()
         return {"tensor": name, "device": value.device.type}
@@ -87,16 +87,16 @@ def pack(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
     if isinstance(value, tuple):
         return {"tuple": [inner(i, part) for i, part in enumerate(value)]}
     raise TypeError(
-        f"a checkpoint holds numbers, texts and tensors, got {type(value).__name__} at "
+        f"a checkpoint can hold numbers, texts and tensors, got {type(value).__name__} at "
         f"{place or 'the top'}"
     )
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `pack` was given; each tensor on a device of the kind that it was on.
+    """The value that was passed to `pack`; tensors return to their type of device.
 
     Raises:
-        ValueError: it was not made by `pack`.
+        ValueError: `packed` was not written by `pack`.
     """
     if isinstance(packed, list):
         return [unpack(part, tensors) for part in packed]
@@ -122,11 +122,11 @@ def _check_dtypes(module: nn.Module, state: Mapping[str, Any]) -> None:
         if not isinstance(held, Tensor) or not isinstance(found, Tensor):
             continue
         if held.dtype != found.dtype:
-            raise ValueError(f"{name} must be {held.dtype} as here, got {found.dtype}")
+            raise ValueError(f"{name} must have dtype {held.dtype}, got {found.dtype}")
 
 
 def _restore_dtypes_(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """`load_state_dict` gives tensors the dtype of their parameter; they get their own back."""
+    """Restores the dtypes of state tensors, which `load_state_dict` casts to their parameter's."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, values in state["state"].items():
         held = optimizer.state[parameters[number]]

@@ -1,4 +1,4 @@
-"""Copies between host and device, in order, on a stream beside that of the computation."""
+"""Copies between host and device, in order, on a side stream."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class Transfers:
-    """The side stream on which tensors travel; on a CPU every copy is done when it is asked for.
+    """Copies tensors on a side stream; with a CPU as the device, at once.
 
-    Copies run one after the other. A copy waits for the computation, or the computation for a copy,
-    only where a method says so.
+    Copies run one after the other. Copies and computation wait for each other only when a method
+    says so.
 
     Args:
-        device: what the host copies to and from.
+        device: the device to copy to and from.
 
     Raises:
         RuntimeError: the device is neither the CPU nor this machine's accelerator.
@@ -43,16 +43,16 @@ class Transfers:
         self._copy(target, source)
 
     def wait_for_compute(self) -> None:
-        """Later copies start when the computation so far is done."""
+        """Makes later copies wait for the computation so far."""
         if self.stream is not None:
             self.stream.wait_stream(self._compute())
 
     def mark(self) -> torch.Event | None:
-        """What is reached when the copies so far are done."""
+        """An event that is reached when the copies so far are done."""
         return None if self.stream is None else self.stream.record_event()
 
     def compute_waits(self, mark: torch.Event | None) -> None:
-        """The later computation starts when a mark is reached."""
+        """Makes later computation wait for a mark."""
         if mark is not None:
             self._compute().wait_event(mark)
 
@@ -64,16 +64,16 @@ class Transfers:
             target.copy_(source)
             return
         with self.stream:
-            # What is not pinned, such as a file, is copied at once: the host may touch it again.
+            # Memory that is not pinned, such as a file, is copied at once: the host may change it.
             target.copy_(source, non_blocking=target.is_pinned() or source.is_pinned())
 
 
 def device_named(device: torch.device | str) -> torch.device:
-    """The device of a name.
+    """The `torch.device` with a name.
 
     Raises:
-        RuntimeError: PyTorch knows none of this name.
-        TypeError: it is no name.
+        RuntimeError: PyTorch has no such device.
+        TypeError: `device` is neither a device nor a name.
     """
     if not isinstance(device, (torch.device, str)):
         raise TypeError(

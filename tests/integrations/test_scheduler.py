@@ -133,7 +133,7 @@ def test_a_pipeline_of_diffusers_samples_as_we_do(num_steps):
     got = pipeline(some_labels(), num_steps, seeded())
     schedule = NoiseSchedule()
     z = initial_noise((4, 3, 4, 4), schedule, generator=seeded()).to(DEVICE)
-    with pytest.warns(UserWarning, match="call no level") if num_steps == 1 else nullcontext():
+    with pytest.warns(UserWarning, match="have no level") if num_steps == 1 else nullcontext():
         expected = sample_euler(wrapped.blocks, z, schedule.steps(num_steps), labels=some_labels())
     assert torch.equal(got, expected)
     assert isinstance(pipeline.components["scheduler"], DiffusionBlocksScheduler)
@@ -171,7 +171,7 @@ def test_a_saved_pipeline_loads_its_scheduler(tmp_path):
 
 
 def test_config_round_trip(tmp_path):
-    options = {"spacing": "karras", "rho": 5.0, "initial_noise": "unit_variance"}
+    options = {"spacing": "karras", "rho": 5.0, "noise": "unit_variance"}
     schedule = NoiseSchedule(0.01, 30.0, -0.5, 1.5, 0.3, (2.0, 0.3))
     scheduler = DiffusionBlocksScheduler.from_schedule(schedule, **options)
     scheduler.save_pretrained(tmp_path)
@@ -189,7 +189,7 @@ def test_the_initial_noise_belongs_to_the_first_level():
     assert scheduler.init_noise_sigma == 80.0
     scheduler.set_timesteps(sigmas=[3.0, 1.0])
     assert scheduler.init_noise_sigma == 3.0
-    official = DiffusionBlocksScheduler(initial_noise="unit_variance")
+    official = DiffusionBlocksScheduler(noise="unit_variance")
     official.set_timesteps(4)
     assert official.init_noise_sigma == (80.0**2 + 1) ** 0.5
 
@@ -281,7 +281,7 @@ def test_wrong_timesteps(arguments, message):
         ({"partition": "even"}, "partition must be one of"),
         ({"spacing": "uniform"}, "spacing must be 'equal_mass' or 'karras'"),
         ({"spacing": "karras", "rho": 0.0}, "rho must be positive"),
-        ({"initial_noise": "edm"}, "initial_noise must be 'paper' or 'unit_variance'"),
+        ({"noise": "edm"}, "noise must be 'paper' or 'unit_variance'"),
     ],
 )
 def test_wrong_options(options, message):
@@ -318,7 +318,7 @@ def test_calls_are_those_of_sample_heun_bit_for_bit(num_steps):
     assert (scheduler.order, scheduler.num_inference_steps) == (2, num_steps)
     seen = []
     options = {"callback": seen.append, "labels": some_labels()}
-    with pytest.warns(UserWarning, match="call no") if num_steps < 3 else nullcontext():
+    with pytest.warns(UserWarning, match="have no level") if num_steps < 3 else nullcontext():
         expected = sample_heun(model, z, sigmas, **options)
     states, denoised = loop(scheduler, model, z, labels=some_labels())
     assert torch.equal(denoised, expected)
@@ -361,7 +361,7 @@ def test_schedules_that_a_config_does_not_hold():
 
     with pytest.raises(ValueError, match=r"got a Sharper with \['power'\]; call set_timesteps"):
         DiffusionBlocksScheduler.from_schedule(Sharper())
-    with pytest.raises(TypeError, match=r"noise levels, got a MaskSchedule; .* dblocks\.unmask"):
+    with pytest.raises(TypeError, match=r"noise schedule, got a MaskSchedule; .* dblocks\.unmask"):
         DiffusionBlocksScheduler.from_schedule(MaskSchedule())
     for density in ("Sharp", "MaskSchedule"):
         with pytest.raises(ValueError, match=rf"one of .*'NoiseSchedule'.*, got '{density}'; see"):
@@ -371,11 +371,13 @@ def test_schedules_that_a_config_does_not_hold():
 
 
 def test_an_older_config_loads():
-    new = DiffusionBlocksScheduler(spacing="karras", rho=5.0)
-    config = {"kind" if key == "spacing" else key: value for key, value in new.config.items()}
-    assert "spacing" not in config
+    new = DiffusionBlocksScheduler(spacing="karras", rho=5.0, noise="unit_variance")
+    earlier = {"spacing": "kind", "noise": "initial_noise"}
+    config = {earlier.get(key, key): value for key, value in new.config.items()}
+    assert not {"spacing", "noise"} & set(config)
     old = DiffusionBlocksScheduler.from_config(config)
     assert dict(old.config) == dict(new.config)
     for scheduler in (old, new):
         scheduler.set_timesteps(7)
     assert torch.equal(old.sigmas, new.sigmas)
+    assert old.init_noise_sigma == new.init_noise_sigma

@@ -209,5 +209,5 @@ def test_a_context_must_leave_room_for_samples(context):
 def test_a_text_must_hold_a_window(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("0123456789" * 10)
-    with pytest.raises(ValueError, match="held-out text must have at least a window of 20 tokens"):
+    with pytest.raises(ValueError, match="held-out text must have at least 20 tokens, one window"):
         CausalLMRun(steps=1, data=str(path), **SIZES).trainer()

@@ -76,12 +76,12 @@ def test_sample_draws_what_was_asked_for(tmp_path, capsys):
     folder, png = saved(tmp_path / "saved"), tmp_path / "a.png"
     sample = ("sample", "dit", "--checkpoint", str(folder), "--out", str(png), "--count", "2")
     sample = (*sample, "--overwrite")
-    text = stdout(capsys, *sample, "--steps", "9", "--guidance", "1", "--classes", "3", "1")
+    text = stdout(capsys, *sample, "--steps", "9", "--guidance-scale", "1", "--classes", "3", "1")
     assert "block 0: 3, block 1: 3, block 2: 3\n9 layer evaluations per image; wrote" in text
     first = png.read_bytes()
-    stdout(capsys, *sample, "--steps", "9", "--guidance", "1", "--classes", "3", "1")
+    stdout(capsys, *sample, "--steps", "9", "--guidance-scale", "1", "--classes", "3", "1")
     assert png.read_bytes() == first
-    text = stdout(capsys, *sample, "--steps", "50", "--spacing", "karras", "--size", "8", "4")
+    text = stdout(capsys, *sample, "--steps", "50", "--spacing", "karras", "--image-size", "8", "4")
     assert "block 0: 66, block 1: 8, block 2: 26\n" in text
     assert png.read_bytes() != first
 
@@ -89,7 +89,7 @@ def test_sample_draws_what_was_asked_for(tmp_path, capsys):
 def test_latents_are_written_as_numbers(tmp_path, capsys):
     folder = saved(tmp_path / "saved", channels=4)
     sample = ("sample", "dit", "--checkpoint", str(folder), "--count", "1", "--steps", "3")
-    assert "name a .npy file" in mistake(capsys, *sample, "--out", str(tmp_path / "a.png"))
+    assert "use a .npy file" in mistake(capsys, *sample, "--out", str(tmp_path / "a.png"))
     stdout(capsys, *sample, "--classes", "1", "2", "--out", str(tmp_path / "a.npy"))
     array = np.load(tmp_path / "a.npy")
     assert array.shape[:2] == (2, 4)
@@ -100,12 +100,12 @@ def test_a_model_without_classes(tmp_path, capsys):
     folder = saved(tmp_path / "saved", num_classes=0)
     sample = ("sample", "dit", "--checkpoint", str(folder), "--out", str(tmp_path / "a.png"))
     assert "\n3 layer evaluations" in stdout(capsys, *sample, "--steps", "3", "--count", "1")
-    assert "a.png; name something else" in mistake(capsys, *sample)
+    assert "a.png; use another name" in mistake(capsys, *sample)
     sample = (*sample, "--overwrite")
     assert "--classes needs a model with classes, got [3]" in mistake(
         capsys, *sample, "--classes", "3"
     )
-    assert "guidance needs a model" in mistake(capsys, *sample, "--guidance", "2")
+    assert "guidance needs a model" in mistake(capsys, *sample, "--guidance-scale", "2")
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "--steps must be positive, got 0" in mistake(capsys, *sample, "--steps", "0")
     assert "--count must be positive, got 0" in mistake(capsys, *sample, "--count", "0")
     assert "labels must be in 0..3, got 7..7" in mistake(capsys, *sample, "--classes", "7")
-    assert "multiples of patch_size=2" in mistake(capsys, *sample, "--size", "5", "4")
+    assert "multiples of patch_size=2" in mistake(capsys, *sample, "--image-size", "5", "4")
     assert "seed must be at least 0" in mistake(capsys, *sample, "--seed", "-1")
     jpg = ("--out", str(tmp_path / "a.jpg"))
     assert "--out must end in .png, .npz, .npy, got" in mistake(capsys, *sample, *jpg)
@@ -133,6 +133,6 @@ def test_help(capsys, verb):
     words = {
         "train": ("learns to denoise", "--data", "--blocks", "held-out", "latents"),
         "eval": ("--checkpoint", "held-out images"),
-        "sample": ("--classes", "--guidance", "--steps", "PNG"),
+        "sample": ("--classes", "--guidance-scale", "--steps", "PNG"),
     }
     assert all(word in text for word in words[verb])

@@ -74,7 +74,7 @@ def test_latents_become_images_by_their_autoencoder(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ((), "or the autoencoder of the latents by --vae"),
+        ((), "or decode latents with --vae"),
         (("--vae", "nowhere"), "--vae must be a folder of an AutoencoderKL, got nowhere"),
         (("--batch-size", "0"), "--batch-size must be positive, got 0"),
     ],

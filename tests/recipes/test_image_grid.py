@@ -46,7 +46,7 @@ def test_arguments_are_checked():
     with pytest.raises(ValueError, match=r"C of \(1, 3\), got \[2, 4, 8, 8\]; latents must be"):
         encode(torch.zeros(2, 4, 8, 8))
     pixels = to_bytes(torch.zeros(2, 1, 4, 4))
-    with pytest.raises(ValueError, match="needs pictures and columns, got 2 and 0"):
+    with pytest.raises(ValueError, match="needs images and columns, got 2 and 0"):
         tiled(pixels, 0)
-    with pytest.raises(ValueError, match="needs pictures and columns, got 0 and 1"):
+    with pytest.raises(ValueError, match="needs images and columns, got 0 and 1"):
         tiled(pixels[:0], 1)

@@ -47,7 +47,7 @@ def test_a_recurrent_model_is_trained_evaluated_and_sampled(tmp_path, capsys, st
     if flags:
         assert stdout(capsys, *evaluate, "--steps", "3").endswith(", 3 recurrences\n")
     else:
-        assert "--steps counts recurrences" in mistake(capsys, *evaluate, "--steps", "3")
+        assert "--steps is the number of recurrences" in mistake(capsys, *evaluate, "--steps", "3")
     sample = ("sample", "recurrent", *there, "--prompt", "12 is", "--tokens", "10", "--steps", "2")
     first, again = stdout(capsys, *sample), stdout(capsys, *sample)
     assert first == again

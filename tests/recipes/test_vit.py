@@ -198,11 +198,11 @@ def test_a_class_of_the_held_out_images_alone_is_known():
     ("data", "evaluated", "message"),
     [
         (make_data(4), make_data(4), "batch_size must be at most .* images 4, got 8"),
-        (make_data(), make_data(0), "enough to hold some out, got 16; give more"),
+        (make_data(), make_data(0), "enough images to hold some out, got 16"),
         (
             Images(make_data().images, torch.zeros(16, dtype=torch.int64)),
             Images(make_data().images, torch.zeros(16, dtype=torch.int64)),
-            "at least 2 classes to learn them, got 1; give each class a sub-folder",
+            "at least 2 classes, got 1; give each class a sub-folder",
         ),
     ],
 )

@@ -97,4 +97,4 @@ def test_a_folder_of_ones_own(tmp_path, capsys):
     (folder / "eel").mkdir()
     for i in range(10):
         Image.new("RGB", (16, 16)).save(folder / "eel" / f"{i}.png")
-    assert "among the 2 classes that the network knows, got 2" in mistake(capsys, *there, *data)
+    assert "among the network's 2 classes, got 2" in mistake(capsys, *there, *data)

@@ -135,9 +135,9 @@ def test_euler_follows_the_flow_of_gaussian_data_to_first_order():
 )
 def test_skipped_blocks_are_named(steps, skipped):
     z = noise()
-    with pytest.warns(UserWarning, match=f"call no level of blocks {skipped} of 3"):
+    with pytest.warns(UserWarning, match=f"have no level of blocks {skipped} of 3"):
         sample_euler(blocks(), z, steps, images=images())
-    with pytest.warns(UserWarning, match=f"call no level of blocks {skipped} of 3"):
+    with pytest.warns(UserWarning, match=f"have no level of blocks {skipped} of 3"):
         sample_logits(blocks(), z, steps, images=images())
 
 

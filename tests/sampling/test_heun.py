@@ -131,7 +131,7 @@ def test_each_call_runs_the_owner_of_its_level_and_the_cost_counts_them():
 
 
 def test_a_skipped_block_is_named_where_it_was_asked_for():
-    with pytest.warns(UserWarning, match=r"call no level of blocks \[1, 2\]") as caught:
+    with pytest.warns(UserWarning, match=r"have no level of blocks \[1, 2\]") as caught:
         sample_heun(vit_blocks(), noise(), [80.0], images=images())
     assert caught[0].filename == __file__
 
@@ -185,7 +185,7 @@ def test_what_takes_no_steps_takes_no_sampler():
     prompts = {"prompts": [[1, 2]], "max_new_tokens": 1}
     with pytest.raises(ValueError, match=r"for a plain CausalLM, .* got 'heun'; leave it out"):
         stream(lm_of(), sampler="heun", **prompts)
-    with pytest.raises(ValueError, match=r"product takes no steps .* got 'heun'; leave it out"):
+    with pytest.raises(ValueError, match=r"product makes no steps .* got 'heun'; leave it out"):
         stream(text_blocks_of(), sampler="heun", product=True, **prompts)
     for model in (lm_of(), text_blocks_of()):
         with pytest.raises(ValueError, match=r"sampler must be one of .*, got 'dpm'"):

@@ -248,11 +248,11 @@ def test_levels_may_be_whole_numbers():
 
 def test_a_mean_needs_a_token():
     bound = denoising_bound(model_of(), tokens_of(2, 4), generator=seeded())
-    with pytest.raises(ValueError, match="at least one token that is scored, got none"):
+    with pytest.raises(ValueError, match="at least one scored token, got none"):
         bound.mean(torch.zeros(2, 3, dtype=torch.bool))
     alone = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 1]])  # of each text only the first token
     bound = denoising_bound(model_of(), tokens_of(2, 4), generator=seeded(), attention_mask=alone)
-    with pytest.raises(ValueError, match="at least one token that is scored, got none"):
+    with pytest.raises(ValueError, match="at least one scored token, got none"):
         bound.mean()
 
 
@@ -296,8 +296,8 @@ def test_a_batch_of_no_text_is_refused(name, price):
         return
     model = MODELS[name]()
     for shape in ((0, 5), (2, 0)):
-        with pytest.raises(ValueError, match=r"tokens must be .* of at least one text, got shape"):
+        with pytest.raises(ValueError, match=r"tokens .* with at least one token, got shape"):
             price(model, tokens_of(3, 8).new_zeros(shape))
     # Of a single token none is scored.
-    with pytest.raises(ValueError, match=r"tokens must be at least 2 long, .* got 1; leave such"):
+    with pytest.raises(ValueError, match=r"must have at least 2 tokens, .* got 1; leave such"):
         price(model, tokens_of(3, 1))

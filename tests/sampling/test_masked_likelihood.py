@@ -160,5 +160,5 @@ def test_arguments_are_checked():
 
 def test_a_batch_of_no_text_is_refused():
     model = blocks_of()
-    with pytest.raises(ValueError, match=r"of at least one text, got shape \[0, 5\]"):
+    with pytest.raises(ValueError, match=r"with at least one token, got shape \[0, 5\]"):
         bound_terms(model, torch.zeros(0, 5, dtype=torch.int64, device=DEVICE))

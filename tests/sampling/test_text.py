@@ -246,7 +246,7 @@ def test_checkpoints(tmp_path, plain):
 
 
 def test_a_grid_that_skips_a_block_warns():
-    with pytest.warns(UserWarning, match="2 sampling steps call no level of blocks"):
+    with pytest.warns(UserWarning, match="2 sampling steps have no level of blocks"):
         written(blocks_of(), num_steps=2)
 
 

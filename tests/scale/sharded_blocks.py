@@ -77,7 +77,7 @@ def refused(mesh):
     config = BlocksConfig(num_blocks=1)
     for layers in (copied_together, scaled_together):
         build_block(lambda layers=layers: Own(layers), config, 0)
-    with pytest.raises(RuntimeError, match=r"of those of another layer, .* got layers\.3"):
+    with pytest.raises(RuntimeError, match=r"from another layer's, .* got layers\.3"):
         build_shards(lambda: Own(copied_together), config, 0, mesh)
     build_shards(lambda: Own(scaled_together), config, 0, mesh)
 

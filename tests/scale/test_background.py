@@ -58,7 +58,7 @@ def test_the_next_save_waits_and_a_failure_is_told_by_its_step(tmp_path, gate):
     kept.wait()
     gate.error = OSError(28, "No space left on device")
     kept.save(3, objects)
-    with pytest.raises(OSError, match=r"of step 3 is not written: .*No space left"):
+    with pytest.raises(OSError, match=r"of step 3 was not written: .*No space left"):
         kept.save(4, objects)
     gate.error = None
     kept.save(4, objects)  # the one before is no more asked for
@@ -66,7 +66,7 @@ def test_the_next_save_waits_and_a_failure_is_told_by_its_step(tmp_path, gate):
     assert [path.name[-1] for path in kept.found()] == ["4", "2"]
     gate.error = PermissionError(13, "Permission denied")
     kept.save(5, objects)
-    with pytest.raises(OSError, match="the checkpoint of step 5 is not written"):
+    with pytest.raises(OSError, match="the checkpoint of step 5 was not written"):
         kept.wait()
     kept.wait()
     assert kept.last == 4
@@ -93,7 +93,7 @@ def test_a_failure_to_write_does_not_hide_what_ended_training(tmp_path, gate):
             raise KeyError("stop")
 
     with (
-        pytest.warns(UserWarning, match="of step 2 is not written"),
+        pytest.warns(UserWarning, match="of step 2 was not written"),
         pytest.raises(KeyError, match="stop"),
     ):
         train()

@@ -164,9 +164,9 @@ def copied():
 def test_what_cannot_be_made_alone_is_refused_by_name():
     config = BlocksConfig(num_blocks=2)
     assert build_block(lambda: Own(copied), config, 0)
-    with pytest.raises(RuntimeError, match=r"not be made of those of another .* got layers\.2"):
+    with pytest.raises(RuntimeError, match=r"not be computed from weights of .* got layers\.2"):
         build_block(lambda: Own(copied), config, 1)
-    with pytest.raises(RuntimeError, match="cannot be made without memory first"):
+    with pytest.raises(RuntimeError, match="cannot be created without memory"):
         build_block(lambda: Own(constant=lambda: torch.randn(3).max().item()), config, 1)
     calls = iter([4, 5])
     with pytest.raises(RuntimeError, match="make must do the same each time"):
@@ -201,10 +201,10 @@ def test_what_cannot_be_loaded_is_refused_by_name(tmp_path):
     save_model(tmp_path / "whole", whole)
     save_block(tmp_path / "1", whole.block(1))
     with pytest.raises(
-        ValueError, match=r"block must name one .* all blocks, counted from 0, got None"
+        ValueError, match=r"block must be one .* all blocks, counted from 0.*, got None"
     ):
         load_block(tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"block must name one .* block 1 alone, got 2"):
+    with pytest.raises(ValueError, match=r"block must be one .* block 1 alone.*, got 2"):
         load_block(tmp_path / "1", 2)
     with pytest.raises(ValueError, match=r"^block must be in 0\.\.2, got 3"):
         load_block(tmp_path / "whole", 3)
@@ -252,7 +252,7 @@ def test_no_values_of_other_blocks_come_in_by_lists(layers):
         torch.manual_seed(0)
         assert_same(build_block(lambda: Own(scaled_together), config, b), whole.block(b))
     assert build_block(lambda: Own(layers), config, 0)
-    with pytest.raises(RuntimeError, match=r"not be made of those of another .* got layers\.3\."):
+    with pytest.raises(RuntimeError, match=r"not be computed from weights of .* got layers\.3\."):
         build_block(lambda: Own(layers), config, 1)
 
 

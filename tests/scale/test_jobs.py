@@ -156,7 +156,8 @@ def test_a_signal_leaves_a_checkpoint_and_one_line(tmp_path, whole, number, code
     os.kill(job, number)
     assert ended(job) == code
     last = steps_kept(out)[-1]
-    line = f"dblocks: interrupted after step {last} of {STEPS}; --resume goes on after step {last}"
+    how = f"--resume continues after step {last}"
+    line = f"dblocks: interrupted after step {last} of {STEPS}; {how}"
     assert (tmp_path / "run.err").read_text() == f"{line}\n"
     assert not (out / "model.safetensors").exists()
     train(out, "--shared", "private", "--resume")
@@ -254,7 +255,7 @@ def test_a_job_holds_its_block_only():
 def test_what_does_not_fit_is_refused_by_name(tmp_path, capsys):
     out = ("--out", tmp_path / "out")
     error = mistake(capsys, *VIT, *out, "--block", "1", "--shared", "train")
-    assert "shared must be private, frozen or reduce where one block is trained alone" in error
+    assert "shared must be private, frozen or reduce if one block is trained alone" in error
     assert "block must be in 0..2, got 3" in mistake(capsys, *VIT, *out, "--block", "3")
     error = mistake(capsys, *VIT, *out, "--block", "0", "--end-to-end")
     assert "block and shared must be left out end to end" in error
@@ -296,7 +297,7 @@ def test_a_full_disk_is_told_and_training_goes_on(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(checkpoints, "save_safetensors", full)
     train(tmp_path, command=short)
     error = capsys.readouterr().err
-    assert "dblocks: warning: the checkpoint of step 4 is not written: " in error
+    assert "dblocks: warning: the checkpoint of step 4 was not written: " in error
     assert "No space left on device; that of step 2 is kept" in error
     assert steps_kept(tmp_path)[0] == 2
 

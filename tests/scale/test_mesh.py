@@ -198,9 +198,9 @@ def test_a_process_with_a_full_disk_ends_all_and_loses_nothing(tmp_path, whole):
     codes, written = in_processes(2, [script, *command], tmp_path)
     assert codes == [2, 2], written
     first, second = (text.splitlines() for text in written)
-    assert first[-1].startswith("dblocks: error: all processes must train their blocks, got a")
-    assert "of process 1" in first[-1]
-    assert "dblocks: warning: the checkpoint of step 4 is not written" in second[0]
+    assert first[-1].startswith("dblocks: error: all processes must train their blocks, but")
+    assert "process 1 failed" in first[-1]
+    assert "dblocks: warning: the checkpoint of step 4 was not written" in second[0]
     assert "there is none yet" in second[0]
     assert second[-1].startswith(f"dblocks: error: {tmp_path}/out/block-1 cannot be written: ")
     assert not any("Traceback" in line for line in (*first, *second))
@@ -242,7 +242,7 @@ def test_what_does_not_divide_is_refused_by_name(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     for flags, words in (
-        ((), "number of processes must be a multiple of the 2 blocks, or at most as large, got 3"),
+        ((), "processes must be at most the number of blocks, 2, or a multiple of it, got 3"),
         (("--end-to-end",), "--end-to-end trains in one process"),
     ):
         assert main([*TWO, *flags, "--out", str(tmp_path / "out")]) == 2

@@ -34,9 +34,9 @@ def test_a_finished_run_goes_on_with_the_rates_of_the_longer_one(tmp_path, capsy
     assert train(tmp_path, 10, "--resume") == 0
     run = ViTRun(steps=10)
     error = capsys.readouterr().err
-    assert "warning: this run was to take 6 steps and goes on after step 6 to 10" in error
+    assert "warning: this run of 6 steps continues after step 6 to 10 steps" in error
     rates = rate_at(run, 6), rate_at(dataclasses.replace(run, steps=6), 6)
-    assert f"begins with {rates[0]:.3g} where it would have been {rates[1]:.3g}" in error
+    assert f"begins with {rates[0]:.3g} instead of {rates[1]:.3g}" in error
     assert {step for steps, step in seen if steps == 10} == {6, 7, 8, 9}
     found = record(tmp_path)
     assert (found["run"]["steps"], found["continued"]) == (10, [[6, 6]])
@@ -45,7 +45,7 @@ def test_a_finished_run_goes_on_with_the_rates_of_the_longer_one(tmp_path, capsy
     assert record(tmp_path)["continued"] == [[6, 6]]
     capsys.readouterr()
     assert train(tmp_path, 8, "--resume") == 2
-    assert "--steps must be at least the 10 that the checkpoint" in capsys.readouterr().err
+    assert "--steps must be at least 10, the steps of the checkpoint" in capsys.readouterr().err
     assert train(tmp_path, 12, "--resume", "--lr", "0.5") == 2
     error = capsys.readouterr().err
     assert "run.lr was 0.001 and is 0.5" in error
@@ -79,7 +79,7 @@ def test_a_warm_up_that_would_have_been_longer_is_told(tmp_path, capsys, warmup,
     assert ("has another warm-up" in capsys.readouterr().err) == warns
 
 
-@pytest.mark.filterwarnings("ignore:this run was to take")
+@pytest.mark.filterwarnings("ignore:this run of .* steps continues")
 @pytest.mark.parametrize("shared", ["train", "reduce"])
 def test_a_run_may_end_with_the_step_of_its_checkpoint(tmp_path, shared):
     flags = ("--shared", shared, "--decay", "constant", "--warmup", "0")

@@ -88,7 +88,7 @@ def test_a_checkpoint_that_is_replaced_as_it_is_resumed(tmp_path, monkeypatch, n
     assert torch.equal(module.weight, before)
     with (
         pytest.warns(UserWarning, match=r"model\.safetensors is not what was written"),
-        pytest.raises(ValueError, match="must hold a valid checkpoint, got 1 broken"),
+        pytest.raises(ValueError, match="must hold a valid checkpoint, got 1 damaged"),
     ):
         Checkpoints(folders[0], {}).resume({"model": module})
     assert not torch.equal(module.weight, written)
@@ -145,7 +145,7 @@ def test_blocks_with_and_without_a_text_do_not_merge(tmp_path):
     about = json.loads(path.read_text())
     about["texts"], about["sha256"] = [], {merge.WEIGHTS_FILE: about["sha256"][merge.WEIGHTS_FILE]}
     path.write_text(json.dumps(about))
-    with pytest.raises(ValueError, match=r"same files of text, got .* in .*1 and .* in .*0"):
+    with pytest.raises(ValueError, match=r"same text files, got .* in .*1 and .* in .*0"):
         merge_blocks(tmp_path / "merged", [tmp_path / "0", tmp_path / "1"])
 
 
@@ -176,6 +176,6 @@ def test_a_network_that_is_saved_again_as_it_is_loaded(tmp_path, monkeypatch, lo
     save_model(tmp_path, models[0])
     after(monkeypatch, networks, "network_of", lambda: save_model(tmp_path, models[1]))
     after(monkeypatch, construction, "network_of", lambda: save_model(tmp_path, models[1]))
-    with pytest.raises(ValueError, match="must not be written to while it is loaded; load it"):
+    with pytest.raises(ValueError, match="was written to while it was loaded; load it"):
         load(tmp_path)
     assert load(tmp_path).config.top_share == 0.6

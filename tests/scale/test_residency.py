@@ -247,10 +247,10 @@ def test_misuse_is_refused_by_name():
         resident(model, optimizers, "cpu")
     with pytest.raises(RuntimeError, match="must not be moved or converted"):
         model.to(torch.float64)
-    with pytest.raises(ValueError, match="must be those that resident"):
+    with pytest.raises(ValueError, match="must be those passed to resident"):
         train_step(model, batch(), make_optimizers(model, OPTIMIZERS["default"]))
     model.base_model.layers[0].double()
-    with pytest.raises(RuntimeError, match="must keep its parameters and buffers in number"):
+    with pytest.raises(RuntimeError, match="the number, shapes and dtypes of a resident model's"):
         train_step(model, batch(), optimizers, block=0)
     model.base_model.layers[0].float()
     residency.close()
@@ -259,13 +259,13 @@ def test_misuse_is_refused_by_name():
 def test_tensors_that_cannot_travel_are_refused():
     model, optimizers = made()
     model.extra = nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match="in a block or among what all blocks use, got extra"):
+    with pytest.raises(ValueError, match="in a block or shared by all blocks, got extra"):
         resident(model, optimizers, "cpu")
     del model.extra
     one, other = list(model.block_parameters(1))[:2]
     before = one.data
     one.data = other.data
-    with pytest.raises(ValueError, match="must lie in memory of their own"):
+    with pytest.raises(ValueError, match="must not share memory"):
         resident(model, optimizers, "cpu")
     one.data = before
     resident(model, optimizers, "cpu")

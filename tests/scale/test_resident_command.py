@@ -61,7 +61,7 @@ def test_a_block_alone_is_resident_already(tmp_path):
         ({"resident": True, "end_to_end": True}, "resident must be left out end to end"),
         (
             {"resident": True, "steps_per_visit": 2, "block": 0},
-            "steps_per_visit must be left out where one block is trained alone",
+            "steps_per_visit must be left out if one block is trained alone",
         ),
     ],
 )

@@ -119,7 +119,7 @@ def test_jobs_of_one_block_each_average_to_the_bits_of_one_run(tmp_path, capsys)
     folders = [str(tmp_path / f) for f in ("jobs/block-0", "others/block-1", "jobs/block-2")]
     capsys.readouterr()
     assert main(["merge", str(tmp_path / "no"), *folders]) == 2
-    assert "the average of what blocks share must be the same" in capsys.readouterr().err
+    assert "the average of the shared parameters must be the same" in capsys.readouterr().err
 
 
 OTHERS = """

@@ -1,16 +1,16 @@
-"""Prints the targets of the kernels and their times in a cycle model; or the host's time.
+"""Prints the targets of the kernels and their times in a cycle model, or host times.
 
     python -m benchmarks.kernels.model                   every row, about three minutes on 2 cores
-    python -m benchmarks.kernels.model --only "adaln fwd" --widths 1152
-    python -m benchmarks.kernels.model launches          which launch each row is about
-    python -m benchmarks.kernels.model host              microseconds a call on the host
+    python -m benchmarks.kernels.model --only "adaln fwd" --widths 1152 python -m
+    benchmarks.kernels.model launches          the launch of each row python -m
+    benchmarks.kernels.model host              microseconds a call on the host
 
-Nothing here is measured on a GPU. The launches of the library are compiled for sm_90 with their own
-settings, and a cycle model of one multiprocessor runs the machine code against its share of DRAM
-(smsim.cpp). It is an upper bound that ranks variants, by .05 of a copy for rows or 10 % for
-attention, and no forecast: it takes both sides of a branch, knows no instruction cache, no bank
-conflicts and no limit of L2, and a spilled register costs it one instruction. Statistics count as
-if every lane read its own. TFLOP/s are those of a loop in its steady state, keys in L2.
+Nothing here is measured on a GPU. The library's launches are compiled for sm_90 with their own
+settings, and a cycle model of one multiprocessor with its share of DRAM bandwidth (smsim.cpp) runs
+the machine code. The model is an upper bound for ranking variants, with a resolution of .05 of a
+copy for rows and 10 % for attention; it is not a forecast. It runs both sides of branches, has no
+instruction cache, bank conflicts or limits of L2, and counts a spilled register as one instruction.
+Statistics count as one read per lane. TFLOP/s are those of a loop's steady state with keys in L2.
 """
 
 import argparse
@@ -25,7 +25,7 @@ COMMANDS = ("kernels", "launches", "host")
 
 
 def figure(index: int) -> table.Figure:
-    """The figure of one row; a row that cannot be modelled says why."""
+    """The figure of one row, or why it cannot be modelled."""
     try:
         return table.table()[index].model()
     except Exception as error:
@@ -33,14 +33,14 @@ def figure(index: int) -> table.Figure:
 
 
 def launches() -> int:
-    """The launch of every row, not compiled."""
+    """Prints the launch of every row without compiling it."""
     for row in table.table():
         print(row.kernel, row.width, row.launch().fn.__name__)
     return 0
 
 
 def kernels(args: argparse.Namespace) -> int:
-    """The table; 1 where a row could not be modelled."""
+    """Prints the table; returns 1 if a row could not be modelled."""
     rows = table.table()
     chosen = [
         i

@@ -1,4 +1,4 @@
-"""The loops of doubled_attention: what the matrix units reach in them, and what holds them up."""
+"""The loops of doubled_attention: the modelled speed of their matrix products, and its limits."""
 
 from typing import NamedTuple
 
@@ -12,19 +12,19 @@ from benchmarks.kernels.model.sim import Segment
 
 DTYPE = torch.bfloat16
 PRODUCTS = {"fwd": 2, "bwd_dq": 3, "bwd_dkv": 4}
-PASSES = (10, 50)  # of a loop; the difference is its steady state
+PASSES = (10, 50)  # passes of a loop; the difference is its steady state
 LATENCIES = {"latency": 600, "l2_latency": 300, "launch": 10}
 
 
 class Loop(NamedTuple):
-    """A loop that multiplies: `tflops` count every product of the tile, masked or not."""
+    """A loop with matrix products: `tflops` counts all products of the tile, masked or not."""
 
     tflops: float
     of_matrix_units: float
 
 
 class Modelled(NamedTuple):
-    """A kernel of attention, its loops in the order of the code, and ptxas's complaint."""
+    """An attention kernel, its loops in the order of the code, and ptxas' remarks."""
 
     kernel: Kernel
     loops: list[Loop]
@@ -37,7 +37,7 @@ class Modelled(NamedTuple):
 
 
 def launch_of(which: str, D: int, block_size: int) -> Caught:
-    """The launch of a kernel at a head width; of dkv the one for the clean keys."""
+    """The launch of a kernel at a head width; for dkv, the launch for clean keys."""
     name = f"doubled_attention_{which}_kernel"
     caught = check.catch(lambda: cases.attend(D, DTYPE, sass.TARGET, block_size=block_size))
     return next(launch for launch in caught if launch.fn.__name__ == name)
@@ -59,7 +59,7 @@ def model(which: str, D: int, block_size: int) -> Modelled:
 
 
 def clocks_of_pass(kernel: Kernel, body: list[sass.Instruction]) -> float:
-    """Clocks of one pass of a loop, of one CTA."""
+    """Clocks of one CTA for one pass of a loop."""
     few, many = (
         sim.run(kernel, [Segment(body, n, True)], kernel.ctas, **LATENCIES).clocks for n in PASSES
     )

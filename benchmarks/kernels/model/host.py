@@ -1,8 +1,8 @@
-"""Microseconds of processor time a call: Triton's launch code, with a driver that does nothing.
+"""Host time per call in microseconds: Triton's launch code with a driver that does nothing.
 
-Tensors of the processor stand for those of a GPU: their memory comes from malloc, not from CUDA's
-caching allocator (1 to 2 us more an output), nothing is put on a stream (2 to 5 us a kernel), and
-eager PyTorch computes on a few elements instead. So the figures compare the hosts' share only.
+CPU tensors replace GPU tensors: memory comes from malloc instead of CUDA's caching allocator (1 to
+2 us more per output), nothing is enqueued on a stream (2 to 5 us per kernel), and eager PyTorch
+computes on a few elements. The figures compare host times only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import dblocks.functional as D
 from benchmarks.kernels import check
 from dblocks.ops import _dispatch
 
-N, T, W = 4, 4, 768  # so small that the arithmetic costs little
+N, T, W = 4, 4, 768  # small, so that the arithmetic costs little
 DEVICE = {
     "max_shared_mem": 232448, "warpSize": 32, "max_num_regs": 65536, "multiprocessor_count": 132,
 }  # fmt: skip
@@ -32,7 +32,7 @@ Call = Callable[[], Any]
 
 
 class Driver:
-    """What Triton asks of a driver before it launches."""
+    """The part of a driver that Triton calls before a launch."""
 
     launcher_cls = staticmethod(lambda *_: lambda *_, **__: None)
     binary_ext = "cubin"
@@ -49,7 +49,7 @@ class Driver:
 
 
 class Timed(NamedTuple):
-    """A call of ours, and the same by others."""
+    """A call of dblocks, and the same computation by others."""
 
     name: str
     ours: Call
@@ -81,7 +81,7 @@ def eager_residual(
 
 
 def calls() -> list[Timed]:
-    """Everything that is timed."""
+    """All calls to time."""
     x, branch, up = (torch.randn(N, T, W) for _ in range(3))
     m, sigma = torch.randn(N, 3 * W).chunk(3, -1), torch.rand(N) + 0.5
     xg, bg, *mg = (t.detach().clone().requires_grad_() for t in (x, branch, *m))
@@ -119,7 +119,7 @@ def calls() -> list[Timed]:
 
 
 def liger(leaves: Sequence[Tensor], up: Tensor) -> dict[str, Call]:
-    """Liger's modulated RMS norm, forward and backward, where it is installed."""
+    """Liger's modulated RMS norm, forward and backward, if it is installed."""
     try:
         from liger_kernel.ops.modulated_rms_norm import (  # pyright: ignore[reportMissingImports]
             LigerModulatedRMSNormFunction as Liger,
@@ -133,7 +133,7 @@ def liger(leaves: Sequence[Tensor], up: Tensor) -> dict[str, Call]:
 
 
 def microseconds(runs: dict[str, Call], calls: int, rounds: int) -> dict[str, float]:
-    """The best round of each, taken in turns."""
+    """The best round of each call, interleaved."""
     for run in runs.values():
         for _ in range(5):
             run()
@@ -148,12 +148,12 @@ def microseconds(runs: dict[str, Call], calls: int, rounds: int) -> dict[str, fl
 
 
 def main(calls_a_round: int = CALLS, rounds: int = ROUNDS) -> int:
-    """Prints a line a call."""
+    """Prints a line per call."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     driver.set_active(Driver())  # pyright: ignore[reportArgumentType]
     print("Microseconds of processor time a call on the host, best round; no GPU takes part\n")
-    # The ops take tensors of the processor where the interpreter is on.
+    # The ops accept CPU tensors if the interpreter is on.
     with mock.patch.object(_dispatch, "INTERPRETED", True):
         for timed in calls():
             found = microseconds({"dblocks": timed.ours, **timed.others}, calls_a_round, rounds)

@@ -1,7 +1,7 @@
-"""The memory-bound kernels: the fraction of a copy's bandwidth that they reach in the cycle model.
+"""The memory-bound kernels: fractions of a copy's bandwidth in the cycle model.
 
-Shapes are [8, 2^26 / (8 D), D], of cross-entropy [2^27 / V, V]; modulations are chunks of
-bfloat16 [8, 6 D]. A call's bytes are those of benchmarks/ops/registry.py.
+Shapes are [8, 2^26 / (8 D), D], for cross-entropy [2^27 / V, V]; modulations are chunks of bfloat16
+[8, 6 D]. The bytes of a call are those of benchmarks/ops/registry.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ from dblocks.ops._dispatch import planned
 SAMPLES, ELEMENTS, LOGITS = 8, 2**26, 2**27
 DTYPE = torch.bfloat16
 GROUP_SHAPE = (1, 4096, 3072)  # one sample: all rows share the modulation
-ROUNDS = 3  # of CTAs on the SM, where each is short
-LONG_TRIPS = 60  # passes of a loop after which a CTA need not be repeated
+ROUNDS = 3  # rounds of CTAs on the SM, for short CTAs
+LONG_TRIPS = 60  # passes of a loop above which one CTA is enough
 MIN_CTAS = 24
 
 
 class Call(NamedTuple):
-    """A launch function: the bytes of each element, and which of its kernels is meant."""
+    """A launch function, its bytes per element, and the index of the kernel to model."""
 
     launch: Callable[[], object]
     bytes_each: int
@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
 
 class Modelled(NamedTuple):
-    """`share` of a copy's bandwidth; clocks of an SM; what the code says beside it."""
+    """The `share` of a copy's bandwidth, clocks of an SM, and the compiled kernel."""
 
     share: float
     clocks: float
@@ -86,10 +86,10 @@ def diffusion(D: int) -> Iterator[tuple[str, Call]]:
 
 
 def classes(V: int) -> Iterator[tuple[str, Call]]:
-    """Cross-entropy over rows of logits: read twice, the gradient written."""
+    """Cross-entropy over rows of logits, which are read twice; the gradient is written."""
     from dblocks.ops._chunked_cross_entropy import launch_rows
 
-    R, padded = LOGITS // V, -(-V // 16) * 16  # as the head pads them
+    R, padded = LOGITS // V, -(-V // 16) * 16  # padded as by the head
     logits, grad = (meta(R, padded, dtype=t)[:, :V] for t in (torch.float32, DTYPE))
     target = meta(R, dtype=torch.int64)
     launch = lambda: launch_rows(logits, None, target, meta(R), grad, in_place=False)
@@ -97,7 +97,7 @@ def classes(V: int) -> Iterator[tuple[str, Call]]:
 
 
 def calls(name: str, width: int) -> dict[str, Call]:
-    """Every call that has `name`'s beginning, at a width."""
+    """The calls at a width that belong to the family of `name`."""
     op = name.partition(" ")[0]
     if op == "cross_entropy":
         return dict(classes(width))
@@ -107,7 +107,7 @@ def calls(name: str, width: int) -> dict[str, Call]:
 
 
 def launch_of(call: Call) -> Caught:
-    """The launch that a call is about."""
+    """The launch of a call."""
     return next(c for c in check.catch(call.launch) if call.kernel in c.fn.__name__)
 
 
@@ -117,7 +117,7 @@ def launch_at(name: str, width: int) -> Caught:
 
 
 def segments(kernel: Kernel, launch: Caught, width: int) -> tuple[list[Segment], int]:
-    """What to simulate, and how many CTAs of it."""
+    """The segments of code to simulate, and the number of CTAs."""
     code, names = kernel.code, sass.named(launch)
     if not kernel.loops:
         return [Segment(code, 1, False)], kernel.ctas * 2 * ROUNDS
@@ -129,7 +129,7 @@ def segments(kernel: Kernel, launch: Caught, width: int) -> tuple[list[Segment],
         trips = -(-min(names["chunk"], names["L"]) // names["BLOCK_R"])
         ctas = min(-(-launch.grid[0] // sass.SMS), max(ROUNDS * kernel.ctas, MIN_CTAS))
         ctas = ctas if trips < LONG_TRIPS else min(ctas, kernel.ctas)
-    else:  # elementwise, with a loop inside: an exact division, or the like
+    else:  # elementwise code with an inner loop, such as an exact division
         return [Segment(code, 1, False)], kernel.ctas * 2 * ROUNDS
     parts, at = [], 0
     for begin, end in loops:
@@ -139,7 +139,7 @@ def segments(kernel: Kernel, launch: Caught, width: int) -> tuple[list[Segment],
 
 
 def useful(call: Call, kernel: Kernel, parts: list[Segment], launch: Caught) -> float:
-    """The share of the simulated traffic that is the call's: no masked lanes."""
+    """The fraction of the simulated traffic that is not masked."""
     simulated = sum(sass.moved(s.code, kernel.warps) * s.repeat for s in parts if not s.in_l2)
     return min(1.0, call.bytes_each * call.elements / launch.grid[0] / simulated)
 
@@ -155,16 +155,16 @@ def model(name: str, width: int) -> Modelled:
 
 
 def group_grads_launches() -> tuple[Caught, Caught]:
-    """The backward of one sample, and the sums after it."""
+    """The launches of the backward for one sample and of the following sums."""
     N, T, D = GROUP_SHAPE
     found = dict(norms(D, N, N * T * D))
     return launch_of(found["adaln bwd"]), launch_of(found["adaln group_grads"])
 
 
 def group_grads_on_top() -> tuple[float, float]:
-    """Time of group_grads_kernel over that of the backward before it, at GROUP_SHAPE.
+    """Time of group_grads_kernel relative to that of the preceding backward, at GROUP_SHAPE.
 
-    First with its sums read from DRAM, then as if all of them still lay in L2.
+    First with sums read from DRAM, then as if all of them were still in L2.
     """
     N, T, D = GROUP_SHAPE
     backward, sums = group_grads_launches()

@@ -1,4 +1,4 @@
-"""Machine code of the compile check's launches, taken apart for the model."""
+"""Parses the machine code of compiled launches for the model."""
 
 import re
 import tempfile
@@ -11,9 +11,9 @@ from benchmarks.kernels.check import Caught
 
 TARGET = "sm_90"
 SMS, CLOCK = 132, 1.755e9  # Hz, of an H200 under load
-COPY = 4.25e12  # bytes/s that a copy reaches on an H200
+COPY = 4.25e12  # bytes/s of a copy on an H200
 SHARED_BYTES, REGISTERS, WARPS, CTAS = 227 << 10, 65536, 64, 32  # of one SM
-CLASSES = (  # of instructions: the first pattern that matches
+CLASSES = (  # classes of instructions: the first matching pattern counts
     ("LDGSTS", "LDGSTS"),
     ("CTL", "LDGDEPBAR|DEPBAR"),
     ("LDG", "LDG"),
@@ -52,7 +52,7 @@ class Instruction(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A compiled launch: `ctas` of it fit on an SM; `loops` are first and last instruction."""
+    """A compiled launch: `ctas` fit on an SM; `loops` are first and last instructions of loops."""
 
     name: str
     ptx: str
@@ -71,7 +71,7 @@ def named(launch: Caught) -> dict[str, Any]:
 
 
 def compiled(launch: Caught) -> Kernel:
-    """Compiles a launch with the settings and the specialisation that it has on the GPU."""
+    """Compiles a launch with the settings and specialisation of a launch on a GPU."""
     binary = check.compile_launch(launch, check.TARGETS[TARGET])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -88,7 +88,7 @@ def compiled(launch: Caught) -> Kernel:
 
 
 def parse(text: str) -> tuple[list[Instruction], list[tuple[int, int]]]:
-    """Instructions without the padding at the end, and the loops (backward branches) among them."""
+    """The instructions without the padding at the end, and the loops (backward branches)."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -119,15 +119,15 @@ def count(code: Sequence[Instruction]) -> Counter[str]:
 
 
 def width(op: str) -> int:
-    """Bytes that a thread moves."""
+    """Bytes per thread of a memory access."""
     bits = re.search(r"\.[US]?(8|16|64|128)\b", op)
     return int(bits[1]) // 8 if bits else 4
 
 
 def moved(code: Sequence[Instruction], warps: int) -> int:
-    """Bytes that `warps` warps move in global memory, in pieces of 8 bytes a thread or more.
+    """Bytes that `warps` warps move in global memory, in accesses of at least 8 bytes per thread.
 
-    What is narrower are statistics and numbers, which a few lanes need.
+    Narrower accesses are statistics and scalars, which only a few lanes need.
     """
     accesses = [width(i.op) for i in code if kind(i.op) in ("LDG", "STG", "LDGSTS")]
     wide = [size for size in accesses if size >= 8]
@@ -135,7 +135,7 @@ def moved(code: Sequence[Instruction], warps: int) -> int:
 
 
 def occupancy(registers: int, warps: int, shared: int) -> int:
-    """CTAs that fit on an SM; each of its four partitions has a quarter of the registers."""
+    """Number of CTAs that fit on an SM; its four partitions divide the registers."""
     of_a_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS // 4 // of_a_warp * 4 // warps
     by_shared = SHARED_BYTES // (shared + 1024) if shared else CTAS

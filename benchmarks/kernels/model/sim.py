@@ -1,4 +1,4 @@
-"""The cost of an instruction on Hopper, and runs of smsim.cpp on the code of a kernel."""
+"""Costs of instructions on Hopper, and simulation of kernels with smsim.cpp."""
 
 import hashlib
 import os
@@ -13,20 +13,20 @@ from benchmarks.kernels.model import sass
 from benchmarks.kernels.model.sass import Instruction, Kernel
 
 BUILD = Path(__file__).parents[3] / "build" / "model"
-# As smsim.cpp numbers them.
+# Numbers used by smsim.cpp.
 PLAIN, BARRIER, LOAD, STORE, COPY, COMMIT, COPY_WAIT, WGMMA, WGMMA_WAIT = range(9)
 FMA, ALU, IMAD, XU, MIO, BRANCH, TENSOR = range(7)
 LATENCY, L2_LATENCY = 700, 280  # clocks, under load
-LAUNCH = 300  # clocks from one CTA to the next
+LAUNCH = 300  # clocks between two CTAs
 FLOP_A_CLOCK = 4096  # of an SM, dense 16-bit: 989.4 TFLOP/s / 132 SMs / 1.83 GHz
-# Class and beginning of an instruction; kind, latency, interval a partition and pipe. First that
-# fits.
+# Class and prefix of an instruction; kind, latency, interval per partition and pipe. The first
+# match counts.
 COSTS = (
     ("LDGSTS", "", (COPY, 0, 1, MIO)),
     ("LDG", "", (LOAD, 0, 1, MIO)),
     ("STG", "", (STORE, 10, 1, MIO)),
     ("BAR", "BAR", (BARRIER, 20, 2, MIO)),
-    ("LDS", "", (PLAIN, 30, 2, MIO)),  # 4 clocks where a thread moves 16 bytes
+    ("LDS", "", (PLAIN, 30, 2, MIO)),  # 4 clocks if a thread moves 16 bytes
     ("STS", "", (PLAIN, 10, 2, MIO)),
     ("SHFL", "", (PLAIN, 24, 2, MIO)),
     ("REDUX", "", (PLAIN, 24, 2, MIO)),
@@ -50,7 +50,7 @@ TWO_TARGETS = re.compile(
 
 
 class Segment(NamedTuple):
-    """Code that runs `repeat` times; `in_l2`: its loads and stores do not reach DRAM."""
+    """Code that runs `repeat` times; with `in_l2`, its loads and stores do not reach DRAM."""
 
     code: Sequence[Instruction]
     repeat: int
@@ -58,7 +58,7 @@ class Segment(NamedTuple):
 
 
 class Result(NamedTuple):
-    """DRAM traffic as a share of what a copy moves, and the clocks it took."""
+    """DRAM traffic as a fraction of a copy's, and the number of clocks."""
 
     of_copy: float
     clocks: float
@@ -66,7 +66,7 @@ class Result(NamedTuple):
 
 @cache
 def binary() -> Path:
-    """smsim, built where it has not been."""
+    """The path of smsim, which is built if needed."""
     source = Path(__file__).with_name("smsim.cpp")
     built = BUILD / f"smsim-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}"
     if not built.exists():
@@ -83,7 +83,7 @@ def cost(op: str, operands: str) -> tuple[int, int, int, int]:
     name = sass.kind(op)
     if name == "HGMMA" and (shape := re.search(r"64x(\d+)x", op)):
         n, a = int(shape[1]), operands.split(",")[1:2]
-        a_is_shared = bool(a) and "gdesc" in a[0]  # and is read beside B, 128 bytes a clock
+        a_is_shared = bool(a) and "gdesc" in a[0]  # read in addition to B, 128 bytes per clock
         clocks = max(n // 2, (n * 32 + a_is_shared * 64 * 32) // 128)
         return WGMMA, clocks + 40, clocks, TENSOR
     found = next((c for of, begin, c in COSTS if of == name and op.startswith(begin)), OTHER)
@@ -93,7 +93,7 @@ def cost(op: str, operands: str) -> tuple[int, int, int, int]:
 
 
 def registers(text: str) -> list[int]:
-    """R0-R255 as they are, UR from 400, P from 600, UP from 620; both of a 64-bit address."""
+    """Register numbers: R from 0, UR from 400, P from 600, UP from 620; two per 64-bit address."""
     found = [int(x) for x in re.findall(r"(?<![U\w])R(\d+)\b", text)]
     found += [400 + int(x) for x in re.findall(r"\bUR(\d+)\b", text)]
     found += [600 + int(x) for x in re.findall(r"(?<!U)\bP(\d)\b", text)]
@@ -102,7 +102,7 @@ def registers(text: str) -> list[int]:
 
 
 def vector(operand: str, size: int) -> list[int]:
-    """The registers that a load of `size` bytes fills, or a store empties."""
+    """The registers that a load of `size` bytes writes, or a store reads."""
     base = re.match(r"R(\d+)", operand)
     return list(range(int(base[1]), int(base[1]) + max(1, size // 4))) if base else []
 
@@ -133,11 +133,11 @@ def uses(instruction: Instruction, of: int) -> tuple[list[int], list[int]]:
 
 
 def line(instruction: Instruction, in_l2: bool) -> str:
-    """An instruction as smsim.cpp reads it."""
+    """An instruction in the input format of smsim.cpp."""
     fixed = cost(instruction.op, instruction.operands)
     writes, reads = uses(instruction, fixed[0])
     moved = 32 * sass.width(instruction.op) if fixed[0] in (LOAD, STORE, COPY) else 0
-    if fixed[0] == COPY_WAIT:  # its number of groups takes the place of the bytes
+    if fixed[0] == COPY_WAIT:  # the number of groups, instead of bytes
         left = re.search(r"SB0, 0x([0-9a-f]+)", instruction.operands)
         moved = int(left[1], 16) if left else 99
     fields = (*fixed, moved, int(in_l2), len(writes), len(reads), *writes, *reads)
@@ -148,9 +148,9 @@ def run(
     kernel: Kernel, segments: Sequence[Segment], ctas: int, *, latency: int = LATENCY,
     l2_latency: int = L2_LATENCY, launch: int = LAUNCH, scale: float = 1.0,
 ) -> Result:  # fmt: skip
-    """One SM with its share of DRAM, and `ctas` CTAs, `kernel.ctas` of them at a time.
+    """Simulates one SM with its share of DRAM and `ctas` CTAs, `kernel.ctas` at a time.
 
-    `scale` is the part of the lanes that no mask leaves out.
+    `scale` is the fraction of lanes that are not masked.
     """
     share = sass.COPY / sass.SMS / sass.CLOCK
     head = (kernel.warps, ctas, kernel.ctas, share / scale, latency, l2_latency, launch)

@@ -12,7 +12,7 @@ from benchmarks.kernels.model import attention, rows
 WIDTHS = (768, 1152, 1536, 2048, 3072, 4096, 5120, 8192)
 CLASSES = (32_000, 50_257, 50_304, 128_256)
 HEAD_WIDTHS = (128, 64)
-# Share of a copy's bandwidth, at least.
+# Smallest fraction of a copy's bandwidth.
 OF_COPY = {
     "adaln fwd": (0.90, WIDTHS),
     "rms fwd": (0.90, WIDTHS),
@@ -26,16 +26,16 @@ OF_COPY = {
     "edm_loss bwd": (0.85, (2048,)),
     "cross_entropy": (0.85, CLASSES),
 }
-# TFLOP/s of the loop without a mask, at least; the forward's are a little less than it had when the
-# goals were set, and blocks of 32 are measured by blocks of 1.
+# Smallest TFLOP/s of the loop without a mask. Goals of the forward are a little below its figures
+# when they were set; blocks of 32 are compared with blocks of 1.
 FORWARD_TFLOPS = {128: 500, 64: 500}
 DKV_TFLOPS, DKV_STACK = 500, 64
 OF_BLOCK_1 = 0.95
-GROUP_GRADS = 0.10  # on top of the backward, at most
+GROUP_GRADS = 0.10  # largest time relative to the backward
 
 
 class Row(NamedTuple):
-    """A row of the table: how to find the launch it is about, and its figure."""
+    """A row of the table: functions for its launch and its figure."""
 
     kernel: str
     width: str
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """What the model says, whether that is enough, and what the code says beside it."""
+    """The model's figure, whether it reaches the goal, and properties of the compiled kernel."""
 
     text: str
     reached: bool

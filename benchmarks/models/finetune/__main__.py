@@ -2,13 +2,13 @@
 
     python -m benchmarks.models.finetune --out benchmarks/results/finetune
 
-A small Llama learns the documentation that ships with Python, once; every arm then takes the same
-number of steps on the source of its standard library. The bits per character on held-out code and
-documentation are those of the plain model after training and those of the blocks; memory and time
-are measured. Each arm's learning rate is the best of four on other modules than those held out: by
-the plain model's bits where its loss is trained, otherwise by the blocks' bits.
+A small Llama is pretrained once on the documentation that ships with Python; every arm then takes
+the same number of steps on the source of the standard library. Bits per character on held-out code
+and documentation are measured for the plain model after training and for the blocks, as are memory
+and time. Each arm's learning rate is the best of four on validation modules: by the plain model's
+bits if its loss is trained, otherwise by the bits of the blocks.
 
-It runs on one thread: more threads gain little for such a small model.
+It runs on one thread: for such a small model, more threads gain little.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--kept", type=Path, default=Path("runs/finetune"),
         help="the pretrained model and finished runs; delete it when code changes",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=5, help="turns of every arm that are timed")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of every arm")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the table")
     args = parser.parse_args(argv)
     use_one_thread()

@@ -20,8 +20,8 @@ from dblocks.integrations.convert.causal_lm import Rows
 from dblocks.recipes.data.text import Text
 from dblocks.schedules import NoiseSchedule
 
-DENOISING_SEED = 11  # of the levels and the noise that held-out denoising is measured with
-SCHEDULE = NoiseSchedule(p_mean=0.0, p_std=2.0)  # as of the text models of dblocks.recipes
+DENOISING_SEED = 11  # seed of levels and noise for held-out denoising
+SCHEDULE = NoiseSchedule(p_mean=0.0, p_std=2.0)  # as in the text models of dblocks.recipes
 OVERLAP = 0.1
 
 
@@ -31,15 +31,15 @@ class Arm:
 
     name: str
     trains: Literal["all", "layers", "added", "shared"]
-    """Everything end to end; or of a block its layers alone, what the conversion adds outside the
-    layers too, or all that is outside."""
+    """The trained parameters: all of them end to end; or a block's layers, its layers and the added
+    parameters outside of them, or its layers and all parameters outside."""
     clean_loss_weight: float = 0.0
     rows: Rows = "single"
     head: Head = "posterior"
 
     @property
     def by_plain(self) -> bool:
-        """Whether the plain model's loss is trained, so that its bits choose the rate."""
+        """Whether the plain model's loss is trained; its bits then select the learning rate."""
         return self.trains == "all" or self.clean_loss_weight > 0
 
 
@@ -58,7 +58,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the figures, but for the texts."""
+    """All settings that affect the figures, except the texts."""
 
     pretraining: Pretraining = field(default_factory=Pretraining)
     blocks: int = 3
@@ -69,7 +69,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     selection_seed: int = 100
     windows: int | None = 64
-    """Of a text, spread evenly, whose second halves are scored; None: all."""
+    """Number of evenly spaced windows of a text whose second halves are scored; None for all."""
 
 
 class Trainee(NamedTuple):
@@ -78,15 +78,15 @@ class Trainee(NamedTuple):
     network: Any
     """The model, or the `ConvertedBlocks` around it."""
     step: Callable[[Tensor, int | None], object]
-    """Trains on tokens [N, T]; one block, or the whole."""
+    """Trains on tokens [N, T]: one block, or the whole model."""
     loss: Callable[[Tensor, int], Tensor]
-    """The loss that such a step minimises."""
+    """The loss of such a step."""
     optimizers_of: Callable[[int], Sequence[Optimizer]]
     optimizers: Sequence[Optimizer]
 
 
 def trainee(model: Any, arm: Arm, settings: Settings, seed: int) -> Trainee:
-    """A copy of `model` at a learning rate of 0; `seed` is of what is added and of the draws."""
+    """A copy of `model` at learning rate 0; `seed` determines added parameters and draws."""
     model = copy.deepcopy(model)
     if arm.trains == "all":
         whole = pretrained.adamw(model.parameters(), lr=0.0)
@@ -115,7 +115,7 @@ def trainee(model: Any, arm: Arm, settings: Settings, seed: int) -> Trainee:
 
 
 def converted(model: Any, arm: Arm, settings: Settings, seed: int) -> ConvertedBlocks:
-    """The model in blocks, with what `arm` does not train frozen."""
+    """The model in blocks; parameters that `arm` does not train are frozen."""
     config = BlocksConfig(
         num_blocks=settings.blocks,
         schedule=SCHEDULE,
@@ -139,7 +139,7 @@ def finetune(
     model: Any, arm: Arm, settings: Settings, text: Text, each: Callable[[], object],
     *, lr: float, seed: int, steps: int,
 ) -> Any:  # fmt: skip
-    """A fine-tuned copy of `model`: plain, or in blocks."""
+    """Fine-tunes a copy of `model`, plain or in blocks."""
     how = trainee(model, arm, settings, seed)
     for step in range(steps):
         for optimizer in how.optimizers:

@@ -1,4 +1,4 @@
-"""What a training step of each arm holds and takes."""
+"""Memory and time of a training step of each arm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.ops import timing
 
 
 def costs(model: Any, arms: Sequence[Arm], settings: Settings, rounds: int) -> list[dict[str, Any]]:
-    """What a step of each arm holds, at the block that holds most, and takes, at their mean."""
+    """Memory of a step of each arm, for the largest block, and the mean time over blocks."""
     tokens = torch.zeros(settings.batch_size, settings.pretraining.context, dtype=torch.int64)
     found, runs = [], {}
     for arm in arms:
@@ -26,7 +26,7 @@ def costs(model: Any, arms: Sequence[Arm], settings: Settings, rounds: int) -> l
             for block in blocks:
                 how.step(tokens, block)
 
-        all_blocks()  # Adam makes its state at the first step
+        all_blocks()  # Adam creates its state at the first step
         held = [_held(how, tokens, block) for block in blocks]
         row = {name: max(h[name] for h in held) for name in held[0]}
         row["process_optimizer_bytes"] = _state_bytes(how.optimizers)

@@ -17,14 +17,14 @@ from dblocks.checkpoint import replacing
 from dblocks.recipes.data.text import Text
 from dblocks.recipes.data.windows import random_windows, scored_windows
 
-WARMUP = 0.05  # share of the steps in which the learning rate rises
+WARMUP = 0.05  # fraction of the steps in which the learning rate rises
 CLIP = 1.0
 WEIGHT_DECAY = 0.05
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """The model, a Llama with tied embeddings, and how it is trained."""
+    """The model, a Llama with tied embeddings, and its training."""
 
     width: int = 128
     layers: int = 6
@@ -37,7 +37,7 @@ class Pretraining:
 
 
 def llama(how: Pretraining, vocab_size: int) -> Any:
-    """The model with random weights, of `how.seed`.
+    """The model with random weights from `how.seed`.
 
     Raises:
         ImportError: transformers is not installed.
@@ -64,7 +64,7 @@ def llama(how: Pretraining, vocab_size: int) -> Any:
 def pretrained(
     how: Pretraining, text: Text, vocab_size: int, file: Path, each: Callable[[], object]
 ) -> Any:
-    """The trained model, from `file` where it is; `each` is called after each step."""
+    """The trained model, loaded from `file` if it exists; `each` is called after each step."""
     model = llama(how, vocab_size)
     if file.exists():
         saved = torch.load(file, weights_only=True)
@@ -102,7 +102,7 @@ def plain_step(model: Any, optimizer: Optimizer, tokens: Tensor) -> None:
 
 
 def adamw(parameters: Any, lr: float) -> Optimizer:
-    """AdamW that decays matrices only."""
+    """AdamW with weight decay for matrices only."""
     several = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in several if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
@@ -127,7 +127,7 @@ def set_rate(optimizer: Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def plain_bits(model: Any, text: Text, context: int, windows: int | None) -> float:
-    """Bits per character of a text under the plain model, each after half a window at least."""
+    """Bits per character of a text under the plain model, with half a window of context or more."""
     nats, count = 0.0, 0
     for tokens, scored in scored_windows(text.tokens, context, 16, windows=windows):
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].transpose(1, 2)

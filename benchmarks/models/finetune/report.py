@@ -21,7 +21,7 @@ BITS = (
     ("new", "plain"), ("old", "plain"), ("new", "block"), ("new", "product"), ("new", "bound"),
     ("new", "denoising"),
 )  # fmt: skip
-LARGE = 100  # bits, whose fractions say nothing
+LARGE = 100  # bits above which fractions are not shown
 WIDTH = 100  # of the page's lines
 
 

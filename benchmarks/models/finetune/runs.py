@@ -27,8 +27,8 @@ PARTS = ("training", "validation", "held_out")
 
 @dataclass
 class Runs:
-    """The pretrained model and the texts, and the runs that begin with them; finished runs are kept
-    in a folder, and read from there."""
+    """The pretrained model, the texts, and the runs of fine-tuning; finished runs are stored in a
+    folder and read from there."""
 
     model: Any
     texts: finetune_text.Domains
@@ -37,7 +37,7 @@ class Runs:
     bar: Any
 
     def before(self) -> list[dict[str, Any]]:
-        """Scores of the model in blocks before any step, for each seed of what is added."""
+        """Scores of the model in blocks before training, for each seed of the added parameters."""
         arm = next(arm for arm in ARMS if arm.trains == "layers")
         copies = [(copy.deepcopy(self.model), seed) for seed in self.settings.seeds]
         return [
@@ -50,7 +50,7 @@ class Runs:
         return [self._run(arm, "validation", lr, how.selection_seed) for lr in how.rates]
 
     def final(self, arm: Arm, lr: float) -> list[dict[str, Any]]:
-        """A run for each seed, scored on the held-out modules and on the held-out prose."""
+        """One run per seed, scored on the held-out modules and on the held-out prose."""
         return [self._run(arm, "held_out", lr, seed) for seed in self.settings.seeds]
 
     def _run(self, arm: Arm, part: str, lr: float, seed: int) -> dict[str, Any]:
@@ -85,13 +85,13 @@ class Runs:
 
 
 def measure(settings: Settings, arms: Sequence[Arm], kept: Path, rounds: int) -> dict[str, Any]:
-    """The whole benchmark; what is finished is read from the folder `kept`."""
+    """Runs the whole benchmark; finished runs are read from the folder `kept`."""
     from tqdm import tqdm
 
     texts = finetune_text.domains()
     how, size = settings.pretraining, texts.tokenizer.size
     per_arm = len(settings.rates) * settings.selection_steps + len(settings.seeds) * settings.steps
-    # disable=None is tqdm's way of being silent where the output is not a terminal.
+    # disable=None disables the bar if the output is not a terminal.
     with tqdm(total=how.steps + per_arm * len(arms), unit="step", disable=None) as bar:
         model = pretrained.pretrained(how, texts.old, size, kept / "pretrained.pt", bar.update)
         runs = Runs(model, texts, settings, kept, bar)
@@ -119,7 +119,7 @@ def measure(settings: Settings, arms: Sequence[Arm], kept: Path, rounds: int) ->
 
 
 def best_rate(arm: Arm, trials: Sequence[dict[str, Any]]) -> float:
-    """The learning rate of the lowest validation bits."""
+    """The learning rate with the lowest validation bits."""
     name = "plain" if arm.by_plain else "block"
     return min(trials, key=lambda trial: trial["new"][name])["lr"]
 

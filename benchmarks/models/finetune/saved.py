@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class _Held:
-    """What autograd keeps in a tensor's place; it ends where autograd lets go of the tensor."""
+    """Stored by autograd instead of a tensor; freed when autograd frees the tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -20,11 +20,12 @@ class _Held:
 class PeakSaved(saved_tensors_hooks):
     """Counts the bytes saved for the backward inside the `with` block, at their peak.
 
-    `dblocks.blocks.memory.SavedActivations` counts all that was saved, which is the same for one
-    graph. Where one graph is gone before the next is made, the memory is that of the larger one.
+    `dblocks.blocks.memory.SavedActivations` counts everything that was saved, which is the same for
+    one graph. If a graph is freed before the next one is built, the memory is that of the larger
+    one.
 
     Args:
-        parameters: what not to count.
+        parameters: parameters, which are not counted.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:

@@ -16,13 +16,13 @@ from dblocks.integrations.convert import ConvertedBlocks
 from dblocks.recipes.data.text import Text
 from dblocks.recipes.metrics.autoregressive import bits_per_character, bound_of
 
-BOUND_WINDOWS = 16  # of a text, whose bound takes two calls of every block
+BOUND_WINDOWS = 16  # windows of a text for the bound, which takes two calls of every block
 
 
 def scores(network: Any, settings: Settings, text: Text) -> dict[str, float]:
-    """Bits per character of a text: of the plain model, of the first block's one call, of the
-    product of all blocks, the bound of all blocks, and the denoising loss, a mean over blocks and
-    over the levels of each."""
+    """Bits per character of a text: for the plain model, for one call of the first block, for the
+    product of all blocks, the bound over all blocks, and the denoising loss, a mean over blocks and
+    over their levels."""
     context, windows = settings.pretraining.context, settings.windows
     if not isinstance(network, ConvertedBlocks):
         return {"plain": pretrained.plain_bits(network, text, context, windows)}

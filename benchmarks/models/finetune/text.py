@@ -13,8 +13,8 @@ import torch
 from dblocks.recipes.data.text import Text, load_corpus
 from dblocks.recipes.data.tokenizers import Characters
 
-# Modules that every Python from 3.10 on has. Whole ones are held out, so that nothing near to what
-# is evaluated was trained on.
+# Modules of every Python from 3.10 on. Whole modules are held out, so that the evaluated text is
+# not close to the training text.
 TRAINING = (
     "argparse", "ast", "bdb", "calendar", "cmd", "codeop", "configparser", "contextlib", "csv",
     "dataclasses", "difflib", "dis", "enum", "filecmp", "fractions", "functools", "getpass",
@@ -22,7 +22,7 @@ TRAINING = (
 )  # fmt: skip
 VALIDATION = ("pdb", "pickletools", "platform", "plistlib")
 HELD_OUT = ("shelve", "shutil", "socketserver", "statistics", "string", "tarfile", "textwrap")
-CHARACTERS = 12_000  # of each module, from its beginning
+CHARACTERS = 12_000  # characters from the start of each module
 
 
 class Code(NamedTuple):
@@ -32,13 +32,13 @@ class Code(NamedTuple):
     validation: Text
     held_out: Text
     sha256: str
-    """Of the three parts joined, in UTF-8."""
+    """SHA-256 of the three parts joined, in UTF-8."""
     unknown: int
-    """Characters that the prose has not, which all are token 0."""
+    """Number of characters that do not occur in the prose and become token 0."""
 
 
 class Domains(NamedTuple):
-    """The text that a model is pretrained on, and the code that it is adapted to."""
+    """The text for pretraining and the code for fine-tuning."""
 
     old: Text
     old_held_out: Text
@@ -70,7 +70,7 @@ def _sources(names: Iterable[str]) -> Iterable[str]:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
             raise RuntimeError(
-                f"the source of {name} must ship with Python, got {spec}; use a Python that has it"
+                f"the source of {name} must ship with Python, got {spec}; use another Python"
             )
         yield Path(spec.origin).read_text(encoding="utf-8")[:CHARACTERS]
 

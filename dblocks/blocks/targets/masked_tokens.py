@@ -22,7 +22,7 @@ class MaskedTokenTarget(Target):
     Args:
         output_head: an `OutputHead`, or a matrix of V rows, such as an `nn.Linear`.
         sizes: vocabulary and longest text, such as a network's config.
-        mask_token: the index in the vocabulary that stands for the mask and is never a target.
+        mask_token_id: the index in the vocabulary that stands for the mask and is never a target.
         padding: whether a batch may hold "attention_mask", which its network honours.
     """
 
@@ -33,14 +33,14 @@ class MaskedTokenTarget(Target):
         output_head: OutputHead | Linear,
         sizes: TokenSizes,
         *,
-        mask_token: int | None = None,
+        mask_token_id: int | None = None,
         padding: bool = False,
     ) -> None:
         if not isinstance(output_head, OutputHead):
             output_head = OutputHead(output_head)
         self.output_head = output_head
         self.sizes = sizes
-        self.mask_token = mask_token
+        self.mask_token_id = mask_token_id
         self.padding = padding
 
     @property
@@ -64,10 +64,10 @@ class MaskedTokenTarget(Target):
             )
         given = TokenBatch.of(batch, self.sizes, padding=self.padding)
         # Looked up where that does not synchronise, as in `check_tokens`.
-        seen = self.mask_token is not None and values_known(given.tokens)
-        if seen and (given.tokens == self.mask_token).any():
+        seen = self.mask_token_id is not None and values_known(given.tokens)
+        if seen and (given.tokens == self.mask_token_id).any():
             raise ValueError(
-                f"tokens must not hold the mask, {self.mask_token}: masks are drawn in training"
+                f"tokens must not hold the mask, {self.mask_token_id}: masks are drawn in training"
             )
         return given
 

@@ -115,7 +115,7 @@ class ConvertedMaskedLM(Converted):
     def target(self) -> MaskedTokenTarget:
         """The masked tokens."""
         head = FunctionHead(partial(_logits, self.family, self.model, self.mask_token_id))
-        return MaskedTokenTarget(head, self.sizes, mask_token=self.mask_token_id, padding=True)
+        return MaskedTokenTarget(head, self.sizes, mask_token_id=self.mask_token_id, padding=True)
 
     def embed_condition(self, batch: Batch, drop: Tensor | None = None) -> Context:
         """The known tokens and the further entries of the batch."""

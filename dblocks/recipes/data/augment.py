@@ -1,7 +1,7 @@
 """Augmentation of images: random crops, flips and RandAugment.
 
-The augmentation of an image depends on the seed, the step and its index in the batch only, so a
-resumed run, or one of several processes, sees the same images.
+The augmentation of an image depends only on the seed, the step and its index in the batch, so
+resumed runs and runs of several processes see the same images.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dblocks.recipes.data.rand_augment import rand_augment
 from dblocks.recipes.data.splits import Images, generator_of
 
 Crop = Literal["none", "pad", "resize"]
-SEED = 411_000  # added to a run's: not the stream that orders the data
+SEED = 411_000  # added to a run's seed, for a stream of its own
 PADDING = 4  # pixels
-AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a crop that is resized; torchvision's
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a resized crop, as in torchvision
 TRIES = 10
 
 
@@ -27,29 +27,29 @@ class Augment(NamedTuple):
     """Augmentations of the images of a batch, in this order."""
 
     crop: Crop = "none"
-    """"pad": shifted by up to 4 pixels, with black borders; "resize": 8 % to all of the area, with
-    an aspect ratio of 3/4 to 4/3, scaled to the size of the image."""
+    """"pad": shift by up to 4 pixels, with black borders; "resize": a crop of 8 % to 100 % of the
+    area, with an aspect ratio of 3/4 to 4/3, resized to the size of the image."""
     flip: bool = False
-    """Mirrors half of the images left to right."""
+    """Flip half of the images horizontally."""
     rand_augment: bool = False
-    """Two operations per image; see `rand_augment`."""
+    """Apply two operations to each image; see `rand_augment`."""
 
     def check(self, images: Images) -> None:
-        """Raises ValueError for images that are no pictures, where pictures are needed."""
+        """Raises ValueError if `rand_augment` is on and the images are not pictures."""
         if not self.rand_augment or images.images.dtype == torch.uint8:
             return
         low, high = (value.item() for value in images.images.aminmax())
         channels = images.images.shape[1]
         if low < -1 or high > 1 or channels not in (1, 3):
             raise ValueError(
-                "rand_augment must have pictures of 1 or 3 channels with values in [-1, 1], got "
+                "rand_augment needs images of 1 or 3 channels with values in [-1, 1], got "
                 f"{channels} channels with values from {low:.3g} to {high:.3g}; leave it out"
             )
 
     def __call__(self, images: Tensor, *, seed: int, step: int) -> Tensor:
-        """Images float32 [N, C, H, W] of batch number `step`, augmented; the shape stays.
+        """Augments the images of batch `step`, float32 [N, C, H, W]; the shape does not change.
 
-        They may be on any device, which then computes; what is drawn is drawn on the CPU.
+        Images may be on any device; random numbers are drawn on the CPU.
         """
         if self == Augment():
             return images
@@ -65,7 +65,7 @@ class Augment(NamedTuple):
 
 
 def padded_crop(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Crops of images [N, C, H, W] that have 4 black pixels around them."""
+    """Random crops of images [N, C, H, W] padded with 4 black pixels."""
     N, _, H, W = images.shape
     padded = nnf.pad(images, (PADDING,) * 4, value=-1.0)
     top, left = torch.randint(2 * PADDING + 1, (2, N), generator=generator)
@@ -78,7 +78,10 @@ def padded_crop(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def resized_crop(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Crops of images [N, C, H, W], scaled to H and W; all of it where 10 draws do not fit."""
+    """Random crops of images [N, C, H, W], resized to H and W.
+
+    An image is not cropped if 10 draws do not fit.
+    """
     N, _, H, W = images.shape
     area, ratio, place = torch.rand(3, N, TRIES, generator=generator)
     area = H * W * (AREA[0] + (AREA[1] - AREA[0]) * area)

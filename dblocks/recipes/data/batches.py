@@ -1,4 +1,4 @@
-"""Batches of images or text, as functions of (seed, step)."""
+"""Batches of images or text, which are functions of seed and step."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Data(Protocol):
     """The training data of a network."""
 
     def batch(self, step: int) -> Batch:
-        """Batch number `step`, on the CPU or where it is trained on."""
+        """Batch number `step`, on the CPU or the training device."""
         ...
 
     def texts(self) -> dict[str, str]:
-        """Contents of the files that a network needs in addition to its weights, by name."""
+        """Contents of files that a network needs in addition to its weights, by name."""
         ...
 
     def digest(self) -> str:
@@ -36,13 +36,13 @@ class ImageData:
 
     Args:
         images: the training images.
-        batch_size: images in a batch.
-        seed: of their order, and of the augmentation.
-        augment: what is done to them.
-        device: where that is done.
+        batch_size: images per batch.
+        seed: seed of the order and of the augmentation.
+        augment: the augmentation.
+        device: device of the augmentation.
 
     Raises:
-        ValueError: there are fewer images than a batch has, or they cannot be augmented so.
+        ValueError: there are fewer images than `batch_size`, or they cannot be augmented.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ImageData:
         return {"images": images, "labels": chosen.labels}
 
     def texts(self) -> dict[str, str]:
-        """Nothing: images need no further files."""
+        """No files are needed for images."""
         return {}
 
     def digest(self) -> str:
@@ -84,8 +84,8 @@ class TextData:
 
     Args:
         corpus: the texts for training and evaluation.
-        context: tokens in a window.
-        batch_size: windows in a batch.
+        context: tokens per window.
+        batch_size: windows per batch.
         seed: seed of their positions.
 
     Raises:
@@ -96,7 +96,7 @@ class TextData:
         for name, text in (("training", corpus.training), ("held-out", corpus.evaluated)):
             if len(text.tokens) < context:
                 raise ValueError(
-                    f"the {name} text must have at least a window of {context} tokens, "
+                    f"the {name} text must have at least {context} tokens, one window, "
                     f"got {len(text.tokens)}; choose a shorter context or a longer text"
                 )
         self.corpus, self.context = corpus, context

@@ -1,4 +1,4 @@
-"""IDX files, MNIST's format of images and their classes."""
+"""IDX files, MNIST's format of images and labels."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 IDX_IMAGES = re.compile(r"(.+)-images[-.]idx3-ubyte(\.gz)?")
-IDX_PARTS = ("train", "t10k")  # what MNIST and its successors call the two parts
-UNSIGNED_BYTE = 8  # an IDX file's third byte: the type of its elements
+IDX_PARTS = ("train", "t10k")  # names of the two parts of MNIST and its successors
+UNSIGNED_BYTE = 8  # third byte of an IDX file: the type of its elements
 
 
 class ByteImages(NamedTuple):
-    """Images with their classes, as a file holds them."""
+    """Images and labels as stored in a file."""
 
     pixels: Tensor
     """uint8 [N, H, W] or [N, H, W, C]."""
@@ -33,28 +33,28 @@ def is_idx(path: Path) -> bool:
 
 
 def read_idx(path: Path) -> ByteImages:
-    """The images of an IDX file, and their classes from the file of labels beside it.
+    """The images of an IDX file, and their labels from the file next to it.
 
     Raises:
-        ValueError: a file is not there or no such file, or there are not as many labels as images.
+        ValueError: a file is missing or not an IDX file, or there is not one label per image.
     """
     name = IDX_IMAGES.fullmatch(path.name)
     if name is None:
-        raise ValueError(f"{path} must be called NAME-images-idx3-ubyte, with or without .gz")
+        raise ValueError(f"{path} must be named NAME-images-idx3-ubyte, with or without .gz")
     labels = _find(path.parent, name[1], "labels")
     if labels is None:
-        raise ValueError(f"{path} must have {name[1]}-labels-idx1-ubyte[.gz] beside it")
+        raise ValueError(f"{path} needs {name[1]}-labels-idx1-ubyte[.gz] in the same folder")
     return _read_pair(path, labels)
 
 
 def read_parts(folder: Path) -> tuple[ByteImages, ByteImages] | None:
-    """The training and the test images of a folder of IDX files; None if it is none.
+    """The training and test images of a folder of IDX files; None for other folders.
 
-    They are train-images-idx3-ubyte, train-labels-idx1-ubyte and the same with t10k, packed by
-    gzip as .gz or not (a file that is there both ways is read as it is not packed).
+    The files are train-images-idx3-ubyte, train-labels-idx1-ubyte and the same with t10k, plain or
+    compressed as .gz (a plain file is preferred).
 
     Raises:
-        ValueError: some of the files are not there, or one cannot be read.
+        ValueError: some of the files are missing, or one cannot be read.
     """
     found = [_find(folder, part, kind) for part in IDX_PARTS for kind in ("images", "labels")]
     if any(found):
@@ -64,7 +64,7 @@ def read_parts(folder: Path) -> tuple[ByteImages, ByteImages] | None:
 
 
 def _find(folder: Path, part: str, kind: str) -> Path | None:
-    """The IDX file of "images" or "labels", under one of the names that are in use."""
+    """The IDX file of "images" or "labels", by one of its usual names."""
     rank = {"images": 3, "labels": 1}[kind]
     names = (f"{part}-{kind}{dot}idx{rank}-ubyte{gz}" for gz in ("", ".gz") for dot in "-.")
     return next((folder / name for name in names if (folder / name).is_file()), None)
@@ -75,8 +75,8 @@ def _read_part(folder: Path, part: str) -> ByteImages:
     if images is None or labels is None:
         missing = "images-idx3" if images is None else "labels-idx1"
         raise ValueError(
-            f"{folder} must hold {part}-{missing}-ubyte[.gz] beside its other IDX files; "
-            "complete it, or name one file of images, which is then split"
+            f"{folder} must hold {part}-{missing}-ubyte[.gz] in addition to its other IDX "
+            "files; add it, or give the path of one file of images, which is then split"
         )
     return _read_pair(images, labels)
 
@@ -111,7 +111,7 @@ def _idx(path: Path, rank: int) -> Tensor:
 
 
 def content_of(path: Path) -> bytes:
-    """The bytes of a file, unpacked if it ends in .gz; ValueError where it cannot be read."""
+    """The bytes of a file, decompressed if it ends in .gz; ValueError if it cannot be read."""
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content

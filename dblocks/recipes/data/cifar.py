@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 in their authors' formats: the binary version and the Python version.
 
-The Python version, which torchvision stores, consists of pickles. They are parsed without executing
-any of their content; see `pickles.read_pickle`.
+The Python version, which torchvision stores, consists of pickles. They are read without executing
+their content; see `pickles.read_pickle`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ class _Version(NamedTuple):
     training: tuple[str, ...]
     test: str
     meta: str
-    """A file beside them, by which such a folder is known; nothing: by any of the others."""
+    """A further file that identifies such a folder; if empty, any of the others does."""
     label_bytes: int = 0
-    """Of the binary version, before each image; the last is the class. 0 for the Python version."""
+    """In the binary version, label bytes before each image; the last one is the class. 0 for
+    Python."""
     labels: str = ""
-    """Of the Python version, what the classes are called."""
+    """In the Python version, the key of the labels."""
 
 
 VERSIONS = (
@@ -44,18 +45,18 @@ VERSIONS = (
         "CIFAR-10", 10, tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "",
         labels="labels",
     ),
-    # The names of these files alone say little.
+    # The names of these files alone do not identify CIFAR-100.
     _Version("CIFAR-100", 100, ("train",), "test", "meta", labels="fine_labels"),
 )  # fmt: skip
 
 
 def read_cifar(folder: Path) -> tuple[ByteImages, ByteImages] | None:
-    """The training and the test images of a folder of CIFAR files; None if it is none.
+    """The training and test images of a folder of CIFAR files; None for other folders.
 
-    For CIFAR-100 the fine classes are used.
+    CIFAR-100 uses the fine classes.
 
     Raises:
-        ValueError: some of the files are not there, or one is damaged.
+        ValueError: some of the files are missing, or one is damaged.
     """
     for version in VERSIONS:
         known = (version.meta,) if version.meta else (*version.training, version.test)
@@ -94,7 +95,7 @@ def _read_python(path: Path, version: _Version) -> ByteImages:
             f"{path} must hold an image of {PIXELS} bytes for each of {len(labels)} labels, "
             f"got {list(pixels.shape)}"
         )
-    if max(map(abs, labels)) >= 2**31:  # more than a tensor holds
+    if max(map(abs, labels)) >= 2**31:  # more than an int64 holds
         raise ValueError(f"{path} must hold labels below {version.num_classes}, got more")
     return ByteImages(_pixels(pixels), torch.tensor(labels))
 

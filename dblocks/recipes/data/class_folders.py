@@ -1,4 +1,4 @@
-"""Folders of pictures that are in parts: Tiny-ImageNet's, and train/ beside val/ or test/."""
+"""Image folders with train/ and val/ or test/, and Tiny-ImageNet's layout."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from dblocks.recipes.data.pictures import Size
 from dblocks.recipes.data.splits import Images
 
 HELD_OUT = ("test", "val", "valid", "validation")
-ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet: file, class and box of each image of val/
+ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's list of the images of val/
 Parts = tuple[Images, Images]
 
 
 def read_class_folders(folder: Path, size: Size | None, channels: int) -> Parts | None:
-    """Images for training and held-out ones; None if the folder is not in parts.
+    """Training and held-out images; None for folders of another layout.
 
     It holds `train/CLASS/...`, and either Tiny-ImageNet's `val/images` with `val_annotations.txt`,
-    or `test/CLASS/...`, `val/CLASS/...` or the like. Classes are in the order of their names in
-    train.
+    or `test/CLASS/...`, `val/CLASS/...` or the like. Classes are numbered in the order of their
+    names in train.
 
     Args:
-        folder: what to read.
+        folder: the folder.
         size: see `image_files.image_folder`.
         channels: 3 or 1.
 
     Raises:
-        ValueError: an image cannot be read or has no class, or a class is not one of train.
+        ValueError: an image cannot be read or has no class, or a class is not in train.
     """
     check_size(size, channels)
     training = folder / "train"
@@ -44,14 +44,14 @@ def read_class_folders(folder: Path, size: Size | None, channels: int) -> Parts 
     first, second = (read_pictures(*part, folder, size, channels) for part in parts)
     if first.images.shape[1:] != second.images.shape[1:]:
         raise ValueError(
-            f"images of {folder} must be of one size, got {list(first.images.shape[2:])} and held "
-            f"out {list(second.images.shape[2:])}; give a size to scale and crop them to"
+            f"images of {folder} must have one size, got {list(first.images.shape[2:])} and held "
+            f"out {list(second.images.shape[2:])}; give a size to resize and crop them to"
         )
     return first, second
 
 
 def _held_out(folder: Path) -> Path | None:
-    """The first part that has classes; ValueError where images of one are loose."""
+    """The first held-out part with classes; ValueError if images are not in class folders."""
     found = [folder / name for name in HELD_OUT if (folder / name).is_dir()]
     for part in found:
         if _folders(part):
@@ -60,7 +60,7 @@ def _held_out(folder: Path) -> Path | None:
     if loose:
         raise ValueError(
             f"{loose[0]} must hold a sub-folder for each class, as train does, got images without "
-            "classes; sort them into the folders of their classes"
+            "classes; move them into the folders of their classes"
         )
     return None
 
@@ -72,13 +72,13 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _by_class(part: Path, names: Sequence[str]) -> tuple[list[Path], list[int]]:
-    """The images of a part, whose sub-folders are some of the classes."""
+    """The images of a part and their classes, which are its sub-folders."""
     files: list[Path] = []
     labels: list[int] = []
     for child in _folders(part):
         if child.name not in names:
-            raise ValueError(f"{child} must be a class that train has too, and is not")
-        # Tiny-ImageNet keeps images a level deeper.
+            raise ValueError(f"{child} must be a class of train, and is not")
+        # Tiny-ImageNet stores images one level deeper.
         inner = child / "images" if (child / "images").is_dir() else child
         found, _ = files_of(inner)
         files += found
@@ -87,12 +87,12 @@ def _by_class(part: Path, names: Sequence[str]) -> tuple[list[Path], list[int]]:
 
 
 def _annotated(part: Path, names: Sequence[str]) -> tuple[list[Path], list[int]]:
-    """The images that Tiny-ImageNet's list names, which must be those that are there."""
+    """The images in Tiny-ImageNet's list, which must be those in the folder."""
     path = part / ANNOTATIONS
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
+        raise ValueError(f"{path} must be UTF-8 text: {error}") from error
     classes: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         name, _, rest = line.partition("\t")
@@ -107,7 +107,7 @@ def _annotated(part: Path, names: Sequence[str]) -> tuple[list[Path], list[int]]
     differ = {file.name for file in files} ^ classes.keys()
     if differ:
         raise ValueError(
-            f"{path} must name each image of {part / 'images'}, and no other; "
+            f"{path} must list exactly the images of {part / 'images'}; "
             f"{min(differ)} is in one of them only"
         )
     return files, [classes[file.name] for file in files]

@@ -15,10 +15,10 @@ from dblocks.config import read_json
 
 SUFFIXES = (".parquet", ".arrow")
 CACHED = "cache-"
-ROWS = 1024  # of a parquet file that are read at a time
-FILE_FORMAT = b"ARROW1"  # an arrow file that begins otherwise is a stream
-END = bytes(4)  # of a stream
-# Words in the path of a file that mark parts other than training; the first one found is held out.
+ROWS = 1024  # rows of a parquet file read at a time
+FILE_FORMAT = b"ARROW1"  # an arrow file that begins differently is a stream
+END = bytes(4)  # end of a stream
+# Words in file paths that mark held-out parts; the first part that exists is used.
 HELD_OUT = (
     ("test", "heldout"),
     ("validation", "valid", "val", "dev"),
@@ -27,9 +27,9 @@ Parts = tuple[list[Path], list[list[Path]]]
 
 
 def in_parts(files: Sequence[Path], folder: Path) -> Parts:
-    """The training files, and those of each part that may be held out, in order of preference.
+    """The training files, and the files of each held-out part, in order of preference.
 
-    A file belongs to a part if a word of its path in the folder names it, such as
+    A file belongs to a part if a word of its path in the folder is the name of the part, such as
     `data/test-00000-of-00001.parquet` or `lm1b-test.arrow`.
     """
     training: list[Path] = []
@@ -39,14 +39,14 @@ def in_parts(files: Sequence[Path], folder: Path) -> Parts:
         place = next((i for i, names in enumerate(HELD_OUT) if words.intersection(names)), None)
         (training if place is None else others[place]).append(path)
     if not training:
-        raise ValueError(f"{folder} must hold files to train on, got {_names(files)} only")
+        raise ValueError(f"{folder} must hold training files, got {_names(files)} only")
     return training, [part for part in others if part]
 
 
 def column_files(folder: Path) -> list[Path]:
     """The parquet files of a folder and its sub-folders, or else the arrow files, sorted.
 
-    Hidden files and the `cache-*.arrow` of the package datasets are left out.
+    Hidden files and the `cache-*.arrow` files of the package datasets are ignored.
     """
 
     def is_data(path: Path) -> bool:
@@ -62,7 +62,7 @@ def columns_of(path: Path) -> dict[str, Any]:
     """The types of the columns of a file, by name.
 
     Raises:
-        ValueError: the file is no parquet or arrow file, or is damaged.
+        ValueError: the file is not a parquet or arrow file, or is damaged.
         ImportError: pyarrow is not installed.
     """
     with _Errors(path), _Table(path) as table:
@@ -70,11 +70,11 @@ def columns_of(path: Path) -> dict[str, Any]:
 
 
 def read_column(files: Sequence[Path], name: str) -> Iterator[Any]:
-    """The values of a column, one after another, as Python has them.
+    """The values of a column, one after another, as Python objects.
 
     Raises:
-        ValueError: a file has no such column, is damaged, or has not as many rows as the data set's
-            dataset_info.json says.
+        ValueError: a file lacks the column, is damaged, or has another number of rows than the data
+            set's dataset_info.json says.
         ImportError: pyarrow is not installed.
     """
     for path in files:
@@ -86,9 +86,9 @@ def read_column(files: Sequence[Path], name: str) -> Iterator[Any]:
 
 
 def check_rows(files: Sequence[Path], rows: int) -> None:
-    """Raises ValueError unless there are as many rows as a file beside them says.
+    """Raises ValueError unless the number of rows is that of dataset_info.json, if it exists.
 
-    It is that of `save_to_disk`, which has one folder of arrow files for each split.
+    `save_to_disk` writes this file, and one folder of arrow files for each split.
     """
     note = files[0].parent / "dataset_info.json"
     state = files[0].parent / "state.json"
@@ -104,7 +104,7 @@ def check_rows(files: Sequence[Path], rows: int) -> None:
 
 
 class _Table:
-    """A parquet or arrow file, whose batches are read when they are used."""
+    """A parquet or arrow file, which is read in batches."""
 
     def __init__(self, path: Path) -> None:
         self.arrow = import_arrow()
@@ -118,9 +118,9 @@ class _Table:
         with path.open("rb") as file:
             whole = file.read(len(FILE_FORMAT)) == FILE_FORMAT
             file.seek(max(0, path.stat().st_size - len(END)))
-            # A stream that is cut off between two batches reads as a shorter one.
+            # A stream that is cut off between two batches would be read as a shorter one.
             if not whole and file.read() != END:
-                raise ValueError("it must end with the mark of the end; it may be cut off")
+                raise ValueError("it must end with the end-of-stream marker; it may be cut off")
         self.file = ipc.open_file(self.source) if whole else ipc.open_stream(self.source)
         self.schema, self.whole = self.file.schema, whole
 
@@ -131,7 +131,7 @@ class _Table:
         (self.file if self.parquet else self.source).close()
 
     def batches(self, name: str) -> Iterator[Any]:
-        """The rows of one column, some at a time."""
+        """The rows of one column, in batches."""
         if self.parquet:
             yield from self.file.iter_batches(batch_size=ROWS, columns=[name])
             return
@@ -142,7 +142,7 @@ class _Table:
 
 
 class _Errors:
-    """Names the file in what pyarrow raises of it."""
+    """Adds the file's name to errors of pyarrow."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -151,7 +151,7 @@ class _Errors:
         return
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        # pyarrow's own errors of damaged files are ValueErrors and OSErrors.
+        # For damaged files pyarrow raises ValueError or OSError.
         if isinstance(error, (ValueError, OSError, EOFError)):
             raise ValueError(
                 f"{self.path} cannot be read as a {self.path.suffix[1:]} file: {error}"
@@ -159,7 +159,7 @@ class _Errors:
 
 
 def import_arrow() -> Any:
-    """pyarrow; ImportError names the extra."""
+    """Imports pyarrow; an ImportError names the extra."""
     try:
         return importlib.import_module("pyarrow")
     except ImportError as error:

@@ -1,7 +1,4 @@
-"""The handwritten digits of scikit-learn, which ships them, so that nothing is downloaded.
-
-scikit-learn is imported when they are loaded.
-"""
+"""The handwritten digits that ship with scikit-learn, which is imported when they are loaded."""
 
 import torch
 
@@ -9,7 +6,7 @@ from dblocks.recipes.data.splits import Images, Part, split
 
 NUM_CLASSES = 10
 IMAGE_SIZE = 8
-MAX_PIXEL = 16.0  # scikit-learn's digits count the inked pixels of a 4x4 cell
+MAX_PIXEL = 16.0  # a pixel of scikit-learn's digits counts the black pixels of a 4x4 cell
 
 
 def load_digits() -> Images:
@@ -31,7 +28,7 @@ def load_digits() -> Images:
 
 
 def digits(part: Part = "final") -> tuple[Images, Images]:
-    """The digits for training and for evaluation, without a common image.
+    """Disjoint sets of digits for training and evaluation.
 
     Args:
         part: "final" trains on the whole training part (70 %) and evaluates on the held-out part

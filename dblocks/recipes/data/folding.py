@@ -12,10 +12,11 @@ DIGITS = b"zero one two three four five six seven eight nine".split()
 def letters_and_spaces(text: bytes) -> str:
     """English in the form of text8: lower-case a to z, and single spaces between words.
 
-    Digits are spelled out one by one; any other byte is a space. There is none at the ends.
+    Digits are spelled out one by one; any other byte becomes a space. The result does not begin or
+    end with a space.
 
     Args:
-        text: in ASCII, or in an encoding that extends it; case is that of ASCII.
+        text: text in ASCII or an encoding that extends it; only ASCII letters are lower-cased.
 
     Source: Mahoney 2006, about the test data of the Large Text Compression Benchmark.
     """
@@ -27,7 +28,7 @@ def letters_and_spaces(text: bytes) -> str:
 
 
 def folded(pieces: Iterable[str]) -> Iterator[str]:
-    """`letters_and_spaces` of a text in pieces that end between words."""
+    """`letters_and_spaces` for a text in pieces that end between words."""
     space = ""
     for piece in pieces:
         if words := letters_and_spaces(piece.encode()):

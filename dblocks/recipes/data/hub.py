@@ -1,4 +1,4 @@
-"""Images of data sets of Hugging Face, through the package datasets, which downloads them."""
+"""Images of Hugging Face data sets, downloaded by the package datasets."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def hugging_face(
     """Images or latents of a Hugging Face data set, such as latents of ImageNet.
 
     Args:
-        name: what `datasets.load_dataset` takes, a name or a folder.
-        split: of the data set.
-        image: the column: pictures, uint8 [H, W, C], or floating point [C, H, W], of one size and
-            one number of channels, see `image_files.array_file`; by default the one that there
-            is of "image", "img", "latents" and "latent".
-        label: the column of classes; where there is none, all are of class 0.
+        name: argument of `datasets.load_dataset`, a name or a folder.
+        split: split of the data set.
+        image: column of images: pictures, uint8 [H, W, C] or floating point [C, H, W], of one size
+            and number of channels, see `image_files.array_file`; by default "image", "img",
+            "latents" or "latent".
+        label: column of classes; if it does not exist, all images have class 0.
         scale: factor of floating-point values.
 
     Raises:
         ImportError: the package datasets is not installed.
-        ValueError: a column is not there, or of another shape.
+        ValueError: a column is missing, or has another shape.
     """
     datasets = import_package("datasets", "datasets", "data sets of Hugging Face")
     found = datasets.load_dataset(name, split=split)
@@ -40,7 +40,8 @@ def hugging_face(
     columns = [column for column in known if column in found.column_names]
     if len(columns) != 1:
         raise ValueError(
-            f"{name} must have one column of {known}, got {found.column_names}; name it by image="
+            f"{name} must have one of the columns {known}, got {found.column_names}; give its name "
+            "as image="
         )
     labelled = label in found.column_names
     found = found.select_columns([*columns, *([label] if labelled else [])]).with_format("numpy")
@@ -50,7 +51,7 @@ def hugging_face(
         arrays = numpy.concatenate([numpy.stack(list(batch[columns[0]])) for batch in batches])
     except ValueError as error:
         raise ValueError(
-            f"{columns[0]} of {name} must be of one size and number of channels: {error}"
+            f"{columns[0]} of {name} must have one size and number of channels: {error}"
         ) from error
     labels = numpy.concatenate([batch[label] for batch in batches]) if labelled else None
     return images_of(arrays, labels, scale, name)

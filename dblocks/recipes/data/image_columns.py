@@ -1,4 +1,4 @@
-"""Images of Hugging Face data sets on disk: a column of encoded pictures, and one of classes."""
+"""Images of Hugging Face data sets on disk: a column of encoded images, and one of classes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from dblocks.recipes.data.splits import Images
 
 IMAGE = ("image", "img")
 LABEL = ("label", "fine_label", "labels")
-UNLABELLED = -1  # the class of test images that are not told
+UNLABELLED = -1  # the class of test images whose labels are not published
 
 
 def read_image_columns(
     folder: Path, size: Size | None, channels: int
 ) -> tuple[Images, Images | None] | None:
-    """Images for training and those of the data's own test part; None if there are no such files.
+    """Training images, and those of the data set's own test part; None if there are no such files.
 
-    Parts are those of `columnar.in_parts`; one without classes (-1) is no test part.
+    Parts are those of `columnar.in_parts`; a part without labels (-1) is not used as the test part.
 
     Args:
-        folder: of *.parquet or *.arrow files with the columns "image" or "img", a struct of bytes
-            and path as Hugging Face stores pictures, or bytes; and "label", "fine_label" or
-            "labels".
+        folder: folder of *.parquet or *.arrow files with a column "image" or "img" (Hugging Face's
+            struct of bytes and path, or bytes) and a column "label", "fine_label" or "labels".
         size: see `image_files.image_folder`.
         channels: 3 or 1.
 
     Raises:
-        ValueError: a column is not there or holds something else, or a file is damaged.
+        ValueError: a column is missing or has another type, or a file is damaged.
         ImportError: pyarrow or Pillow is not installed.
     """
     if not (files := columnar.column_files(folder)):
@@ -43,7 +42,7 @@ def read_image_columns(
     training, others = columnar.in_parts(files, folder)
     found = _read(training, size, channels)
     if found is None:
-        raise ValueError(f"{training[0]} must hold a class for each image, got {UNLABELLED} only")
+        raise ValueError(f"{training[0]} must hold a class for each image, got only {UNLABELLED}")
     held_out = (_read(part, size, channels) for part in others)
     return found, next((part for part in held_out if part is not None), None)
 
@@ -70,8 +69,8 @@ def _read(files: Sequence[Path], size: Size | None, channels: int) -> Images | N
             first = picture.shape if first is None else first
             if picture.shape != first:
                 raise ValueError(
-                    f"images of {files[0].parent} must be of one size, got {list(first[:2])} and "
-                    f"for {name} {list(picture.shape[:2])}; give a size to scale and crop them to"
+                    f"images of {files[0].parent} must have one size, got {list(first[:2])} and "
+                    f"for {name} {list(picture.shape[:2])}; give a size to resize and crop them to"
                 )
             yield picture
 

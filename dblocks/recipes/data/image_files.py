@@ -1,4 +1,4 @@
-"""Images and latents of a folder of pictures, or of a .npy or .npz file."""
+"""Images and latents from a folder of image files, or from a .npy or .npz file."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from dblocks.recipes.data.pictures import Size, read_picture
 from dblocks.recipes.data.splits import Images, from_bytes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-MOST_CHANNELS = 4  # of bytes, such as RGB with alpha
-NO_IMAGES = "__MACOSX"  # a folder that macOS adds to archives
+MOST_CHANNELS = 4  # for arrays of bytes, such as RGBA
+NO_IMAGES = "__MACOSX"  # folder that macOS adds to archives
 
 
 def image_folder(folder: str | Path, *, size: Size | None = None, channels: int = 3) -> Images:
     """Images of a folder, whose sub-folders are the classes, in the order of their names.
 
-    Without sub-folders that hold images, all are of class 0. Files are read as `read_picture` says:
-    upright, transparent pixels over white, any kind of image as RGB, or grey for one channel. Files
-    with other endings, those whose name or folder begins with ".", and `__MACOSX` are left out.
+    Without sub-folders that hold images, all images have class 0. Files are read by `read_picture`:
+    rotated upright, transparent pixels over white, converted to RGB, or to grey for one channel.
+    Files with other endings, hidden files and folders, and `__MACOSX` are ignored.
 
     Args:
-        folder: what to read.
-        size: height and width to give to every image, one number for a square: scaled so that it
-            just covers them, then cropped at its centre. By default all must be of one size.
+        folder: the folder.
+        size: height and width of all images, or one number for a square: images are resized to
+            cover this size, then cropped at the centre. By default all must have one size.
         channels: 3 or 1.
 
     Raises:
@@ -44,7 +44,7 @@ def image_folder(folder: str | Path, *, size: Size | None = None, channels: int 
 
 
 def check_size(size: Size | None, channels: int) -> None:
-    """Raises ValueError unless these are the size and the channels of a picture."""
+    """Raises ValueError unless `size` and `channels` are valid."""
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
@@ -54,7 +54,7 @@ def check_size(size: Size | None, channels: int) -> None:
 def read_pictures(
     files: Sequence[Path], labels: Sequence[int], folder: Path, size: Size | None, channels: int
 ) -> Images:
-    """Pictures of files of a folder, with these labels."""
+    """Images of the files of a folder, with these labels."""
 
     def pictures() -> Iterator[Tensor]:
         first = None
@@ -63,8 +63,8 @@ def read_pictures(
             first = picture.shape if first is None else first
             if picture.shape != first:
                 raise ValueError(
-                    f"images of {folder} must be of one size, got {list(first[:2])} and for "
-                    f"{path.name} {list(picture.shape[:2])}; give a size to scale and crop them to"
+                    f"images of {folder} must have one size, got {list(first[:2])} and for "
+                    f"{path.name} {list(picture.shape[:2])}; give a size to resize and crop them to"
                 )
             yield picture
 
@@ -73,12 +73,12 @@ def read_pictures(
 
 
 def array_file(path: str | Path, *, scale: float = 1.0) -> Images:
-    """Images or latents of a .npy or .npz file.
+    """Images or latents from a .npy or .npz file.
 
-    A .npy file is one array, a .npz file has it as "images" or "latents" beside "labels" [N],
-    without which all are of class 0. It is uint8 [N, H, W, C], [N, C, H, W] or [N, H, W], pixels of
-    at most 4 channels; or floating point [N, C, H, W], taken as it is but for the factor. A .npy
-    file with factor 1 is mapped into memory, not read, and float16 stays float16.
+    A .npy file holds one array; a .npz file holds it as "images" or "latents", and optional
+    "labels" [N]; without labels, all images have class 0. The array is uint8 [N, H, W, C],
+    [N, C, H, W] or [N, H, W] with at most 4 channels; or floating point [N, C, H, W], which is only
+    multiplied by `scale`. With scale 1, a .npy file is memory-mapped, and float16 stays float16.
 
     Args:
         path: the file.
@@ -92,7 +92,7 @@ def array_file(path: str | Path, *, scale: float = 1.0) -> Images:
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
-    """The arrays of a .npz file by name, or that of a .npy file, mapped, as "images".
+    """The arrays of a .npz file by name, or the memory-mapped array of a .npy file as "images".
 
     Raises:
         ValueError: the file cannot be read, or holds Python objects.
@@ -101,7 +101,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".npy":
             return {"images": numpy.lib.format.open_memmap(path, mode="c")}
-        # numpy leaves a file open that it opened itself and found broken.
+        # numpy does not close a damaged file that it opened itself.
         with path.open("rb") as file, numpy.load(file) as loaded:
             return dict(loaded)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
@@ -109,7 +109,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
 
 
 def image_name(arrays: dict[str, Any], path: str | Path) -> str:
-    """The name of the images or latents among arrays; ValueError unless there is one."""
+    """The name of the array of images or latents; ValueError unless there is exactly one."""
     found = [name for name in ("images", "latents") if name in arrays]
     if len(found) != 1:
         raise ValueError(
@@ -125,7 +125,7 @@ def images_of(array: Any, labels: Any, scale: float, of: str) -> Images:
         raise ValueError(f"{of} must hold one array of numbers: {error}") from error
     if images.dtype == torch.uint8:
         if scale != 1:
-            raise ValueError(f"scale is for floating-point values, got {scale} with bytes in {of}")
+            raise ValueError(f"scale needs floating-point values, got {scale} with bytes in {of}")
         images = from_bytes(_channels_last(images, of))
     elif not images.is_floating_point() or images.ndim != 4:
         raise ValueError(
@@ -151,19 +151,19 @@ def images_of(array: Any, labels: Any, scale: float, of: str) -> Images:
 
 
 def _channels_last(pixels: Tensor, of: str) -> Tensor:
-    """Bytes [N, H, W] or [N, H, W, C], of these or of [N, C, H, W]; a picture has few channels."""
+    """Moves the channels, of which there are few, last in uint8 pixels; keeps [N, H, W]."""
     if pixels.ndim != 4 or pixels.shape[-1] <= MOST_CHANNELS:
         return pixels
     if pixels.shape[1] <= MOST_CHANNELS:
         return pixels.permute(0, 2, 3, 1)
     raise ValueError(
         f"bytes of {of} must be [N, H, W, C] or [N, C, H, W] with at most {MOST_CHANNELS} "
-        f"channels, got {list(pixels.shape)}; scale more channels to floating point [N, C, H, W]"
+        f"channels, got {list(pixels.shape)}; convert more channels to floating point [N, C, H, W]"
     )
 
 
 def _check_channels_first(images: Tensor, of: str) -> None:
-    """Latents may have any number of channels, but none are so narrow and so high."""
+    """Raises ValueError for arrays that look like [N, H, W, C], with at most 4 columns."""
     H, W, C = images.shape[1:]
     if C <= MOST_CHANNELS < min(H, W):
         raise ValueError(
@@ -173,9 +173,9 @@ def _check_channels_first(images: Tensor, of: str) -> None:
 
 
 def files_of(folder: Path) -> tuple[list[Path], list[int]]:
-    """The images of a folder and their classes, the sub-folders in the order of their names."""
+    """The image files of a folder and their classes, the sub-folders in order of name."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} must be a folder of images, and is none")
+        raise ValueError(f"{folder} must be a folder of images, and is not a folder")
     children = [child for child in sorted(folder.iterdir()) if child.is_dir()]
     kinds = [_images_in(child.rglob("*"), folder) for child in children]
     kinds = [files for files in kinds if files]
@@ -194,7 +194,7 @@ def files_of(folder: Path) -> tuple[list[Path], list[int]]:
 
 
 def _images_in(paths: Iterable[Path], folder: Path) -> list[Path]:
-    """The image files among paths below a folder, without what other programs left there."""
+    """The image files among paths in a folder, without hidden files and `__MACOSX`."""
 
     def is_image(path: Path) -> bool:
         inside = path.relative_to(folder).parts

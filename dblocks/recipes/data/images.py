@@ -1,8 +1,8 @@
 """Loads images and latents by name, from files and from packages.
 
-Images have pixel values in [-1, 1]. Latents are multiplied by a factor that the caller states, such
-as .18215 for those of Stable Diffusion's autoencoder, so that their standard deviation is about 1.
-Packages are imported when something is loaded through them.
+Images have pixel values in [-1, 1]. Latents are multiplied by a given factor, such as .18215 for
+Stable Diffusion's autoencoder, for a standard deviation of about 1. Optional packages are imported
+when they are needed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from dblocks.recipes.data.latents import read_latents
 from dblocks.recipes.data.pictures import Size
 from dblocks.recipes.data.splits import Images, Part, choose_part, split
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # folder of Debian's package
 
 
 class Known(NamedTuple):
-    """The required contents of a named data set; files may be in any format."""
+    """The expected contents of a named data set, whose files may have any format."""
 
     num_classes: int
     shape: tuple[int, int, int] | None = None
-    """Channels, height and width; None: any."""
+    """Channels, height and width; None allows any."""
     folders: tuple[str, ...] = ()
-    """Folders of its archives, which may be in the one that is given."""
+    """Names of the folders in its archives, inside the given one."""
 
 
 KNOWN = {
@@ -52,33 +52,32 @@ def load_images(
     size: Size | None = None,
     scale: float = 1.0,
 ) -> tuple[Images, Images]:
-    """Loads the images for training and evaluation, from a name or a path.
+    """Loads the images for training and evaluation, by name or path.
 
-    The held-out part is the data's own test part, if there is one, or else 30 % of each class.
+    The held-out part is the data set's own test part, or else 30 % of each class.
 
     Args:
-        source: "digits"; "fashion-mnist", which Debian's package dataset-fashion-mnist installs;
-            "cifar-10", "cifar-100", "tiny-imagenet", "imagenet" or "imagenet-latents", which are at
-            `path`; `hf:NAME` for a data set of Hugging Face; or a path itself.
+        source: "digits"; "fashion-mnist", installed by Debian's package dataset-fashion-mnist;
+            "cifar-10", "cifar-100", "tiny-imagenet", "imagenet" or "imagenet-latents", whose files
+            are in `path`; `hf:NAME` for a Hugging Face data set; or a path.
         part: see `digits.digits`.
-        path: a folder of IDX files (train-images-idx3-ubyte and so on, as of MNIST, also .gz), of
-            CIFAR's binary or Python version, of pictures in parts as `class_folders` reads them, of
-            parquet or arrow files, see `image_columns`, of latents, see `latents`, or of pictures,
-            see `image_files.image_folder`; an IDX file of images with its labels beside it; or a
+        path: a folder of IDX files like MNIST's (train-images-idx3-ubyte and so on, also .gz), of
+            CIFAR's binary or Python version, of image files in parts (see `class_folders`), of
+            parquet or arrow files (see `image_columns`), of latents (see `latents`), or of image
+            files (see `image_files.image_folder`); an IDX file of images next to its labels; or a
             .npy or .npz file.
-        size: see `image_files.image_folder`, for pictures.
-        scale: see `array_file` and `hugging_face`, for arrays and latents.
+        size: size of the images, for folders of image files; see `image_files.image_folder`.
+        scale: factor for arrays and latents; see `array_file` and `hugging_face`.
 
     Raises:
-        ValueError: `source` is none of these, cannot be read, or holds other images than the name
-            says.
+        ValueError: `source` is none of these, cannot be read, or does not hold the named data set.
         ImportError: a package that it needs is not installed.
     """
     known = KNOWN.get(source)
     if path is not None and known is None:
         raise ValueError(
-            f"a path is for {', '.join(KNOWN)}, got {path} with {source!r}; leave it out, or give "
-            "the path as data"
+            f"a path can be given for {', '.join(KNOWN)}, got {path} with {source!r}; leave it "
+            "out, or give the path as data"
         )
     if source == "fashion-mnist" and path is None:
         path = _fashion_mnist()
@@ -86,12 +85,14 @@ def load_images(
         raise ValueError(f"{source} needs its files: give the file or folder by --data-path")
     place = _place(Path(source if path is None else path), known)
     if path is not None and not place.exists():
-        raise ValueError(f"{place} must be a file or folder of {source}, and is not there")
+        raise ValueError(f"{place} must be a file or folder of {source}, and does not exist")
     folder, array = place.is_dir(), place.suffix in (".npy", ".npz")
     if size is not None and not folder:
-        raise ValueError(f"size is for a folder of images, got {size} with {source!r}; leave it")
+        raise ValueError(f"size is for image files, got {size} with {source!r}; leave it out")
     if scale != 1 and not (array or folder or source.startswith("hf:")):
-        raise ValueError(f"scale is for arrays and latents, got {scale} with {source!r}; leave it")
+        raise ValueError(
+            f"scale is for arrays and latents, got {scale} with {source!r}; leave it out"
+        )
     if source == "digits":
         return digits(part)
     if source.startswith("hf:"):
@@ -118,14 +119,14 @@ def load_images(
 def _fashion_mnist() -> Path:
     if not any(FASHION_MNIST.glob("*-ubyte*")):
         raise ValueError(
-            f"fashion-mnist must be in {FASHION_MNIST}, and is not; install Debian's package "
+            f"fashion-mnist must be in {FASHION_MNIST}, and is not there; install Debian's package "
             "dataset-fashion-mnist, or give the folder of its IDX files by --data-path"
         )
     return FASHION_MNIST
 
 
 def _place(path: Path, known: Known | None) -> Path:
-    """The folder of an archive, where the one around it is given."""
+    """The folder of an archive, if its parent folder was given."""
     names = () if known is None else known.folders
     return next((path / name for name in names if (path / name).is_dir()), path)
 
@@ -133,7 +134,7 @@ def _place(path: Path, known: Known | None) -> Path:
 def _of_folder(
     folder: Path, size: Size | None, channels: int, scale: float
 ) -> tuple[Images, Images | None]:
-    """Images of a folder in whichever format, and its own held-out ones."""
+    """Images of a folder in any format, and its own held-out images."""
     check_size(size, channels)
     if (of_bytes := read_parts(folder) or read_cifar(folder)) is not None:
         _check_left_out(folder, size, scale, "whose IDX or CIFAR files have one")
@@ -152,15 +153,15 @@ def _of_folder(
 
 def _check_left_out(folder: Path, size: Size | None, scale: float, why: str) -> None:
     if size is not None:
-        raise ValueError(
-            f"size is for a folder of images, got {size} with {folder}, {why}; leave it"
-        )
+        raise ValueError(f"size is for image files, got {size} with {folder}, {why}; leave it out")
     if scale != 1:
-        raise ValueError(f"scale is for arrays and latents, got {scale} with {folder}; leave it")
+        raise ValueError(
+            f"scale is for arrays and latents, got {scale} with {folder}; leave it out"
+        )
 
 
 def _check(images: Images, known: Known, size: Size | None, of: str) -> None:
-    """Raises ValueError where images are not what the name says."""
+    """Raises ValueError if images do not match the named data set."""
     shape = tuple(images.images.shape[1:])
     if known.shape is not None and size is None and shape != known.shape:
         raise ValueError(f"images of {of} must be {list(known.shape)}, got {list(shape)}")

@@ -1,4 +1,4 @@
-"""Latents of images: folders of arrays with their classes, such as an autoencoder's of ImageNet."""
+"""Latents of images: folders of arrays with labels, such as latents of ImageNet."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ HELD_OUT = ("test", "val", "validation")
 
 
 def read_latents(folder: Path, scale: float) -> tuple[Images, Images | None] | None:
-    """Latents for training and held-out ones; None if the folder holds no arrays.
+    """Training and held-out latents; None if the folder holds no arrays.
 
-    A folder holds `*.npz` or `*.safetensors`, each with `latents` (or `images`) [n, C, H, W] and
-    `labels` [n]; or `NAME.npy` [n, C, H, W] with `NAME-labels.npy` [n] beside it, or `latents.npy`
-    with `labels.npy`. The files of a folder are put together in the order of their names. What is
-    held out is in a sub-folder test, val or validation beside one called train.
+    A folder holds `*.npz` or `*.safetensors` files, each with `latents` (or `images`) [n, C, H, W]
+    and `labels` [n]; or `NAME.npy` [n, C, H, W] and `NAME-labels.npy` [n], or `latents.npy` and
+    `labels.npy`. Files are concatenated in the order of their names. Held-out latents are in a
+    sub-folder test, val or validation next to one named train.
 
-    A single .npy file of latents is mapped into memory; put other large ones into one.
+    A single .npy file of latents is memory-mapped; use this form for large data.
 
     Raises:
         ValueError: a file is damaged, lacks labels, or does not fit the others.
@@ -55,7 +55,7 @@ def _read(files: Sequence[Path], scale: float) -> Images:
     for path, shape in zip(files, shapes, strict=True):
         if shape != shapes[0]:
             raise ValueError(
-                f"latents of {path.parent} must be of one shape and type, got {shapes[0]} and for "
+                f"latents of {path.parent} must have one shape and dtype, got {shapes[0]} and for "
                 f"{path.name} {shape}"
             )
     if len(parts) == 1:
@@ -68,7 +68,7 @@ def _read_one(path: Path, scale: float) -> Images:
         return _with_labels(path, scale)
     arrays = _read_safetensors(path) if path.suffix == ".safetensors" else read_arrays(path)
     if LABELS not in arrays:
-        raise ValueError(f"{path} must hold labels [n] beside its latents, got {sorted(arrays)}")
+        raise ValueError(f"{path} must also hold labels [n], got {sorted(arrays)}")
     return images_of(arrays[image_name(arrays, path)], arrays[LABELS], scale, str(path))
 
 
@@ -76,7 +76,7 @@ def _with_labels(path: Path, scale: float) -> Images:
     named = path.with_name(f"{path.stem}-{LABELS}.npy")
     labels = path.with_name(f"{LABELS}.npy") if path.stem == "latents" else named
     if not labels.is_file():
-        raise ValueError(f"{path} must have its labels beside it as {labels.name}")
+        raise ValueError(f"{path} needs its labels in the same folder, in {labels.name}")
     latents = array_file(path, scale=scale)
     return images_of(latents.images, read_arrays(labels)["images"], 1.0, str(path))
 

@@ -1,7 +1,7 @@
 """Reads pickles of byte arrays, such as CIFAR's Python version, without executing their content.
 
-A pickle names functions and classes to call. All names are refused except the few that arrays of
-bytes need, which are replaced by inert classes of this file.
+A pickle names functions and classes to call. Only the names needed for arrays of bytes are
+accepted, and these are replaced by inert classes of this file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST = 2**30  # bytes of a file; CIFAR-100's has 155 million
+LARGEST = 2**30  # bytes of a file; CIFAR-100 has 155 million
 BYTES = ("u1", "|u1", "uint8")
 
 
@@ -30,18 +30,18 @@ class _Inert:
 
 
 class _Array(_Inert):
-    """In place of an array, to be made by `bytes_of`."""
+    """Replaces an array; `bytes_of` converts it."""
 
 
 class _Dtype(_Inert):
-    """In place of numpy's dtype."""
+    """Replaces a numpy dtype."""
 
 
 class _Class(_Inert):
-    """In place of the class ndarray itself, which is only handed on."""
+    """Replaces the class ndarray, which pickles only pass as an argument."""
 
 
-# What numpy 1 and 2 write of an array.
+# The names with which numpy 1 and 2 write arrays.
 ADMITTED = {
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
@@ -56,25 +56,25 @@ class _Unpickler(pickle.Unpickler):
             return lambda *args: _latin(*args)
         if (found := ADMITTED.get((module, name))) is None:
             raise pickle.UnpicklingError(
-                f"it names {module}.{name}, and may name what arrays of bytes need only"
+                f"it names {module}.{name}, and may only name what arrays of bytes need"
             )
-        # A class for this pickle alone, which it cannot change for others.
+        # A new class for each pickle, which a pickle cannot change for others.
         return type(found.__name__, (found,), {})
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside it")
+        raise pickle.UnpicklingError("it refers to external objects")
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """The dictionary of a pickle: bytes, texts, numbers, lists, and arrays for `bytes_of`.
+    """The dictionary in a pickle: bytes, texts, numbers, lists, and arrays for `bytes_of`.
 
     Raises:
-        ValueError: the file holds anything else, names anything but arrays of bytes, or is damaged.
+        ValueError: the file holds other values, names other functions or classes, or is damaged.
     """
     try:
         if path.stat().st_size > LARGEST:
             raise pickle.UnpicklingError(f"it has more than {LARGEST:,} bytes")
-        # As bytes: a text of Python 2 may be the contents of an array.
+        # Texts of Python 2 are read as bytes: they may be the contents of an array.
         found = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     except Exception as error:  # a damaged pickle raises almost any error
         raise ValueError(
@@ -86,10 +86,10 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 
 def bytes_of(value: Any, of: str) -> Tensor:
-    """The array [n, m] of bytes that a pickle holds.
+    """Converts an array [n, m] of bytes from a pickle.
 
     Raises:
-        ValueError: it is no such array, or has not as many bytes as its shape says.
+        ValueError: it is not such an array, or its number of bytes does not match its shape.
     """
     state = value.state if isinstance(value, _Array) else None
     if type(state) is not tuple or len(state) != 5:
@@ -110,14 +110,14 @@ def bytes_of(value: Any, of: str) -> Tensor:
 
 
 def integers_of(value: Any, of: str) -> list[int]:
-    """The list of integers that a pickle holds; ValueError for anything else."""
+    """Checks a list of integers from a pickle; ValueError for anything else."""
     if type(value) is not list or not all(type(number) is int for number in value):
         raise ValueError(f"{of} must be a list of integers, got {_kind(value)}")
     return value
 
 
 def _latin(text: Any, encoding: Any) -> bytes:
-    """Bytes as Python 3 writes them for Python 2, as a call of codecs.encode."""
+    """Replaces codecs.encode, with which Python 3 writes bytes for Python 2."""
     if type(text) is not str or encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError("it may encode texts as latin1 only")
     return text.encode("latin1")

@@ -1,6 +1,6 @@
-"""Reads one image of a file as bytes, as a viewer shows it.
+"""Reads an image file as uint8 pixels, as an image viewer shows it.
 
-Pillow is imported when a picture is read.
+Pillow is imported when an image is read.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ TO_BYTE = 257  # (2^16 - 1)/(2^8 - 1)
 def read_picture(
     path: str | Path, channels: int, size: Size | None = None, *, file: BinaryIO | None = None
 ) -> Tensor:
-    """The picture of a file, turned upright by its EXIF orientation; uint8 [H, W, C].
+    """The image of a file, rotated upright by its EXIF orientation; uint8 [H, W, C].
 
-    Pixels of 16 bits are scaled to 8, transparent ones are composed over white, and palettes, CMYK
-    and bits become RGB, or grey. Colour profiles are not applied. Of a camera's multi-picture file
-    the first picture is taken.
+    16-bit pixels are scaled to 8 bits, transparent pixels are composited over white, and palettes,
+    CMYK and black-and-white images are converted to RGB or grey. Colour profiles are not applied.
+    From a camera's multi-picture file, the first picture is read.
 
     Args:
-        path: what to read.
+        path: the file.
         channels: 3 for RGB, 1 for grey.
         size: height and width, see `image_files.image_folder`.
-        file: what holds the picture, if it is no file; `path` is its name in errors.
+        file: an open file to read instead; `path` is then its name in errors.
 
     Raises:
-        ValueError: the file cannot be read or is cut off, is animated, or has pixels of another
-            kind; the message names it.
+        ValueError: the file cannot be read, is cut off or animated, or has an unsupported pixel
+            format; the message names it.
         ImportError: Pillow is not installed.
     """
     pillow = import_package("PIL.Image", "Pillow", "folders of images")
@@ -62,26 +62,26 @@ def read_picture(
 
 
 def _check_one(image: Any) -> None:
-    # A phone's .jpg may be an MPO: the picture, and after it depths or a second view.
+    # A phone's .jpg may be an MPO: the picture, followed by depths or a second view.
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise ValueError(
-            f"it must hold one picture, got an animation of {frames}; save the one that is meant"
+            f"it must hold one picture, got an animation of {frames}; save a single frame"
         )
 
 
 def _composed(image: Any, pillow: Any) -> Any:
-    """The picture without transparency, in a mode that Pillow converts rightly."""
+    """The image without transparency, in a mode that Pillow converts correctly."""
     clear = image.info.get("transparency")
     if image.mode in SIXTEEN_BITS or (image.mode == "I" and image.format == "PNG"):
         return _of_16_bits(image, clear, pillow)
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"its pixels must be of 8 or 16 bits, got mode {image.mode!r}, of no known range; "
+            f"its pixels must have 8 or 16 bits, got mode {image.mode!r}, whose range is unknown; "
             "convert it, or use a .npy file of floating point"
         )
     if isinstance(clear, tuple) and max(clear) > WHITE:
-        raise ValueError("a transparent colour must be of 8 bits, got one of 16; use an alpha")
+        raise ValueError("a transparent colour must have 8 bits, got 16; use an alpha")
     if clear is None and image.mode not in WITH_ALPHA:
         return image
     image = image.convert("RGBA")
@@ -89,7 +89,7 @@ def _composed(image: Any, pillow: Any) -> Any:
 
 
 def _of_16_bits(image: Any, clear: int | None, pillow: Any) -> Any:
-    """Grey of 16 bits as grey of 8; pixels of the value `clear` are white."""
+    """Converts 16-bit grey to 8-bit grey; pixels of the value `clear` become white."""
     values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
     if clear is not None:
         values = values.masked_fill(values == clear, LARGEST_16)
@@ -98,7 +98,7 @@ def _of_16_bits(image: Any, clear: int | None, pillow: Any) -> Any:
 
 
 def import_package(module: str, package: str, purpose: str) -> Any:
-    """A module of an optional package; ImportError says what needs it and how to install it."""
+    """Imports a module of an optional package; an ImportError says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,10 +1,10 @@
-"""RandAugment on batches: each image gets two operations, drawn evenly out of 14, one by one.
+"""RandAugment on batches: two operations per image, drawn uniformly from 14.
 
 Magnitudes are those of bin 9 of 31, the default of torchvision's `RandAugment`, which the released
-code of the paper takes; signs are drawn. What an operation does is as in Pillow, but that samples
-are taken at the nearest pixel where an image is turned, moved or sheared, with black around it.
+code of the paper uses; signs are drawn at random. Operations are as in Pillow, with nearest-pixel
+sampling and black borders for rotations, translations and shears.
 
-Source: Cubuk et al. 2020 (RandAugment); the ranges are of AutoAugment, Cubuk et al. 2019.
+Source: Cubuk et al. 2020 (RandAugment); ranges from AutoAugment, Cubuk et al. 2019.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 OPERATIONS_EACH = 2
 SHARE = 9 / 30  # of the largest magnitude
 SHEAR, TRANSLATE, DEGREES, COLOUR = 0.3, 150 / 331, 30, 0.9  # the largest ones
-POSTERIZED = 2 ** round(4 * SHARE)  # levels that become one: 7 bits are left
+POSTERIZED = 2 ** round(4 * SHARE)  # levels merged into one: 7 bits remain
 SOLARIZED = 255 * (1 - SHARE)
 LUMA = (0.299, 0.587, 0.114)
 SMOOTHED = 13.0  # sum of the kernel
@@ -29,11 +29,11 @@ Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 def rand_augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images [N, C, H, W] with values in [-1, 1], changed; C is 1 or 3.
+    """Augments images [N, C, H, W] with values in [-1, 1]; C is 1 or 3.
 
     Args:
         images: float32, on any device.
-        generator: of the operations and signs, on the CPU.
+        generator: CPU generator of operations and signs.
     """
     levels = ((images + 1) * 127.5).round_()
     for _ in range(OPERATIONS_EACH):
@@ -67,7 +67,7 @@ def _matrix(*rows: tuple[Tensor | float, ...], like: Tensor) -> Tensor:
 
 
 def _shear_x(x: Tensor, signs: Tensor) -> Tensor:
-    """About the corner at the top left, as Pillow's transform does."""
+    """Shears about the top left corner, as Pillow's transform does."""
     m = SHEAR * SHARE * signs * (x.shape[2] / x.shape[3])
     return affine(x, _matrix((1.0, m, m), (0.0, 1.0, 0.0), like=signs))
 
@@ -100,7 +100,7 @@ def _rotate(x: Tensor, signs: Tensor) -> Tensor:
 
 
 def _blended(base: Callable[[Tensor], Tensor], x: Tensor, signs: Tensor) -> Tensor:
-    """`base + f*(x - base)`, f a little less or more than 1."""
+    """`base + f*(x - base)`, with f slightly below or above 1."""
     other = base(x)
     factor = 1 + COLOUR * SHARE * signs[:, None, None, None]
     return (other + factor * (x - other)).clamp_(0, 255).floor_()
@@ -118,7 +118,7 @@ def _mean_grey(x: Tensor) -> Tensor:
 
 
 def _smooth(x: Tensor) -> Tensor:
-    """A blur of 3x3 pixels, whose middle counts five times; the edges stay as they are."""
+    """A 3x3 blur with weight 5 at the centre; pixels at the edges do not change."""
     if min(x.shape[2:]) < 3:
         return x
     kernel = x.new_ones(3, 3)
@@ -139,14 +139,14 @@ def _solarize(x: Tensor, signs: Tensor) -> Tensor:
 
 
 def _auto_contrast(x: Tensor, signs: Tensor) -> Tensor:
-    """Each channel stretched to 0..255."""
+    """Stretches each channel to 0..255."""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     stretched = ((x - low) * (255 / (high - low).clamp(min=1))).floor_()
     return torch.where(high > low, stretched, x)
 
 
 def _equalize(x: Tensor, signs: Tensor) -> Tensor:
-    """Each channel by its cumulative histogram, in whole numbers."""
+    """Equalises each channel by its cumulative histogram, in integers."""
     levels = x.flatten(2).long()
     counts = torch.zeros(*levels.shape[:2], 256, dtype=torch.long, device=x.device)
     counts.scatter_add_(2, levels, torch.ones_like(levels))

@@ -9,19 +9,19 @@ from torch import Tensor
 
 Part = Literal["final", "selection"]
 
-HELD_OUT = 0.3  # of images; the same ones in every run, whatever its seed
-VALIDATION = 0.2  # of the training part
-SPLIT_SEED = 20260  # of both splits
+HELD_OUT = 0.3  # held-out fraction of images, the same ones for every seed
+VALIDATION = 0.2  # validation fraction of the training part
+SPLIT_SEED = 20260  # seed of both splits
 MAX_BYTE = 255.0
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images with their classes, in memory."""
+    """Images and labels."""
 
     images: Tensor
-    """Floating point [N, C, H, W], pixel values in [-1, 1] or latents; or, of large sets, bytes:
-    uint8 [N, C, H, W]. `values` makes float32 of all."""
+    """Floating point [N, C, H, W], pixel values in [-1, 1] or latents; or, for large sets, uint8
+    [N, C, H, W]. `values` converts all to float32."""
     labels: Tensor
     """int64 [N]."""
 
@@ -37,7 +37,7 @@ class Images:
 
 
 def sha256_of(*tensors: Tensor) -> str:
-    """A SHA-256 of types, shapes and elements."""
+    """A SHA-256 of dtypes, shapes and elements."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
@@ -47,7 +47,7 @@ def sha256_of(*tensors: Tensor) -> str:
 
 
 def values(images: Tensor) -> Tensor:
-    """`Images.images`, or some of them, as float32; bytes become values in [-1, 1]."""
+    """`Images.images`, or a part of them, as float32; uint8 becomes values in [-1, 1]."""
     if images.dtype == torch.uint8:
         return images.float().mul_(2 / MAX_BYTE).sub_(1)
     return images.float()
@@ -65,13 +65,15 @@ def from_bytes(pixels: Tensor) -> Tensor:
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (kept, taken): a random `fraction` of every class is taken, exact to one sample.
+    """Splits indices into (kept, taken), with a random `fraction` of every class taken.
 
-    The samples are shuffled, sorted by class, and every (1/fraction)-th is taken.
+    The numbers are exact to one sample.
+
+    Samples are shuffled and sorted by class, and every (1/fraction)-th is taken.
 
     Args:
         labels: the classes, integers [N].
-        fraction: the share that is taken, in (0, 1).
+        fraction: the fraction to take, in (0, 1).
         seed: the same seed gives the same split.
 
     Returns:
@@ -87,13 +89,13 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def split(everything: Images, part: Part = "final") -> tuple[Images, Images]:
-    """What to train on and what to evaluate on, of any images; parts as of `digits`."""
+    """Splits images into training and evaluation sets; for `part` see `digits`."""
     kept, taken = stratified_split(everything.labels, HELD_OUT, SPLIT_SEED)
     return choose_part(everything[kept], everything[taken], part)
 
 
 def choose_part(training: Images, held_out: Images, part: Part) -> tuple[Images, Images]:
-    """What to train on and what to evaluate on, where the held-out part is given."""
+    """Training and evaluation sets, given the held-out part."""
     if part == "final":
         return training, held_out
     fit, validation = stratified_split(training.labels, VALIDATION, SPLIT_SEED)
@@ -101,14 +103,14 @@ def choose_part(training: Images, held_out: Images, part: Part) -> tuple[Images,
 
 
 def batch_indices(num_samples: int, batch_size: int, *, seed: int, step: int) -> Tensor:
-    """The samples of batch number `step`: epochs of shuffled, full batches, and no state to save.
+    """Indices of the samples of batch number `step`, in epochs of shuffled, full batches.
 
     Args:
-        num_samples: the size of the data set; the last `num_samples % batch_size` samples of each
-            epoch's order wait for another epoch.
-        batch_size: samples in a batch.
-        seed: of the order.
-        step: the number of the batch, from 0.
+        num_samples: size of the data set; each epoch omits the last `num_samples % batch_size`
+            samples of its order.
+        batch_size: samples per batch.
+        seed: seed of the order.
+        step: index of the batch, from 0.
 
     Returns:
         int64 [batch_size], without repetition.
@@ -125,5 +127,5 @@ def batch_indices(num_samples: int, batch_size: int, *, seed: int, step: int) ->
 
 def generator_of(seed: int, number: int) -> torch.Generator:
     """A CPU generator for step or epoch `number` of a run."""
-    # The CPU generator keeps 32 bits of its seed: seeds and numbers must differ within them.
+    # The CPU generator uses 32 bits of its seed, so seeds and numbers are mixed into these.
     return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**32)

@@ -1,4 +1,4 @@
-"""Text as tokens, split for training and evaluation; large texts are mapped from a file."""
+"""Text as tokens, split for training and evaluation; large texts are memory-mapped."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dblocks.recipes.data.kept import kept, key_of, mapped
+from dblocks.recipes.data.cache import cached, key_of, mapped
 from dblocks.recipes.data.splits import Part
 from dblocks.recipes.data.text_sources import Fold, TextSource, open_text
 from dblocks.recipes.data.tokenizers import Characters, Tokenizer
 
-HELD_OUT = 0.1  # the tail of the text
-VALIDATION = 0.1  # the tail of what is left
-IN_MEMORY = 64 * 2**20  # bytes of files; tokens of larger texts are written to a file once
-FORMAT = 1  # of these files
+HELD_OUT = 0.1  # held-out fraction, the end of the text
+VALIDATION = 0.1  # validation fraction, the end of the rest
+IN_MEMORY = 64 * 2**20  # bytes; tokens of larger texts are cached in a file
+FORMAT = 1  # version of these files
 Ranges = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -28,24 +28,24 @@ class Text:
     """A text as tokens."""
 
     tokens: Tensor
-    """Integers [tokens]: int64, or of a large text uint8, uint16 or int32, mapped from a file."""
+    """Integers [tokens]: int64, or for large texts memory-mapped uint8, uint16 or int32."""
     characters: int
-    """How many characters they stand for, which bits per character divide by."""
+    """Number of characters of the text, the divisor of bits per character."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What to train on and what to evaluate on: neighbouring parts of one text."""
+    """Training and evaluation text: adjacent parts of one text."""
 
     training: Text
     evaluated: Text
     tokenizer: Tokenizer
     sha256: str
-    """Of the whole text before it was split, in UTF-8."""
+    """SHA-256 of the whole text before the split, in UTF-8."""
 
 
 def read_text(data: str | Path = "pydoc", path: str | Path | None = None) -> str:
-    """A text as a whole, for small ones; arguments as of `open_text`."""
+    """A whole text in memory; for the arguments see `open_text`."""
     return "".join(open_text(data, path).pieces())
 
 
@@ -59,17 +59,17 @@ def load_corpus(
 ) -> Corpus:
     """A text, tokenized and split.
 
-    The data's own test part is held out where it has one, of text8 the last 5 %, and of other texts
-    the last 10 % of the characters. The validation part is the last tenth of the rest, of text8 the
-    5 % after the first 90 %, which alone are trained on.
+    The held-out part is the data set's own test part; for text8, the last 5 %; otherwise the last
+    10 % of the characters. The validation part is the last tenth of the rest; for text8, the 5 %
+    after the first 90 %, which are the training part.
 
     Args:
         data: see `open_text`.
         path: see `open_text`.
         fold: see `open_text`.
-        part: "final" trains on what is not held out and evaluates on what is; "selection" never
-            sees that: it evaluates on the validation part.
-        tokenizer: by default the characters of what "final" trains on.
+        part: "final" evaluates on the held-out part; "selection" does not use it and evaluates on
+            the validation part.
+        tokenizer: by default, the characters of the training text of "final".
 
     Raises:
         ValueError: the text cannot be read, or is too short to split.
@@ -92,8 +92,8 @@ def load_corpus(
 
             return _tokenize(source, part, tokenizer, write)
 
-        kept_in, about = kept(key, make)
-        tokens = mapped(kept_in, _dtype(about["size"]))
+        tokens_file, about = cached(key, make)
+        tokens = mapped(tokens_file, _dtype(about["size"]))
     tokenizer = tokenizer or Characters(about["known"])
     parts = zip(tokens.split(about["tokens"]), about["characters"], strict=True)
     training, evaluated = (Text(part, characters) for part, characters in parts)
@@ -106,9 +106,9 @@ def _tokenize(
     tokenizer: Tokenizer | None,
     write: Callable[[Tensor, int], None],
 ) -> dict[str, Any]:
-    """Writes the tokens of both parts, one after the other; JSON values about them.
+    """Writes the tokens of both parts, one after the other; returns JSON values about them.
 
-    The text is read twice: its characters and their number must be known before.
+    The text is read twice, since its characters and their number must be known first.
     """
     counts, seen, sha256 = _survey(source)
     (_, end), _ = _ranges(source, counts, "final")
@@ -133,7 +133,7 @@ def _tokenize(
 
 
 def _survey(source: TextSource) -> tuple[tuple[int, int], dict[str, int], str]:
-    """Characters of the training and the test part, where each is first, and the text's SHA-256."""
+    """Lengths of training and test part, first index of each character, and the text's SHA-256."""
     digest, first, position, training = hashlib.sha256(), dict[str, int](), 0, 0
     for pieces in (source.training, source.held_out):
         training = position
@@ -146,7 +146,7 @@ def _survey(source: TextSource) -> tuple[tuple[int, int], dict[str, int], str]:
 
 
 def _ranges(source: TextSource, counts: tuple[int, int], part: Part) -> Ranges:
-    """First and last characters of what is trained on and what is evaluated on."""
+    """Ranges of characters of the training and evaluation text."""
     whole = sum(counts)
     end = counts[0] if counts[1] else round(whole * (1 - HELD_OUT))
     if source.thirds:
@@ -170,7 +170,7 @@ def _encode(text: str, tokenizer: Tokenizer) -> Tensor:
 
 
 def _dtype(size: int) -> torch.dtype:
-    """The smallest type of so many tokens."""
+    """The smallest dtype for a number of tokens."""
     if size <= 2**8:
         return torch.uint8
     return torch.uint16 if size <= 2**16 else torch.int32

@@ -1,6 +1,6 @@
-"""Texts by name, from files and from Hugging Face data sets on disk, as pieces of some size.
+"""Texts by name, from files and from Hugging Face data sets on disk, read in pieces.
 
-Nothing is downloaded. A text is never held as a whole unless it is small.
+Nothing is downloaded. Only small texts are held in memory as a whole.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dblocks.recipes.data.folding import folded, letters_and_spaces
 Fold = Literal["text8"]
 Pieces = Callable[[], Iterator[str]]
 
-PYDOC_CHARACTERS = 400_000  # a prefix, so that a longer later edition is cut to the same size
-GCIDE = Path("/usr/share/dictd/gcide.dict.dz")  # where Debian's package dict-gcide puts it
-GCIDE_CHARACTERS = 20_000_000  # a prefix too, from A to "prosiliency"
-WORDNET = Path("/usr/share/wordnet")  # where Debian's package wordnet-base puts it
+PYDOC_CHARACTERS = 400_000  # a prefix: later, longer editions are cut to the same size
+GCIDE = Path("/usr/share/dictd/gcide.dict.dz")  # installed by Debian's package dict-gcide
+GCIDE_CHARACTERS = 20_000_000  # a prefix, from A to "prosiliency"
+WORDNET = Path("/usr/share/wordnet")  # installed by Debian's package wordnet-base
 WORDNET_FILES = tuple(f"data.{kind}" for kind in ("adj", "adv", "noun", "verb"))
 SOURCE_LINE = re.compile(rb"^\s*\[[^\[\]\n]*\]$", re.MULTILINE)  # such as [1913 Webster]
 SYNSET = re.compile(r"\d{8} \d\d [nvasr] [^|]*\| (.*)")  # a line of WordNet, with its gloss
-PIECE = 1 << 20  # characters that are read at a time
+PIECE = 1 << 20  # characters read at a time
 TEXT = "text"  # the column of a data set
-FILES = ("*.txt", "news.en*", "text8")  # of a folder: any, and those of LM1B's archive
+FILES = ("*.txt", "news.en*", "text8")  # text files of a folder: any, and those of LM1B's archive
 TEXT8_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz ")
 NAMED_FILES = ("text8", "lm1b", "openwebtext")
 NAMES = ("pydoc", "gcide", "wordnet", *NAMED_FILES)
@@ -38,20 +38,20 @@ NAMES = ("pydoc", "gcide", "wordnet", *NAMED_FILES)
 
 @dataclass(frozen=True)
 class TextSource:
-    """A text that can be read again and again, piece by piece."""
+    """A text that can be read several times, in pieces."""
 
     training: Pieces
-    """All of it, or the part to train on."""
+    """The whole text, or its training part."""
     held_out: Pieces | None = None
-    """The data's own test part."""
+    """The data set's own test part."""
     files: tuple[Path, ...] = ()
-    """What it is read from; none of what is held in memory anyway."""
+    """The files it is read from; empty for texts in memory."""
     thirds: bool = False
-    """Whether it has a validation part of its own before the held-out tail, as text8."""
+    """Whether it has its own validation part before the held-out end, as text8."""
 
     @property
     def size(self) -> int:
-        """Bytes of its files."""
+        """Size of its files in bytes."""
         return sum(path.stat().st_size for path in self.files)
 
     def pieces(self) -> Iterator[str]:
@@ -62,21 +62,21 @@ class TextSource:
 def open_text(
     data: str | Path = "pydoc", path: str | Path | None = None, fold: Fold | None = None
 ) -> TextSource:
-    """The text called `data`.
+    """Opens the text named `data`.
 
     Args:
         data: "pydoc", the first 400,000 characters of the documentation that Python ships
-            (`pydoc_data.topics`, joined in the order of their names; another edition with another
-            version of Python); "gcide", the first 20,000,000 characters of the Collaborative
-            International Dictionary of English, which Debian's package dict-gcide installs, made
-            letters and spaces by `letters_and_spaces`; "wordnet", the glosses of WordNet, one a
-            line, of Debian's package wordnet-base; "text8", "lm1b" or "openwebtext", which are at
-            `path`; or a path itself.
-        path: a text file in UTF-8; a parquet or arrow file with a column `text`; or a folder of
-            such files (*.parquet, *.arrow, *.txt, or LM1B's news.en*). Documents are joined by a
-            newline. Files of which a word of the path is test or heldout (or else validation) are
-            the test part.
-        fold: "text8" makes letters and single spaces of it, see `letters_and_spaces`.
+            (`pydoc_data.topics`, joined in the order of their names; it depends on the version of
+            Python); "gcide", the first 20,000,000 characters of the Collaborative International
+            Dictionary of English, installed by Debian's package dict-gcide and reduced by
+            `letters_and_spaces`; "wordnet", the glosses of WordNet, one per line, from Debian's
+            package wordnet-base; "text8", "lm1b" or "openwebtext", whose files are in `path`; or a
+            path.
+        path: a UTF-8 text file; a parquet or arrow file with a column `text`; or a folder of such
+            files (*.parquet, *.arrow, *.txt, or LM1B's news.en*). Documents are joined by newlines.
+            Files with test or heldout (or else validation) as a word of their path are the test
+            part.
+        fold: "text8" reduces the text to letters and single spaces, see `letters_and_spaces`.
 
     Raises:
         ValueError: there is no such text, or a file has another format.
@@ -86,8 +86,8 @@ def open_text(
         raise ValueError(f"{data} needs its files: give the file or folder by --data-path")
     if data not in NAMED_FILES and path is not None:
         raise ValueError(
-            f"a path is for {', '.join(NAMED_FILES)}, got {path} with {data!r}; leave it out, or "
-            "give the path as data"
+            f"a path can be given for {', '.join(NAMED_FILES)}, got {path} with {data!r}; leave it "
+            "out, or give the path as data"
         )
     if fold not in (None, "text8"):
         raise ValueError(f"fold must be 'text8' or left out, got {fold!r}")
@@ -119,17 +119,15 @@ def _of_path(path: Path) -> TextSource:
     if not path.is_dir():
         if not path.is_file():
             raise ValueError(
-                f"data must be {', '.join(NAMES)}, or a text file in UTF-8 or a folder of them, "
-                f"and there is no {path}"
+                f"data must be {', '.join(NAMES)}, or a UTF-8 text file or a folder of them, and "
+                f"{path} does not exist"
             )
         return TextSource(lambda: _pieces_of([path]), files=(path,))
     files = columnar.column_files(path) or sorted(
         {found for pattern in FILES for found in path.rglob(pattern) if found.is_file()}
     )
     if not files:
-        raise ValueError(
-            f"{path} must hold text: files called *.parquet, *.arrow or *.txt, got none"
-        )
+        raise ValueError(f"{path} must hold text files: *.parquet, *.arrow or *.txt, got none")
     training, others = columnar.in_parts(files, path)
     held_out = others[0] if others else []
     return TextSource(
@@ -154,19 +152,19 @@ def _of_files(files: Sequence[Path]) -> Iterator[str]:
 
 
 def _of_file(path: Path) -> Iterator[str]:
-    """The pieces of a text file, each of whole lines, or of whole words where lines are long."""
+    """The pieces of a text file: whole lines, or whole words if lines are long."""
     rest = end = ""
     try:
-        with path.open(encoding="utf-8-sig") as file:  # a BOM is no text
+        with path.open(encoding="utf-8-sig") as file:  # remove the BOM
             while read := file.read(PIECE):
                 end = read[-1]
                 text = rest + read
-                # Lines that are longer than a piece must not pile up.
+                # Lines longer than a piece must not accumulate.
                 cut = 1 + text.rfind("\n", len(rest)) or 1 + text.rfind(" ") or len(text)
                 rest = text[cut:]
                 yield text[:cut]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be a text file in UTF-8: {error}") from error
+        raise ValueError(f"{path} must be a UTF-8 text file: {error}") from error
     if not end:
         raise ValueError(f"data must hold some text, got the empty file {path}")
     if rest:
@@ -200,8 +198,9 @@ def _checked_text8(source: TextSource) -> Iterator[str]:
     for text in source.training():
         if other := set(text) - TEXT8_LETTERS:
             raise ValueError(
-                f"text8 must be of a to z and spaces, got {min(other)!r} in {source.files[0]}; "
-                "give any other text by --data PATH, with --fold text8 to make it so"
+                f"text8 must consist of a to z and spaces, got {min(other)!r} in "
+                f"{source.files[0]}; use --data PATH for other text, with --fold text8 to reduce "
+                "it"
             )
         yield text
 
@@ -212,28 +211,28 @@ def _pydoc() -> Iterator[str]:
 
 
 def _gcide() -> bytes:
-    """The dictionary as it is installed, without the lines that only name an entry's source."""
+    """The installed dictionary, without lines that only name an entry's source."""
     try:
         with gzip.open(GCIDE) as file:
             return SOURCE_LINE.sub(b"", file.read())
     except FileNotFoundError as error:
         raise ValueError(
-            f"gcide must be in {GCIDE}, and is not; install Debian's package dict-gcide, or give a "
-            "text file instead of the name"
+            f"gcide must be in {GCIDE}, and is not there; install Debian's package dict-gcide, or "
+            "give a text file"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{GCIDE} cannot be read: {error}") from error
 
 
 def _wordnet() -> Iterator[str]:
-    """The glosses of each file, one a line; the lines of the licence begin with a space."""
+    """The glosses of each file, one per line; lines of the licence begin with a space."""
     for path in (WORDNET / name for name in WORDNET_FILES):
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError as error:
             raise ValueError(
-                f"wordnet must be in {WORDNET}, and {path.name} is not; install Debian's package "
-                "wordnet-base, or give a text file instead of the name"
+                f"wordnet must be in {WORDNET}, and {path.name} is missing; install Debian's "
+                "package wordnet-base, or give a text file"
             ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
@@ -241,7 +240,7 @@ def _wordnet() -> Iterator[str]:
         glosses = [match[1].strip() for match in found if match]
         if len(glosses) < len(found) or not glosses:
             raise ValueError(
-                f"{path} must hold a synset with its gloss in each line after the licence, got "
+                f"{path} must hold a synset and its gloss in each line after the licence, got "
                 f"{len(glosses)} in {len(found)} lines; it may be cut off or damaged"
             )
         yield "\n".join(glosses) + "\n"

@@ -1,4 +1,4 @@
-"""Tokenizers: a token for each character of a text, or a Hugging Face tokenizer.json."""
+"""Tokenizers: one token per character, or a Hugging Face tokenizer.json."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LONGEST_TOKENIZER = 256 * 2**20  # bytes
 
 
 class Tokenizer(Protocol):
-    """Text to token numbers and back."""
+    """Converts text to tokens and back."""
 
     @property
     def size(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -38,12 +38,12 @@ class Tokenizer(Protocol):
         ...
 
     def to_json(self) -> str:
-        """What `tokenizer_from_json` makes the same tokenizer of."""
+        """The tokenizer as JSON, for `tokenizer_from_json`."""
         ...
 
 
 class Characters:
-    """A token for each character of a text, sorted; token 0 stands for any other.
+    """One token per character, in sorted order; token 0 stands for unknown characters.
 
     Args:
         characters: the known characters, each once.
@@ -52,7 +52,7 @@ class Characters:
     def __init__(self, characters: Iterable[str]) -> None:
         self.characters = (UNKNOWN, *sorted(set(characters) - {UNKNOWN}))
         codes = [ord(character) for character in self.characters]
-        # Of each code point; the one after the largest known stands for all beyond.
+        # Token of each code point; the last entry stands for all larger ones.
         self._numbers = torch.zeros(max(codes) + 2, dtype=torch.int64, device="cpu")
         self._numbers[codes] = torch.arange(len(codes), device="cpu")
 
@@ -62,14 +62,14 @@ class Characters:
         return len(self.characters)
 
     def encode(self, text: str) -> list[int]:
-        """The number of each character; 0 for an unknown one."""
+        """The token of each character; 0 for unknown ones."""
         return self.encode_tensor(text).tolist()
 
     def encode_tensor(self, text: str) -> Tensor:
-        """As `encode`, int64 [characters]: for long texts, with no Python object a character."""
+        """As `encode`, int64 [characters]; without a Python object per character."""
         found = torch.empty(len(text), dtype=torch.int64, device="cpu")
         for start in range(0, len(text), CHARACTERS_AT_A_TIME):
-            # A str may hold single surrogates, which are no text in UTF-32 but code points.
+            # A str may hold lone surrogates, which are code points but not valid UTF-32.
             part = text[start : start + CHARACTERS_AT_A_TIME].encode(UTF_32, "surrogatepass")
             codes = torch.frombuffer(bytearray(part), dtype=torch.int32)
             known = codes.clamp_(max=len(self._numbers) - 1)
@@ -77,7 +77,7 @@ class Characters:
         return found
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The characters of these numbers."""
+        """The characters of tokens."""
         return "".join(self.characters[token] for token in tokens)
 
     def to_json(self) -> str:
@@ -89,11 +89,11 @@ class FileTokenizer:
     """A tokenizer of Hugging Face's package tokenizers.
 
     Args:
-        text: the contents of its `tokenizer.json`.
+        text: the contents of a `tokenizer.json`.
 
     Raises:
         ImportError: the package is not installed.
-        ValueError: it is not such a file.
+        ValueError: the text is not a tokenizer.json.
     """
 
     def __init__(self, text: str) -> None:
@@ -113,11 +113,11 @@ class FileTokenizer:
 
     @property
     def size(self) -> int:
-        """One more than the largest token, so that numbers in a gap are tokens too."""
+        """One more than the largest token; unused numbers in between count as tokens."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without special ones around it."""
+        """The tokens of a text, without special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -125,16 +125,16 @@ class FileTokenizer:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def to_json(self) -> str:
-        """The contents of its file."""
+        """The contents of the tokenizer.json."""
         return self._tokenizer.to_str()
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:
-    """The tokenizer that `to_json` wrote, or that of a Hugging Face tokenizer.json.
+    """The tokenizer written by `to_json`, or that of a Hugging Face tokenizer.json.
 
     Raises:
         ValueError: the text is neither.
-        ImportError: it needs the package tokenizers, which is not installed.
+        ImportError: the package tokenizers is needed and not installed.
     """
     try:
         values = parse_json(text)
@@ -146,11 +146,11 @@ def tokenizer_from_json(text: str) -> Tokenizer:
 
 
 def read_tokenizer(path: str | None) -> Tokenizer | None:
-    """The tokenizer of a file; None where no path is given.
+    """The tokenizer in a file; None if no path is given.
 
     Raises:
         ValueError: the file cannot be read, or holds no tokenizer.
-        ImportError: it needs the package tokenizers, which is not installed.
+        ImportError: the package tokenizers is needed and not installed.
     """
     if path is None:
         return None

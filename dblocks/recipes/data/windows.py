@@ -1,4 +1,4 @@
-"""Windows of a text: random ones to train on, and those in which each token is scored once."""
+"""Windows of a text: random windows for training, and windows that score each token once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dblocks.recipes.data.splits import generator_of
 
 
 def random_windows(tokens: Tensor, length: int, batch_size: int, *, seed: int, step: int) -> Tensor:
-    """Batch number `step`: windows of `length` tokens that start anywhere, [batch_size, length]."""
+    """Batch number `step`: windows of `length` tokens at random positions, [batch_size, length]."""
     _check_length(tokens, length)
     starts = torch.randint(
         len(tokens) - length + 1, (batch_size, 1), generator=generator_of(seed, step)
@@ -25,15 +25,15 @@ def scored_windows(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows in which every token but the first of the text is scored exactly once.
 
-    Windows follow one another by half of their length; each scores its second half, so with at
-    least half a window of context, and the first one all but its first token.
+    Windows overlap by half of their length. Each scores its second half, with at least half a
+    window of context; the first one scores all but its first token.
 
     Args:
-        tokens: int64 [tokens] of the text.
-        length: tokens in a window.
-        batch_size: windows at a time.
-        windows: only so many of them, or all where there are fewer: from each of as many equal
-            parts of the text the one in the middle.
+        tokens: the text, int64 [tokens].
+        length: tokens per window.
+        batch_size: windows per batch.
+        windows: number of windows to use, at most all: the middle ones of as many equal parts of
+            the text.
 
     Yields:
         tokens [n, length] and bool [n, length], true where a token is scored.
@@ -47,7 +47,7 @@ def scored_windows(
     half = length // 2
     last = len(tokens) - length
     starts = torch.arange(0, last + half, half).clamp(max=last)
-    # Where a window scores from: after what the one before has scored.
+    # A window scores from the end of what the previous one has scored.
     first = torch.cat([torch.ones(1, dtype=torch.int64), starts[:-1] + length - starts[1:]])
     if windows is not None and windows < len(starts):
         middle = (2 * torch.arange(windows) + 1) * len(starts) // (2 * windows)
@@ -60,14 +60,15 @@ def scored_windows(
 def consecutive_windows(
     tokens: Tensor, length: int, windows: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Windows that follow one another, in which every token of the text is scored exactly once.
+    """Consecutive windows in which every token of the text is scored exactly once.
 
-    The last one begins early enough to be whole; what it shares with the one before is not scored.
+    The last one begins early enough to have full length; its overlap with the previous one is not
+    scored.
 
     Args:
-        tokens: integers [tokens] of the text.
-        length: tokens in a window.
-        windows: so many of them only, spread evenly.
+        tokens: the text, integers [tokens].
+        length: tokens per window.
+        windows: number of windows to use, evenly spaced.
 
     Returns:
         tokens [n, length] and bool [n, length], true where a token is scored.
@@ -83,6 +84,6 @@ def consecutive_windows(
 def _check_length(tokens: Tensor, length: int) -> None:
     if not 2 <= length <= len(tokens):
         raise ValueError(
-            f"a window must have from 2 tokens to those of the text, {len(tokens)}, got {length}; "
-            "choose a shorter context or a longer text"
+            f"a window must have between 2 tokens and those of the text, {len(tokens)}, got "
+            f"{length}; choose a shorter context or a longer text"
         )

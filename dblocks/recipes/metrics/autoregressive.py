@@ -1,4 +1,4 @@
-"""Bits per character of a text under a model that predicts the next token."""
+"""Bits per character of a text under a next-token model."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ def bits_per_character(
     windows: int | None = None,
     batch_size: int = 32,
 ) -> float:
-    """Bits per character of a text under a model, every token with half a window before it.
+    """Bits per character of a text under a model, with at least half a window of context.
 
     Args:
-        model: a `LanguageModel` or its `DiffusionBlocks`, of which the first block predicts.
-        text: what to score; all but its first token.
-        context: tokens in a window.
-        product: all blocks together predict, see `product_nll`.
-        num_steps: as of `next_token_nll`.
-        windows: score the tokens of so many windows only, spread evenly over the text; see
-            `scored_windows`.
-        batch_size: windows at a time.
+        model: a `LanguageModel`, or its `DiffusionBlocks`, of which the first block predicts.
+        text: the text, scored from its second token.
+        context: tokens per window.
+        product: whether to predict with the product of all blocks, see `product_nll`.
+        num_steps: see `next_token_nll`.
+        windows: number of windows to score, evenly spaced in the text; see `scored_windows`.
+        batch_size: windows per batch.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(NOISE_SEED)
@@ -60,13 +59,13 @@ def bound_of(
     windows: int | None = None,
     batch_size: int = 32,
 ) -> dict[str, Any]:
-    """The bound of all blocks in bits per character, as JSON values.
+    """The denoising bound over all blocks in bits per character, as JSON values.
 
-    Arguments are those of `bits_per_character`, and `draws` that of `denoising_bound`.
+    For the arguments see `bits_per_character`, and for `draws` `denoising_bound`.
 
     Returns:
-        "bits", their "std_error" by the draws, and what the denoising of each block adds to them,
-        "by_block".
+        "bits"; "std_error", their standard error due to the draws; and "by_block", the contribution
+        of each block.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(NOISE_SEED)

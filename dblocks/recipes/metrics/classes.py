@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The share of rows whose largest logit is the label's, in [0, 1].
+    """The fraction of rows whose largest logit is that of the label, in [0, 1].
 
     Args:
         logits: [N, classes].
@@ -28,7 +28,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 def evaluate(
     predict: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, batch_size: int = 256
 ) -> float:
-    """The accuracy of `predict`, images [n, C, H, W] -> logits [n, classes], batch by batch."""
+    """The accuracy of `predict`, images [n, C, H, W] -> logits [n, classes], in batches."""
     logits = [predict(chunk) for chunk in images.split(batch_size)]
     return accuracy(torch.cat(logits), labels)
 

@@ -1,4 +1,4 @@
-"""How a trained vision transformer classifies, in blocks or end to end."""
+"""Classification with a trained vision transformer, in blocks or end to end."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dblocks.recipes.data.splits import Images, values
 from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.classes import evaluate
 
-AT_ONCE = 2000  # images that are classified at a time
+AT_ONCE = 2000  # batch size
 
 
 class Classifier(NamedTuple):
-    """How a trained network classifies."""
+    """A trained network as a classifier."""
 
     vit: ViT
     blocks: DiffusionBlocks | None
@@ -31,15 +31,15 @@ class Classifier(NamedTuple):
         noise: Noise = "none",
         seed: int = NOISE_SEED,
     ) -> Tensor:
-        """Logits [N, classes], by `classify` where the network is in blocks.
+        """Logits [N, classes]; in blocks, by `classify`.
 
-        Images are taken 2,000 at a time, which draw their noise one after another.
+        Images are classified in batches of 2,000, which draw their noise one after another.
 
         Args:
             images: [N, C, H, W].
-            num_steps: denoising steps; by default as of `classify`.
-            noise: what steps start from, see `classify`.
-            seed: of the noise.
+            num_steps: number of denoising steps; for the default see `classify`.
+            noise: initial state of the steps, see `classify`.
+            seed: seed of the noise.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -53,7 +53,7 @@ class Classifier(NamedTuple):
         return torch.cat([some(values(chunk)) for chunk in images.split(AT_ONCE)])
 
     def alone(self, images: Tensor, block: int) -> Tensor:
-        """Logits of one block alone, by one call from the mean of the noise at sigma_max."""
+        """Logits of one block alone: one call at sigma_max with the mean of the noise."""
         blocks = cast(DiffusionBlocks, self.blocks)
         top = blocks.config.noise_schedule.sigma_max
 
@@ -71,7 +71,7 @@ class Classifier(NamedTuple):
         noise: Noise = "none",
         seed: int = NOISE_SEED,
     ) -> float:
-        """The accuracy on `data`; arguments as of `logits`."""
+        """The accuracy on `data`; for the arguments see `logits`."""
 
         def predict(images: Tensor) -> Tensor:
             return self.logits(images, num_steps, noise=noise, seed=seed)

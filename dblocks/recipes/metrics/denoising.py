@@ -9,11 +9,11 @@ from dblocks.recipes.data.splits import Images, values
 from dblocks.recipes.metrics import NOISE_SEED
 
 LEVELS = 12  # noise levels at which the loss is measured
-MOST = 2000  # images: of 10,000 a measurement would take as long as a third of the training
+MOST = 2000  # images; evaluation on 10,000 would take a third of the training time
 
 
 def measured(data: Images) -> Images:
-    """The images whose loss is measured: all, or of more than `MOST` so many, evenly spaced."""
+    """The images to evaluate on: all, or at most `MOST`, evenly spaced."""
     if len(data) <= MOST:
         return data
     return data[torch.arange(MOST) * len(data) // MOST]
@@ -21,14 +21,14 @@ def measured(data: Images) -> Images:
 
 @torch.no_grad()
 def held_out_loss(model: DiffusionBlocks, data: Images, *, batch_size: int = 512) -> float:
-    """The mean L2 loss, in F space, at noise levels of equal probability, each by its block.
+    """The mean L2 loss of F at noise levels of equal probability, each by the block that owns it.
 
-    The noise is the same for every model of the same images, so that losses compare across blocks.
+    The noise is the same for every model of the same images, so that losses are comparable.
 
     Args:
         model: the blocks of a `DiT`.
-        data: the images, of which `measured` says the ones that are used.
-        batch_size: images at a time.
+        data: the images; those selected by `measured` are used.
+        batch_size: images per batch.
     """
     data = measured(data)
     config = model.config

@@ -16,37 +16,37 @@ class Difference(NamedTuple):
 
     mean: float
     std: float | None
-    """Sample standard deviation of the differences; None for one pair, as the interval."""
+    """Sample standard deviation of the differences; like the interval, None for one pair."""
     low: float | None
     high: float | None
     count: int
-    """How many pairs."""
+    """Number of pairs."""
 
 
 def paired_difference(
     ours: Sequence[float], theirs: Sequence[float], level: float = LEVEL
 ) -> Difference:
-    """The mean of `ours - theirs`, pair by pair, with its confidence interval.
+    """The mean of the paired differences `ours - theirs`, with its confidence interval.
 
         mean ± t std / sqrt(n)
 
-    with the quantile t of Student's distribution of n-1 degrees of freedom, within whose ±t lies
-    the share `level`. It assumes that the differences are about normal.
+    where ±t encloses the probability `level` of Student's distribution with n-1 degrees of freedom.
+    The differences are assumed to be normally distributed.
 
     Args:
-        ours: values, such as those of the seeds 0, 1 and 2.
+        ours: values, such as those of seeds 0, 1 and 2.
         theirs: values of the same seeds in the same order.
-        level: of confidence.
+        level: confidence level.
 
     Raises:
-        ValueError: there are no pairs, there is no partner for a value, or one is not finite.
+        ValueError: there are no pairs, the numbers of values differ, or a value is not finite.
 
     Source: Student 1908.
     """
     if len(ours) != len(theirs) or not ours:
         raise ValueError(
-            f"each value must have a partner, and there must be one pair at least, got {len(ours)} "
-            f"and {len(theirs)} values"
+            f"there must be at least one pair of values, and as many in each, got {len(ours)} and "
+            f"{len(theirs)} values"
         )
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     if not all(map(math.isfinite, differences)):
@@ -59,19 +59,19 @@ def paired_difference(
 
 
 def student_quantile(level: float, freedom: int) -> float:
-    """The t with `P(|T| <= t) = level`, of Student's distribution of whole degrees of freedom."""
+    """The t with `P(|T| <= t) = level` for Student's distribution, integer degrees of freedom."""
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     if freedom < 1:
         raise ValueError(f"degrees of freedom must be at least 1, got {freedom}")
-    low, high = 0.0, math.pi / 2  # angles: t = sqrt(freedom) tan(angle)
+    low, high = 0.0, math.pi / 2  # in terms of angles: t = sqrt(freedom) tan(angle)
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
     return math.sqrt(freedom) * math.tan(low)
 
 
 def _within(angle: float, freedom: int) -> float:
-    """`P(|T| <= sqrt(freedom) tan(angle))`, a finite sum for whole degrees of freedom.
+    """`P(|T| <= sqrt(freedom) tan(angle))`, a finite sum for integer degrees of freedom.
 
     Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
     """

@@ -12,16 +12,16 @@ from dblocks.recipes.data.splits import values
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """The squared Frechet distance of two sets of features, each as a normal distribution.
+    """The squared Frechet distance of normal distributions fitted to two sets of features.
 
         |m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2))
 
-    with means m and sample covariances S. Where `A^T A = S_a` and `B^T B = S_b`, the last trace is
-    the sum of the singular values of `A B^T`; A and B are triangular factors of the centred
-    features, so that no square root of a covariance loses digits.
+    with means m and sample covariances S. With `A^T A = S_a` and `B^T B = S_b`, the last trace is
+    the sum of the singular values of `A B^T`. A and B are triangular factors of the centred
+    features, which avoids the loss of digits in the square root of a covariance.
 
-    A set of few samples lies off by about `tr(S)/n` even where both are of one distribution, so
-    compare distances of as many samples.
+    For n samples the distance is biased by about `tr(S)/n` even if the distributions are equal, so
+    only compare distances with the same number of samples.
 
     Args:
         a: features [n, D].
@@ -31,8 +31,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         The distance, in float64.
 
     Raises:
-        ValueError: the shapes do not fit, there are not more samples than features, which leaves
-            the covariance singular, or a feature is not finite.
+        ValueError: the shapes do not match; there are not more samples than features, so the
+            covariance is singular; or a feature is not finite.
 
     Source: Dowson and Landau 1982; Heusel et al. 2017 (FID).
     """
@@ -45,7 +45,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     distance = (mean_a - mean_b).square().sum()
     spread = factor_a.square().sum() + factor_b.square().sum()
     common = torch.linalg.svdvals(factor_a @ factor_b.T).sum()
-    # Equal sets leave a difference of roundings, which may be negative.
+    # For equal sets, rounding may make the distance negative.
     return max(0.0, (distance + spread - 2 * common).item())
 
 
@@ -53,12 +53,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def in_batches(
     function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 256
 ) -> Tensor:
-    """The results of `function` for images [n, ...], computed in batches, on the CPU."""
+    """The results of `function` on images [n, ...], computed in batches, on the CPU."""
     return torch.cat([function(chunk).cpu() for chunk in images.split(batch_size)])
 
 
 def spread(images: Tensor, count: int) -> Tensor:
-    """`count` of the images [n, ...], evenly spread."""
+    """`count` of the images [n, ...], evenly spaced."""
     return images[torch.linspace(0, len(images) - 1, count, dtype=torch.float64).long()]
 
 
@@ -67,7 +67,7 @@ def standard_deviation(images: Tensor) -> float:
     if images.numel() < 2:
         raise ValueError(f"the standard deviation needs at least 2 numbers, got {images.numel()}")
     total = square = 0.0
-    # A data set may be larger than the memory that float64 copies of it would need.
+    # In pieces: a float64 copy of a whole data set may not fit into memory.
     for chunk in images.split(1024):
         found = values(chunk).double()
         total += found.sum().item()
@@ -82,7 +82,7 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     if n <= D:
         raise ValueError(
             f"the Frechet distance needs more samples than the {D} features, got {n}; "
-            "take more samples or fewer features"
+            "use more samples or fewer features"
         )
     x = features.detach().double()
     if not x.isfinite().all():

@@ -10,22 +10,22 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dblocks.config import json_text
-from dblocks.recipes.data.kept import cache_folder, replacing
+from dblocks.recipes.data.cache import cache_folder, replacing
 from dblocks.recipes.data.splits import Images, batch_indices, values
 
-FEATURES = 32  # few, so that some hundred images estimate their covariance
+FEATURES = 32  # few features, so that some hundred images suffice for their covariance
 WIDTH = 16
 POOLED = 2  # side of the last feature map
-SEED = 77_000  # a seed that no run has
-LEAST_STEPS, MOST_STEPS = 400, 4000  # an epoch in between
-FORMAT = 1  # of what is kept
+SEED = 77_000  # a seed that runs do not use
+LEAST_STEPS, MOST_STEPS = 400, 4000  # bounds of the number of steps; one epoch in between
+FORMAT = 1  # version of the cached weights
 BATCH_SIZE = 64
 LR = 3e-3
 WEIGHT_DECAY = 0.5
 
 
 class ImageClassifier(nn.Module):
-    """Four convolutions and two linear layers; features have norm sqrt(32).
+    """Four convolutions and two linear layers, with features of norm sqrt(32).
 
     Args:
         channels: channels of the images, which may have any size.
@@ -47,7 +47,7 @@ class ImageClassifier(nn.Module):
             nn.AdaptiveAvgPool2d(POOLED),
             nn.Flatten(),
             nn.Linear(4 * W * POOLED**2, FEATURES),
-            # Distances do not depend on how far the features happened to grow.
+            # Normalised, so that distances do not depend on the scale of features.
             nn.LayerNorm(FEATURES, elementwise_affine=False),
         )
         self.head = nn.Linear(FEATURES, num_classes)
@@ -58,19 +58,19 @@ class ImageClassifier(nn.Module):
 
 
 def steps_of(data: Images) -> int:
-    """Steps of a classifier of such images: an epoch, but 400 to 4,000."""
+    """Number of training steps of the classifier: one epoch, but 400 to 4,000."""
     return min(max(LEAST_STEPS, len(data) // BATCH_SIZE), MOST_STEPS)
 
 
 def judge_of(data: Images, num_classes: int, *, device: str = "cpu") -> ImageClassifier:
-    """`train_judge` of as many steps as `steps_of` says; each data set's is kept, see `kept`.
+    """The classifier of a data set: the cached result of `train_judge` with `steps_of` steps.
 
-    So one judge serves all runs on the same data of a machine.
+    All runs on a machine with the same data use the same classifier.
 
     Args:
-        data: what to train on.
+        data: the training images.
         num_classes: number of classes.
-        device: where to train it, and where it is.
+        device: device of training and of the result.
     """
     about = [FORMAT, data.digest(), num_classes, steps_of(data), torch.__version__]
     key = hashlib.sha256(json_text([*about, torch.device(device).type]).encode()).hexdigest()
@@ -89,13 +89,13 @@ def judge_of(data: Images, num_classes: int, *, device: str = "cpu") -> ImageCla
 def train_judge(
     data: Images, num_classes: int, *, steps: int = LEAST_STEPS, device: str = "cpu"
 ) -> ImageClassifier:
-    """A classifier trained on `data`, the same at every call: its seed is its own.
+    """Trains a classifier on `data`; with its fixed seed, the result is the same in every call.
 
     Args:
-        data: what to train on.
+        data: the training images.
         num_classes: number of classes.
-        steps: of one batch of 64.
-        device: where to train.
+        steps: number of steps, with batches of 64.
+        device: device of training.
     """
     judge = _untrained(data, num_classes).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)

@@ -1,4 +1,4 @@
-"""A classifier's evaluation of generated images, and of training images for comparison."""
+"""Metrics of generated images by a classifier, and of training images for comparison."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def judged(
 ) -> dict[str, Any]:
     """Distances, precision, recall and accuracies, as JSON values.
 
-    Distances are None where there are not more images than features, precision and recall where
-    there are not more than neighbours.
+    Distances are None if there are not more images than features; precision and recall are None if
+    there are not more images than neighbours.
 
     Args:
         judge: the classifier.
         guided: generated images [n, C, H, W].
-        unguided: likewise, of the same classes.
-        labels: these classes, int64 [n].
-        training: what was trained on.
-        held_out: what is compared with.
+        unguided: images generated without guidance, of the same classes.
+        labels: the classes, int64 [n].
+        training: the training images.
+        held_out: the images to compare with.
     """
     device = next(judge.parameters()).device
 
@@ -45,12 +45,12 @@ def judged(
     real = features(held_out.images)
 
     def distance(images: Tensor) -> float | None:
-        if min(len(images), len(real)) <= FEATURES:  # too few for their covariance
+        if min(len(images), len(real)) <= FEATURES:  # too few for the covariance
             return None
         return frechet_distance(features(images), real)
 
     def among(images: Tensor) -> PrecisionRecall | None:
-        """Of as many of each as there are samples, spread evenly."""
+        """Precision and recall, with as many held-out images as samples, evenly spaced."""
         n = min(len(guided), len(real), len(images))
         if n <= NEIGHBOURS:
             return None

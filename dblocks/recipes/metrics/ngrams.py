@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def ngrams(text: str, n: int) -> Counter[str]:
-    """How often each run of `n` characters occurs."""
+    """Counts each sequence of `n` characters."""
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     return Counter(text[i : i + n] for i in range(len(text) - n + 1))
@@ -17,16 +17,16 @@ def ngrams(text: str, n: int) -> Counter[str]:
 def ngram_divergence(texts: Sequence[str], reference: str, n: int) -> float:
     """Jensen-Shannon divergence of the n-grams of `texts` and of `reference`, in bits, in [0, 1].
 
-    With p and q the two relative frequencies and m their mean, `(KL(p || m) + KL(q || m)) / 2`. It
-    is larger for smaller samples: compare texts of one size only.
+    It is `(KL(p || m) + KL(q || m)) / 2` with the relative frequencies p and q and their mean m. It
+    is larger for smaller samples: only compare texts of the same size.
 
     Raises:
-        ValueError: one side has no run of n characters.
+        ValueError: one side has no sequence of n characters.
     """
     ours = sum((ngrams(text, n) for text in texts), Counter[str]())
     theirs = ngrams(reference, n)
     if not ours or not theirs:
-        raise ValueError(f"both sides must have a run of {n} characters, got a shorter text")
+        raise ValueError(f"both sides must have at least {n} characters, got a shorter text")
     count, total = ours.total(), theirs.total()
     bits = 0.0
     for gram in ours.keys() | theirs.keys():
@@ -37,36 +37,36 @@ def ngram_divergence(texts: Sequence[str], reference: str, n: int) -> float:
 
 
 def known_share(texts: Sequence[str], known: str, n: int) -> float:
-    """The share of the n-grams of `texts` that occur in the text `known`, in [0, 1]."""
+    """The fraction of the n-grams of `texts` that occur in the text `known`, in [0, 1]."""
     ours = sum((ngrams(text, n) for text in texts), Counter[str]())
     if not ours:
-        raise ValueError(f"a text must have a run of {n} characters, got shorter ones")
+        raise ValueError(f"a text must have at least {n} characters, got shorter ones")
     grams = ngrams(known, n).keys()
     return sum(count for gram, count in ours.items() if gram in grams) / ours.total()
 
 
 def repetition_rate(texts: Sequence[str], n: int) -> float:
-    """The share of n-grams that occurred earlier in the same text, in [0, 1]."""
+    """The fraction of n-grams that occurred earlier in the same text, in [0, 1]."""
     counts = [ngrams(text, n) for text in texts]
     total = sum(count.total() for count in counts)
     if not total:
-        raise ValueError(f"a text must have a run of {n} characters, got shorter ones")
+        raise ValueError(f"a text must have at least {n} characters, got shorter ones")
     return 1 - sum(map(len, counts)) / total
 
 
 def distinct_share(texts: Sequence[str], n: int, *, words: bool = False) -> float:
-    """The share of different n-grams among those of all texts, in [0, 1]: "distinct-n".
+    """The fraction of distinct n-grams among those of all texts, in [0, 1]: "distinct-n".
 
-    It falls where texts say the same, also each other's; and with their length: compare texts of
-    one size only.
+    It is lower for repetition within and across texts, and for longer texts: only compare texts of
+    the same size.
 
     Args:
-        texts: what to look at.
-        n: characters or words.
-        words: n-grams of words between spaces, as published, not of characters.
+        texts: the texts.
+        n: number of characters or words.
+        words: whether n-grams are of words between spaces, as published, instead of characters.
 
     Raises:
-        ValueError: no text has n of them, or n is not positive.
+        ValueError: all texts are shorter than n, or n is not positive.
 
     Source: Li et al. 2016, arXiv 1510.03055.
     """
@@ -76,7 +76,7 @@ def distinct_share(texts: Sequence[str], n: int, *, words: bool = False) -> floa
         found = sum((ngrams(text, n) for text in texts), Counter[str]())
     if not found:
         kind = "words" if words else "characters"
-        raise ValueError(f"a text must have a run of {n} {kind}, got shorter ones")
+        raise ValueError(f"a text must have at least {n} {kind}, got shorter ones")
     return len(found) / found.total()
 
 

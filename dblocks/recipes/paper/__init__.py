@@ -1,8 +1,8 @@
 """The experiments of the paper as recipes: `dblocks train NETWORK --recipe paper --data NAME`.
 
 DiffusionBlocks: Block-wise Neural Network Training via Diffusion Interpretation (Shing, Koyama,
-Akiba; ICLR 2026; arXiv 2506.14202, version 4). In `images` and `texts`, every value of the
-paper has its source, and every value that the paper does not give has a reason.
+    Akiba; ICLR 2026; arXiv 2506.14202, version 4). `images` and `texts` state the source of every
+    value from the paper, and a reason for every value that the paper does not give.
 """
 
 from dblocks.recipes.paper.experiment import Experiment as Experiment
@@ -16,4 +16,4 @@ EXPERIMENTS: dict[str, tuple[Experiment, ...]] = {
     "causal-lm": (LM1B, OPENWEBTEXT),
     "recurrent": (HUGINN,),
 }
-"""By the name of the network; the first is the one without `--data`."""
+"""Experiments by network; the first one is the default without `--data`."""

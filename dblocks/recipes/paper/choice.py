@@ -1,4 +1,4 @@
-"""Looks up an experiment of the paper for the command line, and checks for its files."""
+"""Looks up an experiment of the paper for the command line, and checks that its files are given."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dblocks.recipes.run import Run
 
 
 def experiment_of(experiments: Sequence[Experiment], data: str | None) -> Experiment:
-    """The experiment on this data set; the first one by default.
+    """The experiment on a data set; by default the first one.
 
     Raises:
-        ValueError: the paper has no experiment on it.
+        ValueError: the paper has no experiment on this data set.
     """
     found = [e for e in experiments if data in (None, e.data)]
     if not found:
         names = " or ".join(e.data for e in experiments)
         raise ValueError(
-            f"--data must be {names} with --recipe paper, got {data!r}; for other data, leave the "
-            "recipe out"
+            f"--data must be {names} with --recipe paper, got {data!r}; for other data, leave "
+            "--recipe out"
         )
     return found[0]
 
@@ -33,14 +33,14 @@ def run_of(experiment: Experiment, run: Run) -> Run:
 
 
 def check_files(experiment: Experiment, run: Run) -> None:
-    """Raises ValueError if the run names no files of data, which the user must provide."""
+    """Raises ValueError if the run has no data files, which the user must provide."""
     if getattr(run, "data_path", None) is None:
         raise ValueError(
-            f"--recipe paper trains on {experiment.data}, whose files must be given by "
+            f"--recipe paper trains on {experiment.data}, whose files must be given with "
             f"--data-path: {experiment.files}; nothing is downloaded"
         )
     if experiment.tokenizer and getattr(run, "tokenizer", None) is None:
         raise ValueError(
-            f"--recipe paper trains on the tokens of a tokenizer, {experiment.tokenizer}; give its "
-            "tokenizer.json by --tokenizer"
+            f"--recipe paper needs a tokenizer, {experiment.tokenizer}; give its tokenizer.json "
+            "with --tokenizer"
         )

@@ -12,7 +12,7 @@ class Value(NamedTuple):
 
     value: Any
     source: str
-    """The source or, for a choice of ours, the reason."""
+    """The source or, for our own choices, the reason."""
 
 
 class Published(NamedTuple):
@@ -35,7 +35,7 @@ class Experiment:
     files: str
     """A description of the files that the user must provide."""
     epochs: int
-    """Number of epochs of each block."""
+    """Number of epochs for each block."""
     samples: int
     """Size of the training part: images, or tokens of a text."""
     shape: tuple[int, ...] = ()
@@ -43,31 +43,31 @@ class Experiment:
     labels: int
     """Classes of images, or tokens of the vocabulary."""
     published: Mapping[str, Value]
-    """Fields of the run that the paper or its code gives, and those that follow from them."""
+    """Fields of the run given by the paper or its code, or derived from these."""
     ours: Mapping[str, Value]
-    """Fields of the run that neither gives."""
+    """Fields of the run given by neither."""
     differs: tuple[str, ...]
     """Differences from the paper, as sentences."""
     metric: str
-    """The quantity in the rows."""
+    """The metric in the rows."""
     rows: tuple[Published, ...]
     measured: Callable[[Mapping[str, Any]], float | None]
-    """Reads the same quantity from a record; None if it is not measured here."""
+    """Reads the same metric from a record; None if it is not measured here."""
     unmeasured: str = ""
     """How to measure it elsewhere, if it is not measured here."""
     tokenizer: str = ""
-    """The tokenizer to pass as `--tokenizer`; empty: characters."""
+    """The tokenizer to pass as `--tokenizer`; empty for characters."""
 
     def settings(self) -> dict[str, Any]:
-        """The fields of the run except those of the data."""
+        """The fields of the run except the data."""
         return {name: value.value for name, value in {**self.published, **self.ours}.items()}
 
 
-CUDA = {"device": Value("cuda", "nobody trains these on a CPU")}
+CUDA = {"device": Value("cuda", "not feasible on a CPU")}
 
 
 def not_measured(record: Mapping[str, Any]) -> None:
-    """None: the paper's measure needs features of a large pretrained network."""
+    """Returns None: the paper's metric needs the features of a large pretrained network."""
 
 
 def steps(*, epochs: int, samples: int, batch_size: int, blocks: int) -> int:

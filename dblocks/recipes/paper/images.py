@@ -1,6 +1,6 @@
-"""The paper's experiments on images: ViT classifies, DiT generates.
+"""The paper's experiments on images: classification by ViT, generation by DiT.
 
-"Code" is the released code of the paper, which has the ViT only; DiT is Peebles and Xie 2023
+"Code" is the released code of the paper, which has only the ViT; DiT is Peebles and Xie 2023
 (arXiv 2212.09748) and its code, EDM is Karras et al. 2022 (arXiv 2206.00364).
 """
 
@@ -23,11 +23,11 @@ ON_A_GPU = {
     "bf16": Value(True, "the paper names no precision; the code has float32 with TF32"),
 }
 CLIP = Value(1.0, "code: gradient_clip_val")
-STEPS_4 = "4"  # denoising steps of the paper's accuracy
+STEPS_4 = "4"  # number of denoising steps for the paper's accuracy
 
 
 def _accuracy(record: Mapping[str, Any]) -> float | None:
-    """Accuracy in percent: after 4 Euler steps from noise, or of the network trained end to end."""
+    """Accuracy in percent: with 4 Euler steps from noise, or end to end."""
     from_noise = record["accuracy_from_noise"]
     return 100 * (record["accuracy"] if from_noise is None else from_noise[STEPS_4])
 
@@ -233,8 +233,8 @@ IMAGENET = _dit(
         ),
     },
     differs=(
-        "Latents are taken as the files have them, one of an image; DiT's code flips half of the "
-        "images before its autoencoder, and draws a latent anew each time.",
+        "Latents are used as stored, one per image; DiT's code flips half of the images before "
+        "its autoencoder and draws a new latent each time.",
     ),
     rows=(
         Published("DiffusionBlocks", "9.00 / 10.63", "Table 2"),

@@ -10,11 +10,11 @@ from dblocks.recipes.data.splits import Images
 from dblocks.recipes.paper.experiment import Experiment
 from dblocks.recipes.run import Run
 
-H200 = "141GB"  # of memory; source: NVIDIA's data sheet
+H200 = "141GB"  # memory; source: NVIDIA's data sheet
 
 
 def network_config(experiment: Experiment, run: Run) -> Any:
-    """The config of a run's network on the data set of an experiment."""
+    """The config of a run's network for the data set of an experiment."""
     maker = cast(Any, run)
     if not experiment.shape:
         return maker.model_config(experiment.labels)

@@ -1,4 +1,4 @@
-"""Results measured here and results of the paper, in separate rows."""
+"""Tables of results measured here next to results of the paper."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def changed(run: Run, recipe: Run) -> list[str]:
 
 
 def beside(experiment: Experiment, run: Run, recipe: Run, record: Mapping[str, Any]) -> str:
-    """The result of a run and the rows of the paper, each with its source.
+    """A table of a run's result and the paper's results, with their sources.
 
     Args:
         experiment: the experiment of the paper.
         run: the run that was trained.
-        recipe: the experiment as a run, with nothing changed.
+        recipe: the experiment as a run, without changes.
         record: the record of the run.
     """
     value = experiment.measured(record)
@@ -40,8 +40,8 @@ def beside(experiment: Experiment, run: Run, recipe: Run, record: Mapping[str, A
     ]
     lines = [f"{experiment.data}: {experiment.metric}", *aligned(rows)]
     if other := changed(run, recipe):
-        lines.append(f"Other settings here than the paper's: {', '.join(other)}")
-    lines += [f"Not as in the paper: {sentence}" for sentence in experiment.differs]
+        lines.append(f"Settings that differ from the paper's: {', '.join(other)}")
+    lines += [f"Difference from the paper: {sentence}" for sentence in experiment.differs]
     if value is None and experiment.unmeasured:
         lines.append(f"To compare: {experiment.unmeasured}")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 MD4 is Shi et al. 2024 (arXiv 2406.04329), MDLM is Sahoo et al. 2024 (arXiv 2406.07524), Huginn is
 Geiping et al. 2025 (arXiv 2502.05171), Pythia is Biderman et al. 2023 (arXiv 2304.01373), each with
-its code; "code" alone is the released code of the paper, a ViT's.
+its code; "code" alone is the released code of the paper, which has only the ViT.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TEXT8 = Experiment(
     files="the file text8 of 100,000,000 characters",
     epochs=100,
     samples=90_000_000,
-    labels=28,  # with one for unknown characters
+    labels=28,  # including one for unknown characters
     published={
         "depth": Value(12, "App. E.3"),
         "width": Value(768, "App. E.3"),

@@ -29,40 +29,41 @@ from dblocks.scale.planner.units import parse_bytes, parse_count, parse_flops, p
 class Plan(ABC):
     """Plan the memory and time of training a network end to end and in any number of blocks.
 
-    NETWORK is vit, causal-lm, masked-lm, recurrent or dit, whose sizes are flags (shown by
-    `dblocks plan vit --help`), a folder of `dblocks train`, or another library's model, as for
-    `dblocks info --model`. Nothing is downloaded, and no weights are allocated. Prints a table; all
-    figures are modelled.
+    NETWORK is vit, causal-lm, masked-lm, recurrent or dit, with sizes as flags (see `dblocks plan
+    vit --help`), a folder of `dblocks train`, or a model of another library (see `dblocks info
+    --help`). Prints a table; all figures are modelled. Nothing is downloaded, and no weights are
+    allocated.
     """
 
     memory: str
     """Memory of each device, such as 24GiB."""
     link: str = "50GB/s"
-    """Bandwidth between a device and the host."""
+    """Bandwidth between a device and the host, such as 50GB/s."""
     flops: str = "400T"
-    """Operations per second that a device reaches in training, not its peak."""
+    """Floating-point operations per second that a device reaches in training, not its peak."""
     devices: int = 1
-    """Number of devices, which do not communicate: each trains one block, or several in turn."""
+    """Number of devices. They do not communicate: each trains one block, or several in turn."""
     batch_size: int = 1
     """Samples in a batch."""
     tokens: int | None = None
-    """Number of tokens of a text; by default the network's maximum, up to 2,048."""
+    """Sequence length in tokens; by default the network's maximum, up to 2,048."""
     shared: Literal["train", "frozen", "private"] | None = None
-    """What happens to parameters outside the layers; for reduce, plan private. By default train on
-    one device; on several, private for networks here and frozen for other libraries' models."""
+    """How parameters outside the layers are trained; for reduce, use private. Default on one
+    device: train; on several devices: private for networks of dblocks, frozen for other libraries'
+    models."""
     optimizer: Optimizer = "adamw"
-    """adamw is fused; adamw-foreach copies the parameters in a step; sgd has momentum; adafactor
-    updates one parameter at a time (foreach=False); muon is for all matrices, with adamw for the
-    rest."""
+    """Optimizer. adamw is fused; adamw-foreach copies the parameters in a step; sgd has momentum;
+    adafactor updates one parameter at a time (foreach=False); muon updates all matrices, and adamw
+    the rest."""
     ema: float | None = None
-    """Decay of a moving average of the weights, as of `dblocks train --ema`; its value changes no
-    figure."""
+    """Decay of a moving average of the weights, as in `dblocks train --ema`; figures do not depend
+    on its value."""
     bf16: bool = False
     """Compute the layers in bfloat16 (autocast)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights of a model of another library, and of their gradients and moments."""
+    """Dtype of the weights, gradients and moments of another library's model."""
     prefetch: Prefetch = "none"
-    """The part of the next block that is copied to the device while one is trained."""
+    """The part of the next block that is copied to the device while a block is trained."""
     steps_per_visit: int = 10
     """Steps on a block before the next one replaces it on the device."""
     split: Split = "even"
@@ -70,7 +71,7 @@ class Plan(ABC):
     blocks: int | None = None
     """Number of blocks to report in detail; by default the fewest that fit."""
     train_tokens: str | None = None
-    """Number of tokens (or images) to train on, such as 15T; prints the days needed."""
+    """Number of tokens (or images) to train on, such as 15T; prints the time needed."""
     json: Path | None = None
     """File for all figures as JSON."""
     chart: Path | None = None
@@ -81,7 +82,7 @@ class Plan(ABC):
         """The network."""
 
     def machine(self) -> Machine:
-        """What it is planned for."""
+        """The machine described by the flags."""
         return Machine(
             memory=parse_bytes("--memory", self.memory),
             link=parse_rate("--link", self.link),
@@ -149,8 +150,8 @@ class PlanModel(Plan):
     """A plan of another library's model."""
 
     source: str
-    """A model as in `dblocks info --model`; a folder of `dblocks train`, or its config.json; or a
-    network: vit, causal-lm, masked-lm, recurrent, dit."""
+    """A model as in `dblocks info --model`; a folder of `dblocks train`, or its config.json; or the
+    name of a network: vit, causal-lm, masked-lm, recurrent, dit."""
 
     def subject(self) -> Subject:
         """The model."""
@@ -174,7 +175,7 @@ DATA_HELP = "With --recipe paper: the data set of the experiment; the first one 
 
 
 def check_file(flag: str, path: Path | None, endings: Sequence[str] = ()) -> None:
-    """Raises ValueError before the work if a file cannot be written."""
+    """Raises ValueError if a file cannot be written, before any work is done."""
     if path is None:
         return
     if path.is_dir():
@@ -187,7 +188,7 @@ def check_file(flag: str, path: Path | None, endings: Sequence[str] = ()) -> Non
 
 @contextmanager
 def option(flag: str) -> Iterator[None]:
-    """Names the option whose file cannot be written."""
+    """Adds the name of the option to errors of writing its file."""
     try:
         yield
     except OSError as error:
@@ -200,7 +201,7 @@ def command(tyro: Any, argv: Sequence[str], defaults: Mapping[str, Any] | None =
     Args:
         tyro: the package.
         argv: the words of the command line.
-        defaults: of the network's flags, in place of its own.
+        defaults: defaults of the network's flags that replace its own.
     """
     chosen = next((word for word in argv[1:] if word in CONFIGS), None)
     if list(argv[:1]) != ["plan"] or chosen is None:
@@ -209,7 +210,7 @@ def command(tyro: Any, argv: Sequence[str], defaults: Mapping[str, Any] | None =
 
     def subject(plan: Any) -> Subject:
         _check_float32(plan.dtype, chosen)
-        # Made here, not by the parser, so that the config's own checks report errors in one line.
+        # Created here, not by the parser, so that errors of the config's checks take one line.
         config = kind(**{f.name: getattr(plan, f.name) for f in dataclasses.fields(kind)})
         return of_network(config, length=plan.tokens)
 
@@ -223,9 +224,9 @@ def command(tyro: Any, argv: Sequence[str], defaults: Mapping[str, Any] | None =
 
 
 def own_folder(path: Path) -> Path | None:
-    """The folder of a network of this library that a path names, by itself or by its config.json.
+    """The folder of a saved dblocks network, given the folder or its config.json.
 
-    A block's folder, or one of blocks, counts as one, so that the error says what to do with it.
+    Also accepts the folder of a block or of several, for which a later error says what to do.
     """
     folder = path.parent if path.name == CONFIG_FILE else path
     file = current(folder, CONFIG_FILE)

@@ -17,11 +17,11 @@ from dblocks.scale.planner.step import Held, Peak, checkpointed, step_peak
 from dblocks.scale.planner.subject import Subject, block_loss, onto_cpu, without_data
 from dblocks.scale.planner.trace import Part, Trace, trace
 
-BACKWARD = 2  # times the operations of the forward: for the inputs, and for the weights
+BACKWARD = 2  # a backward pass costs this times the forward: gradients of inputs and of weights
 
 
 class Bytes(NamedTuple):
-    """Of some parameters."""
+    """Memory of a set of parameters, in bytes."""
 
     parameters: int = 0
     trained: int = 0
@@ -31,7 +31,7 @@ class Bytes(NamedTuple):
     def of(
         cls, parameters: Iterable[Tensor], optimizer: Optimizer, *, average: bool = False
     ) -> Bytes:
-        """Of these; the optimizer's state is that of those that train."""
+        """The memory of these parameters; optimizer state counts trained ones only."""
         held = list({id(p): p for p in parameters}.values())
         trained = [p for p in held if p.requires_grad]
         sizes = (sum(p.nbytes for p in held), sum(p.nbytes for p in trained))
@@ -60,17 +60,17 @@ class Cost:
     """Bytes saved for the backward at the end of the forward."""
     peak: Peak
     flops: int
-    """Operations of forward, backward and recomputation."""
+    """Floating-point operations of forward, backward and recomputation."""
 
 
 class Costs:
-    """The costs of the ways to train a network, from forward passes without data.
+    """The costs of each way to train a network, from forward passes without data.
 
     Args:
         subject: the network.
-        samples: in a batch.
+        samples: batch size.
         shared: how the parameters outside the layers are trained.
-        optimizer: which one.
+        optimizer: name of the optimizer.
         bf16: whether layers compute in bfloat16 (autocast).
         average: whether a moving average of the trained weights is kept.
     """
@@ -170,5 +170,5 @@ class Costs:
 
 
 def _trainable(model: nn.Module) -> None:
-    """End to end everything trains, also what an earlier conversion froze."""
+    """Makes all parameters trainable, also those that an earlier conversion froze."""
     model.requires_grad_(True)

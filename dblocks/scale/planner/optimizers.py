@@ -1,4 +1,4 @@
-"""The memory of PyTorch's optimizers: bytes of their state, and of a step's temporaries."""
+"""The memory of PyTorch's optimizers: state, and temporaries of a step."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 Optimizer = Literal["adamw", "adamw-foreach", "sgd", "adafactor", "muon"]
-COUNT_BYTES = 4  # of the count of steps, which most keep for every tensor
+COUNT_BYTES = 4  # bytes of the step count, which most optimizers keep per parameter
 BF16 = 2  # bytes of an element; Muon iterates in bfloat16
 
 
 class Use(NamedTuple):
-    """Bytes that an optimizer has for parameters that train."""
+    """Memory that an optimizer needs for a set of trained parameters, in bytes."""
 
     state: int = 0
     together: int = 0
     """Temporaries for all parameters at once."""
     largest: int = 0
-    """Temporaries of the one parameter that needs most."""
+    """Temporaries of the parameter that needs most."""
 
     def plus(self, other: Use) -> Use:
-        """Of both groups of parameters."""
+        """The memory for two groups of parameters."""
         state, together = self.state + other.state, self.together + other.together
         return Use(state, together, max(self.largest, other.largest))
 
     @property
     def temporaries(self) -> int:
-        """Bytes that a step makes and frees."""
+        """Bytes that a step allocates and frees."""
         return self.together + self.largest
 
 
@@ -37,9 +37,9 @@ def use(parameters: Iterable[Tensor], optimizer: Optimizer, *, average: bool = F
     """The state that an optimizer holds for trained parameters, and its temporaries in a step.
 
     Args:
-        parameters: those that train.
-        optimizer: which one.
-        average: whether the state holds a moving average of the weights too.
+        parameters: the trained parameters.
+        optimizer: name of the optimizer.
+        average: whether a moving average of the weights is kept too.
     """
     found = Use()
     for parameter in parameters:
@@ -62,9 +62,10 @@ def _sgd(p: Tensor) -> Use:
 
 
 def _adafactor(p: Tensor) -> Use:
-    """Means over rows and columns of a matrix; the update is one more matrix.
+    """State: means over rows and columns of a matrix. Temporaries: the update, of the matrix's
+    size.
 
-    The last parameter's is freed only when the next one's is made.
+    The update of the previous parameter is freed only after the next one is allocated.
     """
     if p.ndim < 2:
         return Use(p.nbytes + COUNT_BYTES, largest=2 * p.nbytes)
@@ -73,9 +74,9 @@ def _adafactor(p: Tensor) -> Use:
 
 
 def _muon(p: Tensor) -> Use:
-    """Of a matrix the momentum; an update, and three of them and two squares in bfloat16.
+    """For matrices: momentum; an update; three matrices and two squares in bfloat16.
 
-    Of all else AdamW, fused.
+    For other parameters as fused AdamW.
     """
     if p.ndim != 2:
         return _adamw(p)

@@ -25,12 +25,12 @@ class Machine:
     link: float
     """Bytes per second between a device and the host."""
     flops: float
-    """Operations per second that a device reaches."""
+    """Floating-point operations per second that a device reaches."""
     devices: int = 1
     steps_per_visit: int = 10
     """Steps on a block before the next one replaces it on the device."""
     prefetch: Prefetch = "none"
-    """The part of the next block that is copied while a block is trained."""
+    """The part of the next block that is copied while a block is trained; see `resident`."""
 
     def __post_init__(self) -> None:
         check_count("devices", self.devices)
@@ -39,32 +39,32 @@ class Machine:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train; bytes and times are those of the largest block. All are modelled."""
+    """One way to train. Bytes and times are modelled, and are those of the largest block."""
 
     name: str
     blocks: int
-    """Number of blocks; 1 end to end."""
+    """Number of blocks; 1 for end-to-end training."""
     layers_per_block: tuple[int, ...]
     parameters: int
     gradients: int
     optimizer: int
     activations: int
     prefetched: int
-    """Bytes of the next block that are on the device too."""
+    """Bytes of the next block that are already on the device."""
     peak: int
     moment: str
-    """The moment of the peak, and its block."""
+    """When the peak occurs, and in which block."""
     fits: bool
     transfer: float
     """Bytes per step between device and host."""
     compute_seconds: float
     step_seconds: float
     overhead: float
-    """What transfers add to the seconds of a step's arithmetic, as a fraction of them."""
+    """Time that transfers add to a step, as a fraction of the time of its arithmetic."""
     devices: int
     """Devices in use, without communication between them."""
     tokens_per_second: float
-    """Tokens (or images) per second that all blocks have trained on, over all devices."""
+    """Tokens (or images) per second, each trained on by all blocks, over all devices."""
 
 
 class BlockTime(NamedTuple):
@@ -79,8 +79,8 @@ class Planner:
     """Makes the rows of a plan.
 
     Args:
-        costs: of the network.
-        machine: what it is for.
+        costs: costs of the network.
+        machine: the machine to plan for.
         split: how layers are split into blocks.
     """
 
@@ -98,7 +98,7 @@ class Planner:
         return whole + [self.blocks(b) for b in range(1, costs.num_layers + 1)]
 
     def blocks(self, num_blocks: int, split: Split | None = None) -> Way:
-        """Training in blocks, of which a device holds one."""
+        """The row for training in blocks, one block at a time on a device."""
         machine, costs = self.machine, self.costs
         counts = self.layers_per_block(num_blocks, split or self.split)
         ranges = BlocksConfig(num_blocks, layers_per_block=counts).layer_ranges(costs.num_layers)
@@ -133,7 +133,7 @@ class Planner:
         )
 
     def layers_per_block(self, num_blocks: int, split: Split) -> tuple[int, ...]:
-        """The layers of each block, first to last."""
+        """The number of layers of each block, first to last."""
         L = self.costs.num_layers
         if split == "memory":
             return balanced(L, num_blocks, lambda i, j: self.costs.block(i, j).peak.bytes)
@@ -143,11 +143,11 @@ class Planner:
         return tuple(end - first for first, end in ranges)
 
     def time(self, first: int, end: int, *, alone: bool) -> BlockTime:
-        """A step on a block, by a roofline of arithmetic and of the link to the host.
+        """The time of a step on a block, by a roofline of arithmetic and the link to the host.
 
         Args:
-            first: its first layer.
-            end: one more than its last.
+            first: index of its first layer.
+            end: one more than the index of its last layer.
             alone: whether the block stays on its device.
         """
         machine = self.machine
@@ -200,7 +200,7 @@ class Planner:
 
 
 def smallest_fitting(ways: Sequence[Way]) -> Way | None:
-    """The fewest blocks that fit."""
+    """The way with the fewest blocks that fits; None if there is none."""
     return next((way for way in ways if way.name.endswith(("block", "blocks")) and way.fits), None)
 
 

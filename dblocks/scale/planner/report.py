@@ -18,11 +18,11 @@ HEAD = (
     "moved a step", "step", "overhead", "{unit} a second", "peak is at",
 )  # fmt: skip
 NOTES = """\
-All figures are modelled: bytes are those of the largest block, which alone is on the device with
-what blocks share; temporaries of single operations and rounding by the allocator are not in them.
-Times are a roofline of the arithmetic and of the link; the overhead is what transfers add to the
-arithmetic of a step. {unit_} a second are those that all blocks have trained on. Numbers of blocks
-that are left out have as many layers in their largest block as the row above."""
+All figures are modelled. Bytes are those of the largest block and the shared parameters, without
+temporaries of single operations and rounding by the allocator. Times are a roofline of arithmetic
+and the link; the overhead is the time that transfers add to a step's arithmetic. {unit_} a second
+count once all blocks have trained on them. Numbers of blocks that are left out have as many layers
+in their largest block as the row above."""
 CHART = ("parameters", "gradients", "optimizer", "activations", "prefetched")
 
 
@@ -35,10 +35,10 @@ def table(
     """The plan for a terminal, with the fewest blocks that fit and their balanced splits.
 
     Args:
-        planner: made the ways.
+        planner: the planner that made the rows.
         ways: the rows.
         blocks: number of blocks to report in detail; by default the fewest that fit.
-        train_tokens: number of tokens to train on; reports the days needed.
+        train_tokens: number of tokens to train on; reports the time needed.
     """
     unit = planner.costs.subject.unit
     rows = [tuple(head.format(unit=unit) for head in HEAD)]
@@ -85,11 +85,11 @@ def as_json(planner: Planner, ways: Sequence[Way]) -> str:
 
 
 def chart(path: Path, planner: Planner, ways: Sequence[Way]) -> None:
-    """Writes a stacked bar for each way, with the device's memory as a line.
+    """Writes a chart: a stacked bar for each way, and the device's memory as a line.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: the file's ending is none that matplotlib writes.
+        ValueError: matplotlib does not support the file's ending.
     """
     pyplot = _pyplot()
     shown, gib = _different(ways), 2**30
@@ -115,7 +115,7 @@ def chart(path: Path, planner: Planner, ways: Sequence[Way]) -> None:
 
 
 def chart_endings() -> list[str]:
-    """The endings of a chart's file, such as png."""
+    """The supported endings of chart files, such as png."""
     pyplot = _pyplot()
     figure = pyplot.figure()
     try:
@@ -143,9 +143,8 @@ def _title(planner: Planner) -> str:
     devices = f"{machine.devices} devices" if machine.devices > 1 else "one device"
     return (
         f"{costs.subject.name}, {costs.num_layers} layers, batches of {costs.samples} of "
-        f"{costs.subject.size}; "
-        f"{devices} of {format_bytes(machine.memory)}, {machine.flops / 1e12:g} TFLOP/s, link "
-        f"{machine.link / 1e9:g} GB/s (modelled)"
+        f"{costs.subject.size}; {devices} of {format_bytes(machine.memory)}, "
+        f"{machine.flops / 1e12:g} TFLOP/s, link {machine.link / 1e9:g} GB/s (modelled)"
     )
 
 
@@ -167,7 +166,7 @@ def _row(way: Way) -> tuple[str, ...]:
 
 
 def _different(ways: Sequence[Way]) -> list[Way]:
-    """Without numbers of blocks whose largest block is not smaller than with one block less."""
+    """Leaves out numbers of blocks whose largest block is as large as with one block less."""
     shown = list(ways[:2])
     for way in ways[2:]:
         before = shown[-1]
@@ -185,7 +184,7 @@ def _fewest(planner: Planner, ways: Sequence[Way]) -> str:
     least = min(ways, key=lambda way: way.peak)
     return (
         f"Nothing fits into {memory}; the least is {format_bytes(least.peak)}, {least.name}. "
-        "Take smaller batches, or a smaller network"
+        "Use smaller batches, or a smaller network"
     )
 
 
@@ -202,7 +201,7 @@ def _balanced(planner: Planner, blocks: int) -> list[str]:
 
 
 def _overhead(planner: Planner, way: Way) -> list[str]:
-    """What residency adds to a step, with each prefetch; nothing where no block moves."""
+    """The overhead of residency for each `prefetch`; empty if no block moves."""
     if not way.transfer:
         return []
     added = []

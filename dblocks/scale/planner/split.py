@@ -1,4 +1,4 @@
-"""Divides layers into blocks with the smallest largest cost."""
+"""Divides layers into blocks so that the largest cost of a block is minimal."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 def balanced(
     num_layers: int, num_blocks: int, cost: Callable[[int, int], float]
 ) -> tuple[int, ...]:
-    """The number of layers of each block, first to last, with the smallest largest cost.
+    """The number of layers of each block, first to last, that minimises the largest cost.
 
-    If there are several, it is the one with the largest earlier blocks.
+    Of several solutions, the one with the most layers in earlier blocks.
 
     Args:
-        num_layers: to split.
-        num_blocks: at most as many.
-        cost: of a block of the layers first..end-1; it must not fall as layers are added.
+        num_layers: number of layers.
+        num_blocks: number of blocks, at most `num_layers`.
+        cost: cost of a block of the layers first..end-1; it must not fall as layers are added.
 
     Raises:
         ValueError: there are fewer layers than blocks.
@@ -24,7 +24,7 @@ def balanced(
         raise ValueError(
             f"num_blocks must be from 1 to the number of layers, {num_layers}, got {num_blocks}"
         )
-    # least[b][i]: the least largest cost of the layers i.. in b blocks.
+    # least[b][i]: the minimal largest cost of the layers i.. in b blocks.
     least = [[0.0] * (num_layers + 1) for _ in range(num_blocks + 1)]
     ends = [[0] * (num_layers + 1) for _ in range(num_blocks + 1)]
     for i in range(num_layers):

@@ -9,14 +9,14 @@ from dblocks.scale.planner.trace import Part
 
 
 class Held(NamedTuple):
-    """Bytes that a step holds from its beginning to its end."""
+    """Memory held throughout a step, in bytes."""
 
     parameters: int
     trained: int
-    """Bytes of those that train."""
+    """Bytes of the trained parameters, and so of their gradients."""
     optimizer: int
     temporaries: int = 0
-    """Bytes that a step of the optimizer makes and frees."""
+    """Temporaries of the optimizer's step."""
 
 
 class Peak(NamedTuple):
@@ -24,19 +24,19 @@ class Peak(NamedTuple):
 
     bytes: int
     moment: str
-    """When: the end of the forward, the backward of a part, or the optimizer."""
+    """When it occurs: at the end of the forward, in the backward of a part, or in the optimizer."""
 
 
 def step_peak(held: Held, parts: Sequence[tuple[str, Part]]) -> Peak:
-    """The peak of a step and its moment.
+    """The peak memory of a step and when it occurs.
 
-    Parameters and optimizer state are held throughout. The forward adds what it saves; the backward
-    frees this, part by part from the last, and adds gradients; the optimizer's temporaries come
-    last, with all gradients. Temporaries of single operations are not counted.
+    Parameters and optimizer state are held throughout. The forward adds saved activations; the
+    backward frees them part by part, from the last, and adds gradients; the optimizer then adds its
+    temporaries to all gradients. Temporaries of single operations are not counted.
 
     Args:
-        held: all along.
-        parts: of the forward pass, first to last, by their names.
+        held: memory held throughout.
+        parts: the parts of the forward pass with their names, first to last.
     """
     base = held.parameters + held.optimizer
     memory = base + sum(part.saved for _, part in parts)
@@ -55,5 +55,6 @@ def checkpointed(part: Part) -> Part:
     events = [(saved // calls, gradient) for saved, gradient in part.events]
     kept = part.kept // calls
     again = sum(saved for saved, _ in events) - kept
-    # Read backwards: the activations of one call appear, leave as usual, and the input leaves last.
+    # In the backward: a call's activations are recomputed, then freed as usual; its input goes
+    # last.
     return Part([(part.inputs - kept, 0), *events, (-again, 0)], part.flops)

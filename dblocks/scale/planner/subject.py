@@ -1,4 +1,4 @@
-"""What is planned: a network without data, its batch, and how it is trained in blocks and whole."""
+"""The network to plan: models without data, a batch, and the losses of a block and end to end."""
 
 from __future__ import annotations
 
@@ -43,33 +43,34 @@ KINDS: dict[type, Any] = {
     RecurrentConfig: RecurrentLM,
     DiTConfig: DiT,
 }
-LENGTH = 2048  # of texts for other libraries' models, or what they take if that is less
+LENGTH = 2048  # default length of texts for other libraries' models, if they accept it
 
 Whole = tuple[nn.Module, list[nn.Module], Callable[[Batch], Tensor]]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network to plan; it makes models on the meta device."""
+    """A network to plan; its functions create models on the meta device."""
 
     name: str
     blocks: Callable[[BlocksConfig], DiffusionBlocks]
-    """The network in blocks."""
+    """Creates the network in blocks."""
     whole: Callable[[], Whole] | None
-    """The network end to end, its layers and its loss; None: one block of all layers is that."""
+    """Creates the end-to-end network, its layers and loss; None if that is one block of all
+    layers."""
     batch: Callable[[int], dict[str, Tensor]]
     """Some samples."""
     tokens: int
-    """What a sample counts as: the tokens of a text, or 1."""
+    """Units per sample: the tokens of a text, or 1 for an image."""
     unit: str
-    """What is counted: tokens or images."""
+    """The unit: tokens or images."""
     schedule: Schedule
     pretrained: bool
-    """Whether it is another library's model, which has weights somewhere."""
+    """Whether it is another library's model, which has pretrained weights."""
 
     @property
     def size(self) -> str:
-        """What a sample is, in words."""
+        """A description of a sample."""
         if self.unit == "tokens":
             return f"{self.tokens:,} tokens"
         with torch.device("meta"):
@@ -82,11 +83,11 @@ class Subject:
 
 
 def of_network(config: Any, *, length: int | None = None) -> Subject:
-    """One of the networks here.
+    """A network of dblocks.
 
     Args:
-        config: such as a `ViTConfig`.
-        length: tokens of a text; its context by default.
+        config: config of the network, such as a `ViTConfig`.
+        length: sequence length; by default the network's context.
     """
     kind = KINDS[type(config)]
     name = next(name for name, made in CONFIGS.items() if made is type(config))
@@ -122,11 +123,11 @@ def of_network(config: Any, *, length: int | None = None) -> Subject:
 
 
 def of_saved(about: Mapping[str, Any], *, length: int | None = None) -> Subject:
-    """A network that was saved.
+    """A saved network.
 
     Args:
-        about: what `read_config` finds.
-        length: as of `of_network`.
+        about: the result of `read_config`.
+        length: as for `of_network`.
 
     Raises:
         ValueError: it is not the config of a network.
@@ -142,12 +143,12 @@ def of_saved(about: Mapping[str, Any], *, length: int | None = None) -> Subject:
 def of_model(
     source: str, *, length: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Subject:
-    """Another library's model, known by its config alone.
+    """Another library's model, built from its config alone.
 
     Args:
         source: where its config is; see `dblocks.integrations.build.build`.
-        length: tokens of a text.
-        dtype: of its weights; what blocks add is float32.
+        length: sequence length.
+        dtype: dtype of its weights; modules that dblocks adds are float32.
 
     Raises:
         ValueError: there is no such model, or it cannot be converted.
@@ -158,14 +159,14 @@ def of_model(
     from dblocks.integrations.example_inputs import example_inputs
 
     def made(task: Task, cut: BlocksConfig) -> Any:
-        # Anew each time: a model that has been moved off the meta device cannot be converted.
+        # Built each time: a model that was moved off the meta device cannot be converted.
         masked = cut.schedule.corruption == "masks"
         model = build(source)
         if dtype != torch.float32:
             model.to(dtype=dtype)
         return convert(model, cut, task=task, mask_token_id=0 if masked else None)
 
-    build(source)  # an error of the config is raised once, not for each task
+    build(source)  # raise errors of the config once, not for each task
     task, schedule, dm = _first_converted(source, made, get_args(Task))
     network = dm.base_model
     call = example_inputs(network.model)
@@ -178,7 +179,7 @@ def of_model(
     def batch(n: int) -> dict[str, Tensor]:
         labels = {} if task == "tokens" else {"labels": torch.zeros(n, dtype=torch.int64)}
         if text:
-            # 1, as 0 may be the mask.
+            # 1, as 0 may be the mask token.
             return {"tokens": torch.ones(n, size, dtype=torch.int64), **labels}
         return {"images": torch.zeros(n, *given[0].shape[1:], dtype=given[0].dtype), **labels}
 
@@ -207,7 +208,7 @@ def of_model(
 def _first_converted(
     source: str, made: Callable[[Any, BlocksConfig], Any], tasks: tuple[Any, ...]
 ) -> tuple[Any, Schedule, Any]:
-    """The first task and schedule that the model can be converted for, and the model in a block."""
+    """The first task and schedule for which the model can be converted, and the converted model."""
     ways: list[tuple[Any, Schedule]] = [(task, NoiseSchedule()) for task in tasks]
     ways.append(("tokens", MaskSchedule()))
     refusals = []
@@ -222,9 +223,9 @@ def _first_converted(
 
 @contextmanager
 def without_data() -> Iterator[None]:
-    """Tensors made meanwhile have no data, though they count as the CPU's."""
-    # transformers looks at positions for packed texts, of which a batch here has none; without
-    # values it makes a mask for them, which a real step does not have.
+    """Tensors created inside the `with` block have no data, but report the CPU as their device."""
+    # transformers looks for packed texts in the positions. Without values it would create a mask,
+    # which a real step without packed texts does not have.
     name, masks = "find_packed_sequence_indices", sys.modules.get("transformers.masking_utils")
     own = getattr(masks, name, None)
     if own is not None:
@@ -259,7 +260,7 @@ def onto_cpu(model: nn.Module) -> nn.Module:
 
 
 def block_loss(dm: DiffusionBlocks, batch: Batch, block: int = 0) -> Tensor:
-    """The loss of a block at some noise levels; nothing is drawn."""
+    """The loss of a block at fixed noise levels; no random numbers are drawn."""
     target = dm.base_model.target
     checked = target.check(batch)
     shape = target.sigma_shape(checked)
@@ -276,7 +277,7 @@ def _plain_loss(model: Any, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(model(batch["images"]), batch["labels"])
     if isinstance(model, RecurrentLM):
         steps = model.config.mean_recurrence
-        # The state's noise without a seed that is drawn.
+        # The initial state is drawn without drawing a seed.
         given = model.target.check(batch)
         noise = torch.zeros(*batch["tokens"].shape, model.config.width)
         target = model.target.fixed()
@@ -286,17 +287,15 @@ def _plain_loss(model: Any, batch: Batch) -> Tensor:
 
 def _length(length: int | None, longest: int) -> int:
     if length is not None and not 1 <= length <= longest:
-        raise ValueError(
-            f"tokens must be from 1 to {longest}, which the network takes, got {length}"
-        )
+        raise ValueError(f"tokens must be from 1 to {longest}, the network's maximum, got {length}")
     return min(longest, LENGTH) if length is None else length
 
 
 def _of_image(length: int | None, name: str) -> int:
-    """What an image counts as, 1; it has no length to choose."""
+    """The units of an image, 1; raises ValueError if a length is given."""
     if length is not None:
         raise ValueError(
-            f"--tokens must be left out for {name}, whose samples are images, got {length}; sizes "
-            "of the network say how large they are"
+            f"--tokens must be left out for {name}, whose samples are images, got {length}; the "
+            "network's own flags set their size"
         )
     return 1

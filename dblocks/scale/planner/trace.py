@@ -1,7 +1,7 @@
-"""What a forward pass saves for the backward, part by part, of real or fake tensors.
+"""Traces what a forward pass saves for the backward, on real or fake tensors.
 
-A layer of a network is a part; so is what runs before the layers and after them. Identical layers
-of a network without data need to run once.
+The parts of a pass are the layers, what runs before them, and what runs after them. In networks
+without data, identical layers run only once.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 BEFORE, AFTER = -1, -2
-ENTRIES = ("forward", "doubled")  # the methods by which a network runs a layer
-ORDER = re.compile(r"(layer|block)?_?(idx|id|index|number)$")  # attributes that tell layers apart
+ENTRIES = ("forward", "doubled")  # the methods with which a network runs a layer
+ORDER = re.compile(r"(layer|block)?_?(idx|id|index|number)$")  # attributes that distinguish layers
 
 
 @dataclass
 class Part:
-    """A run of the forward pass."""
+    """One part of a forward pass."""
 
     events: list[tuple[int, int]] = field(default_factory=list)
-    """In order: bytes that are saved, and bytes of a gradient that the backward makes there."""
+    """In order: bytes saved, and bytes of gradients that the backward allocates at this point."""
     flops: int = 0
-    """Of the forward pass."""
+    """Floating-point operations of the forward pass."""
     inputs: int = 0
-    """Bytes of the layer's input, which is all that checkpointing keeps."""
+    """Bytes of the layer's input, which gradient checkpointing keeps."""
     kept: int = 0
-    """Bytes of it that the layer itself saves."""
+    """Bytes of the input that the layer itself saves."""
     calls: int = 0
-    """How often the layer runs; 0 for what is no layer."""
+    """Number of calls of the layer; 0 if the part is not a layer."""
 
     @cached_property
     def saved(self) -> int:
@@ -51,7 +51,7 @@ class Part:
 
     @cached_property
     def highest(self) -> int:
-        """The largest memory while the backward of this part runs, over that at its beginning."""
+        """The peak memory of the backward of this part, relative to its start."""
         memory = highest = 0
         for saved, gradient in reversed(self.events):
             memory += gradient
@@ -66,9 +66,9 @@ class Trace:
 
     before: Part
     layers: list[Part]
-    """As layers that others follow in their block."""
+    """Layers that are followed by another one in their block."""
     last: list[Part]
-    """As the last ones of their block, which may do less."""
+    """Layers that are the last of their block, which may compute less."""
     after: Part
 
     def parts(self, first: int, end: int) -> list[Part]:
@@ -81,14 +81,14 @@ class Trace:
 
 
 def saved_bytes(function: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
-    """Bytes that autograd saves while `function` runs: each storage once, parameters not.
+    """Bytes that autograd saves while `function` runs: each storage once, without parameters.
 
     Args:
         function: runs a forward pass, on real or fake tensors, and returns its loss.
-        parameters: what not to count.
+        parameters: parameters, which are not counted.
     """
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no storage is freed and another takes its place
+    kept: list[Tensor] = []  # kept alive, so that no address is used twice
     excluded = {_storage(p) for p in parameters}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -112,11 +112,11 @@ def trace(
     """The parts of a forward pass.
 
     Args:
-        function: runs it and returns the loss.
-        model: of which the parameters are; a gradient is counted for each that trains.
-        layers: what it calls one after the other.
-        once: run layers that are alike once and copy the result for the others, whose output is
-            then that of no computation: for networks without data.
+        function: runs the forward pass and returns the loss.
+        model: the network; a gradient is counted for each trained parameter.
+        layers: the layers that it calls one after the other.
+        once: run identical layers only once and copy the trace for the others, whose outputs are
+            then not computed; for networks without data.
     """
     recorder = _Recorder(model, layers)
     same = _alike(layers) if once else list(range(len(layers)))
@@ -126,7 +126,7 @@ def trace(
     del kept
     parts = recorder.parts
     inner = [parts[i] for i in same]
-    # Where the last layer does less than those like it, so does any layer that is the last.
+    # If the last layer computes less than others like it, so does any layer that is last.
     kinds = _alike(layers)
     like_last = next((i for i, k in enumerate(kinds) if k == kinds[-1]), len(layers) - 1)
     own_last = parts[len(layers) - 1]
@@ -138,7 +138,7 @@ def trace(
 
 
 class _Recorder:
-    """Where in the forward pass what is saved."""
+    """Records what is saved in which part of the forward pass."""
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self.layers = layers
@@ -154,11 +154,11 @@ class _Recorder:
 
     @contextmanager
     def entering(self, same: Sequence[int]) -> Iterator[None]:
-        """Follows what is saved meanwhile, and which layer runs."""
+        """Records saved tensors and the running layer inside the `with` block."""
         for i, layer in enumerate(self.layers):
             for name in ENTRIES:
                 if hasattr(layer, name):
-                    # An instance's attribute, which `nn.Module` would take for a child or not.
+                    # In the instance's __dict__: nn.Module's own setattr may register a child.
                     vars(layer)[name] = self._entry(i, getattr(layer, name), same[i] == i)
         try:
             with saved_tensors_hooks(self._pack, lambda tensor: tensor), _Watch(self):
@@ -169,7 +169,7 @@ class _Recorder:
                     vars(layer).pop(name, None)
 
     def finish(self) -> None:
-        """Places the gradients where the backward makes them."""
+        """Adds the gradients at the points where the backward allocates them."""
         owner = {id(p): i for i, layer in enumerate(self.layers) for p in layer.parameters()}
         uses: dict[tuple[int, int], int] = {}
         unused: dict[int, int] = {}
@@ -180,7 +180,7 @@ class _Recorder:
             if key in self.used:
                 uses[self.used[key]] = parameter.nbytes
             else:
-                # Saved by no operation, as the weight of an embedding: it is met last.
+                # No operation saved it, like an embedding's weight: the backward reaches it last.
                 unused[part] = unused.get(part, 0) + parameter.nbytes
         for i, part in self.parts.items():
             placed = [(s, g + uses.get((i, n), 0)) for n, (s, g) in enumerate(part.events)]
@@ -195,7 +195,7 @@ class _Recorder:
                 self.parts[index].inputs += sum(x.untyped_storage().nbytes() for x in hidden)
                 self.parts[index].calls += 1
             try:
-                # The last layer always runs, as it may do less than those like it.
+                # The last layer always runs, as it may compute less than others like it.
                 if runs or index == len(self.layers) - 1:
                     self.outputs = method(*args, **kwargs)
                     return self.outputs
@@ -215,7 +215,7 @@ class _Recorder:
             return tensor
         if key not in self.saved:
             self.kept.append(tensor)
-            # What layers share, such as positions, is that of every block.
+            # Tensors that layers share, such as positions, count for every block.
             if part >= 0 and self.made.get(key, BEFORE) == BEFORE and key not in self.hidden:
                 part = BEFORE
             size = tensor.untyped_storage().nbytes()
@@ -227,7 +227,7 @@ class _Recorder:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts floating point operations, and in which part a tensor is made."""
+    """Counts floating-point operations, and records in which part each tensor is created."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any], method: str) -> list[Tensor]:
-    """The rows that a layer is given: clean and noisy ones where they are apart."""
+    """The input rows of a layer: clean and noisy ones, if they are separate tensors."""
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     return given[: 2 if method == "doubled" else 1]
 
@@ -266,7 +266,7 @@ def _replaced(x: Any, fresh: Iterator[Tensor]) -> Any:
 
 
 def _alike(layers: Sequence[nn.Module]) -> list[int]:
-    """For each layer the first one that is like it."""
+    """For each layer, the index of the first identical one."""
     first: dict[Hashable, int] = {}
     return [first.setdefault(_signature(layer), i) for i, layer in enumerate(layers)]
 

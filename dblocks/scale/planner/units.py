@@ -15,14 +15,14 @@ SPEED = re.compile(NUMBER + r"([kMGTP]?)(?:FLOP/s|FLOPS)?")
 
 
 def parse_bytes(name: str, text: str) -> int:
-    """The bytes of a text such as "24GiB" (2^30 each) or "24GB" (10^9 each).
+    """The bytes of a text such as "24GiB" (2^30 bytes each) or "24GB" (10^9 bytes each).
 
     Args:
-        name: of the option, for the error.
+        name: name of the option, for the error message.
         text: a number above 0 and a unit: B, kB, MB, GB, TB, PB, KiB, MiB, GiB, TiB or PiB.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text has another form.
     """
     return math.floor(_parsed(name, text, BYTES, "a number of bytes such as 24GiB or 24GB"))
 
@@ -51,7 +51,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Such as 1.25 s or 3.10 ms."""
+    """A text such as 1.25 s or 3.10 ms."""
     if seconds >= 1:
         return f"{seconds:,.2f} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"

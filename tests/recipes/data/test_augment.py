@@ -153,7 +153,7 @@ def test_batches_of_bytes_and_of_numbers_are_the_same():
 def test_latents_are_refused(channels, high):
     images = torch.full((4, channels, 8, 8), high)
     data = Images(images, torch.arange(4))
-    with pytest.raises(ValueError, match=r"rand_augment must have pictures of 1 or 3 channels"):
+    with pytest.raises(ValueError, match=r"rand_augment needs images of 1 or 3 channels"):
         ImageData(data, 2, 0, Augment(rand_augment=True))
     ImageData(data, 2, 0, Augment(flip=True))
 

@@ -63,7 +63,9 @@ def test_a_folder_of_idx_files_holds_out_its_test_images(tmp_path, names):
 
 def test_fashion_mnist_is_read_where_debian_puts_it(tmp_path, monkeypatch):
     monkeypatch.setattr(image_data, "FASHION_MNIST", tmp_path / "debian")
-    with pytest.raises(ValueError, match=r"debian, and is not; install .* dataset-fashion-mnist,"):
+    with pytest.raises(
+        ValueError, match=r"debian, and is not there; install .* dataset-fashion-mnist,"
+    ):
         load_images("fashion-mnist")
     parts = mnist(tmp_path / "debian", shape=(28, 28), gz=".gz")
     for images, part in zip(load_images("fashion-mnist"), parts, strict=True):
@@ -84,7 +86,7 @@ def test_a_single_idx_file_is_split(tmp_path):
 def test_a_missing_idx_file_is_named(tmp_path, name):
     mnist(tmp_path)
     next(tmp_path.glob(f"{name}-*")).unlink()
-    with pytest.raises(ValueError, match=rf"must hold {name}-idx\d-ubyte\[.gz\] beside its other"):
+    with pytest.raises(ValueError, match=rf"must hold {name}-idx\d-ubyte\[.gz\] in addition"):
         load_images(str(tmp_path))
 
 
@@ -152,7 +154,7 @@ def test_there_is_a_label_for_each_image(tmp_path):
 
 def test_size_and_scale_are_not_for_files_of_bytes(tmp_path):
     mnist(tmp_path)
-    with pytest.raises(ValueError, match=r"size is for a folder of images, got 4 with .* leave it"):
+    with pytest.raises(ValueError, match=r"size is for image files, got 4 with .* leave it"):
         load_images(str(tmp_path), size=4)
     with pytest.raises(ValueError, match=r"scale is for arrays and latents, got 2\.0"):
         load_images(str(tmp_path), scale=2.0)

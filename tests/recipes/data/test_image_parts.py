@@ -65,7 +65,7 @@ def test_a_folder_in_parts_holds_out_its_own(tmp_path, val):
 def test_parts_of_a_folder_are_checked(tmp_path):
     write_imagenet(tmp_path)
     write(tmp_path / "val" / "n04" / "a.png", pixels_of(1, 4, 4, 3)[0])
-    with pytest.raises(ValueError, match=r"n04 must be a class that train has too, and is not"):
+    with pytest.raises(ValueError, match=r"n04 must be a class of train, and is not"):
         load_images("imagenet", path=tmp_path)
     shutil.rmtree(tmp_path / "val")
     write(tmp_path / "val" / "a.png", pixels_of(1, 4, 4, 3)[0])
@@ -110,14 +110,14 @@ def test_tiny_imagenet_in_its_own_layout(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("", r"name each image of .*images, and no other; val_0\.png is in one of them only"),
+        ("", r"list exactly the images of .*images; val_0\.png is in one of them only"),
         ("val_0.png\tn0\n", r"val_1\.png is in one of them only"),
         ("val_0.png\tn0\nval_1.png\tn0\nval_2.png\tn0\n", r"val_2\.png is in one"),
         ("val_0.png\tn7\n", "line 1 of .*val_annotations.txt must be an image of val/images"),
         ("val_0.png\tn0\nval_0.png\tn1\n", "line 2 of"),
         ("../val_0.png\tn0\n", "line 1 of"),
         ("val_0.png n0\n", "got 'val_0.png n0'"),
-        ("\xff", "must be a text in UTF-8"),
+        ("\xff", "must be UTF-8 text"),
     ],
 )
 def test_annotations_are_checked(tmp_path, lines, message):
@@ -300,18 +300,18 @@ def test_latents_are_checked(tmp_path):
 
     fails(r"must hold images \(.png, .* got none")
     np.savez(tmp_path / "a.npz", latents=latents.numpy())
-    fails(r"a\.npz must hold labels \[n\] beside its latents, got \['latents'\]")
+    fails(r"a\.npz must also hold labels \[n\], got \['latents'\]")
     np.savez(tmp_path / "a.npz", latents=latents.numpy(), labels=labels.numpy()[:3])
     fails(r"each of 4 images, got torch.int64 \[3\]")
     np.savez(tmp_path / "a.npz", latents=latents.numpy(), labels=labels.numpy() + 998)
     fails(r"labels of imagenet-latents in .* must be below 1000, got 1000")
     write_latents(tmp_path, "npz", latents, labels)
-    fails(r"size is for a folder of images, got 4 with .*, whose latents have one", size=4)
+    fails(r"size is for image files, got 4 with .*, whose latents have one", size=4)
     write_latents(tmp_path, "npz", latents[..., :2], labels, "b")
-    fails(r"one shape and type, got \(\[4, 2, 3\], torch.float16\) and for b\.npz \(\[4, 2, 2\]")
+    fails(r"one shape and dtype, got \(\[4, 2, 3\], torch.float16\) and for b\.npz \(\[4, 2, 2\]")
     (tmp_path / "b.npz").unlink()
     np.save(tmp_path / "c.npy", latents.numpy())
-    fails(r"c\.npy must have its labels beside it as c-labels\.npy")
+    fails(r"c\.npy needs its labels in the same folder, in c-labels\.npy")
     (tmp_path / "c.npy").unlink()
     objects = np.array([{"a": 1}], dtype=object)
     np.savez(tmp_path / "a.npz", latents=objects, labels=labels.numpy(), allow_pickle=True)

@@ -76,7 +76,7 @@ def test_images_are_scaled_and_cropped_at_the_centre(tmp_path):
 def test_folders_are_checked(tmp_path):
     with pytest.raises(ValueError, match=r"must hold images \(.png, .* got none"):
         image_folder(tmp_path)
-    with pytest.raises(ValueError, match="must be a folder of images, and is none"):
+    with pytest.raises(ValueError, match="must be a folder of images, and is not a folder"):
         image_folder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="channels must be 1 or 3, got 4"):
         image_folder(tmp_path, channels=4)
@@ -117,7 +117,7 @@ def test_pixels_of_a_file(tmp_path):
     pixels = pixels_of(3, 4, 5, 3)
     np.savez(tmp_path / "a.npz", images=pixels.numpy(), labels=[2, 1, 0])
     assert torch.equal(array_file(tmp_path / "a.npz").images, from_bytes(pixels))
-    with pytest.raises(ValueError, match="scale is for floating-point values"):
+    with pytest.raises(ValueError, match="scale needs floating-point values"):
         array_file(tmp_path / "a.npz", scale=7.0)
 
 
@@ -197,7 +197,9 @@ def test_latents_of_hugging_face(monkeypatch):
     training, held_out = load_images("hf:some/latents", scale=0.5)
     assert (len(training), len(held_out)) == (21, 9)
     assert not hub.hugging_face("some/latents", label="none").labels.any()
-    with pytest.raises(ValueError, match=r"must have one column of \('text2',\), got \['latents'"):
+    with pytest.raises(
+        ValueError, match=r"must have one of the columns \('text2',\), got \['latents'"
+    ):
         hub.hugging_face("some/latents", image="text2")
 
 
@@ -221,9 +223,13 @@ def test_load_images_tells_sources_apart(tmp_path):
     ("source", "options", "message"),
     [
         ("mnist", {}, r"data must be digits, fashion-mnist, cifar-10, .* got 'mnist'"),
-        ("digits", {"size": 4}, "size is for a folder of images, got 4 with 'digits'"),
+        ("digits", {"size": 4}, "size is for image files, got 4 with 'digits'"),
         ("digits", {"scale": 2.0}, "scale is for arrays and latents, got 2.0 with 'digits'"),
-        ("digits", {"path": "x"}, "a path is for fashion-mnist, cifar-10, .* got x with 'digits'"),
+        (
+            "digits",
+            {"path": "x"},
+            "a path can be given for fashion-mnist, cifar-10, .* got x with 'digits'",
+        ),
         ("cifar-10", {}, "cifar-10 needs its files: .* by --data-path"),
         ("cifar-10", {"path": "nowhere"}, "nowhere must be a file or folder of cifar-10, and is"),
     ],

@@ -229,5 +229,5 @@ def test_pictures_of_two_kinds_in_a_data_set_are_named(monkeypatch):
 
     fake = type("datasets", (), {"load_dataset": staticmethod(lambda name, split: Mixed())})
     monkeypatch.setitem(__import__("sys").modules, "datasets", fake)
-    with pytest.raises(ValueError, match="image of x must be of one size and number of channels"):
+    with pytest.raises(ValueError, match="image of x must have one size and number of channels"):
         hugging_face("x")

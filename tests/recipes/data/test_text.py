@@ -137,8 +137,8 @@ def test_any_text_file(tmp_path):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (None, "must be pydoc, gcide, .* or a text file in UTF-8 or a folder of them, and th"),
-        (b"\xff\xfe\x00", "must be a text file in UTF-8"),
+        (None, "must be pydoc, gcide, .* or a UTF-8 text file or a folder of them, and"),
+        (b"\xff\xfe\x00", "must be a UTF-8 text file"),
         (b"", "must hold some text"),
         (b"a", "long enough to split, got 1 characters"),
     ],
@@ -194,7 +194,9 @@ def test_fewer_windows_are_spread_evenly_over_the_text(windows):
 
 @pytest.mark.parametrize("length", [1, 11])
 def test_a_window_must_fit(length):
-    with pytest.raises(ValueError, match=f"from 2 tokens to those of the text, 10, got {length}"):
+    with pytest.raises(
+        ValueError, match=f"between 2 tokens and those of the text, 10, got {length}"
+    ):
         random_windows(torch.arange(10), length, 1, seed=0, step=0)
 
 

@@ -177,7 +177,9 @@ GLOSS = "00001740 03 n 01 entity 0 003 ~ 00001930 n 0000 | {} (living or nonlivi
 
 def test_wordnet_is_read_where_debian_puts_it(tmp_path, monkeypatch):
     monkeypatch.setattr(text_sources, "WORDNET", tmp_path)
-    with pytest.raises(ValueError, match=r"data.adj is not; install Debian's package wordnet-base"):
+    with pytest.raises(
+        ValueError, match=r"data.adj is missing; install Debian's package wordnet-base"
+    ):
         load_corpus("wordnet")
     for name in text_sources.WORDNET_FILES:
         (tmp_path / name).write_text("  1 This software\n" + GLOSS.format(name) * 3)
@@ -276,20 +278,22 @@ def test_without_pyarrow_its_extra_is_named(tmp_path, monkeypatch):
 def test_names_and_paths_are_checked(tmp_path):
     with pytest.raises(ValueError, match=r"lm1b needs its files: .* by --data-path"):
         load_corpus("lm1b")
-    with pytest.raises(ValueError, match=r"a path is for text8, lm1b, openwebtext, got .*'pydoc'"):
+    with pytest.raises(
+        ValueError, match=r"a path can be given for text8, lm1b, openwebtext, got .*'pydoc'"
+    ):
         load_corpus("pydoc", path=tmp_path)
-    with pytest.raises(ValueError, match=r"must hold text: .* got none"):
+    with pytest.raises(ValueError, match=r"must hold text files: .* got none"):
         load_corpus("lm1b", path=tmp_path)
-    with pytest.raises(ValueError, match=r"and there is no .*nowhere"):
+    with pytest.raises(ValueError, match=r"and .*nowhere does not exist"):
         load_corpus("lm1b", path=tmp_path / "nowhere")
     (tmp_path / "test.txt").write_text("held out")
-    with pytest.raises(ValueError, match=r"must hold files to train on, got test\.txt only"):
+    with pytest.raises(ValueError, match=r"must hold training files, got test\.txt only"):
         load_corpus(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "some text, got the empty file"), (b"ab\xff", r"b\.txt must be a text file in UTF-8")],
+    [(b"", "some text, got the empty file"), (b"ab\xff", r"b\.txt must be a UTF-8 text file")],
 )
 def test_a_bad_file_of_a_folder_is_named(tmp_path, content, message):
     (tmp_path / "a.txt").write_text("text" * 20)

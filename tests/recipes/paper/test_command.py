@@ -109,13 +109,16 @@ def test_the_defaults_are_the_experiment_and_flags_count_before_them(monkeypatch
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("vit",), "trains on cifar-100, whose files must be given by --data-path: the folder of"),
+        (
+            ("vit",),
+            "trains on cifar-100, whose files must be given with --data-path: the folder of",
+        ),
         (("dit", "--data", "imagenet-latents"), "--data-path: a folder of .npz or .safetensors"),
         (("masked-lm",), "--data-path: the file text8 of 100,000,000 characters"),
         (("causal-lm", "--data-path", "."), "Llama-2's, of 32,000 tokens; give its tokenizer.json"),
-        (("recurrent",), "trains on lm1b, whose files must be given by --data-path"),
+        (("recurrent",), "trains on lm1b, whose files must be given with --data-path"),
         (("vit", "--data", "digits"), "--data must be cifar-100 or tiny-imagenet with --recipe"),
-        (("vit", "--published"), "--recipe paper is as published already"),
+        (("vit", "--published"), "--recipe paper already is as published"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
@@ -135,7 +138,7 @@ def test_vit_on_cifar_100_at_full_width(tmp_path, capsys):
     assert f"here 3 blocks {here:.2f}" in said
     assert "published DiffusionBlocks 59.30" in said
     assert "published end to end 60.25" in said
-    assert "Other settings here than the paper's: " in said
+    assert "Settings that differ from the paper's: " in said
     assert "batch_size 4 (128)" in said
     assert "steps 3 (585000)" in said
 

@@ -207,7 +207,7 @@ def test_a_network_that_was_saved(capsys, tmp_path):
     assert said[0] == said[1] == said[2]
     for source, words in (
         ("blocks", f"got folders of blocks: 0, 1; `dblocks merge {tmp_path / 'blocks'} {tmp_path}"),
-        ("blocks/0", "got one block of it; `dblocks merge` makes one"),
+        ("blocks/0", "got one block; `dblocks merge` merges"),
     ):
         for verb in (["plan"], ["eval", "vit", "--checkpoint"]):
             more = ["--memory", "1GiB"] if verb == ["plan"] else []

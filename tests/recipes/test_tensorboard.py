@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from dblocks.__main__ import main
-from dblocks.recipes.board import Board, scalars
+from dblocks.recipes.tensorboard import Board, scalars
 
 VIT = ("train", "vit", "--steps", "4", "--batch-size", "8", "--width", "12", "--depth", "3")
 VIT += ("--heads", "2", "--points", "2")

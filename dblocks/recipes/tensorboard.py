@@ -1,4 +1,4 @@
-"""Writes the points of a run's curve for TensorBoard, which is imported on use."""
+"""Writes the points of a run's curve for TensorBoard, which is imported when used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                "--tensorboard writes files with the package tensorboard, which is not installed; "
+                "--tensorboard needs the package tensorboard, which is not installed; "
                 "`pip install 'dblocks[tensorboard]'`"
             ) from error
         self._writer: Any = SummaryWriter(str(folder))

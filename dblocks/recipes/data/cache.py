@@ -1,7 +1,7 @@
-"""A cache of large texts and images: arrays in memory-mapped files.
+"""A cache of prepared texts and images, in memory-mapped files.
 
-The files are in the folder of the environment variable DBLOCKS_CACHE, by default ~/.cache/dblocks,
-and may be deleted at any time.
+The files are in the folder given by the environment variable DBLOCKS_CACHE, by default
+~/.cache/dblocks, and may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -30,23 +30,22 @@ def cache_folder() -> Path:
 
 
 def key_of(files: Sequence[Path], **settings: Any) -> str:
-    """A key for data made from files with these settings.
+    """A key for data prepared from files with these settings.
 
-    Files count as the same while path, size and time of change are: large ones are not read again.
+    It depends on path, size and modification time of the files, so large files are not read again.
     """
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json_text([stats, settings]).encode()).hexdigest()
 
 
-def kept(key: str, make: Make) -> tuple[Path, dict[str, Any]]:
+def cached(key: str, make: Make) -> tuple[Path, dict[str, Any]]:
     """The cached file of a key and its JSON values; created if it does not exist.
 
-    A file is renamed to its place when it is complete, so that a killed run leaves no partial file
-    that another would use.
+    A file is renamed to its place when it is complete, so a killed run leaves no partial file.
 
     Args:
-        key: of `key_of`.
-        make: writes the file's content, and returns JSON values about it.
+        key: the result of `key_of`.
+        make: writes the contents of the file and returns JSON values about it.
     """
     folder = cache_folder()
     path, note = folder / f"{key}.bin", folder / f"{key}.json"
@@ -64,19 +63,20 @@ def kept(key: str, make: Make) -> tuple[Path, dict[str, Any]]:
 
 
 def mapped(path: Path, dtype: torch.dtype) -> Tensor:
-    """A file's numbers [n], memory-mapped; writing to them does not change the file."""
+    """A file as a memory-mapped tensor [n]; writing to it does not change the file."""
     size = path.stat().st_size // dtype.itemsize
     return torch.from_file(str(path), shared=False, size=size, dtype=dtype)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file that becomes `path` at the end; removed after an error.
+    """A temporary file that is renamed to `path` at the end; removed after an error.
 
-    Of processes that write the same one at the same time each writes its own, and the last stays.
+    Several processes may write the same path at once: each has its own temporary file, and the last
+    rename counts.
 
     Raises:
-        OSError: it cannot be written, such as on a full disk.
+        OSError: the file cannot be written, for example on a full disk.
     """
     name = None
     try:
@@ -90,7 +90,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, name):
             raise OSError(
-                f"what is made of the data cannot be kept in {path.parent}: {error.strerror}; make "
-                f"room, or name another folder by the environment variable {CACHE}"
+                f"prepared data cannot be written to {path.parent}: {error.strerror}; free some "
+                f"space, or set the environment variable {CACHE} to another folder"
             ) from error
         raise
