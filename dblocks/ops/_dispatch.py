@@ -34,7 +34,8 @@ MAX_TRITON_ROWS = 2**31 - 2**22  # rows of a group have int32 indices, and a chu
 SEED_RANGE = COUNT_RANGE = 2**63
 FEW = 64  # longest list of noise levels that is checked in Python
 PLAIN = (Tensor, torch.nn.Parameter)
-KNOWN = {*PLAIN, type(None), bool, int, float, str, list, torch.dtype}  # none is watched
+VALUES = {type(None), bool, int, str, torch.dtype}
+KNOWN = {*PLAIN, *VALUES, float, list}  # none is watched
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Read when dblocks is imported, as triton itself reads it when a kernel is defined.
@@ -297,7 +298,7 @@ def planned(make: Callable[..., Any], changing: Sequence[int] = ()) -> Callable[
 
     def call(*args: Any) -> Any:
         layout: list[Any] = [
-            a if a is None
+            a if type(a) in VALUES
             else (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15)
             if isinstance(a, Tensor)
             else float if isinstance(a, float)
