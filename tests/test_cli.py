@@ -289,7 +289,7 @@ def mistake(capsys, *argv):
 def test_mistakes_are_one_line(tmp_path, capsys):
     empty = ("eval", "vit", "--checkpoint", str(tmp_path))
     assert "must hold a config.json" in mistake(capsys, *empty)
-    assert "number of layers 12, got 13" in mistake(capsys, "train", "vit", "--blocks", "13")
+    assert "number of layers, 12, got 13" in mistake(capsys, "train", "vit", "--blocks", "13")
     for lr in ("inf", "nan", "0"):
         assert "lr must be positive and finite" in mistake(capsys, "train", "vit", "--lr", lr)
     for seed in (10**20, 2**63, -1):

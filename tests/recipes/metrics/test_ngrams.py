@@ -63,7 +63,7 @@ def test_distinct_ngrams_are_counted_over_all_texts():
     ],
 )
 def test_too_short_a_text_is_an_error(call):
-    with pytest.raises(ValueError, match="run of 2 characters"):
+    with pytest.raises(ValueError, match="at least 2 characters"):
         call()
 
 
