@@ -103,7 +103,7 @@ def test_help_breaks_lines_where_the_terminal_ends_only(capsys, monkeypatch, arg
 def test_eval_help(capsys, network):
     text = run_help(capsys, "eval", network)
     assert "--checkpoint" in text
-    assert ("Denoising steps" if network == "vit" else "Number of windows") in text
+    assert ("denoising steps" if network == "vit" else "Number of windows") in text
 
 
 def test_sample_help(capsys):
@@ -175,7 +175,7 @@ def test_a_language_model_is_trained_evaluated_and_sampled(tmp_path, capsys, sto
     assert text.startswith(f"{record['bits']:.3f} bits per character on ")
     in_blocks = "--end-to-end" not in flags
     assert (", trained end to end\n" in text) != in_blocks
-    assert ("bound of denoising" in text) == in_blocks
+    assert ("denoising bound" in text) == in_blocks
     assert ("product of all blocks" in text) == (in_blocks and "--published" not in flags)
     if "product_bits" in record:
         assert f"{record['product_bits']:.3f} bits per character, the product" in text
@@ -289,7 +289,7 @@ def mistake(capsys, *argv):
 def test_mistakes_are_one_line(tmp_path, capsys):
     empty = ("eval", "vit", "--checkpoint", str(tmp_path))
     assert "must hold a config.json" in mistake(capsys, *empty)
-    assert "number of layers 12, got 13" in mistake(capsys, "train", "vit", "--blocks", "13")
+    assert "number of layers, 12, got 13" in mistake(capsys, "train", "vit", "--blocks", "13")
     for lr in ("inf", "nan", "0"):
         assert "lr must be positive and finite" in mistake(capsys, "train", "vit", "--lr", lr)
     for seed in (10**20, 2**63, -1):

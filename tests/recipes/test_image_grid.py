@@ -43,7 +43,7 @@ def test_the_figure_has_a_panel_for_each(tmp_path):
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match=r"C of \(1, 3\), got \[2, 4, 8, 8\]; latents must be"):
+    with pytest.raises(ValueError, match=r"C in \(1, 3\), got \[2, 4, 8, 8\]; latents must be"):
         encode(torch.zeros(2, 4, 8, 8))
     pixels = to_bytes(torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match="needs images and columns, got 2 and 0"):

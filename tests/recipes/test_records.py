@@ -118,7 +118,7 @@ def test_record_is_written_whole(tmp_path):
 def test_a_broken_record_is_a_clear_error(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"a\.json .*delete it to run it again"):
+    with pytest.raises(ValueError, match=r"a\.json .*delete it to repeat the run"):
         read_record(path)
 
 

@@ -37,7 +37,7 @@ def test_run_round_trips_and_refuses_unknown_keys():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"blocks": 0}, "blocks must lie between 1 and the number of layers 12, got 0"),
+        ({"blocks": 0}, "blocks must be between 1 and the number of layers, 12, got 0"),
         ({"blocks": 13}, "got 13"),
         ({"steps": 0}, "steps must be positive, got 0"),
         ({"lr": 0.0}, "lr must be positive"),

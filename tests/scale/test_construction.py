@@ -201,10 +201,10 @@ def test_what_cannot_be_loaded_is_refused_by_name(tmp_path):
     save_model(tmp_path / "whole", whole)
     save_block(tmp_path / "1", whole.block(1))
     with pytest.raises(
-        ValueError, match=r"block must be one .* all blocks, counted from 0.*, got None"
+        ValueError, match=r"block must be one .*all blocks, counted from 0.*, got None"
     ):
         load_block(tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"block must be one .* block 1 alone.*, got 2"):
+    with pytest.raises(ValueError, match=r"block must be one .*block 1 alone.*, got 2"):
         load_block(tmp_path / "1", 2)
     with pytest.raises(ValueError, match=r"^block must be in 0\.\.2, got 3"):
         load_block(tmp_path / "whole", 3)

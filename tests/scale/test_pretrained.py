@@ -166,7 +166,7 @@ def test_what_is_wrong_with_a_call(tmp_path):
         load()
     del tensors["model.norm.weight"]
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"got none of model\.norm\.weight \(1 are missing\)"):
+    with pytest.raises(ValueError, match=r"but model\.norm\.weight is missing \(1 are\)"):
         load()
     file.write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be used"):
@@ -377,7 +377,7 @@ def test_a_tensor_that_is_stored_twice_must_be_the_same(tmp_path):
     changed(tmp_path, **{short: weight.clone()})
     convert_block(make, tmp_path, CONFIG, 0, task="tokens")
     changed(tmp_path, **{short: weight + 1})
-    where = rf"others in {short} in model\.safetensors than in {name} in model\.safetensors"
+    where = rf"other values in {short} in model\.safetensors than in {name} in model\.safetensors"
     with pytest.raises(ValueError, match=f"{name} must be stored once, or .* {where}"):
         convert_block(make, tmp_path, CONFIG, 0, task="tokens")
 

@@ -57,7 +57,7 @@ def test_a_block_that_is_replaced_as_it_is_loaded(tmp_path, monkeypatch, check):
     mine, other = (tmp_path / name / "1" / "model.safetensors" for name in "ab")
     before = load_block(tmp_path / "a/1")
     after(monkeypatch, construction, check, lambda: os.replace(other, mine))
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: .*be changed while"):
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: .*was changed while"):
         load_block(tmp_path / "a/1")
     # Beside the description of another block, the file is refused at once.
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: it is not what was"):
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_is_replaced_as_it_is_resumed(tmp_path, monkeypatch, n
         assert Checkpoints(folders[0], {}).resume({"model": module}) == 1
         assert not torch.equal(module.weight, before)
         return
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: .*be changed while"):
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: .*was changed while"):
         Checkpoints(folders[0], {}).resume({"model": module})
     assert torch.equal(module.weight, before)
     with (

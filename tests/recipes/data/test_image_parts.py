@@ -186,7 +186,7 @@ def test_grey_pictures_of_a_name_stay_grey(tmp_path):
         ({"labels": [0, -2]}, "must not be negative, got -2"),
         ({"labels": [0, None]}, "must be integers, without gaps"),
         ({"labels": [0.0, 1.0]}, "must be integers, without gaps"),
-        ({"labels": [-1, -1]}, "must hold a class for each image, got -1 only"),
+        ({"labels": [-1, -1]}, "must hold a class for each image, got only -1"),
         ({"labels": [0, 10]}, "labels of cifar-10 in .* must be below 10, got 10"),
         ({"shape": (31, 32, 3)}, r"images of cifar-10 in .* must be \[3, 32, 32\], got \[3, 31"),
         ({"encode": lambda pixels: b"none"}, "row 0 of 'image' in .* must be an image"),

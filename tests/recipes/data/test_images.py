@@ -231,7 +231,7 @@ def test_load_images_tells_sources_apart(tmp_path):
             "a path can be given for fashion-mnist, cifar-10, .* got x with 'digits'",
         ),
         ("cifar-10", {}, "cifar-10 needs its files: .* by --data-path"),
-        ("cifar-10", {"path": "nowhere"}, "nowhere must be a file or folder of cifar-10, and is"),
+        ("cifar-10", {"path": "nowhere"}, "nowhere must be a file or folder of cifar-10, and does"),
     ],
 )
 def test_load_images_is_checked(source, options, message):

@@ -57,7 +57,7 @@ def test_known_cases():
         ((5, 3), (5, 4), r"with one D, got \[5, 3\] and \[5, 4\]; flatten them"),
         ((5, 3, 1), (5, 3), r"got \[5, 3, 1\] and"),
         ((5, 0), (5, 0), "with one D"),
-        ((3, 3), (9, 3), "needs more samples than the 3 features, got 3; take more"),
+        ((3, 3), (9, 3), "needs more samples than the 3 features, got 3; use more"),
         ((9, 3), (0, 3), "needs more samples than the 3 features, got 0"),
     ],
 )

@@ -56,8 +56,8 @@ def test_known_cases(monkeypatch):
     [
         ((9, 3), (9, 4), 3, r"with one D, got \[9, 3\] and \[9, 4\]"),
         ((9,), (9,), 3, "with one D"),
-        ((3, 2), (9, 2), 3, "of more than 3 samples, got 3"),
-        ((9, 2), (1, 2), 1, "of more than 1 samples, got 1"),
+        ((3, 2), (9, 2), 3, "more than 3 samples, got 3"),
+        ((9, 2), (1, 2), 1, "more than 1 samples, got 1"),
         ((9, 2), (9, 2), 0, "k must be at least 1, got 0"),
     ],
 )

@@ -48,7 +48,7 @@ def test_distinct_ngrams_are_counted_over_all_texts():
     words = ["the cat and the dog", "a  cat"]
     assert distinct_share(words, 1, words=True) == pytest.approx(5 / 7)
     assert distinct_share(words, 2, words=True) == 1
-    with pytest.raises(ValueError, match="run of 3 words"):
+    with pytest.raises(ValueError, match="at least 3 words"):
         distinct_share(["two words"], 3, words=True)
 
 
@@ -63,7 +63,7 @@ def test_distinct_ngrams_are_counted_over_all_texts():
     ],
 )
 def test_too_short_a_text_is_an_error(call):
-    with pytest.raises(ValueError, match="run of 2 characters"):
+    with pytest.raises(ValueError, match="at least 2 characters"):
         call()
 
 
