@@ -16,7 +16,7 @@ from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import GlobalBatch, Replicas, global_batch, replicas_of, within
 from dblocks.blocks.targets.base import Batch, Target
-from dblocks.blocks.targets.entries import checked, scored_shape
+from dblocks.blocks.targets.entries import check_scored, checked, scored_shape
 from dblocks.blocks.visits import Visits
 from dblocks.config import check_block
 from dblocks.schedules import Schedule
@@ -175,8 +175,8 @@ class Denoiser(nn.Module):
             replicas: as of `draw`.
 
         Raises:
-            ValueError: `block` is out of range, the target refuses the batch, or nothing reads one
-                of its entries.
+            ValueError: `block` is out of range, the target refuses the batch, nothing of it is
+                scored, or nothing reads one of its entries.
 
         Warns:
             UserWarning: at the first call, if weights frozen by `shared="frozen"` are all zero,
@@ -279,10 +279,13 @@ class Denoiser(nn.Module):
         target = model.target
         given = checked(model, batch, target)
         shape = scored_shape(target, given)
-        seed = draw_seed(generator)
-        device = _device_of((*layers, cast(nn.Module, model)), batch)
         if replicas is None and self.sharded:
             replicas = replicas_of(self)
+        scored = target.scored(given)
+        if replicas is None:
+            check_scored(scored)
+        seed = draw_seed(generator)
+        device = _device_of((*layers, cast(nn.Module, model)), batch)
         N = shape[0] if replicas is None else shape[0] * replicas.count
         # The generator of a GPU is Philox too: with the same key, sigma would come from the
         # same bits as the noise of the first elements.
@@ -298,7 +301,7 @@ class Denoiser(nn.Module):
         drawn = Draw(sigma, torch.full((), seed, dtype=torch.int64, device=device), drop)
         if replicas is None:
             return drawn
-        whole = global_batch(sigma, given, shape[0], block, target.scored(given), replicas)
+        whole = global_batch(sigma, given, shape[0], block, scored, replicas)
         return drawn.part(whole, shape[0])
 
     def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
