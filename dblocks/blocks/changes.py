@@ -133,8 +133,8 @@ def check_called(model: Any, layers: Iterable[Sequence[nn.Module]]) -> None:
     target, by_parts = model.target, getattr(model, "by_parts", None)
     head = getattr(getattr(target, "output_head", None), "linear", None)
     read = [getattr(target, "embedding", None), head]
-    for held in layers if by_parts is not None else ():
-        read += by_parts(held)
+    if by_parts is not None:
+        read += (module for held in layers for module in by_parts(held))
     uncalled = {id(module) for module in read}
     for name, module in model.named_modules():
         if id(module) not in uncalled and type(module).forward is not nn.Module.forward:

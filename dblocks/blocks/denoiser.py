@@ -152,7 +152,7 @@ class Denoiser(Predictions, nn.Module):
         if before_use is not None:
             before_use(self.base_model)
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]  # imports no compiler
     def prepare(self) -> None:
         """What needs the host before a block runs; outside of graphs, in each call."""
         self.before_use()

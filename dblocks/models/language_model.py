@@ -227,7 +227,8 @@ class LanguageModel(nn.Module, ABC):
             return []
         run = [*layers, *getattr(self, "coda", ())]
         attention: Any = getattr(run[-1], "attention", None)
-        return [*run, attention, getattr(attention, "qkv", None)]
+        found = (*run, attention, getattr(attention, "qkv", None))
+        return [module for module in found if module is not None]
 
     def features(self, hidden: Hidden) -> Features:
         """The noisy rows, normalised, [N, T, D]."""
