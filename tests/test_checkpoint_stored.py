@@ -20,6 +20,7 @@ from dblocks.checkpoint import (
     stored,
 )
 from dblocks.checkpoint.stored import copy_stored, reading, stored_in
+from dblocks.checkpoint.tensors import opened
 from dblocks.models import ViT, ViTConfig
 from dblocks.scale import checksums, merge, merge_blocks, save_block
 from tools import SIZES, seeded
@@ -202,5 +203,8 @@ def test_a_copy_of_numbers_of_four_bits_has_the_bytes_of_a_save(tmp_path, shape)
         assert found["x"].shape == shape
         copy_stored(tmp_path / "copy", found)
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "whole").read_bytes()
+    with opened(tmp_path / "copy") as file:
+        assert file.shape("x") == list(shape)
+        assert file.get_tensor("x").shape == shape
     loaded = load_safetensors(tmp_path / "copy")["x"]
     assert loaded.view(torch.uint8).equal(tensors["x"].view(torch.uint8))

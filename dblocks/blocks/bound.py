@@ -22,6 +22,63 @@ if TYPE_CHECKING:
     from dblocks.blocks.denoiser import Denoiser
 
 
+class Predictions:
+    """The part of a `Denoiser` that predicts."""
+
+    index: int | None
+
+    def forward(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        *,
+        block: int | None = None,
+        guidance_scale: float = 1.0,
+        **cond: Any,
+    ) -> Tensor:
+        """The denoised estimate of the clean target from a noisy one.
+
+        Args:
+            z: noisy target [N, ...].
+            sigma: its noise level: a number, 0-d, [N], or [N, S] for z [N, T, D], one for each of
+                S segments of T/S tokens.
+            block: the block to run; by default the only one held here, or the one that owns sigma,
+                compared in the dtype of sigma; the host looks it up, which synchronises where sigma
+                is on a GPU.
+            guidance_scale: 1 is no guidance; see `BoundDenoiser`.
+            **cond: what the network's `embed_condition` reads, such as `images=`.
+
+        Returns:
+            denoised [N, ...], float32.
+
+        Raises:
+            ValueError: the levels belong to several blocks, `block` is out of range, or nothing
+                reads one of the keywords.
+        """
+        block = self.index if block is None else block
+        return self.bind(guidance_scale=guidance_scale, **cond)(z, sigma, block=block)
+
+    def logits(
+        self,
+        z: Tensor,
+        sigma: Tensor,
+        *,
+        block: int | None = None,
+        guidance_scale: float = 1.0,
+        **cond: Any,
+    ) -> Tensor:
+        """As `forward`, but the prediction itself: logits, or F for an L2 target."""
+        block = self.index if block is None else block
+        return self.bind(guidance_scale=guidance_scale, **cond).logits(z, sigma, block=block)
+
+    def bind(self, *, guidance_scale: float = 1.0, **cond: Any) -> BoundDenoiser:
+        """The denoiser with its condition bound, which is embedded once for all calls."""
+        denoiser: Any = self
+        if not torch.compiler.is_compiling():  # a call may be one graph
+            denoiser.prepare()
+        return BoundDenoiser(denoiser, cond, guidance_scale)
+
+
 class BoundDenoiser:
     """A denoiser with a bound condition: `bound(z, sigma) -> denoised`, for k-diffusion samplers.
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from dblocks import functional as F
-from dblocks.blocks.bound import BoundDenoiser
+from dblocks.blocks.bound import Predictions
+from dblocks.blocks.changes import HOOKS, Seen, follow_changes_
 from dblocks.blocks.config import BlocksConfig, Weighting
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
 from dblocks.blocks.sharding import GlobalBatch, Replicas, global_batch, replicas_of, within
 from dblocks.blocks.targets.base import Batch, Target
-from dblocks.blocks.targets.entries import checked, scored_shape
+from dblocks.blocks.targets.entries import check_scored, checked, scored_shape
 from dblocks.blocks.visits import Visits
 from dblocks.config import check_block
 from dblocks.schedules import Schedule
@@ -24,6 +26,7 @@ from dblocks.schedules.random import draw_seed
 
 # Weighting "clamped": w reaches 250,000 at the lowest noise, which would dominate the loss.
 CLAMPED_WEIGHT_MAX = 20.0
+_LOOKS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 LEVEL_KEY = 0x5DEECE66D  # any number but 0
 
 
@@ -65,7 +68,7 @@ class Loss(NamedTuple):
     """The levels drawn: sigma, or t where tokens are masked."""
 
 
-class Denoiser(nn.Module):
+class Denoiser(Predictions, nn.Module):
     """Base of `DiffusionBlocks` and of the view of one block: loss and prediction.
 
     Subclasses define which networks and which layers they hold.
@@ -84,6 +87,8 @@ class Denoiser(nn.Module):
     """The only block with weights, of a network that was made without the others."""
     residency: Visits | None = None
     """Keeps one block at a time on a device, if set; see `dblocks.scale.resident`."""
+    changes = 0
+    """How often the network was changed since it was divided; a compiled graph is made anew."""
     _zeros_looked_for = False
 
     def parts(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
@@ -91,6 +96,8 @@ class Denoiser(nn.Module):
         # In a compiled graph the block is already on the device: the draw before it fetched it.
         if self.residency is not None and not torch.compiler.is_compiling():
             self.residency.acquire(block)
+        if self.changes < 0:  # never: a graph is guarded by what it reads, and not by hooks
+            raise RuntimeError("changes must count up")
         return self.parts_at_rest(block)
 
     def parts_at_rest(self, block: int) -> tuple[BlockModel, list[nn.Module]]:
@@ -136,13 +143,44 @@ class Denoiser(nn.Module):
 
     def before_use(self) -> None:
         """Called before a draw and before a condition is bound; calls that of the network."""
+        self.follow_changes_()
+        self.ready_()
+
+    def ready_(self) -> None:
+        """A hook of `before_use`, after changes of the network were taken over."""
         before_use = getattr(type(self.base_model), "before_use", None)
         if before_use is not None:
             before_use(self.base_model)
 
-    def _prepare(self) -> None:
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]  # imports no compiler
+    def prepare(self) -> None:
+        """What needs the host before a block runs; outside of graphs, in each call."""
         self.before_use()
         self.follow_originals_()
+
+    def follow_changes_(self) -> None:
+        """Looks whether the network was changed, which it takes over or refuses by name.
+
+        Raises:
+            ValueError: blocks would not notice the change.
+        """
+        look = [_look_at(module) for root in self.watched() for module in root.modules()]
+        # What counts as a change is looked at closer, and seldom.
+        if _LOOKS.get(self) != look:
+            self.changes += follow_changes_(self, self.watched(), self.take_changes)
+            _LOOKS[self] = look
+
+    def watched(self) -> list[nn.Module]:
+        """The modules whose changes are followed, with all that they hold."""
+        return [cast(nn.Module, self.base_model), *self.copies.children()]
+
+    def take_changes(self, before: Seen | None, now: Seen) -> None:
+        """Takes over what was changed in the network, or refuses it; nothing is changed then.
+
+        Args:
+            before: what it consisted of; None if that is not known.
+            now: what it consists of.
+        """
 
     def follow_originals_(self) -> None:
         """Brings private copies of a network's modules up to date with changes of it."""
@@ -175,8 +213,8 @@ class Denoiser(nn.Module):
             replicas: as of `draw`.
 
         Raises:
-            ValueError: `block` is out of range, the target refuses the batch, or nothing reads one
-                of its entries.
+            ValueError: `block` is out of range, the target refuses the batch, nothing of it is
+                scored, or nothing reads one of its entries.
 
         Warns:
             UserWarning: at the first call, if weights frozen by `shared="frozen"` are all zero,
@@ -188,60 +226,11 @@ class Denoiser(nn.Module):
         if self.config.shared == "frozen" and not self._zeros_looked_for:
             self._zeros_looked_for = True
             warn_of_frozen_zeros(self.base_model, stacklevel=2)
-        self._prepare()
+        self.prepare()
         model = self.parts(block)[0]
         given = checked(model, batch, model.target)
         drawn = self._draw(given, block, generator, replicas)
         return self.loss_at(given, block, drawn)
-
-    def forward(
-        self,
-        z: Tensor,
-        sigma: Tensor,
-        *,
-        block: int | None = None,
-        guidance_scale: float = 1.0,
-        **cond: Any,
-    ) -> Tensor:
-        """The denoised estimate of the clean target from a noisy one.
-
-        Args:
-            z: noisy target [N, ...].
-            sigma: its noise level: a number, 0-d, [N], or [N, S] for z [N, T, D], one for each of
-                S segments of T/S tokens.
-            block: the block to run; by default the only one held here, or the one that owns sigma,
-                compared in the dtype of sigma; the host looks it up, which synchronises where sigma
-                is on a GPU.
-            guidance_scale: 1 is no guidance; see `BoundDenoiser`.
-            **cond: what the network's `embed_condition` reads, such as `images=`.
-
-        Returns:
-            denoised [N, ...], float32.
-
-        Raises:
-            ValueError: the levels belong to several blocks, `block` is out of range, or nothing
-                reads one of the keywords.
-        """
-        block = self.index if block is None else block
-        return self.bind(guidance_scale=guidance_scale, **cond)(z, sigma, block=block)
-
-    def logits(
-        self,
-        z: Tensor,
-        sigma: Tensor,
-        *,
-        block: int | None = None,
-        guidance_scale: float = 1.0,
-        **cond: Any,
-    ) -> Tensor:
-        """As `forward`, but the prediction itself: logits, or F for an L2 target."""
-        block = self.index if block is None else block
-        return self.bind(guidance_scale=guidance_scale, **cond).logits(z, sigma, block=block)
-
-    def bind(self, *, guidance_scale: float = 1.0, **cond: Any) -> BoundDenoiser:
-        """The denoiser with its condition bound, which is embedded once for all calls."""
-        self._prepare()
-        return BoundDenoiser(self, cond, guidance_scale)
 
     def draw(
         self,
@@ -265,7 +254,7 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: as in `loss`; or the batches of the processes differ in shape.
         """
-        self._prepare()
+        self.prepare()
         return self._draw(batch, block, generator, replicas)
 
     def _draw(
@@ -279,10 +268,13 @@ class Denoiser(nn.Module):
         target = model.target
         given = checked(model, batch, target)
         shape = scored_shape(target, given)
-        seed = draw_seed(generator)
-        device = _device_of((*layers, cast(nn.Module, model)), batch)
         if replicas is None and self.sharded:
             replicas = replicas_of(self)
+        scored = target.scored(given)
+        if replicas is None:
+            check_scored(scored)
+        seed = draw_seed(generator)
+        device = _device_of((*layers, cast(nn.Module, model)), batch)
         N = shape[0] if replicas is None else shape[0] * replicas.count
         # The generator of a GPU is Philox too: with the same key, sigma would come from the
         # same bits as the noise of the first elements.
@@ -298,7 +290,7 @@ class Denoiser(nn.Module):
         drawn = Draw(sigma, torch.full((), seed, dtype=torch.int64, device=device), drop)
         if replicas is None:
             return drawn
-        whole = global_batch(sigma, given, shape[0], block, target.scored(given), replicas)
+        whole = global_batch(sigma, given, shape[0], block, scored, replicas)
         return drawn.part(whole, shape[0])
 
     def loss_at(self, batch: Batch, block: int, draw: Draw) -> Loss:
@@ -344,6 +336,12 @@ def unwrapped(model: Any) -> Any:
     while isinstance(inner, nn.Module) and not isinstance(inner, Denoiser):
         inner = getattr(inner, "_orig_mod", getattr(inner, "module", None))
     return inner if isinstance(inner, Denoiser) else model
+
+
+def _look_at(module: nn.Module) -> tuple[Any, ...]:
+    own, kind = module.__dict__, type(module)
+    parameters, hooks = own["_parameters"].values(), [key for name in HOOKS for key in own[name]]
+    return ref(module), kind, kind.forward, id(own.get("forward")), *map(id, parameters), *hooks
 
 
 def loss_factors(weighting: Weighting, loss_kind: str, w: Tensor) -> Tensor:

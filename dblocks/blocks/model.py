@@ -18,8 +18,9 @@ class BlockModel(Protocol):
     with which training drops a sample's condition, 0 by default; `reads`, a tuple of the entries of
     a batch that it reads in addition to those of its target, so that any other entry, such as a
     misspelt one, raises an error; `call_reads`, the entries that `embed_condition` reads, the only
-    ones that a call or sampler then accepts; and a method `before_use()`, called before each loss
-    and before a condition is bound.
+    ones that a call or sampler then accepts; a method `before_use()`, called before each loss and
+    before a condition is bound; and a method `by_parts(layers)`, the modules that are not called
+    where these layers run, since their parts are: hooks on them are refused.
 
     Parameters outside `layers` are shared by all blocks. A batch is a mapping; sampling passes the
     keys that `embed_condition` reads, and training what `target.check` returned. `level` is what

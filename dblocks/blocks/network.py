@@ -13,6 +13,16 @@ from typing import Any, cast
 
 from torch import nn
 
+from dblocks.blocks.changes import (
+    Seen,
+    changed,
+    check_called,
+    children_of,
+    remember,
+    remembered,
+    replaced_child,
+    seen_of,
+)
 from dblocks.blocks.config import BlocksConfig, check_config
 from dblocks.blocks.denoiser import Denoiser
 from dblocks.blocks.model import BlockModel, Divisible, check_model
@@ -67,6 +77,29 @@ class DiffusionBlocks(Denoiser):
         _check_frozen(model, config, {id(p) for p in self.shared_parameters()})
         if config.copied:
             self.copies.extend(_without_layers(model) for _ in range(1, config.num_blocks))
+        _check_called(self)
+        remember(self, seen_of(*self.watched()))
+
+    def take_changes(self, before: Seen | None, now: Seen) -> None:
+        """See `Denoiser.take_changes`; a network in place of another is used at once.
+
+        Raises:
+            ValueError: what is changed is not called, has a copy in each block, or makes blocks
+                share a parameter.
+        """
+        _check_called(self)
+        check_apart(self.base_model, self.layer_ranges)
+        if not self.config.copied or before is None:
+            return
+        for name, module in changed(
+            cast(nn.Module, self.base_model), before.modules, now.modules
+        ).items():
+            if name and name.partition(".")[0] != "layers":
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) must not be changed after the network was "
+                    f"divided with shared={self.config.shared!r}, since each block has a copy of "
+                    "it; change it before"
+                )
 
     def block(self, block: int) -> Block:
         """The view of one block, for a worker that trains and saves it."""
@@ -129,6 +162,31 @@ class Block(Denoiser):
         self.copies = nn.ModuleDict()
         if model is not whole.base_model:
             self.copies[str(block - 1)] = cast(nn.Module, model)
+        remember(self, seen_of(*self.watched()))
+        if not isinstance(whole.base_model, Divisible):
+            paths = [f"layers.{i}" for i in range(len(whole.base_model.layers))]
+            others = [path for path in paths if path.partition(".")[2] not in named]
+            children = children_of(cast(nn.Module, whole.base_model), paths, others)
+            remember(self.base_model, children)  # pyright: ignore[reportArgumentType]
+
+    def follow_changes_(self) -> None:
+        """See `Denoiser.follow_changes_`; also looks at the network that the block is part of."""
+        children = remembered(cast(nn.Module, self.base_model))
+        replaced = replaced_child(children) if isinstance(children, list) else None
+        if replaced is not None:
+            raise ValueError(
+                f"{replaced} must stay the module that it was when the block was taken, which the "
+                "block still holds, got another or none; take the block anew: dm.block(i)"
+            )
+        super().follow_changes_()
+
+    def take_changes(self, before: Seen | None, now: Seen) -> None:
+        """See `Denoiser.take_changes`.
+
+        Raises:
+            ValueError: what is changed is not called.
+        """
+        _check_called(self)
 
     def block_parameters(self, block: int) -> Iterator[nn.Parameter]:
         """The parameters that belong to this block alone."""
@@ -148,6 +206,15 @@ def _parameters_of(held: Denoiser, block: int) -> Iterator[nn.Parameter]:
     if held.config.copied:
         frozen = {id(p) for p in model.target.parameters()}
         yield from (p for p in _outside_layers(model) if id(p) not in frozen)
+
+
+def _check_called(held: Denoiser) -> None:
+    """Raises for hooks that would not run in a network's blocks; conversion has its own checks."""
+    if isinstance(held.base_model, Divisible):
+        return
+    for block in held.held:
+        model, layers = held.parts_at_rest(block)
+        check_called(model, [layers])
 
 
 def _check_loss_kind(model: BlockModel, config: BlocksConfig) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.blocks.targets.base import Batch
+from dblocks.blocks.targets.entries import check_scored
 
 T = TypeVar("T")
 NAME = "_run_within"
@@ -101,14 +102,16 @@ def global_batch(
         replicas: the processes.
 
     Raises:
-        ValueError: the batches are not of the same shapes, or the blocks not the same; on a GPU the
-            device says so.
+        ValueError: the batches are not of the same shapes, the blocks not the same, or nothing is
+            scored in any batch; on a GPU the device says so.
     """
     _check_alike(batch, N, block, replicas, sigma.device)
     factor = None
     if scored is not None:
         mine = scored.detach().to(sigma.device, torch.float32)
-        factor = replicas.count * mine / reduced(mine.clone(), replicas, "sum").clamp(min=1)
+        total = reduced(mine.clone(), replicas, "sum")
+        check_scored(total)
+        factor = replicas.count * mine / total
     return GlobalBatch(sigma, replicas.rank * N, factor)
 
 

@@ -221,6 +221,15 @@ class LanguageModel(nn.Module, ABC):
 
     # The same for all subclasses
 
+    def by_parts(self, layers: Sequence[nn.Module]) -> list[nn.Module]:
+        """The modules that are not called where these layers run; see `BlockModel`."""
+        if self.config.rows == "single":
+            return []
+        run = [*layers, *getattr(self, "coda", ())]
+        attention: Any = getattr(run[-1], "attention", None)
+        found = (*run, attention, getattr(attention, "qkv", None))
+        return [module for module in found if module is not None]
+
     def features(self, hidden: Hidden) -> Features:
         """The noisy rows, normalised, [N, T, D]."""
         return Features(self._normed(hidden.x), hidden.cond)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,8 +77,8 @@ def _step_bytes(trainer: Trainer, batch: Batch, block: int) -> tuple[int, int, i
     loss.backward()
     held = {id(o): _held(o) for o in trainer.optimizers}
     own = trainer.optimizers_of(block)
-    step = sum(held[id(o)] for o in own) + _frozen_beside(own, network)
-    process = sum(held.values()) + _frozen_beside(trainer.optimizers, network)
+    step = sum(held[id(o)] for o in own) + _frozen_beside(own, _read_by(trainer, block))
+    process = sum(held.values()) + _frozen_beside(trainer.optimizers, network.parameters())
     network.zero_grad(set_to_none=True)
     return saved.bytes, step, process
 
@@ -87,10 +88,18 @@ def _held(optimizer: Optimizer) -> int:
     return state_bytes(_parameters(optimizer), optimizer)
 
 
-def _frozen_beside(optimizers: Iterable[Optimizer], network: nn.Module) -> int:
-    """Bytes of frozen parameters, which only the end-to-end optimizer has."""
+def _read_by(trainer: Trainer, block: int) -> Iterable[Tensor]:
+    """The parameters that a step on a block reads: its own and those that all blocks use."""
+    model = trainer.model
+    if model is None:
+        return trainer.trained.parameters()
+    return chain(model.block_parameters(block), model.shared_parameters())
+
+
+def _frozen_beside(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> int:
+    """Bytes of frozen parameters that no optimizer has; end to end the optimizer has them too."""
     counted = {id(p) for optimizer in optimizers for p in _parameters(optimizer)}
-    frozen = (p for p in network.parameters() if not p.requires_grad and id(p) not in counted)
+    frozen = (p for p in parameters if not p.requires_grad and id(p) not in counted)
     return sum(part_here(p).nbytes for p in frozen)
 
 

@@ -96,16 +96,30 @@ class Outline(TorchDispatchMode):
             generator.set_state(state)
 
 
+class Course:
+    """What the first of several equal runs of a constructor did, so that others need not do it."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, Tensor] = {}
+        """The state of the CPU's generator after each draw, by the number of the draw."""
+        self.values: dict[int, Any] = {}
+        """The values that were read, such as where draws are rejected."""
+
+
 class Sharing(TorchDispatchMode):
     """Makes some of the tensors created inside the `with` block share the same memory.
 
     Args:
         absent: these tensors, by their index in the order of creation, as in an `Outline`.
+        course: of the runs of the same constructor, empty in the first. In the others absent
+            tensors are not drawn: the generator is put where it was after the draw.
     """
 
-    def __init__(self, absent: Mapping[int, Tensor]) -> None:
+    def __init__(self, absent: Mapping[int, Tensor], course: Course | None = None) -> None:
         super().__init__()
-        self.absent, self.count = absent, 0
+        self.absent, self.count, self.course = absent, 0, course
+        self.draws = self.reads = 0
+        self._again = course is not None and bool(course.states)
         most = max((t.untyped_storage().nbytes() for t in absent.values()), default=0)
         self._memory: dict[torch.device, Tensor] = {}
         self._bytes = most
@@ -117,7 +131,17 @@ class Sharing(TorchDispatchMode):
             self.count += 1
             if (like := self.absent.get(self.count - 1)) is not None:
                 return self._shared(func, args, kwargs, like)
-        result = func(*args, **kwargs)
+        own = args[0] if args and isinstance(args[0], Tensor) else None
+        in_place = own is not None and func._schema.name.endswith("_") and self.is_unsound(own)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            device = None if own is None else own.device
+            result = self._drawn(func, args, kwargs, device, args[0] if in_place else None)
+        elif func._schema.name == "aten::_local_scalar_dense":
+            return self._read(func, args)
+        elif in_place and self._again and torch.Tag.pointwise in func.tags:
+            return own  # what nobody reads needs no values
+        else:
+            result = func(*args, **kwargs)
         # Values computed from absent ones are wrong too.
         for made, of in _made_of(func, args, kwargs, result):
             if any(self.is_unsound(t) for t in _tensors(of)):
@@ -132,12 +156,38 @@ class Sharing(TorchDispatchMode):
     def _shared(self, func: Any, args: Any, kwargs: Any, like: Tensor) -> Tensor:
         device = torch.device(kwargs.get("device") or "cpu")
         if torch.Tag.nondeterministic_seeded in func.tags:
-            func(*args, **kwargs)  # draws
+            self._drawn(func, args, kwargs, device, like)
         if device not in self._memory:
             self._memory[device] = torch.zeros(self._bytes, dtype=torch.uint8, device=device)
             self._unsound.add(self._memory[device])
         values = self._memory[device][: like.untyped_storage().nbytes()].view(like.dtype)
         return values.as_strided(like.shape, like.stride())
+
+    def _drawn(
+        self, func: Any, args: Any, kwargs: Any, device: torch.device | None, absent: Any
+    ) -> Any:
+        """The result of an op that draws; `absent` itself, if it is given and need not be drawn."""
+        number, self.draws = self.draws, self.draws + 1
+        of_cpu = device is not None and device.type == "cpu"
+        if self.course is None or not of_cpu:
+            return func(*args, **kwargs)
+        generator = kwargs.get("generator")
+        generator = torch.default_generator if generator is None else generator
+        states = self.course.states
+        if absent is not None and number in states:
+            generator.set_state(states[number])
+            return absent
+        result = func(*args, **kwargs)
+        states.setdefault(number, generator.get_state())
+        return result
+
+    def _read(self, func: Any, args: Any) -> Any:
+        """The value of a tensor of one element; where it has none, that of the first run."""
+        number, self.reads = self.reads, self.reads + 1
+        values = {} if self.course is None else self.course.values
+        if number in values and self.is_unsound(args[0]):
+            return values[number]
+        return values.setdefault(number, func(*args))
 
 
 class Uncopied(TorchDispatchMode):

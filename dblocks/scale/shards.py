@@ -2,7 +2,8 @@
 
 A network draws its weights in order, so the weights of a block depend on the draws for all. The
 network is created again for each layer, with all other tensors in the same memory, and each process
-keeps its shard of the layer.
+keeps its shard of the layer. All weights are drawn once: from then on it is known where the generator
+is after each draw, and the draws of other tensors are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dblocks.config import check_block
 from dblocks.scale.construction import WHOLE, all_places, check_alike, check_make, outlined
 from dblocks.scale.gathered import part_of
 from dblocks.scale.mesh import data_parallel
-from dblocks.scale.outline import Outline, Sharing, storage_of
+from dblocks.scale.outline import Course, Outline, Sharing, storage_of
 from dblocks.scale.places import Place, check_complete, own_tensors
 
 
@@ -32,7 +33,8 @@ def build_shards(
 
     The weights are bitwise the same. In addition to its shards, a process holds one layer and the
     largest tensor of the network on the host. `make` is called once without memory, once for each
-    layer of the block and for the parameters outside the layers.
+    layer of the block and for the parameters outside the layers; on a CPU only the first of these
+    calls draws the weights of other layers.
 
     Args:
         make: see `build_block`.
@@ -96,12 +98,23 @@ class OutlinedBlock:
         made = {storage_of(tensor) for tensor in self._owned.values()}
         # Weights computed from other weights have values in the same pass as those.
         computed = [i for i, of in enumerate(self._of) if of not in made]
+        course = Course()
+        draws: list[int] = []
         for number, group in enumerate(groups):
             absent = {n: t for n, t in self._owned.items() if storage_of(t) not in group}
             last = number + 1 == len(groups)
-            with nullcontext() if last else _random_kept(self.outline), Sharing(absent) as making:
+            with (
+                nullcontext() if last else _random_kept(self.outline),
+                Sharing(absent, course) as making,
+            ):
                 network = cast(nn.Module, self.make())
             check_alike(self.outline, making)
+            draws.append(making.draws)
+            if draws[0] != draws[-1]:
+                raise RuntimeError(
+                    "make must do the same each time that it is called, got "
+                    f"{draws[0]} draws of random numbers and then {draws[-1]}; {WHOLE}"
+                )
             for place, storage in zip(self._places, self._of, strict=True):
                 if storage in group & made and not _filled(place, network, making):
                     raise RuntimeError(_apart(place))

@@ -96,6 +96,22 @@ def test_losses_and_gradients_of_parts_are_those_of_the_batch(monkeypatch, case,
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["lm", "masked", "recurrent", "llama", "llama, clean loss"])
+def test_a_part_without_scored_tokens_is_taken_if_others_have_some(monkeypatch, case):
+    model, given = CASES[case]()
+    given = {**part(given, 0, 4), "loss_mask": torch.zeros(2, 8, dtype=torch.bool, device=DEVICE)}
+    total = [torch.tensor(5.0, device=DEVICE)]
+    monkeypatch.setattr(
+        sharding, "reduced", lambda value, _, op: value if op == "max" else total[0]
+    )
+    model.loss(given, 0, generator=seeded(), replicas=Replicas(1, 4, ())).loss.backward()
+    assert all(not g.any() for g in gradients(model).values())
+    total[0] = torch.tensor(0.0, device=DEVICE)
+    if DEVICE.type == "cpu":
+        with pytest.raises(ValueError, match="at least one token that is scored, got none"):
+            model.loss(given, 0, generator=seeded(), replicas=Replicas(1, 4, ()))
+
+
 def test_an_offset_seed_goes_on_where_the_samples_before_ended():
     y, f = (torch.randn(6, 5, generator=seeded(i)).to(DEVICE) for i in (1, 2))
     sigma = torch.rand(6, generator=seeded(3)).to(DEVICE) + 0.1

@@ -78,6 +78,38 @@ def test_frozen_parameters_count_once_in_the_state(end_to_end):
     assert memory(trainer)["state_mib"] * 2**20 == expected
 
 
+class FrozenLayers(ViTTrainer):
+    """One layer of each block is not trained."""
+
+    def _made(self, make):
+        network, model = super()._made(make)
+        for layer in network.layers[::2]:
+            layer.requires_grad_(False)
+        return network, model
+
+
+@pytest.mark.parametrize("shared", ["train", "private"])
+def test_frozen_layers_of_other_blocks_are_not_held(shared):
+    trainer = FrozenLayers(dataclasses.replace(TINY, depth=6, shared=shared), *digits())
+    for step in range(12):
+        trainer.step(step)
+    layers, found = trainer.network.layers, []
+    for block, (first, last) in enumerate(trainer.model.layer_ranges):
+        mine = [p for layer in layers[first:last] for p in layer.parameters()]
+        assert {p.requires_grad for p in mine} == {False, True}
+        # What a worker of this block alone would hold.
+        view = trainer.model.block(block)
+        trained = [p for p in view.parameters() if p.requires_grad]
+        frozen = [p for p in view.parameters() if not p.requires_grad]
+        trainer.loss(trainer.batch(0), block).backward()
+        found.append(
+            sum(p.nbytes for p in frozen)
+            + sum(3 * p.nbytes + 4 + (0 if p.grad is None else p.nbytes) for p in trained)
+        )
+        trainer.network.zero_grad(set_to_none=True)
+    assert memory(trainer)["state_mib"] * 2**20 == max(found)
+
+
 def test_curve_ends_in_the_accuracy(blocks, whole):
     for trained in (blocks, whole):
         curve = trained.record["curve"]

@@ -158,6 +158,10 @@ class EmbeddedTarget(Target):
         """Those of the embedding."""
         return self.embedding.parameters()
 
+    def scored(self, batch: Batch) -> Tensor | None:
+        """None: all of them."""
+        return None
+
     def rows(self) -> Tensor:
         """The embeddings of all targets, [K, D]."""
         return self.embedding.rows()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dblocks.blocks.targets.base import METHODS, TARGET, Batch, CheckedBatch, Target
+from dblocks.ops._checks import values_known
 
 
 def checked(model: Any, batch: Batch, target: Target) -> Batch:
@@ -99,6 +100,29 @@ def scored_shape(target: Target, batch: Batch) -> tuple[int, ...]:
             "batches that are empty"
         )
     return shape
+
+
+def check_scored(count: Tensor | None) -> None:
+    """Raises if nothing of a batch to train on is scored: its loss would be 0 or NaN.
+
+    Where reading the count would synchronise, the device asserts it.
+
+    Args:
+        count: as of `Target.scored`; of all processes that share the batch.
+
+    Raises:
+        ValueError: it is 0.
+    """
+    message = (
+        "a batch to train on must hold at least one token that is scored, got none: the first of a "
+        "text is given, and a loss_mask or attention_mask leaves out others; leave out such batches"
+    )
+    if count is None:
+        return
+    if not values_known(count):
+        torch.ops.aten._assert_async.msg(count > 0, message)
+    elif not count:
+        raise ValueError(message)
 
 
 def _hint(unknown: str, known: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from dblocks.blocks.targets.classes import (
     precision_of,
     product,
 )
-from dblocks.blocks.targets.entries import scored_shape
+from dblocks.blocks.targets.entries import check_scored, scored_shape
 from dblocks.blocks.targets.token_batch import READS, TokenBatch, TokenSizes
 from dblocks.schedules import NoiseLevel
 
@@ -112,7 +112,9 @@ class TokenTarget(EmbeddedTarget):
         return (N, T // each)
 
     def scored(self, batch: Batch) -> Tensor | None:
-        """The number of scored tokens, if there is a mask or packed documents."""
+        """The number of scored tokens, if there is a mask, packed documents or but one token."""
+        if batch["tokens"].shape[1] == 1:
+            return torch.zeros((), dtype=torch.int64)  # known without a look at the device
         if all(batch.get(key) is None for key in ("loss_mask", "attention_mask", "cu_seqlens")):
             return None
         return (self.check(batch).labels() != IGNORED).sum()
@@ -186,8 +188,13 @@ class TokenTarget(EmbeddedTarget):
         )
 
     def next_loss(self, m: Tensor, batch: TokenBatch) -> Tensor:
-        """The mean cross-entropy of features [N, T, D], each of which predicts the next token."""
+        """The mean cross-entropy of features [N, T, D], each of which predicts the next token.
+
+        Raises:
+            ValueError: no token is scored.
+        """
         scored_shape(self, batch)
+        check_scored(self.scored(batch))
         return F.linear_cross_entropy(
             self.output_head.rows(m[:, :-1]), self.matrices().weight, batch.labels()[:, 1:],
             bias=self.output_head.linear.bias, ignore_index=IGNORED,

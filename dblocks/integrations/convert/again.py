@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from dblocks.blocks.changes import UNCOUNTED, Row, Seen, changed, is_sharded
 from dblocks.blocks.parameters import check_apart
-from dblocks.integrations.convert.changes import UNCOUNTED, Row, Seen, changed, is_sharded
 from dblocks.integrations.convert.layers import ConditionedLayer
 from dblocks.integrations.convert.network import Converted
 from dblocks.integrations.convert.plain import check_layers_alone, check_weights

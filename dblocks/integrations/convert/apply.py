@@ -38,6 +38,10 @@ def convert(
     parameters and are initialised so that the layers do not change. The model's own modules and
     weights are used, not copied: training the blocks trains the model.
 
+    The model is verified on small inputs, by one call of it and a few of its layers' parts, without
+    gradients; and again at the next use after it was changed. Hooks run in these calls, since what
+    they compute counts: one that counts or records calls sees these too, so add it afterwards.
+
     - "classes": the target is the embedding of the class. ViT, BERT and others of transformers,
       with a classification head, and timm's ViTs. A batch holds "labels", and "images" or "tokens".
     - "tokens": with a `NoiseSchedule`, the embedding of each token, from those before it: Llama,

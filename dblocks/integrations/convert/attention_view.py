@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from dblocks.integrations.convert.plain import replacement
+from dblocks.blocks.changes import replacement
 
 
 def with_attention(attention: nn.Module, name: str) -> nn.Module:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, Block, BlocksConfig, DiffusionBlocks, Draw
+from dblocks.blocks.changes import Seen, remember, seen_of
 from dblocks.checkpoint import naming
 from dblocks.config import check_block
 from dblocks.integrations.convert import files
 from dblocks.integrations.convert.again import check_copies, convert_again
-from dblocks.integrations.convert.changes import remember, remembered, seen_of
 from dblocks.integrations.convert.clean_loss import clean_loss
 from dblocks.integrations.convert.network import Converted
 from dblocks.integrations.convert.options import ConvertOptions
@@ -43,40 +42,38 @@ class ConvertedBlocks(DiffusionBlocks):
         self.task: Task = task
         self.options = options
         self.clean_loss_weight: float = options.clean_loss_weight
-        remember(self, seen_of(model.model))
 
-    def before_use(self) -> None:
-        """Runs `check_whole` if the model had no data yet, and `convert_again` if it was changed.
+    def watched(self) -> list[nn.Module]:
+        """See `Denoiser.watched`."""
+        added = (c for n, c in self.base_model.named_children() if n != "model")
+        return [self.base_model.model, *added]
+
+    def take_changes(self, before: Seen | None, now: Seen) -> None:
+        """See `Denoiser.take_changes` and `convert_again`."""
+        convert_again(self, before, now)
+
+    def ready_(self) -> None:
+        """Runs `check_whole` if the model had no data yet, and follows its attributes.
 
         Raises:
             ValueError: the model computes something that would be left out.
         """
-        if torch.compiler.is_compiling():
-            return
         network = self.base_model
-        self._follow_changes()
         check_copies(self)
         if not network.whole_checked:
             network.whole_checked = check_whole(network)
         network.follow_model_()
 
-    def _follow_changes(self) -> None:
-        model = self.base_model.model
-        before, now = remembered(self), seen_of(model)
-        if before != now:
-            convert_again(self, before, now)
-            remember(self, seen_of(model))
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy or pickle could not tell what was changed before it from how it was converted.
-        self._follow_changes()
+        self.follow_changes_()
         return super().__reduce_ex__(protocol)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        model = self.base_model.model
-        if "_modules" in vars(model):  # else it is being unpickled, and refers to this by a hook
-            remember(self, seen_of(model))
+        # Else it is being unpickled, and refers to this by a hook.
+        if "_modules" in vars(self.base_model.model):
+            remember(self, seen_of(*self.watched()))
 
     def extra_loss(self, batch: Batch, block: int, draw: Draw) -> Tensor | None:
         """`clean_loss_weight` times `clean_loss`; see `DiffusionBlocks.extra_loss`."""

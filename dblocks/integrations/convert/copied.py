@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from dblocks.blocks.changes import is_sharded
 from dblocks.blocks.sharding import is_part
-from dblocks.integrations.convert.changes import is_sharded
 
 if TYPE_CHECKING:
     from dblocks.integrations.convert.network import Converted

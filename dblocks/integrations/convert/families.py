@@ -137,9 +137,10 @@ class RotaryFamily:
     ) -> Tensor:
         # Padding is after the texts, where no row of a text sees it.
         logits = self.plain_logits(model, tokens, position_ids, **more)[:, :-1]
-        return nnf.cross_entropy(
-            at_least_float32(logits).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
-        )
+        logits, labels = at_least_float32(logits).flatten(0, 1), labels[:, 1:].flatten()
+        total = nnf.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        # Of several processes, some may have nothing that is scored.
+        return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 @dataclass(frozen=True)

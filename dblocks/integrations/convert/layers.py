@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dblocks import functional as F
+from dblocks.blocks.changes import runs_more
 from dblocks.blocks.sharding import within
 from dblocks.integrations.convert.attention_view import follow_
 from dblocks.integrations.convert.forms import LayerForm
-from dblocks.integrations.convert.plain import runs_more
 from dblocks.integrations.norms import NormSpec, norm_spec
 from dblocks.nn import Modulation, over_rows
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, Target
-from dblocks.integrations.convert.changes import (
+from dblocks.blocks.changes import (
     Row,
     children_of,
     remember,
@@ -159,8 +159,6 @@ class Converted(nn.Module, ABC):
         Raises:
             ValueError: it was.
         """
-        if torch.compiler.is_compiling():
-            return
         taken = remembered(self)
         if isinstance(taken, Taken):
             _check_as_taken(taken)

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from dblocks.integrations.convert.plain import runs_more
+from dblocks.blocks.changes import runs_more
 from dblocks.integrations.convert.row_attention import CAUSAL, causal, doubled
 
 Heads: TypeAlias = tuple[Tensor, Tensor, Tensor]

@@ -8,11 +8,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dblocks.blocks.changes import RECORDS, replacement, runs_more
 from dblocks.blocks.sharding import is_part
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-RECORDS = ("transformers.",)
-SHARDS = ("torch.distributed.",)  # whose hooks the parts of a layer run within
 OTHER_HEADS = {
     "ForTokenClassification": "a class of each token",
     "ForMultipleChoice": "a choice between texts",
@@ -20,35 +18,6 @@ OTHER_HEADS = {
     "ForNextSentencePrediction": "whether one sentence follows another",
     "ForPreTraining": "two targets at once",
 }
-
-
-def replacement(module: nn.Module) -> Any:
-    """What was put in place of a module's forward; None for its class' own.
-
-    transformers 4 leaves a module's own forward among its attributes after it recorded outputs.
-    """
-    put = vars(module).get("forward")
-    function, owner = getattr(put, "__func__", None), getattr(put, "__self__", None)
-    return None if owner is module and function is type(module).forward else put
-
-
-def runs_more(module: nn.Module, uncounted: Sequence[str] = RECORDS) -> bool:
-    """Whether a call of a module runs more than its class' forward: hooks, or a replacement.
-
-    Hooks of the `uncounted` libraries do not count: those of transformers only record outputs.
-    """
-    return replacement(module) is not None or any(
-        hooks_of(getattr(module, name), uncounted) for name in HOOKS
-    )
-
-
-def hooks_of(hooks: Mapping[int, Any], uncounted: Sequence[str]) -> list[int]:
-    """The keys of the hooks that count; no key is used twice."""
-    return [
-        key
-        for key, hook in hooks.items()
-        if not (getattr(hook, "__module__", None) or "").startswith(tuple(uncounted))
-    ]
 
 
 def check_layers_alone(layers: Mapping[str, nn.Module], uncounted: Sequence[str] = RECORDS) -> None:

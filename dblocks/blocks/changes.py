@@ -1,22 +1,24 @@
-"""Notices what was changed in a model since it was converted or last looked at.
+"""Notices what was changed in a network since it was divided into blocks or last looked at.
 
-A converted model runs the parts of layers, and reads weights of heads: what is put on or in place
-of a module that is not called would be left out without a word. Whether a model was changed is
-seen from its modules, their classes, forwards and hooks; their numbers, such as dropout rates, are
-read in each call.
+Blocks run parts of some layers and read weights of heads and norms: what is put on or in place of a
+module that is not called would be left out without a word. Whether a network was changed is seen
+from its modules, their classes, forwards and hooks; their numbers, such as dropout rates, are read
+in each call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
-from dblocks.integrations.convert.plain import HOOKS, RECORDS, SHARDS, hooks_of, replacement
-
 Row: TypeAlias = tuple[Any, ...]
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+RECORDS = ("transformers.",)
+SHARDS = ("torch.distributed.",)  # whose hooks the parts of a layer run within
+OWN = ("dblocks.",)  # which count bytes of layers, or move them
 UNCOUNTED = (*RECORDS, *SHARDS)
 
 
@@ -28,7 +30,7 @@ class Seen(NamedTuple):
 
 
 _SEEN: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""What was seen of a converted model; not an attribute, so that no copy or file of it holds it."""
+"""What was seen of a network; not an attribute, so that no copy or file of it holds it."""
 
 
 def remember(holder: nn.Module, seen: Any) -> None:
@@ -41,11 +43,52 @@ def remembered(holder: nn.Module) -> Any:
     return _SEEN.get(holder)
 
 
-def seen_of(model: nn.Module) -> Seen:
-    """What a model is made of, in an order that depends on it alone."""
+def replacement(module: nn.Module) -> Any:
+    """What was put in place of a module's forward; None for its class' own.
+
+    transformers 4 leaves a module's own forward among its attributes after it recorded outputs.
+    """
+    put = vars(module).get("forward")
+    function, owner = getattr(put, "__func__", None), getattr(put, "__self__", None)
+    return None if owner is module and function is type(module).forward else put
+
+
+def runs_more(module: nn.Module, uncounted: Sequence[str] = RECORDS) -> bool:
+    """Whether a call of a module runs more than its class' forward: hooks, or a replacement.
+
+    Hooks of the `uncounted` libraries do not count: those of transformers only record outputs.
+    """
+    return replacement(module) is not None or any(
+        hooks_of(getattr(module, name), uncounted) for name in HOOKS
+    )
+
+
+def hooks_of(hooks: Mapping[int, Any], uncounted: Sequence[str]) -> list[int]:
+    """The keys of the hooks that count; no key is used twice."""
+    return [
+        key
+        for key, hook in hooks.items()
+        if not (getattr(hook, "__module__", None) or "").startswith(tuple(uncounted))
+    ]
+
+
+def follow_changes_(
+    holder: nn.Module, models: Sequence[nn.Module], take: Callable[[Seen | None, Seen], None]
+) -> bool:
+    """Whether models were changed since the last call; `take` gets what was and is seen of them."""
+    before, now = remembered(holder), seen_of(*models)
+    if before == now:
+        return False
+    take(before, now)
+    remember(holder, seen_of(*models))
+    return True
+
+
+def seen_of(*models: nn.Module) -> Seen:
+    """What models are made of, in an order that depends on them alone."""
     rows: list[Row] = []
     parameters: list[int] = []
-    met, pending, sharded = {id(model)}, [model], False
+    met, pending, sharded = {id(model) for model in models}, [*reversed(models)], False
     while pending:
         module = pending.pop()
         rows.append(row_of(module))
@@ -75,6 +118,34 @@ def row_of(module: nn.Module) -> Row:
     found = (own[name] for name in HOOKS if own[name])
     keys = tuple(key for hooks in found for key in hooks_of(hooks, UNCOUNTED))
     return ref(module), kind, kind.forward, put, keys
+
+
+def check_called(model: Any, layers: Iterable[Sequence[nn.Module]]) -> None:
+    """Raises for hooks and forwards that would not run, on modules that are read or taken apart.
+
+    These are modules without a forward, such as norms, the embedding and output head of the
+    target, and what the network names by `by_parts`.
+
+    Args:
+        model: a network.
+        layers: the layers of each block.
+    """
+    target, by_parts = model.target, getattr(model, "by_parts", None)
+    head = getattr(getattr(target, "output_head", None), "linear", None)
+    read = [getattr(target, "embedding", None), head]
+    if by_parts is not None:
+        read += (module for held in layers for module in by_parts(held))
+    uncalled = {id(module) for module in read}
+    for name, module in model.named_modules():
+        if id(module) not in uncalled and type(module).forward is not nn.Module.forward:
+            continue
+        if name and runs_more(module, (*UNCOUNTED, *OWN)):
+            raise ValueError(
+                f"{name} must have no hooks and no forward put in place of its own, since it is "
+                f"not called: its weights are read, or its parts called, got some on this "
+                f"{type(module).__name__}; remove them, or put them on what it consists of, or is "
+                "part of"
+            )
 
 
 def children_of(model: nn.Module, names: Iterable[str], others: Iterable[str]) -> list[Row]:
