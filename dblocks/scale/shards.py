@@ -2,8 +2,8 @@
 
 A network draws its weights in order, so the weights of a block depend on the draws for all. The
 network is created again for each layer, with all other tensors in the same memory, and each process
-keeps its shard of the layer. All weights are drawn once: from then on it is known where the generator
-is after each draw, and the draws of other tensors are left out.
+keeps its shard of the layer. All weights are drawn once: from then on it is known where the
+generator is after each draw, and the draws of other tensors are left out.
 """
 
 from __future__ import annotations
