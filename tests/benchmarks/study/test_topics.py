@@ -36,7 +36,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def model(tmp_path_factory):
-    """A BERT of two layers, saved as transformers saves it."""
+    """A BERT of three layers, saved as transformers saves it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     path = tmp_path_factory.mktemp("bert")
@@ -49,7 +49,7 @@ def model(tmp_path_factory):
     )
     fast.save_pretrained(path)
     config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
         intermediate_size=64, max_position_embeddings=64,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -76,9 +76,10 @@ def test_parts_share_no_saying(folder, model):
 
 @pytest.mark.parametrize("row", sorted(ROWS))
 def test_every_row_learns_topics_that_differ_in_their_words(folder, model, row):
+    stem = min(ROWS[row][1].stem, 1)
     run = dataclasses.replace(
-        ROWS[row][1], model=str(model), data=str(folder), depth=2, steps=40, batch_size=8,
-        lr=1e-2, blocks=2, points=1,
+        ROWS[row][1], model=str(model), data=str(folder), depth=2 + stem, stem=stem, steps=40,
+        batch_size=8, lr=1e-2, blocks=2, points=1,
     )  # fmt: skip
     record = train(run).record
     assert record["accuracy"] > 0.9
@@ -127,3 +128,23 @@ def test_the_layers_that_are_named_are_trained(monkeypatch, model, trains, train
     assert found == trained
     assert bert.classifier.weight.requires_grad
     assert not bert.bert.embeddings.word_embeddings.weight.requires_grad
+
+
+def test_frozen_layers_below_the_blocks_keep_the_function_and_their_weights(folder, model):
+    run = TopicsRun(
+        model=str(model), data=str(folder), depth=3, stem=1, blocks=2, steps=4, batch_size=8
+    )
+    trainer = run.trainer()
+    batch = trainer.evaluated.batch(torch.arange(6))
+    batch["attention_mask"][0, 3:] = batch["tokens"][0, 3:] = 0  # as the tokenizer pads
+    plain = topics_run._pretrained(run, 2).eval()
+    expected = topics_run._plain_logits(plain, batch)
+    topics_run._add_stem(plain, 1)
+    torch.testing.assert_close(topics_run._plain_logits(plain, batch), expected)
+
+    bert = trainer.network.bert
+    before = {name: value.clone() for name, value in bert.state_dict().items()}
+    for step in range(run.steps):
+        trainer.step(step)
+    moved = {name for name, value in bert.state_dict().items() if not value.equal(before[name])}
+    assert {name.split(".")[0] for name in moved} == {"encoder", "pooler"}
