@@ -50,7 +50,15 @@ def replacement(module: nn.Module) -> Any:
     """
     put = vars(module).get("forward")
     function, owner = getattr(put, "__func__", None), getattr(put, "__self__", None)
-    return None if owner is module and function is type(module).forward else put
+    own = forward_of(type(module))
+    if own is None:  # scripted: it keeps its own among them when it is first looked up
+        return None
+    return None if owner is module and function is own else put
+
+
+def forward_of(kind: type) -> Any:
+    """The forward of a class of modules; None for that of a scripted module, which has none."""
+    return getattr(kind, "forward", None)
 
 
 def runs_more(module: nn.Module, uncounted: Sequence[str] = RECORDS) -> bool:
@@ -117,7 +125,7 @@ def row_of(module: nn.Module) -> Row:
     put = id(replacement(module) if "forward" in own else None)
     found = (own[name] for name in HOOKS if own[name])
     keys = tuple(key for hooks in found for key in hooks_of(hooks, UNCOUNTED))
-    return ref(module), kind, kind.forward, put, keys
+    return ref(module), kind, forward_of(kind), put, keys
 
 
 def check_called(model: Any, layers: Iterable[Sequence[nn.Module]]) -> None:
@@ -137,7 +145,7 @@ def check_called(model: Any, layers: Iterable[Sequence[nn.Module]]) -> None:
         read += (module for held in layers for module in by_parts(held))
     uncalled = {id(module) for module in read}
     for name, module in model.named_modules():
-        if id(module) not in uncalled and type(module).forward is not nn.Module.forward:
+        if id(module) not in uncalled and _can_be_called(module):
             continue
         if name and runs_more(module, (*UNCOUNTED, *OWN)):
             raise ValueError(
@@ -146,6 +154,11 @@ def check_called(model: Any, layers: Iterable[Sequence[nn.Module]]) -> None:
                 f"{type(module).__name__}; remove them, or put them on what it consists of, or is "
                 "part of"
             )
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    """Whether a call of a module runs something; torch.compile gives its wrapper a forward."""
+    return forward_of(type(module)) is not nn.Module.forward or "_orig_mod" in module._modules
 
 
 def children_of(model: nn.Module, names: Iterable[str], others: Iterable[str]) -> list[Row]:

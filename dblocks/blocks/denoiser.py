@@ -164,7 +164,7 @@ class Denoiser(Predictions, nn.Module):
         Raises:
             ValueError: blocks would not notice the change.
         """
-        look = [_look_at(module) for root in self.watched() for module in root.modules()]
+        look = _look_at(self.watched())
         # What counts as a change is looked at closer, and seldom.
         if _LOOKS.get(self) != look:
             self.changes += follow_changes_(self, self.watched(), self.take_changes)
@@ -338,10 +338,24 @@ def unwrapped(model: Any) -> Any:
     return inner if isinstance(inner, Denoiser) else model
 
 
-def _look_at(module: nn.Module) -> tuple[Any, ...]:
-    own, kind = module.__dict__, type(module)
-    parameters, hooks = own["_parameters"].values(), [key for name in HOOKS for key in own[name]]
-    return ref(module), kind, kind.forward, id(own.get("forward")), *map(id, parameters), *hooks
+def _look_at(models: Iterable[nn.Module]) -> list[Any]:
+    """What a change of the models changes; as quick as can be, since each loss takes it."""
+    look: list[Any] = []
+    met: set[int] = set()
+    pending: list[Any] = [*models]
+    while pending:
+        module = pending.pop()
+        if module is None or id(module) in met:
+            continue
+        met.add(id(module))
+        own, kind = module.__dict__, type(module)
+        # A scripted module's class has none.
+        look += ref(module), kind, getattr(kind, "forward", None), id(own.get("forward"))
+        look += map(id, own["_parameters"].values())
+        for name in HOOKS:
+            look += own[name]
+        pending += own["_modules"].values()
+    return look
 
 
 def loss_factors(weighting: Weighting, loss_kind: str, w: Tensor) -> Tensor:

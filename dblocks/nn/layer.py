@@ -129,7 +129,8 @@ class Attention(nn.Module):
 
     def project_keys(self, x: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """The keys and values of `project` alone."""
-        if type(self.qkv).forward is not nn.Linear.forward:  # such as one with an adapter
+        # Such as one with an adapter, or a scripted one.
+        if getattr(type(self.qkv), "forward", None) is not nn.Linear.forward:
             return self.project(x, rotary)[1:]
         first = self.num_heads * self.head_dim
         bias = None if self.qkv.bias is None else self.qkv.bias[first:]

@@ -227,7 +227,49 @@ def test_nothing_is_looked_at_closer_without_a_change(monkeypatch):
     loss_of(dm.to(torch.float32), given, 1)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["vit", "dit", "lm"])
+def test_scripted_modules_are_called(kind):
+    dm, given = divided(kind)
+    before = loss_of(dm, given)
+    for layer in dm.base_model.layers:
+        layer.mlp = torch.jit.script(layer.mlp)
+    assert loss_of(dm, given) == before
+    seen = dm.changes
+    loss_of(dm, given, 1)
+    assert dm.changes == seen
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_head_is_refused_and_a_scripted_projection_is_called():
+    dm, given = divided("lm-doubled")
+    before = loss_of(dm, given)
+    attention = dm.base_model.layers[2].attention
+    attention.qkv = torch.jit.script(attention.qkv)
+    torch.testing.assert_close(loss_of(dm, given), before)
+    dm, given = divided("vit")
+    dm.base_model.classifier = torch.jit.script(dm.base_model.classifier)
+    with pytest.raises(TypeError, match=r"head must be an nn\.Linear"):
+        loss_of(dm, given)
+
+
 # Compiled
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["vit", "lm", "masked"])
+def test_layers_in_the_wrapper_of_the_compiler_are_called(kind):
+    dm, given = divided(kind)
+    before = loss_of(dm, given)
+    layers = dm.base_model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(loss_of(dm, given), before)
+    layers[1].register_forward_hook(halved)
+    assert loss_of(dm, given) != before
+    layers[1].norm1.register_forward_hook(halved)
+    with pytest.raises(ValueError, match=r"layers\.1\._orig_mod\.norm1 must have no hooks"):
+        loss_of(dm, given)
 
 
 def recording():

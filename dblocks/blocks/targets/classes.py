@@ -335,7 +335,10 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _check_linear(linear: object) -> None:
     """Raises if the module's own forward, which would be bypassed, is not that of `nn.Linear`."""
-    if isinstance(linear, nn.Module) and type(linear).forward is not nn.Linear.forward:
+    if (
+        isinstance(linear, nn.Module)
+        and getattr(type(linear), "forward", None) is not nn.Linear.forward
+    ):
         raise TypeError(
             "an output head must be an nn.Linear, whose weight and bias are multiplied without "
             f"calling it, got a {type(linear).__name__}; merge its adapter, or leave the head out "
