@@ -355,7 +355,13 @@ def _verb(tyro: Any, name: str, description: str, networks: Mapping[str, Any]) -
 def _positional(tyro: Any, command: type, *names: str) -> type:
     """A command whose arguments with these names are positional."""
     hints = get_type_hints(command)
-    fields = [(name, tyro.conf.Positional[hints[name]]) for name in names]
+    fields = [
+        (
+            name,
+            Annotated[hints[name], tyro.conf.Positional, tyro.conf.arg(metavar=name.upper())],
+        )
+        for name in names
+    ]
     made = make_dataclass(command.__name__, fields, bases=(command,), frozen=True, kw_only=True)
     made.__doc__ = command.__doc__
     return made
