@@ -216,7 +216,7 @@ def _parse(argv: Sequence[str]) -> Callable[[], None]:
     from dblocks.scale.planner import command as plan
 
     alone = {
-        "merge": _positional(tyro, Merge, "out", "folders"),
+        "merge": _positional(tyro, Merge, out="OUT", folders="FOLDER [FOLDER ...]"),
         "plan": plan.command(tyro, argv, _planned(argv)),
         **COMMANDS,
     }
@@ -352,10 +352,13 @@ def _verb(tyro: Any, name: str, description: str, networks: Mapping[str, Any]) -
     return made
 
 
-def _positional(tyro: Any, command: type, *names: str) -> type:
-    """A command whose arguments with these names are positional."""
+def _positional(tyro: Any, command: type, **shown: str) -> type:
+    """A command whose arguments with these names are positional, and how help shows them."""
     hints = get_type_hints(command)
-    fields = [(name, tyro.conf.Positional[hints[name]]) for name in names]
+    fields = [
+        (name, Annotated[hints[name], tyro.conf.Positional, tyro.conf.arg(metavar=text)])
+        for name, text in shown.items()
+    ]
     made = make_dataclass(command.__name__, fields, bases=(command,), frozen=True, kw_only=True)
     made.__doc__ = command.__doc__
     return made

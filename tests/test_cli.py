@@ -186,6 +186,7 @@ def test_a_language_model_is_trained_evaluated_and_sampled(tmp_path, capsys, sto
     assert first.startswith("12 is")
     assert len(first) == len("12 is") + 10 + 1
     assert first != stdout(capsys, *sample, "--seed", "1")
+    assert len(stdout(capsys, *sample[:-2])) == 20 + 1  # by default as many as fit
     if not in_blocks:
         assert "was trained end to end: leave --product" in mistake(capsys, *sample, "--product")
     elif "--published" in flags:

@@ -149,7 +149,7 @@ def check_called(model: Any, layers: Iterable[Sequence[nn.Module]]) -> None:
             continue
         if name and runs_more(module, (*UNCOUNTED, *OWN)):
             raise ValueError(
-                f"{name} must have no hooks and no forward put in place of its own, since it is "
+                f"{name} must have no hooks and no replaced forward, since it is "
                 f"not called: its weights are read, or its parts called, got some on this "
                 f"{type(module).__name__}; remove them, or put them on what it consists of, or is "
                 "part of"

@@ -284,8 +284,8 @@ def _check_considered(
     if missed:
         model.zero_grad(set_to_none=True)
         raise ValueError(
-            "optimizers must be made when the parameters that require gradients are there, got "
-            f"{len(missed)} in block {block} and the shared part that came or were unfrozen "
+            "optimizers must hold every parameter that requires gradients, got "
+            f"{len(missed)} in block {block} and the shared part that were added or unfrozen "
             f"later, such as {missed[0]}; call make_optimizers(model, factory) again"
         )
 

@@ -241,7 +241,8 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         count = len(self.timesteps)
         if count == 0 or self._step_index == count:
             raise RuntimeError(
-                f"set_timesteps() must be called before each sample, got a step after its {count}"
+                "set_timesteps() must be called before each sample, got a step after all "
+                f"{count} calls"
             )
         index = self._first_step(timestep) if self._step_index is None else self._step_index
         sample, denoised = computed(sample), computed(model_output)

@@ -53,8 +53,8 @@ class Sample:
     guidance_scale: float | None = None
     """Guidance scale: 1 is the conditional model; 2, the default, amplifies the class and needs two
     calls per step."""
-    image_size: tuple[int, int] | None = None
-    """Height and width; by default those of the training images."""
+    image_size: int | tuple[int, int] | None = None
+    """Height and width, or one number for both; by default those of the training images."""
     seed: int = 0
     """Seed of the initial noise."""
     batch_size: int = 500

@@ -24,14 +24,13 @@ from dblocks.recipes.run import Run, check_seed
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.text_run import TextOptions, continuations
 from dblocks.recipes.trainer import Trainer
-from dblocks.recipes.writing import load_text_model, prompt_tokens
+from dblocks.recipes.writing import TOKENS, load_text_model, prompt_tokens
 from dblocks.sampling import points_for, unmask
 from dblocks.schedules import MASKED, MaskSchedule
 from dblocks.schedules.mask import ScheduleKind
 
 SAMPLED = "unmasked"  # key of the samples in records
 POINT_WINDOWS = 16  # held-out windows for a point of the curve
-TOKENS = 100  # default number of tokens to generate after a prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,8 @@ class ViTRun(Run):
     top_share: float = 0.6
     """Fraction of every block's draws at sigma_max."""
     noise: Noise = "none"
-    """Initial state of Euler steps in evaluations: none, the mean of the noise; paper, noise."""
+    """Initial state of Euler steps in evaluations: none, the mean of the noise; paper, noise of std
+    sigma_max; unit_variance, noise of variance 1 + sigma_max^2."""
     weighting: Weighting = "none"
     conditioning: ConditioningKind = "official"
     """AdaLN convention of the blocks; end-to-end networks have no AdaLN."""

@@ -23,6 +23,8 @@ from dblocks.recipes.metrics.autoregressive import bits_per_character, bound_of
 from dblocks.recipes.run import check_seed
 from dblocks.sampling import stream
 
+TOKENS = 100  # default number of tokens to generate after a prompt
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleText:
@@ -30,8 +32,9 @@ class SampleText:
 
     prompt: str = "The "
     """The text to continue."""
-    tokens: int = 100
-    """Number of tokens to generate; with the prompt, they must fit into the model's context."""
+    tokens: int | None = None
+    """Number of tokens to generate after the prompt; by default 100, or as many as fit into the
+    context."""
     temperature: float = 1.0
     """Divisor of the logits; 0 always chooses the most likely token."""
     top_k: int | None = None
@@ -48,10 +51,12 @@ class SampleText:
         """Prints the prompt and its continuation, by `steps` per token or the product of blocks."""
         check_seed(self.seed)
         prompt = prompt_tokens(self.prompt, tokenizer)
+        network = model.base_model if isinstance(model, DiffusionBlocks) else model
+        fitting = max(1, network.config.context - len(prompt))
         written = stream(
             model,
             [prompt],
-            max_new_tokens=self.tokens,
+            max_new_tokens=min(TOKENS, fitting) if self.tokens is None else self.tokens,
             num_steps=steps,
             product=product,
             temperature=self.temperature,

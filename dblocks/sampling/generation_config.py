@@ -124,14 +124,14 @@ def _from(options: dict[str, Any]) -> Writing:
     unknown = sorted(set(options) - set(NEUTRAL) - IGNORED - set(KNOWN))
     if unknown:
         raise ValueError(
-            f"generation_config must hold known options only, got {unknown}; options that "
-            f"affect the result are {list(KNOWN)}"
+            f"generation_config must hold known options only, got {unknown}; the supported "
+            f"options are {list(KNOWN)}"
         )
     asked = {n: options[n] for n in options if n in NEUTRAL and options[n] not in NEUTRAL[n]}
     if asked:
         raise ValueError(
             f"generation_config must hold supported options only, got {asked}; "
-            f"leave them out: options that affect the result are {list(KNOWN)}"
+            f"leave them out; the supported options are {list(KNOWN)}"
         )
     sampled = options.get("do_sample", False)
     if not isinstance(sampled, bool):

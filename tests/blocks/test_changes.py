@@ -157,7 +157,7 @@ def test_parameters_that_come_later_need_optimizers(kind):
     optimizers = make_optimizers(dm, sgd)
     attention = dm.base_model.layers[0].attention
     attention.out = Adapter(attention.out)
-    with pytest.raises(ValueError, match=r"came or were unfrozen.*layers\.0\.attention\.out"):
+    with pytest.raises(ValueError, match=r"were added or unfrozen.*layers\.0\.attention\.out"):
         train_step(dm, given, optimizers, block=0)
     train_step(dm, given, make_optimizers(dm, sgd), block=0)
 

@@ -319,7 +319,7 @@ def test_parameters_that_come_after_the_optimizers_are_refused(how, taken):
     else:
         late.requires_grad_(True)
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match=r"came or were unfrozen later, such as .*; call make_opt"):
+    with pytest.raises(ValueError, match=r"added or unfrozen later, such as .*; call make_opt"):
         train_step(used, batch(), optimizers, block=1, generator=seeded())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     if not taken and how != "shared":

@@ -246,7 +246,7 @@ def test_another_sample_needs_new_timesteps():
         scheduler.set_timesteps(2)
         scheduler.step(z, 80.0, z)
         scheduler.step(z, scheduler.timesteps[1], z)
-        with pytest.raises(RuntimeError, match="got a step after its 2"):
+        with pytest.raises(RuntimeError, match="got a step after all 2 calls"):
             scheduler.step(z, 80.0, z)
 
 

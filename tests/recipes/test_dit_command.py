@@ -84,6 +84,9 @@ def test_sample_draws_what_was_asked_for(tmp_path, capsys):
     text = stdout(capsys, *sample, "--steps", "50", "--spacing", "karras", "--image-size", "8", "4")
     assert "block 0: 66, block 1: 8, block 2: 26\n" in text
     assert png.read_bytes() != first
+    array = tmp_path / "a.npy"
+    stdout(capsys, *sample, "--out", str(array), "--steps", "3", "--image-size", "8")
+    assert np.load(array).shape[2:] == (8, 8)
 
 
 def test_latents_are_written_as_numbers(tmp_path, capsys):

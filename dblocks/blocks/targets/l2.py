@@ -41,7 +41,7 @@ class L2Target(Target):
         """See `Target.check`; the target must be floating point."""
         value = batch.get(self.key)
         if not isinstance(value, Tensor):
-            raise missing(batch, self.key, f"{{{self.key!r}: [N, ...]}}, and what else is known")
+            raise missing(batch, self.key, f"{{{self.key!r}: [N, ...]}} and what the network reads")
         if not value.is_floating_point():
             raise TypeError(
                 f"{self.key} must be floating point, got {value.dtype}; convert and scale them "

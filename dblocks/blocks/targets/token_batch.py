@@ -58,7 +58,7 @@ class TokenBatch(CheckedBatch):
         given = cls(batch)
         tokens, mask, ends = given.get("tokens"), given.loss_mask, given.cu_seqlens
         if not isinstance(tokens, Tensor):
-            content = "{'tokens': [N, T]}, what a tokenizer calls input_ids, and other entries"
+            content = "{'tokens': [N, T]}, the input_ids of a tokenizer, and optional entries"
             raise missing(batch, "tokens", content)
         check_tokens(tokens, sizes.vocab_size)
         if ends is not None:

@@ -111,20 +111,20 @@ class ConvertedBlocks(DiffusionBlocks):
     def save_pretrained(self, folder: str | Path, block: int | None = None) -> None:
         """Writes a file for each block, one for shared tensors, and dblocks.json.
 
-        What was not loaded, after `scale.convert_block`, is not written: that is a save of the
-        loaded block.
+        After `scale.convert_block` only one block is loaded, and only that one is saved, as with
+        `block=`.
 
         Args:
             folder: created if it does not exist.
-            block: for the worker that trains this block: writes its file and, where they are
-                missing, the others but those of blocks. With `shared="train"`, shared tensors are
-                not written, as those of workers differ.
+            block: for the worker that trains this block: writes the block's file and, if they are
+                missing, the shared tensors, dblocks.json and the model card. With `shared="train"`,
+                shared tensors are not written, since those of the workers differ.
 
         Raises:
             ImportError: safetensors is not installed.
             ValueError: the folder cannot be written to; `block` is out of range, or not the one
-                that is loaded; or it is one block's save, and what other workers wrote in the
-                folder is of other options or has other shared tensors. Nothing is written then.
+                that is loaded; or one block is saved, and other workers have saved blocks with
+                other options or other shared tensors in the folder. Nothing is written then.
         """
         if block is not None:
             block = check_block(block, self.config.num_blocks)

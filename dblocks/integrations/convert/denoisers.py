@@ -144,7 +144,7 @@ class ConvertedDenoiser(Converted):
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """None: the model has no loss other than denoising."""
         raise ValueError(
-            "a denoiser has no loss of its own beside that of denoising; set clean_loss_weight to 0"
+            "a denoiser has no loss besides that of denoising; set clean_loss_weight to 0"
         )
 
     def own_layers(self) -> list[nn.Module]:
@@ -178,7 +178,7 @@ class ConvertedDenoiser(Converted):
             return nn.ModuleList(members[key] for key in sorted(members, key=int))
         if "forward" in vars(module):
             raise ValueError(
-                f"{type(module).__name__} must have no forward put in place of its class' own, "
+                f"{type(module).__name__} must have no replaced forward, "
                 "which would run the layers of all blocks; remove what put it there (a cache, an "
                 "offload or group offload of the whole model), and put it on the layers"
             )

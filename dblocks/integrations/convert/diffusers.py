@@ -144,9 +144,7 @@ class ConvertedDiT(Converted):
 
     def plain_loss(self, batch: Batch, z: Tensor | None = None) -> Tensor:
         """None: the model has no loss other than denoising."""
-        raise ValueError(
-            "a DiT has no loss of its own beside that of denoising; set clean_loss_weight to 0"
-        )
+        raise ValueError("a DiT has no loss besides that of denoising; set clean_loss_weight to 0")
 
 
 def image_model(model: Any, layers: Mapping[str, nn.Module], schedule: EDMSchedule) -> Converted:

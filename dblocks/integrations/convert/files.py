@@ -156,8 +156,24 @@ def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> N
         if missing := sorted(set(ties.values()) - set(tensors)):
             raise ValueError(f"ties must be to tensors that the other files hold, got {missing}")
     tensors |= {name: tensors[first] for name, first in ties.items()}
+    state = {_inside(name): tensor for name, tensor in tensors.items()}
+    _check_names(folder, set(state), set(blocks.state_dict()))
     with naming(folder):
-        blocks.load_state_dict({_inside(name): tensor for name, tensor in tensors.items()})
+        blocks.load_state_dict(state)
+
+
+def _check_names(folder: Path, saved: set[str], own: set[str]) -> None:
+    """Raises if the saved model has other modules, such as adapters, than the one to load into."""
+    odd = [
+        f"{len(names)} only {where}, such as {_outside(min(names))}"
+        for names, where in ((saved - own, "there"), (own - saved, "here"))
+        if names
+    ]
+    if odd:
+        raise ValueError(
+            f"model must have the tensors of the one saved in {folder}, got {'; '.join(odd)}; "
+            "make the same changes to it first, such as adding adapters or merging them"
+        )
 
 
 def _check_plain(blocks: ConvertedBlocks) -> None:

@@ -35,8 +35,8 @@ class Projected(nn.Module, ABC):
         super().__init__()
         if runs_more(attention):
             raise ValueError(
-                "an attention whose projections are called must have no hooks and no forward put "
-                f"in place of its own, got some on a {type(attention).__name__}; remove them, or "
+                "an attention whose projections are called must have no hooks and no replaced "
+                f"forward, got some on a {type(attention).__name__}; remove them, or "
                 "put them on its projections"
             )
         self.attention = attention

@@ -25,7 +25,7 @@ def check_layers_alone(layers: Mapping[str, nn.Module], uncounted: Sequence[str]
     for name, layer in layers.items():
         if runs_more(layer, uncounted):
             raise ValueError(
-                f"{name} must have no hooks and no forward put in place of its own, since the "
+                f"{name} must have no hooks and no replaced forward, since the "
                 f"parts of a converted layer are called and not the layer, got some on this "
                 f"{type(layer).__name__}; remove them, or put them on its attention or MLP"
             )
@@ -42,7 +42,7 @@ def check_above(model: nn.Module, names: Iterable[str]) -> None:
             module = model.get_submodule(path)
             if runs_more(module):
                 raise ValueError(
-                    f"{path} must have no hooks and no forward put in place of its own, since the "
+                    f"{path} must have no hooks and no replaced forward, since the "
                     f"layers of a block are called and not what holds them, got some on this "
                     f"{type(module).__name__}; remove them"
                 )
@@ -71,7 +71,7 @@ def check_read(model: nn.Module, module: Any, kind: type[nn.Module], what: str) 
     # An embedding is called too, and hooks that require gradients are common there.
     if replacement(module) is not None or (kind is nn.Linear and runs_more(module)):
         raise ValueError(
-            f"{name} must have no hooks and no forward put in place of its own, since the {what} "
+            f"{name} must have no hooks and no replaced forward, since the {what} "
             "is also read as weights; remove them"
         )
 

@@ -117,6 +117,10 @@ MASKED_FAMILIES: dict[str, BertMaskedFamily] = {
     "roberta": RobertaMaskedFamily(),
     "xlm-roberta": RobertaMaskedFamily(),
 }
+NEXT = "'tokens' with a NoiseSchedule"
+CLASSES = "'classes'"
+MASKED = "'tokens' with a MaskSchedule"
+TASKS = {NEXT: CAUSAL_FAMILIES, CLASSES: CLASS_FAMILIES, MASKED: MASKED_FAMILIES}
 # What transformers 4 computes otherwise: most make masks or rotations inside their layers.
 NEEDS_5 = (
     "clip", "codegen", "distilbert", "gemma3_text", "gptj", "granitemoe", "modernbert", "olmo3",
@@ -140,7 +144,7 @@ def causal_lm(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> Co
     Raises:
         ValueError: the model has no head, or its family is not supported.
     """
-    family = _family(model, CAUSAL_FAMILIES, "'tokens' with a NoiseSchedule")
+    family = _family(model, CAUSAL_FAMILIES, NEXT)
     check_no_virtual_tokens(model)
     if family.head(model) is None:
         raise _no_head(model, "AutoModelForCausalLM")
@@ -172,7 +176,7 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
     Raises:
         ValueError: the model has no head, or its family is not supported.
     """
-    family = _family(model, CLASS_FAMILIES, "'classes'")
+    family = _family(model, CLASS_FAMILIES, CLASSES)
     check_no_virtual_tokens(model)
     check_target(model)
     if not isinstance(getattr(model, "classifier", None), nn.Module) or isinstance(
@@ -211,7 +215,7 @@ def masked_lm(
         ValueError: the model has no head, its family is not supported, or the mask is not one of
             its tokens.
     """
-    family = _family(model, MASKED_FAMILIES, "'tokens' with a MaskSchedule")
+    family = _family(model, MASKED_FAMILIES, MASKED)
     check_no_virtual_tokens(model)
     check_target(model)
     if model.get_output_embeddings() is None:
@@ -241,10 +245,11 @@ def _family(model: Any, families: Mapping[str, Family], task: str) -> Family:
     kind = model.config.model_type
     if kind not in families:
         why = f": {REFUSED[kind]}" if kind in REFUSED else ""
+        fitting = " or ".join(name for name, known in TASKS.items() if kind in known)
         raise ValueError(
             f"task {task} needs one of {sorted(families)}, got {kind!r} "
-            f"({type(model).__name__}){why}; write a network with the members of "
-            "dblocks.blocks.BlockModel instead"
+            f"({type(model).__name__}){why}; {f'use task {fitting}, or ' if fitting else ''}"
+            "write a network with the members of dblocks.blocks.BlockModel instead"
         )
     import transformers
 

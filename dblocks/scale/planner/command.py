@@ -30,9 +30,9 @@ class Plan(ABC):
     """Plan the memory and time of training a network end to end and in any number of blocks.
 
     NETWORK is vit, causal-lm, masked-lm, recurrent or dit, with sizes as flags (see `dblocks plan
-    vit --help`), a folder of `dblocks train`, or a model of another library (see `dblocks info
-    --help`). Prints a table; all figures are modelled. Nothing is downloaded, and no weights are
-    allocated.
+    vit --help`), a folder of `dblocks train`, or a model of another library (see
+    `dblocks info --help`). Prints a table; all figures are modelled. Nothing is downloaded, and no
+    weights are allocated.
     """
 
     memory: str

@@ -124,7 +124,7 @@ def test_what_is_unfrozen_in_copies_is_trained():
     optimizers = make_optimizers(blocks, adamw)
     train_step(blocks, batch_of("llama"), optimizers, block=1)
     norm.requires_grad_(True)
-    with pytest.raises(ValueError, match="came or were unfrozen later"):
+    with pytest.raises(ValueError, match="were added or unfrozen later"):
         train_step(blocks, batch_of("llama"), optimizers, block=1)
     blocks, model = private()
     model.model.norm.weight.requires_grad_(False)

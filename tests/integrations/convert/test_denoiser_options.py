@@ -66,9 +66,9 @@ def test_other_forwards_are_refused():
     refused("with the forward of its class, got Mine", own, layers="blocks")
     blocks = blocks_of(None, model=model)
     model.forward = functools.partial(type(model).forward, model)
-    with pytest.raises(ValueError, match="must have no forward put in place"):
+    with pytest.raises(ValueError, match="must have no replaced forward"):
         blocks.loss(denoiser_batch(PRX), 0)
-    refused("must have no forward put in place", model)
+    refused("must have no replaced forward", model)
 
 
 @pytest.mark.parametrize(

@@ -263,3 +263,15 @@ def test_a_model_with_another_dropout_rate_or_path_is_the_same(tmp_path):
     model = model_of("bert", hidden_dropout_prob=0.5)
     model.config._name_or_path = "elsewhere"
     assert ConvertedBlocks.from_pretrained(tmp_path, model).config.num_blocks == 2
+
+
+def test_a_model_without_the_adapters_of_the_saved_one(tmp_path):
+    peft = library("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    model = peft.inject_adapter_in_model(config, model_of("llama"))
+    blocks = blocks_of("llama", model=model)
+    blocks.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"only there, such as .*; \d+ only here, .* adapters"):
+        ConvertedBlocks.from_pretrained(tmp_path, model_of("llama"))
+    fresh = peft.inject_adapter_in_model(config, model_of("llama"))
+    assert same(ConvertedBlocks.from_pretrained(tmp_path, fresh), blocks)

@@ -235,7 +235,7 @@ def test_hooks_that_would_not_run_are_refused(kind, path):
     hook.remove()
     own_forward = module.forward
     module.forward = lambda *args, **kwargs: own_forward(*args, **kwargs)
-    with pytest.raises(ValueError, match=rf"{path} must have no hooks and no forward"):
+    with pytest.raises(ValueError, match=rf"{path} must have no hooks and no replaced forward"):
         blocks_of(kind, model=model)
 
 
