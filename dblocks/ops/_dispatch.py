@@ -277,6 +277,9 @@ def caller(op: Any, kernel: Callable[..., Any] | None) -> Callable[..., Any]:
         plain = KNOWN.issuperset(map(type, args)) or not any(
             isinstance(a, Tensor) and type(a) not in PLAIN for a in args
         )
+        for a in args:
+            if type(a) in PLAIN and a.is_neg():  # PyTorch gives such tensors their sign
+                plain = False
         return kernel(*args) if plain else op(*args)
 
     return call

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -166,12 +169,23 @@ def _check_sound(block: Block, network: nn.Module, making: Sharing) -> None:
                 )
 
 
+@contextmanager
+def other_generators_kept() -> Iterator[None]:
+    """Restores the global generators of Python and NumPy, which a network may draw from too."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    state = None if numpy is None else numpy.random.get_state()
+    yield
+    random.setstate(python)
+    if numpy is not None:
+        numpy.random.set_state(state)
+
+
 def outlined(
     make: Callable[[], BlockModel], config: BlocksConfig
 ) -> tuple[Outline, DiffusionBlocks]:
     """The network in blocks, with all tensors on the meta device."""
     try:
-        with torch.random.fork_rng(devices=[]), Outline() as outline:
+        with torch.random.fork_rng(devices=[]), other_generators_kept(), Outline() as outline:
             network = make()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]

@@ -19,7 +19,14 @@ from dblocks.blocks import Block, BlocksConfig
 from dblocks.blocks.model import BlockModel
 from dblocks.blocks.sharding import part_here
 from dblocks.config import check_block
-from dblocks.scale.construction import WHOLE, all_places, check_alike, check_make, outlined
+from dblocks.scale.construction import (
+    WHOLE,
+    all_places,
+    check_alike,
+    check_make,
+    other_generators_kept,
+    outlined,
+)
 from dblocks.scale.gathered import part_of
 from dblocks.scale.mesh import data_parallel
 from dblocks.scale.outline import Course, Outline, Sharing, storage_of
@@ -167,9 +174,8 @@ def _tied(places: Iterable[Place]) -> list[int]:
 def _random_kept(outline: Outline) -> Iterator[None]:
     """Restores the generators that a network draws from at the end of the `with` block."""
     before = {generator: generator.get_state() for generator in outline.generators}
-    with torch.random.fork_rng(
-        devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    ):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), other_generators_kept():
         yield
     for generator, state in before.items():
         generator.set_state(state)

@@ -1,7 +1,9 @@
 """One block is made, and loaded, without the memory of the others, with the bits of the whole."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from construction_tools import NETWORKS, Layer, Own, config_of, copied_together, scaled_together
@@ -12,6 +14,7 @@ from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import save_model
 from dblocks.scale import build_block, load_block, save_block
 from dblocks.scale.outline import Memories
+from dblocks.scale.shards import OutlinedBlock
 from tools import seeded
 
 
@@ -29,6 +32,12 @@ def assert_same(found, wanted):
             assert ours[name].equal(tensor), name
             assert ours[name].requires_grad == tensor.requires_grad, name
             assert type(ours[name]) is type(tensor)
+
+
+def shards_of(make, config, block):
+    outlined = OutlinedBlock(make, config, block)
+    outlined.fill_(None)
+    return outlined.block
 
 
 def size_of(tensors):
@@ -105,6 +114,29 @@ def test_a_generator_of_ones_own():
         assert_same(found, whole.block(b))
         orders = [layer.order for layer in whole.base_model.layers]
         assert [layer.order for layer in found.parts(b)[1]] == orders[2 * b : 2 * b + 2]
+
+
+@pytest.mark.parametrize("alone", [build_block, shards_of])
+def test_generators_of_python_and_numpy(alone):
+    def layer():
+        linear = nn.Linear(9, 9)
+        linear.weight = nn.Parameter(torch.from_numpy(np.random.randn(9, 9)).float())
+        linear.rate = random.random()
+        return linear
+
+    def seeded_make():
+        torch.manual_seed(0), np.random.seed(0), random.seed(0)
+        return lambda: Own(lambda: [layer() for _ in range(4)])
+
+    config = BlocksConfig(num_blocks=2)
+    whole = DiffusionBlocks(seeded_make()(), config)
+    drawn = random.random(), np.random.rand()
+    for b in range(2):
+        found = alone(seeded_make(), config, b)
+        assert (random.random(), np.random.rand()) == drawn
+        assert_same(found, whole.block(b))
+        rates = [layer.rate for layer in whole.base_model.layers]
+        assert [layer.rate for layer in found.parts(b)[1]] == rates[2 * b : 2 * b + 2]
 
 
 @pytest.mark.parametrize("shared", ["train", "private"])

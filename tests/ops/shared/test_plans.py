@@ -127,3 +127,13 @@ def test_threads_share_them(plans):
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(run, range(200)))) == 200
     assert len(plans) == 15
+
+
+def test_lazily_negated_tensors_have_their_sign():
+    n = torch.view_as_complex(normal(2, 4, 1, 2, seed=3)).conj().imag
+    assert n.is_neg()
+    found = edm_denoise(n, n, LEVELS, impl="triton")
+    whole = n.resolve_neg()
+    torch.testing.assert_close(found, edm_denoise(whole, whole, LEVELS, impl="reference"))
+    found = adaln(n, n[:, 0], None, impl="triton")
+    torch.testing.assert_close(found, adaln(whole, whole[:, 0], None, impl="reference"))
