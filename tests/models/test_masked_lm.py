@@ -107,7 +107,8 @@ def test_given_tokens_are_shown_and_not_scored():
     torch.testing.assert_close(got.losses, expected, rtol=1e-4, atol=1e-5)
     assert got.losses[0] == 0
     nothing = {"tokens": tokens, "loss_mask": torch.zeros_like(mask)}
-    assert model.loss(nothing, 0).loss == 0
+    with pytest.raises(ValueError, match="at least one token that is scored"):
+        model.loss(nothing, 0)
     everything = {"tokens": tokens, "loss_mask": torch.ones_like(mask)}
     torch.testing.assert_close(
         model.loss_at(everything, 0, drawn).loss, model.loss_at({"tokens": tokens}, 0, drawn).loss

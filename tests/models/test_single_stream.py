@@ -146,6 +146,7 @@ def test_packed_documents_equal_separate_sequences(kind, options, data):
     model, k = model_of(kind, **options), options.get("tokens_per_block", 1)
     lengths = data.draw(st.lists(st.integers(0, 8 // k), min_size=1, max_size=3).filter(any))
     lengths = [k * length for length in lengths]
+    lengths[0] = max(lengths[0], 2 if k == 1 else k)  # one document is scored
     documents = [tokens_of(1, length, seed=i) for i, length in enumerate(lengths) if length]
     ends = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
     packed = {"tokens": torch.cat(documents, dim=1), "cu_seqlens": ends}

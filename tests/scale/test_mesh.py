@@ -269,7 +269,7 @@ def test_layers_that_share_a_parameter_are_not_sharded_apart():
         network.layers[1].weight = network.layers[0].weight
         return network
 
-    message = r"got .*layers\.0\.weight and .*layers\.1\.weight; take 'ddp'"
+    message = r"got .*layers\.0\.weight and .*layers\.1\.weight; use 'ddp'"
     whole = DiffusionBlocks(make(), BlocksConfig(2))
     for model in (build_block(make, BlocksConfig(2), 0), whole):
         with pytest.raises(ValueError, match=f"share parameters under 'fsdp', {message}"):

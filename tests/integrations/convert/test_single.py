@@ -203,7 +203,7 @@ def test_the_posterior_is_bayes_rule(kind, sigma):
 
 
 def test_a_text_of_one_token_is_refused():
-    with pytest.raises(ValueError, match="tokens must be at least 2 long in a single stream"):
+    with pytest.raises(ValueError, match="at least one token that is scored"):
         blocks_of("llama").loss({"tokens": torch.zeros(2, 1, dtype=torch.int64)}, 0)
 
 

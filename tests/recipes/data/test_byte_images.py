@@ -78,7 +78,7 @@ def test_a_single_idx_file_is_split(tmp_path):
     training, held_out = load_images(str(tmp_path / "letters-train-images-idx3-ubyte.gz"))
     assert (len(training), len(held_out)) == (21, 9)
     assert sorted(torch.cat([training.labels, held_out.labels]).tolist()) == sorted(part[1])
-    with pytest.raises(ValueError, match=r"none-images-idx3-ubyte must have none-labels-idx1-ubyt"):
+    with pytest.raises(ValueError, match=r"none-images-idx3-ubyte needs none-labels-idx1-ubyt"):
         load_images(str(tmp_path / "none-images-idx3-ubyte"))
 
 

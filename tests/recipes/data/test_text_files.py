@@ -158,9 +158,7 @@ def test_text8_has_its_own_parts(tmp_path):
     selection = load_corpus("text8", path=tmp_path, part="selection")
     assert decoded(selection) == (letters[:1800], letters[1800:1900])
     (tmp_path / "text8").write_text("An article")
-    with pytest.raises(
-        ValueError, match=r"of a to z and spaces, got 'A' in .*text8; give .*--fold"
-    ):
+    with pytest.raises(ValueError, match=r"of a to z and spaces, got 'A' in .*text8; use .*--fold"):
         load_corpus("text8", path=tmp_path)
 
 
