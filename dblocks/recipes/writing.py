@@ -51,7 +51,7 @@ class SampleText:
         """Prints the prompt and its continuation, by `steps` per token or the product of blocks."""
         check_seed(self.seed)
         prompt = prompt_tokens(self.prompt, tokenizer)
-        network = model.base_model if isinstance(model, DiffusionBlocks) else model
+        network: Any = model.base_model if isinstance(model, DiffusionBlocks) else model
         fitting = max(1, network.config.context - len(prompt))
         written = stream(
             model,
