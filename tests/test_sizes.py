@@ -36,7 +36,8 @@ def long_functions(source):
 
 
 def test_no_file_is_too_long():
-    lengths = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in FILES}
+    files = [*FILES, *(ROOT / "tests").rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in files}
     assert len(lengths) > 250
     assert {file: lines for file, lines in lengths.items() if lines > MAX_LINES} == {}
 
