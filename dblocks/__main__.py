@@ -124,12 +124,12 @@ class Merge:
 
     def __call__(self) -> None:
         """Check that the blocks belong to one network, and write it."""
-        from dblocks.recipes.command import check_free, name_of, saved_files
+        from dblocks.recipes.command import check_free, name_of, saved_files, saved_line
         from dblocks.scale import merge_blocks
 
         check_free(self.out, saved_files(self.out), overwrite=self.overwrite, name="OUT")
         merge_blocks(self.out, self.folders)
-        print(f"Saved model.safetensors, config.json and run.json in {self.out}")
+        print(saved_line(self.out))
         from dblocks.config import read_json
         from dblocks.recipes.merged import eval_command
 

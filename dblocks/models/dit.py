@@ -233,7 +233,7 @@ def generate_images(
     model: DiffusionBlocks,
     labels: Tensor | int,
     *,
-    size: int | tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     num_steps: int | None = None,
     spacing: Literal["equal_mass", "karras"] = "equal_mass",
     sigmas: Tensor | Sequence[float] | None = None,
@@ -250,7 +250,7 @@ def generate_images(
     Args:
         model: the blocks of a `DiT`, possibly inside the wrapper of torch.compile or AveragedModel.
         labels: the classes, int64 [N]; for a model without classes the number of images N.
-        size: height and width, one number for a square; the model's own by default.
+        image_size: height and width, one number for a square; the model's own by default.
         num_steps: Euler steps; 50 by default.
         spacing: the rule of their noise levels, see `NoiseSchedule.steps`.
         sigmas: noise levels to use instead.
@@ -281,7 +281,7 @@ def generate_images(
     config = network.config
     cond = _condition(config, labels)
     count = labels if isinstance(labels, int) else len(labels)
-    height, width = config.height_width if size is None else _pair(size)
+    height, width = config.height_width if image_size is None else _pair(image_size)
     network.target.check_shape((count, config.channels, height, width))
     if sigmas is None:
         steps = NUM_STEPS if num_steps is None else num_steps

@@ -42,13 +42,14 @@ class AutoregressiveOptions(TextOptions):
     top_share: float = 0.6
     """Fraction of every block's draws at sigma_max."""
     conditioning: ConditioningKind = "none"
-    """AdaLN convention of the blocks; end-to-end networks have no AdaLN."""
+    """AdaLN of the blocks: none, a plain norm; dit, that of DiT;
+    official, that of the published code, which also applies SiLU to shifts, scales and gates.
+    End-to-end networks have a plain norm."""
     gate_init: float = 1.0
     """Initial gates of AdaLN; with 1, layers start like those of the end-to-end network."""
     embed_scale: float = 1.0
     """Norm of a token's embedding."""
     weighting: Weighting = "none"
-    """Weight of a noise level's loss, in blocks."""
     p_mean: float
     """Mean of the logarithm of the noise levels."""
     p_std: float = 2.0

@@ -233,7 +233,7 @@ def _of_block(run: Run, record: dict[str, Any], out: Path, *, merged: bool) -> s
     shown = "no step" if last is None else f"{record['steps_of_block']} of {run.steps} steps, "
     shown += "" if last is None else f"loss {last:.4f}, {record['process_mib']:.1f} MiB of state"
     lines = [f"block {run.block} of {run.blocks}: {shown}"]
-    lines.append(f"Saved model.safetensors, block.json and run.json in {out}")
+    lines.append(saved_line(out))
     if not merged:
         lines.append(f"After training all blocks: dblocks merge {out.parent} {out.parent}")
     return "\n".join(lines)
@@ -242,6 +242,13 @@ def _of_block(run: Run, record: dict[str, Any], out: Path, *, merged: bool) -> s
 def saved_files(out: Path) -> list[Path]:
     """The paths of a network's files in a folder, whether they exist or not."""
     return [checkpoint.current(out, name) for name in SAVED_FILES]
+
+
+def saved_line(out: Path) -> str:
+    """A sentence about the files of a network in a folder."""
+    named = (*SAVED_FILES, "tokenizer.json")
+    *names, last = [name for name in named if checkpoint.current(out, name).exists()]
+    return f"Saved {', '.join(names)} and {last} in {out}"
 
 
 def check_free(out: Path, files: Sequence[Path], *, overwrite: bool, name: str = "--out") -> None:

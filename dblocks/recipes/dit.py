@@ -33,6 +33,7 @@ from dblocks.recipes.metrics.images import standard_deviation
 from dblocks.recipes.metrics.judge import judge_of
 from dblocks.recipes.metrics.judged import judged
 from dblocks.recipes.paper import EXPERIMENTS
+from dblocks.recipes.progress import progress_bar
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import COSTS
 from dblocks.recipes.trainer import Trainer
@@ -72,7 +73,6 @@ class DiTRun(Run):
     """Images in a batch."""
     lr: float = 4e-3
     weighting: Weighting = "auto"
-    """Weight of a noise level's loss; auto is the weight of EDM."""
     points: int = 5
     width: int = 64
     """Width of the tokens."""
@@ -81,7 +81,8 @@ class DiTRun(Run):
     mlp_ratio: float = 4.0
     """Width of the hidden layer of MLPs, as a multiple of --width."""
     conditioning: DiTConditioning = "dit"
-    """AdaLN convention of the layers."""
+    """AdaLN of the layers: dit, that of DiT; official, that of the published code, which also
+    applies SiLU to shifts, scales and gates."""
     gate_init: float = 0.0
     """Initial gates of the layers."""
     patch_size: int = 2
@@ -211,18 +212,21 @@ class DiTTrainer(Trainer):
         labels = classes[torch.arange(run.samples) % len(classes)]
         scale = guidance_scale if config.drops_labels else 1.0
         generator = torch.Generator().manual_seed(NOISE_SEED)
-        chunks, start = [], time.perf_counter()
-        for chunk in labels.split(run.batch_size):
-            given = chunk.to(run.device) if config.num_classes else len(chunk)
-            with self.autocast():
-                images = generate_images(
-                    self.trained, given, num_steps=run.sampling_steps, guidance_scale=scale,
-                    generator=generator,
-                )  # fmt: skip
-            chunks.append(images.cpu())
+        chunks, start = labels.split(run.batch_size), time.perf_counter()
+        drawn = []
+        total = run.sampling_steps * len(chunks)
+        with progress_bar("sampling", "evaluating", total, shown=self.shows_progress) as bar:
+            for chunk in chunks:
+                given = chunk.to(run.device) if config.num_classes else len(chunk)
+                with self.autocast():
+                    images = generate_images(
+                        self.trained, given, num_steps=run.sampling_steps, guidance_scale=scale,
+                        generator=generator, callback=lambda state: bar.update(),
+                    )  # fmt: skip
+                drawn.append(images.cpu())
         seconds = (time.perf_counter() - start) / run.samples
         low, high = values(torch.stack(self.data.images.aminmax())).tolist()
-        images = torch.cat(chunks).clamp(low, high)
+        images = torch.cat(drawn).clamp(low, high)
         return Sampled(images, labels if config.num_classes else None, seconds)
 
     def _judged(self, guided: Sampled) -> dict[str, Any] | None:

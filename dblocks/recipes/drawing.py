@@ -121,7 +121,7 @@ class Sample:
                     images = generate_images(
                         model,
                         chunk.to(self.device) if classes else len(chunk),
-                        size=self.image_size,
+                        image_size=self.image_size,
                         sigmas=sigmas,
                         guidance_scale=scale,
                         generator=generator,

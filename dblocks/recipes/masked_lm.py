@@ -55,7 +55,9 @@ class MaskedLMRun(TextOptions, Run):
     rope_theta: float = 100.0  # with 10,000, training with a context of 128 was slower
     """Base of the frequencies of rotary positions; with 100, periods are 6 to about 500 tokens."""
     conditioning: ConditioningKind = "dit"
-    """AdaLN convention for the mask ratio, in blocks and end to end."""
+    """AdaLN for the mask ratio, in blocks and end to end:
+    none, a plain layer norm; dit, that of DiT; official, that of the published code, which also
+    applies SiLU to shifts, scales and gates."""
     gate_init: float = 1.0
     """Initial gates; with 1, layers start like layers without gates, not as the identity."""
     schedule: ScheduleKind = "linear"
@@ -65,7 +67,7 @@ class MaskedLMRun(TextOptions, Run):
     """Variable that is uniform in training: alpha, the fraction of tokens that are not masked, or
     the time t."""
     weighting: Weighting = "auto"
-    """Weight of a level's loss; auto is the weight of the variational bound."""
+    """Factor of the loss at a mask ratio: auto, the weight of the variational bound; none, 1."""
     overlap: float = 0.1
     """Overlap of the blocks' ranges of the mask ratio."""
 

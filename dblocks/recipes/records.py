@@ -61,6 +61,7 @@ def train(
     check_device(run.device)
     trainer = run.trainer()
     trainer.place(mesh)
+    trainer.shows_progress = progress
     alone = run.block is not None
     with LayerCounter([] if alone else trainer.counted()) as counter:
         done = _fit(trainer, counter, progress=progress, keeping=keeping, on_point=on_point)

@@ -71,7 +71,9 @@ class Run(JsonConfig, ABC):
     depth: int = 12
     """Number of layers."""
     weighting: Weighting = "clamped"
-    """Weight of a noise level's loss, in blocks."""
+    """Factor of a loss at noise level sigma, in blocks: none, 1; edm, the weight
+    w = (sigma^2 + sigma_data^2)/(sigma*sigma_data)^2; clamped, min(w, 20); batch_mean, the mean of
+    w over the batch; auto, edm for images and none for classes and tokens."""
     warmup: float = 0.05
     """Fraction of the steps in which the learning rate rises."""
     weight_decay: float = 0.05

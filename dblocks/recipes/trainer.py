@@ -67,6 +67,8 @@ class Trainer(ABC):
         self.parallel: Any = None
         """The model passed to `train_step`, possibly wrapped for several processes."""
         self.residency: Residency | None = None
+        self.shows_progress = False
+        """Whether long evaluations show progress bars."""
         self.continued: list[list[int]] = []
         """Where the run was resumed with another number of steps; see `Progress`."""
         if not run.resident and run.sharding != "fsdp":

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,9 @@ class ViTRun(Run):
     sigma_max; unit_variance, noise of variance 1 + sigma_max^2."""
     weighting: Weighting = "none"
     conditioning: ConditioningKind = "official"
-    """AdaLN convention of the blocks; end-to-end networks have no AdaLN."""
+    """AdaLN of the blocks: none, a plain layer norm; dit, that of DiT;
+    official, that of the published code, which also applies SiLU to shifts, scales and gates.
+    End-to-end networks have a plain layer norm."""
     gate_init: float = 1.0
     """Initial gates of the blocks' layers; with 1 they start like those of the end-to-end
     network."""
@@ -265,8 +267,8 @@ class Eval:
     steps: int | None = None
     """Number of denoising steps, each with one block. By default uses the product of all blocks'
     predictions or, for blocks trained as published, one step for each block."""
-    noise: Literal["none", "paper"] = "none"
-    """Initial state of the steps: none, the mean of the noise; paper, noise."""
+    noise: Noise = "none"
+    """Initial state of the steps, see `dblocks train vit`."""
     seed: int = NOISE_SEED
     """Seed of the noise; by default that of evaluations in training."""
 

@@ -43,12 +43,13 @@ def test_other_sizes_than_the_trained_one():
     model = blocks_of()
     labels = some_labels(2)
     for size in ((8, 12), (2, 2), (6, 4)):
-        images = generate_images(model, labels, size=size, num_steps=3, generator=seeded())
+        images = generate_images(model, labels, image_size=size, num_steps=3, generator=seeded())
         assert images.shape == (2, 3, *size)
         loss = model.loss(batch_of(2, size=size), 1, generator=seeded()).loss
         assert loss.isfinite()
     native, square = (
-        generate_images(model, labels, size=s, num_steps=3, generator=seeded()) for s in (None, 4)
+        generate_images(model, labels, image_size=s, num_steps=3, generator=seeded())
+        for s in (None, 4)
     )
     assert native.shape[2:] == (4, 6)
     assert square.shape[2:] == (4, 4)
@@ -289,7 +290,7 @@ def test_arguments_of_generate_images_are_checked():
     with pytest.raises(ValueError, match="spacing must be 'equal_mass' or 'karras', got 'linear'"):
         generate_images(model, labels, spacing="linear")
     with pytest.raises(ValueError, match=r"multiples of patch_size=2, got \[4, 3, 5, 5\]"):
-        generate_images(model, labels, size=5)
+        generate_images(model, labels, image_size=5)
     with pytest.raises(ValueError, match="noise must be 'paper' or 'unit_variance', got 'none'"):
         generate_images(model, labels, noise="none")
     with pytest.raises(TypeError, match="the DiffusionBlocks of a DiT, got DiT; end to end"):

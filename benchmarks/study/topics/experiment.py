@@ -44,7 +44,7 @@ ROWS: Mapping[str, tuple[str, TopicsRun]] = {
     ),
     "end_to_end": ("end to end", END_TO_END),
 }
-LRS = (1e-4, 3e-4, 1e-3)
+LRS = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
 def _product(record: Record) -> float | None:
