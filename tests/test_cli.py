@@ -238,6 +238,9 @@ def test_eval_measures_as_training_does(checkpoint, capsys):
     assert f"accuracy {noisy} on" in text
     assert "3 denoising steps" in text
     assert f"accuracy {other} on" in stdout(capsys, *evaluate, *steps, "--seed", "0")
+    unit = 100 * classifier.accuracy(held_out, 3, noise="unit_variance")
+    text = stdout(capsys, *evaluate, "--steps", "3", "--noise", "unit_variance")
+    assert f"accuracy {unit:.1f} %" in text
 
 
 @pytest.mark.filterwarnings("default::UserWarning")

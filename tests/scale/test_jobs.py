@@ -114,6 +114,8 @@ def same_weights(a, b):
 
 def test_blocks_trained_alone_are_those_of_one_run(tmp_path, capsys, whole, jobs):
     assert main(["merge", str(tmp_path), str(jobs)]) == 0
+    saved = f"Saved model.safetensors, config.json and run.json in {tmp_path}"
+    assert saved in capsys.readouterr().out
     assert same_weights(tmp_path, whole)
     assert main(["eval", "vit", "--checkpoint", str(tmp_path)]) == 0
     accuracy = json.loads((whole / "run.json").read_text())["accuracy"]
