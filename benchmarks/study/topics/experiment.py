@@ -22,8 +22,11 @@ END_TO_END = TopicsRun(end_to_end=True, steps=EVALUATIONS // 6)
 CLEAN = dataclasses.replace(BLOCKS, clean_loss=1.0, steps=EVALUATIONS // 8)
 # A step runs the frozen layers, and the layer of its block.
 UPPER = dataclasses.replace(BLOCKS, blocks=2, stem=4, top_share=1.0, steps=EVALUATIONS // 5)
-# A call of a frozen layer has no backward pass and counts as a third: 4/3 + 1 a step.
+LAST = dataclasses.replace(END_TO_END, trains="last")
+# A call of a frozen layer has no backward pass: as a third of an evaluation, a step is 4/3 + 1, and
+# 4/3 + 2 for the last 2 layers.
 UPPER_THIRDS = dataclasses.replace(UPPER, steps=EVALUATIONS * 3 // 7)
+LAST_THIRDS = dataclasses.replace(LAST, steps=EVALUATIONS * 3 // 10)
 ROWS: Mapping[str, tuple[str, TopicsRun]] = {
     "blocks": ("3 blocks, denoising alone", BLOCKS),
     "ensemble": (
@@ -40,17 +43,15 @@ ROWS: Mapping[str, tuple[str, TopicsRun]] = {
         "the first 2 layers, end to end",
         dataclasses.replace(END_TO_END, depth=2, steps=EVALUATIONS // 2),
     ),
-    "last": (
-        "the last 2 layers, the others frozen",
-        dataclasses.replace(END_TO_END, trains="last"),
-    ),
+    "last": ("the last 2 layers, the others frozen", LAST),
+    "last_thirds": ("the last 2 layers, frozen calls counted as a third", LAST_THIRDS),
     "classifier": (
         "pooling and classifier alone",
         dataclasses.replace(END_TO_END, trains="classifier"),
     ),
     "end_to_end": ("end to end", END_TO_END),
 }
-RATES_OF = {"upper_thirds": "upper"}
+RATES_OF = {"upper_thirds": "upper", "last_thirds": "last"}
 LRS = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
