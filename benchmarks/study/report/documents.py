@@ -13,7 +13,7 @@ from benchmarks.study.report.finished import Finished
 from benchmarks.study.report.markdown import memory_block, not_run, study_block
 from benchmarks.study.report.planned import compared
 from benchmarks.study.report.readme import readme_block
-from benchmarks.study.report.speed_of_writing import BLOCK, stored, written_block
+from benchmarks.study.report.speed_of_writing import BLOCK, LATER, stored, written_block
 from benchmarks.study.rows import Study
 
 README = Path("README.md")
@@ -45,7 +45,7 @@ def write_documents(
     rows = [(name, row) for name, found in comparisons.items() for row in compared(found)]
     write_between_markers(results, MEMORY_BLOCK, memory_block(rows))
     if (written := stored()) is not None:
-        write_between_markers(results, BLOCK, written_block(written))
+        write_between_markers(results, BLOCK, written_block(written, stored(LATER)))
     write_between_markers(readme, README_BLOCK, readme_block(comparisons))
 
 

@@ -13,6 +13,7 @@ from dblocks.recipes.records import read_record
 
 BLOCK = "results:writing"
 RECORD = Path("benchmarks/results/writing/writing-cpu.json")
+LATER = Path("benchmarks/results/writing/writing-16-cpu.json")  # of another day
 PICTURE = "writing.png"
 PLAIN = "end to end"
 HEAD = (
@@ -27,8 +28,13 @@ def stored(path: Path = RECORD) -> dict[str, Any] | None:
     return read_record(path) if path.exists() else None
 
 
-def written_block(record: Mapping[str, Any]) -> str:
-    """The table, how it was measured, and whether 8 tokens at once are worth it."""
+def written_block(record: Mapping[str, Any], later: Mapping[str, Any] | None = None) -> str:
+    """The table, how it was measured, and whether 8 tokens at once are worth it.
+
+    Args:
+        record: the measurements.
+        later: those of 16 tokens at once, with end to end trained and measured again.
+    """
     own, first = record["reference"], record["rows"][0]
     return (
         f"{speed_table(record['rows'])}\n\nTokens per second: batch 1, {first['tokens']} tokens, "
@@ -38,7 +44,15 @@ def written_block(record: Mapping[str, Any]) -> str:
         f"the bits nearest to those of the held-out text ({own['bits']:.2f} bits, divergence "
         f"{own['divergence']:.3f}, repeats {own['repetition']:.3f}). Each model is one run of seed "
         f"0.\n\n{finding(record['rows'])}\n\n![Divergence against tokens per "
-        f"second](images/{PICTURE})"
+        f"second](images/{PICTURE}){'' if later is None else _more(later)}"
+    )
+
+
+def _more(later: Mapping[str, Any]) -> str:
+    rows = later["rows"]
+    return (
+        "\n\n16 tokens at once, measured on another day, beside end to end trained again:\n\n"
+        f"{speed_table(rows)}\n\n{finding(rows, '16 tokens')}"
     )
 
 

@@ -50,6 +50,21 @@ def test_a_record_renders(tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
+def test_measurements_of_another_day_have_a_table_of_their_own():
+    reference = {"bits": 1.57, "divergence": 0.282, "repetition": 0.07}
+    record = {"rows": ROWS, "reference": reference, "environment": {"threads": 1}}
+    later = {
+        "rows": [
+            row("end to end", "with its cache", 80.0, 0.4),
+            row("16 tokens", "3 steps", 800.0, 0.9),
+        ]
+    }
+    said = written_block(record, later)
+    assert said.startswith(written_block(record))
+    assert "16 tokens at once are worse than end to end with any number of steps" in said
+    assert "(3 steps, 10.0 times the tokens per second)" in said
+
+
 def test_end_to_end_is_the_reference():
     with pytest.raises(ValueError, match="not enough values"):
         finding(ROWS[1:])
