@@ -23,10 +23,12 @@ CLEAN = dataclasses.replace(BLOCKS, clean_loss=1.0, steps=EVALUATIONS // 8)
 # A step runs the frozen layers, and the layer of its block.
 UPPER = dataclasses.replace(BLOCKS, blocks=2, stem=4, top_share=1.0, steps=EVALUATIONS // 5)
 LAST = dataclasses.replace(END_TO_END, trains="last")
-# A call of a frozen layer has no backward pass: as a third of an evaluation, a step is 4/3 + 1, and
-# 4/3 + 2 for the last 2 layers.
+CLASSIFIER = dataclasses.replace(END_TO_END, trains="classifier")
+# A call of a frozen layer has no backward pass: as a third of an evaluation, a step is 4/3 + 1, for
+# the last 2 layers 4/3 + 2, for the classifier 6/3.
 UPPER_THIRDS = dataclasses.replace(UPPER, steps=EVALUATIONS * 3 // 7)
 LAST_THIRDS = dataclasses.replace(LAST, steps=EVALUATIONS * 3 // 10)
+CLASSIFIER_THIRDS = dataclasses.replace(CLASSIFIER, steps=EVALUATIONS // 2)
 ROWS: Mapping[str, tuple[str, TopicsRun]] = {
     "blocks": ("3 blocks, denoising alone", BLOCKS),
     "ensemble": (
@@ -45,13 +47,18 @@ ROWS: Mapping[str, tuple[str, TopicsRun]] = {
     ),
     "last": ("the last 2 layers, the others frozen", LAST),
     "last_thirds": ("the last 2 layers, frozen calls counted as a third", LAST_THIRDS),
-    "classifier": (
-        "pooling and classifier alone",
-        dataclasses.replace(END_TO_END, trains="classifier"),
+    "classifier": ("pooling and classifier alone", CLASSIFIER),
+    "classifier_thirds": (
+        "pooling and classifier alone, frozen calls counted as a third",
+        CLASSIFIER_THIRDS,
     ),
     "end_to_end": ("end to end", END_TO_END),
 }
-RATES_OF = {"upper_thirds": "upper", "last_thirds": "last"}
+RATES_OF = {
+    "upper_thirds": "upper",
+    "last_thirds": "last",
+    "classifier_thirds": "classifier",
+}
 LRS = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
@@ -89,8 +96,9 @@ def caption(rows: Rows) -> str:
         "of a third of the steps. The model's own loss, with which the gradients of the plain "
         "model's loss go to one block a step, runs all layers and the block's once more; the "
         "accuracy there is the plain model's, in the other rows in blocks that of their product. "
-        "A layer evaluation is one batch through one layer forward; frozen "
-        "layers run forward only."
+        "A layer evaluation is one batch through one layer forward; frozen layers run forward "
+        "only, a third of the operations: rows in which they count as a third do as many "
+        "operations as end to end."
     )
 
 
