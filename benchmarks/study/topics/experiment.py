@@ -35,23 +35,17 @@ ROWS: Mapping[str, tuple[str, TopicsRun]] = {
         "3 blocks, all draws at sigma_max",
         dataclasses.replace(BLOCKS, top_share=1.0),
     ),
-    "upper": ("2 blocks of a layer on 4 frozen ones, all draws at sigma_max", UPPER),
-    "upper_thirds": (
-        "2 blocks of a layer on 4 frozen ones, frozen calls counted as a third",
-        UPPER_THIRDS,
-    ),
+    "upper": ("2 blocks on 4 frozen layers", UPPER),
+    "upper_thirds": ("2 blocks on 4 frozen layers, equal operations", UPPER_THIRDS),
     "clean": ("3 blocks, with the model's own loss", CLEAN),
     "small": (
         "the first 2 layers, end to end",
         dataclasses.replace(END_TO_END, depth=2, steps=EVALUATIONS // 2),
     ),
-    "last": ("the last 2 layers, the others frozen", LAST),
-    "last_thirds": ("the last 2 layers, frozen calls counted as a third", LAST_THIRDS),
-    "classifier": ("pooling and classifier alone", CLASSIFIER),
-    "classifier_thirds": (
-        "pooling and classifier alone, frozen calls counted as a third",
-        CLASSIFIER_THIRDS,
-    ),
+    "last": ("the last 2 layers alone", LAST),
+    "last_thirds": ("the last 2 layers alone, equal operations", LAST_THIRDS),
+    "classifier": ("the classifier alone", CLASSIFIER),
+    "classifier_thirds": ("the classifier alone, equal operations", CLASSIFIER_THIRDS),
     "end_to_end": ("end to end", END_TO_END),
 }
 RATES_OF = {
@@ -96,9 +90,10 @@ def caption(rows: Rows) -> str:
         "of a third of the steps. The model's own loss, with which the gradients of the plain "
         "model's loss go to one block a step, runs all layers and the block's once more; the "
         "accuracy there is the plain model's, in the other rows in blocks that of their product. "
-        "A layer evaluation is one batch through one layer forward; frozen layers run forward "
-        "only, a third of the operations: rows in which they count as a third do as many "
-        "operations as end to end."
+        "The 2 blocks have a layer each, with all draws at sigma_max; the classifier includes the "
+        "pooling. A layer evaluation is one batch through one layer forward. Frozen layers run "
+        "forward only, a third of the operations; rows of equal operations do as many as end to "
+        "end, in more steps."
     )
 
 
