@@ -129,7 +129,8 @@ def group_grads_kernel(
 ):  # fmt: skip
     D = D * STEP
     num_columns = tl.cdiv(D, BLOCK_D)
-    # A program makes one sum: masks, not branches, choose what it stores.
+    # A program makes one sum: masks, not branches, choose what it stores. They compare columns with
+    # D or 0, since interpreters of Triton 3.9 refuse the mask of a block and a scalar.
     i_s = FIRST + tl.program_id(0) % SUMS
     i_g = tl.program_id(0) // SUMS // num_columns
     o_d = (tl.program_id(0) // SUMS - i_g * num_columns) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -137,11 +138,11 @@ def group_grads_kernel(
     o_g = tl.cast(i_g, tl.int64) * D
     b_sum = add_chunks(partial_ptr + i_s * D, i_g, num_chunks, o_d, m_d, D, BLOCK_C)
     if dgate_ptr is not None:
-        store_columns(dgate_ptr, o_g, o_d, m_d & (i_s == 2), b_sum)
+        store_columns(dgate_ptr, o_g, o_d, o_d < tl.where(i_s == 2, D, 0), b_sum)
     if dshift_ptr is not None:
-        store_columns(dshift_ptr, o_g, o_d, m_d & (i_s == 1), b_sum)
+        store_columns(dshift_ptr, o_g, o_d, o_d < tl.where(i_s == 1, D, 0), b_sum)
     if dscale_ptr is not None:
-        m_A = m_d & (i_s == 0)
+        m_A = o_d < tl.where(i_s == 0, D, 0)
         b_dscale = b_sum * load_channels(weight_ptr, o_d, D, 1, False, 1.0)[0]
         # The one gradient of two sums. Other programs read nothing here: their mask is empty.
         if bias_ptr is not None:
@@ -151,7 +152,7 @@ def group_grads_kernel(
     if affine_ptr is not None:
         b_scale = load_group(scale_ptr, i_g, S, scale_sn, scale_ss, o_d, D, STEP, 1, False, 0.0)[0]
         store_columns(
-            affine_ptr, 2 * o_g + i_s * D, o_d, m_d & (i_s < 2), (1 + b_scale) * b_sum
+            affine_ptr, 2 * o_g + i_s * D, o_d, o_d < tl.where(i_s < 2, D, 0), (1 + b_scale) * b_sum
         )  # fmt: skip
 
 
