@@ -95,6 +95,16 @@ def _cell(records: Sequence[Record], value: Callable[[Record], float], form: str
     return spread(records, value, form)
 
 
+def _as_lms(causal: float, masked: Finished | None) -> str:
+    """The bits of plain small language models; of masked ones where there are runs."""
+    if masked is None or not masked.records.get("small"):
+        return f" and {causal:.3f} bits as a\ncausal LM"
+    small = masked.records["small"]
+    mean = sum(map(masked.quality.error, small)) / len(small)
+    seeds = " (one seed)" if len(small) == 1 else ""
+    return f", {causal:.3f} bits as a\ncausal and {mean:.3f} as a masked LM{seeds}"
+
+
 def _plain(comparisons: Mapping[str, Finished]) -> str:
     """What a plain small network reaches, and whether that is more than end to end."""
     vit, lm = comparisons["vit-fashion"], comparisons["causal-lm-pydoc"]
@@ -110,7 +120,7 @@ def _plain(comparisons: Mapping[str, Finished]) -> str:
     mean_bits = sum(map(bits, small[1])) / len(small[1])
     said = (
         f"{pays}4 plain layers, at as many layer evaluations, reach {mean_accuracy:.1f} % as a "
-        f"ViT and {mean_bits:.3f} bits as a\ncausal LM"
+        f"ViT{_as_lms(mean_bits, comparisons.get('masked-lm-pydoc'))}"
     )
     alone = [found.records.get("ensemble") for found in (vit, lm)]
     if alone[0] is None or alone[1] is None:
