@@ -107,7 +107,8 @@ def test_rows_without_scores_show_what_was_measured():
     # One row with scores: the held-out text's are told, and the other rows are named.
     pydoc = comparison("causal-lm-pydoc").rows
     known = {"3 blocks": pydoc["3 blocks"], "bare": bare["end to end"]}
-    assert "own (1.57, " in caption(known)
+    own = pydoc["3 blocks"][0]["scores"]["reference"]["bits"]
+    assert f"own ({own:.2f}, " in caption(known)
     assert caption(known).endswith("Samples are not scored yet of: bare.")
 
 
