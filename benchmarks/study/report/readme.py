@@ -128,8 +128,8 @@ def _plain(comparisons: Mapping[str, Finished]) -> str:
     of_classes = 100 * sum(map(accuracy, alone[0])) / len(alone[0])
     of_tokens = sum(map(_product, alone[1])) / len(alone[1])
     return (
-        f"{said}; blocks without noisy targets, an ensemble "
-        f"([why](docs/text.md#when-blocks-pay-off)), {of_classes:.1f} %\nand {of_tokens:.3f} bits."
+        f"{said}; blocks without noisy targets, an ensemble\n"
+        f"([why](docs/text.md#when-blocks-pay-off)), {of_classes:.1f} % and {of_tokens:.3f} bits."
     )
 
 
