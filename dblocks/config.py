@@ -21,6 +21,8 @@ from typing_extensions import Self
 LONGEST_JSON = 16 * 2**20  # bytes
 DEEPEST_JSON = 64  # nested lists and objects
 LARGEST_INTEGER = 2**63 - 1
+# Limits of noise levels and sigma_data: squares, their sums and inverses stay finite in float32.
+LOWEST_LEVEL, HIGHEST_LEVEL = 1e-18, 1e18
 
 
 class JsonConfig:

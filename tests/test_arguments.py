@@ -248,7 +248,7 @@ def test_other_things_are_no_seeds(call, seed):
 
 @pytest.mark.parametrize("sigma_data", [math.inf, math.nan, 0.0])
 def test_sigma_data_of_ops_is_finite(sigma_data):
-    with pytest.raises(ValueError, match="sigma_data must be a finite number > 0"):
+    with pytest.raises(ValueError, match="sigma_data must be a number from"):
         F.noise_inject(torch.ones(2, 5), torch.ones(2), 7, sigma_data=sigma_data)
 
 

@@ -1,4 +1,4 @@
-"""Networks whose target is a class or a token, in blocks of unequal layers: defined, not run.
+"""Networks whose target is a class or a token, in blocks of unequal layers.
 
 The first block predicts alone, so that more layers there may pay.
 """

@@ -6,7 +6,6 @@ Nothing here reads the values of a tensor on an accelerator, so no call synchron
 """
 
 import importlib.util
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_st
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from dblocks.config import HIGHEST_LEVEL, LOWEST_LEVEL
 from dblocks.ops import _extension, _flops
 
 Impl = Literal["auto", "reference", "triton", "cpp"]
@@ -215,7 +215,8 @@ def rows_fit(
 
 def noised_fit(tensors: tuple[Tensor, ...], sigma: Tensor, sigma_data: float) -> bool:
     """Whether `_levels.check_noised` is known to pass; if False, call it, and it may raise."""
-    fits = seen("samples", tensors) and type(sigma_data) is float and 0 < sigma_data < math.inf
+    fits = seen("samples", tensors) and type(sigma_data) is float
+    fits = fits and LOWEST_LEVEL <= sigma_data <= HIGHEST_LEVEL
     return fits and sigma_fits(sigma, tensors[0])
 
 
@@ -255,7 +256,7 @@ def sigma_fits(sigma: Any, x: Tensor) -> bool:
 
 def _are_levels(values: list[float]) -> bool:
     for value in values:  # noqa: SIM110 (a generator takes twice as long)
-        if not 0 < value < math.inf:
+        if not 0 < value <= HIGHEST_LEVEL:
             return False
     return True
 

@@ -1,13 +1,12 @@
 """Checks of the arguments of noise: the levels sigma, sigma_data, the seed and the offset."""
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dblocks.config import check_seed
+from dblocks.config import HIGHEST_LEVEL, LOWEST_LEVEL, check_seed
 from dblocks.ops import _checks, _dispatch
 from dblocks.ops._dispatch import COUNT_RANGE
 
@@ -43,7 +42,9 @@ def check_pair(x_name: str, x: Tensor, name: str, tensor: Tensor) -> None:
 
 
 def check_sigma(name: str, sigma: Tensor, x_name: str, x: Tensor, *, zero: bool = False) -> None:
-    """`sigma` is a floating tensor, 0-d, [N] or [N, S], on the device of `x`, positive and finite.
+    """`sigma` is a floating tensor, 0-d, [N] or [N, S], on the device of `x`, > 0 and at most 1e18.
+
+    The square of 1e18 is a float32 number.
 
     Values are checked only on the CPU, outside compiled graphs, tracing and torch.func transforms.
     """
@@ -60,12 +61,15 @@ def check_sigma(name: str, sigma: Tensor, x_name: str, x: Tensor, *, zero: bool 
         low, high = (value.item() for value in sigma.detach().aminmax())  # NaN if there is one
         if not (low >= 0 if zero else low > 0):
             raise ValueError(_sigma_message(name, f"a minimum of {low}", zero))
-        if high == math.inf:
-            raise ValueError(_infinite_message(name))
+        if high > HIGHEST_LEVEL:
+            raise ValueError(_too_high_message(name, high))
 
 
-def _infinite_message(name: str) -> str:
-    return f"{name} must be finite everywhere, got inf; clamp it to the schedule's sigma_max"
+def _too_high_message(name: str, got: float) -> str:
+    return (
+        f"{name} must be at most {HIGHEST_LEVEL} everywhere, whose square is a float32 number, "
+        f"got {got}; clamp it to the schedule's sigma_max"
+    )
 
 
 def _sigma_message(name: str, got: str, zero: bool) -> str:
@@ -74,12 +78,12 @@ def _sigma_message(name: str, got: str, zero: bool) -> str:
 
 
 def check_sigma_value(name: str, sigma: float, *, zero: bool = False) -> None:
-    """The number `sigma` is positive (or 0, where `zero` allows it) and finite."""
+    """The number `sigma` is positive (or 0, where `zero` allows it) and at most 1e18."""
     _checks.check_number(name, sigma)
     if not (sigma >= 0 if zero else sigma > 0):
         raise ValueError(_sigma_message(name, str(sigma), zero))
-    if sigma == math.inf:
-        raise ValueError(_infinite_message(name))
+    if sigma > HIGHEST_LEVEL:
+        raise ValueError(_too_high_message(name, sigma))
 
 
 def _check_sigma_shape(name: str, sigma: Tensor, x_name: str, x: Tensor) -> None:
@@ -105,10 +109,13 @@ def _check_sigma_shape(name: str, sigma: Tensor, x_name: str, x: Tensor) -> None
 
 
 def check_sigma_data(sigma_data: float) -> None:
-    """`sigma_data` is positive and finite."""
+    """`sigma_data` has a square and an inverse in float32."""
     _checks.check_number("sigma_data", sigma_data)
-    if not sigma_data > 0 or sigma_data == math.inf:
-        raise ValueError(f"sigma_data must be a finite number > 0, got {sigma_data}; 0.5 is usual")
+    if not LOWEST_LEVEL <= sigma_data <= HIGHEST_LEVEL:
+        raise ValueError(
+            f"sigma_data must be a number from {LOWEST_LEVEL} to {HIGHEST_LEVEL}, "
+            f"got {sigma_data}; 0.5 is usual"
+        )
 
 
 class OffsetSeed(NamedTuple):

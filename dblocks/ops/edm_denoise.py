@@ -69,7 +69,7 @@ def edm_denoise(
     Args:
         f: network output `[N, ...]`, strides as `y` of `noise_inject`.
         z: noised target of the shape of `f`; may differ in dtype.
-        sigma: noise levels > 0, 0-d, `[N]` or `[N, S]`. No gradient, but a
+        sigma: noise levels > 0, at most 1e18, 0-d, `[N]` or `[N, S]`. No gradient, but a
             tangent in forward mode.
         sigma_data: standard deviation of the data.
         impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`.

@@ -95,7 +95,7 @@ def edm_loss(
         f: network output `[N, ...]`, strides as `y` of `noise_inject`. The only input with a
             gradient.
         y: clean target of the shape of `f`; may differ in dtype.
-        sigma: noise levels > 0, 0-d, `[N]` or `[N, S]`.
+        sigma: noise levels > 0, at most 1e18, 0-d, `[N]` or `[N, S]`.
         seed: as in `noise_inject`. A tensor may be changed before backward.
         offset: as in `noise_inject`.
         sigma_data: standard deviation of the data.

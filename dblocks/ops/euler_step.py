@@ -1,10 +1,9 @@
 """euler_step: one step of the probability flow ODE towards the denoised estimate."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from dblocks.config import HIGHEST_LEVEL
 from dblocks.kernels import reference
 from dblocks.ops import _dispatch
 from dblocks.ops._dispatch import Impl, check_first_order, constant, distinct, kept, widest
@@ -66,7 +65,7 @@ def _check_level(name: str, sigma: Tensor | float, z: Tensor, *, zero: bool) -> 
     if isinstance(sigma, Tensor):
         if not _dispatch.sigma_fits(sigma, z):
             check_sigma(name, sigma, "z", z, zero=zero)
-    elif type(sigma) is not float or not (0 < sigma < math.inf or (zero and sigma == 0)):
+    elif type(sigma) is not float or not (0 < sigma <= HIGHEST_LEVEL or (zero and sigma == 0)):
         check_sigma_value(name, sigma, zero=zero)
 
 
@@ -100,9 +99,10 @@ def euler_step(
     Args:
         z: state at `sigma`, `[N, ...]`, strides as `y` of `noise_inject`.
         denoised: estimate of the clean target, of the shape of `z`; may differ in dtype.
-        sigma: noise level > 0: a float, or a tensor, 0-d, `[N]` or `[N, S]`. No
+        sigma: noise level > 0, at most 1e18: a float, or a tensor, 0-d, `[N]` or `[N, S]`. No
             gradient, but a tangent in forward mode.
-        sigma_next: noise level >= 0, likewise; if both are `[N, S]`, S must be the same.
+        sigma_next: noise level >= 0, at most 1e18, likewise; if both are `[N, S]`, S must be the
+            same.
         impl: "reference", "triton", "cpp" or "auto", which chooses as in `noise_inject`. Two floats
             are divided on the host in float64; in a compiled graph in float32, except by the
             reference.

@@ -86,10 +86,10 @@ def noise_inject(
         y: clean target `[N, ...]`, `[N, T, D]` where `sigma` is `[N, S]`. `[N, T, D]` may have any
             strides of samples and tokens, zero and chunk views included; a last stride other than
             1, and other shapes whose samples are not contiguous, cost a copy.
-        sigma: noise levels > 0 and finite, 0-d, `[N]` or `[N, S]`: segment s covers T/S consecutive
-            tokens. No gradient, but a tangent in forward mode. On the CPU its values are checked.
-            In a compiled graph the reference alone does not allow a change in place before
-            backward.
+        sigma: noise levels > 0, at most 1e18, 0-d, `[N]` or `[N, S]`: segment s covers T/S
+            consecutive tokens. No gradient, but a tangent in forward mode. On the CPU its values
+            are checked. In a compiled graph the reference alone does not allow a change in place
+            before backward.
         seed: an int of 64 bits (two's complement), or a 0-d int64 tensor on the device; or an
             `OffsetSeed` of either, whose offset is added.
         offset: the number of the first element, >= 0; that of the last is < 2**63.

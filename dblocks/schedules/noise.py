@@ -19,6 +19,8 @@ from torch import Tensor
 
 from dblocks import functional as F
 from dblocks.config import (
+    HIGHEST_LEVEL,
+    LOWEST_LEVEL,
     JsonConfig,
     check_block,
     check_count,
@@ -34,8 +36,6 @@ SIGMA_MIN = 0.002
 SIGMA_MAX = 80.0
 SIGMA_DATA = 0.5
 RHO = 7.0
-# Limits of sigma and sigma_data: squares, their sums and inverses stay finite in float32.
-LOWEST, HIGHEST = 1e-18, 1e18
 
 Partition = Literal["equal_mass", "uniform_log", "uniform"]
 PARTITIONS = ("equal_mass", "uniform_log", "uniform")
@@ -86,10 +86,10 @@ class EDMSchedule(JsonConfig, ABC):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("sigma_min", "sigma_max", "sigma_data"):
-            if not LOWEST <= getattr(self, name) <= HIGHEST:
+            if not LOWEST_LEVEL <= getattr(self, name) <= HIGHEST_LEVEL:
                 raise ValueError(
-                    f"{name} must lie between {LOWEST} and {HIGHEST}, whose squares are float32 "
-                    f"numbers, got {getattr(self, name)}"
+                    f"{name} must lie between {LOWEST_LEVEL} and {HIGHEST_LEVEL}, whose squares "
+                    f"are float32 numbers, got {getattr(self, name)}"
                 )
         if self.sigma_max <= self.sigma_min:
             raise ValueError(

@@ -160,7 +160,7 @@ def test_a_graph_may_change_its_levels(impl):
         ({"z": torch.ones(2, 4, 6).int()}, TypeError, "z must be float64, float32"),
         ({"z": torch.ones(2, 4, 6, device="meta")}, RuntimeError, "z must be on"),
         ({"sigma": torch.ones(2, 3)}, ValueError, "S that divides T = 4, got S = 3"),
-        ({"sigma_data": -1.0}, ValueError, "sigma_data must be a finite number > 0"),
+        ({"sigma_data": -1.0}, ValueError, "sigma_data must be a number from"),
         ({"sigma_data": None}, TypeError, "sigma_data must be a real number, got NoneType"),
         ({"z": 1.0}, TypeError, "z must be a tensor, got float"),
         ({"z": torch.ones(2, 4, 6).double(), "impl": "triton"}, TypeError, "got float64"),

@@ -266,7 +266,7 @@ def test_compiles_to_one_graph(impl, tensor_seed):
         ({"y": torch.ones(2, 4, 6).int()}, TypeError, "y must be float64, float32"),
         ({"y": torch.ones(2, 4, 6, device="meta")}, RuntimeError, "y must be on"),
         ({"sigma": torch.ones(2, 3)}, ValueError, "S that divides T = 4, got S = 3"),
-        ({"sigma_data": -1.0}, ValueError, "sigma_data must be a finite number > 0"),
+        ({"sigma_data": -1.0}, ValueError, "sigma_data must be a number from"),
         ({"seed": -(2**63) - 1}, ValueError, "seed must fit in 64 bits"),
         ({"offset": -1}, ValueError, "offset must be >= 0, got -1"),
         ({"offset": 2**63 - 47}, ValueError, r"elements must be <= 2\*\*63"),

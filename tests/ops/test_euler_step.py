@@ -187,7 +187,7 @@ def test_a_graph_may_change_its_levels(impl):
         ({"denoised": torch.ones(2, 4, 6, device="meta")}, RuntimeError, "denoised must be on"),
         ({"sigma": 0.0}, ValueError, "sigma must be > 0 everywhere, got 0.0"),
         ({"sigma": float("nan")}, ValueError, "sigma must be > 0 everywhere, got nan"),
-        ({"sigma": float("inf")}, ValueError, "sigma must be finite everywhere, got inf"),
+        ({"sigma": float("inf")}, ValueError, r"sigma must be at most 1e\+18 .* got inf"),
         ({"sigma": [1.0, 2.0]}, TypeError, "sigma must be a real number, got list"),
         ({"sigma_next": None}, TypeError, "sigma_next must be a real number, got NoneType"),
         ({"z": [1.0]}, TypeError, "z must be a tensor, got list"),

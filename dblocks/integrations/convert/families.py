@@ -31,6 +31,11 @@ UNSUPPORTED = {
     "add_cross_attention": "another text",
     "layerdrop": "layers left out at random, where a block of them is trained",
 }
+# The same of encoders.
+ENCODERS_UNSUPPORTED = {
+    "is_decoder": "rows that do not see later ones",
+    "add_cross_attention": "another text",
+}
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -47,16 +52,16 @@ class RotaryFamily:
     logit_divisor: str = ""
     """Name of the config entry that divides logits."""
     dropout: str = ""
-    """Name of the backbone's dropout of its input rows."""
+    """Name of the backbone's dropout of its input rows, a module or a rate."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Options of the config that are not supported, and why."""
 
     def unsupported(self, model: Any) -> str | None:
         """The unsupported option of the model's config, if there is one."""
         config = model.config
-        for name, why in (UNSUPPORTED | dict(self.refused)).items():
-            if getattr(config, name, None):
-                return f"{name}={getattr(config, name)!r} ({why})"
+        reason = first_option(config, UNSUPPORTED | dict(self.refused))
+        if reason is not None:
+            return reason
         others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
         return f"layers of the types {sorted(others)}" if others else None
 
@@ -96,7 +101,10 @@ class RotaryFamily:
     def enter(self, model: Any, rows: Tensor, positions: Tensor) -> Tensor:
         if self.embedding_factor:
             rows = rows * getattr(model.config, self.embedding_factor)
-        return getattr(backbone(model), self.dropout)(rows) if self.dropout else rows
+        dropout = getattr(backbone(model), self.dropout) if self.dropout else None
+        if isinstance(dropout, float | int):
+            return nnf.dropout(rows, dropout, backbone(model).training)
+        return rows if dropout is None else dropout(rows)
 
     def context(
         self, model: Any, rows: Tensor, positions: Tensor, keys: Tensor | None = None
@@ -242,7 +250,7 @@ class ViTFamily:
 
     def unsupported(self, model: Any) -> str | None:
         """As for `RotaryFamily`."""
-        return None
+        return first_option(model.config, ENCODERS_UNSUPPORTED)
 
     def width(self, model: Any) -> int:
         """D of the rows."""
@@ -320,7 +328,7 @@ class BertMaskedFamily:
 
     def unsupported(self, model: Any) -> str | None:
         """As for `RotaryFamily`."""
-        return None
+        return first_option(model.config, ENCODERS_UNSUPPORTED)
 
     def layer_context(self, model: Any, rows: Tensor) -> dict[str, Any]:
         """As for `ViTFamily`."""
@@ -352,6 +360,14 @@ class RobertaMaskedFamily(BertMaskedFamily):
 
     head_name = "lm_head"
     special_positions = 2
+
+
+def first_option(config: Any, options: Mapping[str, str]) -> str | None:
+    """The first of these options that a config has set, with its reason."""
+    for name, why in options.items():
+        if getattr(config, name, None):
+            return f"{name}={getattr(config, name)!r} ({why})"
+    return None
 
 
 def waves(model: nn.Module, shape: Sequence[int]) -> Tensor:

@@ -185,6 +185,8 @@ class Added(NamedTuple):
     def to_mask(self, mask: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sum as a mask of scores, with keys and values; sinks need one more of each."""
         bias = mask.new_zeros(1, 1, 1, 1, dtype=value.dtype) if self.bias is None else self.bias
+        # On CPUs PyTorch reads a mask of float32 wrongly beside float64.
+        bias = bias.to(torch.promote_types(bias.dtype, value.dtype))
         mask = torch.where(mask, bias, float("-inf"))
         if self.sinks is None:
             return mask, key, value

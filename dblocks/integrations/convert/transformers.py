@@ -57,7 +57,7 @@ LLAMA_LIKE = (
     "glm4_moe", "gpt_oss", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jais2", "llama",
     "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi3",
     "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
-    "starcoder2", "youtu",
+    "youtu",
 )  # fmt: skip
 CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
     **dict.fromkeys(LLAMA_LIKE, RotaryFamily()),
@@ -80,6 +80,7 @@ CAUSAL_FAMILIES: dict[str, RotaryFamily] = {
     "persimmon": RotaryFamily("final_layernorm"),
     "phi": RotaryFamily("final_layernorm", dropout="embed_dropout"),
     "phimoe": RotaryFamily(refused={"sliding_window": "a window in the masks of all layers"}),
+    "starcoder2": RotaryFamily(dropout="embedding_dropout"),
     "t5": T5Family(),
     "umt5": UMT5Family(),
 }

@@ -211,11 +211,40 @@ def test_families_that_are_refused_by_name():
             convert(model, BlocksConfig(2), task="classes")
 
 
+@pytest.mark.parametrize("task", ["masks", "classes"])
+@pytest.mark.parametrize("kind", ["bert", "data2vec-text", "electra", "ernie", "roberta"])
+def test_an_encoder_that_is_a_decoder_is_refused(kind, task):
+    """Its rows do not see later ones, where a mask of padding hides nothing else."""
+    model = encoder_model(kind, task, is_decoder=True)
+    masked = {"schedule": MaskSchedule()} if task == "masks" else {}
+    options = {"mask_token_id": 2} if task == "masks" else {}
+    named = "tokens" if task == "masks" else "classes"
+    with pytest.raises(ValueError, match=r"is_decoder=True \(rows that do not see later ones"):
+        convert(model, BlocksConfig(2, **masked), task=named, **options)
+
+
 def test_positions_that_a_model_counts_by_itself():
     for kind, options in (("bloom", {}), ("mpt", {}), ("falcon", {"alibi": True})):
         blocks = convert(causal_model(kind, **options), BlocksConfig(2), task="tokens")
         with pytest.raises(ValueError, match="'position_ids' too"):
             blocks.loss({"tokens": TOKENS, "position_ids": torch.arange(T).expand(2, T)}, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", ["single", "doubled"])
+@pytest.mark.parametrize("kind", ["bloom", "falcon", "gpt_oss", "mpt"])
+def test_biases_and_sinks_of_many_rows(kind, rows, dtype):
+    """From 16 rows on PyTorch's attention is another one on CPUs."""
+    if kind == "gpt_oss" and dtype == torch.float64:
+        pytest.skip("its experts do not run in float64")
+    options = {"alibi": True} if kind == "falcon" else {}
+    model = causal_model(kind, **options).to(dtype)
+    tokens = torch.randint(3, V, (2, 24), generator=seeded(4))
+    with torch.no_grad():
+        own = model(input_ids=tokens, use_cache=False).logits
+        ours = clean_logits(copy.deepcopy(model), tokens, rows)
+    # Rotations, biases and softmax of transformers are float32.
+    assert (ours - own[:, : ours.shape[1]]).abs().max() < 2e-5 * own.abs().max()
 
 
 def test_hooks_on_an_attention_whose_projections_run():
