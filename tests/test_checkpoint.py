@@ -175,6 +175,45 @@ def test_a_save_that_fails_leaves_the_earlier_one_whole(tmp_path, monkeypatch):
     assert loaded.config == vit.config
 
 
+@pytest.mark.parametrize("of", [make_vit, make_blocks, lambda: make_blocks("private")])
+def test_a_network_that_could_not_be_loaded_again_is_refused(tmp_path, of):
+    model = of()
+    save_model(tmp_path, model)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    network = getattr(model, "base_model", model)
+    network.layers[0].adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"got others as .*layers\.0\.adapter\.bias.* \(2 in all"):
+        save_model(tmp_path, model)
+    del network.layers[0].adapter
+    network.classifier = torch.nn.Linear(8, 3)
+    with pytest.raises(ValueError, match=r"got others as classifier\.bias"):
+        save_model(tmp_path, model)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shared", ["train", "private"])
+def test_weights_keep_their_dtype(tmp_path, shared, dtype):
+    blocks = make_blocks(shared).to(dtype)
+    blocks.base_model.layers[0].to(torch.float32)
+    save_model(tmp_path, blocks)
+    loaded = load_model(tmp_path)
+    found, saved = loaded.state_dict(), blocks.state_dict()
+    assert {t.dtype for t in saved.values()} == {dtype, torch.float32}
+    assert {name: t.dtype for name, t in found.items()} == {n: t.dtype for n, t in saved.items()}
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_numbers_that_are_no_weights_are_refused(tmp_path, dtype):
+    save_model(tmp_path, make_blocks())
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"positions": tensors["positions"].to(dtype)}, path)
+    with pytest.raises(ValueError, match=rf"positions must be torch.float32, .* got {dtype}"):
+        load_model(tmp_path)
+
+
 def test_weights_get_their_name_before_the_config(tmp_path, monkeypatch):
     names, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (names.append(b.name), replace(a, b)))

@@ -113,6 +113,8 @@ class BoundDenoiser:
             raise TypeError(f"z must be real, got {z.dtype}; pass real numbers as channels")
         z = schedule.state(z)
         if not isinstance(sigma, Tensor):
+            if isinstance(sigma, bool | str):
+                raise TypeError(f"sigma must be a number or a tensor, got {sigma!r}")
             sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
         check_sigma(z, sigma, masks=schedule.corruption == "masks")
         # The block that owns a level is decided in the level's own dtype, before conversion.

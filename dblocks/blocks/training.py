@@ -92,8 +92,8 @@ class StepResult(NamedTuple):
     block: int
     """The block that was trained."""
     loss: Tensor
-    """The loss that was minimised, 0-d, detached; with several processes it is the mean of
-    theirs."""
+    """The loss of this process's batch, 0-d, detached; with several processes, the mean of their
+    losses is what is minimised."""
     details: Loss
     """The result of `DiffusionBlocks.loss`, detached."""
     grad_norm: Tensor | None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from dblocks._version import __version__
@@ -71,9 +72,9 @@ def save_model(
 ) -> None:
     """Writes a network, with its division into blocks, to a folder, which is created if needed.
 
-    Weights have the names of the network itself, in blocks or not; private copies of shared modules
-    are stored as `copies.0.` and so on, for the blocks after the first. The files are saved as one
-    unit: if writing fails, the folder still holds the earlier save.
+    Weights keep their dtypes and have the names of the network itself, in blocks or not; private
+    copies of shared modules are stored as `copies.0.` and so on, for the blocks after the first.
+    The files are saved as one unit: if writing fails, the folder still holds the earlier save.
 
     Args:
         folder: where to write; files of an earlier save there are replaced.
@@ -83,6 +84,7 @@ def save_model(
 
     Raises:
         TypeError: `model` is neither.
+        ValueError: it has other tensors than its config describes, such as those of an adapter.
         OSError: a file cannot be written; the earlier save is kept.
     """
     if isinstance(folder, nn.Module):
@@ -91,7 +93,9 @@ def save_model(
     network = _network(model)
     safetensors()
     config = model.config if isinstance(model, DiffusionBlocks) else None
-    texts = with_config(described(network, config), texts or {})
+    contents = described(network, config)
+    _check_loadable(model, contents)
+    texts = with_config(contents, texts or {})
     with saving(Path(folder)) as part:
         save_safetensors(part / WEIGHTS_FILE, _tensors(model))
         for name, text in texts.items():
@@ -129,6 +133,8 @@ def described(network: Network, config: BlocksConfig | None) -> dict[str, Any]:
 def load_model(folder: str | Path) -> Network | DiffusionBlocks:
     """Loads a network saved by `save_model`: one of `NETWORKS`, or the `DiffusionBlocks` of one.
 
+    It is on the CPU; weights have the dtypes that they were saved in.
+
     Raises:
         ValueError: the folder holds no such network, or a file is damaged; the message names it.
     """
@@ -136,7 +142,7 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
     config = read_config(folder)
     with naming(folder / CONFIG_FILE):
         model = rebuilt(config)
-    load_weights_(model, folder)
+    load_weights_(model, folder, keep_dtypes=True)
     check_same_config(folder, config)
     return model
 
@@ -147,8 +153,16 @@ def check_same_config(folder: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(REPLACED.format(folder))
 
 
-def load_weights_(model: Network | DiffusionBlocks, folder: Path) -> None:
+def load_weights_(
+    model: Network | DiffusionBlocks, folder: Path, *, keep_dtypes: bool = False
+) -> None:
     """Loads the weights of a folder into a network of the same config, tensor by tensor.
+
+    Args:
+        model: the network.
+        folder: holds the file of weights.
+        keep_dtypes: whether the network takes the dtypes of the file; otherwise values are
+            converted to its own.
 
     Raises:
         ValueError: the file of weights is damaged, or belongs to another network.
@@ -156,10 +170,42 @@ def load_weights_(model: Network | DiffusionBlocks, folder: Path) -> None:
     with naming(folder / WEIGHTS_FILE):
         found = load_safetensors(current(folder, WEIGHTS_FILE))
         tensors = {renamed(name): tensor for name, tensor in found.items()}
+        _check_kinds(model, tensors)
+        if keep_dtypes:
+            _take_dtypes(model, tensors)
         if isinstance(model, DiffusionBlocks):
             copies = [name for name in tensors if name.startswith(COPIES)]
             model.copies.load_state_dict({n.removeprefix(COPIES): tensors.pop(n) for n in copies})
         _network(model).load_state_dict(tensors)
+
+
+def _check_kinds(model: Network | DiffusionBlocks, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if a tensor would lose values in that of its name."""
+    for name, own in _tensors(model).items():
+        found = tensors.get(name, own).dtype
+        if found != own.dtype and not (found.is_floating_point and own.is_floating_point()):
+            raise ValueError(f"{name} must be {own.dtype}, or of another float dtype, got {found}")
+
+
+def _take_dtypes(model: Network | DiffusionBlocks, tensors: Mapping[str, Tensor]) -> None:
+    """Converts the network's tensors to the dtypes of those of the same names."""
+    for name, own in _tensors(model, keep_vars=True).items():
+        if name in tensors and tensors[name].dtype != own.dtype:
+            own.data = own.data.to(tensors[name].dtype)
+
+
+def _check_loadable(model: Network | DiffusionBlocks, config: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the network that is built from the config has the same tensors."""
+    with torch.device("meta"):
+        built = rebuilt(config)
+    shapes = [{name: t.shape for name, t in _tensors(m).items()} for m in (built, model)]
+    others = sorted(n for n in {*shapes[0], *shapes[1]} if shapes[0].get(n) != shapes[1].get(n))
+    if others:
+        raise ValueError(
+            "model must have the tensors that its config describes, or it could not be loaded, "
+            f"got others as {', '.join(others[:3])} ({len(others)} in all); remove what was added, "
+            "or save its state_dict yourself"
+        )
 
 
 def renamed(name: str) -> str:
@@ -185,15 +231,22 @@ def _network(model: Network | DiffusionBlocks) -> Network:
     return cast(Network, model.base_model) if isinstance(model, DiffusionBlocks) else model
 
 
-def _tensors(model: Any) -> dict[str, Tensor]:
-    return named_tensors(model) if isinstance(model, DiffusionBlocks) else model.state_dict()
+def _tensors(model: Any, keep_vars: bool = False) -> dict[str, Tensor]:
+    if isinstance(model, DiffusionBlocks):
+        return named_tensors(model, keep_vars)
+    return model.state_dict(keep_vars=keep_vars)
 
 
-def named_tensors(model: DiffusionBlocks | Block) -> dict[str, Tensor]:
-    """The tensors of a network in blocks, or of one block, by their names in saved files."""
-    tensors = cast(nn.Module, model.base_model).state_dict()
+def named_tensors(model: DiffusionBlocks | Block, keep_vars: bool = False) -> dict[str, Tensor]:
+    """The tensors of a network in blocks, or of one block, by their names in saved files.
+
+    Args:
+        model: the network, or the block.
+        keep_vars: as of `state_dict`, whether they are the parameters and buffers themselves.
+    """
+    tensors = cast(nn.Module, model.base_model).state_dict(keep_vars=keep_vars)
     if len(model.copies):
-        tensors.update(model.copies.state_dict(prefix=COPIES))
+        tensors.update(model.copies.state_dict(prefix=COPIES, keep_vars=keep_vars))
     return tensors
 
 

@@ -7,6 +7,7 @@ Importing this module imports diffusers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -32,6 +33,7 @@ except ImportError as error:
 GridKind = Literal["equal_mass", "karras"]
 InitialNoise = Literal["paper", "unit_variance"]
 RENAMED = {"kind": "spacing", "initial_noise": "noise"}  # in configs saved by version 0.1
+ROUNDED = 2.0**-7  # relative error of a timestep in bfloat16
 FIELDS = ("sigma_min", "sigma_max", "p_mean", "p_std", "sigma_data", "partition")
 
 
@@ -220,8 +222,8 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         With "euler" it is `a*sample + (1 - a)*model_output`, `a = sigma_next/sigma`; for "heun" see
         `dblocks.sampling.steps.Steps`.
 
-        After the last call it returns the model output. Calls must be in order; only the first one
-        looks up its `timestep`, which synchronises if that is on a GPU.
+        After the last call it returns the model output. Calls must be in order. The first one looks
+        up its `timestep`, which synchronises if that is on a GPU; later ones check that of a CPU.
 
         Args:
             model_output: denoised, the estimate of the clean target, [N, ...].
@@ -236,7 +238,8 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
 
         Raises:
             RuntimeError: `set_timesteps` was not called, or all steps are done.
-            ValueError: the first step's `timestep` is not one of the levels.
+            ValueError: the first step's `timestep` is not one of the levels, or a later one on the
+                CPU is not the next.
         """
         count = len(self.timesteps)
         if count == 0 or self._step_index == count:
@@ -244,7 +247,11 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
                 "set_timesteps() must be called before each sample, got a step after all "
                 f"{count} calls"
             )
-        index = self._first_step(timestep) if self._step_index is None else self._step_index
+        index = self._step_index
+        if index is None:
+            index = self._first_step(timestep)
+        else:
+            self._check_next(timestep, index)
         sample, denoised = computed(sample), computed(model_output)
         following = self._steps.after(index, sample, denoised)
         self._step_index = index + 1
@@ -276,6 +283,17 @@ class DiffusionBlocksScheduler(SchedulerMixin, ConfigMixin):
         # With Heun's method, the first call at a level is a correction, the second one starts a
         # step.
         return found[-1]
+
+    def _check_next(self, timestep: Tensor | float, index: int) -> None:
+        """Raises ValueError if a timestep on the CPU is not that of the next call."""
+        if isinstance(timestep, Tensor) and (timestep.ndim or not timestep.is_cpu):
+            return
+        wanted = self.timesteps[index]
+        if wanted.is_cpu and not math.isclose(float(timestep), wanted, rel_tol=ROUNDED):
+            raise ValueError(
+                f"timestep must be that of call {index}, {wanted}, got {timestep}; call step() "
+                "once for each of timesteps in order, and set_timesteps() before another sample"
+            )
 
 
 def _schedule(density: str, values: dict[str, Any]) -> EDMSchedule:

@@ -25,7 +25,7 @@ from dblocks.blocks import (
 )
 from dblocks.blocks.targets.base import missing
 from dblocks.blocks.targets.classes import Head, check_head
-from dblocks.models.images import ImageModelConfig
+from dblocks.models.images import ImageModelConfig, check_dtype
 from dblocks.nn import (
     ConditioningKind,
     LabelEmbedding,
@@ -241,6 +241,7 @@ class ViT(nn.Module):
             raise TypeError(
                 f"images must be floating point, got {images.dtype}; convert and scale them first"
             )
+        check_dtype(images, self.positions)
 
 
 def classify(

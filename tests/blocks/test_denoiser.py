@@ -268,6 +268,9 @@ def test_shapes_of_sigma_are_checked(z, sigma, message):
         model(normal(*z), torch.ones(sigma, device=DEVICE), block=0)
     with pytest.raises(TypeError, match=r"sigma must be floating point, got torch\.int64"):
         model(normal(*z), torch.ones(2, dtype=torch.int64, device=DEVICE))
+    for other in ("1", True):
+        with pytest.raises(TypeError, match=f"sigma must be a number or a tensor, got {other!r}"):
+            model(normal(*z), other)
 
 
 def test_the_default_device_does_not_matter():

@@ -250,6 +250,19 @@ def test_another_sample_needs_new_timesteps():
             scheduler.step(z, 80.0, z)
 
 
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_a_call_that_is_not_the_next_is_refused(sampler):
+    scheduler, z = DiffusionBlocksScheduler(sampler=sampler), normal(*SHAPE)
+    scheduler.set_timesteps(5)
+    first, second, *_, last = scheduler.timesteps
+    scheduler.step(z, first, z)
+    for other in (first, last, float(last)):
+        with pytest.raises(ValueError, match=r"timestep must be that of call 1, .*; call step\(\)"):
+            scheduler.step(z, other, z)
+    scheduler.step(z, second.bfloat16(), z)
+    assert scheduler.step_index == 2
+
+
 @pytest.mark.parametrize("timestep", [0, 3.0, torch.tensor([80.0]), torch.tensor(1)])
 def test_a_timestep_is_a_level(timestep):
     scheduler = DiffusionBlocksScheduler()

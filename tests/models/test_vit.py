@@ -249,6 +249,11 @@ def test_inputs_are_checked():
         ({"labels": [1, 2]}, ValueError, "with labels of type list; it is"),
         ({"images": None}, ValueError, "must hold a tensor 'images', got the keys"),
         ({"images": torch.ones(4, 1, 8, 8).byte()}, TypeError, "floating point, got torch.uint8"),
+        (
+            {"images": torch.ones(4, 1, 8, 8).double()},
+            TypeError,
+            "must be torch.float32 as the net",
+        ),
         ({"images": torch.ones(4, 8, 8)}, ValueError, r"got \[4, 8, 8\]; reshape them"),
     ],
 )
