@@ -48,9 +48,8 @@ class GraphReport(NamedTuple):
 
 
 class NormNode(NamedTuple):
-    """A norm, read from its node or, written out, from several; `first` of them is the earliest."""
+    """A norm, read from its node or, written out, from several."""
 
-    first: Node
     x: Node
     weight: Any
     bias: Any
@@ -126,12 +125,14 @@ def _replace(
     if rows is None or x is None or rows.shape != x.shape or rows.dtype not in FLOATS:
         return False
     scale = without_one(factor)
-    if scale is None or not broadcasts(factor, x) or not _undisturbed(norm.first, node):
+    if scale is None or not broadcasts(factor, x):
+        return False
+    if not _undisturbed(node, {norm.x, norm.weight, norm.bias, shift, *scale.sources}):
         return False
     with graph.inserting_before(node):
         made = graph.call_function(
             lowered.modulated,
-            (norm.x, shift, scale(), *norm[2:], rows.dtype, impl),
+            (norm.x, shift, scale.make(), *norm[1:], rows.dtype, impl),
         )
     _put(node, made)
     report.sites["modulation"] += 1
@@ -152,7 +153,7 @@ def _gate(graph: Graph, node: Node, impl: Impl, report: GraphReport) -> None:
                 continue
             if not _is_gate(gate, branch, rows) or value(x).dtype not in FLOATS:  # pyright: ignore
                 continue
-            if not _undisturbed(uncast(product), node):
+            if not _undisturbed(node, {x, branch, gate}):
                 continue
             with graph.inserting_before(node):
                 made = graph.call_function(lowered.gated, (x, branch, gate, rows.dtype, impl))
@@ -197,7 +198,7 @@ def _merge(graph: Graph, node: Node) -> None:
             return
     else:
         return
-    if rows.dtype not in FLOATS or not _undisturbed(total, node):
+    if rows.dtype not in FLOATS or not _undisturbed(node, {x, branch, gate, *node.args[1:]}):
         return
     with graph.inserting_before(node):
         both = graph.call_function(
@@ -218,12 +219,25 @@ def _put(node: Node, made: Node) -> None:
     node.graph.erase_node(node)
 
 
-def _undisturbed(first: Node, last: Node) -> bool:
-    """Whether nothing between two nodes changes tensors in place or the mode of the others."""
-    node = first.next
+def _undisturbed(last: Node, read: set[Any]) -> bool:
+    """Whether `last` may be computed at once from the nodes that are `read`.
+
+    From the first node that it takes the place of on, nothing may change tensors in place or the
+    mode of the others.
+    """
+    derived, replaced, waiting = set(), {last}, [last]
+    for node in last.graph.nodes:
+        if node not in read and any(i in read or i in derived for i in node.all_input_nodes):
+            derived.add(node)
+    while waiting:
+        new = [n for n in waiting.pop().all_input_nodes if n in derived and n not in replaced]
+        replaced.update(new)
+        waiting.extend(new)
+    node, began = next(iter(last.graph.nodes)), False
     while node is not last:
-        if acts_beyond_its_result(node):
+        if began and acts_beyond_its_result(node):
             return False
+        began = began or node in replaced
         node = node.next
     return True
 
@@ -236,10 +250,10 @@ def norm_of(node: Any) -> NormNode | None:
         return None
     if kind == "layer_norm":
         x, shape, weight, bias, eps, *_ = arguments(node, LAYER)
-        return _norm(node, x, shape, weight, bias, "layer", 1e-5 if eps is None else eps)
+        return _norm(x, shape, weight, bias, "layer", 1e-5 if eps is None else eps)
     if kind == "rms_norm":
         x, shape, weight, eps = arguments(node, RMS)
-        return _norm(node, x, shape, weight, None, "rms", eps)
+        return _norm(x, shape, weight, None, "rms", eps)
     for inner, channels in operands(node, kind) if kind in ("add", "mul") else []:
         if is_channels(channels, rows) and channels.op in ("placeholder", "get_attr"):
             norm = norm_of(inner)
@@ -252,9 +266,7 @@ def norm_of(node: Any) -> NormNode | None:
     return _written_out(node) if kind == "mul" else None
 
 
-def _norm(
-    node: Node, x: Any, shape: Any, weight: Any, bias: Any, norm: Norm, eps: Any
-) -> NormNode | None:
+def _norm(x: Any, shape: Any, weight: Any, bias: Any, norm: Norm, eps: Any) -> NormNode | None:
     rows = value(x)
     if rows is None or rows.ndim < 2 or tuple(shape) != (rows.shape[-1],):
         return None
@@ -263,7 +275,7 @@ def _norm(
     given = [c for c in (weight, bias) if c is not None]
     if not isinstance(eps, float) or not all(is_channels(c, rows) for c in given):
         return None
-    return NormNode(node, below, weight, bias, norm, eps)
+    return NormNode(below, weight, bias, norm, eps)
 
 
 def _written_out(node: Node) -> NormNode | None:
@@ -284,7 +296,7 @@ def _written_out(node: Node) -> NormNode | None:
                 continue
             below = uncast(x, up_only=True)
             if uncast(squared, up_only=True) is below and value(below).ndim >= 2:  # pyright: ignore
-                return NormNode(square, below, None, None, "rms", eps)
+                return NormNode(below, None, None, "rms", eps)
     return None
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Node
 from torch.nn import functional as F
 
@@ -33,8 +36,9 @@ OPERATIONS: dict[Any, str] = {
     torch.where: "where",
 }  # fmt: skip
 IN_PLACE = {
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow,
-    operator.setitem, operator.delitem,
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+    operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor,
+    operator.ilshift, operator.irshift, operator.iconcat, operator.setitem, operator.delitem,
 }  # fmt: skip
 MOVES = ("view", "move", "where")  # numbers in another place
 CONTEXTS = ("_enter", "_exit", "_set_grad", "set_grad")  # autocast and other modes begin or end
@@ -87,11 +91,33 @@ def acts_beyond_its_result(node: Node) -> bool:
     """Whether a node may change a tensor in place, or the mode in which later ones run."""
     if node.op not in ("call_function", "call_method"):
         return node.op == "call_module"
-    if node.target in IN_PLACE or node.kwargs.get("inplace") or "out" in node.kwargs:
+    if isinstance(node.target, HigherOrderOperator) or node.target in IN_PLACE:
+        return True
+    if node.kwargs.get("inplace") or "out" in node.kwargs or _changes_arguments(node):
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     changes = name.endswith("_") and not name.endswith("__")
     return changes or name.startswith(CONTEXTS)
+
+
+def _changes_arguments(node: Node) -> bool:
+    """Whether a registered op changes one, or `inplace` is given by its position."""
+    target: Any = node.target
+    if isinstance(target, OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    place = None if isinstance(target, str) else _place_of_inplace(target)
+    return place is not None and len(node.args) > place and node.args[place] is not False
+
+
+@lru_cache(maxsize=1024)
+def _place_of_inplace(function: Callable[..., Any]) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of C
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def arguments(node: Node, names: tuple[str, ...]) -> list[Any]:
@@ -117,11 +143,18 @@ def is_channels(node: Any, rows: Tensor) -> bool:
     return w is not None and w.ndim == 1 and w.shape == rows.shape[-1:] and w.is_floating_point()
 
 
-def without_one(factor: Any) -> Callable[[], Node] | None:
-    """Makes the node of `scale`, where `factor` is 1 + scale, also moved; None elsewhere."""
+class Scale(NamedTuple):
+    """How the node of a scale is made, and of which nodes."""
+
+    make: Callable[[], Node]
+    sources: list[Node]
+
+
+def without_one(factor: Any) -> Scale | None:
+    """The scale, where `factor` is 1 + scale, also moved; None elsewhere."""
     for one, scale in operands(factor, "add") if operation(factor) == "add" else []:
         if type(one) in (int, float) and one == 1 and value(scale) is not None:
-            return lambda: scale
+            return Scale(lambda made=scale: made, [scale])
     kind = operation(factor)
     if kind not in (*MOVES, "cast"):
         return None
@@ -131,15 +164,16 @@ def without_one(factor: Any) -> Callable[[], Node] | None:
         return None
     sources = factor.args[1:] if chosen else factor.args[:1]
     below = [None if value(source) is None else without_one(source) for source in sources]
-    if not below or None in below:
+    scales = [scale for scale in below if scale is not None]
+    if not scales or len(scales) < len(below):
         return None
 
     def again() -> Node:
-        made = [make() for make in below if make is not None]
+        made = [scale.make() for scale in scales]
         args = (factor.args[0], *made) if chosen else (*made, *factor.args[1:])
         with factor.graph.inserting_after(factor):
             node = factor.graph.create_node(factor.op, factor.target, args, factor.kwargs)
         node.meta = dict(factor.meta)
         return node
 
-    return again
+    return Scale(again, [source for scale in scales for source in scale.sources])
