@@ -29,7 +29,7 @@ results: $(STAMP) ## the full recipe with 3 seeds; finished runs are kept; rewri
 study: $(STAMP) ## hours: every method, ablation and budget; goes on where it was (STUDY="--quick": minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study study $(STUDY)
 
-study-report: $(STAMP) ## build/study.html: every comparison from its records, in one page; runs nothing
+study-report: $(STAMP) ## build/study.html, docs/results.md, README and pictures from the records; runs nothing
 	$(BIN)/python -m benchmarks.study report
 
 test: $(STAMP) ## the whole default test suite, in Triton's interpreter where there is no GPU

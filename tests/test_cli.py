@@ -170,7 +170,7 @@ def test_a_language_model_is_trained_evaluated_and_sampled(tmp_path, capsys, sto
     assert files == {"model.safetensors", "config.json", "tokenizer.json", "run.json"}
     record = json.loads((out / "run.json").read_text())
     there = ("--checkpoint", str(out))
-    evaluate = ("eval", "causal-lm", "--data", str(story), *there)
+    evaluate = ("eval", "causal-lm", *there)  # on the story, as in training
     text = stdout(capsys, *evaluate)
     assert text.startswith(f"{record['bits']:.3f} bits per character on ")
     in_blocks = "--end-to-end" not in flags
@@ -179,6 +179,7 @@ def test_a_language_model_is_trained_evaluated_and_sampled(tmp_path, capsys, sto
     assert ("product of all blocks" in text) == (in_blocks and "--published" not in flags)
     if "product_bits" in record:
         assert f"{record['product_bits']:.3f} bits per character, the product" in text
+    assert text == stdout(capsys, *evaluate, "--data", str(story))
     assert text != stdout(capsys, *evaluate, "--windows", "2")
     sample = ("sample", "causal-lm", *there, "--prompt", "12 is", "--tokens", "10")
     first, again = stdout(capsys, *sample), stdout(capsys, *sample)
@@ -186,6 +187,8 @@ def test_a_language_model_is_trained_evaluated_and_sampled(tmp_path, capsys, sto
     assert first.startswith("12 is")
     assert len(first) == len("12 is") + 10 + 1
     assert first != stdout(capsys, *sample, "--seed", "1")
+    assert main([*sample[:-3], "12 Ẑ", *sample[-2:]]) == 0
+    assert "'Ẑ' of --prompt did not occur in the training text" in capsys.readouterr().err
     assert len(stdout(capsys, *sample[:-2])) == 20 + 1  # by default as many as fit
     if not in_blocks:
         assert "was trained end to end: leave --product" in mistake(capsys, *sample, "--product")
@@ -229,7 +232,7 @@ def test_eval_measures_as_training_does(checkpoint, capsys):
                   {"num_steps": 3, "noise": "paper", "seed": 0})
     )  # fmt: skip
     assert len({measured, noisy, other}) == 3
-    evaluate = ("eval", "vit", "--checkpoint", str(folder))
+    evaluate = ("eval", "vit", "--data", "digits", "--checkpoint", str(folder))
     text = stdout(capsys, *evaluate)
     assert f"accuracy {measured} on" in text
     assert "the product of 3 blocks" in text
@@ -245,7 +248,8 @@ def test_eval_measures_as_training_does(checkpoint, capsys):
 
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_a_warning_is_one_line(checkpoint, capsys):
-    assert main(["eval", "vit", "--checkpoint", str(checkpoint[1]), "--steps", "1"]) == 0
+    there = ["--data", "digits", "--checkpoint", str(checkpoint[1])]
+    assert main(["eval", "vit", *there, "--steps", "1"]) == 0
     error = capsys.readouterr().err
     assert error.startswith("dblocks: warning: ")
     assert "blocks [1, 2]" in error
@@ -256,7 +260,8 @@ def test_steps_of_a_network_trained_end_to_end_are_a_mistake(tmp_path, capsys):
     save_model(tmp_path, ViT(ViTConfig(**SIZES, conditioning="none")))
     args = ("eval", "vit", "--checkpoint", str(tmp_path))
     assert "was trained end to end" in mistake(capsys, *args, "--steps", "3")
-    assert "all layers once" in stdout(capsys, *args)
+    assert "all layers once" in stdout(capsys, *args, "--data", "digits")
+    assert "--data must name the data, as" in mistake(capsys, *args)
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_training(tmp_path, monkeypatch, capsys):

@@ -112,11 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="from the records a page, docs/results.md, README's table and the pictures in "
-        "docs/images, or with --out beside that page; runs nothing",
+        "docs/images; with --out only a page and the pictures beside it; runs nothing",
     )
     report.add_argument("--out", type=Path, default=PAGE, help="the HTML page to write")
-    report.add_argument("--results", type=Path, default=REPORT, help="the page of all tables")
-    report.add_argument("--readme", type=Path, default=README, help="the page of five rows")
+    report.add_argument("--results", type=Path, help=f"the page of all tables, {REPORT}")
+    report.add_argument("--readme", type=Path, help=f"the page of five rows, {README}")
     return parser
 
 
@@ -171,8 +171,11 @@ def _report(args: argparse.Namespace) -> None:
             save_png(budget_figure(one), pictures / picture_name(one))
     if (written := speed_of_writing.stored()) is not None:
         speed_of_writing.draw(written, pictures / speed_of_writing.PICTURE)
-    write_documents(by_name, EXPERIMENTS, STUDIES, args.results, args.readme)
-    print(f"wrote {args.out}, {args.results}, {args.readme} and the pictures in {pictures}")
+    results, readme = (REPORT, README) if args.out == PAGE else (None, None)
+    results, readme = args.results or results, args.readme or readme
+    write_documents(by_name, EXPERIMENTS, STUDIES, results, readme)
+    pages = ", ".join(str(page) for page in (args.out, results, readme) if page is not None)
+    print(f"wrote {pages} and the pictures in {pictures}")
 
 
 def _study(args: argparse.Namespace) -> None:

@@ -101,9 +101,9 @@ def caption(rows: Rows) -> str:
     rates = ", ".join(f"{lr:g}" for lr in LRS)
     return (
         f"A Llama-like model of {run['depth']} layers and width {run['width']} "
-        f"{text_and_training(rows)}. Each line's learning rate is the best "
+        f"{text_and_training(rows)}. Each column's learning rate is the best "
         f"of {{{rates}}} on the tenth before the held-out one, in runs of a third of the steps, "
-        "end to end of all of them; the lines of all draws at sigma_max and of equal samples take "
+        "end to end of all of them; all draws at sigma_max and equal samples take "
         "over the rates of the blocks and of end to end. A layer evaluation is one batch of rows "
         "through one layer. In blocks, the next token is the first block's, by one call from "
         "sigma_max; the product is the normalised geometric mean of all blocks' predictions there, "
@@ -128,8 +128,8 @@ def _scored(first: Sequence[Record]) -> str:
         if n in scored_by(first[0])
     )
     return (
-        f" ({reference_scores(first[0])}, in the order of the columns){euler}, with which the "
-        f"first line's samples have {found}"
+        f" ({reference_scores(first[0])}, in the order of the lines below the temperature)"
+        f"{euler}, with which the first column's samples have {found}"
     )
 
 

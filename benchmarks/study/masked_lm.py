@@ -56,7 +56,7 @@ def caption(rows: Rows) -> str:
         f"A masked diffusion model (bidirectional, {run['depth']} layers of width {run['width']}) "
         f"{text_and_training(rows)}. End to end is the same network as one "
         f"block over all mask ratios. Learning rates are the best of {{{rates}}} on the tenth "
-        "before the held-out one, in runs as long, the last line's that of the line above: "
+        "before the held-out one, in runs as long, the last column's that of the one before: "
         f"{chosen}. Bits are the variational bound at {len(first['bits_by_share'])} evenly spaced "
         "mask ratios, each by the block that owns it; its standard error, of the first seed, is "
         "over the windows and how they were masked. Tokens are scored in random order, so that "

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
+LONGEST_OF_TWO = 50  # characters of an entry, where a legend has two columns
+LINE = 0.25  # inches of a line of a legend
 MOST_INSIDE = 4  # curves whose legend fits inside the panel
 LINE_STYLES = ("-", "--", ":")  # the next one where the colours start again
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -66,7 +68,10 @@ class Curve:
 
 
 def measure_panel(ax: Axes, curves: Sequence[Curve], measure: Measure) -> None:
-    """A measure against layer evaluations, one line per curve, a dot where each run ends."""
+    """A measure against layer evaluations, one line per curve, a dot where each run ends.
+
+    The legend of many curves is left to the figure.
+    """
     for (style, color), curve in zip(_line_looks(), curves, strict=False):
         x = [n / 1000 for n in curve.layer_evaluations]
         y = torch.tensor([list(row) for row in curve.values], dtype=torch.float64)
@@ -84,8 +89,6 @@ def measure_panel(ax: Axes, curves: Sequence[Curve], measure: Measure) -> None:
     ax.set_xlim(left=0)
     ax.grid(alpha=0.25)
     if len(curves) > MOST_INSIDE:
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
-        ax.legend(**below, frameon=False, fontsize=TEXT_SIZE - 1)
         return
     rising = measure.best > _first(curves)
     corner = "lower right" if rising else "upper right"
@@ -207,15 +210,27 @@ def comparison_figure(
 ) -> Figure:
     """Both panels side by side, for a network of `depth` layers; `save_png` writes it.
 
-    The right one is `noise_panel`, or `mask_panel` for a masked model; without blocks there is
-    none.
+    The right one is `noise_panel`, or `mask_panel` for a masked model; without blocks, and where
+    all draws are at sigma_max, there is none.
     """
+    if config is not None and config.top_share == 1:
+        config = None
+    count = 1 if config is None else 2
+    narrow = all(len(curve.label) <= LONGEST_OF_TWO for curve in curves)
+    columns = 2 if narrow and count == 2 else 1
+    below = math.ceil(len(curves) / columns) if len(curves) > MOST_INSIDE else 0
     figure = import_matplotlib("matplotlib.figure").Figure(
-        figsize=(6.5 if config is None else 12.5, 5.2), layout="constrained"
+        figsize=(6.25 * count, 5.2 + LINE * below), layout="constrained"
     )
     figure.suptitle(title, fontsize=TEXT_SIZE + 2, color=INK)
-    panels = figure.subplots(1, 1 if config is None else 2, squeeze=False)[0]
+    panels = figure.subplots(1, count, squeeze=False)[0]
     measure_panel(panels[0], curves, measure)
+    if below:
+        # Under both panels: under one, a long entry would leave it no room.
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns,
+            frameon=False, fontsize=TEXT_SIZE,
+        )  # fmt: skip
     if config is not None:
         right = panels[1]
         panel(right, config.schedule, config.num_blocks, config.layer_ranges(depth))

@@ -184,7 +184,7 @@ def _equal(records: Mapping[str, Sequence[Record]]) -> str:
     minutes = steps * seconds_per_step(blocks) / 60
     return (
         f"By the records, a step end to end takes {seconds_ratio(records):.2f} times the seconds "
-        "of a block's. As many layer evaluations as end to end would take a block "
+        "of one of the longer block. As many layer evaluations as end to end would take a block "
         f"{steps:,.0f} steps, {minutes:.0f} minutes of training where a run has ten: hence the row "
         "that trains end to end with about as many as the longer block."
     )

@@ -93,13 +93,13 @@ def _part(point: Mapping[str, Any]) -> str:
 
 
 def reference_scores(record: Record) -> str:
-    """What the held-out text itself scores, in the order of the columns."""
+    """What the held-out text itself scores, in the order of the measures."""
     scores = record["scores"]["reference"]
     return ", ".join(f"{scores[name]:{form}}" for name, _, form, _ in QUALITY if name in scores)
 
 
 def scored_by(record: Record) -> list[str]:
-    """Names of the scores of a record, in the order of the columns."""
+    """Names of the scores of a record, in the order of the measures."""
     return [name for name, *_ in QUALITY if name in record["scores"]["reference"]]
 
 

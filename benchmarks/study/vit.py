@@ -72,7 +72,7 @@ def caption_of(data: str, lrs: Sequence[float], selection: str) -> Callable[[Row
         return (
             f"A ViT of 12 layers and width 64 on {data}, batches of 128, AdamW with a cosine. "
             f"Accuracy is the mean ± sample standard deviation of seeds {seeds_of(rows)}. Each "
-            f"line's learning rate is the best of {{{rates}}} on a validation split, a fifth of "
+            f"column's learning rate is the best of {{{rates}}} on a validation split, a fifth of "
             f"the training part that selection runs do not train on, in runs of another seed and "
             f"{selection}. Blocks classify by the product of their predictions, one call "
             "each, which with all draws at sigma_max are an ensemble; as published by 3 Euler "

@@ -13,6 +13,7 @@ from dblocks.recipes.autoregressive import AutoregressiveOptions, Autoregressive
 from dblocks.recipes.command import Recipe, check_steps
 from dblocks.recipes.data.text import Corpus, load_corpus
 from dblocks.recipes.data.text_sources import Fold
+from dblocks.recipes.evaluated import data_of
 from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import COSTS
@@ -145,8 +146,9 @@ class CausalLMTrainer(AutoregressiveTrainer):
 class Eval:
     """Measure the bits per character of held-out text under a saved language model."""
 
-    data: str = "pydoc"
-    """Text to evaluate on; uses its held-out part. See `dblocks train causal-lm`."""
+    data: str | None = None
+    """Text to evaluate on; uses its held-out part. By default that of the training, by its
+    run.json. See `dblocks train causal-lm`."""
     data_path: str | None = None
     """See `dblocks train causal-lm`."""
     fold: Fold | None = None
@@ -159,9 +161,10 @@ class Eval:
     def __call__(self) -> None:
         """Print the bits per character of the held-out part."""
         model, network, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
-        text = load_corpus(
-            self.data, path=self.data_path, fold=self.fold, tokenizer=tokenizer
-        ).evaluated
+        data, options = data_of(
+            self.checkpoint, data=self.data, data_path=self.data_path, fold=self.fold
+        )
+        text = load_corpus(data, tokenizer=tokenizer, **options).evaluated
         print_bits(model, text, network.config.context, self.windows)
 
 

@@ -151,7 +151,7 @@ class Recipe:
     def _say_more(self, run: Run, out: Path, experiment: Experiment | None, record: Any) -> None:
         if experiment is not None:
             print(f"\n{beside(experiment, run, run_of(experiment, self.run), record)}")
-        print(f"\nSaved model.safetensors, config.json and run.json in {out}")
+        print(f"\n{saved_line(out)}")
         if self.after:
             print(self.after.format(out=out))
 

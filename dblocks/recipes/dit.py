@@ -27,6 +27,7 @@ from dblocks.recipes.data.images import load_images
 from dblocks.recipes.data.splits import Images, values
 from dblocks.recipes.drawing import OUT
 from dblocks.recipes.drawing import Sample as Sample
+from dblocks.recipes.evaluated import data_of
 from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.denoising import held_out_loss, measured
 from dblocks.recipes.metrics.images import standard_deviation
@@ -256,22 +257,28 @@ class Eval:
     in training, on at most 2,000 images. `dblocks train dit` also evaluates generated images.
     """
 
-    data: str = "digits"
-    """Data to evaluate on; uses their held-out part. See `dblocks train dit`."""
+    data: str | None = None
+    """Data to evaluate on; uses their held-out part. By default those of the training, by its
+    run.json. See `dblocks train dit`."""
     data_path: str | None = None
     """See `dblocks train dit`."""
     image_size: int | None = None
     """Height and width to which images of a folder are resized and cropped."""
-    scale: float = 1.0
-    """Factor for the values of latents."""
+    scale: float | None = None
+    """Factor for the values of latents; 1 by default."""
     checkpoint: Path = RECIPE.out
     """Folder written by `dblocks train dit`."""
 
     def __call__(self) -> None:
         """Print the loss on the held-out part."""
         model, _ = load_network(self.checkpoint, DiT)
-        _, held_out = load_images(
-            self.data, path=self.data_path, size=self.image_size, scale=self.scale
+        data, options = data_of(
+            self.checkpoint,
+            data=self.data,
+            data_path=self.data_path,
+            image_size=self.image_size,
+            scale=self.scale,
         )
+        _, held_out = load_images(data, **options)
         value = held_out_loss(model, held_out)
         print(f"held-out L2 loss {value:.4f} on {len(measured(held_out)):,} images")

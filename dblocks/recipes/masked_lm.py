@@ -16,6 +16,7 @@ from dblocks.recipes.command import Recipe
 from dblocks.recipes.data.batches import TextData
 from dblocks.recipes.data.text import Corpus, load_corpus
 from dblocks.recipes.data.text_sources import Fold
+from dblocks.recipes.evaluated import data_of
 from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.masked import Bits, bits_per_character
 from dblocks.recipes.paper import EXPERIMENTS
@@ -190,8 +191,9 @@ class Eval:
     The result is an upper bound: the expected cost of generating the text in random order.
     """
 
-    data: str = "pydoc"
-    """Text to evaluate on; uses its held-out part. See `dblocks train masked-lm`."""
+    data: str | None = None
+    """Text to evaluate on; uses its held-out part. By default that of the training, by its
+    run.json. See `dblocks train masked-lm`."""
     data_path: str | None = None
     """See `dblocks train masked-lm`."""
     fold: Fold | None = None
@@ -208,9 +210,10 @@ class Eval:
         """Print the bits per character of the held-out part."""
         check_seed(self.seed)
         model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
-        text = load_corpus(
-            self.data, path=self.data_path, fold=self.fold, tokenizer=tokenizer
-        ).evaluated
+        data, options = data_of(
+            self.checkpoint, data=self.data, data_path=self.data_path, fold=self.fold
+        )
+        text = load_corpus(data, tokenizer=tokenizer, **options).evaluated
         points = points_for(model.config.num_blocks) if self.points is None else self.points
         found = bits_per_character(
             model, text, network.config.context, points=points, seed=self.seed

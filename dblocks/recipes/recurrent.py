@@ -19,6 +19,7 @@ from dblocks.recipes.command import Recipe, check_positive
 from dblocks.recipes.data.batches import Batch
 from dblocks.recipes.data.text import Corpus, load_corpus
 from dblocks.recipes.data.text_sources import Fold
+from dblocks.recipes.evaluated import data_of
 from dblocks.recipes.metrics.autoregressive import bits_per_character
 from dblocks.recipes.paper import EXPERIMENTS
 from dblocks.recipes.run import Run
@@ -184,8 +185,9 @@ class RecurrentTrainer(AutoregressiveTrainer):
 class Eval:
     """Measure the bits per character of held-out text under a saved recurrent model."""
 
-    data: str = "pydoc"
-    """Text to evaluate on; uses its held-out part. See `dblocks train recurrent`."""
+    data: str | None = None
+    """Text to evaluate on; uses its held-out part. By default that of the training, by its
+    run.json. See `dblocks train recurrent`."""
     data_path: str | None = None
     """See `dblocks train recurrent`."""
     fold: Fold | None = None
@@ -201,9 +203,10 @@ class Eval:
         """Print the bits per character of the held-out part."""
         check_positive(self.steps)
         model, network, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")
-        text = load_corpus(
-            self.data, path=self.data_path, fold=self.fold, tokenizer=tokenizer
-        ).evaluated
+        data, options = data_of(
+            self.checkpoint, data=self.data, data_path=self.data_path, fold=self.fold
+        )
+        text = load_corpus(data, tokenizer=tokenizer, **options).evaluated
         context = network.config.context
         if isinstance(model, DiffusionBlocks):
             if self.steps is not None:

@@ -23,6 +23,7 @@ from dblocks.recipes.data.batches import Batch, ImageData
 from dblocks.recipes.data.images import load_images
 from dblocks.recipes.data.splits import Images
 from dblocks.recipes.dropout import Dropout
+from dblocks.recipes.evaluated import data_of
 from dblocks.recipes.metrics import NOISE_SEED
 from dblocks.recipes.metrics.classes import accuracy
 from dblocks.recipes.metrics.classifier import Classifier
@@ -256,8 +257,9 @@ class ViTTrainer(Trainer):
 class Eval:
     """Measure the accuracy of a saved vision transformer on held-out data."""
 
-    data: str = "digits"
-    """Data to evaluate on; uses their held-out part. See `dblocks train vit`."""
+    data: str | None = None
+    """Data to evaluate on; uses their held-out part. By default those of the training, by its
+    run.json. See `dblocks train vit`."""
     data_path: str | None = None
     """See `dblocks train vit`."""
     image_size: int | None = None
@@ -284,7 +286,10 @@ class Eval:
         else:
             classifier = Classifier(network, None)
             how = "all layers once (trained end to end)"
-        _, held_out = load_images(self.data, path=self.data_path, size=self.image_size)
+        data, options = data_of(
+            self.checkpoint, data=self.data, data_path=self.data_path, image_size=self.image_size
+        )
+        _, held_out = load_images(data, **options)
         known, largest = network.config.num_classes, int(held_out.labels.max())
         if largest >= known:
             raise ValueError(

@@ -17,6 +17,7 @@ from dblocks.recipes.command import load_network
 from dblocks.recipes.data.tokenizers import (
     LONGEST_TOKENIZER,
     TOKENIZER_FILE,
+    Characters,
     tokenizer_from_json,
 )
 from dblocks.recipes.metrics.autoregressive import bits_per_character, bound_of
@@ -112,8 +113,18 @@ def scored_part(text: Any, windows: int) -> str:
 
 
 def prompt_tokens(prompt: str, tokenizer: Any) -> list[int]:
-    """The tokens of `--prompt`; ValueError if there are none."""
+    """The tokens of `--prompt`; ValueError if there are none.
+
+    Says on stderr which characters the training text did not have.
+    """
     tokens = tokenizer.encode(prompt)
+    known = set(tokenizer.characters) if isinstance(tokenizer, Characters) else set(prompt)
+    if unknown := sorted(set(prompt) - known):
+        print(
+            f"dblocks: {', '.join(map(repr, unknown))} of --prompt did not occur in the training "
+            "text, so the network reads them as one unknown character",
+            file=sys.stderr,
+        )
     if not tokens:
         raise ValueError("--prompt must have at least one token; give some text")
     return tokens

@@ -25,10 +25,10 @@ def write_documents(
     comparisons: Mapping[str, Finished],
     experiments: Mapping[str, Experiment],
     studies: Mapping[str, Study],
-    results: Path,
-    readme: Path,
+    results: Path | None,
+    readme: Path | None,
 ) -> None:
-    """Writes every block of both pages.
+    """Writes every block of both pages, of those that are given.
 
     Args:
         comparisons: by name, with their records.
@@ -40,13 +40,16 @@ def write_documents(
     Raises:
         ValueError: a page lacks the markers of a block.
     """
+    if readme is not None:
+        write_between_markers(readme, README_BLOCK, readme_block(comparisons))
+    if results is None:
+        return
     for name, text in blocks(comparisons, experiments, studies).items():
         write_between_markers(results, name, text)
     rows = [(name, row) for name, found in comparisons.items() for row in compared(found)]
     write_between_markers(results, MEMORY_BLOCK, memory_block(rows))
     if (written := stored()) is not None:
         write_between_markers(results, BLOCK, written_block(written, stored(LATER)))
-    write_between_markers(readme, README_BLOCK, readme_block(comparisons))
 
 
 def blocks(

@@ -115,7 +115,7 @@ def _plain(comparisons: Mapping[str, Finished]) -> str:
         found.quality.error(_mean(found, "small")) < found.quality.error(_mean(found, "end_to_end"))
         for found in (vit, lm)
     ]
-    pays = "Depth does not pay yet: " if all(better) else ""
+    pays = "Depth does not pay here: " if all(better) else ""
     mean_accuracy = 100 * sum(map(accuracy, small[0])) / len(small[0])
     mean_bits = sum(map(bits, small[1])) / len(small[1])
     said = (

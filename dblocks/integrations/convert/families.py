@@ -36,6 +36,7 @@ ENCODERS_UNSUPPORTED = {
     "is_decoder": "rows that do not see later ones",
     "add_cross_attention": "another text",
 }
+ADDED_LOSSES = {"output_router_logits": "a loss of the experts' loads is added"}
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -143,6 +144,11 @@ class RotaryFamily:
         position_ids: Tensor | None = None,
         **more: Any,
     ) -> Tensor:
+        if (reason := first_option(model.config, ADDED_LOSSES)) is not None:
+            raise ValueError(
+                f"the model's own loss must be its cross-entropy alone, got {reason}; set "
+                "clean_loss_weight=0, or change the config"
+            )
         # Padding is after the texts, where no row of a text sees it.
         logits = self.plain_logits(model, tokens, position_ids, **more)[:, :-1]
         logits, labels = at_least_float32(logits).flatten(0, 1), labels[:, 1:].flatten()

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import sys
 from itertools import pairwise
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks.study.plots import Curve, Measure, comparison_figure, mask_panel
 from dblocks.blocks import BlocksConfig
@@ -134,3 +136,23 @@ def test_right_panel_of_masks_is_their_ratio_against_time():
     lines = right.get_lines()[:3]
     ends = [(line.get_ydata()[-1], line.get_ydata()[0]) for line in lines]
     assert [y for pair in ends for y in pair] == pytest.approx([1, 2 / 3, 2 / 3, 1 / 3, 1 / 3, 0])
+
+
+@pytest.mark.parametrize("top_share", [0.6, 1.0])
+def test_nothing_of_many_curves_is_cut_off(top_share):
+    label = "end to end, 3 times the steps (equal samples), and more"
+    curves = [dataclasses.replace(CURVES[1], label=f"{label} {i}") for i in range(9)]
+    made = comparison_figure(curves, BlocksConfig(3, top_share=top_share), 12, "Digits")
+    assert len(made.axes) == (1 if top_share == 1 else 2)
+    FigureCanvasAgg(made).draw()
+    (below,) = made.legends
+    texts = [
+        *below.get_texts(),
+        *(ax.title for ax in made.axes),
+        *(ax.yaxis.label for ax in made.axes),
+    ]
+    for text in texts:
+        box = text.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= made.bbox.x1
+        assert 0 <= box.y0 < box.y1 <= made.bbox.y1
+    assert all(ax.get_window_extent().width > 0.3 * made.bbox.x1 for ax in made.axes)

@@ -14,8 +14,9 @@ from convert_tools import (
     switch_on_checkpoints,
     without_dropout,
 )
+from family_models import V, causal_model
 
-from dblocks import make_optimizers, train_step
+from dblocks import BlocksConfig, convert, make_optimizers, train_step
 from dblocks.schedules.mask import MASKED as HIDDEN
 from tools import seeded
 
@@ -124,3 +125,14 @@ def test_checkpointed_layers_give_the_same_gradients(kind):
 def test_a_block_alone_has_no_model_to_run():
     with pytest.raises(ValueError, match="a block alone must not have a clean loss"):
         blocks_of("llama", clean_loss_weight=1.0).block(0)
+
+
+def test_a_loss_with_another_term_is_refused():
+    model = causal_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    blocks = convert(model, BlocksConfig(2), task="tokens", clean_loss_weight=0.5)
+    with pytest.raises(ValueError, match=r"got output_router_logits=True \(a loss of the experts'"):
+        blocks.loss({"tokens": torch.randint(3, V, (2, 8), generator=seeded())}, 0)
+    quiet = convert(model, BlocksConfig(2), task="tokens")
+    assert quiet.loss(
+        {"tokens": torch.randint(3, V, (2, 8), generator=seeded())}, 0
+    ).loss.isfinite()
