@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -198,7 +198,9 @@ def _merge(graph: Graph, node: Node) -> None:
             return
     else:
         return
-    if rows.dtype not in FLOATS or not _undisturbed(node, {x, branch, gate, *node.args[1:]}):
+    if rows.dtype not in FLOATS or not _undisturbed(
+        node, {x, branch, gate, *cast(Any, node.args[1:])}
+    ):
         return
     with graph.inserting_before(node):
         both = graph.call_function(
