@@ -6,23 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dblocks.blocks import Batch, L2Target
 from dblocks.blocks.targets.base import missing
 from dblocks.blocks.targets.classes import check_label_values, check_labels
 from dblocks.config import JsonConfig
-
-
-def check_dtype(images: Tensor, weights: Tensor) -> None:
-    """Raises TypeError unless a convolution of these weights takes the images."""
-    cast = torch.is_autocast_enabled(images.device.type) and images.dtype != torch.float64
-    if images.dtype != weights.dtype and not cast:
-        raise TypeError(
-            f"images must be {weights.dtype} as the network's weights, got {images.dtype}; "
-            "convert them, or the network, or use torch.autocast"
-        )
 
 
 @dataclass(frozen=True)

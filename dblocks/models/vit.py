@@ -25,7 +25,7 @@ from dblocks.blocks import (
 )
 from dblocks.blocks.targets.base import missing
 from dblocks.blocks.targets.classes import Head, check_head
-from dblocks.models.images import ImageModelConfig, check_dtype
+from dblocks.models.images import ImageModelConfig
 from dblocks.nn import (
     ConditioningKind,
     LabelEmbedding,
@@ -241,7 +241,13 @@ class ViT(nn.Module):
             raise TypeError(
                 f"images must be floating point, got {images.dtype}; convert and scale them first"
             )
-        check_dtype(images, self.positions)
+        weights = self.positions.dtype
+        autocast = torch.is_autocast_enabled(images.device.type) and images.dtype != torch.float64
+        if images.dtype != weights and not autocast:
+            raise TypeError(
+                f"images must be {weights} as the network's weights, got {images.dtype}; convert "
+                "them, or the network, or use torch.autocast"
+            )
 
 
 def classify(

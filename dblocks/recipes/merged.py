@@ -65,6 +65,7 @@ def eval_command(out: Path, settings: Run | dict[str, Any], defaults: Run) -> st
     words = ["dblocks", "eval", network, "--checkpoint", str(out)]
     for name in OF_DATA:
         value = values.get(name)
-        if value is not None and value != getattr(defaults, name, None):
+        # A merged network has no record of its training, which would name the data.
+        if value is not None and (name == "data" or value != getattr(defaults, name, None)):
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)

@@ -117,7 +117,7 @@ def test_blocks_trained_alone_are_those_of_one_run(tmp_path, capsys, whole, jobs
     saved = f"Saved model.safetensors, config.json and run.json in {tmp_path}"
     assert saved in capsys.readouterr().out
     assert same_weights(tmp_path, whole)
-    assert main(["eval", "vit", "--checkpoint", str(tmp_path)]) == 0
+    assert main(["eval", "vit", "--data", "digits", "--checkpoint", str(tmp_path)]) == 0
     accuracy = json.loads((whole / "run.json").read_text())["accuracy"]
     assert f"held-out accuracy {100 * accuracy:.1f} %" in capsys.readouterr().out
     merged = json.loads((tmp_path / "run.json").read_text())["merged"]

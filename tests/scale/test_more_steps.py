@@ -61,7 +61,7 @@ def test_a_constant_rate_goes_on_as_it_is_in_every_job(tmp_path, capsys):
             assert train(tmp_path / "jobs", steps, *constant, "--block", block, "--resume") == 0
     assert "warning" not in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "merged"), str(tmp_path / "jobs")]) == 0
-    said = f"Measure it: dblocks eval vit --checkpoint {tmp_path / 'merged'}\n"
+    said = f"Measure it: dblocks eval vit --checkpoint {tmp_path / 'merged'} --data digits\n"
     assert capsys.readouterr().out.endswith(said)
     files = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("merged", "once")]
     assert files[0] == files[1]

@@ -70,10 +70,10 @@ def test_every_curve_is_drawn_and_looks_different():
     curves = [
         Curve(label=f"{i}", layer_evaluations=[1, 2], values=[[10 * i, 90]]) for i in range(9)
     ]
-    left, _ = figure(curves).axes
-    lines = [line for line in left.get_lines() if line.get_marker() == "None"]
+    made = figure(curves)
+    lines = [line for line in made.axes[0].get_lines() if line.get_marker() == "None"]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 9
-    assert len(left.get_legend().get_texts()) == 9
+    assert len(made.legends[0].get_texts()) == 9
 
 
 @pytest.mark.parametrize("partition", ["equal_mass", "uniform_log", "uniform", (5.0, 0.3)])
