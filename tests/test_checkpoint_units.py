@@ -1,6 +1,7 @@
 """A save is one unit: whoever dies on the way leaves the earlier save or the new one."""
 
 import os
+import shutil
 import threading
 import time
 
@@ -69,6 +70,29 @@ def test_writers_at_a_time_never_mix(tmp_path):
     width = load_model(tmp_path).config.width
     assert (tmp_path / "tokenizer.json").read_text() == str(width)
     assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_a_save_that_others_put_in_place_meanwhile_makes_room(tmp_path, monkeypatch):
+    # The previous save is moved to its place between the failed rename and the next attempt.
+    save(tmp_path, 8)
+    (tmp_path / ".saved").mkdir()
+    (tmp_path / ".saved" / "tokenizer.json").write_text("8")
+    renames = []
+
+    def rename(source, target, original=os.rename):
+        renames.append(target)
+        try:
+            original(source, target)
+        except OSError:
+            shutil.rmtree(target)
+            raise
+
+    monkeypatch.setattr("dblocks.checkpoint.files._put_in_place", lambda folder: None)
+    monkeypatch.setattr(os, "rename", rename)
+    save(tmp_path, 12)
+    monkeypatch.undo()
+    assert len(renames) == 2
+    assert load_model(tmp_path).config.width == 12
 
 
 def test_a_living_writers_files_are_left(tmp_path):

@@ -10,6 +10,7 @@ writers never mix: the second writer first finishes the moves of the first.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import shutil
@@ -26,6 +27,7 @@ SAVING, SAVED = ".saving-", ".saved"
 DEAD_AFTER = 24 * 3600  # seconds, for folders left by a writer on another machine
 LONGEST_REASON = 300  # characters of an error message; PyTorch lists every tensor
 TRIES = 100  # attempts to rename, while other writers commit
+TAKEN = {errno.EEXIST, errno.ENOTEMPTY}  # errors of a rename to the name of a folder
 
 
 def make_folder(folder: str | Path) -> None:
@@ -198,8 +200,10 @@ def _commit(own: Path, folder: Path) -> None:
         try:
             os.rename(own, folder / SAVED)
             return
-        except OSError:
-            if not own.exists() or not (folder / SAVED).exists():
+        except OSError as error:
+            # The name is free again if another process has put the previous save in place meanwhile.
+            taken = error.errno in TAKEN or (folder / SAVED).exists()
+            if not own.exists() or not taken:
                 raise
             _put_in_place(folder)
     raise OSError(f"{folder} is being written to by other processes; try again")
