@@ -22,7 +22,8 @@ from benchmarks.study.text import (
     stored_scores,
     text_and_training,
 )
-from dblocks.recipes.causal_lm import PUBLISHED, CausalLMRun
+from dblocks.recipes.autoregressive import PUBLISHED
+from dblocks.recipes.causal_lm import CausalLMRun
 from dblocks.recipes.columns import CAUSAL_LM, SAMPLES, bits
 from dblocks.recipes.tables import COSTS, Column, Record, Rows, spread
 from dblocks.recipes.text_run import PROMPT

@@ -135,36 +135,31 @@ class PlainRun(RecurrentRun):
 
 
 def recurrent_rows() -> list[Row]:
-    """A plain network, a core that is applied once, and the block in a single stream."""
+    """Plain networks, whose core is applied once, and the block in a single stream alone."""
     rows = shared_rows(recurrent.EXPERIMENT, {"": RECURRENT_HOURS})
-    blocks, whole = rows[1], rows[2]
-    # A step of the block runs 13 rows of layers; a plain network has 8 and no recurrence.
-    layers = recurrent.END_TO_END.prelude + recurrent.END_TO_END.depth + recurrent.END_TO_END.coda
-    steps = round(recurrent.BLOCKS.steps * recurrent.BLOCK_LAYERS / layers)
-    plain = PlainRun(
-        **{**vars(recurrent.END_TO_END), "mean_recurrence": 1, "backprop_depth": 1, "steps": steps}
-    )
-    # In a single stream there are no clean rows: 8 layers a step, and as many evaluations.
-    single = {"rows": "single", "head": "posterior", "top_share": 0.6}
+    (whole,) = (row for row in rows if row.name == "end_to_end")
+    (blocks,) = (row for row in rows if row.name == "blocks")
+    once = {**vars(recurrent.END_TO_END), "mean_recurrence": 1, "backprop_depth": 1}
+
+    def plain(like: RecurrentRun) -> PlainRun:
+        # A step of the block runs each layer once, as one of a plain network does.
+        return PlainRun(**{**once, "steps": like.steps})
+
+    learned = replace(recurrent.BLOCKS, head="learned", top_share=0.0)
     return [
         *rows,
         _further(
-            whole, "plain", "a plain network of 8 layers, layer evaluations of the block", plain,
-            method="small plain", part="choices",
+            whole, "plain_long", "a plain network of 8 layers, layer evaluations of the first",
+            plain(recurrent.BLOCKS_LONG), lrs=(), rate_of="plain", method="small plain",
+            part="choices",
         ),
-        *(
-            _further(
-                blocks, name, title, replace(recurrent.BLOCKS, **options, steps=steps),
-                part="choices", planned=False,
-            )
-            for name, title, options in (
-                ("single", "1 block, single rows and posterior, equal layer evaluations", single),
-                (
-                    "single_learned",
-                    "1 block, single rows, equal layer evaluations",
-                    {"rows": "single"},
-                ),
-            )
+        _further(
+            whole, "plain", "a plain network of 8 layers, a tenth of the layer evaluations",
+            plain(recurrent.BLOCKS), method="small plain", part="choices",
+        ),
+        _further(
+            blocks, "single_learned", "1 block, learned head and draws within its range", learned,
+            part="choices", planned=False,
         ),
     ]  # fmt: skip
 

@@ -201,7 +201,7 @@ def _commit(own: Path, folder: Path) -> None:
             os.rename(own, folder / SAVED)
             return
         except OSError as error:
-            # The name is free again if another process has put the previous save in place meanwhile.
+            # Another process may have put the previous save in place meanwhile, which frees the name.
             taken = error.errno in TAKEN or (folder / SAVED).exists()
             if not own.exists() or not taken:
                 raise

@@ -22,6 +22,14 @@ from dblocks.recipes.trainer import Trainer
 from dblocks.sampling import generate
 from dblocks.schedules import NoiseSchedule
 
+# What --published changes: the blocks of the paper.
+PUBLISHED: dict[str, Any] = {
+    "rows": "doubled", "head": "learned", "conditioning": "dit", "top_share": 0.0
+}  # fmt: skip
+PUBLISHED_HELP = (
+    "As in the paper: clean and noisy rows side by side, a learned head, AdaLN, and noise levels "
+    "drawn only from each block's own range."
+)
 POINT_WINDOWS = 32  # windows of held-out text, evenly spaced, for a point of the curve
 
 

@@ -9,7 +9,12 @@ from typing import Any
 from dblocks.blocks import trained_at_top
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.recipes import columns
-from dblocks.recipes.autoregressive import AutoregressiveOptions, AutoregressiveTrainer
+from dblocks.recipes.autoregressive import (
+    PUBLISHED,
+    PUBLISHED_HELP,
+    AutoregressiveOptions,
+    AutoregressiveTrainer,
+)
 from dblocks.recipes.command import Recipe, check_steps
 from dblocks.recipes.data.text import Corpus, load_corpus
 from dblocks.recipes.data.text_sources import Fold
@@ -59,11 +64,6 @@ class CausalLMRun(AutoregressiveOptions, Run):
         return CausalLMTrainer(self, self.corpus())
 
 
-# What --published changes: the blocks of the paper.
-PUBLISHED: dict[str, Any] = {
-    "rows": "doubled", "head": "learned", "conditioning": "dit", "top_share": 0.0
-}  # fmt: skip
-
 # For a GPU with 80 GB: about the size of GPT-2. Use a text of some 100 MB and a tokenizer file.
 GPU = CausalLMRun(
     steps=100_000,
@@ -84,8 +84,7 @@ RECIPE = Recipe(
     out=Path("runs/causal-lm"),
     columns=(*columns.CAUSAL_LM, *COSTS),
     published=PUBLISHED,
-    published_help="As in the paper: clean and noisy rows side by side, a learned head, AdaLN, and "
-    "noise levels drawn only from each block's own range.",
+    published_help=PUBLISHED_HELP,
     after="Write text with\ndblocks sample causal-lm --checkpoint {out} --prompt 'The '",
 )
 

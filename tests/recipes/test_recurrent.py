@@ -70,8 +70,7 @@ def test_autocast_computes_in_bfloat16(story, end_to_end):
 
 def test_the_record_of_a_block(story):
     record = train(run_of(story)).record
-    # Prelude on clean rows; two core layers on both halves; the coda's layer on noisy rows alone.
-    assert record["layers_per_step"] == 1 + 2 * 2 + 1
+    assert record["layers_per_step"] == 1 + 2 + 1  # each layer once
     assert record["samples_written"].keys() == {"1", "2"}
     assert record["bits_by_steps"].keys() == {"1"}
     assert record["bound"]["bits"] > record["bound"]["by_block"][0] > 0
@@ -82,6 +81,13 @@ def test_the_record_of_a_block(story):
     assert record["sha256"] == load_corpus(story).sha256
     assert all(bits > 0 for bits in (record["bits"], *record["bits_by_steps"].values()))
     assert {len(text) for many in record["samples_written"].values() for text in many} == {4}
+
+
+def test_the_published_form_is_one_option_away(story):
+    run = run_of(story, part="selection", **recurrent.RECIPE.published)
+    assert (run.rows, run.head, run.top_share, run.conditioning) == ("doubled", "learned", 0, "dit")
+    # Prelude on clean rows; two core layers on both halves; the coda's layer on noisy rows alone.
+    assert train(run).record["layers_per_step"] == 1 + 2 * 2 + 1
 
 
 def test_the_record_of_the_plain_model_counts_all_recurrences(story):
