@@ -201,7 +201,7 @@ def _commit(own: Path, folder: Path) -> None:
             os.rename(own, folder / SAVED)
             return
         except OSError as error:
-            # Another process may have put the previous save in place meanwhile, which frees the name.
+            # Another process may have put the previous save in place since, which frees the name.
             taken = error.errno in TAKEN or (folder / SAVED).exists()
             if not own.exists() or not taken:
                 raise

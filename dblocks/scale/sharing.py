@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from typing import Any, cast
@@ -77,6 +78,13 @@ def join_owners(block: int, num_blocks: int, device: str) -> None:
             f"jobs, got {found}; or use shared='private', which needs no other job"
         )
     dist.init_process_group("gloo" if torch.device(device).type == "cpu" else None)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Ends the process group; a process that exits without may abort in gloo's threads."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _own_copy(model: Any, block: int) -> list[Tensor]:

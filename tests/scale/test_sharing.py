@@ -140,6 +140,7 @@ for blocks, step, words in (
 ):
     with pytest.raises(ValueError, match=words):
         average_shared(model_of().block(blocks[rank]), step=step)
+dist.destroy_process_group()
 """
 
 
