@@ -2,8 +2,8 @@
 
 Blocks run parts of some layers and read weights of heads and norms: what is put on or in place of a
 module that is not called would be left out without a word. Whether a network was changed is seen
-from its modules, their classes, forwards and hooks; their numbers, such as dropout rates, are read
-in each call.
+from its modules, their classes, forwards and hooks, and from the entries of its config; the numbers
+of modules, such as dropout rates, are read in each call.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ RECORDS = ("transformers.",)
 SHARDS = ("torch.distributed.",)  # whose hooks the parts of a layer run within
 OWN = ("dblocks.",)  # which count bytes of layers, or move them
 UNCOUNTED = (*RECORDS, *SHARDS)
+# Entries of a config that say what else a call returns or keeps; libraries set them on the way.
+UNREAD = {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
 
 
 class Seen(NamedTuple):
@@ -97,9 +99,14 @@ def seen_of(*models: nn.Module) -> Seen:
     rows: list[Row] = []
     parameters: list[int] = []
     met, pending, sharded = {id(model) for model in models}, [*reversed(models)], False
+    configs: set[int] = set()
     while pending:
         module = pending.pop()
-        rows.append(row_of(module))
+        row, config = row_of(module), vars(module).get("config")
+        if config is not None and id(config) not in configs:
+            configs.add(id(config))
+            row = (*row[:-1], settings_of(module), row[-1])
+        rows.append(row)
         sharded = sharded or is_sharded(module)
         parameters.extend(map(id, module._parameters.values()))
         for child in module._modules.values():
@@ -126,6 +133,20 @@ def row_of(module: nn.Module) -> Row:
     found = (own[name] for name in HOOKS if own[name])
     keys = tuple(key for hooks in found for key in hooks_of(hooks, UNCOUNTED))
     return ref(module), kind, forward_of(kind), put, keys
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """The entries of a module's config that are numbers, texts, or lists of them, by name."""
+    entries = getattr(vars(module).get("config"), "__dict__", {})
+    found = {}
+    for name, value in entries.items():
+        if name.startswith("_") or name in UNREAD:
+            continue
+        if value is None or isinstance(value, (bool, int, float, str)):
+            found[name] = value
+        elif isinstance(value, (dict, list, tuple)):
+            found[name] = repr(value)  # a copy
+    return found
 
 
 def check_called(model: Any, layers: Iterable[Sequence[nn.Module]]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dblocks import functional as F
 from dblocks.blocks.bound import Predictions
-from dblocks.blocks.changes import HOOKS, Seen, follow_changes_
+from dblocks.blocks.changes import HOOKS, Seen, follow_changes_, settings_of
 from dblocks.blocks.config import BlocksConfig, Weighting
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
@@ -354,6 +354,10 @@ def _look_at(models: Iterable[nn.Module]) -> list[Any]:
         look += map(id, own["_parameters"].values())
         for name in HOOKS:
             look += own[name]
+        config = own.get("config")
+        if config is not None and id(config) not in met:
+            met.add(id(config))
+            look.append(settings_of(module))
         pending += own["_modules"].values()
     return look
 

@@ -21,6 +21,7 @@ from dblocks.blocks.changes import (
     replaced_child,
     row_of,
     rows_of,
+    settings_of,
     vocabularies,
 )
 from dblocks.integrations.convert.copied import Original
@@ -47,8 +48,8 @@ class Taken:
     """Of the modules that are not called, but whose parts or weights are."""
     children: list[Row]
     """Of what holds the layers, in the model and in the view."""
-    models: tuple[tuple[ref[nn.Module], list[int]], ...]
-    """The models, and the sizes of their embeddings."""
+    models: tuple[tuple[ref[nn.Module], list[int], dict[str, Any]], ...]
+    """The models, the sizes of their embeddings, and the entries of their configs."""
 
 
 class Converted(nn.Module, ABC):
@@ -209,8 +210,8 @@ class Converted(nn.Module, ABC):
         children, models = children_of(self.model, self.names, others), (self.model,)
         if shared:
             children, models = children + children_of(model, kept, ()), (*models, model)
-        sizes = tuple((ref(m), vocabularies(m)) for m in models)
-        remember(view, Taken([row_of(m) for m in watched], children, sizes))
+        told = tuple((ref(m), vocabularies(m), settings_of(m)) for m in models)
+        remember(view, Taken([row_of(m) for m in watched], children, told))
         return view
 
     def without_layers(self) -> nn.Module:
@@ -261,12 +262,20 @@ def _check_as_taken(taken: Taken) -> None:
             f"{replaced} must stay the module that it was when the block was taken, which the "
             f"block still holds, got another or none; {anew}"
         )
-    for reference, sizes in taken.models:
+    for reference, sizes, settings in taken.models:
         model = reference()
-        if model is not None and vocabularies(model) != sizes:
+        if model is None:
+            continue
+        if vocabularies(model) != sizes:
             raise ValueError(
                 f"the embeddings must stay as large as when the block was taken, {sizes}, got "
                 f"{vocabularies(model)} as by resize_token_embeddings; {anew}"
+            )
+        if (now := settings_of(model)) != settings:
+            names = sorted(n for n in {**settings, **now} if settings.get(n) != now.get(n))
+            raise ValueError(
+                f"{', '.join(names)} of the model's config must stay as when the block was taken, "
+                f"got another; {anew}"
             )
 
 

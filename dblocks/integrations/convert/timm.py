@@ -101,6 +101,11 @@ def classifier(model: Any, layers: Mapping[str, nn.Module], **options: Any) -> C
             "a plain one (timm.create_model without '_distilled')"
         )
     check_classes(model.num_classes)
+    if not model.global_pool:
+        raise ValueError(
+            "model must pool its rows into one, got global_pool='', which returns logits of every "
+            "row; create it with global_pool='token' or 'avg', or reset_classifier()"
+        )
     rotary = hasattr(model, "rope")
     if rotary and model.rope is not None and model.patch_drop is not None:
         raise ValueError(

@@ -110,3 +110,9 @@ def test_patches_that_are_left_out_are_refused():
 def test_a_model_without_classes_is_refused():
     with pytest.raises(ValueError, match="create it with num_classes="):
         convert(model_of("dinov3", num_classes=0), BlocksConfig(2), task="classes")
+
+
+@pytest.mark.parametrize("kind", ["eva", "dinov3"])
+def test_a_model_that_does_not_pool_is_refused(kind):
+    with pytest.raises(ValueError, match=r"pool its rows into one, got global_pool=''.*reset_"):
+        convert(model_of(kind, global_pool=""), BlocksConfig(2), task="classes")
