@@ -183,3 +183,23 @@ def test_a_device_that_is_not_here_and_a_long_warm_up_are_named(capsys, story, t
     assert flags[1] in error
     assert len(error.splitlines()) == 1
     assert not (out / "model.safetensors").exists()
+
+
+def test_a_mistake_leaves_no_folder(tmp_path, capsys):
+    for flags in (("--heads", "3"), ("--data", str(tmp_path / "none"))):
+        args = ("train", "vit", *SIZES, *flags)
+        mistake(capsys, *args, "--out", str(tmp_path / "new" / "out"))
+        assert not (tmp_path / "new").exists()
+        mistake(capsys, *args, "--block", "0", "--out", str(tmp_path / "new"))
+        assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    mistake(capsys, *args, "--out", str(tmp_path / "old"))
+    assert (tmp_path / "old").exists()
+
+
+def test_windows_hold_whole_blocks_of_tokens(story, tmp_path, capsys):
+    args = (*TEXT, "--data", story, "--tokens-per-block", "8", "--out", str(tmp_path / "out"))
+    expected = "--context must be a multiple of --tokens-per-block 8, got 20; take 16"
+    assert expected in mistake(capsys, *args)
+    error = mistake(capsys, *TEXT, "--data", story, "--tokens-per-block", "0")
+    assert "--tokens-per-block must be a positive integer, got 0" in error

@@ -5,6 +5,7 @@ from dblocks.checkpoint.files import current as current
 from dblocks.checkpoint.files import discard as discard
 from dblocks.checkpoint.files import make_folder as make_folder
 from dblocks.checkpoint.files import naming as naming
+from dblocks.checkpoint.files import no_empty_folder as no_empty_folder
 from dblocks.checkpoint.files import replacing as replacing
 from dblocks.checkpoint.files import saving as saving
 from dblocks.checkpoint.networks import NETWORKS as NETWORKS

@@ -45,6 +45,19 @@ def make_folder(folder: str | Path) -> None:
 
 
 @contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Removes a folder, and new ones above it, that are empty when the `with` block raises."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not made, or not empty
+            for path in made:
+                path.rmdir()
+        raise
+
+
+@contextmanager
 def saving(folder: Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
     """A temporary folder whose files all move to `folder` if the `with` block succeeds.
 

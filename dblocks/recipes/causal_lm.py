@@ -9,6 +9,7 @@ from typing import Any
 from dblocks.blocks import trained_at_top
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.recipes import columns
+from dblocks.config import check_count
 from dblocks.recipes.autoregressive import (
     PUBLISHED,
     PUBLISHED_HELP,
@@ -48,6 +49,12 @@ class CausalLMRun(AutoregressiveOptions, Run):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_context()
+        k = 1 if self.end_to_end else check_count("tokens_per_block", self.tokens_per_block)
+        if self.context % k:
+            raise ValueError(
+                f"context must be a multiple of tokens_per_block={k}, got {self.context}; take "
+                f"{self.context - self.context % k or k}"
+            )
 
     def model_config(self, vocab_size: int) -> CausalLMConfig:
         """The network."""

@@ -193,8 +193,6 @@ class Recipe:
         on_point = None
         if tensorboard is not None and layout.first:
             on_point = Board(tensorboard).add  # first, as it may not be installed
-        if layout.first:
-            checkpoint.prepare(out)
         if run.device == "cpu":
             records.use_one_thread()
 
@@ -213,10 +211,13 @@ class Recipe:
             texts = {RECORD_FILE: json_text(begun) + "\n", **texts}
             checkpoint.save_model(out, trainer.trained, texts=texts)
 
-        trained = records.train(
-            run, progress=layout.first, save=save, keeping=keeping, mesh=layout.mesh,
-            on_point=on_point,
-        )  # fmt: skip
+        with checkpoint.no_empty_folder(out):
+            if layout.first:
+                checkpoint.prepare(out)
+            trained = records.train(
+                run, progress=layout.first, save=save, keeping=keeping, mesh=layout.mesh,
+                on_point=on_point,
+            )  # fmt: skip
         if not layout.first:
             return
         records.write_record(out / RECORD_FILE, trained.record)

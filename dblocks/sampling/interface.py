@@ -127,8 +127,13 @@ class NextTokenNetwork(Protocol):
 
 
 def check_some_texts(tokens: Tensor) -> None:
-    """Raises ValueError for a batch without tokens, which has no likelihood."""
-    if isinstance(tokens, Tensor) and tokens.numel() == 0:
+    """Raises TypeError for texts that are no tensor; ValueError for none, without a likelihood."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"tokens must be an int64 tensor [N, T], got {type(tokens).__name__}; make one by "
+            "torch.tensor, with texts of different lengths padded and an attention_mask"
+        )
+    if tokens.numel() == 0:
         raise ValueError(
             f"tokens must be [N, T] with at least one token, got shape {list(tokens.shape)}; leave "
             "empty batches out"

@@ -276,7 +276,7 @@ def _texts(
     tokens: Tensor, attention_mask: Tensor | None, cond: dict[str, Any], block_size: int = 1
 ) -> Texts:
     check_some_texts(tokens)
-    if isinstance(tokens, Tensor) and tokens.ndim == 2 and tokens.shape[1] == 1:
+    if tokens.ndim == 2 and tokens.shape[1] == 1:
         raise ValueError(
             "texts must have at least 2 tokens, since the first one is not scored, got 1; leave "
             "such texts out"

@@ -29,7 +29,7 @@ from dblocks.config import (
     check_share,
 )
 from dblocks.schedules.base import OVERLAP, owner_of
-from dblocks.schedules.random import clamp_inside, draw_device, with_top
+from dblocks.schedules.random import clamp_inside, draw_device, holds_float32, with_top
 
 # Karras et al. 2022, table 1
 SIGMA_MIN = 0.002
@@ -364,7 +364,14 @@ def _boundaries(schedule: EDMSchedule, num_blocks: int) -> tuple[float, ...]:
             f"partition has {len(inner)} inner boundaries, which make {len(inner) + 1} blocks, "
             f"got num_blocks={num_blocks}"
         )
-    return (hi, *map(float, inner), lo)
+    levels = (hi, *map(float, inner), lo)
+    for high, low in pairwise(levels):
+        if not holds_float32(low, high):
+            raise ValueError(
+                "the range of every block must hold a float32 number, in which levels are drawn, "
+                f"got {low!r} to {high!r}; widen sigma_min to sigma_max or take fewer blocks"
+            )
+    return levels
 
 
 def _power(base: float, exponent: float) -> float:

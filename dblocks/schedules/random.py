@@ -108,6 +108,11 @@ def clamp_inside(levels: Tensor, lo: float, hi: float) -> Tensor:
     return levels.clamp(_float32_at_least(lo), _float32_at_most(hi))
 
 
+def holds_float32(lo: float, hi: float) -> bool:
+    """Whether a float32 number lies in [lo, hi]."""
+    return _float32_at_least(lo) <= _float32_at_most(hi)
+
+
 @lru_cache(maxsize=256)
 def _float32_at_most(value: float) -> float:
     rounded = _float32(value)

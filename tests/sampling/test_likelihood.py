@@ -301,3 +301,9 @@ def test_a_batch_of_no_text_is_refused(name, price):
     # Of a single token none is scored.
     with pytest.raises(ValueError, match=r"must have at least 2 tokens, .* got 1; leave such"):
         price(model, tokens_of(3, 1))
+
+
+@pytest.mark.parametrize("price", [next_token_nll, product_nll, denoising_bound])
+def test_texts_are_a_tensor(price):
+    with pytest.raises(TypeError, match=r"tokens must be an int64 tensor \[N, T\], got list; make"):
+        price(model_of(), tokens_of(2, 8).tolist())

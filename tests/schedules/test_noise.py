@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -244,6 +245,7 @@ def test_preconditioning():
         ({"p_mean": 1e4}, r"put no mass on \[0.002, 80.0\]"),
         ({"partition": "equal"}, "partition must be one of .* got 'equal'"),
         ({"partition": (0.1, 5.0)}, "must hold the inner boundaries, descending and strictly"),
+        ({"partition": (5.0, 5.0)}, "must hold the inner boundaries, descending and strictly"),
         ({"partition": (80.0, 5.0)}, "must hold the inner boundaries, descending and strictly"),
     ],
 )
@@ -255,6 +257,16 @@ def test_values_are_checked(values, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda s: dataclasses.replace(s, partition=(1 + 2e-9, 1 + 1e-9)).boundaries(3),
+            r"must hold a float32 number, .* got 1.000000001 to 1.000000002",
+        ),
+        (
+            lambda s: dataclasses.replace(s, sigma_min=1 + 1e-9, sigma_max=1 + 2e-9).sample(
+                0, 1, ()
+            ),
+            r"must hold a float32 number, .* got 1.000000001 to 1.000000002; widen",
+        ),
         (lambda s: s.boundaries(0), "num_blocks must be a positive integer, got 0"),
         (lambda s: s.sample(3, 3, (1,)), r"block must be in 0\.\.2, got 3"),
         (lambda s: s.sample(-1, 3, (1,)), r"block must be in 0\.\.2, got -1"),

@@ -83,8 +83,8 @@ def readme_block(comparisons: Mapping[str, Finished]) -> str:
         )
     few = " or ".join(str(n) for n in sorted(seeds))
     return (
-        "12-layer networks (recurrent: 2+4+2 layers, equal steps) in blocks and end to end at "
-        f"equal layer evaluations;\nmean ± std of {few} seeds:\n\n{table(HEAD, lines, words=2)}\n\n"
+        "12-layer networks in blocks and end to end at equal layer evaluations (recurrent, of "
+        f"2+4+2 layers: a tenth);\nmean ± std of {few} seeds:\n\n{table(HEAD, lines, words=2)}\n\n"
         f"{_plain(comparisons)}"
     )
 
