@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dblocks.blocks import trained_at_top
+from dblocks.config import check_count
 from dblocks.models.causal_lm import CausalLM, CausalLMConfig
 from dblocks.recipes import columns
-from dblocks.config import check_count
 from dblocks.recipes.autoregressive import (
     PUBLISHED,
     PUBLISHED_HELP,
