@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.study import (
     budget,
@@ -81,17 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("demo", help="minutes: digits, one seed, a third of the steps")
     one.add_argument("--out", type=Path, default=vit.DEMO, help="folder of run.json and the figure")
     full = commands.add_parser("results", help="hours: the whole recipes, resumable")
-    full.add_argument(
-        "names", nargs="*", choices=[[], *EXPERIMENTS], default=[], help="all by default"
-    )
+    _add_names(full, EXPERIMENTS)
     full.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     full.add_argument("--records", type=Path, help="folder of the records of one experiment")
     full.add_argument("--report", type=Path, default=REPORT, help="file with the tables' markers")
     full.add_argument("--figure", type=Path, help="the PNG of one experiment to write")
     study = commands.add_parser("study", help="hours: every method, ablation and budget, resumable")
-    study.add_argument(
-        "names", nargs="*", choices=[[], *STUDIES], default=[], help="all by default"
-    )
+    _add_names(study, STUDIES)
     study.add_argument(
         "--rows", nargs="*", help="rows of one study, also those that are not planned"
     )
@@ -106,9 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         ("unpack", "write the records of archives as files, to look at or delete some"),
     ):
         moved = commands.add_parser(command, help=text)
-        moved.add_argument("names", nargs="*", choices=[[], *EXPERIMENTS, *STUDIES], default=[])
+        _add_names(moved, {**EXPERIMENTS, **STUDIES})
     scored = commands.add_parser("score", help="judge the samples of the records of text")
-    scored.add_argument("names", nargs="+", choices=[*EXPERIMENTS])
+    _add_names(scored, EXPERIMENTS, nargs="+")
     report = commands.add_parser(
         "report",
         help="from the records a page, docs/results.md, README's table and the pictures in "
@@ -118,6 +115,20 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--results", type=Path, help=f"the page of all tables, {REPORT}")
     report.add_argument("--readme", type=Path, help=f"the page of five rows, {README}")
     return parser
+
+
+def _add_names(
+    parser: argparse.ArgumentParser, known: Collection[str], nargs: Literal["*", "+"] = "*"
+) -> None:
+    def name(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}, got {text!r}")
+        return text
+
+    every = "; all by default" if nargs == "*" else ""
+    parser.add_argument(
+        "names", nargs=nargs, type=name, metavar="NAME", help=f"of {', '.join(known)}{every}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -225,3 +225,16 @@ def test_plain_networks_run_as_many_layers_as_the_block():
         with LayerCounter(trainer.counted()) as counter:
             trainer.step(0)
         assert counter.count == BLOCK_LAYERS
+
+
+@pytest.mark.parametrize("command", ["results", "study", "score", "pack"])
+def test_help_and_mistakes_name_what_there_is(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    told = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
+    known = STUDIES if command == "study" else EXPERIMENTS
+    assert all(name in told.replace("- ", "-") for name in known)
+    assert "[]" not in told
+    with pytest.raises(SystemExit):
+        main([command, "nothing"])
+    assert "must be one of " in capsys.readouterr().err
