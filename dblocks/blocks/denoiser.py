@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dblocks import functional as F
 from dblocks.blocks.bound import Predictions
-from dblocks.blocks.changes import HOOKS, Seen, follow_changes_, settings_of
+from dblocks.blocks.changes import HOOKS, Seen, follow_changes_
 from dblocks.blocks.config import BlocksConfig, Weighting
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
@@ -357,7 +357,7 @@ def _look_at(models: Iterable[nn.Module]) -> list[Any]:
         config = own.get("config")
         if config is not None and id(config) not in met:
             met.add(id(config))
-            look.append(settings_of(module))
+            look.append({**getattr(config, "__dict__", {})})
         pending += own["_modules"].values()
     return look
 
