@@ -6,6 +6,7 @@ values of a tensor, so none synchronises with a GPU; others ask `values_known` b
 
 import numbers
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,16 @@ def check_number(name: str, value: object) -> None:
         return
     if not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a real number, got {type_name(value)}; convert it first")
+
+
+def plain_number(value: Any) -> Any:
+    """A real number as a float, which kernels take, unlike a number of numpy; symbols as they are.
+
+    A symbolic number of a graph would lose its symbol.
+    """
+    if type(value) is float or isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value
+    return float(value)
 
 
 def check_float(**tensors: Tensor | None) -> None:

@@ -136,11 +136,24 @@ def _factors(
     return factors, scale
 
 
+def sums_wide(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's products of 16-bit numbers on a GPU can have float32 results.
+
+    They cannot with sums in float16, or with the library CK on ROCm, which are global settings.
+    """
+    if dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        return False
+    if torch.version.hip is None:
+        return True
+    library = str(torch.backends.cuda.preferred_blas_library())  # such as _BlasBackend.Ck
+    return library.rpartition(".")[2].lower() != "ck"
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b, summed and kept in the dtype of `out`."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif out.is_cuda:
+    elif out.is_cuda and sums_wide(a.dtype):
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
@@ -150,7 +163,7 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out += a @ b, summed and kept in the dtype of `out`."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
-    elif out.is_cuda:
+    elif out.is_cuda and sums_wide(a.dtype):
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))

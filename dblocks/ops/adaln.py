@@ -128,6 +128,8 @@ def adaln(
     if not _dispatch.rows_fit(x, (), (shift, scale), (weight, bias), norm, eps):
         modulation, channels = {"shift": shift, "scale": scale}, {"weight": weight, "bias": bias}
         _checks.check_rows(x, {}, modulation, channels, norm, eps)
+    if type(eps) is not float:
+        eps = _checks.plain_number(eps)
     if out_dtype is not None:
         _checks.check_out_dtype(out_dtype)
     impl = _dispatch.resolve_impl(impl, x, "adaln")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dblocks.kernels import reference
-from dblocks.ops import _dispatch
+from dblocks.ops import _checks, _dispatch
 from dblocks.ops._attention import backends, composed
 from dblocks.ops._attention.checks import CleanCausal, Order, Query, alike, check
 from dblocks.ops._dispatch import check_first_order, distinct
@@ -151,7 +151,8 @@ def doubled_attention(
     Args:
         q: `[N, H, 2T, Dk]`, halves in `order`; `[N, H, T, Dk]` with `query="noisy"`. Any strides of
             the first three dimensions are taken without a copy; a last stride other than 1 costs
-            one copy.
+            one copy. On GPUs other libraries' kernels get a copy of tensors whose rows do not begin
+            at multiples of 16 bytes.
         k: `[N, Hkv, 2T, Dk]`; H is a multiple of Hkv, and each key/value head serves H/Hkv query
             heads that follow one another.
         v: `[N, Hkv, 2T, Dv]`.
@@ -215,6 +216,10 @@ def doubled_attention(
             softcap, alibi_slopes,
         )  # fmt: skip
         _dispatch.remember(kind, (q, k, v))
+    if not (scale is None or type(scale) is float):
+        scale = _checks.plain_number(scale)
+    if not (softcap is None or type(softcap) is float):
+        softcap = _checks.plain_number(softcap)
     options = {
         "block_size": block_size,
         "clean_causal": clean_causal,

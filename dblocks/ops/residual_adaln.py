@@ -107,6 +107,8 @@ def residual_adaln(
         modulation = {"gate": gate, "shift": shift, "scale": scale}
         channels = {"weight": weight, "bias": bias}
         _checks.check_rows(x, {"branch": branch}, modulation, channels, norm, eps)
+    if type(eps) is not float:
+        eps = _checks.plain_number(eps)
     if out_dtype is not None:
         _checks.check_out_dtype(out_dtype)
     impl = _dispatch.resolve_impl(impl, x, "residual_adaln")

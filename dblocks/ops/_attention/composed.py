@@ -33,12 +33,31 @@ def _inner(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32) if q.is_cpu else q.dtype
 
 
+ALIGNMENT = 16  # bytes that GPU kernels of attention load at once
+
+
 def _prepared(*tensors: Tensor) -> list[Tensor]:
-    return [_unit_last(x.to(_inner(x))) for x in tensors]
+    unit = [_unit_last(x.to(_inner(x))) for x in tensors]
+    return [x if x.is_cpu else aligned(x) for x in unit]
 
 
 def _unit_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy where a row does not begin at a multiple of 16 bytes, as in some views.
+
+    Kernels of other libraries load 16 bytes at once, and not all of them check the address. Rows
+    whose size is no multiple of 16 bytes are left as they are: those kernels pad or refuse them.
+    """
+    size = x.element_size()
+    if x.shape[-1] * size % ALIGNMENT or x.numel() == 0:
+        return x
+    starts = (x.data_ptr(), *(stride * size for stride in x.stride()[:-1]))
+    if all(start % ALIGNMENT == 0 for start in starts):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _rows_layout(like: Tensor, dtype: torch.dtype, width: int | None = None) -> Tensor:

@@ -77,3 +77,23 @@ def test_what_needs_no_gradient_costs_none(impl):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         op.linear_cross_entropy(leaf, weight, target, bias=bias, impl=impl)
     assert [t.numel() for t in saved] == [1, h.numel(), 0, 0]
+
+
+def test_products_are_widened_where_float16_is_summed_in_float16():
+    assert chunked.sums_wide(torch.float16)
+    settings = torch.backends.cuda.matmul
+    settings.allow_fp16_accumulation = True
+    try:
+        assert not chunked.sums_wide(torch.float16)
+        assert chunked.sums_wide(torch.bfloat16)
+    finally:
+        settings.allow_fp16_accumulation = False
+
+
+@pytest.mark.parametrize(("library", "wide"), [("Cublas", True), ("Ck", False)])
+def test_products_are_widened_with_a_library_that_has_none(monkeypatch, library, wide):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(
+        torch.backends.cuda, "preferred_blas_library", lambda: f"_BlasBackend.{library}"
+    )
+    assert chunked.sums_wide(torch.bfloat16) == wide
