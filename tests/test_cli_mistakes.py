@@ -199,7 +199,14 @@ def test_a_mistake_leaves_no_folder(tmp_path, capsys):
 
 def test_windows_hold_whole_blocks_of_tokens(story, tmp_path, capsys):
     args = (*TEXT, "--data", story, "--tokens-per-block", "8", "--out", str(tmp_path / "out"))
-    expected = "--context must be a multiple of --tokens-per-block 8, got 20; take 16"
+    expected = "--context must be a multiple of --tokens-per-block 8, got 20; take 24"
     assert expected in mistake(capsys, *args)
     error = mistake(capsys, *TEXT, "--data", story, "--tokens-per-block", "0")
     assert "--tokens-per-block must be a positive integer, got 0" in error
+
+
+def test_a_tokenizer_in_the_folder_is_not_replaced(story, tmp_path, capsys):
+    (tmp_path / "tokenizer.json").write_text("mine")
+    error = mistake(capsys, *TEXT, "--data", story, "--steps", "1", "--out", str(tmp_path))
+    assert "tokenizer.json" in error
+    assert (tmp_path / "tokenizer.json").read_text() == "mine"

@@ -20,8 +20,20 @@ RECORDS = ("transformers.",)
 SHARDS = ("torch.distributed.",)  # whose hooks the parts of a layer run within
 OWN = ("dblocks.",)  # which count bytes of layers, or move them
 UNCOUNTED = (*RECORDS, *SHARDS)
-# Entries of a config that say what else a call returns or keeps; libraries set them on the way.
-UNREAD = {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
+# Keys of a config that do not change what a model computes in evaluation mode.
+IGNORED = {
+    "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict",
+    "return_dict_in_generate", "id2label", "label2id", "problem_type", "finetuning_task",
+    "task_specific_params", "torchscript", "gradient_checkpointing", "attn_implementation",
+    "quantization_config", "name_or_path", "use_return_dict", "output_attentions",
+    "output_hidden_states", "initializer_range", "initializer_factor", "bos_token_id",
+    "eos_token_id",
+}  # fmt: skip
+IGNORED_PARTS = ("dropout", "pdrop")  # of such keys
+PLAIN = {bool, int, float, str, type(None)}
+"""Types of entries of a config that are compared as they are."""
+LISTS = {dict, list, tuple}
+"""Types that may be changed in place, and are compared by their text."""
 
 
 class Seen(NamedTuple):
@@ -135,17 +147,22 @@ def row_of(module: nn.Module) -> Row:
     return ref(module), kind, forward_of(kind), put, keys
 
 
+def is_ignored(key: str) -> bool:
+    """Whether an entry of a config says nothing about what a model computes."""
+    return key in IGNORED or any(part in key for part in IGNORED_PARTS)
+
+
 def settings_of(module: nn.Module) -> dict[str, Any]:
     """The entries of a module's config that are numbers, texts, or lists of them, by name."""
     entries = getattr(vars(module).get("config"), "__dict__", {})
     found = {}
     for name, value in entries.items():
-        if name.startswith("_") or name in UNREAD:
+        if name.startswith("_") or is_ignored(name):
             continue
-        if value is None or isinstance(value, (bool, int, float, str)):
+        if type(value) in PLAIN:
             found[name] = value
-        elif isinstance(value, (dict, list, tuple)):
-            found[name] = repr(value)  # a copy
+        elif type(value) in LISTS:
+            found[name] = repr(value)
     return found
 
 

@@ -17,6 +17,7 @@ import shutil
 import socket
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from typing import Any
 SAVING, SAVED = ".saving-", ".saved"
 DEAD_AFTER = 24 * 3600  # seconds, for folders left by a writer on another machine
 LONGEST_REASON = 300  # characters of an error message; PyTorch lists every tensor
+UMASK = threading.Lock()
 TRIES = 100  # attempts to rename, while other writers commit
 TAKEN = {errno.EEXIST, errno.ENOTEMPTY}  # errors of a rename to the name of a folder
 
@@ -280,6 +282,12 @@ def _sync(folder: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    # Linux tells it; elsewhere it can only be read by setting it, which threads must not mix.
+    with contextlib.suppress(OSError), Path("/proc/self/status").open() as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    with UMASK:
+        mask = os.umask(0)
+        os.umask(mask)
+        return mask

@@ -53,7 +53,7 @@ class CausalLMRun(AutoregressiveOptions, Run):
         if self.context % k:
             raise ValueError(
                 f"context must be a multiple of tokens_per_block={k}, got {self.context}; take "
-                f"{self.context - self.context % k or k}"
+                f"{self.context + -self.context % k}"
             )
 
     def model_config(self, vocab_size: int) -> CausalLMConfig:

@@ -26,7 +26,8 @@ from dblocks.recipes.tensorboard import Board
 from dblocks.recipes.trainer import Trainer
 from dblocks.scale.mesh import ALONE, Layout, joined, wait_for_all, world_size
 
-SAVED_FILES = ("model.safetensors", "config.json", "block.json", RECORD_FILE)
+TOKENIZER_FILE = "tokenizer.json"
+SAVED_FILES = ("model.safetensors", "config.json", "block.json", RECORD_FILE, TOKENIZER_FILE)
 KEEP = 2  # default number of checkpoints to keep
 
 
@@ -247,8 +248,7 @@ def saved_files(out: Path) -> list[Path]:
 
 def saved_line(out: Path) -> str:
     """A sentence about the files of a network in a folder."""
-    named = (*SAVED_FILES, "tokenizer.json")
-    *names, last = [name for name in named if checkpoint.current(out, name).exists()]
+    *names, last = [name for name in SAVED_FILES if checkpoint.current(out, name).exists()]
     return f"Saved {', '.join(names)} and {last} in {out}"
 
 

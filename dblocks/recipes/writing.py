@@ -90,14 +90,15 @@ def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, A
 
 def print_bits(model: Any, text: Any, context: int, windows: int) -> None:
     """Prints the bits per character of a text under a language model."""
-
     bits = bits_per_character(model, text, context, windows=windows)
-    in_blocks = isinstance(model, DiffusionBlocks)
-    how = "the first block alone" if in_blocks else "trained end to end"
+    how = "trained end to end"
+    several = isinstance(model, DiffusionBlocks) and model.config.num_blocks > 1
+    if isinstance(model, DiffusionBlocks):
+        how = "the first block alone" if several else "one call of the block"
     print(f"{bits:.3f} bits per character on {scored_part(text, windows)}, {how}")
     if not isinstance(model, DiffusionBlocks):
         return
-    if trained_at_top(model):
+    if several and trained_at_top(model):
         bits = bits_per_character(model, text, context, product=True, windows=windows)
         print(f"{bits:.3f} bits per character, the product of all blocks")
     bound = bound_of(model, text, context, windows=windows)

@@ -368,7 +368,7 @@ def _boundaries(schedule: EDMSchedule, num_blocks: int) -> tuple[float, ...]:
     for high, low in pairwise(levels):
         if not holds_float32(low, high):
             raise ValueError(
-                "the range of every block must hold a float32 number, in which levels are drawn, "
+                "the range of every block must hold float32 numbers, in which levels are drawn, "
                 f"got {low!r} to {high!r}; widen sigma_min to sigma_max or take fewer blocks"
             )
     return levels

@@ -109,8 +109,9 @@ def clamp_inside(levels: Tensor, lo: float, hi: float) -> Tensor:
 
 
 def holds_float32(lo: float, hi: float) -> bool:
-    """Whether a float32 number lies in [lo, hi]."""
-    return _float32_at_least(lo) <= _float32_at_most(hi)
+    """Whether a float32 number lies in [lo, hi], and both ends are others as float32 numbers."""
+    apart = _float32(lo).item() < _float32(hi).item()
+    return apart and _float32_at_least(lo) <= _float32_at_most(hi)
 
 
 @lru_cache(maxsize=256)

@@ -43,7 +43,7 @@ def test_a_recurrent_model_is_trained_evaluated_and_sampled(tmp_path, capsys, st
     text = stdout(capsys, *evaluate)
     assert text.startswith(f"{record['bits']:.3f} bits per character on ")
     assert (", 32 recurrences\n" in text) == bool(flags)
-    assert ("the first block alone" in text) == ("denoising bound" in text) == (not flags)
+    assert ("one call of the block" in text) == ("denoising bound" in text) == (not flags)
     if flags:
         assert stdout(capsys, *evaluate, "--steps", "3").endswith(", 3 recurrences\n")
     else:

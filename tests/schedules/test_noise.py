@@ -259,13 +259,13 @@ def test_values_are_checked(values, message):
     [
         (
             lambda s: dataclasses.replace(s, partition=(1 + 2e-9, 1 + 1e-9)).boundaries(3),
-            r"must hold a float32 number, .* got 1.000000001 to 1.000000002",
+            r"must hold float32 numbers, .* got 1.000000001 to 1.000000002",
         ),
         (
             lambda s: dataclasses.replace(s, sigma_min=1 + 1e-9, sigma_max=1 + 2e-9).sample(
                 0, 1, ()
             ),
-            r"must hold a float32 number, .* got 1.000000001 to 1.000000002; widen",
+            r"must hold float32 numbers, .* got 1.000000001 to 1.000000002; widen",
         ),
         (lambda s: s.boundaries(0), "num_blocks must be a positive integer, got 0"),
         (lambda s: s.sample(3, 3, (1,)), r"block must be in 0\.\.2, got 3"),

@@ -73,10 +73,20 @@ def convert_again(blocks: ConvertedBlocks, before: Seen | None, now: Seen) -> No
 def check_copies(blocks: ConvertedBlocks) -> None:
     """Raises if a parameter of what blocks have copies of has another shape than in a copy.
 
-    Tied embeddings are resized in place, by which no module is changed.
+    Tied embeddings are resized in place, by which no module is changed. Copies read the config of
+    the model, which must stay the same object.
     """
     if not blocks.config.copied:
         return
+    read = vars(blocks.base_model.model).get("config")
+    for copied in blocks.copies.children():
+        held = vars(copied.model).get("config") if isinstance(copied, Converted) else read
+        if held is not read:
+            raise ValueError(
+                f"the model's config must stay the object that it was at convert with "
+                f"shared={blocks.config.shared!r}, since each block's copy reads it, got another "
+                f"{type(read).__name__}; set its entries, or convert the model anew"
+            )
     own = dict(blocks.base_model.named_parameters(remove_duplicate=False))
     for copied in blocks.copies.children():
         for name, parameter in copied.named_parameters():

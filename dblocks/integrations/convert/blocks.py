@@ -43,6 +43,8 @@ class ConvertedBlocks(DiffusionBlocks):
         self.options = options
         self.clean_loss_weight: float = options.clean_loss_weight
 
+    reads_configs = True
+
     def watched(self) -> list[nn.Module]:
         """See `Denoiser.watched`."""
         added = (c for n, c in self.base_model.named_children() if n != "model")

@@ -12,15 +12,7 @@ from typing import Any
 
 from torch import nn
 
-# Keys that do not change what a model computes in evaluation mode.
-IGNORED = {
-    "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict",
-    "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
-    "torchscript", "gradient_checkpointing", "attn_implementation", "quantization_config",
-    "name_or_path", "use_return_dict", "output_attentions", "output_hidden_states",
-    "initializer_range", "initializer_factor", "bos_token_id", "eos_token_id",
-}  # fmt: skip
-IGNORED_PARTS = ("dropout", "pdrop")  # of such keys
+from dblocks.blocks.changes import is_ignored
 
 
 def config_of(model: nn.Module) -> dict[str, Any] | None:
@@ -57,4 +49,4 @@ def _json(value: Any) -> Any:
 
 
 def _ignored(key: str) -> bool:
-    return key.startswith("_") or key in IGNORED or any(part in key for part in IGNORED_PARTS)
+    return key.startswith("_") or is_ignored(key)

@@ -1,12 +1,16 @@
 """Entries of a model's config that are set after its conversion are honoured, or refused."""
 
+import copy
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
-from family_models import V, causal_model
+from family_models import V, causal_model, encoder_model
 
-from dblocks import BlocksConfig, make_optimizers, train_step
+from dblocks import BlocksConfig, DiffusionBlocks, make_optimizers, train_step
 from dblocks.integrations.convert import convert
-from tools import seeded
+from tools import batch, seeded, vit
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 TOKENS = torch.arange(12).view(2, 6) % V
@@ -72,3 +76,63 @@ def test_what_a_call_returns_and_keeps_is_no_change():
     blocks.base_model.model.config.output_hidden_states = True
     blocks.loss(BATCH, 0, generator=seeded())
     assert blocks.changes == before
+
+
+def test_a_list_in_a_config_that_changes_in_place_is_noticed():
+    blocks = converted("gemma2")
+    before, config = logits(blocks), blocks.base_model.model.config
+    right, config.layer_types[0] = config.layer_types[0], "full_attention"  # as no layer has it
+    with pytest.raises(ValueError, match="must compute what its embedding, layers and head"):
+        logits(blocks)
+    config.layer_types[0] = right
+    assert torch.equal(logits(blocks), before)
+
+
+@pytest.mark.parametrize("shared", ["train", "private"])
+def test_what_a_call_with_labels_or_a_save_sets_is_no_change(tmp_path, shared):
+    blocks = convert(
+        encoder_model("bert", "classes"), BlocksConfig(2, shared=shared), task="classes"
+    )
+    block, model = blocks.block(1), blocks.base_model.model
+    given = {"tokens": TOKENS, "labels": torch.tensor([0, 1])}
+    block.loss(given, generator=seeded())
+    model(input_ids=TOKENS, labels=given["labels"])  # sets problem_type
+    model.save_pretrained(tmp_path)  # sets architectures and dtype
+    assert block.loss(given, generator=seeded()).loss.isfinite()
+
+
+@pytest.mark.parametrize("shared", ["private", "reduce"])
+def test_another_config_of_what_is_copied_is_refused(shared):
+    blocks = converted("gemma2", 2, shared=shared)
+    blocks.loss(BATCH, 1, generator=seeded())
+    model = blocks.base_model.model
+    other = copy.deepcopy(model.config)
+    other.final_logit_softcapping = 0.5
+    for module in model.modules():
+        if "config" in vars(module):
+            module.config = other
+    with pytest.raises(ValueError, match=r"config must stay the object .* got another Gemma2Con"):
+        blocks.loss(BATCH, 1, generator=seeded())
+    assert copy.deepcopy(converted("gemma2", 2, shared=shared)).loss(BATCH, 1).loss.isfinite()
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), np.ones(3)], ids=["tensor", "array"])
+def test_entries_that_are_no_numbers_are_not_compared(value):
+    blocks = converted("llama", 2)
+    config = blocks.base_model.model.config
+    config.kept = value
+    blocks.loss(BATCH, 0, generator=seeded())
+    config.kept = copy.copy(value)
+    assert blocks.loss(BATCH, 0, generator=seeded()).loss.isfinite()
+
+
+def test_a_networks_own_config_may_count():
+    network = vit()
+    dm = DiffusionBlocks(network, BlocksConfig(2))
+    loss = dm.loss(batch(), 0, generator=seeded())
+    before = dm.changes
+    network.config = SimpleNamespace(**vars(network.config), step=1)
+    for _ in range(2):
+        network.config.step += 1
+        assert torch.equal(dm.loss(batch(), 0, generator=seeded()).loss, loss.loss)
+    assert dm.changes == before
