@@ -156,7 +156,7 @@ ALSO_CALLED |= {
 }
 ALSO_CALLED |= {"--batch": "--batch-size", "--ema-decay": "--ema", "--fp16": "--bf16"}
 PATH_FLAGS = ("--out", "--checkpoint", "--compare", "--data", "--tokenizer", "--model")
-PATH_FLAGS += ("--json", "--chart", "--tensorboard")
+PATH_FLAGS += ("--json", "--chart", "--tensorboard", "--data-path")
 INTERRUPTED = 130  # the shell's exit code of a program ended by Ctrl-C
 BROKEN_PIPE = 141
 

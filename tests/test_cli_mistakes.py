@@ -76,6 +76,7 @@ def test_a_tokenizer_of_another_vocabulary_is_an_error(trained, capsys):
         ("train", "vit", "--out="),
         ("eval", "vit", "--checkpoint", " "),
         ("info", "--model", ""),
+        ("train", "causal-lm", "--data-path", ""),
     ],
 )
 def test_an_empty_path_is_an_error(args, capsys):

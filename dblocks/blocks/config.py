@@ -55,6 +55,10 @@ class BlocksConfig(JsonConfig):
             )
         if self.shared not in SHARED:
             raise ValueError(f"shared must be one of {SHARED}, got {self.shared!r}")
+        if isinstance(self.top_share, str) and self.top_share != "auto":
+            raise ValueError(
+                f"top_share must be 'auto' or a number in [0, 1], got {self.top_share!r}"
+            )
         if self.top_share != "auto":
             check_share("top_share", self.top_share)
         # The schedule checks the number of blocks of its partition, and the overlap.

@@ -122,6 +122,8 @@ def test_the_share_of_draws_at_the_top(schedule):
         assert trained_at_top(model) == (share not in ("auto", 0.0))
     with pytest.raises(ValueError, match=r"top_share must be .*, got 'all'"):
         BlocksConfig.from_json('{"num_blocks": 3, "top_share": "all"}')
+    with pytest.raises(ValueError, match=r"top_share must be 'auto' or a number .*, got 'all'"):
+        BlocksConfig(3, top_share="all")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
