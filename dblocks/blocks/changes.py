@@ -153,16 +153,21 @@ def is_ignored(key: str) -> bool:
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """The entries of a module's config that are numbers, texts, or lists of them, by name."""
-    entries = getattr(vars(module).get("config"), "__dict__", {})
+    """The entries of a module's config that are numbers, texts, lists or such configs, by name."""
+    return _entries_of(vars(module).get("config"))
+
+
+def _entries_of(config: Any) -> dict[str, Any]:
     found = {}
-    for name, value in entries.items():
+    for name, value in getattr(config, "__dict__", {}).items():
         if name.startswith("_") or is_ignored(name):
             continue
         if type(value) in PLAIN:
             found[name] = value
         elif type(value) in LISTS:
             found[name] = repr(value)
+        elif hasattr(value, "to_dict"):  # a config of a part, such as of the vision model
+            found[name] = _entries_of(value)
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dblocks import functional as F
 from dblocks.blocks.bound import Predictions
-from dblocks.blocks.changes import HOOKS, IGNORED, LISTS, PLAIN, Seen, follow_changes_
+from dblocks.blocks.changes import HOOKS, Seen, follow_changes_
 from dblocks.blocks.config import BlocksConfig, Weighting
 from dblocks.blocks.model import BlockModel, Divisible
 from dblocks.blocks.parameters import warn_of_frozen_zeros
@@ -164,14 +164,15 @@ class Denoiser(Predictions, nn.Module):
         Raises:
             ValueError: blocks would not notice the change.
         """
-        look = _look_at(self.watched(), configs=self.reads_configs)
+        look = [*_look_at(self.watched()), *self.settings()]
         # What counts as a change is looked at closer, and seldom.
         if _LOOKS.get(self) != look:
             self.changes += follow_changes_(self, self.watched(), self.take_changes)
             _LOOKS[self] = look
 
-    reads_configs = False
-    """Whether the modules read their configs in calls, as models of other libraries do."""
+    def settings(self) -> Iterable[Any]:
+        """A hook: what else the network reads in calls, to be compared."""
+        return ()
 
     def watched(self) -> list[nn.Module]:
         """The modules whose changes are followed, with all that they hold."""
@@ -341,7 +342,7 @@ def unwrapped(model: Any) -> Any:
     return inner if isinstance(inner, Denoiser) else model
 
 
-def _look_at(models: Iterable[nn.Module], *, configs: bool) -> list[Any]:
+def _look_at(models: Iterable[nn.Module]) -> list[Any]:
     """What a change of the models changes; as quick as can be, since each loss takes it."""
     look: list[Any] = []
     met: set[int] = set()
@@ -357,15 +358,6 @@ def _look_at(models: Iterable[nn.Module], *, configs: bool) -> list[Any]:
         look += map(id, own["_parameters"].values())
         for name in HOOKS:
             look += own[name]
-        config = own.get("config") if configs else None
-        if config is not None and id(config) not in met:
-            met.add(id(config))
-            look.append(id(config))
-            look += [
-                value if type(value) in PLAIN else repr(value)
-                for name, value in getattr(config, "__dict__", {}).items()
-                if name not in IGNORED and (type(value) in PLAIN or type(value) in LISTS)
-            ]
         pending += own["_modules"].values()
     return look
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from dblocks.blocks import Batch, Block, BlocksConfig, DiffusionBlocks, Draw
-from dblocks.blocks.changes import Seen, remember, seen_of
+from dblocks.blocks.changes import Seen, remember, seen_of, settings_of
 from dblocks.checkpoint import naming
 from dblocks.config import check_block
 from dblocks.integrations.convert import files
@@ -43,7 +43,10 @@ class ConvertedBlocks(DiffusionBlocks):
         self.options = options
         self.clean_loss_weight: float = options.clean_loss_weight
 
-    reads_configs = True
+    def settings(self) -> list[Any]:
+        """See `Denoiser.settings`: models of other libraries read their configs in calls."""
+        model = self.base_model.model
+        return [id(vars(model).get("config")), settings_of(model)]
 
     def watched(self) -> list[nn.Module]:
         """See `Denoiser.watched`."""
