@@ -8,6 +8,7 @@ from dblocks.checkpoint.files import naming as naming
 from dblocks.checkpoint.files import no_empty_folder as no_empty_folder
 from dblocks.checkpoint.files import replacing as replacing
 from dblocks.checkpoint.files import saving as saving
+from dblocks.checkpoint.files import unchanged as unchanged
 from dblocks.checkpoint.networks import NETWORKS as NETWORKS
 from dblocks.checkpoint.networks import load_model as load_model
 from dblocks.checkpoint.networks import prepare as prepare

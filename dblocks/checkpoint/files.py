@@ -4,7 +4,8 @@ A save writes all its files to a separate folder `.saving-*` inside the target. 
 `.saved` makes the save valid: from then on readers look there first (`current`), while the files
 are moved to their places one by one. If the writer dies before the rename, the earlier save
 remains; if it dies later, the new save is valid, and the next one finishes the moves. Files of two
-writers never mix: the second writer first finishes the moves of the first.
+writers never mix: the second writer first finishes the moves of the first. Nor do files of two
+saves mix for a reader, who reads them again if a save has replaced one meanwhile (`unchanged`).
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 SAVING, SAVED = ".saving-", ".saved"
 DEAD_AFTER = 24 * 3600  # seconds, for folders left by a writer on another machine
 LONGEST_REASON = 300  # characters of an error message; PyTorch lists every tensor
 UMASK = threading.Lock()
 TRIES = 100  # attempts to rename, while other writers commit
+READS = 10  # attempts to read, while others write
 TAKEN = {errno.EEXIST, errno.ENOTEMPTY}  # errors of a rename to the name of a folder
+
+Read = TypeVar("Read")
 
 
 def make_folder(folder: str | Path) -> None:
@@ -136,6 +140,43 @@ def current(folder: Path, name: str) -> Path:
     """The path of the valid file `name` of a folder, even before it is moved to its place."""
     waiting = folder / SAVED / name
     return waiting if waiting.exists() else folder / name
+
+
+def unchanged(folder: Path, read: Callable[[], Read]) -> Read:
+    """What `read` returns for files of one save: it is called again if files change meanwhile.
+
+    Args:
+        folder: holds the files.
+        read: reads them, finds each by `current`, and changes nothing.
+
+    Raises:
+        ValueError: files of the folder never stayed the same for as long as `read` takes; or what
+            `read` raises while they do.
+    """
+    for _ in range(READS):
+        before = _versions(folder)
+        try:
+            found = read()
+        except (OSError, ValueError):
+            if _versions(folder) == before:
+                raise
+        else:
+            if _versions(folder) == before:
+                return found
+    raise ValueError(f"{folder} is being written to; load it again when its writers are done")
+
+
+def _versions(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """What distinguishes each valid file of a folder from others of its name, earlier or later."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for place in (folder, folder / SAVED):  # in this order: those not yet moved are the valid ones
+        with contextlib.suppress(OSError), os.scandir(place) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    about = entry.stat()
+                    if entry.is_file():
+                        found[entry.name] = about.st_ino, about.st_size, about.st_mtime_ns
+    return found
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from dblocks.checkpoint.files import (
     naming,
     safetensors,
     saving,
+    unchanged,
 )
 from dblocks.checkpoint.sealed import SHA256, check_beside, read_sealed, sealed, text_digest
 from dblocks.checkpoint.tensors import load_safetensors, save_safetensors
@@ -49,7 +50,6 @@ CONFIG_FILE = "config.json"
 RECORD_FILE = "run.json"  # record of a training run; load_model does not need it
 BLOCK_FILE = "block.json"  # instead of config.json, for the weights of one block
 RENAMED = {"readout": "output_head"}  # names of modules in files of version 0.1
-REPLACED = "{} was written to while it was loaded; load it again"
 COPIES = "copies."  # prefix of private copies, as in DiffusionBlocks.copies
 
 
@@ -139,18 +139,15 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
         ValueError: the folder holds no such network, or a file is damaged; the message names it.
     """
     folder, _ = Path(folder), safetensors()
-    config = read_config(folder)
-    with naming(folder / CONFIG_FILE):
-        model = rebuilt(config)
-    load_weights_(model, folder, keep_dtypes=True)
-    check_same_config(folder, config)
-    return model
 
+    def load() -> Network | DiffusionBlocks:
+        config = read_config(folder)
+        with naming(folder / CONFIG_FILE):
+            model = rebuilt(config)
+        load_weights_(model, folder, keep_dtypes=True)
+        return model
 
-def check_same_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises ValueError if the config was replaced by another one while loading."""
-    if read_config(folder) != config:
-        raise ValueError(REPLACED.format(folder))
+    return unchanged(folder, load)
 
 
 def load_weights_(
@@ -285,12 +282,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if missing := sorted(KEYS - set(config)):
         raise ValueError(f"{path} lacks the keys {missing}")
     if digests is not None:
-        try:
-            check_beside(folder / CONFIG_FILE, digests)
-        except ValueError as error:
-            if read_sealed(current(folder, CONFIG_FILE)) != {**config, SHA256: digests}:
-                raise ValueError(REPLACED.format(folder)) from error
-            raise
+        check_beside(folder / CONFIG_FILE, digests)
     if config["format"] not in (1, FORMAT) or config["model"] not in list(NETWORKS):
         raise ValueError(
             f"{path} must have format {FORMAT} or 1 and a model of {list(NETWORKS)}, "

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from dblocks.blocks import Block, BlocksConfig, DiffusionBlocks
 from dblocks.blocks.model import BlockModel, Divisible
-from dblocks.checkpoint import current, naming
+from dblocks.checkpoint import current, naming, unchanged
 from dblocks.checkpoint.networks import (
     BLOCK_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     blocks_inside,
-    check_same_config,
     named_tensors,
     network_of,
     read_config,
@@ -83,7 +82,10 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
     Raises:
         ValueError: the folder does not hold this block, or a file is damaged; the message names it.
     """
-    folder = Path(folder)
+    return unchanged(Path(folder), lambda: _load_block(Path(folder), block))
+
+
+def _load_block(folder: Path, block: int | None) -> Block:
     alone = current(folder, BLOCK_FILE).exists() and not current(folder, CONFIG_FILE).exists()
     if (
         not alone
@@ -125,8 +127,6 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
             for name, tensor in named_tensors(mine).items():
                 tensor.copy_(file.get_tensor(names[name]))
         source.check_unchanged()
-    if not alone:  # read_block and check_weights have checked digests
-        check_same_config(folder, about)
     return mine
 
 

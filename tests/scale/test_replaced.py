@@ -51,15 +51,15 @@ def after(monkeypatch, module, name, act):
 
 @pytest.mark.parametrize("check", ["check_weights", "opened"])
 def test_a_block_that_is_replaced_as_it_is_loaded(tmp_path, monkeypatch, check):
-    """By a file that is valid itself: the digests inside do not tell."""
+    """By a file that is valid itself: the digests inside do not tell.
+
+    Read again, beside the description of another block, it is refused.
+    """
     blocks_in(tmp_path / "a")
     whole = blocks_in(tmp_path / "b")
     mine, other = (tmp_path / name / "1" / "model.safetensors" for name in "ab")
     before = load_block(tmp_path / "a/1")
     after(monkeypatch, construction, check, lambda: os.replace(other, mine))
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: .*was changed while"):
-        load_block(tmp_path / "a/1")
-    # Beside the description of another block, the file is refused at once.
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: it is not what was"):
         load_block(tmp_path / "a/1")
     shutil.copy(tmp_path / "b/1/block.json", tmp_path / "a/1/block.json")
@@ -168,7 +168,7 @@ def test_descriptions_of_blocks_of_earlier_versions_are_read(tmp_path):
 
 @pytest.mark.parametrize("load", [load_model, lambda folder: load_block(folder, 1)])
 def test_a_network_that_is_saved_again_as_it_is_loaded(tmp_path, monkeypatch, load):
-    """The weights of one save are not taken with the config of another."""
+    """The weights of one save are not taken with the config of another: both are read again."""
     models = [
         DiffusionBlocks(ViT(ViTConfig(**SIZES)), BlocksConfig(num_blocks=2, top_share=share))
         for share in (0.5, 0.6)
@@ -176,6 +176,4 @@ def test_a_network_that_is_saved_again_as_it_is_loaded(tmp_path, monkeypatch, lo
     save_model(tmp_path, models[0])
     after(monkeypatch, networks, "network_of", lambda: save_model(tmp_path, models[1]))
     after(monkeypatch, construction, "network_of", lambda: save_model(tmp_path, models[1]))
-    with pytest.raises(ValueError, match="was written to while it was loaded; load it"):
-        load(tmp_path)
     assert load(tmp_path).config.top_share == 0.6

@@ -153,13 +153,13 @@ class ConvertedBlocks(DiffusionBlocks):
             ValueError: a file is missing or broken, or does not match the model, which may have
                 another config than the saved one; the message names what differs.
         """
-        given = files.read_config(folder)
-        files.check_model(folder, given, model)
-        with naming(Path(folder) / files.CONFIG_FILE):
+        folder = Path(folder)
+        given, tensors = files.read(folder, model)
+        with naming(folder / files.CONFIG_FILE):
             config = BlocksConfig.from_dict(given["blocks_config"])
             options = ConvertOptions(**given["options"])
             network = network_of(model, config, given["task"], given["layers"], options)
             converted = cls(network, config, given["task"], options)
-        files.load(converted, folder, given["ties"])
+        files.fill(converted, folder, tensors, given["ties"])
         network.whole_checked = False
         return converted

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from dblocks._version import __version__
-from dblocks.checkpoint import current, load_safetensors, naming, save_safetensors, saving
+from dblocks.blocks import BlocksConfig
+from dblocks.checkpoint import (
+    current,
+    load_safetensors,
+    naming,
+    save_safetensors,
+    saving,
+    unchanged,
+)
 from dblocks.checkpoint.sealed import SHA256, check_beside, read_sealed, sealed
 from dblocks.checkpoint.tensors import opened
 from dblocks.config import json_text
@@ -134,28 +142,55 @@ def check_model(folder: str | Path, config: Mapping[str, Any], model: nn.Module)
         )
 
 
-def load(blocks: ConvertedBlocks, folder: str | Path, ties: dict[str, str]) -> None:
-    """Reads these files into a model that was converted with the same options.
+def read(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What dblocks.json holds, and the tensors of the other files by name, all of one save.
+
+    Args:
+        folder: the folder.
+        model: the model to load them into.
 
     Raises:
-        ValueError: a file is missing or broken, or its tensors do not fit.
+        ValueError: a file is missing or broken, or of another model; or files of the folder change
+            all the time.
     """
-    folder = Path(folder)
-    tensors: dict[str, Tensor] = {}
-    for file in (*map(block_file, range(blocks.config.num_blocks)), SHARED_FILE):
-        path = current(folder, file)
-        if not path.exists():
-            raise ValueError(
-                f"{folder} must hold {file}; each block's worker writes its own by "
-                "save_pretrained(folder, block=), and with shared='train' the rest comes with "
-                "save_pretrained(folder)"
-            )
-        with naming(path):
-            tensors |= load_safetensors(path)
+
+    def read_all() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        config = read_config(folder)
+        check_model(folder, config, model)
+        with naming(folder / CONFIG_FILE):
+            count = BlocksConfig.from_dict(config["blocks_config"]).num_blocks
+        tensors: dict[str, Tensor] = {}
+        for file in (*map(block_file, range(count)), SHARED_FILE):
+            tensors |= _read_file(folder, file)
+        return config, tensors
+
+    return unchanged(folder, read_all)
+
+
+def _read_file(folder: Path, file: str) -> dict[str, Tensor]:
+    path = current(folder, file)
+    if not path.exists():
+        raise ValueError(
+            f"{folder} must hold {file}; each block's worker writes its own by "
+            "save_pretrained(folder, block=), and with shared='train' the rest comes with "
+            "save_pretrained(folder)"
+        )
+    with naming(path):
+        return load_safetensors(path)
+
+
+def fill(
+    blocks: ConvertedBlocks, folder: Path, tensors: dict[str, Tensor], ties: dict[str, str]
+) -> None:
+    """Puts tensors of `read` into a model that was converted with the same options.
+
+    Raises:
+        ValueError: the tensors do not fit.
+    """
     with naming(folder / CONFIG_FILE):
         if missing := sorted(set(ties.values()) - set(tensors)):
             raise ValueError(f"ties must be to tensors that the other files hold, got {missing}")
-    tensors |= {name: tensors[first] for name, first in ties.items()}
+    tensors = tensors | {name: tensors[first] for name, first in ties.items()}
     state = {_inside(name): tensor for name, tensor in tensors.items()}
     _check_names(folder, set(state), set(blocks.state_dict()))
     with naming(folder):
