@@ -40,7 +40,9 @@ class Experiment:
     rows: Mapping[str, tuple[str, Run]]
     """A row's title and its run, by the row's short name."""
     lrs: Sequence[float]
-    """The learning rates that are tried."""
+    """The learning rates that are tried for each row."""
+    beyond: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Further ones of rows whose best was the smallest or the largest of `lrs`."""
     seeds: Sequence[int] = (0, 1, 2)
     """Of the final runs."""
     selection_shorter: Mapping[str, int]
@@ -78,15 +80,19 @@ class Experiment:
         _, run = self.rows[row]
         steps = run.steps // self.selection_shorter[row]
         short = dataclasses.replace(run, steps=steps, seed=SELECTION_SEED, part="selection")
-        return [dataclasses.replace(short, lr=lr) for lr in self.lrs]
+        return [dataclasses.replace(short, lr=lr) for lr in self.rates(row)]
+
+    def rates(self, row: str) -> list[float]:
+        """The learning rates that are tried for a row, ascending."""
+        return sorted({*self.lrs, *self.beyond.get(row, ())})
 
     def final_runs(self, row: str, lr: float) -> list[Run]:
         """The runs behind a row of the table."""
         return [dataclasses.replace(self.rows[row][1], lr=lr, seed=seed) for seed in self.seeds]
 
     def chosen_lr(self, records: Records) -> float:
-        """The learning rate of the smallest error; of equal ones the smallest rate."""
-        return min(records, key=lambda r: (self.quality.error(r), r["run"]["lr"]))["run"]["lr"]
+        """The learning rate of the smallest error, see `best_rate`."""
+        return best_rate({r["run"]["lr"]: self.quality.error(r) for r in records})
 
     def results(
         self,
@@ -125,6 +131,26 @@ class Experiment:
         block = measures_block(rows, self.columns, self.caption(rows), archive)
         write_between_markers(report, f"results:{self.name}", block)
         print(f"wrote {figure} and the table in {report}")
+
+
+def best_rate(errors: Mapping[float, float]) -> float:
+    """The learning rate of the smallest error; of several the middle one, the lower of two."""
+    best = sorted(rate for rate, error in errors.items() if error == min(errors.values()))
+    return best[(len(best) - 1) // 2]
+
+
+def rates_in_words(lrs: Sequence[float], beyond: Mapping[str, Sequence[float]]) -> str:
+    """The learning rates that were tried, for a caption.
+
+    Args:
+        lrs: those of each row.
+        beyond: further ones by the title of the row.
+    """
+    listed = ", ".join(f"{lr:g}" for lr in lrs)
+    further = "; ".join(
+        f"for {title} also {', '.join(f'{lr:g}' for lr in more)}" for title, more in beyond.items()
+    )
+    return f"{{{listed}}}" + (f" ({further})" if further else "")
 
 
 def draw_comparison(

@@ -35,7 +35,7 @@ def shared_rows(experiment: Experiment, hours: Mapping[str, float]) -> list[Row]
             title=title,
             method="end to end" if run.end_to_end else "DiffusionBlocks",
             run=run,
-            lrs=experiment.lrs if name in experiment.selection_shorter else (),
+            lrs=experiment.rates(name) if name in experiment.selection_shorter else (),
             rate_of=experiment.rates_of.get(name),
             shorter=experiment.selection_shorter.get(name, 1),
             seeds=experiment.seeds,

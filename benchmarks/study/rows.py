@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.archive import Archive
-from benchmarks.study.experiment import SELECTION_SEED, Records, record_path
+from benchmarks.study.experiment import SELECTION_SEED, Records, best_rate, record_path
 from benchmarks.study.quality import Quality
 from dblocks.recipes.run import Run
 from dblocks.recipes.tables import Column
@@ -168,11 +168,11 @@ class Found:
         return [rate for rate in self.rates(source) if self._best(source, [rate]) is not None]
 
     def _best(self, row: Row, rates: Sequence[float]) -> float | None:
-        """The rate of the smallest error, of equal ones the smallest; None where runs miss."""
+        """The rate of the smallest error, see `best_rate`; None where runs miss."""
         paths = {lr: record_path(self.folder, row.name, selection_run(row, lr)) for lr in rates}
         if any(path.stem not in self.there for path in paths.values()):
             return None
-        return min(rates, key=lambda lr: (self.study.quality.error(self.there[paths[lr].stem]), lr))
+        return best_rate({lr: self.study.quality.error(self.there[paths[lr].stem]) for lr in rates})
 
 
 def selection_run(row: Row, lr: float) -> Run:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import quality
-from benchmarks.study.experiment import Experiment, draw_comparison
+from benchmarks.study.experiment import Experiment, draw_comparison, rates_in_words
 from benchmarks.study.pages import seeds_of
 from benchmarks.study.plots import ACCURACY
 from dblocks.checkpoint import make_folder
@@ -64,15 +64,14 @@ CLOTHES = rows_of(ViTRun(data="fashion-mnist", points=3), 3000)
 COLUMNS = (*VIT, *COSTS)
 
 
-def caption_of(data: str, lrs: Sequence[float], selection: str) -> Callable[[Rows], str]:
+def caption_of(data: str, rates: str, selection: str) -> Callable[[Rows], str]:
     """How the runs were made and measured, in sentences for the report."""
-    rates = ", ".join(f"{lr:g}" for lr in lrs)
 
     def caption(rows: Rows) -> str:
         return (
             f"A ViT of 12 layers and width 64 on {data}, batches of 128, AdamW with a cosine. "
             f"Accuracy is the mean ± sample standard deviation of seeds {seeds_of(rows)}. Each "
-            f"column's learning rate is the best of {{{rates}}} on a validation split, a fifth of "
+            f"column's learning rate is the best of {rates} on a validation split, a fifth of "
             f"the training part that selection runs do not train on, in runs of another seed and "
             f"{selection}. Blocks classify by the product of their predictions, one call "
             "each, which with all draws at sigma_max are an ensemble; as published by 3 Euler "
@@ -99,6 +98,7 @@ def experiment_of(
     name: str,
     rows: Table,
     lrs: Sequence[float],
+    beyond: Mapping[str, Sequence[float]],
     shorter: Mapping[str, int],
     rates_of: Mapping[str, str],
     titles: tuple[str, str, str],
@@ -109,24 +109,27 @@ def experiment_of(
     Args:
         name: of the experiment.
         rows: what is compared.
-        lrs: learning rates that are tried.
+        lrs: learning rates that are tried for each row.
+        beyond: further ones of rows whose best was the smallest or the largest of those.
         shorter: by what a row's steps are divided where its rate is chosen.
         rates_of: the row whose rate another takes over.
         titles: the images in a figure's title and in a caption, and how rates were chosen.
         seeds: of the final runs.
     """
     short, long, selection = titles
+    rates = rates_in_words(lrs, {rows[row][0]: more for row, more in beyond.items()})
     return Experiment(
         name=name,
         rows=rows,
         lrs=lrs,
+        beyond=beyond,
         seeds=seeds,
         selection_shorter=shorter,
         rates_of=rates_of,
         quality=quality.ACCURACY,
         headline=lambda record: f"{100 * accuracy(record):.1f} %",
         columns=COLUMNS,
-        caption=caption_of(long, lrs, selection),
+        caption=caption_of(long, rates, selection),
         draw=draw_of(f"A 12-layer ViT on {short}, trained end to end and in blocks"),
     )
 
@@ -137,6 +140,7 @@ EXPERIMENT = experiment_of(
     "vit-digits",
     DIGITS,
     (2.5e-4, 5e-4, 1e-3, 2e-3),
+    {"published": (1.25e-4,), "small": (4e-3,), "blocks": (1.25e-4,), "end_to_end_3x": (1.25e-4,)},
     {"blocks": 1, "published": 1, "small": 1, "end_to_end": 1, "end_to_end_3x": 5},
     {"ensemble": "blocks"},
     (
@@ -150,6 +154,7 @@ FASHION = experiment_of(
     "vit-fashion",
     CLOTHES,
     (5e-4, 1e-3, 2e-3, 4e-3),
+    {"published": (2.5e-4,)},
     {"blocks": 2, "published": 2, "small": 2, "end_to_end": 2},
     {"ensemble": "blocks", "end_to_end_3x": "end_to_end"},
     (

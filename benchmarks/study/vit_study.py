@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from dblocks.recipes.columns import accuracy
 from dblocks.recipes.tables import COSTS, Column, percent
 
 GRID = (1e-3, 2e-3, 4e-3)
+Rates = Callable[[str], Sequence[float]]  # of a row
 # By what the steps of equal samples are divided where their rate is chosen, as `vit` does.
 LONGER_SHORTER = {"vit-digits": 5}
 # Shares of the final rows' layer evaluations: with these themselves a curve over a factor of 8.
@@ -48,15 +49,13 @@ SHARED = (
 )
 
 
-def rows_of(
-    study: str, table: vit.Table, lrs: Sequence[float], *, flip: bool, shorter: int
-) -> list[Row]:
+def rows_of(study: str, table: vit.Table, lrs: Rates, *, flip: bool, shorter: int) -> list[Row]:
     """Every method at equal layer evaluations.
 
     Args:
         study: its name.
         table: the rows of `vit` on these data.
-        lrs: the learning rates that were tried for them.
+        lrs: the learning rates that were tried for each of them.
         flip: mirror the views of Forward-Forward.
         shorter: by what the steps of `vit`'s rows are divided where rates are chosen.
     """
@@ -69,7 +68,7 @@ def rows_of(
             title=table[name][0],
             method=method,
             run=table[name][1],
-            lrs=() if rate_of else lrs,
+            lrs=() if rate_of else lrs(name),
             rate_of=rate_of,
             shorter=shorter,
             hours=hours,
@@ -81,7 +80,7 @@ def rows_of(
         Row(
             name="end_to_end_3x", title=longer[0], method="end to end", part="samples",
             run=longer[1], hours=3 * hours,
-            lrs=lrs if own else (),
+            lrs=lrs("end_to_end_3x") if own else (),
             rate_of=None if own else "end_to_end",
             shorter=own or 1,
         )
@@ -155,7 +154,7 @@ study_of = partial(
 )
 
 
-_FASHION = rows_of("vit-fashion", vit.CLOTHES, GRID, flip=True, shorter=2)
+_FASHION = rows_of("vit-fashion", vit.CLOTHES, lambda _: GRID, flip=True, shorter=2)
 FASHION = study_of(
     name="vit-fashion",
     title="a 12-layer ViT of width 64 on Fashion-MNIST",
@@ -169,5 +168,5 @@ FASHION = study_of(
 DIGITS = study_of(
     name="vit-digits",
     title="a 12-layer ViT of width 64 on handwritten digits",
-    rows=rows_of("vit-digits", vit.DIGITS, vit.EXPERIMENT.lrs, flip=False, shorter=1),
+    rows=rows_of("vit-digits", vit.DIGITS, vit.EXPERIMENT.rates, flip=False, shorter=1),
 )

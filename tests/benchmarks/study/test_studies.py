@@ -238,3 +238,15 @@ def test_help_and_mistakes_name_what_there_is(capsys, command):
     with pytest.raises(SystemExit):
         main([command, "nothing"])
     assert "must be one of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS))
+def test_the_best_of_the_rates_tried_is_not_at_their_edge(name):
+    compared = EXPERIMENTS[name]
+    there = Archive(compared.records).load()
+    for row in compared.selection_shorter:
+        runs = compared.selection_runs(row)
+        paths = [record_path(compared.records, row, run) for run in runs]
+        if all(path.stem in there for path in paths):
+            best = compared.chosen_lr([there[path.stem] for path in paths])
+            assert runs[0].lr < best < runs[-1].lr, row
