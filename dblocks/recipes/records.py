@@ -35,6 +35,7 @@ class Trained(NamedTuple):
 def train(
     run: Run,
     *,
+    trainer: Trainer | None = None,
     progress: bool = False,
     save: Callable[[Trainer], None] | None = None,
     keeping: Keeping | None = None,
@@ -48,6 +49,7 @@ def train(
 
     Args:
         run: options of the run.
+        trainer: trains it; by default `run.trainer()`.
         progress: whether to show a progress bar.
         save: called with the trainer after training, before the evaluation, which may fail.
         keeping: checkpoints to write and to resume from.
@@ -59,7 +61,7 @@ def train(
     """
     where = environment()  # now: something may be committed meanwhile
     check_device(run.device)
-    trainer = run.trainer()
+    trainer = run.trainer() if trainer is None else trainer
     trainer.place(mesh)
     trainer.shows_progress = progress
     alone = run.block is not None

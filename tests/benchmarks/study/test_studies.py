@@ -250,3 +250,21 @@ def test_the_best_of_the_rates_tried_is_not_at_their_edge(name):
         if all(path.stem in there for path in paths):
             best = compared.chosen_lr([there[path.stem] for path in paths])
             assert runs[0].lr < best < runs[-1].lr, row
+
+
+def test_a_quick_run_shows_that_every_row_runs(tmp_path, monkeypatch, capsys):
+    made = {}
+
+    def run_missing(jobs, headline, workers, train_one):
+        made.update({path: train_one(run, path) for path, run in jobs.items()})
+
+    monkeypatch.setattr(running, "run_missing", run_missing)
+    monkeypatch.setattr(running, "QUICK_IMAGES", 20)
+    long = dataclasses.replace(ROW, run=dataclasses.replace(RUN, steps=300))
+    running.run_quick(STUDY, [long, OTHER], tmp_path / "quick")
+    assert [record["run"]["steps"] for record in made.values()] == [3, 2]
+    for path, record in made.items():
+        assert record["run"]["lr"] == 2e-3
+        assert record["accuracy"] * 20 == pytest.approx(round(record["accuracy"] * 20))
+        assert path.exists()
+    assert "seconds" in capsys.readouterr().out
