@@ -20,7 +20,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,40 +142,42 @@ def current(folder: Path, name: str) -> Path:
     return waiting if waiting.exists() else folder / name
 
 
-def unchanged(folder: Path, read: Callable[[], Read]) -> Read:
-    """What `read` returns for files of one save: it is called again if files change meanwhile.
+def unchanged(folder: Path, names: Sequence[str], read: Callable[[], Read]) -> Read:
+    """What `read` returns for files of one save: it is called again if one is made meanwhile.
 
     Args:
         folder: holds the files.
-        read: reads them, finds each by `current`, and changes nothing.
+        names: of files that every save replaces, such as the config; others may be logs, which
+            change all the time.
+        read: reads the files, finds each by `current`, and changes nothing.
 
     Raises:
-        ValueError: files of the folder never stayed the same for as long as `read` takes; or what
-            `read` raises while they do.
+        ValueError: saves were made all the time; or what `read` raises while none is.
     """
     for _ in range(READS):
-        before = _versions(folder)
+        before = _save_of(folder, names)
         try:
             found = read()
         except (OSError, ValueError):
-            if _versions(folder) == before:
+            if _save_of(folder, names) == before:
                 raise
         else:
-            if _versions(folder) == before:
+            if _save_of(folder, names) == before:
                 return found
     raise ValueError(f"{folder} is being written to; load it again when its writers are done")
 
 
-def _versions(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """What distinguishes each valid file of a folder from others of its name, earlier or later."""
-    found: dict[str, tuple[int, int, int]] = {}
-    for place in (folder, folder / SAVED):  # in this order: those not yet moved are the valid ones
-        with contextlib.suppress(OSError), os.scandir(place) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    about = entry.stat()
-                    if entry.is_file():
-                        found[entry.name] = about.st_ino, about.st_size, about.st_mtime_ns
+def _save_of(folder: Path, names: Sequence[str]) -> list[Any]:
+    """What distinguishes the save in a folder from others, and from itself as its files move."""
+    # The valid save first: if it is not there yet, what is in place was valid until now.
+    moving: list[Path] = []
+    with contextlib.suppress(OSError):
+        moving = sorted((folder / SAVED).iterdir())
+    found: list[Any] = []
+    for path in (*moving, *(folder / name for name in names)):
+        with contextlib.suppress(OSError):
+            about = path.stat()
+            found.append((path.name, about.st_ino, about.st_size, about.st_mtime_ns))
     return found
 
 

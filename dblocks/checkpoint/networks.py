@@ -147,7 +147,7 @@ def load_model(folder: str | Path) -> Network | DiffusionBlocks:
         load_weights_(model, folder, keep_dtypes=True)
         return model
 
-    return unchanged(folder, load)
+    return unchanged(folder, [CONFIG_FILE], load)
 
 
 def load_weights_(

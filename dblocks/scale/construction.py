@@ -82,7 +82,9 @@ def load_block(folder: str | Path, block: int | None = None) -> Block:
     Raises:
         ValueError: the folder does not hold this block, or a file is damaged; the message names it.
     """
-    return unchanged(Path(folder), lambda: _load_block(Path(folder), block))
+    return unchanged(
+        Path(folder), [CONFIG_FILE, BLOCK_FILE], lambda: _load_block(Path(folder), block)
+    )
 
 
 def _load_block(folder: Path, block: int | None) -> Block:

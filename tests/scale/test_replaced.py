@@ -51,15 +51,15 @@ def after(monkeypatch, module, name, act):
 
 @pytest.mark.parametrize("check", ["check_weights", "opened"])
 def test_a_block_that_is_replaced_as_it_is_loaded(tmp_path, monkeypatch, check):
-    """By a file that is valid itself: the digests inside do not tell.
-
-    Read again, beside the description of another block, it is refused.
-    """
+    """By a file that is valid itself: the digests inside do not tell."""
     blocks_in(tmp_path / "a")
     whole = blocks_in(tmp_path / "b")
     mine, other = (tmp_path / name / "1" / "model.safetensors" for name in "ab")
     before = load_block(tmp_path / "a/1")
     after(monkeypatch, construction, check, lambda: os.replace(other, mine))
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: .*was changed while"):
+        load_block(tmp_path / "a/1")
+    # Beside the description of another block, the file is refused at once.
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be used: it is not what was"):
         load_block(tmp_path / "a/1")
     shutil.copy(tmp_path / "b/1/block.json", tmp_path / "a/1/block.json")

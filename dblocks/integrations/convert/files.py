@@ -164,7 +164,7 @@ def read(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tens
             tensors |= _read_file(folder, file)
         return config, tensors
 
-    return unchanged(folder, read_all)
+    return unchanged(folder, [CONFIG_FILE], read_all)
 
 
 def _read_file(folder: Path, file: str) -> dict[str, Tensor]:
