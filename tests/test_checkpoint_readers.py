@@ -11,6 +11,7 @@ from torch import nn
 from dblocks.blocks import BlocksConfig, DiffusionBlocks
 from dblocks.checkpoint import files, load_model, networks, save_model, unchanged
 from dblocks.integrations.convert import ConvertedBlocks
+from dblocks.integrations.convert import files as convert_files
 from dblocks.models.vit import ViT, ViTConfig
 from dblocks.scale import load_block, save_block
 
@@ -152,3 +153,62 @@ def test_an_error_of_files_at_rest_is_raised_at_once(tmp_path):
     with pytest.raises(ValueError, match="broken"):
         unchanged(tmp_path, ["config.json"], read)
     assert len(calls) == 1
+
+
+def test_what_was_broken_while_files_changed_is_told(tmp_path):
+    def read():
+        (tmp_path / "config.json").write_text("a" * len(calls))
+        calls.append(1)
+        raise ValueError("block_01 is missing")
+
+    calls = []
+    with pytest.raises(ValueError, match="is being written to") as found:
+        unchanged(tmp_path, ["config.json"], read)
+    assert str(found.value.__cause__) == "block_01 is missing"
+
+
+def test_a_job_that_saves_while_the_files_of_another_are_put_in_place(tmp_path, monkeypatch):
+    first, second = (blocks_of("llama", config={"shared": "frozen"}) for _ in range(2))
+    exists, at, seen = Path.exists, 1, 0
+
+    def interrupted(path, **options):
+        nonlocal seen
+        seen += 1
+        found = exists(path, **options)
+        if seen == at:
+            files._put_in_place(tmp_path / f"{at}")
+        return found
+
+    while True:
+        folder = tmp_path / f"{at}"
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_put_in_place", lambda folder: None)
+            first.save_pretrained(folder, block=0)
+        seen = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "exists", interrupted)
+            second.save_pretrained(folder, block=1)
+        assert exists(folder / "block_00.safetensors")
+        assert exists(folder / "block_01.safetensors")
+        if seen < at:
+            break
+        at += 1
+    assert at > 3
+
+
+def test_files_of_other_jobs_are_not_read_again(tmp_path, monkeypatch):
+    frozen = {"shared": "frozen"}
+    blocks_of("llama", config=frozen).save_pretrained(tmp_path)
+    read, load = [], convert_files.load_safetensors
+
+    def loading(path):
+        read.append(path.name)
+        if len(read) == 2:  # a job of the second block saves, as its file was read
+            blocks_of("llama", config=frozen).save_pretrained(tmp_path, block=1)
+        return load(path)
+
+    monkeypatch.setattr(convert_files, "load_safetensors", loading)
+    ConvertedBlocks.from_pretrained(tmp_path, model_of("llama"))
+    assert sorted(read) == [f"block_{b:02d}.safetensors" for b in (0, 1, 1)] + [
+        "shared.safetensors"
+    ]

@@ -77,12 +77,15 @@ def run_quick(study: Study, rows: Sequence[Row], folder: Path, *, workers: int =
 def train_quick(run: Run, path: Path) -> dict[str, Any]:
     """One run on one thread, evaluated on few images, and its record."""
     use_one_thread()
-    trainer: Any = run.trainer()
-    if isinstance(held_out := getattr(trainer, "evaluated", None), Images):
-        trainer.evaluated = held_out[torch.arange(min(QUICK_IMAGES, len(held_out)))]
-    record = train(run, trainer=trainer).record
+    record = train(run, prepare=_with_few_images).record
     write_record(path, record)
     return record
+
+
+def _with_few_images(trainer: Any) -> None:
+    held_out = getattr(trainer, "evaluated", None)
+    if isinstance(held_out, Images):
+        trainer.evaluated = held_out[torch.arange(min(QUICK_IMAGES, len(held_out)))]
 
 
 def train_kept(run: Run, path: Path, kept: Path) -> dict[str, Any]:

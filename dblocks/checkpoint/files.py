@@ -31,6 +31,7 @@ LONGEST_REASON = 300  # characters of an error message; PyTorch lists every tens
 UMASK = threading.Lock()
 TRIES = 100  # attempts to rename, while other writers commit
 READS = 10  # attempts to read, while others write
+PAUSE = 0.05  # seconds, times the number of attempts so far
 TAKEN = {errno.EEXIST, errno.ENOTEMPTY}  # errors of a rename to the name of a folder
 
 Read = TypeVar("Read")
@@ -154,17 +155,23 @@ def unchanged(folder: Path, names: Sequence[str], read: Callable[[], Read]) -> R
     Raises:
         ValueError: saves were made all the time; or what `read` raises while none is.
     """
-    for _ in range(READS):
+    last: Exception | None = None
+    for attempt in range(READS):
+        time.sleep(attempt * PAUSE)
         before = _save_of(folder, names)
         try:
             found = read()
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             if _save_of(folder, names) == before:
                 raise
-        else:
-            if _save_of(folder, names) == before:
-                return found
-    raise ValueError(f"{folder} is being written to; load it again when its writers are done")
+            last = error
+            continue
+        if _save_of(folder, names) == before:
+            return found
+        del found  # the memory of two results may not be there
+    raise ValueError(
+        f"{folder} is being written to; load it again when its writers are done"
+    ) from last
 
 
 def _save_of(folder: Path, names: Sequence[str]) -> list[Any]:

@@ -166,7 +166,7 @@ class Eval:
 
     def __call__(self) -> None:
         """Print the bits per character of the held-out part."""
-        model, network, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
+        model, network, tokenizer = load_text_model(self.checkpoint, CausalLM)
         data, options = data_of(
             self.checkpoint, data=self.data, data_path=self.data_path, fold=self.fold
         )
@@ -190,7 +190,7 @@ class Sample(SampleText):
 
     def __call__(self) -> None:
         """Print the prompt and its continuation."""
-        model, _, tokenizer = load_text_model(self.checkpoint, CausalLM, "causal-lm")
+        model, _, tokenizer = load_text_model(self.checkpoint, CausalLM)
         in_blocks = check_steps(self.steps, self.checkpoint, model)
         if self.product and self.steps is not None:
             raise ValueError(

@@ -209,7 +209,7 @@ class Eval:
     def __call__(self) -> None:
         """Print the bits per character of the held-out part."""
         check_seed(self.seed)
-        model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
+        model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM)
         data, options = data_of(
             self.checkpoint, data=self.data, data_path=self.data_path, fold=self.fold
         )
@@ -258,7 +258,7 @@ class Sample:
     def __call__(self) -> None:
         """Generate and print the text, and the number of calls of each block."""
         check_seed(self.seed)
-        model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM, "masked-lm")
+        model, network, tokenizer = load_text_model(self.checkpoint, MaskedLM)
         sequence = torch.tensor([self._sequence(tokenizer, network.config.context)])
         with progress_bar("sampling", "writing") as bar:
 

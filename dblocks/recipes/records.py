@@ -35,7 +35,7 @@ class Trained(NamedTuple):
 def train(
     run: Run,
     *,
-    trainer: Trainer | None = None,
+    prepare: Callable[[Trainer], None] = lambda trainer: None,
     progress: bool = False,
     save: Callable[[Trainer], None] | None = None,
     keeping: Keeping | None = None,
@@ -49,7 +49,7 @@ def train(
 
     Args:
         run: options of the run.
-        trainer: trains it; by default `run.trainer()`.
+        prepare: called with the trainer before training.
         progress: whether to show a progress bar.
         save: called with the trainer after training, before the evaluation, which may fail.
         keeping: checkpoints to write and to resume from.
@@ -61,7 +61,8 @@ def train(
     """
     where = environment()  # now: something may be committed meanwhile
     check_device(run.device)
-    trainer = run.trainer() if trainer is None else trainer
+    trainer = run.trainer()
+    prepare(trainer)
     trainer.place(mesh)
     trainer.shows_progress = progress
     alone = run.block is not None

@@ -208,7 +208,7 @@ class Eval:
     def __call__(self) -> None:
         """Print the bits per character of the held-out part."""
         check_positive(self.steps)
-        model, network, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")
+        model, network, tokenizer = load_text_model(self.checkpoint, RecurrentLM)
         data, options = data_of(
             self.checkpoint, data=self.data, data_path=self.data_path, fold=self.fold
         )
@@ -241,5 +241,5 @@ class Sample(SampleText):
     def __call__(self) -> None:
         """Print the prompt and its continuation."""
         check_positive(self.steps)
-        model, _, tokenizer = load_text_model(self.checkpoint, RecurrentLM, "recurrent")
+        model, _, tokenizer = load_text_model(self.checkpoint, RecurrentLM)
         self.write(model, tokenizer, self.steps)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from dblocks.blocks import DiffusionBlocks, trained_at_top
-from dblocks.checkpoint import current
+from dblocks.checkpoint import current, unchanged
+from dblocks.checkpoint.networks import CONFIG_FILE
 from dblocks.config import read_text
 from dblocks.recipes.command import load_network
 from dblocks.recipes.data.tokenizers import (
@@ -68,13 +69,16 @@ class SampleText:
         print_stream(prompt, written, tokenizer)
 
 
-def load_text_model(folder: Path, kind: type, command: str) -> tuple[Any, Any, Any]:
+def load_text_model(folder: Path, kind: type) -> tuple[Any, Any, Any]:
     """The model in a folder, its network and its tokenizer; see `load_network`.
 
     Raises:
         ValueError: the folder does not hold them.
     """
+    return unchanged(folder, [CONFIG_FILE], lambda: _load_text_model(folder, kind))
 
+
+def _load_text_model(folder: Path, kind: type) -> tuple[Any, Any, Any]:
     model, network = load_network(folder, kind)
     path = current(folder, TOKENIZER_FILE)
     if not path.exists():

@@ -82,7 +82,7 @@ def save(blocks: ConvertedBlocks, folder: str | Path, block: int | None = None) 
     job = blocks.loaded if block is None else block
     if job is not None:
         parts = _parts_of_job(blocks, parts, job)
-        _check_job(folder, config, parts)
+        unchanged(folder, [CONFIG_FILE], lambda: _check_job(folder, config, parts))
 
     def check_again() -> None:  # another job may have written while this one did
         if job is not None:
@@ -154,20 +154,23 @@ def read(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tens
             all the time.
     """
 
+    held: dict[str, tuple[Any, dict[str, Tensor]]] = {}
+
     def read_all() -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = read_config(folder)
         check_model(folder, config, model)
         with naming(folder / CONFIG_FILE):
             count = BlocksConfig.from_dict(config["blocks_config"]).num_blocks
-        tensors: dict[str, Tensor] = {}
-        for file in (*map(block_file, range(count)), SHARED_FILE):
-            tensors |= _read_file(folder, file)
-        return config, tensors
+        files = [*map(block_file, range(count)), SHARED_FILE]
+        for file in files:  # jobs of other blocks may save theirs meanwhile
+            held[file] = _read_file(folder, file, held.get(file))
+        return config, {n: tensor for file in files for n, tensor in held[file][1].items()}
 
     return unchanged(folder, [CONFIG_FILE], read_all)
 
 
-def _read_file(folder: Path, file: str) -> dict[str, Tensor]:
+def _read_file(folder: Path, file: str, before: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Which file it is, and its tensors; `before`, what was read before, if it is the same file."""
     path = current(folder, file)
     if not path.exists():
         raise ValueError(
@@ -176,7 +179,9 @@ def _read_file(folder: Path, file: str) -> dict[str, Tensor]:
             "save_pretrained(folder)"
         )
     with naming(path):
-        return load_safetensors(path)
+        about = path.stat()
+        which = about.st_ino, about.st_size, about.st_mtime_ns
+        return before if before and before[0] == which else (which, load_safetensors(path))
 
 
 def fill(
@@ -192,18 +197,25 @@ def fill(
             raise ValueError(f"ties must be to tensors that the other files hold, got {missing}")
     tensors = tensors | {name: tensors[first] for name, first in ties.items()}
     state = {_inside(name): tensor for name, tensor in tensors.items()}
-    _check_names(folder, set(state), set(blocks.state_dict()))
+    _check_tensors(folder, state, blocks.state_dict())
     with naming(folder):
         blocks.load_state_dict(state)
 
 
-def _check_names(folder: Path, saved: set[str], own: set[str]) -> None:
+def _check_tensors(folder: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Raises if the saved model has other modules, such as adapters, than the one to load into."""
     odd = [
         f"{len(names)} only {where}, such as {_outside(min(names))}"
-        for names, where in ((saved - own, "there"), (own - saved, "here"))
+        for names, where in (
+            (saved.keys() - own.keys(), "there"),
+            (own.keys() - saved.keys(), "here"),
+        )
         if names
-    ]
+    ] or [
+        f"{_outside(name)} of shape {list(saved[name].shape)} for {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if saved[name].shape != tensor.shape
+    ][:1]
     if odd:
         raise ValueError(
             f"model must have the tensors of the one saved in {folder}, got {'; '.join(odd)}; "
