@@ -24,7 +24,7 @@ KEPT = Path("runs/study")  # checkpoints of runs that are under way
 EVERY = 250  # steps between two checkpoints
 QUICK = Path("runs/quick")  # records of `--quick`
 QUICK_WINDOWS = 8  # of held-out text that are scored
-QUICK_IMAGES = 500  # held out, that are classified or denoised
+QUICK_IMAGES = 500  # that a run is judged by
 QUICK_SHARE = 100  # by what its steps are divided
 
 
@@ -83,9 +83,11 @@ def train_quick(run: Run, path: Path) -> dict[str, Any]:
 
 
 def _with_few_images(trainer: Any) -> None:
-    held_out = getattr(trainer, "evaluated", None)
-    if isinstance(held_out, Images):
-        trainer.evaluated = held_out[torch.arange(min(QUICK_IMAGES, len(held_out)))]
+    """The run is judged by few images; its batches are those of all."""
+    for name in ("data", "evaluated"):
+        images = getattr(trainer, name, None)
+        if isinstance(images, Images):
+            setattr(trainer, name, images[torch.arange(min(QUICK_IMAGES, len(images)))])
 
 
 def train_kept(run: Run, path: Path, kept: Path) -> dict[str, Any]:
