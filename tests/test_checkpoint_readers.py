@@ -1,5 +1,8 @@
 """Who reads a folder while it is saved to gets the files of one save, the earlier or the new."""
 
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -54,66 +57,65 @@ def tensors(model):
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
-@pytest.mark.parametrize("kind", [network, one_of_all, one_alone, converted])
-def test_a_save_at_any_time_of_a_read(kind, tmp_path, monkeypatch):
-    kind(tmp_path, 8)
-    saves = []
-    for width in (8, 12):
-        saves.append(tensors(kind(tmp_path, width)()))
-    exists, at, seen = Path.exists, 1, 0
+@contextmanager
+def acting(at, act):
+    """Runs `act` in call number `at` of `Path.exists`, by which each file's place is found.
 
-    def interrupted(path, **options):  # a reader finds each file's place by this call
-        nonlocal seen
-        seen += 1
-        found = exists(path, **options)
-        if seen == at:
-            kind(tmp_path, 12)
+    Yields the calls so far.
+    """
+    exists, calls = Path.exists, []
+
+    def interrupted(path, **options):
+        calls.append(path)
+        number, found = len(calls), exists(path, **options)
+        if number == at:
+            act()
         return found
 
-    while True:
-        load, seen = kind(tmp_path, 8), 0
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "exists", interrupted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "exists", interrupted)
+        yield calls
+
+
+@contextmanager
+def not_put_in_place():
+    """A save is valid, but its writer dies before it moves the files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_put_in_place", lambda folder: None)
+        yield
+
+
+@pytest.mark.parametrize("kind", [network, one_of_all, one_alone, converted])
+def test_a_save_at_any_time_of_a_read(kind, tmp_path):
+    saves = [tensors(kind(tmp_path, width)()) for width in (8, 12)]
+    for at in count(1):
+        load = kind(tmp_path, 8)
+        with acting(at, lambda: kind(tmp_path, 12)) as calls:
             got = tensors(load())
-        if seen < at:
+        if len(calls) < at:
             break
         same = [
             got.keys() == one.keys() and all(torch.equal(got[name], one[name]) for name in one)
             for one in saves
         ]
         assert sum(same) == 1, at
-        at += 1
     assert at > 3  # there were as many moments
 
 
 @pytest.mark.parametrize("kind", [network, one_of_all, one_alone, converted])
-def test_a_save_that_is_put_in_place_at_any_time_of_a_read(kind, tmp_path, monkeypatch):
+def test_a_save_that_is_put_in_place_at_any_time_of_a_read(kind, tmp_path):
     saved = tensors(kind(tmp_path, 12)())
-    exists, at, seen = Path.exists, 1, 0
-
-    def interrupted(path, **options):
-        nonlocal seen
-        seen += 1
-        found = exists(path, **options)
-        if seen == at:
-            files._put_in_place(tmp_path)
-        return found
-
-    while True:
+    for at in count(1):
         kind(tmp_path, 8)
-        with monkeypatch.context() as patch:  # its writer dies when the save is valid
-            patch.setattr(files, "_put_in_place", lambda folder: None)
+        with not_put_in_place():
             load = kind(tmp_path, 12)
         assert (tmp_path / files.SAVED).is_dir()
-        seen = 0
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "exists", interrupted)
+        with acting(at, lambda: files._put_in_place(tmp_path)) as calls:
             got = tensors(load())
         assert got.keys() == saved.keys()
         assert all(torch.equal(got[name], saved[name]) for name in saved), at
-        if seen < at:
+        if len(calls) < at:
             break
-        at += 1
     assert at > 3
 
 
@@ -167,32 +169,18 @@ def test_what_was_broken_while_files_changed_is_told(tmp_path):
     assert str(found.value.__cause__) == "block_01 is missing"
 
 
-def test_a_job_that_saves_while_the_files_of_another_are_put_in_place(tmp_path, monkeypatch):
+def test_a_job_that_saves_while_the_files_of_another_are_put_in_place(tmp_path):
     first, second = (blocks_of("llama", config={"shared": "frozen"}) for _ in range(2))
-    exists, at, seen = Path.exists, 1, 0
-
-    def interrupted(path, **options):
-        nonlocal seen
-        seen += 1
-        found = exists(path, **options)
-        if seen == at:
-            files._put_in_place(tmp_path / f"{at}")
-        return found
-
-    while True:
+    for at in count(1):
         folder = tmp_path / f"{at}"
-        with monkeypatch.context() as patch:
-            patch.setattr(files, "_put_in_place", lambda folder: None)
+        with not_put_in_place():
             first.save_pretrained(folder, block=0)
-        seen = 0
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "exists", interrupted)
+        with acting(at, partial(files._put_in_place, folder)) as calls:
             second.save_pretrained(folder, block=1)
-        assert exists(folder / "block_00.safetensors")
-        assert exists(folder / "block_01.safetensors")
-        if seen < at:
+        assert (folder / "block_00.safetensors").exists()
+        assert (folder / "block_01.safetensors").exists()
+        if len(calls) < at:
             break
-        at += 1
     assert at > 3
 
 
